@@ -1,0 +1,464 @@
+// The algorithm: adapt a start to a support set, and the exact gradient of the query loss after adaptation.
+//
+// MAML (Finn, Abbeel, Levine 2017, algorithm 1), for one item of an executor X:
+//
+//   theta[0] = start;  theta[k+1] = theta[k] - lr[k] g[k],  g[k] = dL_support/dtheta at theta[k]
+//   loss = L_query(theta[K])
+//   v = dL_query/dtheta at theta[K]
+//   for k = K-1 .. 0:   (lr[k] gets -g[k] v)   u = -lr[k] v;   v += H[k] u
+//   v is the meta-gradient.
+//
+// H[k] u, the Hessian of the support loss at theta[k] times u, is a tangent pass over the tape of step k
+// (Pearlmutter 1994): no graph, no approximation, and the tangent of the first layer's input delta is what flows
+// to the support inputs. A first-order meta-gradient stops at v. A tensor that the inner loop does not adapt has
+// no u, yet receives its gradient from every pass.
+#pragma once
+
+#include "layers.h"
+#include "losses.h"
+#include "optimizers.h"
+#include "workspace.h"
+
+PYMETA_KERNEL_BEGIN
+
+// The start and the per-element learning rates in the executor's layout, shared by all items of a call.
+struct Shared {
+  const Real* theta;
+  const Real* theta_transposed;
+  const Real* rates;  // [lr.rows, parameters], or null
+};
+
+// One set of one item.
+struct ItemSet {
+  Matrix x;
+  Extent extent;
+  const Real* targets;  // null: predictions only
+  const Real* scale;
+  Real* dx;  // [rows, in], or null
+};
+
+// Sums over the items of a chunk.
+struct Totals {
+  Real* gradient;     // [parameters]
+  Real* lr_gradient;  // per element: [lr.rows, parameters]; otherwise [lr.rows, lr.columns, kWidth]
+};
+
+template <class X>
+class InnerLoop {
+ public:
+  InnerLoop(const Call<Real>& call, const Workspace<X>& workspace, const Shared& shared, Real* memory)
+      : call_(call),
+        network_(*call.network),
+        ws_(workspace),
+        layout_(workspace.parameters),
+        shared_(shared),
+        memory_(memory),
+        sgd_(call, shared.rates, workspace.parameters.size) {}
+
+  // A network's parameters at one step: adapted tensors from `own`, the others from the shared start.
+  struct Parameters {
+    const InnerLoop* loop;
+    const Real* own;
+    const Real* own_transposed;
+
+    const Real* tensor(int t) const {
+      if (t < 0) return nullptr;
+      return (loop->call_.adapted[t] ? own : loop->shared_.theta) + loop->layout_.tensors[t].place;
+    }
+    const Real* transposed(int l) const {
+      const std::size_t place = loop->layout_.transposed[l];
+      if (place == kNowhere) return nullptr;
+      const bool adapted = loop->call_.adapted[loop->network_.layers[l].weight];
+      return (adapted ? own_transposed : loop->shared_.theta_transposed) + place;
+    }
+  };
+
+  Parameters start() const { return {this, shared_.theta, shared_.theta_transposed}; }
+
+  // K inner steps; returns theta[K].
+  Parameters adapt(const ItemSet& support) {
+    Parameters theta = start();
+    for (int k = 0; k < call_.steps; ++k) theta = inner_step(k, theta, support);
+    return theta;
+  }
+
+  // Forward pass: outputs() holds the raw outputs, class-major; returns the loss of each task, if there are targets.
+  Vec evaluate(const Parameters& theta, const ItemSet& query) {
+    const Tape tape{this, &ws_.query_tape, memory_ + ws_.query};
+    forward(theta, query, tape);
+    return query.targets ? X::sum_rows_in_order(query.extent, tape.at(ws_.query_tape.row_losses)) : zero();
+  }
+  const Real* outputs() const { return memory_ + ws_.query + ws_.query_tape.y; }
+
+  // Everything: returns the query loss of each task, adds the meta-gradient to `totals`.
+  Vec meta_gradient(const ItemSet& support, const ItemSet& query, const Totals& totals) {
+    const Parameters theta = adapt(support);
+    const Vec loss = evaluate(theta, query);
+    if (!call_.wants_gradient()) return loss;
+    const bool keep_v = call_.second_order() || (call_.lr_gradient && call_.steps > 0);
+    const Tape tape{this, &ws_.query_tape, memory_ + ws_.query};
+    Real* v = memory_ + ws_.v;
+    backward(theta, query, tape, [&](int t) {
+      const std::size_t place = layout_.tensors[t].place;
+      return keep_v ? Sink{v + place} : Sink{totals.gradient + place, totals.gradient + place};
+    });
+    if (call_.second_order()) {
+      for (int k = call_.steps - 1; k >= 0; --k) reverse_step(k, support, totals);
+    } else if (keep_v) {
+      for (int k = call_.steps - 1; k >= 0; --k) rate_gradient(k, totals);
+      for (std::size_t i = 0; i < layout_.size; i += kWidth)
+        store(totals.gradient + i, load(totals.gradient + i) + load(v + i));
+    }
+    return loss;
+  }
+
+ private:
+  // A pass's arrays (workspace.h: TapeLayout).
+  struct Tape {
+    InnerLoop* loop;
+    const TapeLayout* layout;
+    Real* base;
+
+    Real* at(std::size_t place) const { return place == kNowhere ? nullptr : base + place; }
+    Real* a(int l) const { return at(layout->a[l]); }
+    Real* d(int l) const { return at(layout->d[l]); }
+    NormState norm(int l) const { return {at(layout->h[l]), at(layout->inverse[l])}; }
+    Matrix input(int l, const ItemSet& set) const {
+      return l == 0 ? set.x : Matrix{a(l - 1), X::stride(loop->network_.layers[l].in)};
+    }
+    // What the activation of layer l was applied to, where that is kept.
+    const Real* z(int l, const ItemSet& set) const {
+      return loop->network_.layers[l].kind == LayerKind::none ? input(l, set).p : at(layout->z[l]);
+    }
+    LossRows loss_rows(const ItemSet& set) const {
+      return {loop->network_.out_features(), X::blocks(set.extent.rows), at(layout->y), set.targets, set.scale,
+              at(layout->probability)};
+    }
+  };
+
+  Tape support_tape(int k) {
+    const std::size_t step = ws_.keeps_steps ? static_cast<std::size_t>(k) : 0;
+    return {this, &ws_.support_tape, memory_ + ws_.support + step * ws_.support_tape.size};
+  }
+  Parameters adapted(int k) const {  // theta[k], k >= 1
+    const std::size_t step = ws_.keeps_steps ? static_cast<std::size_t>(k - 1) : 0;
+    return {this, memory_ + ws_.theta + step * layout_.size,
+            memory_ + ws_.theta_transposed + step * layout_.transposed_size};
+  }
+  Real* gradient(int k) const {
+    return memory_ + ws_.gradients + (ws_.keeps_gradients ? static_cast<std::size_t>(k) : 0) * layout_.size;
+  }
+
+  template <class Body>  // body(tensor, place, scalars) for each tensor that the inner loop changes
+  void each_adapted(Body body) const {
+    for (int t = 0; t < network_.tensor_count; ++t)
+      if (call_.adapted[t])
+        body(t, layout_.tensors[t].place, static_cast<std::size_t>(layout_.tensors[t].outer) * layout_.tensors[t].row);
+  }
+
+  bool is_narrow(int l) const { return layout_.narrow && l == network_.layer_count - 1; }
+
+  Parameters inner_step(int k, const Parameters& theta, const ItemSet& support) {
+    const Tape tape = support_tape(k);
+    forward(theta, support, tape);
+    const Parameters next = adapted(k + 1);
+    Real* own = const_cast<Real*>(next.own);
+    const bool fused = !ws_.keeps_gradients && !sgd_.per_element();
+    backward(theta, support, tape, [&](int t) {
+      if (!call_.adapted[t]) return Sink{};
+      const std::size_t place = layout_.tensors[t].place;
+      if (fused) return Sink{own + place, theta.tensor(t), nullptr, -sgd_.rate(k, t)};
+      return Sink{gradient(k) + place};
+    }, /*input_delta=*/false);
+    if (!fused)
+      each_adapted([&](int t, std::size_t place, std::size_t size) {
+        sgd_.step(k, t, place, size, theta.tensor(t), gradient(k) + place, own + place);
+      });
+    transpose(own, const_cast<Real*>(next.own_transposed));
+    return next;
+  }
+
+  void rate_gradient(int k, const Totals& totals) {
+    if (!call_.lr_gradient) return;
+    each_adapted([&](int t, std::size_t place, std::size_t size) {
+      Real* into = totals.lr_gradient;
+      into += sgd_.per_element() ? sgd_.row(k) * layout_.size + place
+                                 : (static_cast<std::size_t>(sgd_.row(k)) * call_.lr.columns + sgd_.group(t)) * kWidth;
+      sgd_.rate_vjp(size, gradient(k) + place, memory_ + ws_.v + place, into);
+    });
+  }
+
+  // v += H[k] u; for the first step the sum goes straight into the totals.
+  void reverse_step(int k, const ItemSet& support, const Totals& totals) {
+    rate_gradient(k, totals);
+    Real* v = memory_ + ws_.v;
+    Real* u = v;
+    Real scale = -1;
+    if (sgd_.uniform()) {
+      scale = -sgd_.uniform_rate(k);
+    } else {
+      u = memory_ + ws_.u;
+      scale = 1;
+      each_adapted([&](int t, std::size_t place, std::size_t size) { sgd_.step_vjp(k, t, place, size, v + place, u + place); });
+    }
+    transpose(u, memory_ + ws_.u_transposed);
+    const Direction direction{this, u};
+    const Parameters theta = k == 0 ? start() : adapted(k);
+    const Tape tape = support_tape(k);
+    tangent_forward(theta, direction, support, tape);
+    tangent_backward(theta, direction, support, tape, k == call_.steps - 1, scale, [&](int t) {
+      const std::size_t place = layout_.tensors[t].place;
+      if (k > 0) return Sink{v + place, v + place, nullptr, scale};
+      return Sink{totals.gradient + place, totals.gradient + place, v + place, scale};
+    });
+  }
+
+  // The direction of a tangent pass: nothing for tensors that are not adapted.
+  struct Direction {
+    const InnerLoop* loop;
+    const Real* u;
+    const Real* tensor(int t) const {
+      return t >= 0 && loop->call_.adapted[t] ? u + loop->layout_.tensors[t].place : nullptr;
+    }
+    const Real* transposed(int l) const {
+      const std::size_t place = loop->layout_.transposed[l];
+      return place == kNowhere ? nullptr : loop->memory_ + loop->ws_.u_transposed + place;
+    }
+  };
+
+  void transpose(const Real* tensors, Real* transposed) const {
+    for (int l = 0; l < network_.layer_count; ++l) {
+      if (layout_.transposed[l] == kNowhere || !call_.adapted[network_.layers[l].weight]) continue;
+      X::transpose(network_.layers[l], tensors + layout_.tensors[network_.layers[l].weight].place,
+                   transposed + layout_.transposed[l]);
+    }
+  }
+
+  // ---- the passes ----------------------------------------------------------------------------------------------
+
+  void forward(const Parameters& theta, const ItemSet& set, const Tape& tape) {
+    const int last = network_.layer_count - 1;
+    Real* y = tape.at(tape.layout->y);
+    for (int l = 0; l <= last; ++l) {
+      const Layer& layer = network_.layers[l];
+      const Matrix in = tape.input(l, set);
+      const bool fused = is_fused(layer.activation.kind);
+      Real* kept = tape.at(tape.layout->z[l]);
+      Real* raw = fused || !kept ? tape.a(l) : kept;
+      const Destination to{raw, layer.activation.kind == ActivationKind::relu};
+      if (layer.kind == LayerKind::linear) {
+        const Term term{in, theta.tensor(layer.weight)};
+        if (is_narrow(l))
+          X::narrow_apply(layer, set.extent, &term, 1, theta.tensor(layer.bias), y);
+        else
+          X::apply(layer, set.extent, &term, 1, theta.tensor(layer.bias), to);
+      } else if (layer.kind != LayerKind::none) {
+        norm_forward<X>(layer, set.extent, in, theta.tensor(layer.weight), theta.tensor(layer.bias), tape.norm(l), to);
+      }
+      if (layer.kind == LayerKind::none)
+        activate<X>(layer, set.extent, in.p, tape.a(l));
+      else if (!fused)
+        activate<X>(layer, set.extent, raw, tape.a(l));
+    }
+    if (!layout_.narrow) X::to_class_major(set.extent, network_.out_features(), tape.a(last), y);
+    if (set.targets)
+      loss_gradient(*call_.loss, tape.loss_rows(set), tape.at(tape.layout->row_losses), tape.at(tape.layout->dy));
+  }
+
+  // Where layer l's delta at `a` is first written: straight to d where the activation is done on the way.
+  Destination delta_destination(int l, const Tape& tape, Real* delta) const {
+    const ActivationKind kind = network_.layers[l].activation.kind;
+    return {delta, false, kind == ActivationKind::relu ? tape.a(l) : nullptr};
+  }
+  Real* delta_place(int l, const Tape& tape) const {
+    Real* c = tape.at(tape.layout->c[l]);
+    return c ? c : tape.d(l);
+  }
+  void finish_delta(int l, const ItemSet& set, const Tape& tape) const {
+    if (is_fused(network_.layers[l].activation.kind)) return;
+    through_slope<X>(network_.layers[l], set.extent, tape.z(l, set), tape.a(l), delta_place(l, tape), tape.d(l));
+  }
+  // A matrix passed on as it is: through the gate of a ReLU below, or copied.
+  static void pass(const Extent& extent, int features, const Real* from, const Destination& to) {
+    X::with_epilogue(to, X::stride(features), extent, [&](const auto& emit) {
+      X::map(extent, features, [&](long at, long column, int r) {
+        emit(load(from + at), r, static_cast<int>(column / kWidth));
+      });
+    });
+  }
+
+  template <class Sinks>
+  void backward(const Parameters& theta, const ItemSet& set, const Tape& tape, Sinks sinks, bool input_delta = true) {
+    const int last = network_.layer_count - 1;
+    const Real* dy = tape.at(tape.layout->dy);
+    if (!layout_.narrow) {
+      Real* top = delta_place(last, tape);
+      X::from_class_major(set.extent, network_.out_features(), dy, top);
+      if (network_.layers[last].activation.kind == ActivationKind::relu)
+        pass(set.extent, network_.out_features(), top, delta_destination(last, tape, tape.d(last)));
+      finish_delta(last, set, tape);
+    }
+    for (int l = last; l >= 0; --l) {
+      const Layer& layer = network_.layers[l];
+      const Matrix in = tape.input(l, set);
+      const Real* d = is_narrow(l) ? dy : tape.d(l);
+      if (l > 0 || (input_delta && set.dx)) {
+        const Destination below = l > 0 ? delta_destination(l - 1, tape, delta_place(l - 1, tape)) : Destination{set.dx};
+        if (layer.kind == LayerKind::linear) {
+          const Term term{{d, X::stride(layer.out)}, theta.tensor(layer.weight), theta.transposed(l)};
+          if (is_narrow(l))
+            X::narrow_apply_transposed(layer, set.extent, &term, 1, below);
+          else
+            X::apply_transposed(layer, set.extent, &term, 1, below);
+        } else if (layer.kind == LayerKind::none) {
+          pass(set.extent, layer.in, d, below);
+        } else {
+          norm_backward<X>(layer, set.extent, d, theta.tensor(layer.weight), tape.norm(l), below);
+        }
+        if (l > 0) finish_delta(l - 1, set, tape);
+      }
+      const Sink weight = layer.weight >= 0 ? sinks(layer.weight) : Sink{};
+      const Sink bias = layer.bias >= 0 ? sinks(layer.bias) : Sink{};
+      if (layer.kind == LayerKind::linear) {
+        const Matrix pair[1][2] = {{in, {d, X::stride(layer.out)}}};
+        if (is_narrow(l)) {
+          X::narrow_outer(layer.in, layer.out, set.extent, pair, 1, weight);
+          X::narrow_sum_rows(layer.out, set.extent, d, bias);
+        } else {
+          X::outer(layer.in, layer.out, set.extent, pair, 1, weight);
+          X::sum_rows(set.extent, layer.out, bias, [&](long at, long) { return load(d + at); });
+        }
+      } else if (layer.kind != LayerKind::none) {
+        norm_gradient<X>(layer, set.extent, d, tape.norm(l), weight, bias);
+      }
+    }
+  }
+
+  Real* tangent(std::size_t place) const { return place == kNowhere ? nullptr : memory_ + ws_.tangents + place; }
+  NormTangent norm_tangents(int l) const { return {tangent(ws_.tangent.rh[l]), tangent(ws_.tangent.q[l])}; }
+  // The tangent of layer l's input; null is zero, as at the first layer.
+  Matrix tangent_input(int l) const {
+    return {l == 0 ? nullptr : tangent(ws_.tangent.ra[l - 1]), X::stride(network_.layers[l].in)};
+  }
+
+  void tangent_forward(const Parameters& theta, const Direction& u, const ItemSet& set, const Tape& tape) {
+    const int last = network_.layer_count - 1;
+    Real* ry = tangent(ws_.tangent.ry);
+    for (int l = 0; l <= last; ++l) {
+      const Layer& layer = network_.layers[l];
+      const Matrix rx = tangent_input(l);
+      const bool fused = is_fused(layer.activation.kind);
+      Real* ra = tangent(ws_.tangent.ra[l]);
+      Real* rz = tangent(ws_.tangent.rz[l]);
+      Real* raw = rz ? rz : ra;
+      const Destination to = delta_destination(l, tape, raw);
+      if (layer.kind == LayerKind::linear) {
+        Term terms[2];
+        int count = 0;
+        if (rx.p) terms[count++] = {rx, theta.tensor(layer.weight)};
+        if (const Real* du = u.tensor(layer.weight)) terms[count++] = {tape.input(l, set), du};
+        if (is_narrow(l))
+          X::narrow_apply(layer, set.extent, terms, count, u.tensor(layer.bias), ry);
+        else
+          X::apply(layer, set.extent, terms, count, u.tensor(layer.bias), to);
+      } else if (layer.kind != LayerKind::none) {
+        norm_tangent<X>(layer, set.extent, rx.p, theta.tensor(layer.weight), u.tensor(layer.weight),
+                        u.tensor(layer.bias), tape.norm(l), norm_tangents(l), to);
+      } else if (rx.p) {
+        pass(set.extent, layer.in, rx.p, to);
+      } else {
+        X::map(set.extent, layer.out, [&](long at, long, int) { store(raw + at, zero()); });
+      }
+      if (!fused) through_slope<X>(layer, set.extent, tape.z(l, set), tape.a(l), raw, ra);
+    }
+    if (!layout_.narrow) X::to_class_major(set.extent, network_.out_features(), tangent(ws_.tangent.ra[last]), ry);
+    loss_hessian_product(*call_.loss, tape.loss_rows(set), ry, tangent(ws_.tangent.rdy));
+  }
+
+  void finish_delta_tangent(int l, const ItemSet& set, const Tape& tape, Real* rd) const {
+    if (is_fused(network_.layers[l].activation.kind)) return;
+    through_slope_tangent<X>(network_.layers[l], set.extent, tape.z(l, set), tape.a(l), tape.at(tape.layout->c[l]),
+                             tangent(ws_.tangent.rz[l]), rd, rd);
+  }
+
+  template <class Sinks>
+  void tangent_backward(const Parameters& theta, const Direction& u, const ItemSet& set, const Tape& tape,
+                        bool first_to_input, Real scale, Sinks sinks) {
+    const int last = network_.layer_count - 1;
+    const Real* dy = tape.at(tape.layout->dy);
+    const Real* rdy = tangent(ws_.tangent.rdy);
+    Real* rd = tangent(ws_.tangent.rd[0]);
+    Real* rd_below = tangent(ws_.tangent.rd[1]);
+    if (!layout_.narrow) {
+      X::from_class_major(set.extent, network_.out_features(), rdy, rd);
+      if (network_.layers[last].activation.kind == ActivationKind::relu)
+        pass(set.extent, network_.out_features(), rd, delta_destination(last, tape, rd));
+      finish_delta_tangent(last, set, tape, rd);
+    }
+    for (int l = last; l >= 0; --l) {
+      const Layer& layer = network_.layers[l];
+      const Matrix in = tape.input(l, set), rx = tangent_input(l);
+      const Real* d = is_narrow(l) ? dy : tape.d(l);
+      const Real* own = is_narrow(l) ? rdy : rd;
+      if (l > 0 || set.dx) {
+        const Destination below = l > 0 ? delta_destination(l - 1, tape, rd_below) : Destination{rd_below};
+        if (layer.kind == LayerKind::linear) {
+          Term terms[2] = {{{own, X::stride(layer.out)}, theta.tensor(layer.weight), theta.transposed(l)}};
+          int count = 1;
+          if (const Real* du = u.tensor(layer.weight))
+            terms[count++] = {{d, X::stride(layer.out)}, du, u.transposed(l)};
+          if (is_narrow(l))
+            X::narrow_apply_transposed(layer, set.extent, terms, count, below);
+          else
+            X::apply_transposed(layer, set.extent, terms, count, below);
+        } else if (layer.kind == LayerKind::none) {
+          pass(set.extent, layer.in, own, below);
+        } else {
+          norm_backward_tangent<X>(layer, set.extent, d, own, theta.tensor(layer.weight), u.tensor(layer.weight),
+                                   tape.norm(l), norm_tangents(l), below);
+        }
+        if (l > 0)
+          finish_delta_tangent(l - 1, set, tape, rd_below);
+        else
+          X::map(set.extent, layer.in, [&](long at, long, int) {
+            const Vec before = first_to_input ? zero() : load(set.dx + at);
+            store(set.dx + at, fma(broadcast(scale), load(rd_below + at), before));
+          });
+      }
+      const Sink weight = layer.weight >= 0 ? sinks(layer.weight) : Sink{};
+      const Sink bias = layer.bias >= 0 ? sinks(layer.bias) : Sink{};
+      if (layer.kind == LayerKind::linear) {
+        Matrix pairs[2][2];
+        int count = 0;
+        const auto pair = [&](const Matrix& x, const Real* delta) {
+          pairs[count][0] = x;
+          pairs[count++][1] = {delta, X::stride(layer.out)};
+        };
+        if (rx.p) pair(rx, d);
+        pair(in, own);
+        if (is_narrow(l)) {
+          X::narrow_outer(layer.in, layer.out, set.extent, pairs, count, weight);
+          X::narrow_sum_rows(layer.out, set.extent, own, bias);
+        } else {
+          X::outer(layer.in, layer.out, set.extent, pairs, count, weight);
+          X::sum_rows(set.extent, layer.out, bias, [&](long at, long) { return load(own + at); });
+        }
+      } else if (layer.kind != LayerKind::none) {
+        norm_gradient_tangent<X>(layer, set.extent, d, own, tape.norm(l), norm_tangents(l), weight, bias);
+      }
+      Real* swap = rd;
+      rd = rd_below;
+      rd_below = swap;
+    }
+  }
+
+  const Call<Real>& call_;
+  const Network& network_;
+  const Workspace<X>& ws_;
+  const ParameterLayout<X>& layout_;
+  const Shared& shared_;
+  Real* memory_;
+  Sgd sgd_;
+};
+
+PYMETA_KERNEL_END

@@ -1,0 +1,48 @@
+// The operands that the algorithm hands to an executor.
+#pragma once
+
+#include "machine.h"
+
+PYMETA_KERNEL_BEGIN
+
+// A last layer of at most this many outputs and no activation is computed as dot products (cpu/executor.h).
+constexpr int kNarrow = 4;
+
+struct Matrix {
+  const Real* p;
+  long row;
+};
+
+// The rows of one set of one item.
+struct Extent {
+  int rows;          // of the longest task in the item
+  const Real* keep;  // lanes: [rows, kWidth] all-ones where the task has the row; null when all have all
+  Vec count;         // rows of each task
+
+  Vec masked(Vec v, int row) const { return keep ? (Vec)((IntVec)v & (IntVec)load(keep + row * kWidth)) : v; }
+};
+
+// Where the rows x features result of a product goes: through a ReLU, through the gate of the ReLU that produced
+// the layer's input, or as it is.
+struct Destination {
+  Real* p;
+  bool relu = false;
+  const Real* gate = nullptr;
+};
+
+// Where a gradient goes (gemm.h: Accumulate). Pointers are to the parameter tensor's array.
+struct Sink {
+  Real* out = nullptr;
+  const Real* base = nullptr;
+  const Real* extra = nullptr;
+  Real scale = 1;
+};
+
+// A layer applied to an operand, or its transpose: one term of a (tangent) product.
+struct Term {
+  Matrix x{nullptr, 0};
+  const Real* w = nullptr;
+  const Real* w_transposed = nullptr;  // rows only: [out, stride(in)]
+};
+
+PYMETA_KERNEL_END

@@ -1,0 +1,220 @@
+// How many bytes an item of work needs and where each array lies.
+//
+// Every array of one item (a task, or a vector of tasks) has a fixed place in its thread's workspace, computed
+// once a call for the largest task. With a meta-gradient to compute, each inner step keeps its parameters,
+// activations and deltas for the reverse sweep; without one, all steps share the same place.
+#pragma once
+
+#include <cstddef>
+
+#include "machine.h"
+#include "operands.h"
+#include "tasks.h"
+
+PYMETA_KERNEL_BEGIN
+
+constexpr std::size_t kNowhere = ~std::size_t{0};
+
+// Hands out consecutive, cache-line aligned places.
+struct Places {
+  std::size_t used = 0;  // scalars
+  std::size_t take(std::size_t scalars) {
+    constexpr std::size_t line = 64 / sizeof(Real);
+    const std::size_t place = used;
+    used += (scalars + line - 1) / line * line;
+    return place;
+  }
+};
+
+// A parameter tensor as the executor keeps it: a matrix [outer, inner] with padded rows. A linear weight is
+// [in, out] (torch: [out, in]) unless it is the narrow last layer's; a vector is [1, features].
+struct PackedTensor {
+  std::size_t place;
+  int outer, inner;
+  long row;  // scalars from one outer index to the next
+  bool transposed;
+};
+
+template <class X>
+struct ParameterLayout {
+  PackedTensor tensors[kMaxTensors];
+  std::size_t size = 0;                         // scalars of all tensors
+  std::size_t transposed[kMaxLayers];           // place of each linear layer's W^T, or kNowhere
+  std::size_t transposed_size = 0;
+  bool narrow = false;  // the last layer is a narrow one (executor.h)
+
+  ParameterLayout(const Network& network, bool input_gradient) {
+    const Layer& last = network.layers[network.layer_count - 1];
+    narrow = last.kind == LayerKind::linear && last.activation.kind == ActivationKind::identity && last.out <= kNarrow;
+    Places places, transposed_places;
+    for (int l = 0; l < network.layer_count; ++l) {
+      const Layer& layer = network.layers[l];
+      transposed[l] = kNowhere;
+      if (layer.weight >= 0) {
+        PackedTensor& t = tensors[layer.weight];
+        const bool linear = layer.kind == LayerKind::linear;
+        const bool is_narrow = narrow && l == network.layer_count - 1;
+        t.transposed = linear && !is_narrow;
+        t.outer = !linear ? 1 : is_narrow ? layer.out : layer.in;
+        t.inner = is_narrow ? layer.in : layer.out;
+        t.row = X::stride(t.inner);
+        t.place = places.take(static_cast<std::size_t>(t.outer) * t.row);
+        if (X::kTransposes && t.transposed && (l > 0 || input_gradient))
+          transposed[l] = transposed_places.take(static_cast<std::size_t>(layer.out) * X::stride(layer.in));
+      }
+      if (layer.bias >= 0) {
+        PackedTensor& t = tensors[layer.bias];
+        t = {0, 1, layer.out, X::stride(layer.out), false};
+        t.place = places.take(t.row);
+      }
+    }
+    size = places.used;
+    transposed_size = transposed_places.used;
+  }
+
+  // visit(index in torch's layout, place in the packed one) for every element of a tensor, in blocks that keep
+  // both sides of a transposition in cache.
+  template <class Visitor>
+  void elements(int tensor, Visitor visit) const {
+    const PackedTensor& t = tensors[tensor];
+    constexpr int block = 16;
+    for (int p0 = 0; p0 < t.outer; p0 += block)
+      for (int q0 = 0; q0 < t.inner; q0 += block)
+        for (int p = p0; p < t.outer && p < p0 + block; ++p)
+          for (int q = q0; q < t.inner && q < q0 + block; ++q)
+            visit(t.transposed ? static_cast<std::size_t>(q) * t.outer + p : static_cast<std::size_t>(p) * t.inner + q,
+                  t.place + p * t.row + static_cast<std::size_t>(q) * X::kElement);
+  }
+};
+
+// One pass of a set through the network: what is kept for the passes that follow.
+struct TapeLayout {
+  std::size_t a[kMaxLayers];        // output
+  std::size_t z[kMaxLayers];        // input of the activation, where its slope needs it
+  std::size_t d[kMaxLayers];        // delta at z
+  std::size_t c[kMaxLayers];        // delta at a, where the activation is bent
+  std::size_t h[kMaxLayers];        // normalisations: NormState
+  std::size_t inverse[kMaxLayers];
+  std::size_t y, dy, probability;   // class-major outputs, their deltas, softmax or sigmoid
+  std::size_t row_losses;
+  std::size_t size;
+
+  template <class X>
+  void lay_out(const Network& network, int rows, bool with_deltas, bool with_tangents) {
+    Places places;
+    for (int l = 0; l < network.layer_count; ++l) {
+      const Layer& layer = network.layers[l];
+      const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(layer.out);
+      const bool norm = layer.kind == LayerKind::batch_norm || layer.kind == LayerKind::layer_norm;
+      const std::size_t slices = layer.kind == LayerKind::batch_norm ? X::vectors(layer.out) : rows;
+      a[l] = places.take(matrix);
+      z[l] = slope_needs_input(layer.activation.kind) ? places.take(matrix) : kNowhere;
+      d[l] = with_deltas ? places.take(matrix) : kNowhere;
+      c[l] = with_tangents && is_bent(layer.activation.kind) ? places.take(matrix) : kNowhere;
+      h[l] = norm ? places.take(matrix) : kNowhere;
+      inverse[l] = norm ? places.take(slices * kWidth) : kNowhere;
+    }
+    const std::size_t classes = static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
+    y = places.take(classes);
+    dy = with_deltas ? places.take(classes) : kNowhere;
+    probability = places.take(classes);
+    row_losses = places.take(X::class_stride(rows));
+    size = places.used;
+  }
+};
+
+// The tangent pass over one support tape.
+struct TangentLayout {
+  std::size_t ra[kMaxLayers];
+  std::size_t rz[kMaxLayers];  // where the activation is bent
+  std::size_t rh[kMaxLayers];
+  std::size_t q[kMaxLayers];
+  std::size_t rd[2];  // deltas of a layer and the one below it, in turn
+  std::size_t ry, rdy;
+  std::size_t size;
+
+  template <class X>
+  void lay_out(const Network& network, int rows) {
+    Places places;
+    std::size_t widest = static_cast<std::size_t>(rows) * X::stride(network.in_features());
+    for (int l = 0; l < network.layer_count; ++l) {
+      const Layer& layer = network.layers[l];
+      const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(layer.out);
+      const bool norm = layer.kind == LayerKind::batch_norm || layer.kind == LayerKind::layer_norm;
+      const std::size_t slices = layer.kind == LayerKind::batch_norm ? X::vectors(layer.out) : rows;
+      widest = widest < matrix ? matrix : widest;
+      ra[l] = places.take(matrix);
+      rz[l] = is_bent(layer.activation.kind) ? places.take(matrix) : kNowhere;
+      rh[l] = norm ? places.take(matrix) : kNowhere;
+      q[l] = norm ? places.take(slices * kWidth) : kNowhere;
+    }
+    rd[0] = places.take(widest);
+    rd[1] = places.take(widest);
+    const std::size_t classes = static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
+    ry = places.take(classes);
+    rdy = places.take(classes);
+    size = places.used;
+  }
+};
+
+// The rows of one set of an item, as the executor reads them (Extent, Matrix, LossRows).
+struct SetLayout {
+  std::size_t x;  // kNowhere where the caller's own array is read
+  std::size_t targets, scale, keep;
+  std::size_t dx;  // dL/dx, where wanted
+
+  template <class X>
+  void lay_out(Places& places, const Network& network, const Loss& loss, int rows, bool copy_input, bool input_gradient) {
+    const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(network.in_features());
+    const int target_columns = loss.kind == LossKind::cross_entropy ? 1 : network.out_features();
+    x = copy_input ? places.take(matrix) : kNowhere;
+    targets = places.take(static_cast<std::size_t>(target_columns) * X::class_stride(rows));
+    scale = places.take(X::class_stride(rows));
+    keep = places.take(static_cast<std::size_t>(rows) * kWidth);
+    dx = input_gradient ? places.take(matrix) : kNowhere;
+  }
+};
+
+// The whole workspace of a thread.
+template <class X>
+struct Workspace {
+  ParameterLayout<X> parameters;
+  TapeLayout support_tape, query_tape;
+  TangentLayout tangent;
+  SetLayout support_set, query_set;
+  bool keeps_steps;       // every step has its own parameters and tape
+  bool keeps_gradients;   // every step has its own inner gradient (the learning rate's meta-gradient needs it)
+  std::size_t theta, theta_transposed, gradients, v, u, u_transposed, support, query, tangents;
+  std::size_t size;       // scalars
+
+  explicit Workspace(const Call<Real>& call)
+      : parameters(*call.network, call.xs_gradient || call.xq_gradient) {
+    const Network& network = *call.network;
+    const bool second = call.second_order();
+    const int kept = call.steps > 1 && second ? call.steps : 1;
+    const bool copy_input = !X::kReadsInputInPlace || network.layers[0].kind != LayerKind::linear ||
+                            (network.layer_count == 1 && parameters.narrow);
+    keeps_steps = kept > 1;
+    keeps_gradients = call.lr_gradient != nullptr;
+    Places places;
+    theta = places.take(parameters.size * kept);
+    theta_transposed = places.take(parameters.transposed_size * kept);
+    gradients = keeps_gradients            ? places.take(parameters.size * call.steps)
+                : call.lr.per_element ? places.take(parameters.size)
+                                           : kNowhere;
+    v = call.wants_gradient() ? places.take(parameters.size) : kNowhere;
+    u = second ? places.take(parameters.size) : kNowhere;
+    u_transposed = second ? places.take(parameters.transposed_size) : kNowhere;
+    support_tape.lay_out<X>(network, call.max_support, true, second);
+    query_tape.lay_out<X>(network, call.max_query, call.wants_gradient(), false);
+    tangent.lay_out<X>(network, call.max_support);
+    support_set.lay_out<X>(places, network, *call.loss, call.max_support, copy_input, call.xs_gradient);
+    query_set.lay_out<X>(places, network, *call.loss, call.max_query, copy_input, call.xq_gradient);
+    support = places.take(support_tape.size * kept);
+    query = places.take(query_tape.size);
+    tangents = second ? places.take(tangent.size) : kNowhere;
+    size = places.used;
+  }
+};
+
+PYMETA_KERNEL_END

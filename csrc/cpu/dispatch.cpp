@@ -1,0 +1,323 @@
+#include "dispatch.h"
+
+#include <pthread.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+
+#include "thread_pool.h"
+
+namespace pymeta {
+
+// The tables that kernels.cpp exports.
+#define PYMETA_DECLARE(isa)                          \
+  extern const Kernels<float> kernels_##isa##_float; \
+  extern const Kernels<double> kernels_##isa##_double;
+#ifdef PYMETA_HAS_BASELINE
+PYMETA_DECLARE(baseline)
+#endif
+#ifdef PYMETA_HAS_AVX2
+PYMETA_DECLARE(avx2)
+#endif
+#ifdef PYMETA_HAS_AVX512
+PYMETA_DECLARE(avx512)
+#endif
+#ifdef PYMETA_HAS_NEON
+PYMETA_DECLARE(neon)
+#endif
+#undef PYMETA_DECLARE
+
+namespace {
+
+struct InstructionSet {
+  const Kernels<float>* single;
+  const Kernels<double>* twice;
+};
+
+const std::vector<InstructionSet>& usable() {
+  static const std::vector<InstructionSet> sets = [] {
+    std::vector<InstructionSet> found;
+#ifdef PYMETA_HAS_BASELINE
+    found.push_back({&kernels_baseline_float, &kernels_baseline_double});
+#endif
+#ifdef PYMETA_HAS_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      found.push_back({&kernels_avx2_float, &kernels_avx2_double});
+#endif
+#ifdef PYMETA_HAS_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw"))
+      found.push_back({&kernels_avx512_float, &kernels_avx512_double});
+#endif
+#ifdef PYMETA_HAS_NEON
+    found.push_back({&kernels_neon_float, &kernels_neon_double});
+#endif
+    return found;
+  }();
+  return sets;
+}
+
+std::size_t find_isa(const std::string& name) {
+  for (std::size_t i = 0; i < usable().size(); ++i)
+    if (name == usable()[i].single->isa) return i;
+  std::string known;
+  for (const std::string& each : isas()) known += (known.empty() ? "" : ", ") + each;
+  throw std::invalid_argument("isa: expected one of " + known + " on this machine, got '" + name + "'");
+}
+
+enum class Choice { automatic, rows, lanes };
+
+std::atomic<int> chosen_isa{-1};  // -1: the best
+std::atomic<Choice> chosen_executor{Choice::automatic};
+std::atomic<int> chosen_threads{0};  // 0: all cores
+
+const InstructionSet& current() {
+  const int chosen = chosen_isa.load(std::memory_order_relaxed);
+  return chosen < 0 ? usable().back() : usable()[static_cast<std::size_t>(chosen)];
+}
+const Kernels<float>& kernels(float) { return *current().single; }
+const Kernels<double>& kernels(double) { return *current().twice; }
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+// Blocks of working memory, kept between calls: fresh pages would cost more than the arithmetic.
+class BlockCache {
+ public:
+  struct Block {
+    char* data = nullptr;
+    std::size_t bytes = 0;
+  };
+
+  Block take(std::size_t bytes) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      auto best = free_.end();
+      for (auto it = free_.begin(); it != free_.end(); ++it)
+        if (it->bytes >= bytes && (best == free_.end() || it->bytes < best->bytes)) best = it;
+      if (best != free_.end()) {
+        const Block block = *best;
+        free_.erase(best);
+        return block;
+      }
+    }
+    constexpr std::size_t huge = std::size_t{2} << 20;
+    const std::size_t alignment = bytes >= huge ? huge : 4096;
+    Block block;
+    block.bytes = (bytes + alignment - 1) / alignment * alignment;
+    block.data = static_cast<char*>(std::aligned_alloc(alignment, block.bytes));
+    if (!block.data) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == huge) madvise(block.data, block.bytes, MADV_HUGEPAGE);
+#endif
+    return block;
+  }
+
+  // Keeps a few blocks, the largest ones.
+  void give(Block block) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(block);
+    if (free_.size() <= kKept) return;
+    auto least = std::min_element(free_.begin(), free_.end(), [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
+    std::free(least->data);
+    free_.erase(least);
+  }
+
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  static constexpr std::size_t kKept = 4;
+  std::mutex mutex_;
+  std::vector<Block> free_;
+};
+
+BlockCache& block_cache() {
+  static BlockCache* const cache = new BlockCache;  // never destroyed: calls may outlive static objects
+  // A fork waits until nobody is inside the cache, so that the child finds it whole.
+  static const int registered = pthread_atfork([] { block_cache().mutex().lock(); }, [] { block_cache().mutex().unlock(); },
+                                               [] { block_cache().mutex().unlock(); });
+  (void)registered;
+  return *cache;
+}
+
+class Memory {
+ public:
+  explicit Memory(std::size_t bytes) : block_(block_cache().take(bytes ? bytes : 64)) {}
+  ~Memory() { block_cache().give(block_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  char* data() const { return block_.data; }
+
+ private:
+  BlockCache::Block block_;
+};
+
+// ---- checks ------------------------------------------------------------------------------------------------------
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string task_row(const char* name, std::int64_t task, std::int64_t row) {
+  return std::string(name) + ": task " + std::to_string(task) + ", row " + std::to_string(row) + ": ";
+}
+
+// Looks at the sizes, labels and weights of one set; returns its largest task.
+template <class Real>
+int check(const Call<Real>& call, const RowSet<Real>& set, const char* suffix) {
+  const std::string letter(suffix);
+  const std::string sizes_name = (letter == "s" ? "support" : "query") + std::string("_sizes");
+  const std::string weights_name = (letter == "s" ? "support" : "query") + std::string("_weights");
+  const Network& network = *call.network;
+  const bool batch_norm = std::any_of(network.layers, network.layers + network.layer_count,
+                                      [](const Layer& layer) { return layer.kind == LayerKind::batch_norm; });
+  const bool labels = call.loss && call.loss->kind == LossKind::cross_entropy && set.y;
+  const int out = network.out_features();
+  std::int64_t largest = 0;
+  for (std::int64_t task = 0; task < call.tasks; ++task) {
+    const std::int64_t rows = set.sizes ? set.sizes[task] : set.rows;
+    const std::int64_t start = set.start(task);
+    if (rows < 0 || start < 0 || (set.sizes && !set.starts && rows > set.rows))
+      refuse(sizes_name + ": task " + std::to_string(task) + " has size " + std::to_string(rows) + ", not in 0.." +
+             std::to_string(set.rows));
+    if (batch_norm && rows == 1)
+      refuse("x" + letter + ": task " + std::to_string(task) +
+             " has one row, and BatchNorm1d needs at least two to normalise by");
+    largest = std::max(largest, rows);
+    for (std::int64_t row = 0; labels && row < rows; ++row) {
+      const std::int64_t label = static_cast<const std::int64_t*>(set.y)[start + row];
+      if ((label < 0 || label >= out) && label != call.loss->ignore_index)
+        refuse(task_row(("y" + letter).c_str(), task, row) + "label " + std::to_string(label) + " is not in 0.." +
+               std::to_string(out - 1));
+    }
+    for (std::int64_t row = 0; set.weights && row < rows; ++row) {
+      const Real weight = set.weights[start + row];
+      if (!(weight >= 0) || !std::isfinite(weight))
+        refuse(task_row(weights_name.c_str(), task, row) + "weight " + std::to_string(weight) +
+               " is not a finite number >= 0");
+    }
+  }
+  if (largest > (1 << 24)) refuse("x" + letter + ": a task has more than 2^24 rows");
+  return static_cast<int>(largest);
+}
+
+// Tasks of like size side by side, so that a vector of tasks wastes little. Only the sizes decide.
+template <class Real>
+std::vector<std::int64_t> sorted_tasks(const Call<Real>& call) {
+  std::vector<std::int64_t> order(static_cast<std::size_t>(call.tasks));
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
+    const int sa = call.support.size(a), sb = call.support.size(b);
+    return sa != sb ? sa < sb : call.query.size(a) < call.query.size(b);
+  });
+  return order;
+}
+
+// Below this much work (about ten microseconds) waking a second thread costs more than it saves.
+constexpr double kSmallWork = 3e4;
+
+}  // namespace
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : usable()) names.emplace_back(set.single->isa);
+  return names;
+}
+std::string isa() { return current().single->isa; }
+void set_isa(const std::string& name) { chosen_isa = static_cast<int>(find_isa(name)); }
+
+std::string executor() {
+  const Choice choice = chosen_executor;
+  return choice == Choice::automatic ? "auto" : choice == Choice::rows ? "rows" : "lanes";
+}
+void set_executor(const std::string& name) {
+  if (name == "auto")
+    chosen_executor = Choice::automatic;
+  else if (name == "rows")
+    chosen_executor = Choice::rows;
+  else if (name == "lanes")
+    chosen_executor = Choice::lanes;
+  else
+    throw std::invalid_argument("executor: expected 'auto', 'rows' or 'lanes', got '" + name + "'");
+}
+const char* executor_name(ExecutorKind kind) { return kind == ExecutorKind::rows ? "rows" : "lanes"; }
+
+int num_threads() {
+  const int chosen = chosen_threads;
+  return chosen > 0 ? chosen : available_cores();
+}
+void set_num_threads(int n) {
+  if (n < 1) throw std::invalid_argument("num_threads: expected at least 1, got " + std::to_string(n));
+  chosen_threads = n;
+}
+
+namespace {
+
+template <class Real>
+Report plan_with(const Kernels<Real>& table, const Call<Real>& call, Job job) {
+  const Choice choice = chosen_executor;
+  Report report{};
+  report.executor = choice == Choice::lanes ? ExecutorKind::lanes : ExecutorKind::rows;
+  report.needs = table.needs(call, job, report.executor);
+  if (choice == Choice::automatic && call.tasks > 1) {
+    const Needs lanes = table.needs(call, job, ExecutorKind::lanes);
+    if (lanes.cost < report.needs.cost) {
+      report.executor = ExecutorKind::lanes;
+      report.needs = lanes;
+    }
+  }
+  const std::int64_t most = std::max<std::int64_t>(1, static_cast<std::int64_t>(report.needs.chunks));
+  report.threads = report.needs.cost < kSmallWork ? 1 : static_cast<int>(std::min<std::int64_t>(num_threads(), most));
+  return report;
+}
+
+}  // namespace
+
+template <class Real>
+Report plan(const Call<Real>& call, Job job) {
+  return plan_with(kernels(Real{}), call, job);
+}
+
+template <class Real>
+void run(Call<Real>& call, Job job) {
+  call.max_support = job == Job::predict ? 0 : check(call, call.support, "s");
+  call.max_query = job == Job::adapt ? 0 : check(call, call.query, "q");
+  const Kernels<Real>& table = kernels(Real{});  // once: another thread may choose another meanwhile
+  const Report report = plan_with(table, call, job);
+  std::vector<std::int64_t> order;
+  if (report.executor == ExecutorKind::lanes && (call.support.sizes || call.query.sizes)) {
+    order = sorted_tasks(call);
+    call.order = order.data();
+  }
+  const Memory memory(report.needs.bytes(report.threads));
+  const Team team{report.threads, parallel_for};
+  table.run(call, job, report.executor, report.needs, team, memory.data());
+}
+
+template Report plan(const Call<float>&, Job);
+template Report plan(const Call<double>&, Job);
+template void run(Call<float>&, Job);
+template void run(Call<double>&, Job);
+
+double fma_peak(const std::string& name, bool is_double, double seconds) {
+  const InstructionSet& set = usable()[find_isa(name)];
+  const auto rate = is_double ? set.twice->fma_rate : set.single->fma_rate;
+  using Clock = std::chrono::steady_clock;
+  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+  double best = 0;
+  do {
+    const auto start = Clock::now();
+    const double flops = rate(200000);
+    best = std::max(best, flops / std::chrono::duration<double>(Clock::now() - start).count());
+  } while (Clock::now() < end);
+  return best;
+}
+
+}  // namespace pymeta

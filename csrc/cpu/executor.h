@@ -1,0 +1,185 @@
+// What the two CPU executors share: how arrays lie, and the operations core/ is written in.
+//
+// An executor works on one item at a time: a task (rows.h) or a vector full of tasks (lanes.h). Array layouts, in
+// scalars, with one meaning for both:
+//   matrix [rows, features]   element (r, c) at r * stride(features) + c * kElement
+//   class-major [out, rows]   element (o, r) at o * class_stride(rows) + r * kElement: losses work on these
+//   linear weight             [in, stride(out)]; for a narrow last layer [out, stride(in)] instead (see below)
+//   vectors (bias, gamma...)  stride(features)
+// Rows: kElement is 1 and a stride is rounded up to whole vectors. Lanes: kElement is kWidth, nothing is padded.
+// Padding columns of weights and of deltas hold zeros, so they never reach a result.
+//
+// A narrow last layer (a plain linear layer with at most kNarrow outputs: a logit, a forecast) would waste most of
+// a vector of outputs. It is a dot product along the inputs in sixteen interleaved partial sums instead, in that
+// same order on every executor and instruction set.
+#pragma once
+
+#include "../core/network.h"
+#include "../core/operands.h"
+#include "gemm.h"
+
+PYMETA_KERNEL_BEGIN
+
+constexpr int kPartials = 16;
+
+template <class Access>
+struct Executor {
+  static constexpr int kElement = Access::kElement;
+  static constexpr int kTasks = Access::kTasks;
+
+  static int vectors(int features) { return Access::vectors(features); }
+  static long stride(int features) { return static_cast<long>(vectors(features)) * kWidth; }
+  static int blocks(int rows) { return Access::blocks(rows); }
+  static long class_stride(int rows) { return static_cast<long>(blocks(rows)) * kWidth; }
+
+  template <class Visitor>  // visit(epilogue(vector, row, column))
+  static void with_epilogue(const Destination& to, long row, const Extent& extent, Visitor visit) {
+    if (to.gate) return visit(Gate{to.p, row, to.gate, extent.keep});
+    const Real floor = to.relu ? Real(0) : -Real(__builtin_inf());
+    visit(Store{to.p, row, broadcast(floor), extent.keep});
+  }
+
+  template <class Body>  // body(offset into the matrix, offset into a feature vector, row)
+  static void map(const Extent& extent, int features, Body body) {
+    const int columns = vectors(features);
+    long at = 0;
+    for (int r = 0; r < extent.rows; ++r)
+      for (int c = 0; c < columns; ++c, at += kWidth) body(at, static_cast<long>(c) * kWidth, r);
+  }
+
+  // x W (+ x' W') + bias
+  static void apply(const Layer& layer, const Extent& extent, const Term* terms, int count, const Real* bias,
+                    const Destination& to) {
+    Segment segments[2];
+    for (int i = 0; i < count; ++i)
+      segments[i] = {terms[i].x.p, terms[i].x.row, kElement, terms[i].w, stride(layer.out), kWidth, layer.in};
+    const Product product{extent.rows, vectors(layer.out), segments, count, bias, 0};
+    with_epilogue(to, stride(layer.out), extent,
+                  [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
+  }
+
+  // d W^T (+ d' W'^T)
+  static void apply_transposed(const Layer& layer, const Extent& extent, const Term* terms, int count,
+                               const Destination& to) {
+    Segment segments[2];
+    for (int i = 0; i < count; ++i) segments[i] = Access::transposed_segment(layer, terms[i]);
+    const Product product{extent.rows, vectors(layer.in), segments, count, nullptr, 0};
+    with_epilogue(to, stride(layer.in), extent,
+                  [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
+  }
+
+  // x^T d (+ x'^T d')
+  static void outer(int in, int out, const Extent& extent, const Matrix (*pairs)[2], int count, const Sink& sink) {
+    if (!sink.out) return;
+    Segment segments[2];
+    for (int i = 0; i < count; ++i)
+      segments[i] = {pairs[i][0].p, kElement, pairs[i][0].row, pairs[i][1].p, pairs[i][1].row, kWidth, extent.rows};
+    const Product product{in, vectors(out), segments, count, nullptr, 0};
+    multiply<Access>(product, accumulate(sink, stride(out)));
+  }
+
+  static Accumulate accumulate(const Sink& sink, long row) {
+    return {sink.out, row, sink.base, sink.extra, broadcast(sink.scale)};
+  }
+
+  // Feature-wise sums over the rows: body(offset into the matrix, offset into a feature vector) summed.
+  template <class Body>
+  static void sum_rows(const Extent& extent, int features, const Sink& sink, Body body) {
+    if (!sink.out) return;
+    const Accumulate into = accumulate(sink, 0);
+    const long row = stride(features);
+    for (int c = 0; c < vectors(features); ++c) {
+      Vec sum = zero();
+      for (int r = 0; r < extent.rows; ++r)
+        sum = sum + body(r * row + static_cast<long>(c) * kWidth, static_cast<long>(c) * kWidth);
+      into(sum, 0, c);
+    }
+  }
+
+  // The narrow last layer; outputs and their deltas are class-major.
+
+  static void narrow_apply(const Layer& layer, const Extent& extent, const Term* terms, int count, const Real* bias,
+                           Real* y) {
+    const long classes = class_stride(extent.rows);
+    for (int r = 0; r < extent.rows; ++r)
+      for (int o = 0; o < layer.out; ++o) {
+        typename Access::Partials sum;
+        for (int i = 0; i < count; ++i)
+          sum.dot(terms[i].x.p + r * terms[i].x.row, terms[i].w + o * stride(layer.in), layer.in);
+        Access::store_element(y + o * classes + static_cast<long>(r) * kElement,
+                              sum.total() + (bias ? Access::load_a(bias + o * kElement) : zero()));
+      }
+  }
+
+  static void narrow_apply_transposed(const Layer& layer, const Extent& extent, const Term* terms, int count,
+                                      const Destination& to) {
+    Segment segments[2];
+    const long classes = class_stride(extent.rows);
+    for (int i = 0; i < count; ++i)
+      segments[i] = {terms[i].x.p, kElement, classes, terms[i].w, stride(layer.in), kWidth, layer.out};
+    const Product product{extent.rows, vectors(layer.in), segments, count, nullptr, 0};
+    with_epilogue(to, stride(layer.in), extent,
+                  [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
+  }
+
+  static void narrow_outer(int in, int out, const Extent& extent, const Matrix (*pairs)[2], int count,
+                           const Sink& sink) {
+    if (!sink.out) return;
+    Segment segments[2];
+    const long classes = class_stride(extent.rows);
+    for (int i = 0; i < count; ++i)
+      segments[i] = {pairs[i][1].p, classes, kElement, pairs[i][0].p, pairs[i][0].row, kWidth, extent.rows};
+    const Product product{out, vectors(in), segments, count, nullptr, 0};
+    multiply<Access>(product, accumulate(sink, stride(in)));
+  }
+
+  static void narrow_sum_rows(int out, const Extent& extent, const Real* dy, const Sink& sink) {
+    if (!sink.out) return;
+    alignas(64) Real sums[kNarrow * kWidth] = {};
+    const long classes = class_stride(extent.rows);
+    for (int o = 0; o < out; ++o) {
+      Vec sum = zero();
+      for (int r = 0; r < extent.rows; ++r) sum = sum + Access::load_a(dy + o * classes + static_cast<long>(r) * kElement);
+      Access::store_element(sums + o * kElement, sum);
+    }
+    const Accumulate into = accumulate(sink, 0);
+    for (int c = 0; c < vectors(out); ++c) into(load(sums + c * kWidth), 0, c);
+  }
+
+  // Between matrices and class-major arrays, for a last layer that is not narrow. Padding is zeroed.
+
+  static void to_class_major(const Extent& extent, int out, const Real* matrix, Real* y) {
+    const long classes = class_stride(extent.rows), row = stride(out);
+    for (int r = 0; r < extent.rows; ++r)
+      for (int o = 0; o < out; ++o)
+        Access::copy_element(y + o * classes + static_cast<long>(r) * kElement, matrix + r * row + static_cast<long>(o) * kElement);
+  }
+
+  static void from_class_major(const Extent& extent, int out, const Real* y, Real* matrix) {
+    const long classes = class_stride(extent.rows), row = stride(out);
+    for (int r = 0; r < extent.rows; ++r) {
+      Real* to = matrix + r * row;
+      for (long c = static_cast<long>(out) * kElement; c < row; ++c) to[c] = 0;
+      for (int o = 0; o < out; ++o)
+        Access::copy_element(to + static_cast<long>(o) * kElement, y + o * classes + static_cast<long>(r) * kElement);
+    }
+  }
+
+  // Sum over a row's features of body(vector number), the same in every lane that belongs to the row.
+  template <class Body>
+  static Vec sum_features(int features, Body body) {
+    typename Access::Partials sum;
+    sum.add(features, body);
+    return sum.total();
+  }
+  static Vec masked_columns(Vec v, int features, int vector) { return Access::masked_columns(v, features, vector); }
+
+  // The sum over the rows of a class-major vector, in the order of the rows.
+  static Vec sum_rows_in_order(const Extent& extent, const Real* values) {
+    Vec sum = zero();
+    for (int r = 0; r < extent.rows; ++r) sum = sum + Access::load_a(values + static_cast<long>(r) * kElement);
+    return sum;
+  }
+};
+
+PYMETA_KERNEL_END

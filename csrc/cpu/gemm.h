@@ -1,0 +1,183 @@
+// Small matrix products with fused epilogues: C = init + sum over segments of A_s B_s, tile by tile in registers.
+//
+// The shapes here have 1 to a few hundred rows, so nothing is packed: operands are read where they lie, and what
+// would be separate passes (bias, ReLU, the ReLU's mask, the SGD update) happens when a tile is stored. A tile of
+// M x N vectors keeps M * N accumulators; the tables below give the largest M for each N that fits the register
+// file. Several segments share the accumulators: the tangent RA W + A U is one product.
+//
+// The two executors differ only in what an element of A is: `Broadcast` (one number, spread over a vector of
+// output columns) or `Lane` (a vector: the same element of several tasks). Every output is one chain of fused
+// multiply-adds in the order of k, whatever the tile: this is why a task's bits depend neither on its executor
+// nor on the rows next to it.
+#pragma once
+
+#include "simd.h"
+
+PYMETA_KERNEL_BEGIN
+
+struct Segment {
+  const Real* a;    // element (m, k) at a + m * a_row + k * a_depth
+  long a_row, a_depth;
+  const Real* b;    // vector (k, n) at b + k * b_depth + n * b_column
+  long b_depth, b_column;
+  int depth;
+};
+
+struct Product {
+  int rows, columns;         // of C; columns in vectors
+  const Segment* segments;
+  int segment_count;
+  const Real* init;          // vector (m, n) at init + m * init_row + n * kWidth, or null: zero
+  long init_row;
+};
+
+struct Broadcast {
+  static constexpr int kMaxColumns = kRegisters >= 32 ? 4 : 3;
+  static Vec load_a(const Real* p) { return broadcast(*p); }
+  static long column_stride(const Segment&) { return kWidth; }
+};
+
+struct Lane {
+  static constexpr int kMaxColumns = kRegisters >= 32 ? 5 : 3;
+  static Vec load_a(const Real* p) { return load(p); }
+  static long column_stride(const Segment& s) { return s.b_column; }
+};
+
+constexpr int max_tile_rows(int columns) {
+  const int fit = (kRegisters - columns - kSpareRegisters) / columns;
+  return fit < 8 ? fit : 8;
+}
+
+// Epilogues: what happens to a finished tile element. `keep` masks rows that a shorter task of the same vector
+// does not have; null where there are none.
+
+struct Store {
+  Real* out;
+  long row;
+  Vec floor;  // 0 for ReLU, -infinity for none
+  const Real* keep;
+  void operator()(Vec v, int m, int n) const {
+    v = at_least(v, floor);
+    if (keep) v = (Vec)((IntVec)v & (IntVec)load(keep + m * kWidth));
+    store(out + m * row + n * kWidth, v);
+  }
+};
+
+// The backward pass of a ReLU: what flows through is stopped where the ReLU's output `gate` is not positive.
+struct Gate {
+  Real* out;
+  long row;
+  const Real* gate;
+  const Real* keep;
+  void operator()(Vec v, int m, int n) const {
+    v = select(load(gate + m * row + n * kWidth) <= Real(0), zero(), v);
+    if (keep) v = (Vec)((IntVec)v & (IntVec)load(keep + m * kWidth));
+    store(out + m * row + n * kWidth, v);
+  }
+};
+
+// A gradient on its way to where it is needed: out = base + scale * v, or with `extra`, out = base + (extra +
+// scale * v). An SGD step, a saved gradient and the sum over tasks are all this.
+struct Accumulate {
+  Real* out;
+  long row;
+  const Real* base;   // may be null, may be `out`
+  const Real* extra;  // may be null
+  Vec scale;
+  void operator()(Vec v, int m, int n) const {
+    const long at = m * row + n * kWidth;
+    if (extra) v = fma(scale, v, load(extra + at)) + load(base + at);
+    else if (base) v = fma(scale, v, load(base + at));
+    else v = v * scale;
+    store(out + at, v);
+  }
+};
+
+template <class Access, int M, int N, class Epilogue>
+void tile(const Product& p, int row, int column, const Epilogue& epilogue) {
+  Vec sum[M][N];
+  if (p.init) {
+    const Real* init = p.init + row * p.init_row + column * kWidth;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[m][n] = load(init + m * p.init_row + n * kWidth);
+  } else {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[m][n] = zero();
+  }
+  for (int s = 0; s < p.segment_count; ++s) {
+    const Segment& segment = p.segments[s];
+    const long b_column = Access::column_stride(segment), a_row = segment.a_row;
+    const Real* a = segment.a + row * a_row;
+    const Real* b = segment.b + column * b_column;
+    for (int k = segment.depth; k > 0; --k) {
+      Vec right[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) right[n] = load(b + n * b_column);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Vec left = Access::load_a(a + m * a_row);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sum[m][n] = fma(left, right[n], sum[m][n]);
+      }
+      a += segment.a_depth;
+      b += segment.b_depth;
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) epilogue(sum[m][n], row + m, column + n);
+}
+
+template <class Access, class Epilogue>
+using TileFunction = void (*)(const Product&, int, int, const Epilogue&);
+
+// The tile with `rows` rows and N vectors a row; null for no rows.
+template <class Access, int N, class Epilogue, int M = max_tile_rows(N)>
+TileFunction<Access, Epilogue> pick_tile(int rows) {
+  if constexpr (M == 0)
+    return nullptr;
+  else
+    return rows == M ? tile<Access, M, N, Epilogue> : pick_tile<Access, N, Epilogue, M - 1>(rows);
+}
+
+// One panel of N vectors: all rows, in tiles of nearly equal height.
+template <class Access, int N, class Epilogue>
+void panel(const Product& p, int column, const Epilogue& epilogue) {
+  const int tiles = (p.rows + max_tile_rows(N) - 1) / max_tile_rows(N);
+  const int base = p.rows / tiles, taller = p.rows % tiles;
+  const auto tall = pick_tile<Access, N, Epilogue>(base + 1);
+  const auto regular = pick_tile<Access, N, Epilogue>(base);
+  int row = 0;
+  for (int t = 0; t < taller; ++t, row += base + 1) tall(p, row, column, epilogue);
+  for (int t = taller; t < tiles; ++t, row += base) regular(p, row, column, epilogue);
+}
+
+template <class Access, class Epilogue>
+void multiply(const Product& p, const Epilogue& epilogue) {
+  if (p.rows <= 0 || p.columns <= 0) return;
+  const int panels = (p.columns + Access::kMaxColumns - 1) / Access::kMaxColumns;
+  const int base = p.columns / panels, wider = p.columns % panels;
+  int column = 0;
+  for (int i = 0; i < panels; ++i) {
+    const int width = base + (i < wider);
+    switch (width) {
+      case 1: panel<Access, 1>(p, column, epilogue); break;
+      case 2: panel<Access, 2>(p, column, epilogue); break;
+      case 3: panel<Access, 3>(p, column, epilogue); break;
+      case 4:
+        if constexpr (Access::kMaxColumns >= 4) panel<Access, 4>(p, column, epilogue);
+        break;
+      case 5:
+        if constexpr (Access::kMaxColumns >= 5) panel<Access, 5>(p, column, epilogue);
+        break;
+    }
+    column += width;
+  }
+}
+
+PYMETA_KERNEL_END

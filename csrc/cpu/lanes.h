@@ -1,0 +1,67 @@
+// The `lanes` executor: a vector holds the same element of kWidth tasks.
+//
+// Best for tiny layers and many tasks: no tails, no padding, no transposition, scalar-looking code. Everything is
+// kWidth times larger, so it pays while a vector of tasks fits the second-level cache. Shorter tasks of a vector are
+// masked, row by row (Extent::keep), and a lane without a task is one with no rows at all.
+#pragma once
+
+#include "executor.h"
+
+PYMETA_KERNEL_BEGIN
+
+struct Lanes : Lane {
+  static constexpr int kElement = kWidth;
+  static constexpr int kTasks = kWidth;
+  static int vectors(int features) { return features; }
+  static int blocks(int rows) { return rows; }
+
+  static Segment transposed_segment(const Layer& layer, const Term& term) {
+    return {term.x.p, term.x.row, kWidth, term.w, kWidth, static_cast<long>(layer.out) * kWidth, layer.out};
+  }
+  static void store_element(Real* p, Vec v) { store(p, v); }
+  static void copy_element(Real* to, const Real* from) { store(to, load(from)); }
+  static Vec masked_columns(Vec v, int, int) { return v; }
+
+  // The sums of Rows::Partials, in the same order, one vector each.
+  struct Partials {
+    Vec sum[kPartials] = {};
+
+    void dot(const Real* a, const Real* b, int n) {
+      each(n, [&](int i, Vec s) { return fma(load(a + static_cast<long>(i) * kWidth), load(b + static_cast<long>(i) * kWidth), s); });
+    }
+    template <class Body>
+    void add(int n, Body body) {
+      each(n, [&](int i, Vec s) { return s + body(i); });
+    }
+    Vec total() {
+#pragma GCC unroll 4
+      for (int half = kPartials / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) sum[i] = sum[i] + sum[i + half];
+      return sum[0];
+    }
+
+   private:
+    // Unrolled so that every partial sum is a register.
+    template <class Body>
+    void each(int n, Body body) {
+      int first = 0;
+      for (; first + kPartials <= n; first += kPartials) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kPartials; ++j) sum[j] = body(first + j, sum[j]);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < kPartials; ++j)
+        if (first + j < n) sum[j] = body(first + j, sum[j]);
+    }
+  };
+};
+
+struct LanesExecutor : Executor<Lanes> {
+  static constexpr bool kTransposes = false;
+  static constexpr bool kReadsInputInPlace = false;
+  static constexpr double kRate = 1.2, kCrowdedRate = 0.8, kRowOverhead = 3;  // as in rows.h
+  static void transpose(const Layer&, const Real*, Real*) {}
+};
+
+PYMETA_KERNEL_END
