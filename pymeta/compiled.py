@@ -1,0 +1,230 @@
+"""MAML under torch.compile: the native call as one operator of torch.library.
+
+Eager calls never come here (they go straight to the binding). While torch.compile traces, the
+call becomes the operator `pymeta::meta_gradient`, which names its MAML module by a handle, does
+at run time what an eager call does, and returns the gradients next to the loss; its registered
+backward only scales them. What the native core cannot run is left to eager mode, at the price of
+a graph break (an error under fullgraph=True).
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pymeta import fused
+from pymeta.tasks import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, task_set
+
+if TYPE_CHECKING:
+    from pymeta.maml import MAML, Outcome
+
+_modules: weakref.WeakValueDictionary[int, MAML] = weakref.WeakValueDictionary()
+_handles = itertools.count(1)
+
+
+def register(maml: MAML) -> int:
+    """A handle by which the operator finds `maml`, for as long as that lives."""
+    handle = next(_handles)
+    _modules[handle] = maml
+    return handle
+
+
+# ---- the operator -----------------------------------------------------------------------------
+
+
+def _side(
+    names: Names,
+    maml: MAML,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor | None,
+    sizes: Tensor | None,
+    packed: bool,
+) -> TaskSet:
+    """The task set of what the operator got: packed rows came from a list."""
+    expected = maml._current()[0].expected
+    if not packed:
+        return task_set(names, x, y, sizes, w, expected)
+    assert sizes is not None
+    lengths = sizes.tolist()
+    lists = [None if v is None else list(v.split_with_sizes(lengths)) for v in (x, y, w)]
+    return task_set(names, lists[0], lists[1], None, lists[2], expected)
+
+
+@torch.library.custom_op("pymeta::meta_gradient", mutates_args=())
+def meta_gradient(
+    handle: int,
+    parameters: list[Tensor],
+    lr: Tensor | None,
+    xs: Tensor,
+    ys: Tensor,
+    support_weights: Tensor | None,
+    support_sizes: Tensor | None,
+    xq: Tensor,
+    yq: Tensor,
+    query_weights: Tensor | None,
+    query_sizes: Tensor | None,
+    packed: list[bool],
+    steps: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [], task losses [T], predictions, and the flat gradient of the loss.
+
+    `packed` says whether support and query came as lists; `wanted` of which of parameters, lr,
+    xs, xq the gradient is wanted. The flat gradient holds them in that order.
+    """
+    maml = _modules[handle]
+    plan, _ = maml._current()
+    support = _side(SUPPORT, maml, xs, ys, support_weights, support_sizes, packed[0])
+    query = _side(QUERY, maml, xq, yq, query_weights, query_sizes, packed[1])
+    check_same_tasks(support, query)
+    reason = plan.reason or support.reason or query.reason
+    if reason is not None:
+        raise RuntimeError(f"the model is not what was compiled: {reason}")
+    rate = plan.lr_tensor(maml.lr) if lr is None else lr
+    call = fused.Call(plan, parameters, rate, steps, maml.first_order, support, query)
+    extras = (wanted[1], wanted[2], wanted[3])
+    flat = call.losses.new_empty(0)
+    if call.want(parameters, wanted[0], extras):
+        flat = call.buffer()
+        loss = call.run(flat)
+        flat = _in_given_order(call, flat, lr, xs, xq)
+    else:
+        loss = call.run(None)
+    predictions = call.predictions.flatten(0, 1) if _flat(query, packed[1]) else call.predictions
+    return loss, call.losses, predictions, flat
+
+
+def _flat(query: TaskSet, packed: bool) -> bool:
+    """Whether a list's rows came to be stored as [T, rows, out] and are wanted as [sum, out]."""
+    return packed and query.starts is None
+
+
+def _in_given_order(
+    call: fused.Call, flat: Tensor, lr: Tensor | None, xs: Tensor, xq: Tensor
+) -> Tensor:
+    """The flat gradient, with that of lr in lr's own order and dtype (the core may permute)."""
+    order = call.plan.lr_order
+    if order is None or not call.extras[0] or lr is None:
+        return flat
+    first = call.parameter_total
+    part = flat[first : first + lr.numel()].view(lr.shape)
+    restored = torch.empty_like(part)
+    restored[..., order] = part
+    return torch.cat([flat[:first], restored.flatten(), flat[first + lr.numel() :]])
+
+
+@meta_gradient.register_fake
+def _(
+    handle, parameters, lr, xs, ys, support_weights, support_sizes, xq, yq, query_weights,
+    query_sizes, packed, steps, wanted,
+):  # fmt: skip
+    plan, _ = _modules[handle]._current()
+    dtype = plan.expected.dtype
+    tasks = query_sizes.shape[0] if packed[1] else xq.shape[0]
+    lead = xq.shape[:1] if packed[1] else xq.shape[:2]
+    total = plan.total if wanted[0] else 0
+    for value, is_wanted in zip((lr, xs, xq), wanted[1:], strict=True):
+        total = total + (value.numel() if is_wanted else 0)
+    return (
+        xs.new_empty((), dtype=dtype),
+        xs.new_empty((tasks,), dtype=dtype),
+        xs.new_empty((*lead, plan.expected.out_features), dtype=dtype),
+        xs.new_empty((total,), dtype=dtype),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    (_, parameters, lr, xs, _, _, _, xq, _, _, _, _, _, wanted) = inputs
+    ctx.save_for_backward(output[3])
+    ctx.set_materialize_grads(False)
+    ctx.wanted = wanted
+    trains = _modules[inputs[0]]._current()[0].trains if wanted[0] else [False] * len(parameters)
+    ctx.trains = trains
+    ctx.shapes = [p.shape for p, t in zip(parameters, trains, strict=True) if t]
+    ctx.shapes += [v.shape for v, w in zip((lr, xs, xq), wanted[1:], strict=True) if w]
+
+
+def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple:
+    parameters: list[Tensor | None] = [None] * len(ctx.trains)
+    extras: list[Tensor | None] = [None, None, None]
+    if gradient is not None:
+        (flat,) = ctx.saved_tensors
+        sizes = [shape.numel() for shape in ctx.shapes]
+        parts = (flat * gradient).split_with_sizes(sizes)
+        views = iter([p.view(s) for p, s in zip(parts, ctx.shapes, strict=True)])
+        parameters = [next(views) if trains else None for trains in ctx.trains]
+        extras = [next(views) if wanted else None for wanted in ctx.wanted[1:]]
+    lr, xs, xq = extras
+    return (None, parameters, lr, xs, *[None] * 3, xq, *[None] * 6)
+
+
+meta_gradient.register_autograd(_backward, setup_context=_setup)
+
+
+# ---- what torch.compile traces ----------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def _runs_native(handle: int) -> bool:
+    maml = _modules[handle]
+    return maml.backend != "torch" and maml._current()[0].reason is None
+
+
+def _rows(values: Any, lengths: list[int]) -> Tensor | None:
+    """A list's tensors one behind the other; they must have the given numbers of rows."""
+    if values is None:
+        return None
+    if len(values) != len(lengths) or [v.shape[0] for v in values] != lengths:
+        raise ValueError(f"expected {len(lengths)} tensors of {lengths} rows, as the inputs are")
+    return torch.cat(list(values))
+
+
+def _traced_side(x: Any, y: Any, sizes: Any, weights: Any) -> tuple[tuple, list[int] | None]:
+    """One side's arguments as tensors (x, y, weights, sizes), and the lengths of lists."""
+    if isinstance(x, (list, tuple)):
+        lengths = [v.shape[0] for v in x]
+        packed = _rows(x, lengths), _rows(y, lengths), _rows(weights, lengths)
+        return (*packed, torch.tensor(lengths)), lengths
+    if isinstance(sizes, (list, tuple)):
+        sizes = torch.tensor(sizes)
+    return (x, y, weights, sizes), None
+
+
+@torch.compiler.disable
+def _eagerly(maml: MAML, support: tuple, query: tuple, steps: int | None) -> Outcome:
+    names = ("support_sizes", "support_weights", "query_sizes", "query_weights")
+    options = dict(zip(names, (*support[2:], *query[2:]), strict=True))
+    return maml.forward(*support[:2], *query[:2], steps=steps, **options)
+
+
+def forward(maml: MAML, support: tuple, query: tuple, steps: int | None) -> Outcome:
+    """`MAML.forward` while torch.compile traces; sides are (x, y, sizes, weights)."""
+    from pymeta.maml import Outcome
+
+    if not _runs_native(maml._handle):
+        return _eagerly(maml, support, query, steps)
+    (xs, ys, ws, ss), support_lengths = _traced_side(*support)
+    (xq, yq, wq, sq), query_lengths = _traced_side(*query)
+    parameters = list(maml.model.parameters())
+    lr = maml.lr if isinstance(maml.lr, Tensor) else None
+    grad = torch.is_grad_enabled()
+    wanted = [
+        grad and any(p.requires_grad for p in parameters),
+        grad and lr is not None and lr.requires_grad,
+        grad and xs.requires_grad,
+        grad and xq.requires_grad,
+    ]
+    packed = [support_lengths is not None, query_lengths is not None]
+    loss, losses, predictions, _ = torch.ops.pymeta.meta_gradient(
+        maml._handle, parameters, lr, xs, ys, ws, ss, xq, yq, wq, sq, packed,
+        maml.steps if steps is None else steps, wanted,
+    )  # fmt: skip
+    predictions = predictions.detach()
+    if query_lengths is not None:
+        return Outcome(loss, losses.detach(), list(predictions.split(query_lengths)))
+    return Outcome(loss, losses.detach(), predictions)

@@ -1,0 +1,413 @@
+"""nn.Module -> the chain of layers that the native core runs, or the reason why not.
+
+`describe(model)` walks an `nn.Sequential` (nested ones too), or traces any other module's forward
+with torch.fx, and returns a `Description` when what it finds is a chain of known layers applied to
+rows of features; otherwise an `Unsupported` that says which layer or construct is in the way.
+
+Either remembers what it looked at, and `is_current()` tells cheaply whether the model is still
+that: layers exchanged, train/eval switched, hooks added or layer settings changed are all seen.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+Layer: TypeAlias = tuple[Any, ...]
+FLATTEN: Layer = ("flatten",)
+IDENTITY: Layer = ("identity",)
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """The native core cannot run this model; `reason` says why."""
+
+    reason: str
+    seen: tuple[tuple[nn.Module, bool, int], ...] = field(default=(), repr=False)
+    model: nn.Module | None = field(default=None, repr=False)
+
+    def is_current(self) -> bool:
+        """Whether the model still has the modules, modes and hooks it was judged by."""
+        return self.model is not None and _modes(self.model) == self.seen
+
+
+@dataclass(frozen=True)
+class Description:
+    """A chain of layers.
+
+    Attributes:
+        layers: for `_native.Network`, e.g. ("linear", 1, 40, True), ("relu",).
+        names: the parameters' names, layer by layer, weight before bias.
+        in_features: columns of the input.
+        out_features: columns of the output.
+        flattens: whether the chain begins with Flatten, so that rows may have any shape.
+        batch_norm: whether a layer normalises over rows.
+    """
+
+    layers: tuple[Layer, ...]
+    names: tuple[str, ...]
+    in_features: int
+    out_features: int
+    flattens: bool
+    batch_norm: bool
+    leaves: tuple[tuple[nn.Module, Layer], ...] = field(repr=False)
+    containers: tuple[tuple[nn.Module, tuple[nn.Module | None, ...], dict], ...] = field(repr=False)
+
+    def is_current(self) -> bool:
+        """Whether describing the model again would give the same chain."""
+        for module, children, settings in self.containers:
+            if tuple(module._modules.values()) != children or _hooked(module):
+                return False
+            if settings and any(module.__dict__.get(k) != v for k, v in settings.items()):
+                return False
+        return all(_leaf(module) == layer for module, layer in self.leaves)
+
+
+class _Refused(Exception):
+    """Raised while walking a model; its message is the reason."""
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _modes(model: nn.Module) -> tuple[tuple[nn.Module, bool, int], ...]:
+    return tuple((m, m.training, int(_hooked(m))) for m in model.modules())
+
+
+# ---- single layers ----------------------------------------------------------------------------
+
+
+def _affine(m: nn.Module) -> tuple[bool, bool]:
+    """Which of weight and bias there are (read where they lie: this runs on every call)."""
+    own = m._parameters
+    return own.get("weight") is not None, own.get("bias") is not None
+
+
+def _linear(m: nn.Linear) -> Layer:
+    return ("linear", m.in_features, m.out_features, m._parameters.get("bias") is not None)
+
+
+def _batch_norm(m: nn.BatchNorm1d) -> Layer:
+    if not m.training and m._buffers.get("running_mean") is not None:
+        raise _Refused("BatchNorm1d in eval mode would use running statistics")
+    return ("batch_norm", m.num_features, m.eps, *_affine(m))
+
+
+def _layer_norm(m: nn.LayerNorm) -> Layer:
+    if len(m.normalized_shape) != 1:
+        raise _Refused(f"LayerNorm over the shape {tuple(m.normalized_shape)}")
+    return ("layer_norm", m.normalized_shape[0], m.eps, *_affine(m))
+
+
+def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Layer:
+    if not negative_slope >= 0:
+        raise _Refused(f"LeakyReLU with negative_slope {negative_slope}")
+    return ("leaky_relu", float(negative_slope))
+
+
+def _elu(alpha: float = 1.0, inplace: bool = False) -> Layer:
+    if not alpha > 0:
+        raise _Refused(f"ELU with alpha {alpha}")
+    return ("elu", float(alpha))
+
+
+def _gelu(approximate: str = "none") -> Layer:
+    return ("gelu_tanh",) if approximate == "tanh" else ("gelu",)
+
+
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Layer:
+    if not beta > 0:
+        raise _Refused(f"Softplus with beta {beta}")
+    return ("softplus", float(beta), float(threshold))
+
+
+def _flatten(start_dim: int = 0, end_dim: int = -1) -> Layer:
+    if start_dim != 1 or end_dim != -1:
+        raise _Refused(f"Flatten from dimension {start_dim} to {end_dim}")
+    return FLATTEN
+
+
+def _dropout(m: nn.Dropout) -> Layer:
+    if m.training and m.p > 0:
+        raise _Refused("Dropout in training mode draws random numbers")
+    return IDENTITY
+
+
+_MODULES: dict[type, Callable[[Any], Layer]] = {
+    nn.Linear: _linear,
+    nn.BatchNorm1d: _batch_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.Identity: lambda m: IDENTITY,
+    nn.Dropout: _dropout,
+    nn.Flatten: lambda m: _flatten(m.start_dim, m.end_dim),
+    nn.ReLU: lambda m: ("relu",),
+    nn.LeakyReLU: lambda m: _leaky_relu(m.negative_slope),
+    nn.ELU: lambda m: _elu(m.alpha),
+    nn.Tanh: lambda m: ("tanh",),
+    nn.Sigmoid: lambda m: ("sigmoid",),
+    nn.SiLU: lambda m: ("silu",),
+    nn.GELU: lambda m: _gelu(m.approximate),
+    nn.Softplus: lambda m: _softplus(m.beta, m.threshold),
+}
+
+
+def _simple(layer: Layer) -> Callable[..., Layer]:
+    return lambda inplace=False: layer
+
+
+_FUNCTIONS: dict[Any, Callable[..., Layer]] = {
+    torch.relu: _simple(("relu",)),
+    F.relu: _simple(("relu",)),
+    torch.tanh: _simple(("tanh",)),
+    F.tanh: _simple(("tanh",)),
+    torch.sigmoid: _simple(("sigmoid",)),
+    F.sigmoid: _simple(("sigmoid",)),
+    F.silu: _simple(("silu",)),
+    F.leaky_relu: _leaky_relu,
+    F.elu: _elu,
+    F.gelu: _gelu,
+    F.softplus: _softplus,
+    torch.flatten: _flatten,
+}
+_METHODS: dict[str, Callable[..., Layer]] = {
+    "relu": _simple(("relu",)),
+    "tanh": _simple(("tanh",)),
+    "sigmoid": _simple(("sigmoid",)),
+    "flatten": _flatten,
+}
+
+
+def _leaf(module: nn.Module) -> Layer | None:
+    """The layer that a module is; None (never a described layer) where it no longer is one."""
+    describe_one = _MODULES.get(type(module))
+    if describe_one is None or _hooked(module) or "forward" in module.__dict__:
+        return None
+    try:
+        return describe_one(module)
+    except _Refused:
+        return None
+
+
+def _layer(name: str, module: nn.Module) -> Layer:
+    describe_one = _MODULES.get(type(module))
+    label = f"layer {name} ({type(module).__name__})" if name else type(module).__name__
+    if describe_one is None:
+        raise _Refused(f"{label} has no native kernel")
+    if _hooked(module):
+        raise _Refused(f"{label} has hooks")
+    if "forward" in module.__dict__:
+        raise _Refused(f"{label} has a forward of its own")
+    try:
+        return describe_one(module)
+    except _Refused as refusal:
+        raise _Refused(f"{label}: {refusal}") from None
+
+
+# ---- walking the model ------------------------------------------------------------------------
+
+
+@dataclass
+class _Step:
+    """One layer of the chain; `module` is None where the forward calls a function."""
+
+    layer: Layer
+    name: str
+    module: nn.Module | None
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    return type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[_Step]:
+    """The layers of a module, in the order of their use."""
+    if type(module) in _MODULES:
+        yield _Step(_layer(name, module), name, module)
+        return
+    if _hooked(module):
+        raise _Refused(f"{name or type(module).__name__} has hooks")
+    if _is_sequential(module):
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from _walk(child, _join(name, key))
+        return
+    if type(module).__module__.startswith("torch.nn.") or not module._modules:
+        _layer(name, module)  # raises: not a known layer
+    yield from _traced(module, name)
+
+
+class _Tracer(fx.Tracer):
+    """Looks into containers only; every known layer and every torch module stays one node."""
+
+    def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
+        return type(m) in _MODULES or _is_sequential(m) or super().is_leaf_module(m, qualname)
+
+
+def _is_rows(node: Any, current: fx.Node) -> bool:
+    """Whether a node is the number of rows: x.size(0), x.shape[0] or len(x)."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_method" and node.target == "size":
+        return node.args == (current, 0)
+    if node.op == "call_function" and node.target is operator.getitem and node.args[1] == 0:
+        shape = node.args[0]
+        if not isinstance(shape, fx.Node):
+            return False
+        if shape.op == "call_method":
+            return shape.target == "size" and shape.args == (current,)
+        return shape.target is getattr and shape.args == (current, "shape")
+    return False
+
+
+def _looks_at_shape(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target == "size"
+    return node.op == "call_function" and (
+        (node.target is getattr and node.args[1:] == ("shape",)) or node.target is operator.getitem
+    )
+
+
+def _called(node: fx.Node, name: str, current: fx.Node) -> Layer:
+    """The layer that a function or method call on the current value amounts to."""
+    if node.op == "call_method" and node.target in ("view", "reshape"):
+        shape = node.args[1:]
+        if len(shape) == 2 and _is_rows(shape[0], current) and shape[1] == -1:
+            return FLATTEN
+        raise _Refused(f"{name}: {node.target}{shape} is not a flattening of rows")
+    table: dict[Any, Callable[..., Layer]] = _METHODS if node.op == "call_method" else _FUNCTIONS
+    target = getattr(node.target, "__name__", str(node.target))
+    if node.target not in table:
+        raise _Refused(f"{name}: {target} has no native kernel, or is more than a chain")
+    try:
+        return table[node.target](*node.args[1:], **dict(node.kwargs))
+    except TypeError:
+        raise _Refused(f"{name}: {target} with arguments the native core lacks") from None
+
+
+def _traced(module: nn.Module, name: str) -> Iterator[_Step]:
+    """The layers of a module whose forward is found, by tracing it, to be a chain."""
+    label = name or type(module).__name__
+    try:
+        graph = _Tracer().trace(module)
+    except Exception as error:  # a stranger's forward may raise anything when traced
+        raise _Refused(
+            f"the forward of {label} cannot be traced ({type(error).__name__})"
+        ) from None
+    current: fx.Node | None = None
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if current is not None:
+                raise _Refused(f"the forward of {label} takes more than one input")
+            current = node
+            continue
+        first = node.args[0] if node.args else None
+        if node.op in ("call_method", "call_function") and _looks_at_shape(node):
+            continue  # only ever used by a view, which checks it
+        if first is not current or current is None:
+            raise _Refused(f"the forward of {label} is not a chain (at {node.name})")
+        if node.op == "output":
+            continue
+        if node.op == "call_module":
+            if len(node.args) != 1 or node.kwargs:
+                raise _Refused(f"the forward of {label} calls {node.target} with more inputs")
+            yield from _walk(module.get_submodule(str(node.target)), _join(name, str(node.target)))
+        elif node.op in ("call_function", "call_method"):
+            yield _Step(_called(node, label, current), name, None)
+        else:
+            raise _Refused(f"the forward of {label} uses {node.target} directly")
+        current = node
+
+
+# ---- the whole --------------------------------------------------------------------------------
+
+
+def _parameter_names(steps: list[_Step], model: nn.Module) -> tuple[str, ...]:
+    """The chain's parameters in its order; each of the model's exactly once."""
+    known = {id(p): n for n, p in model.named_parameters()}
+    names: list[str] = []
+    for step in steps:
+        if step.module is None:
+            continue
+        for key in ("weight", "bias"):
+            parameter = step.module._parameters.get(key)
+            if parameter is not None:
+                names.append(known[id(parameter)])
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise _Refused(f"parameter {twice} is used more than once")
+    unused = [n for n in known.values() if n not in set(names)]
+    if unused:
+        raise _Refused(f"parameter {unused[0]} is no part of the chain")
+    return tuple(names)
+
+
+def _widths(layers: list[Layer]) -> tuple[int, int]:
+    """(in_features, out_features) of the chain; refuses one whose layers do not fit."""
+    first: int | None = None
+    width: int | None = None
+    for layer in layers:
+        if layer[0] not in ("linear", "batch_norm", "layer_norm"):
+            continue
+        if width is not None and layer[1] != width:
+            raise _Refused(f"{layer[0]} of {layer[1]} features follows {width} features")
+        first = layer[1] if first is None else first
+        width = layer[2] if layer[0] == "linear" else layer[1]
+    if first is None or width is None:
+        raise _Refused("there is no layer with a number of features")
+    return first, width
+
+
+_SETTINGS = (bool, int, float, str, type(None))
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The plain values on a traced module, which its forward may depend on."""
+    if _is_sequential(module):
+        return {}
+    return {k: v for k, v in module.__dict__.items() if isinstance(v, _SETTINGS)}
+
+
+def _described(model: nn.Module) -> Description:
+    steps = list(_walk(model, ""))
+    names = _parameter_names(steps, model)
+    layers = [s.layer for s in steps if s.layer not in (FLATTEN, IDENTITY)]
+    in_features, out_features = _widths(layers)
+    kinds = [s.layer for s in steps if s.layer != IDENTITY]
+    return Description(
+        layers=tuple(layers),
+        names=names,
+        in_features=in_features,
+        out_features=out_features,
+        flattens=bool(kinds) and kinds[0] == FLATTEN,
+        batch_norm=any(layer[0] == "batch_norm" for layer in layers),
+        leaves=tuple((s.module, s.layer) for s in steps if s.module is not None),
+        containers=tuple(
+            (m, tuple(m._modules.values()), _settings(m))
+            for m in model.modules()
+            if type(m) not in _MODULES
+        ),
+    )
+
+
+def describe(model: nn.Module) -> Description | Unsupported:
+    """The chain of layers a model is, or the reason why the native core cannot run it."""
+    try:
+        return _described(model)
+    except _Refused as refusal:
+        return Unsupported(str(refusal), _modes(model), model)

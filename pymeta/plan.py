@@ -1,0 +1,243 @@
+"""What is known of a model before a call: its chain, what is adapted, and the native Problem.
+
+A `Plan` is made once and used by every call until the model is no longer what it was made from;
+`current_parameters` finds that out and reads the parameters, in a few microseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from pymeta import native, reference
+from pymeta.losses import Loss, check_width
+from pymeta.network import Description, Unsupported, describe
+from pymeta.optimizers import Rates, rates
+from pymeta.tasks import Expected
+
+DTYPE_CODES = {torch.float32: 4, torch.float64: 8}
+_PARAMETER_TYPES = (nn.Parameter, Tensor)
+
+
+def _signatures(parameters: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """What a plan depends on; the last entry says whether a parameter's pointer may be read."""
+    return [
+        (p.shape, p.dtype, p.device, p.requires_grad, p.is_contiguous() and not p.is_neg())
+        for p in parameters
+    ]
+
+
+def matching(patterns: Sequence[str] | None, names: Sequence[str]) -> frozenset[str]:
+    """The names that any of the fnmatch patterns matches; all of them where patterns is None.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    if patterns is None:
+        return frozenset(names)
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise ValueError(
+                f"adapt: the pattern {pattern!r} matches no parameter; "
+                f"there are {', '.join(names) or 'none'}"
+            )
+        matched.update(hits)
+    return frozenset(matched)
+
+
+def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    """Raise where no backend can work with these parameters."""
+    devices = {p.device for p in parameters.values()}
+    for name, p in parameters.items():
+        if isinstance(p, UninitializedParameter):
+            raise ValueError(
+                f"model: parameter {name} is not initialised yet; run the model once before"
+            )
+        if p.dtype.is_complex:
+            raise TypeError(f"model: parameter {name} is {p.dtype}; expected real numbers")
+    if len(devices) > 1:
+        found = ", ".join(sorted(str(d) for d in devices))
+        raise ValueError(f"model: expected all parameters on one device, got {found}")
+
+
+def _unfit(parameters: Mapping[str, Tensor]) -> str | None:
+    """Why the native core cannot read these parameters, if it cannot."""
+    dtypes = {p.dtype for p in parameters.values()}
+    if len(dtypes) > 1:
+        return f"parameters of different dtypes ({', '.join(sorted(map(str, dtypes)))})"
+    for name, p in parameters.items():
+        if p.dtype not in DTYPE_CODES:
+            return f"parameter {name} is {p.dtype}; the native core has float32 and float64"
+        if p.device.type != "cpu":
+            return f"the parameters are on {p.device}; the native core runs on the CPU"
+        if type(p) not in _PARAMETER_TYPES or p.layout is not torch.strided:
+            return f"parameter {name} is no plain dense tensor ({type(p).__name__})"
+    return None
+
+
+View: TypeAlias = tuple[torch.Size, tuple[int, ...], int]
+
+
+def views_of(shapes: Iterable[torch.Size]) -> list[View]:
+    """The parts of a flat buffer: `as_strided` arguments (shape, strides, offset) of each."""
+    views, offset = [], 0
+    for shape in shapes:
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        views.append((shape, strides, offset))
+        offset += shape.numel()
+    return views
+
+
+class Plan:
+    """A model, a loss and what is adapted, made ready for many calls.
+
+    Attributes:
+        names: the parameters, in the order of `named_parameters()`.
+        adapted: those the inner loop changes.
+        rates: how lr values are laid out.
+        expected: what inputs must be like.
+        reason: why the native core cannot run this; None where it can.
+        problem: the native Problem, where it can.
+        chain: for each parameter of the chain, in its order, the index into `names`.
+        lr_order: permutes a row of per-element lr values into the chain's order, where needed.
+        last: (tasks, support rows, query rows, steps, second order) of the last native call.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, patterns: Sequence[str] | None, per: str
+    ) -> None:
+        """Look at the model; raises TypeError or ValueError where no backend can run it."""
+        named = dict(model.named_parameters())
+        _check_parameters(named)
+        self.names = tuple(named)
+        self.signatures = _signatures(named.values())
+        self.dense = all(signature[-1] for signature in self.signatures)
+        self.owners = [_owner(model, name) for name in named]
+        self.trainable = [n for n, p in named.items() if p.requires_grad]
+        wanted = matching(patterns, self.names)
+        self.adapted = tuple(n for n in self.trainable if n in wanted)
+        self.rates: Rates = rates(per, {n: named[n].numel() for n in self.adapted})
+        self.description = describe(model)
+        self.expected = self._expected(loss, named)
+        self.problem: Any = None
+        self.chain: list[int] = []
+        self.lr_order: list[int] | None = None
+        self.last: tuple[int, int, int, int, bool] | None = None
+        self.lrs: dict[float, Tensor] = {}
+        self.reason = self._make_problem(loss, named)
+        self._lay_out_gradients(named)
+
+    def _expected(self, loss: Loss, named: Mapping[str, Tensor]) -> Expected:
+        first = next(iter(named.values()), None)
+        dtype = torch.get_default_dtype() if first is None else first.dtype
+        device = torch.device("cpu") if first is None else first.device
+        if isinstance(self.description, Unsupported):
+            return Expected(loss, dtype, device)
+        d = self.description
+        check_width(loss, d.out_features)
+        return Expected(
+            loss, dtype, device, d.in_features, d.out_features, d.flattens, d.batch_norm
+        )
+
+    def _make_problem(self, loss: Loss, named: Mapping[str, Tensor]) -> str | None:
+        """Make the native Problem; the reason why there is none, where there is none."""
+        reason = native.missing() or (
+            self.description.reason if isinstance(self.description, Unsupported) else _unfit(named)
+        )
+        if reason is not None:
+            return reason
+        assert isinstance(self.description, Description)
+        lib = native.extension()
+        chain = self.description.names
+        try:
+            network = lib.Network(self.description.layers)
+        except ValueError as error:
+            return str(error)
+        if list(network.parameter_sizes) != [named[n].numel() for n in chain]:
+            return "a parameter does not have the size that its layer says"
+        self.problem = lib.Problem(
+            network,
+            _native_loss(lib, loss),
+            [n in self.adapted for n in chain],
+            self._lr_groups(chain, named),
+        )
+        self.chain = [self.names.index(n) for n in chain]
+        return None
+
+    def _lr_groups(self, chain: Sequence[str], named: Mapping[str, Tensor]) -> list[int] | None:
+        """Each chain parameter's column; None, and `lr_order` set, where elements have theirs."""
+        if self.rates.groups is not None:
+            return [self.rates.groups.get(n, 0) for n in chain]
+        spans = [self.rates.spans[n] for n in chain if n in self.rates.spans]
+        if spans != sorted(spans):
+            self.lr_order = [column for first, end in spans for column in range(first, end)]
+        return None
+
+    def _lay_out_gradients(self, named: Mapping[str, Tensor]) -> None:
+        """One flat buffer for all gradients: where each parameter's begins, in its order."""
+        self.in_order = self.chain == list(range(len(self.names)))
+        self.trains = [p.requires_grad for p in named.values()]
+        self.sizes = [p.numel() for p in named.values() if p.requires_grad]
+        self.views = views_of([p.shape for p in named.values() if p.requires_grad])
+        self.total = sum(self.sizes)
+        self.dtype_code = DTYPE_CODES.get(self.expected.dtype, 0)
+        self.itemsize = itemsize = self.expected.dtype.itemsize
+        offsets, end = {}, 0
+        for name, size in zip(self.trainable, self.sizes, strict=True):
+            offsets[name] = end * itemsize
+            end += size
+        self.offsets = [offsets.get(self.names[i], -1) for i in self.chain]
+        self.no_offsets = [-1] * len(self.chain)
+
+    def current_parameters(self) -> list[Tensor] | None:
+        """The parameters in order of `names`; None where this plan is no longer the model's."""
+        try:
+            parameters = [owner[key] for owner, key in self.owners]
+            if _signatures(parameters) != self.signatures:
+                return None
+        except (KeyError, AttributeError):  # a parameter was removed, or is None now
+            return None
+        return parameters if self.description.is_current() else None
+
+    def lr_tensor(self, value: float) -> Tensor:
+        """A plain float lr as a [1] tensor of the parameters' dtype and device."""
+        tensor = self.lrs.get(value)
+        if tensor is None:
+            tensor = torch.tensor([value], dtype=self.expected.dtype, device=self.expected.device)
+            self.lrs = {value: tensor}
+        return tensor
+
+
+def _owner(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path)._parameters, key
+
+
+def _native_loss(lib: Any, loss: Loss) -> Any:
+    return lib.Loss(
+        loss.kind,
+        delta=loss.delta,
+        label_smoothing=loss.label_smoothing,
+        ignore_index=loss.ignore_index,
+        weight=loss.weight,
+        pos_weight=loss.pos_weight,
+    )
+
+
+def check_statistics(model: nn.Module) -> None:
+    """Raise ValueError where a normalisation layer would use its running statistics."""
+    name = reference.uses_running_statistics(model)
+    if name is not None:
+        raise ValueError(
+            f"model: {name} is in eval mode and would use running statistics, but pymeta "
+            f"normalises each set by its own: call .train() on it, or make it with "
+            f"track_running_stats=False"
+        )

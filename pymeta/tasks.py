@@ -1,0 +1,419 @@
+"""The tasks of one call: shapes, ragged sizes, dtypes. All checks of inputs live here.
+
+A `TaskSet` is the support side or the query side of all T tasks, in one of three forms:
+
+    uniform   x [T, rows, ...]     every task has `rows` rows
+    padded    x [T, rows, ...]     task t uses the first sizes[t] of its rows
+    packed    x [sum, ...]         task t's rows are starts[t] : starts[t] + sizes[t]
+
+Lists become uniform where all sizes are equal and packed otherwise. Nothing here looks at the
+values of a tensor, so a call costs no pass over the data: values (labels, weights, sizes) are
+checked by the native core as it reads them, and for the torch backend by `check_values`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pymeta.losses import Loss
+
+Rows: TypeAlias = Tensor | Sequence[Tensor]
+Sizes: TypeAlias = Tensor | Sequence[int] | None
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Names(NamedTuple):
+    """What the caller knows one side's arguments as, for messages."""
+
+    x: str
+    y: str
+    sizes: str
+    weights: str
+
+
+SUPPORT = Names("xs", "ys", "support_sizes", "support_weights")
+QUERY = Names("xq", "yq", "query_sizes", "query_weights")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the model and the loss ask of the inputs; None where it is not known."""
+
+    loss: Loss
+    dtype: torch.dtype
+    device: torch.device
+    in_features: int | None = None
+    out_features: int | None = None
+    flattens: bool = False
+    batch_norm: bool = False
+
+
+@dataclass
+class TaskSet:
+    """One side (support or query) of all tasks; see the module's head for the three forms."""
+
+    x: Tensor
+    y: Tensor | None
+    weights: Tensor | None
+    tasks: int
+    rows: int
+    names: Names
+    starts: Tensor | None = None
+    sizes: Tensor | None = None
+    lengths: list[int] | None = None  # of the list that came, where one came
+    reason: str | None = None  # why the native core cannot take this set, where it cannot
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every task has the same number of rows and x is [T, rows, ...]."""
+        return self.sizes is None
+
+    @property
+    def padded(self) -> bool:
+        """Whether x is [T, rows, ...] and some rows may only fill it up."""
+        return self.sizes is not None and self.starts is None
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of rows of each task."""
+        return [self.rows] * self.tasks if self.sizes is None else self.sizes.tolist()
+
+    def of_task(self, t: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Task t's own rows: x [rows, ...], y, weights [rows] (None where there are none)."""
+
+        def own(whole: Tensor | None) -> Tensor | None:
+            if whole is None:
+                return None
+            if self.starts is not None:
+                assert self.sizes is not None
+                return whole.narrow(0, int(self.starts[t]), int(self.sizes[t]))
+            return whole[t] if self.sizes is None else whole[t, : int(self.sizes[t])]
+
+        x = own(self.x)
+        assert x is not None
+        return x, own(self.y), own(self.weights)
+
+    def valid(self) -> Tensor | None:
+        """Which rows of a padded set are rows: bool [T, rows]; None where all of them are."""
+        if self.sizes is None or self.starts is not None:
+            return None
+        sizes = self.sizes.to(self.x.device)
+        return torch.arange(self.rows, device=self.x.device) < sizes.unsqueeze(-1)
+
+    def place(self, index: int) -> str:
+        """Task and row, as "task 3, row 7", of an index into the flattened rows."""
+        if self.starts is None:
+            return f"task {index // self.rows}, row {index % self.rows}"
+        task = int((self.starts <= index).nonzero()[-1])
+        while self.sizes is not None and int(self.sizes[task]) == 0:
+            task -= 1
+        return f"task {task}, row {index - int(self.starts[task])}"
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _need_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor with a leading task axis, or a list of tensors, "
+            f"one for each task; got {type(value).__name__}"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+
+
+def _check_list(name: str, values: Sequence[Any], y: bool) -> None:
+    """Raise unless these are tensors that differ in their number of rows only."""
+    if not values:
+        raise ValueError(
+            f"{name}: expected one tensor for each task, got an empty list "
+            f"(no tasks at all is a tensor of shape [0, rows, ...])"
+        )
+    first = values[0]
+    for t, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}[{t}]: expected a tensor, got {type(value).__name__}")
+        if value.ndim < (1 if y else 2):
+            shape = "[rows] or [rows, out]" if y else "[rows, features]"
+            raise ValueError(f"{name}[{t}]: expected shape {shape}, got {_shape(value)}")
+        if value.shape[1:] != first.shape[1:] or value.ndim != first.ndim:
+            raise ValueError(
+                f"{name}[{t}]: expected shape [rows{''.join(f', {n}' for n in first.shape[1:])}] "
+                f"as {name}[0] has, got {_shape(value)}"
+            )
+        if value.dtype != first.dtype or value.device != first.device:
+            raise ValueError(
+                f"{name}[{t}]: expected {first.dtype} on {first.device} as {name}[0], "
+                f"got {value.dtype} on {value.device}"
+            )
+
+
+def _joined(values: Sequence[Tensor], equal: bool) -> Tensor:
+    return torch.stack(tuple(values)) if equal else torch.cat(tuple(values))
+
+
+def _list_like(name: str, values: Any, x_name: str, lengths: list[int]) -> None:
+    """Raise unless `values` is a list whose tensors have the given numbers of rows."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(
+            f"{name}: expected a list of {len(lengths)} tensors because {x_name} is one, "
+            f"got {type(values).__name__}"
+        )
+    _check_list(name, values, y=True)
+    if len(values) != len(lengths):
+        raise ValueError(f"{name}: expected {len(lengths)} tensors as {x_name}, got {len(values)}")
+    for t, (value, rows) in enumerate(zip(values, lengths, strict=True)):
+        if value.shape[0] != rows:
+            raise ValueError(
+                f"{name}[{t}]: expected {rows} rows as {x_name}[{t}], got {value.shape[0]}"
+            )
+
+
+def _from_lists(names: Names, x: Any, y: Any, sizes: Any, weights: Any) -> TaskSet:
+    if sizes is not None:
+        raise ValueError(
+            f"{names.sizes}: expected None where {names.x} is a list (its tensors have their own "
+            f"sizes), got {type(sizes).__name__}"
+        )
+    _check_list(names.x, x, y=False)
+    lengths = [len(value) for value in x]
+    if y is not None:
+        _list_like(names.y, y, names.x, lengths)
+    if weights is not None:
+        _list_like(names.weights, weights, names.x, lengths)
+    equal = min(lengths) == max(lengths)
+    out = TaskSet(
+        x=_joined(x, equal),
+        y=None if y is None else _joined(y, equal),
+        weights=None if weights is None else _joined(weights, equal),
+        tasks=len(lengths),
+        rows=max(lengths),
+        names=names,
+        lengths=lengths,
+    )
+    if not equal:
+        out.sizes = torch.tensor(lengths, dtype=torch.int64)
+        out.starts = out.sizes.cumsum(0) - out.sizes
+    return out
+
+
+def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
+    """`sizes` as int64 [T] on the CPU; whether they are in range is checked with the values."""
+    if not isinstance(sizes, Tensor):
+        if not isinstance(sizes, (list, tuple)) or not all(type(n) is int for n in sizes):
+            raise TypeError(f"{name}: expected integers [T], got {type(sizes).__name__}")
+        sizes = torch.tensor(sizes, dtype=torch.int64)
+    if sizes.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected integers, got {sizes.dtype}")
+    if sizes.shape != (tasks,):
+        raise ValueError(f"{name}: expected shape [{tasks}], got {_shape(sizes)}")
+    return sizes.to("cpu", torch.int64).contiguous()
+
+
+def _from_tensors(names: Names, x: Tensor, y: Any, sizes: Any, weights: Any) -> TaskSet:
+    _need_tensor(names.x, x)
+    if x.ndim < 3:
+        raise ValueError(
+            f"{names.x}: expected shape [tasks, rows, features], got {_shape(x)} "
+            f"({x.ndim} dimensions)"
+        )
+    tasks, rows = x.shape[0], x.shape[1]
+    for name, value in ((names.y, y), (names.weights, weights)):
+        if value is not None:
+            _need_tensor(name, value)
+            if value.ndim < 2 or value.shape[0] != tasks or value.shape[1] != rows:
+                raise ValueError(
+                    f"{name}: expected shape [{tasks}, {rows}, ...] to match {names.x}, "
+                    f"got {_shape(value)}"
+                )
+    out = TaskSet(x, y, weights, tasks, rows, names)
+    if sizes is not None:
+        out.sizes = _check_sizes(names.sizes, sizes, tasks)
+    return out
+
+
+def _check_x(x: Tensor, names: Names, expected: Expected, lead: int) -> Tensor:
+    """`x`, flattened to [..., in] where the model begins with that; raises where it cannot fit."""
+    if x.dtype.is_complex:
+        raise TypeError(f"{names.x}: expected real numbers, got {x.dtype}")
+    if expected.in_features is None:
+        return x
+    if x.dtype != expected.dtype:
+        raise TypeError(
+            f"{names.x}: expected {expected.dtype} as the model's parameters have, got {x.dtype}"
+        )
+    if expected.flattens and x.ndim > lead + 1:
+        x = x.flatten(lead)
+    if x.shape[-1] != expected.in_features:
+        raise ValueError(
+            f"{names.x}: expected {expected.in_features} features, which is what the model "
+            f"takes, got {x.shape[-1]} (shape {_shape(x)})"
+        )
+    return x
+
+
+def _check_y(y: Tensor, names: Names, expected: Expected, lead: int, more_axes: bool) -> Tensor:
+    loss, out = expected.loss, expected.out_features
+    if loss.takes_classes:
+        if y.dtype not in _INTEGERS:
+            raise TypeError(
+                f"{names.y}: expected class indices (int64) for {loss.kind}, got {y.dtype}"
+            )
+        if y.ndim != lead:
+            raise ValueError(
+                f"{names.y}: expected class indices of shape [tasks, rows] for {loss.kind} "
+                f"(in a list: [rows]), got {y.ndim - lead} more dimensions: {_shape(y)}"
+            )
+        return y if y.dtype is torch.int64 else y.long()
+    if y.dtype != expected.dtype:
+        raise TypeError(
+            f"{names.y}: expected {expected.dtype} values for {loss.kind}, got {y.dtype}"
+        )
+    if out is None or more_axes:
+        return y
+    if (y.ndim == lead and out == 1) or (y.ndim == lead + 1 and y.shape[-1] == out):
+        return y
+    raise ValueError(
+        f"{names.y}: expected shape [tasks, rows, {out}]"
+        f"{' or [tasks, rows]' if out == 1 else ''}, got {_shape(y)}"
+    )
+
+
+def _check_weights(weights: Tensor, names: Names, expected: Expected, lead: int) -> Tensor:
+    if weights.dtype.is_complex:
+        raise TypeError(f"{names.weights}: expected real numbers, got {weights.dtype}")
+    if weights.ndim != lead:
+        raise ValueError(
+            f"{names.weights}: expected one weight for each row, shape [tasks, rows], "
+            f"got {_shape(weights)}"
+        )
+    return weights if weights.dtype == expected.dtype else weights.to(expected.dtype)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """`tensor` as it must lie in memory for its pointer to be read: contiguous, not negated."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _check_device(name: str, tensor: Tensor, expected: Expected) -> None:
+    if tensor.device != expected.device:
+        raise ValueError(
+            f"{name}: expected a tensor on {expected.device}, where the model's parameters are, "
+            f"got {tensor.device}"
+        )
+
+
+def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: Expected) -> TaskSet:
+    """Check one side's arguments and bring them into one of the three forms.
+
+    Args:
+        names: `SUPPORT` or `QUERY`.
+        x: [T, rows, ...], or a list of T tensors [rows_t, ...].
+        y: [T, rows] or [T, rows, out], or a list likewise; None where there are no targets.
+        sizes: how many of its rows each task uses, [T] integers, or None for all.
+        weights: [T, rows], a list of [rows_t], or None.
+        expected: what the model and the loss ask for.
+
+    Raises:
+        TypeError: something has the wrong type or dtype.
+        ValueError: something has the wrong shape or device.
+    """
+    listed = isinstance(x, (list, tuple))
+    out = (_from_lists if listed else _from_tensors)(names, x, y, sizes, weights)
+    lead = 1 if out.starts is not None else 2
+    _check_device(names.x, out.x, expected)
+    plain = type(out.x) in _PLAIN
+    out.x = _check_x(out.x, names, expected, lead)
+    more_axes = expected.in_features is not None and out.x.ndim > lead + 1
+    if more_axes:
+        out.reason = f"{names.x} has more than one feature axis"
+    if out.y is not None:
+        _check_device(names.y, out.y, expected)
+        plain = plain and type(out.y) in _PLAIN
+        out.y = _check_y(out.y, names, expected, lead, more_axes)
+    if out.weights is not None:
+        _check_device(names.weights, out.weights, expected)
+        plain = plain and type(out.weights) in _PLAIN
+        out.weights = _check_weights(out.weights, names, expected, lead)
+    if not plain:
+        out.reason = f"an input ({names.x}, {names.y} or {names.weights}) is a tensor subclass"
+    return out
+
+
+def check_same_tasks(support: TaskSet, query: TaskSet) -> None:
+    """Raise ValueError unless both sides have the same number of tasks."""
+    if support.tasks != query.tasks:
+        raise ValueError(
+            f"{query.names.x}: expected {support.tasks} tasks as {support.names.x} has, "
+            f"got {query.tasks}"
+        )
+
+
+def check_steps(steps: Any) -> int:
+    """`steps`, or TypeError / ValueError unless it is an integer >= 0."""
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps: expected an integer >= 0, got {type(steps).__name__}")
+    if steps < 0:
+        raise ValueError(f"steps: expected an integer >= 0, got {steps}")
+    return steps
+
+
+def _check_labels(s: TaskSet, loss: Loss, classes: int) -> None:
+    assert s.y is not None
+    wrong = ((s.y < 0) | (s.y >= classes)) & (s.y != loss.ignore_index)
+    valid = s.valid()
+    if valid is not None:
+        wrong = wrong & valid
+    if bool(wrong.any()):
+        index = int(wrong.flatten().nonzero()[0])
+        label = int(s.y.flatten()[index])
+        raise ValueError(f"{s.names.y}: {s.place(index)}: label {label} is not in 0..{classes - 1}")
+
+
+def _check_weight_values(s: TaskSet) -> None:
+    assert s.weights is not None
+    wrong = ~(s.weights >= 0) | s.weights.isinf()
+    valid = s.valid()
+    if valid is not None:
+        wrong = wrong & valid
+    if bool(wrong.any()):
+        index = int(wrong.flatten().nonzero()[0])
+        value = float(s.weights.flatten()[index])
+        raise ValueError(
+            f"{s.names.weights}: {s.place(index)}: weight {value} is not a finite number >= 0"
+        )
+
+
+def check_values(s: TaskSet, expected: Expected) -> None:
+    """The checks that read the data, for the torch backend (the native core has its own).
+
+    Raises:
+        ValueError: sizes, labels or weights out of range, or one row under BatchNorm.
+    """
+    if s.sizes is not None and s.starts is None:
+        wrong = (s.sizes < 0) | (s.sizes > s.rows)
+        if bool(wrong.any()):
+            task = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{s.names.sizes}: task {task}: size {int(s.sizes[task])} is not in 0..{s.rows}"
+            )
+    if expected.batch_norm and 1 in s.counts:
+        raise ValueError(
+            f"{s.names.x}: task {s.counts.index(1)} has one row, which batch normalisation "
+            f"cannot normalise: expected none or at least two"
+        )
+    if s.weights is not None:
+        _check_weight_values(s)
+    if s.y is not None and expected.loss.takes_classes and expected.out_features is not None:
+        _check_labels(s, expected.loss, expected.out_features)
