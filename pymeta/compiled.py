@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pymeta import fused
-from pymeta.tasks import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, task_set
+from pymeta.tasks import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
 
 if TYPE_CHECKING:
     from pymeta.maml import MAML, Outcome
@@ -83,16 +83,19 @@ def meta_gradient(
     query = _side(QUERY, maml, xq, yq, query_weights, query_sizes, packed[1])
     check_same_tasks(support, query)
     reason = plan.reason or support.reason or query.reason
+    if [(p.shape, p.dtype) for p in parameters] != [s[:2] for s in plan.signatures]:
+        reason = "its parameters have other shapes or dtypes"
     if reason is not None:
         raise RuntimeError(f"the model is not what was compiled: {reason}")
     rate = plan.lr_tensor(maml.lr) if lr is None else lr
+    parameters = [dense(p) for p in parameters]
     call = fused.Call(plan, parameters, rate, steps, maml.first_order, support, query)
     extras = (wanted[1], wanted[2], wanted[3])
     flat = call.losses.new_empty(0)
     if call.want(parameters, wanted[0], extras):
         flat = call.buffer()
         loss = call.run(flat)
-        flat = _in_given_order(call, flat, lr, xs, xq)
+        flat = _in_given_order(call, flat, lr)
     else:
         loss = call.run(None)
     predictions = call.predictions.flatten(0, 1) if _flat(query, packed[1]) else call.predictions
@@ -104,10 +107,8 @@ def _flat(query: TaskSet, packed: bool) -> bool:
     return packed and query.starts is None
 
 
-def _in_given_order(
-    call: fused.Call, flat: Tensor, lr: Tensor | None, xs: Tensor, xq: Tensor
-) -> Tensor:
-    """The flat gradient, with that of lr in lr's own order and dtype (the core may permute)."""
+def _in_given_order(call: fused.Call, flat: Tensor, lr: Tensor | None) -> Tensor:
+    """The flat gradient, with that of lr in lr's own order (the core may have it permuted)."""
     order = call.plan.lr_order
     if order is None or not call.extras[0] or lr is None:
         return flat

@@ -122,7 +122,8 @@ class Call:
             gradients,
             *extras,
         )
-        return self.losses.mean()
+        # of one task the sum is the mean, in half the time
+        return self.losses.sum() if support.tasks == 1 else self.losses.mean()
 
     def _extra_pointers(self, base: int) -> tuple[int, int, int]:
         """Where the gradients of lr, xs and xq begin in the flat buffer; 0 for those unwanted."""

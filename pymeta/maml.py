@@ -145,8 +145,8 @@ class MAML(nn.Module):
         """Make the learnable lr a parameter, one column for each value of a step."""
         columns = plan.rates.columns
         shape = (max(self.steps, 1), columns) if rate.per_step else (columns,)
-        options = {"dtype": plan.expected.dtype, "device": plan.expected.device}
-        self.lr = nn.Parameter(torch.full(shape, float(rate.initial), **options))
+        initial = torch.full(shape, float(rate.initial), dtype=plan.expected.dtype)
+        self.lr = nn.Parameter(initial.to(plan.expected.device))
         self._learns = plan.adapted
 
     # ---- calls --------------------------------------------------------------------------------
@@ -328,18 +328,27 @@ class MAML(nn.Module):
     def _current(self) -> tuple[Plan, list[Tensor]]:
         """The plan for the model as it is now, and its parameters in order."""
         plan = self.__dict__["_plan"]
+        if plan is not None:
+            parameters = plan.current_parameters()
+            if parameters is not None:
+                return plan, parameters
+        with reference.one_at_a_time():
+            return self._looked_at_anew(plan)
+
+    def _looked_at_anew(self, plan: Plan | None) -> tuple[Plan, list[Tensor]]:
+        """As `_current`, where the model may have changed and nobody is just calling it."""
         parameters = None if plan is None else plan.current_parameters()
-        if parameters is None:
-            self._shapes = {}
-            plan = Plan(self.model, self.loss, self.adapted_patterns, self._per)
-            if self._learns is not None and self._learns != plan.adapted:
-                raise ValueError(
-                    f"model: a learnable lr was made for the adapted parameters "
-                    f"{', '.join(self._learns)}, but now they are {', '.join(plan.adapted)}"
-                )
-            self._plan = plan
-            parameters = list(self.model.parameters())
-        return plan, parameters
+        if plan is not None and parameters is not None:
+            return plan, parameters
+        self._shapes = {}
+        plan = Plan(self.model, self.loss, self.adapted_patterns, self._per)
+        if self._learns is not None and self._learns != plan.adapted:
+            raise ValueError(
+                f"model: a learnable lr was made for the adapted parameters "
+                f"{', '.join(self._learns)}, but now they are {', '.join(plan.adapted)}"
+            )
+        self._plan = plan
+        return plan, plan.parameters
 
     def _lr(self, plan: Plan) -> Tensor:
         lr = self._parameters.get("lr")

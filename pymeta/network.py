@@ -316,6 +316,8 @@ def _traced(module: nn.Module, name: str) -> Iterator[_Step]:
                 raise _Refused(f"the forward of {label} takes more than one input")
             current = node
             continue
+        if node.op == "get_attr":
+            raise _Refused(f"the forward of {label} uses {node.target} directly")
         first = node.args[0] if node.args else None
         if node.op in ("call_method", "call_function") and _looks_at_shape(node):
             continue  # only ever used by a view, which checks it
@@ -327,10 +329,8 @@ def _traced(module: nn.Module, name: str) -> Iterator[_Step]:
             if len(node.args) != 1 or node.kwargs:
                 raise _Refused(f"the forward of {label} calls {node.target} with more inputs")
             yield from _walk(module.get_submodule(str(node.target)), _join(name, str(node.target)))
-        elif node.op in ("call_function", "call_method"):
-            yield _Step(_called(node, label, current), name, None)
         else:
-            raise _Refused(f"the forward of {label} uses {node.target} directly")
+            yield _Step(_called(node, label, current), name, None)
         current = node
 
 

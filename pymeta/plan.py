@@ -7,6 +7,7 @@ A `Plan` is made once and used by every call until the model is no longer what i
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -19,18 +20,15 @@ from pymeta import native, reference
 from pymeta.losses import Loss, check_width
 from pymeta.network import Description, Unsupported, describe
 from pymeta.optimizers import Rates, rates
-from pymeta.tasks import Expected
+from pymeta.tasks import Expected, dense
 
 DTYPE_CODES = {torch.float32: 4, torch.float64: 8}
 _PARAMETER_TYPES = (nn.Parameter, Tensor)
 
 
 def _signatures(parameters: Iterable[Tensor]) -> list[tuple[Any, ...]]:
-    """What a plan depends on; the last entry says whether a parameter's pointer may be read."""
-    return [
-        (p.shape, p.dtype, p.device, p.requires_grad, p.is_contiguous() and not p.is_neg())
-        for p in parameters
-    ]
+    """What a plan depends on besides which tensors they are."""
+    return [(p.shape, p.dtype, p.device, p.requires_grad, p.is_contiguous()) for p in parameters]
 
 
 def matching(patterns: Sequence[str] | None, names: Sequence[str]) -> frozenset[str]:
@@ -118,8 +116,9 @@ class Plan:
         named = dict(model.named_parameters())
         _check_parameters(named)
         self.names = tuple(named)
-        self.signatures = _signatures(named.values())
-        self.dense = all(signature[-1] for signature in self.signatures)
+        self.parameters: list[Tensor] = list(named.values())
+        self.signatures = _signatures(self.parameters)
+        self.dense = all(dense(p) is p for p in self.parameters)
         self.owners = [_owner(model, name) for name in named]
         self.trainable = [n for n, p in named.items() if p.requires_grad]
         wanted = matching(patterns, self.names)
@@ -198,9 +197,14 @@ class Plan:
         self.no_offsets = [-1] * len(self.chain)
 
     def current_parameters(self) -> list[Tensor] | None:
-        """The parameters in order of `names`; None where this plan is no longer the model's."""
+        """The parameters in order of `names`; None where this plan is no longer the model's.
+
+        None also while the torch backend, in another thread, has other tensors put in.
+        """
         try:
             parameters = [owner[key] for owner, key in self.owners]
+            if not all(map(operator.is_, parameters, self.parameters)):
+                return None
             if _signatures(parameters) != self.signatures:
                 return None
         except (KeyError, AttributeError):  # a parameter was removed, or is None now

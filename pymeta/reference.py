@@ -21,11 +21,12 @@ rows has loss 0 and gradient 0, so a task without support rows is not adapted.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,23 @@ Parameters: TypeAlias = dict[str, Tensor]
 Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # one task's x, y, row weights
 Apply: TypeAlias = Callable[[Parameters, Tensor], Tensor]
 
-# functional_call puts the given parameters into the module itself while it runs, so two threads
-# must not do that to one module at a time.
-_one_at_a_time = threading.RLock()
+_lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.RLock()  # the thread that held the old one did not survive the fork
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
+def one_at_a_time() -> AbstractContextManager:
+    """The lock that is held while `functional_call` has other tensors put into a module.
+
+    Whoever reads a module's parameters under it reads the module's own.
+    """
+    return _lock
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ def _own_statistics(model: nn.Module) -> Iterator[None]:
             layer._buffers.update(kept)
 
 
-def _normalised(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
+def _normalised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     centred = x - x.mean(axes, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
 
@@ -146,7 +161,7 @@ class _PlainNormalisation(TorchFunctionMode):
         ),
     }
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # noqa: D102
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         return self.written_out.get(function, function)(*args, **(kwargs or {}))
 
 
@@ -162,7 +177,7 @@ def applied(model: nn.Module) -> Iterator[Apply]:
 
     # of torch's attention kernels only the plain one can be differentiated twice
     plain_attention = sdpa_kernel([SDPBackend.MATH])
-    with _one_at_a_time, _own_statistics(model), _PlainNormalisation(), plain_attention:
+    with one_at_a_time(), _own_statistics(model), _PlainNormalisation(), plain_attention:
         yield apply
 
 
@@ -272,8 +287,8 @@ def meta_loss(
 
         done = _vmapped(one, (support, query))
         if done is not None:
-            losses, predictions = done  # type: ignore[misc]
-            return losses.mean(), losses, predictions
+            each_loss, predictions = cast(tuple[Tensor, Tensor], done)
+            return each_loss.mean(), each_loss, predictions
         each = _loop(one, (support, query), support.tasks)
     losses = torch.stack([loss for loss, _ in each])
     return losses.mean(), losses, [outputs for _, outputs in each]
@@ -347,7 +362,7 @@ def output_shape(
     rows = 3
     values = {name: p.detach().to("meta") for name, p in model.named_parameters()}
     values |= {name: b.to("meta") for name, b in model.named_buffers()}
-    with _one_at_a_time, torch.no_grad():
+    with one_at_a_time(), torch.no_grad():
         try:
             x = torch.empty((rows, *features), dtype=dtype, device="meta")
             shape = torch.func.functional_call(model, values, (x,)).shape

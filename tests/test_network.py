@@ -1,0 +1,221 @@
+"""describe: which modules are chains, which are not and why, and when it must look again."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pymeta.network import Description, Unsupported, describe
+
+KNOWN = [
+    (nn.ReLU(), ("relu",)),
+    (nn.ReLU(inplace=True), ("relu",)),
+    (nn.LeakyReLU(0.2), ("leaky_relu", 0.2)),
+    (nn.ELU(0.7), ("elu", 0.7)),
+    (nn.Tanh(), ("tanh",)),
+    (nn.Sigmoid(), ("sigmoid",)),
+    (nn.SiLU(), ("silu",)),
+    (nn.GELU(), ("gelu",)),
+    (nn.GELU("tanh"), ("gelu_tanh",)),
+    (nn.Softplus(2.0, 10.0), ("softplus", 2.0, 10.0)),
+    (nn.Linear(3, 3, bias=False), ("linear", 3, 3, False)),
+    (nn.LayerNorm(3, eps=1e-3), ("layer_norm", 3, 1e-3, True, True)),
+    (nn.LayerNorm(3, bias=False), ("layer_norm", 3, 1e-5, True, False)),
+    (nn.LayerNorm(3, elementwise_affine=False), ("layer_norm", 3, 1e-5, False, False)),
+    (nn.BatchNorm1d(3), ("batch_norm", 3, 1e-5, True, True)),
+    (nn.BatchNorm1d(3, affine=False, eps=0.1), ("batch_norm", 3, 0.1, False, False)),
+]
+
+
+@pytest.mark.parametrize("module, layer", KNOWN, ids=lambda v: str(v)[:20])
+def test_every_known_layer(module, layer):
+    found = describe(nn.Sequential(nn.Linear(2, 3), module))
+    assert isinstance(found, Description)
+    assert found.layers == (("linear", 2, 3, True), layer)
+    own = [f"1.{n}" for n, _ in module.named_parameters()]
+    assert list(found.names) == ["0.weight", "0.bias", *own]
+    assert (found.in_features, found.out_features) == (2, 3)
+    assert found.batch_norm == (layer[0] == "batch_norm")
+
+
+def test_nested_chains_and_layers_that_do_nothing():
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Sequential(nn.Identity(), nn.Linear(2, 3), nn.Sequential(nn.Tanh(), nn.Dropout(0.0))),
+        nn.Dropout(0.5).eval(),
+        nn.Linear(3, 4),
+    )
+    found = describe(net)
+    assert found.layers == (("linear", 2, 3, True), ("tanh",), ("linear", 3, 4, True))
+    assert found.names == ("1.1.weight", "1.1.bias", "3.weight", "3.bias")
+    assert found.flattens
+    assert not describe(net[1]).flattens
+    assert describe(nn.Linear(2, 1)).names == ("weight", "bias")
+
+
+class Written(nn.Module):
+    """A chain as people write it."""
+
+    def __init__(self, deep=True):
+        super().__init__()
+        self.out = nn.Linear(4, 2)
+        self.body = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
+        self.deep = deep
+
+    def forward(self, x):
+        x = x.view(x.size(0), -1)
+        x = F.leaky_relu(self.body(x), 0.2)
+        x = torch.tanh(x).sigmoid()
+        if self.deep:
+            x = F.gelu(F.elu(x, alpha=0.5), approximate="tanh")
+        return self.out(x)
+
+
+def test_a_forward_that_is_a_chain():
+    net = Written()
+    found = describe(net)
+    names = [layer[0] for layer in found.layers]
+    assert names == [
+        "linear", "layer_norm", "leaky_relu", "tanh", "sigmoid", "elu", "gelu_tanh", "linear"
+    ]  # fmt: skip
+    assert found.layers[2] == ("leaky_relu", 0.2) and found.layers[5] == ("elu", 0.5)
+    assert found.names[0] == "body.0.weight" and found.names[-1] == "out.bias"
+    assert found.flattens and found.in_features == 6
+    assert found.is_current()
+    net.deep = False
+    assert not found.is_current()
+    assert len(describe(net).layers) == 6
+    nested = nn.Sequential(net, nn.ReLU())
+    assert describe(nested).names[0] == "0.body.0.weight"
+
+
+@pytest.mark.parametrize(
+    "flatten",
+    [
+        lambda x: x.flatten(1),
+        lambda x: torch.flatten(x, 1),
+        lambda x: x.reshape(x.shape[0], -1),
+        lambda x: x.view(x.size()[0], -1),
+    ],
+)
+def test_ways_to_flatten(flatten):
+    class Net(Written):
+        def forward(self, x):
+            return self.out(self.body(flatten(x)))
+
+    found = describe(Net())
+    assert isinstance(found, Description) and found.flattens
+
+
+def forward_as(function):
+    """A module with two layers and this forward."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return function(self, x)
+
+    net = Net()
+    if function.__code__.co_names.count("scale") == 0:
+        del net.scale
+    return net
+
+
+REFUSED = {
+    "conv": (nn.Sequential(nn.Conv1d(1, 2, 3)), r"layer 0 \(Conv1d\) has no native kernel"),
+    "prelu": (nn.Sequential(nn.Linear(2, 2), nn.PReLU()), r"layer 1 \(PReLU\)"),
+    "dropout": (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), r"layer 1 .*training mode"),
+    "slope": (nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(-1)), r"negative_slope -1"),
+    "elu": (nn.Sequential(nn.Linear(2, 2), nn.ELU(0)), r"ELU with alpha 0"),
+    "softplus": (nn.Sequential(nn.Linear(2, 2), nn.Softplus(-1)), r"Softplus with beta -1"),
+    "norm shape": (nn.Sequential(nn.LayerNorm((2, 3))), r"LayerNorm over the shape \(2, 3\)"),
+    "eval norm": (nn.BatchNorm1d(2).eval(), r"running statistics"),
+    "flatten": (nn.Sequential(nn.Flatten(0), nn.Linear(2, 2)), r"Flatten from dimension 0"),
+    "lstm": (nn.LSTM(2, 2), r"LSTM has no native kernel"),
+    "no layer": (nn.Sequential(nn.ReLU()), r"no layer with a number of features"),
+    "widths": (nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)), r"4 features follows 3"),
+    "skip": (forward_as(lambda s, x: s.b(s.a(x)) + x), r"not a chain|add has no native"),
+    "fork": (forward_as(lambda s, x: s.b(x)), r"parameter a\.weight is no part of the chain"),
+    "twice": (forward_as(lambda s, x: s.b(s.a(s.a(x)))), r"parameter a\.weight is used more"),
+    "direct": (forward_as(lambda s, x: s.b(s.a(x * s.scale))), r"uses scale directly"),
+    "function": (forward_as(lambda s, x: s.b(torch.cos(s.a(x)))), r"cos has no native kernel"),
+    "branch": (forward_as(lambda s, x: s.a(s.b(x)) if x.sum() > 0 else x), r"cannot be traced"),
+    "row": (forward_as(lambda s, x: s.b(s.a(x))[0]), r"not a chain"),
+    "view": (forward_as(lambda s, x: s.b(s.a(x).view(-1, 3))), r"not a flattening"),
+    "argument": (
+        forward_as(lambda s, x: s.b(F.gelu(s.a(x), approximate="tanh", foo=1))),
+        r"cannot be traced|arguments",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_say_why(case):
+    module, reason = REFUSED[case]
+    found = describe(module)
+    assert isinstance(found, Unsupported)
+    assert re.search(reason, found.reason), found.reason
+    assert found.is_current()
+
+
+def test_subclasses_and_exchanged_forwards_are_not_taken_for_known_layers():
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert isinstance(describe(nn.Sequential(Mine(2, 2))), Unsupported)
+
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    assert isinstance(describe(Residual(nn.Linear(2, 2))), Unsupported)
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].forward = lambda x: x
+    assert "forward of its own" in describe(net).reason
+
+
+def test_tied_weights_are_refused():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].weight = net[0].weight
+    assert "used more than once" in describe(net).reason
+
+
+def test_what_makes_a_description_stale():
+    def fresh():
+        return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Sequential(nn.LeakyReLU()))
+
+    changes = {
+        "exchange": lambda n: n.__setitem__(1, nn.LayerNorm(3)),
+        "append": lambda n: n.append(nn.Linear(3, 1)),
+        "nested": lambda n: n[2].__setitem__(0, nn.Tanh()),
+        "remove": lambda n: n.__delitem__(2),
+        "eval": lambda n: n.eval(),
+        "hook": lambda n: n[0].register_forward_hook(lambda *a: None),
+        "outer hook": lambda n: n.register_forward_pre_hook(lambda *a: None),
+        "setting": lambda n: setattr(n[2][0], "negative_slope", 0.5),
+        "eps": lambda n: setattr(n[1], "eps", 0.5),
+        "bias": lambda n: n[0].register_parameter("bias", None),
+        "forward": lambda n: setattr(n[0], "forward", torch.relu),
+    }
+    for name, change in changes.items():
+        net = fresh()
+        found = describe(net)
+        assert found.is_current(), name
+        change(net)
+        assert not found.is_current(), name
+
+
+def test_an_unsupported_model_is_looked_at_again_when_it_changes():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    found = describe(net)
+    assert found.is_current()
+    net.eval()
+    assert not found.is_current()
+    assert isinstance(describe(net), Description)

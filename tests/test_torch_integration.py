@@ -1,0 +1,230 @@
+"""MAML inside torch: optimisers, clipping, encoders below it, torch.compile, gradcheck."""
+
+import pytest
+import torch
+from helpers import LOSSES, assert_close, batch, gradients, mlp
+from torch import nn
+
+import pymeta
+
+
+def make(net, **options):
+    options = {"loss": "mse", "lr": 0.1, "steps": 2, "backend": "native", **options}
+    return pymeta.MAML(net, **options)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck_through_the_native_call(loss):
+    module = make(mlp(2, 3, 2), loss=loss, lr=pymeta.LearnableLR(0.1, "layer", per_step=True))
+    xs, ys, xq, yq = batch(loss, tasks=2, support=3, query=2)
+
+    def outcome(xs, xq, *values):
+        for p, v in zip(module.parameters(), values, strict=True):
+            p.data = v.detach()
+        return Given.apply(module, xs, xq, ys, yq, *values)
+
+    class Given(torch.autograd.Function):
+        """The module as a function of values for its parameters."""
+
+        @staticmethod
+        def forward(ctx, module, xs, xq, ys, yq, *values):
+            with torch.enable_grad():
+                xs, xq = (v.detach().requires_grad_() for v in (xs, xq))
+                loss = module(xs, ys, xq, yq).loss
+            ctx.found = torch.autograd.grad(loss, [xs, xq, *module.parameters()])
+            return loss.detach()
+
+        @staticmethod
+        def backward(ctx, g):
+            gx, gq, *rest = (g * f for f in ctx.found)
+            return None, gx, gq, None, None, *rest
+
+    inputs = [xs, xq, *(p.detach().clone() for p in module.parameters())]
+    assert torch.autograd.gradcheck(outcome, tuple(v.requires_grad_() for v in inputs))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_training_with_clipping_learns(optimizer, backend):
+    net = mlp(1, 16, 1)
+    module = make(net, backend=backend, lr=pymeta.LearnableLR(0.05))
+    opt = optimizer(module.parameters(), lr=0.01)
+    slope = torch.randn(8, 1, 1).double()
+    xs, xq = torch.randn(8, 5, 1).double(), torch.randn(8, 5, 1).double()
+    losses = []
+    for _ in range(40):
+        out = module(xs, slope * xs, xq, slope * xq)
+        opt.zero_grad()
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        assert norm.isfinite()
+        opt.step()
+        losses.append(out.loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert module.lr.item() != 0.05
+
+
+def test_gradients_accumulate_over_calls():
+    net = mlp(2, 4, 2)
+    module, one, two = make(net), batch(), batch()
+    wanted = [
+        a + b
+        for a, b in zip(
+            gradients(module(*one).loss, *net.parameters()),
+            gradients(module(*two).loss, *net.parameters()),
+            strict=True,
+        )
+    ]
+    module(*one).loss.backward()
+    module(*two).loss.backward()
+    assert_close([p.grad for p in net.parameters()], wanted)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_an_encoder_below_learns(backend):
+    """Gradients to xs and xq: a head adapted by MAML over an encoder trained by autograd."""
+    encoder, head = nn.Linear(4, 2).double(), mlp(2, 3, 1)
+    xs, ys, xq, yq = batch(inputs=4, out=1)
+    loss = make(head, backend=backend)(encoder(xs), ys, encoder(xq), yq).loss
+    found = gradients(loss, *encoder.parameters())
+    step = 1e-6
+    direction = torch.randn_like(encoder.weight)
+    values = []
+    for sign in (1, -1):
+        moved = nn.functional.linear
+        weight = encoder.weight.detach() + sign * step * direction
+        values.append(
+            make(head, backend=backend)(
+                moved(xs, weight, encoder.bias), ys, moved(xq, weight, encoder.bias), yq
+            ).loss.item()
+        )
+    slope = (values[0] - values[1]) / (2 * step)
+    assert abs(slope - (found[0] * direction).sum().item()) < 1e-7 * max(1, abs(slope))
+
+
+def test_gradients_of_chosen_tensors_only():
+    net, data = mlp(2, 4, 2), batch()
+    module = make(net)
+    everything = gradients(module(*data).loss, *net.parameters())
+    (bias,) = torch.autograd.grad(module(*data).loss, [net[2].bias])
+    assert torch.equal(bias, everything[3])
+    module(*data).loss.backward(inputs=[net[0].weight])
+    assert net[0].bias.grad is None
+    assert torch.equal(net[0].weight.grad, everything[0])
+
+
+def test_hooks_on_parameters_run():
+    net, data = mlp(2, 4, 2), batch()
+    seen = []
+    net[0].weight.register_hook(lambda g: seen.append(g.clone()))
+    make(net)(*data).loss.backward()
+    assert len(seen) == 1 and torch.equal(seen[0], net[0].weight.grad)
+
+
+def test_hooks_on_layers_make_it_fall_back():
+    net, data, seen = mlp(2, 4, 2), batch(), []
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=1)
+    wanted = module(*data).loss
+    handle = net[1].register_forward_hook(lambda *a: seen.append(1))
+    with pytest.warns(UserWarning, match=r"layer 1 \(Tanh\) has hooks"):
+        assert_close(module(*data).loss, wanted)
+    assert seen
+    handle.remove()
+    assert module.explain().startswith("native-cpu")
+
+
+def test_parametrizations_fall_back_and_are_right():
+    net, data = mlp(2, 4, 2), batch()
+    torch.nn.utils.parametrizations.weight_norm(net[0])
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=1)
+    with pytest.warns(UserWarning, match="layer 0 .*has no native kernel"):
+        loss = module(*data).loss
+    assert all(g.any() for g in gradients(loss, *net.parameters()))
+
+
+# ---- torch.compile ----------------------------------------------------------------------------
+
+
+def compiled_agrees(module, *data, inputs=(), **options):
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    wanted, got = module(*data, **options), compiled(*data, **options)
+    assert_close(got.loss, wanted.loss)
+    assert_close(got.task_losses, wanted.task_losses)
+    assert_close(got.predictions, wanted.predictions)
+    tensors = [*(p for p in module.parameters() if p.requires_grad), *inputs]
+    assert_close(gradients(got.loss, *tensors), gradients(wanted.loss, *tensors))
+    assert not got.predictions[0].requires_grad
+
+
+@pytest.mark.parametrize("lr", [0.1, pymeta.LearnableLR(0.1, "parameter", per_step=True)])
+def test_compile_a_uniform_call(lr):
+    xs, ys, xq, yq = batch("cross_entropy", out=3)
+    xs.requires_grad_()
+    xq.requires_grad_()
+    net = mlp(2, 4, 3)
+    net[0].bias.requires_grad_(False)
+    module = make(net, loss="cross_entropy", lr=lr)
+    compiled_agrees(module, xs, ys, xq, yq, inputs=(xs, xq), query_weights=torch.rand(3, 4))
+    compiled_agrees(module, xs, ys, xq, yq, inputs=(xs, xq), support_sizes=[1, 5, 0], steps=3)
+
+
+def test_compile_a_ragged_call():
+    xs, ys, xq, yq = batch()
+    data = ([xs[0], xs[1, :2], xs[2, :4]], [ys[0], ys[1, :2], ys[2, :4]], list(xq), list(yq))
+    compiled_agrees(make(mlp(2, 4, 2)), *data)
+
+
+def test_compile_in_a_larger_graph_and_without_grad():
+    encoder, module, data = nn.Linear(2, 2).double(), make(mlp(2, 4, 2)), batch()
+
+    def step(xs, ys, xq, yq):
+        out = module(encoder(xs).relu(), ys, encoder(xq).relu(), yq)
+        return out.loss * 2 + encoder.weight.square().sum(), out.task_losses
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    parameters = [*encoder.parameters(), *module.parameters()]
+    assert_close(gradients(compiled(*data)[0], *parameters), gradients(step(*data)[0], *parameters))
+    with torch.no_grad():
+        got = compiled(*data)
+    assert not got[0].requires_grad
+    assert_close(got, [v.detach() for v in step(*data)])
+
+
+def test_compile_sees_new_weights_and_leaves_the_fallback_to_eager_mode():
+    net, data = mlp(2, 4, 2), batch()
+    module = make(net)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled(*data)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    assert_close(compiled(*data).loss, module(*data).loss)
+    slow = make(net, backend="torch")
+    assert_close(torch.compile(slow, backend="aot_eager")(*data).loss, slow(*data).loss)
+
+
+def test_compile_a_chain_used_in_another_order_than_its_parameters():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 2), nn.Linear(2, 4)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x)))
+
+    module = make(Odd().double(), lr=pymeta.LearnableLR(0.1, "parameter"))
+    with torch.no_grad():
+        module.lr.uniform_(0.05, 0.2)
+    compiled_agrees(module, *batch())
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_opcheck(learnable):
+    module = make(mlp(2, 3, 2), lr=pymeta.LearnableLR(0.1, "layer") if learnable else 0.1)
+    xs, ys, xq, yq = batch()
+    xs.requires_grad_()
+    arguments = (
+        module._handle, list(module.model.parameters()), module.lr if learnable else None,
+        xs, ys, None, None, xq, yq, torch.rand(3, 4), torch.tensor([4, 2, 0]),
+        [False, False], 2, [True, learnable, True, False],
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.pymeta.meta_gradient.default, arguments)
