@@ -228,9 +228,11 @@ class Problem {
       using Real = decltype(real);
       std::vector<Real*> starts;
       bool stacked[kMaxTensors] = {};
+      const int no_groups[kMaxTensors] = {};
       std::copy(per_task.begin(), per_task.end(), stacked);
       Call<Real> call = describe<Real>(parameters, starts, 0, 1, 0, 0, tasks);
       call.lr.per_element = false;
+      call.lr.groups = no_groups;
       call.adapted = stacked;
       call.parameter_per_task = stacked;
       call.query = rows<Real>(query);

@@ -14,6 +14,7 @@
 // no u, yet receives its gradient from every pass.
 #pragma once
 
+#include "factored.h"
 #include "layers.h"
 #include "losses.h"
 #include "optimizers.h"
@@ -41,6 +42,10 @@ struct ItemSet {
 struct Totals {
   Real* gradient;     // [parameters]
   Real* lr_gradient;  // per element: [lr.rows, parameters]; otherwise [lr.rows, lr.columns, kWidth]
+  bool fresh;         // nothing was added to `gradient` yet, and its memory holds anything...
+  std::size_t clear;  // ...except from this place on, where it holds zeros
+
+  const Real* base(std::size_t place) const { return fresh && place < clear ? nullptr : gradient + place; }
 };
 
 template <class X>
@@ -75,9 +80,14 @@ class InnerLoop {
 
   Parameters start() const { return {this, shared_.theta, shared_.theta_transposed}; }
 
+  // The item's first layer, where it is a factored one; null otherwise.
+  void set_factored(FactoredLayer<X>* layer) { factored_ = layer; }
+
   // K inner steps; returns theta[K].
   Parameters adapt(const ItemSet& support) {
     Parameters theta = start();
+    if constexpr (X::kFactors)
+      if (factored_) factored_->begin(support.x, support.extent);
     for (int k = 0; k < call_.steps; ++k) theta = inner_step(k, theta, support);
     return theta;
   }
@@ -85,14 +95,16 @@ class InnerLoop {
   // Forward pass: outputs() holds the raw outputs, class-major; returns the loss of each task, if there are targets.
   Vec evaluate(const Parameters& theta, const ItemSet& query) {
     const Tape tape{this, &ws_.query_tape, memory_ + ws_.query};
-    forward(theta, query, tape);
+    forward(theta, query, tape, /*is_query=*/true);
     return query.targets ? X::sum_rows_in_order(query.extent, tape.at(ws_.query_tape.row_losses)) : zero();
   }
   const Real* outputs() const { return memory_ + ws_.query + ws_.query_tape.y; }
 
-  // Everything: returns the query loss of each task, adds the meta-gradient to `totals`.
+  // Everything: returns the query loss of each task, adds the meta-gradient to `totals` (all of it, with each item).
   Vec meta_gradient(const ItemSet& support, const ItemSet& query, const Totals& totals) {
     const Parameters theta = adapt(support);
+    if constexpr (X::kFactors)
+      if (factored_) factored_->begin_query(query.x, query.extent, support.x);
     const Vec loss = evaluate(theta, query);
     if (!call_.wants_gradient()) return loss;
     const bool keep_v = call_.second_order() || (call_.lr_gradient && call_.steps > 0);
@@ -100,14 +112,19 @@ class InnerLoop {
     Real* v = memory_ + ws_.v;
     backward(theta, query, tape, [&](int t) {
       const std::size_t place = layout_.tensors[t].place;
-      return keep_v ? Sink{v + place} : Sink{totals.gradient + place, totals.gradient + place};
+      return keep_v ? Sink{v + place} : Sink{totals.gradient + place, totals.base(place)};
     });
+    if constexpr (X::kFactors)
+      if (factored_) factored_->begin_reverse(tape.d(0));
     if (call_.second_order()) {
       for (int k = call_.steps - 1; k >= 0; --k) reverse_step(k, support, totals);
     } else if (keep_v) {
       for (int k = call_.steps - 1; k >= 0; --k) rate_gradient(k, totals);
-      for (std::size_t i = 0; i < layout_.size; i += kWidth)
-        store(totals.gradient + i, load(totals.gradient + i) + load(v + i));
+      const std::size_t summed = factored_ ? layout_.size_without_first : layout_.size;
+      for (std::size_t i = 0; i < summed; i += kWidth) {
+        const Real* base = totals.base(i);
+        store(totals.gradient + i, base ? load(base) + load(v + i) : load(v + i));
+      }
     }
     return loss;
   }
@@ -153,7 +170,7 @@ class InnerLoop {
   void each_adapted(Body body) const {
     for (int t = 0; t < network_.tensor_count; ++t)
       if (call_.adapted[t])
-        body(t, layout_.tensors[t].place, static_cast<std::size_t>(layout_.tensors[t].outer) * layout_.tensors[t].row);
+        body(t, layout_.tensors[t].place, layout_.scalars(t));
   }
 
   bool is_narrow(int l) const { return layout_.narrow && l == network_.layer_count - 1; }
@@ -170,8 +187,11 @@ class InnerLoop {
       if (fused) return Sink{own + place, theta.tensor(t), nullptr, -sgd_.rate(k, t)};
       return Sink{gradient(k) + place};
     }, /*input_delta=*/false);
+    if constexpr (X::kFactors)
+      if (factored_) factored_->step(tape.d(0), sgd_.uniform_rate(k));
     if (!fused)
       each_adapted([&](int t, std::size_t place, std::size_t size) {
+        if (is_factored_tensor(t)) return;
         sgd_.step(k, t, place, size, theta.tensor(t), gradient(k) + place, own + place);
       });
     transpose(own, const_cast<Real*>(next.own_transposed));
@@ -182,10 +202,31 @@ class InnerLoop {
     if (!call_.lr_gradient) return;
     each_adapted([&](int t, std::size_t place, std::size_t size) {
       Real* into = totals.lr_gradient;
+      if (is_factored_tensor(t)) return;
       into += sgd_.per_element() ? sgd_.row(k) * layout_.size + place
                                  : (static_cast<std::size_t>(sgd_.row(k)) * call_.lr.columns + sgd_.group(t)) * kWidth;
       sgd_.rate_vjp(size, gradient(k) + place, memory_ + ws_.v + place, into);
     });
+    if constexpr (X::kFactors)
+      if (factored_) {
+        Real* into = totals.lr_gradient +
+                     (static_cast<std::size_t>(sgd_.row(k)) * call_.lr.columns + sgd_.group(network_.layers[0].weight)) * kWidth;
+        store(into, load(into) - factored_->rate_gradient(support_tape(k).d(0)));
+      }
+  }
+
+  // The factored first layer stands in for a linear one; only executors that have it know how.
+
+  bool is_factored_layer(int l) const { return X::kFactors && l == 0 && factored_; }
+  bool is_factored_tensor(int t) const { return X::kFactors && factored_ && t == network_.layers[0].weight; }
+  void factored_apply(bool to_query, const Real* bias, const Destination& to) const {
+    if constexpr (X::kFactors) factored_->apply(to_query, bias, to);
+  }
+  void factored_apply_direction(const Real* bias, const Destination& to) const {
+    if constexpr (X::kFactors) factored_->apply_direction(bias, to);
+  }
+  void factored_accumulate(const Real* rd, Real scale) const {
+    if constexpr (X::kFactors) factored_->accumulate(rd, scale);
   }
 
   // v += H[k] u; for the first step the sum goes straight into the totals.
@@ -209,7 +250,7 @@ class InnerLoop {
     tangent_backward(theta, direction, support, tape, k == call_.steps - 1, scale, [&](int t) {
       const std::size_t place = layout_.tensors[t].place;
       if (k > 0) return Sink{v + place, v + place, nullptr, scale};
-      return Sink{totals.gradient + place, totals.gradient + place, v + place, scale};
+      return Sink{totals.gradient + place, totals.base(place), v + place, scale};
     });
   }
 
@@ -236,7 +277,7 @@ class InnerLoop {
 
   // ---- the passes ----------------------------------------------------------------------------------------------
 
-  void forward(const Parameters& theta, const ItemSet& set, const Tape& tape) {
+  void forward(const Parameters& theta, const ItemSet& set, const Tape& tape, bool is_query = false) {
     const int last = network_.layer_count - 1;
     Real* y = tape.at(tape.layout->y);
     for (int l = 0; l <= last; ++l) {
@@ -250,6 +291,8 @@ class InnerLoop {
         const Term term{in, theta.tensor(layer.weight)};
         if (is_narrow(l))
           X::narrow_apply(layer, set.extent, &term, 1, theta.tensor(layer.bias), y);
+        else if (is_factored_layer(l))
+          factored_apply(is_query, theta.tensor(layer.bias), to);
         else
           X::apply(layer, set.extent, &term, 1, theta.tensor(layer.bias), to);
       } else if (layer.kind != LayerKind::none) {
@@ -325,7 +368,7 @@ class InnerLoop {
           X::narrow_outer(layer.in, layer.out, set.extent, pair, 1, weight);
           X::narrow_sum_rows(layer.out, set.extent, d, bias);
         } else {
-          X::outer(layer.in, layer.out, set.extent, pair, 1, weight);
+          if (!is_factored_layer(l)) X::outer(layer.in, layer.out, set.extent, pair, 1, weight);
           X::sum_rows(set.extent, layer.out, bias, [&](long at, long) { return load(d + at); });
         }
       } else if (layer.kind != LayerKind::none) {
@@ -359,6 +402,8 @@ class InnerLoop {
         if (const Real* du = u.tensor(layer.weight)) terms[count++] = {tape.input(l, set), du};
         if (is_narrow(l))
           X::narrow_apply(layer, set.extent, terms, count, u.tensor(layer.bias), ry);
+        else if (is_factored_layer(l))
+          factored_apply_direction(u.tensor(layer.bias), to);
         else
           X::apply(layer, set.extent, terms, count, u.tensor(layer.bias), to);
       } else if (layer.kind != LayerKind::none) {
@@ -440,7 +485,10 @@ class InnerLoop {
           X::narrow_outer(layer.in, layer.out, set.extent, pairs, count, weight);
           X::narrow_sum_rows(layer.out, set.extent, own, bias);
         } else {
-          X::outer(layer.in, layer.out, set.extent, pairs, count, weight);
+          if (is_factored_layer(l))
+            factored_accumulate(own, scale);
+          else
+            X::outer(layer.in, layer.out, set.extent, pairs, count, weight);
           X::sum_rows(set.extent, layer.out, bias, [&](long at, long) { return load(own + at); });
         }
       } else if (layer.kind != LayerKind::none) {
@@ -459,6 +507,7 @@ class InnerLoop {
   const Shared& shared_;
   Real* memory_;
   Sgd sgd_;
+  FactoredLayer<X>* factored_ = nullptr;
 };
 
 PYMETA_KERNEL_END

@@ -45,4 +45,12 @@ struct Term {
   const Real* w_transposed = nullptr;  // rows only: [out, stride(in)]
 };
 
+// One term of a sum of products of a small coefficient matrix with a matrix of features (factored.h).
+struct Mix {
+  const Real* coefficients;  // element (row, k) at row * row_stride + k * depth_stride
+  long row_stride, depth_stride;
+  const Real* x;  // [depth, features]
+  int depth;
+};
+
 PYMETA_KERNEL_END

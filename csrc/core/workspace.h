@@ -39,6 +39,7 @@ template <class X>
 struct ParameterLayout {
   PackedTensor tensors[kMaxTensors];
   std::size_t size = 0;                         // scalars of all tensors
+  std::size_t size_without_first = 0;           // the first layer's weight lies last (factored.h)
   std::size_t transposed[kMaxLayers];           // place of each linear layer's W^T, or kNowhere
   std::size_t transposed_size = 0;
   bool narrow = false;  // the last layer is a narrow one (executor.h)
@@ -58,7 +59,7 @@ struct ParameterLayout {
         t.outer = !linear ? 1 : is_narrow ? layer.out : layer.in;
         t.inner = is_narrow ? layer.in : layer.out;
         t.row = X::stride(t.inner);
-        t.place = places.take(static_cast<std::size_t>(t.outer) * t.row);
+        if (l > 0) t.place = places.take(scalars(layer.weight));
         if (X::kTransposes && t.transposed && (l > 0 || input_gradient))
           transposed[l] = transposed_places.take(static_cast<std::size_t>(layer.out) * X::stride(layer.in));
       }
@@ -68,16 +69,19 @@ struct ParameterLayout {
         t.place = places.take(t.row);
       }
     }
+    size_without_first = places.used;
+    if (const int first = network.layers[0].weight; first >= 0) tensors[first].place = places.take(scalars(first));
     size = places.used;
     transposed_size = transposed_places.used;
   }
 
-  // visit(index in torch's layout, place in the packed one) for every element of a tensor, in blocks that keep
-  // both sides of a transposition in cache.
+  std::size_t scalars(int tensor) const { return static_cast<std::size_t>(tensors[tensor].outer) * tensors[tensor].row; }
+
+  // visit(index in torch's layout, place in the packed one) for every element of a tensor.
   template <class Visitor>
   void elements(int tensor, Visitor visit) const {
     const PackedTensor& t = tensors[tensor];
-    constexpr int block = 16;
+    constexpr int block = 16;  // both sides of a transposition stay in cache
     for (int p0 = 0; p0 < t.outer; p0 += block)
       for (int q0 = 0; q0 < t.inner; q0 += block)
         for (int p = p0; p < t.outer && p < p0 + block; ++p)
@@ -175,6 +179,38 @@ struct SetLayout {
   }
 };
 
+// A first layer that is never materialised (factored.h): when, and what it keeps.
+
+// Can this call's first layer be factored at all? A property of the network and the recipe.
+inline bool is_factorable(const Call<Real>& call) {
+  const Layer& first = call.network->layers[0];
+  if (first.kind != LayerKind::linear || first.in < 64 || first.out < 16) return false;
+  if (call.lr.per_element || call.xs_gradient || call.xq_gradient) return false;
+  int group = -1;
+  for (int t = 0; t < call.network->tensor_count; ++t) {
+    if (!call.adapted[t]) continue;
+    if (group >= 0 && call.lr.groups[t] != group) return false;
+    group = call.lr.groups[t];
+  }
+  return true;
+}
+// Of one task alone, so that its result does not depend on the others.
+inline bool is_factored(const Network& network, int support_rows) { return 4 * support_rows <= network.layers[0].in; }
+
+struct FactoredLayout {
+  std::size_t gram_support, gram_query;  // [rows, support rows] of the largest tasks
+  std::size_t e, mixed;
+
+  template <class X>
+  void lay_out(Places& places, const Layer& layer, int support_rows, int query_rows) {
+    const std::size_t row = X::stride(layer.out);
+    gram_support = places.take(static_cast<std::size_t>(support_rows) * support_rows);
+    gram_query = places.take(static_cast<std::size_t>(query_rows) * support_rows);
+    e = places.take(support_rows * row);
+    mixed = places.take(support_rows * row);
+  }
+};
+
 // The whole workspace of a thread.
 template <class X>
 struct Workspace {
@@ -184,19 +220,28 @@ struct Workspace {
   SetLayout support_set, query_set;
   bool keeps_steps;       // every step has its own parameters and tape
   bool keeps_gradients;   // every step has its own inner gradient (the learning rate's meta-gradient needs it)
+  bool factorable;
+  FactoredLayout factored;
+  std::size_t accumulated, lr_accumulated;  // sums over the items of a chunk (Totals)
   std::size_t theta, theta_transposed, gradients, v, u, u_transposed, support, query, tangents;
   std::size_t size;       // scalars
+
+  std::size_t lr_scalars(const Call<Real>& call) const {
+    return call.lr.rows * (call.lr.per_element ? parameters.size : static_cast<std::size_t>(call.lr.columns) * kWidth);
+  }
 
   explicit Workspace(const Call<Real>& call)
       : parameters(*call.network, call.xs_gradient || call.xq_gradient) {
     const Network& network = *call.network;
     const bool second = call.second_order();
-    const int kept = call.steps > 1 && second ? call.steps : 1;
+    const int kept = call.steps > 1 && (second || call.lr_gradient) ? call.steps : 1;
     const bool copy_input = !X::kReadsInputInPlace || network.layers[0].kind != LayerKind::linear ||
                             (network.layer_count == 1 && parameters.narrow);
     keeps_steps = kept > 1;
     keeps_gradients = call.lr_gradient != nullptr;
     Places places;
+    accumulated = call.wants_gradient() && X::kElement > 1 ? places.take(parameters.size) : kNowhere;
+    lr_accumulated = call.lr_gradient ? places.take(lr_scalars(call)) : kNowhere;
     theta = places.take(parameters.size * kept);
     theta_transposed = places.take(parameters.transposed_size * kept);
     gradients = keeps_gradients            ? places.take(parameters.size * call.steps)
@@ -210,6 +255,8 @@ struct Workspace {
     tangent.lay_out<X>(network, call.max_support);
     support_set.lay_out<X>(places, network, *call.loss, call.max_support, copy_input, call.xs_gradient);
     query_set.lay_out<X>(places, network, *call.loss, call.max_query, copy_input, call.xq_gradient);
+    factorable = X::kFactors && is_factorable(call);
+    if (factorable) factored.lay_out<X>(places, network.layers[0], call.max_support, call.max_query);
     support = places.take(support_tape.size * kept);
     query = places.take(query_tape.size);
     tangents = second ? places.take(tangent.size) : kNowhere;

@@ -266,7 +266,8 @@ Report plan_with(const Kernels<Real>& table, const Call<Real>& call, Job job) {
   Report report{};
   report.executor = choice == Choice::lanes ? ExecutorKind::lanes : ExecutorKind::rows;
   report.needs = table.needs(call, job, report.executor);
-  if (choice == Choice::automatic && call.tasks > 1) {
+  // A factored task's bits must not depend on how many tasks come with it, so there lanes are no choice.
+  if (choice == Choice::automatic && call.tasks > 1 && !report.needs.factored) {
     const Needs lanes = table.needs(call, job, ExecutorKind::lanes);
     if (lanes.cost < report.needs.cost) {
       report.executor = ExecutorKind::lanes;

@@ -63,7 +63,7 @@ struct Executor {
                                const Destination& to) {
     Segment segments[2];
     for (int i = 0; i < count; ++i) segments[i] = Access::transposed_segment(layer, terms[i]);
-    const Product product{extent.rows, vectors(layer.in), segments, count, nullptr, 0};
+    const Product product{extent.rows, vectors(layer.in), segments, count};
     with_epilogue(to, stride(layer.in), extent,
                   [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
   }
@@ -74,7 +74,7 @@ struct Executor {
     Segment segments[2];
     for (int i = 0; i < count; ++i)
       segments[i] = {pairs[i][0].p, kElement, pairs[i][0].row, pairs[i][1].p, pairs[i][1].row, kWidth, extent.rows};
-    const Product product{in, vectors(out), segments, count, nullptr, 0};
+    const Product product{in, vectors(out), segments, count};
     multiply<Access>(product, accumulate(sink, stride(out)));
   }
 
@@ -117,7 +117,7 @@ struct Executor {
     const long classes = class_stride(extent.rows);
     for (int i = 0; i < count; ++i)
       segments[i] = {terms[i].x.p, kElement, classes, terms[i].w, stride(layer.in), kWidth, layer.out};
-    const Product product{extent.rows, vectors(layer.in), segments, count, nullptr, 0};
+    const Product product{extent.rows, vectors(layer.in), segments, count};
     with_epilogue(to, stride(layer.in), extent,
                   [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
   }
@@ -129,7 +129,7 @@ struct Executor {
     const long classes = class_stride(extent.rows);
     for (int i = 0; i < count; ++i)
       segments[i] = {pairs[i][1].p, classes, kElement, pairs[i][0].p, pairs[i][0].row, kWidth, extent.rows};
-    const Product product{out, vectors(in), segments, count, nullptr, 0};
+    const Product product{out, vectors(in), segments, count};
     multiply<Access>(product, accumulate(sink, stride(in)));
   }
 

@@ -24,20 +24,23 @@ struct Segment {
 };
 
 struct Product {
-  int rows, columns;         // of C; columns in vectors
+  int rows, columns;  // of C; columns in vectors
   const Segment* segments;
   int segment_count;
-  const Real* init;          // vector (m, n) at init + m * init_row + n * kWidth, or null: zero
-  long init_row;
+  const Real* init = nullptr;  // vector (m, n) at init + m * init_row + n * kWidth, or null: zero
+  long init_row = 0;
+  int first_row = 0;
 };
 
 struct Broadcast {
+  static constexpr int kElement = 1;
   static constexpr int kMaxColumns = kRegisters >= 32 ? 4 : 3;
   static Vec load_a(const Real* p) { return broadcast(*p); }
   static long column_stride(const Segment&) { return kWidth; }
 };
 
 struct Lane {
+  static constexpr int kElement = kWidth;
   static constexpr int kMaxColumns = kRegisters >= 32 ? 5 : 3;
   static Vec load_a(const Real* p) { return load(p); }
   static long column_stride(const Segment& s) { return s.b_column; }
@@ -76,19 +79,19 @@ struct Gate {
   }
 };
 
-// A gradient on its way to where it is needed: out = base + scale * v, or with `extra`, out = base + (extra +
-// scale * v). An SGD step, a saved gradient and the sum over tasks are all this.
+// A gradient on its way to where it is needed: out = base + (extra + scale * v), without what is null. An SGD step,
+// a saved gradient and the sum over tasks are all this.
 struct Accumulate {
   Real* out;
   long row;
-  const Real* base;   // may be null, may be `out`
-  const Real* extra;  // may be null
+  const Real* base;  // may be `out`
+  const Real* extra;
   Vec scale;
   void operator()(Vec v, int m, int n) const {
     const long at = m * row + n * kWidth;
-    if (extra) v = fma(scale, v, load(extra + at)) + load(base + at);
-    else if (base) v = fma(scale, v, load(base + at));
-    else v = v * scale;
+    const Real* first = extra ? extra : base;
+    v = first ? fma(scale, v, load(first + at)) : v * scale;
+    if (extra && base) v = v + load(base + at);
     store(out + at, v);
   }
 };
@@ -152,14 +155,13 @@ void panel(const Product& p, int column, const Epilogue& epilogue) {
   const int base = p.rows / tiles, taller = p.rows % tiles;
   const auto tall = pick_tile<Access, N, Epilogue>(base + 1);
   const auto regular = pick_tile<Access, N, Epilogue>(base);
-  int row = 0;
+  int row = p.first_row;
   for (int t = 0; t < taller; ++t, row += base + 1) tall(p, row, column, epilogue);
   for (int t = taller; t < tiles; ++t, row += base) regular(p, row, column, epilogue);
 }
 
 template <class Access, class Epilogue>
-void multiply(const Product& p, const Epilogue& epilogue) {
-  if (p.rows <= 0 || p.columns <= 0) return;
+void all_panels(const Product& p, const Epilogue& epilogue) {
   const int panels = (p.columns + Access::kMaxColumns - 1) / Access::kMaxColumns;
   const int base = p.columns / panels, wider = p.columns % panels;
   int column = 0;
@@ -178,6 +180,30 @@ void multiply(const Product& p, const Epilogue& epilogue) {
     }
     column += width;
   }
+}
+
+// Panel by panel, all rows in each: the panel of B stays in the first-level cache. With lanes both operands are
+// large; where A does not fit beside the panel, the rows are taken a tile at a time instead.
+template <class Access, class Epilogue>
+void multiply(const Product& p, const Epilogue& epilogue) {
+  if (p.rows <= 0 || p.columns <= 0) return;
+  if constexpr (Access::kElement > 1) {
+    constexpr long fits = 24 << 10;
+    long depth = 0;
+    for (int s = 0; s < p.segment_count; ++s) depth += p.segments[s].depth;
+    if (p.rows * depth * kVectorBytes > fits) {
+      constexpr int height = max_tile_rows(Access::kMaxColumns);
+      const int bands = (p.rows + height - 1) / height;
+      Product band = p;
+      for (int i = 0; i < bands; ++i) {
+        band.rows = p.rows / bands + (i < p.rows % bands);
+        all_panels<Access>(band, epilogue);
+        band.first_row += band.rows;
+      }
+      return;
+    }
+  }
+  all_panels<Access>(p, epilogue);
 }
 
 PYMETA_KERNEL_END

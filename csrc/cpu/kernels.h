@@ -24,13 +24,13 @@ struct Team {
 // What a call needs, in bytes; every part is a multiple of a cache line.
 struct Needs {
   std::size_t shared;     // the start, packed
-  std::size_t totals;     // gradient sums of one chunk
+  std::size_t sums;       // gradient sums of one chunk
   std::size_t chunks;
   std::size_t workspace;  // of one thread
   double cost;            // estimated cycles of the whole call on one thread
   bool factored;          // the first layer is never materialised
 
-  std::size_t bytes(int threads) const { return shared + totals * chunks + workspace * threads; }
+  std::size_t bytes(int threads) const { return shared + sums * chunks + workspace * threads; }
 };
 
 template <class Real>

@@ -10,7 +10,6 @@
 PYMETA_KERNEL_BEGIN
 
 struct Lanes : Lane {
-  static constexpr int kElement = kWidth;
   static constexpr int kTasks = kWidth;
   static int vectors(int features) { return features; }
   static int blocks(int rows) { return rows; }
@@ -60,6 +59,7 @@ struct Lanes : Lane {
 struct LanesExecutor : Executor<Lanes> {
   static constexpr bool kTransposes = false;
   static constexpr bool kReadsInputInPlace = false;
+  static constexpr bool kFactors = false;  // a wide first layer is for the rows executor
   static constexpr double kRate = 1.2, kCrowdedRate = 0.8, kRowOverhead = 3;  // as in rows.h
   static void transpose(const Layer&, const Real*, Real*) {}
 };

@@ -10,7 +10,6 @@
 PYMETA_KERNEL_BEGIN
 
 struct Rows : Broadcast {
-  static constexpr int kElement = 1;
   static constexpr int kTasks = 1;
   static int vectors(int features) { return (features + kWidth - 1) / kWidth; }
   static int blocks(int rows) { return (rows + kWidth - 1) / kWidth; }
@@ -55,34 +54,78 @@ struct Rows : Broadcast {
 };
 
 struct RowsExecutor : Executor<Rows> {
+  static constexpr int kMaxColumns = Rows::kMaxColumns;
   static constexpr bool kTransposes = true;
   static constexpr bool kReadsInputInPlace = true;
+  static constexpr bool kFactors = true;
   // Planner: vector operations per cycle, cache-resident and not; vector operations per output vector beside its sum.
   static constexpr double kRate = 1.3, kCrowdedRate = 1.0, kRowOverhead = 6;
 
-  // W [in, stride(out)] to W^T [out, stride(in)].
+  // W [in, stride(out)] to W^T [out, stride(in)], padding cleared.
   static void transpose(const Layer& layer, const Real* w, Real* w_transposed) {
-    const long from = stride(layer.out), to = stride(layer.in);
-    for (int i = 0; i < layer.in; i += kWidth)
-      for (int o = 0; o < layer.out; o += kWidth) {
-        Vec block[kWidth];
-        if (i + kWidth <= layer.in) {
-#pragma GCC unroll 16
-          for (int k = 0; k < kWidth; ++k) block[k] = load(w + (i + k) * from + o);
-        } else {
-#pragma GCC unroll 16
-          for (int k = 0; k < kWidth; ++k) block[k] = i + k < layer.in ? load(w + (i + k) * from + o) : zero();
+    const long row = stride(layer.in);
+    transpose_matrix(layer.in, layer.out, w, stride(layer.out), w_transposed, row);
+    for (int o = 0; o < layer.out; ++o)
+      for (long i = layer.in; i < row; ++i) w_transposed[o * row + i] = 0;
+  }
+
+  // The factored first layer (core/factored.h).
+
+  // x W for several sets of rows, in slices of the depth and panels of columns: a piece of W that fits the
+  // first-level cache serves all sets.
+  struct Projection {
+    Matrix x;
+    int rows;
+    Real* out;  // [rows, stride(out)]
+  };
+  static void project(const Layer& layer, const Projection* sets, int count, const Real* w) {
+    constexpr int slice = 128;
+    const long row = stride(layer.out);
+    for (int k = 0; k < layer.in; k += slice)
+      for (int column = 0; column < vectors(layer.out); column += kMaxColumns)
+        for (int s = 0; s < count; ++s) {
+          const int depth = layer.in - k < slice ? layer.in - k : slice;
+          const int left = vectors(layer.out) - column;
+          Real* out = sets[s].out + column * kWidth;
+          const Segment segment{sets[s].x.p + k, sets[s].x.row, 1, w + k * row + column * kWidth, row, kWidth, depth};
+          const Product product{sets[s].rows, left < kMaxColumns ? left : kMaxColumns, &segment, 1, k > 0 ? out : nullptr, row};
+          multiply<Rows>(product, Accumulate{out, row, nullptr, nullptr, broadcast(1)});
         }
-        transpose_block(block);
-        if (o + kWidth <= layer.out) {
-#pragma GCC unroll 16
-          for (int k = 0; k < kWidth; ++k) store(w_transposed + (o + k) * to + i, block[k]);
-        } else {
-#pragma GCC unroll 16
-          for (int k = 0; k < kWidth; ++k)
-            if (o + k < layer.out) store(w_transposed + (o + k) * to + i, block[k]);
+  }
+
+  // gram [a_rows, b_rows] = a b^T over n features; the rows of a and b are the caller's own, without padding.
+  static void gram(const Matrix& a, int a_rows, const Matrix& b, int b_rows, int n, Real* gram) {
+    constexpr int together = 4;  // independent sums hide the latency of one
+    const int whole = n / kWidth * kWidth;
+    for (int i = 0; i < a_rows; ++i)
+      for (int j = 0; j < b_rows; j += together) {
+        const Real* left = a.p + i * a.row;
+        const Real* right[together];
+        for (int t = 0; t < together; ++t) right[t] = b.p + (j + t < b_rows ? j + t : j) * b.row;
+        Vec sum[together] = {};
+        for (int k = 0; k < whole; k += kWidth)
+#pragma GCC unroll 4
+          for (int t = 0; t < together; ++t) sum[t] = fma(load(left + k), load(right[t] + k), sum[t]);
+        for (int t = 0; t < together && j + t < b_rows; ++t) {
+          Real tail = 0;
+          for (int k = whole; k < n; ++k) tail += left[k] * right[t][k];
+          gram[i * b_rows + j + t] = sum_lanes(sum[t]) + tail;
         }
       }
+  }
+
+  // init + sum of terms + bias
+  static void mix(const Extent& extent, int features, const Mix* terms, int count, const Real* init, const Real* bias,
+                  const Destination& to) {
+    static constexpr Real one = 1;
+    Segment segments[3];
+    int used = 0;
+    for (; used < count; ++used)
+      segments[used] = {terms[used].coefficients, terms[used].row_stride, terms[used].depth_stride, terms[used].x,
+                        stride(features), kWidth, terms[used].depth};
+    if (bias) segments[used++] = {&one, 0, 0, bias, 0, kWidth, 1};
+    const Product product{extent.rows, vectors(features), segments, used, init, stride(features)};
+    with_epilogue(to, stride(features), extent, [&](const auto& epilogue) { multiply<Rows>(product, epilogue); });
   }
 };
 

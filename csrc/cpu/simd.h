@@ -142,6 +142,22 @@ void transpose_block(Vec (&block)[kWidth]) {
   }
 }
 
+// from [rows, columns] to its transpose; only elements of the matrix are read or written.
+inline void transpose_matrix(int rows, int columns, const Real* from, long from_row, Real* to, long to_row) {
+  const int whole_rows = rows / kWidth * kWidth, whole_columns = columns / kWidth * kWidth;
+  for (int i = 0; i < whole_rows; i += kWidth)
+    for (int j = 0; j < whole_columns; j += kWidth) {
+      Vec block[kWidth];
+#pragma GCC unroll 16
+      for (int k = 0; k < kWidth; ++k) block[k] = load(from + (i + k) * from_row + j);
+      transpose_block(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < kWidth; ++k) store(to + (j + k) * to_row + i, block[k]);
+    }
+  for (int i = 0; i < rows; ++i)
+    for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to[j * to_row + i] = from[i * from_row + j];
+}
+
 // Elementary functions, each within a few ulp. exp(v) = 2^n e^r with |r| <= ln2 / 2 and the Taylor series of
 // e^r - 1, whose terms past the last one used are below half an ulp there.
 

@@ -1,0 +1,102 @@
+// A wide first layer that is never materialised.
+//
+// Every inner gradient of the first weight matrix has the form Xs^T D with the same support inputs Xs, so with one
+// scalar rate all that an inner loop or a reverse sweep ever does to it stays in the span of the inputs:
+//   W[k] = W0 + Xs^T E[k],             E[k+1] = E[k] - lr[k] D[k]
+//   v[k] = Xq^T Dq + Xs^T F[k],        F[k] = F[k+1] - lr[k] RD[k]
+// and applying W[k] or v[k] to inputs needs X W0 once and the Gram matrices Xs Xs^T and Xq Xs^T:
+//   Xs W[k] = Xs W0 + Gss E[k],   Xq W[K] = Xq W0 + Gqs E[K],   Xs v[k] = Gqs^T Dq + Gss F[k]
+// E, F and D have as many rows as the set. What is left to do with W0 itself is one matrix product over the rows of
+// many tasks before their inner loops (X W0), and one after (the meta-gradient, sum of Xq^T Dq + Xs^T F): the executor
+// does both at the speed of large products, and a task's own work never touches it. Exact: only the order of sums
+// differs. Worth it where the support has far fewer rows than the layer has inputs.
+#pragma once
+
+#include "layers.h"
+#include "workspace.h"
+
+PYMETA_KERNEL_BEGIN
+
+// What a task shares with the products over many tasks: it finds X W0 here and leaves Dq and F in its place.
+struct Factors {
+  Real* query;    // [query rows, stride(out)]
+  Real* support;  // [support rows, stride(out)]
+};
+
+template <class X>
+class FactoredLayer {
+ public:
+  // `adapted`: whether the inner loop changes W.
+  FactoredLayer(const Layer& layer, bool adapted, const FactoredLayout& layout, Real* memory, const Factors& factors)
+      : layer_(layer), adapted_(adapted), layout_(layout), memory_(memory), factors_(factors), row_(X::stride(layer.out)) {}
+
+  void begin(const Matrix& x, const Extent& support) {
+    support_ = support;
+    X::gram(x, support.rows, x, support.rows, layer_.in, at(layout_.gram_support));
+    clear(at(layout_.e));
+  }
+  void begin_query(const Matrix& x, const Extent& query, const Matrix& xs) {
+    query_ = query;
+    X::gram(x, query.rows, xs, support_.rows, layer_.in, at(layout_.gram_query));
+  }
+
+  // Xs W[k] + bias, Xq W[K] + bias
+  void apply(bool to_query, const Real* bias, const Destination& to) const {
+    const Real* gram = at(to_query ? layout_.gram_query : layout_.gram_support);
+    const Mix term{gram, support_.rows, 1, at(layout_.e), support_.rows};
+    X::mix(to_query ? query_ : support_, layer_.out, &term, adapted_ ? 1 : 0,
+           to_query ? factors_.query : factors_.support, bias, to);
+  }
+
+  // The step: E -= lr d
+  void step(const Real* d, Real rate) const {
+    if (adapted_) add(d, -rate, at(layout_.e));
+  }
+  // W[K] from W0, for those who want to keep it.
+  void materialise(const Matrix& x, const Real* w0, Real* w) const {
+    const Matrix pair[1][2] = {{x, {at(layout_.e), row_}}};
+    X::outer(layer_.in, layer_.out, support_, pair, 1, Sink{w, w0});
+  }
+
+  // The reverse sweep begins with the query delta.
+  void begin_reverse(const Real* dq) const {
+    for (long i = 0; i < query_.rows * row_; i += kWidth) store(factors_.query + i, load(dq + i));
+    clear(factors_.support);
+  }
+  // Xs v + bias: the tangent of the layer's output along v.
+  void apply_direction(const Real* bias, const Destination& to) const {
+    const Mix terms[2] = {{at(layout_.gram_query), 1, support_.rows, factors_.query, query_.rows},
+                          {at(layout_.gram_support), support_.rows, 1, factors_.support, support_.rows}};
+    X::mix(support_, layer_.out, terms, adapted_ ? 2 : 0, nullptr, bias, to);
+  }
+  // v += scale Xs^T rd
+  void accumulate(const Real* rd, Real scale) const { add(rd, scale, factors_.support); }
+
+  // <g[k], v> = <D[k], Xs v>, the share of this layer in the learning rate's gradient, a vector of partial sums.
+  Vec rate_gradient(const Real* d) const {
+    Vec sum = zero();
+    if (!adapted_) return sum;
+    apply_direction(nullptr, {at(layout_.mixed)});
+    for (long i = 0; i < support_.rows * row_; i += kWidth) sum = fma(load(d + i), load(at(layout_.mixed) + i), sum);
+    return sum;
+  }
+
+ private:
+  Real* at(std::size_t place) const { return memory_ + place; }
+  void clear(Real* p) const {
+    for (long i = 0; i < support_.rows * row_; i += kWidth) store(p + i, zero());
+  }
+  void add(const Real* d, Real scale, Real* to) const {
+    for (long i = 0; i < support_.rows * row_; i += kWidth) store(to + i, fma(broadcast(scale), load(d + i), load(to + i)));
+  }
+
+  const Layer& layer_;
+  bool adapted_;
+  const FactoredLayout& layout_;
+  Real* memory_;
+  Factors factors_;
+  long row_;
+  Extent support_{}, query_{};
+};
+
+PYMETA_KERNEL_END
