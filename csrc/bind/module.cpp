@@ -188,7 +188,7 @@ class Problem {
   void meta_gradient(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows, int lr_columns, int steps,
                      bool first_order, std::int64_t tasks, const RowsTuple& support, const RowsTuple& query, Address losses,
                      Address predictions, const std::optional<std::vector<Address>>& gradients, Address lr_gradient,
-                     Address xs_gradient, Address xq_gradient) const {
+                     Address xs_gradient, Address xq_gradient, Address mean_loss) const {
     with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts, sinks;
@@ -197,6 +197,7 @@ class Problem {
       call.support = rows<Real>(support);
       call.query = rows<Real>(query);
       call.losses = pointer<Real>(losses);
+      call.mean_loss = pointer<Real>(mean_loss);
       call.predictions = pointer<Real>(predictions);
       if (gradients) {
         sinks = pointers<Real>(*gradients, "gradients");
@@ -357,7 +358,7 @@ PYBIND11_MODULE(_native, m) {
       .def("meta_gradient", &Problem::meta_gradient, py::arg("dtype"), py::arg("parameters"), py::arg("lr"), py::arg("lr_rows"),
            py::arg("lr_columns"), py::arg("steps"), py::arg("first_order"), py::arg("tasks"), py::arg("support"), py::arg("query"),
            py::arg("losses"), py::arg("predictions"), py::arg("gradients"), py::arg("lr_gradient") = 0, py::arg("xs_gradient") = 0,
-           py::arg("xq_gradient") = 0)
+           py::arg("xq_gradient") = 0, py::arg("mean_loss") = 0)
       .def("adapt", &Problem::adapt, py::arg("dtype"), py::arg("parameters"), py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"),
            py::arg("steps"), py::arg("tasks"), py::arg("support"), py::arg("adapted"))
       .def("predict", &Problem::predict, py::arg("dtype"), py::arg("parameters"), py::arg("per_task"), py::arg("tasks"), py::arg("query"),

@@ -49,6 +49,7 @@ struct Call {
 
   // Results; null where not wanted.
   Real* losses = nullptr;              // [T] mean query loss of each task
+  Real* mean_loss = nullptr;           // [1] their mean
   Real* predictions = nullptr;         // [total query rows, out]
   Real* const* gradients = nullptr;    // [tensors] of the mean over tasks, torch's layout; entries may be null
   Real* lr_gradient = nullptr;         // [lr.rows, lr.columns]

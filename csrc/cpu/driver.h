@@ -57,6 +57,7 @@ class Driver {
                [&](std::int64_t index, int worker) { work_through(first + index, each, begin, worker); });
       if (has_factors() && wants_gradient()) sum_factors(team, begin, end);
     }
+    if (job_ == Job::meta && call_.mean_loss) *call_.mean_loss = mean_loss();
     if (wants_gradient()) write_gradients(needs, team);
   }
 
@@ -432,6 +433,12 @@ class Driver {
           to[static_cast<long>(r) * in + c] =
               computed ? bound.dx[r * row + static_cast<long>(c) * X::kElement + lane] / Real(call_.tasks) : Real(0);
     }
+  }
+
+  Real mean_loss() const {
+    double sum = 0;
+    for (std::int64_t task = 0; task < call_.tasks; ++task) sum += static_cast<double>(call_.losses[task]);
+    return call_.tasks > 0 ? static_cast<Real>(sum / static_cast<double>(call_.tasks)) : Real(0);
   }
 
   // ---- gradients -----------------------------------------------------------------------------------------------

@@ -51,18 +51,35 @@ constexpr int max_tile_rows(int columns) {
   return fit < 8 ? fit : 8;
 }
 
-// Epilogues: what happens to a finished tile element. `keep` masks rows that a shorter task of the same vector
-// does not have; null where there are none.
+// visit(m, n) for every vector of a tile, unrolled.
+template <int M, int N, class Visitor>
+inline __attribute__((always_inline)) void each_vector(Visitor visit) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) visit(m, n);
+}
+
+// Epilogues: what happens to a finished tile, or to one vector (m, n) of the result. What is the same for the whole
+// tile is asked once a tile. `keep` masks rows that a shorter task of the same vector does not have; null where
+// there are none.
 
 struct Store {
   Real* out;
   long row;
   Vec floor;  // 0 for ReLU, -infinity for none
   const Real* keep;
+
   void operator()(Vec v, int m, int n) const {
     v = at_least(v, floor);
     if (keep) v = (Vec)((IntVec)v & (IntVec)load(keep + m * kWidth));
     store(out + m * row + n * kWidth, v);
+  }
+  template <int M, int N>
+  void finish(const Vec (&sum)[M][N], int row0, int column0) const {
+    if (keep) return each_vector<M, N>([&](int m, int n) { (*this)(sum[m][n], row0 + m, column0 + n); });
+    Real* to = out + row0 * row + column0 * kWidth;
+    each_vector<M, N>([&](int m, int n) { store(to + m * row + n * kWidth, at_least(sum[m][n], floor)); });
   }
 };
 
@@ -72,10 +89,21 @@ struct Gate {
   long row;
   const Real* gate;
   const Real* keep;
+
+  static Vec through(Vec v, const Real* gate) { return select(load(gate) <= Real(0), zero(), v); }
   void operator()(Vec v, int m, int n) const {
-    v = select(load(gate + m * row + n * kWidth) <= Real(0), zero(), v);
+    v = through(v, gate + m * row + n * kWidth);
     if (keep) v = (Vec)((IntVec)v & (IntVec)load(keep + m * kWidth));
     store(out + m * row + n * kWidth, v);
+  }
+  template <int M, int N>
+  void finish(const Vec (&sum)[M][N], int row0, int column0) const {
+    if (keep) return each_vector<M, N>([&](int m, int n) { (*this)(sum[m][n], row0 + m, column0 + n); });
+    const long first = row0 * row + column0 * kWidth;
+    each_vector<M, N>([&](int m, int n) {
+      const long at = first + m * row + n * kWidth;
+      store(out + at, through(sum[m][n], gate + at));
+    });
   }
 };
 
@@ -87,12 +115,26 @@ struct Accumulate {
   const Real* base;  // may be `out`
   const Real* extra;
   Vec scale;
+
   void operator()(Vec v, int m, int n) const {
-    const long at = m * row + n * kWidth;
-    const Real* first = extra ? extra : base;
-    v = first ? fma(scale, v, load(first + at)) : v * scale;
-    if (extra && base) v = v + load(base + at);
-    store(out + at, v);
+    const Vec one[1][1] = {{v}};
+    finish(one, m, n);
+  }
+  template <int M, int N>
+  void finish(const Vec (&sum)[M][N], int row0, int column0) const {
+    const long first = row0 * row + column0 * kWidth;
+    const auto put = [&](auto value) {
+      each_vector<M, N>([&](int m, int n) {
+        const long at = first + m * row + n * kWidth;
+        store(out + at, value(sum[m][n], at));
+      });
+    };
+    if (extra && base)
+      put([&](Vec v, long at) { return fma(scale, v, load(extra + at)) + load(base + at); });
+    else if (const Real* only = extra ? extra : base)
+      put([&](Vec v, long at) { return fma(scale, v, load(only + at)); });
+    else
+      put([&](Vec v, long) { return v * scale; });
   }
 };
 
@@ -101,15 +143,9 @@ void tile(const Product& p, int row, int column, const Epilogue& epilogue) {
   Vec sum[M][N];
   if (p.init) {
     const Real* init = p.init + row * p.init_row + column * kWidth;
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[m][n] = load(init + m * p.init_row + n * kWidth);
+    each_vector<M, N>([&](int m, int n) { sum[m][n] = load(init + m * p.init_row + n * kWidth); });
   } else {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[m][n] = zero();
+    each_vector<M, N>([&](int m, int n) { sum[m][n] = zero(); });
   }
   for (int s = 0; s < p.segment_count; ++s) {
     const Segment& segment = p.segments[s];
@@ -130,10 +166,7 @@ void tile(const Product& p, int row, int column, const Epilogue& epilogue) {
       b += segment.b_depth;
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) epilogue(sum[m][n], row + m, column + n);
+  epilogue.finish(sum, row, column);
 }
 
 template <class Access, class Epilogue>
@@ -188,7 +221,7 @@ template <class Access, class Epilogue>
 void multiply(const Product& p, const Epilogue& epilogue) {
   if (p.rows <= 0 || p.columns <= 0) return;
   if constexpr (Access::kElement > 1) {
-    constexpr long fits = 24 << 10;
+    constexpr long fits = 28 << 10;
     long depth = 0;
     for (int s = 0; s < p.segment_count; ++s) depth += p.segments[s].depth;
     if (p.rows * depth * kVectorBytes > fits) {

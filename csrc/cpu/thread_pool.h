@@ -2,7 +2,8 @@
 //
 // Lazy (no thread exists before the first call that wants one), rebuilt in the child after a fork, and shared by all
 // callers: who finds it busy works alone, so that concurrent calls never wait for each other. A worker spins for a
-// few tens of microseconds after its last job before it sleeps, because training loops call again at once.
+// fifth of a millisecond after its last job before it sleeps: the next call of a training loop comes sooner than that,
+// and waking a sleeper takes as long as a small call.
 #pragma once
 
 #include <cstdint>
