@@ -38,10 +38,10 @@ struct ActivationName {
   int parameters;
 };
 constexpr ActivationName kActivations[] = {
-    {"relu", ActivationKind::relu, 0},           {"leaky_relu", ActivationKind::leaky_relu, 1},
-    {"elu", ActivationKind::elu, 1},             {"tanh", ActivationKind::tanh, 0},
-    {"sigmoid", ActivationKind::sigmoid, 0},     {"silu", ActivationKind::silu, 0},
-    {"gelu", ActivationKind::gelu, 0},           {"gelu_tanh", ActivationKind::gelu_tanh, 0},
+    {"relu", ActivationKind::relu, 0},         {"leaky_relu", ActivationKind::leaky_relu, 1},
+    {"elu", ActivationKind::elu, 1},           {"tanh", ActivationKind::tanh, 0},
+    {"sigmoid", ActivationKind::sigmoid, 0},   {"silu", ActivationKind::silu, 0},
+    {"gelu", ActivationKind::gelu, 0},         {"gelu_tanh", ActivationKind::gelu_tanh, 0},
     {"softplus", ActivationKind::softplus, 2},
 };
 
@@ -54,7 +54,9 @@ class NetworkBuilder {
     const std::string name = spec[0].cast<std::string>();
     const std::size_t given = spec.size() - 1;
     const auto expect = [&](std::size_t wanted) {
-      if (given != wanted) refuse("layers: '" + name + "' takes " + std::to_string(wanted) + " values, got " + std::to_string(given));
+      if (given != wanted)
+        refuse("layers: '" + name + "' takes " + std::to_string(wanted) + " values, got " +
+               std::to_string(given));
     };
     if (name == "linear") {
       expect(3);
@@ -64,7 +66,8 @@ class NetworkBuilder {
     } else if (name == "batch_norm" || name == "layer_norm") {
       expect(4);
       const int features = spec[1].cast<int>();
-      Layer& layer = append(name == "batch_norm" ? LayerKind::batch_norm : LayerKind::layer_norm, features, features);
+      Layer& layer = append(name == "batch_norm" ? LayerKind::batch_norm : LayerKind::layer_norm,
+                            features, features);
       layer.eps = spec[2].cast<double>();
       if (spec[3].cast<bool>()) layer.weight = tensor({1, features, false});
       if (spec[4].cast<bool>()) layer.bias = tensor({1, features, false});
@@ -72,7 +75,8 @@ class NetworkBuilder {
       for (const ActivationName& each : kActivations) {
         if (name != each.name) continue;
         expect(static_cast<std::size_t>(each.parameters));
-        add_activation({each.kind, each.parameters > 0 ? spec[1].cast<double>() : 0, each.parameters > 1 ? spec[2].cast<double>() : 0});
+        add_activation({each.kind, each.parameters > 0 ? spec[1].cast<double>() : 0,
+                        each.parameters > 1 ? spec[2].cast<double>() : 0});
         return;
       }
       refuse("layers: unknown layer '" + name + "'");
@@ -81,12 +85,15 @@ class NetworkBuilder {
 
  private:
   Layer& append(LayerKind kind, int in, int out) {
-    if (in < 1 || out < 1) refuse("layers: a layer needs at least one input and one output feature");
+    if (in < 1 || out < 1)
+      refuse("layers: a layer needs at least one input and one output feature");
     if (in > (1 << 24) || out > (1 << 24)) refuse("layers: a layer of more than 2^24 features");
     if (network_.layer_count > 0 && network_.out_features() != in)
-      refuse("layers: layer " + std::to_string(network_.layer_count) + " takes " + std::to_string(in) +
-             " features, the one before it gives " + std::to_string(network_.out_features()));
-    if (network_.layer_count == kMaxLayers) refuse("more than " + std::to_string(kMaxLayers) + " layers");
+      refuse("layers: layer " + std::to_string(network_.layer_count) + " takes " +
+             std::to_string(in) + " features, the one before it gives " +
+             std::to_string(network_.out_features()));
+    if (network_.layer_count == kMaxLayers)
+      refuse("more than " + std::to_string(kMaxLayers) + " layers");
     Layer& layer = network_.layers[network_.layer_count++];
     layer = Layer{};
     layer.kind = kind;
@@ -97,12 +104,17 @@ class NetworkBuilder {
 
   // Into the layer before it where that has none yet, else as a layer of its own.
   void add_activation(const Activation& activation) {
-    if (activation.kind == ActivationKind::leaky_relu && !(activation.alpha >= 0)) refuse("layers: leaky_relu: negative_slope must be >= 0");
-    if (activation.kind == ActivationKind::elu && !(activation.alpha > 0)) refuse("layers: elu: alpha must be > 0");
-    if (activation.kind == ActivationKind::softplus && !(activation.alpha > 0)) refuse("layers: softplus: beta must be > 0");
-    if (network_.layer_count == 0) refuse("layers: the first layer must be linear or a normalisation");
+    if (activation.kind == ActivationKind::leaky_relu && !(activation.alpha >= 0))
+      refuse("layers: leaky_relu: negative_slope must be >= 0");
+    if (activation.kind == ActivationKind::elu && !(activation.alpha > 0))
+      refuse("layers: elu: alpha must be > 0");
+    if (activation.kind == ActivationKind::softplus && !(activation.alpha > 0))
+      refuse("layers: softplus: beta must be > 0");
+    if (network_.layer_count == 0)
+      refuse("layers: the first layer must be linear or a normalisation");
     Layer* last = &network_.layers[network_.layer_count - 1];
-    if (last->activation.kind != ActivationKind::identity) last = &append(LayerKind::none, last->out, last->out);
+    if (last->activation.kind != ActivationKind::identity)
+      last = &append(LayerKind::none, last->out, last->out);
     last->activation = activation;
   }
 
@@ -125,7 +137,8 @@ std::unique_ptr<Network> make_network(const std::vector<py::tuple>& layers) {
 std::vector<std::int64_t> parameter_sizes(const Network& network) {
   std::vector<std::int64_t> sizes;
   for (int t = 0; t < network.tensor_count; ++t)
-    sizes.push_back(static_cast<std::int64_t>(network.tensors[t].rows) * network.tensors[t].columns);
+    sizes.push_back(static_cast<std::int64_t>(network.tensors[t].rows) *
+                    network.tensors[t].columns);
   return sizes;
 }
 
@@ -136,8 +149,9 @@ struct LossHolder {
   std::vector<double> weight, pos_weight;
 };
 
-std::unique_ptr<LossHolder> make_loss(const std::string& kind, double delta, double label_smoothing, std::int64_t ignore_index,
-                                      std::vector<double> weight, std::vector<double> pos_weight) {
+std::unique_ptr<LossHolder> make_loss(const std::string& kind, double delta, double label_smoothing,
+                                      std::int64_t ignore_index, std::vector<double> weight,
+                                      std::vector<double> pos_weight) {
   auto holder = std::make_unique<LossHolder>();
   Loss& loss = holder->loss;
   if (kind == "mse")
@@ -151,7 +165,8 @@ std::unique_ptr<LossHolder> make_loss(const std::string& kind, double delta, dou
   else
     refuse("loss: unknown kind '" + kind + "'");
   if (!(delta > 0)) refuse("loss: delta must be > 0");
-  if (!(label_smoothing >= 0 && label_smoothing <= 1)) refuse("loss: label_smoothing must be in 0..1");
+  if (!(label_smoothing >= 0 && label_smoothing <= 1))
+    refuse("loss: label_smoothing must be in 0..1");
   loss.delta = delta;
   loss.label_smoothing = label_smoothing;
   loss.ignore_index = ignore_index;
@@ -164,31 +179,39 @@ std::unique_ptr<LossHolder> make_loss(const std::string& kind, double delta, dou
 
 class Problem {
  public:
-  Problem(std::shared_ptr<Network> network, const LossHolder& loss, const std::vector<bool>& adapted,
-          const std::optional<std::vector<int>>& lr_groups)
+  Problem(std::shared_ptr<Network> network, const LossHolder& loss,
+          const std::vector<bool>& adapted, const std::optional<std::vector<int>>& lr_groups)
       : network_(std::move(network)), loss_(loss) {
     const std::size_t tensors = static_cast<std::size_t>(network_->tensor_count);
     const std::size_t out = static_cast<std::size_t>(network_->out_features());
-    if (adapted.size() != tensors) refuse("adapted: expected " + std::to_string(tensors) + " values, got " + std::to_string(adapted.size()));
-    if (lr_groups && lr_groups->size() != tensors) refuse("lr_groups: expected " + std::to_string(tensors) + " values, got " + std::to_string(lr_groups->size()));
+    if (adapted.size() != tensors)
+      refuse("adapted: expected " + std::to_string(tensors) + " values, got " +
+             std::to_string(adapted.size()));
+    if (lr_groups && lr_groups->size() != tensors)
+      refuse("lr_groups: expected " + std::to_string(tensors) + " values, got " +
+             std::to_string(lr_groups->size()));
     std::copy(adapted.begin(), adapted.end(), adapted_);
     per_element_ = !lr_groups;
     if (lr_groups) groups_ = *lr_groups;
     if (loss_.pos_weight.size() == 1) loss_.pos_weight.assign(out, loss_.pos_weight[0]);
-    if (loss_.weight.size() == 1 && loss_.loss.kind == LossKind::bce_with_logits) loss_.weight.assign(out, loss_.weight[0]);
+    if (loss_.weight.size() == 1 && loss_.loss.kind == LossKind::bce_with_logits)
+      loss_.weight.assign(out, loss_.weight[0]);
     for (const auto* values : {&loss_.weight, &loss_.pos_weight})
       if (!values->empty() && values->size() != out)
-        refuse("loss: expected a weight for each of " + std::to_string(out) + " outputs, got " + std::to_string(values->size()));
+        refuse("loss: expected a weight for each of " + std::to_string(out) + " outputs, got " +
+               std::to_string(values->size()));
     loss_.loss.weight = loss_.weight.empty() ? nullptr : loss_.weight.data();
     loss_.loss.pos_weight = loss_.pos_weight.empty() ? nullptr : loss_.pos_weight.data();
   }
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
 
-  void meta_gradient(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows, int lr_columns, int steps,
-                     bool first_order, std::int64_t tasks, const RowsTuple& support, const RowsTuple& query, Address losses,
-                     Address predictions, const std::optional<std::vector<Address>>& gradients, Address lr_gradient,
-                     Address xs_gradient, Address xq_gradient, Address mean_loss) const {
+  void meta_gradient(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows,
+                     int lr_columns, int steps, bool first_order, std::int64_t tasks,
+                     const RowsTuple& support, const RowsTuple& query, Address losses,
+                     Address predictions, const std::optional<std::vector<Address>>& gradients,
+                     Address lr_gradient, Address xs_gradient, Address xq_gradient,
+                     Address mean_loss) const {
     with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts, sinks;
@@ -210,8 +233,9 @@ class Problem {
     });
   }
 
-  void adapt(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows, int lr_columns, int steps,
-             std::int64_t tasks, const RowsTuple& support, const std::vector<Address>& adapted) const {
+  void adapt(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows,
+             int lr_columns, int steps, std::int64_t tasks, const RowsTuple& support,
+             const std::vector<Address>& adapted) const {
     with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts, results = pointers<Real>(adapted, "adapted");
@@ -222,9 +246,10 @@ class Problem {
     });
   }
 
-  void predict(int dtype, const std::vector<Address>& parameters, const std::vector<bool>& per_task, std::int64_t tasks,
-               const RowsTuple& query, Address predictions) const {
-    if (per_task.size() != parameters.size()) refuse("per_task: expected one value for each parameter");
+  void predict(int dtype, const std::vector<Address>& parameters, const std::vector<bool>& per_task,
+               std::int64_t tasks, const RowsTuple& query, Address predictions) const {
+    if (per_task.size() != parameters.size())
+      refuse("per_task: expected one value for each parameter");
     with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts;
@@ -243,13 +268,15 @@ class Problem {
     });
   }
 
-  py::dict plan(int dtype, int steps, std::int64_t tasks, int support_rows, int query_rows, bool second_order) const {
+  py::dict plan(int dtype, int steps, std::int64_t tasks, int support_rows, int query_rows,
+                bool second_order) const {
     py::dict result;
     with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts;
-      Call<Real> call = describe<Real>(std::vector<Address>(static_cast<std::size_t>(network_->tensor_count), 0), starts, 0, 1,
-                                       per_element_ ? adapted_elements() : 1, steps, tasks);
+      Call<Real> call =
+          describe<Real>(std::vector<Address>(static_cast<std::size_t>(network_->tensor_count), 0),
+                         starts, 0, 1, per_element_ ? adapted_elements() : 1, steps, tasks);
       Real* none[kMaxTensors] = {};
       call.gradients = none;
       call.first_order = !second_order;
@@ -279,7 +306,8 @@ class Problem {
   template <class Real>
   std::vector<Real*> pointers(const std::vector<Address>& addresses, const char* name) const {
     if (addresses.size() != static_cast<std::size_t>(network_->tensor_count))
-      refuse(std::string(name) + ": expected " + std::to_string(network_->tensor_count) + " addresses, got " + std::to_string(addresses.size()));
+      refuse(std::string(name) + ": expected " + std::to_string(network_->tensor_count) +
+             " addresses, got " + std::to_string(addresses.size()));
     std::vector<Real*> result;
     for (const Address address : addresses) result.push_back(pointer<Real>(address));
     return result;
@@ -288,21 +316,29 @@ class Problem {
   template <class Real>
   static RowSet<Real> rows(const RowsTuple& tuple) {
     const auto& [x, y, weights, count, starts, sizes] = tuple;
-    return {pointer<Real>(x), pointer<void>(y), pointer<Real>(weights), count, pointer<std::int64_t>(starts), pointer<std::int64_t>(sizes)};
+    return {pointer<Real>(x),
+            pointer<void>(y),
+            pointer<Real>(weights),
+            count,
+            pointer<std::int64_t>(starts),
+            pointer<std::int64_t>(sizes)};
   }
 
   template <class Real>
-  Call<Real> describe(const std::vector<Address>& parameters, std::vector<Real*>& starts, Address lr, int lr_rows, int lr_columns,
-                      int steps, std::int64_t tasks) const {
+  Call<Real> describe(const std::vector<Address>& parameters, std::vector<Real*>& starts,
+                      Address lr, int lr_rows, int lr_columns, int steps,
+                      std::int64_t tasks) const {
     starts = pointers<Real>(parameters, "parameters");
     if (steps < 0) refuse("steps: expected at least 0, got " + std::to_string(steps));
     if (tasks < 0) refuse("tasks: expected at least 0, got " + std::to_string(tasks));
     if (lr_rows < 1) refuse("lr: expected at least one row");
     if (per_element_ && lr_columns != adapted_elements() && lr)
-      refuse("lr: expected " + std::to_string(adapted_elements()) + " columns, got " + std::to_string(lr_columns));
+      refuse("lr: expected " + std::to_string(adapted_elements()) + " columns, got " +
+             std::to_string(lr_columns));
     for (std::size_t t = 0; lr && t < groups_.size(); ++t)
       if (adapted_[t] && (groups_[t] < 0 || groups_[t] >= lr_columns))
-        refuse("lr_groups: column " + std::to_string(groups_[t]) + " of " + std::to_string(lr_columns));
+        refuse("lr_groups: column " + std::to_string(groups_[t]) + " of " +
+               std::to_string(lr_columns));
     Call<Real> call;
     call.network = network_.get();
     call.loss = &loss_.loss;
@@ -343,28 +379,37 @@ PYBIND11_MODULE(_native, m) {
   m.attr("__version__") = PYMETA_VERSION;
 
   py::class_<Network, std::shared_ptr<Network>>(m, "Network")
-      .def(py::init([](const std::vector<py::tuple>& layers) { return std::shared_ptr<Network>(make_network(layers)); }), py::arg("layers"))
+      .def(py::init([](const std::vector<py::tuple>& layers) {
+             return std::shared_ptr<Network>(make_network(layers));
+           }),
+           py::arg("layers"))
       .def_property_readonly("in_features", &Network::in_features)
       .def_property_readonly("out_features", &Network::out_features)
       .def_property_readonly("parameter_sizes", &parameter_sizes);
 
-  py::class_<LossHolder>(m, "Loss")
-      .def(py::init(&make_loss), py::arg("kind"), py::kw_only(), py::arg("delta") = 1.0, py::arg("label_smoothing") = 0.0,
-           py::arg("ignore_index") = -100, py::arg("weight") = std::vector<double>{}, py::arg("pos_weight") = std::vector<double>{});
+  py::class_<LossHolder>(m, "Loss").def(
+      py::init(&make_loss), py::arg("kind"), py::kw_only(), py::arg("delta") = 1.0,
+      py::arg("label_smoothing") = 0.0, py::arg("ignore_index") = -100,
+      py::arg("weight") = std::vector<double>{}, py::arg("pos_weight") = std::vector<double>{});
 
   py::class_<Problem>(m, "Problem")
-      .def(py::init<std::shared_ptr<Network>, const LossHolder&, const std::vector<bool>&, const std::optional<std::vector<int>>&>(),
-           py::arg("network"), py::arg("loss"), py::arg("adapted"), py::arg("lr_groups") = py::none())
-      .def("meta_gradient", &Problem::meta_gradient, py::arg("dtype"), py::arg("parameters"), py::arg("lr"), py::arg("lr_rows"),
-           py::arg("lr_columns"), py::arg("steps"), py::arg("first_order"), py::arg("tasks"), py::arg("support"), py::arg("query"),
-           py::arg("losses"), py::arg("predictions"), py::arg("gradients"), py::arg("lr_gradient") = 0, py::arg("xs_gradient") = 0,
-           py::arg("xq_gradient") = 0, py::arg("mean_loss") = 0)
-      .def("adapt", &Problem::adapt, py::arg("dtype"), py::arg("parameters"), py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"),
-           py::arg("steps"), py::arg("tasks"), py::arg("support"), py::arg("adapted"))
-      .def("predict", &Problem::predict, py::arg("dtype"), py::arg("parameters"), py::arg("per_task"), py::arg("tasks"), py::arg("query"),
-           py::arg("predictions"))
-      .def("plan", &Problem::plan, py::arg("dtype"), py::arg("steps"), py::arg("tasks"), py::arg("support_rows"), py::arg("query_rows"),
-           py::arg("second_order"));
+      .def(py::init<std::shared_ptr<Network>, const LossHolder&, const std::vector<bool>&,
+                    const std::optional<std::vector<int>>&>(),
+           py::arg("network"), py::arg("loss"), py::arg("adapted"),
+           py::arg("lr_groups") = py::none())
+      .def("meta_gradient", &Problem::meta_gradient, py::arg("dtype"), py::arg("parameters"),
+           py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"), py::arg("steps"),
+           py::arg("first_order"), py::arg("tasks"), py::arg("support"), py::arg("query"),
+           py::arg("losses"), py::arg("predictions"), py::arg("gradients"),
+           py::arg("lr_gradient") = 0, py::arg("xs_gradient") = 0, py::arg("xq_gradient") = 0,
+           py::arg("mean_loss") = 0)
+      .def("adapt", &Problem::adapt, py::arg("dtype"), py::arg("parameters"), py::arg("lr"),
+           py::arg("lr_rows"), py::arg("lr_columns"), py::arg("steps"), py::arg("tasks"),
+           py::arg("support"), py::arg("adapted"))
+      .def("predict", &Problem::predict, py::arg("dtype"), py::arg("parameters"),
+           py::arg("per_task"), py::arg("tasks"), py::arg("query"), py::arg("predictions"))
+      .def("plan", &Problem::plan, py::arg("dtype"), py::arg("steps"), py::arg("tasks"),
+           py::arg("support_rows"), py::arg("query_rows"), py::arg("second_order"));
 
   m.def("isas", &isas);
   m.def("isa", &isa);

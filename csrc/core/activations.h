@@ -84,7 +84,7 @@ struct Rule<ActivationKind::elu> {
   }
   template <class V>
   static V curvature(V, V a, const Activation& p) {
-    return select(a > Real(0), V{}, a + Real(p.alpha));
+    return select(a >= Real(0), V{}, a + Real(p.alpha));
   }
 };
 
@@ -221,16 +221,26 @@ struct Rule<ActivationKind::softplus> {
 template <class Visitor>
 void with_activation(ActivationKind kind, Visitor visit) {
   switch (kind) {
-    case ActivationKind::identity: return visit(Rule<ActivationKind::identity>{});
-    case ActivationKind::relu: return visit(Rule<ActivationKind::relu>{});
-    case ActivationKind::leaky_relu: return visit(Rule<ActivationKind::leaky_relu>{});
-    case ActivationKind::elu: return visit(Rule<ActivationKind::elu>{});
-    case ActivationKind::tanh: return visit(Rule<ActivationKind::tanh>{});
-    case ActivationKind::sigmoid: return visit(Rule<ActivationKind::sigmoid>{});
-    case ActivationKind::silu: return visit(Rule<ActivationKind::silu>{});
-    case ActivationKind::gelu: return visit(Rule<ActivationKind::gelu>{});
-    case ActivationKind::gelu_tanh: return visit(Rule<ActivationKind::gelu_tanh>{});
-    case ActivationKind::softplus: return visit(Rule<ActivationKind::softplus>{});
+    case ActivationKind::identity:
+      return visit(Rule<ActivationKind::identity>{});
+    case ActivationKind::relu:
+      return visit(Rule<ActivationKind::relu>{});
+    case ActivationKind::leaky_relu:
+      return visit(Rule<ActivationKind::leaky_relu>{});
+    case ActivationKind::elu:
+      return visit(Rule<ActivationKind::elu>{});
+    case ActivationKind::tanh:
+      return visit(Rule<ActivationKind::tanh>{});
+    case ActivationKind::sigmoid:
+      return visit(Rule<ActivationKind::sigmoid>{});
+    case ActivationKind::silu:
+      return visit(Rule<ActivationKind::silu>{});
+    case ActivationKind::gelu:
+      return visit(Rule<ActivationKind::gelu>{});
+    case ActivationKind::gelu_tanh:
+      return visit(Rule<ActivationKind::gelu_tanh>{});
+    case ActivationKind::softplus:
+      return visit(Rule<ActivationKind::softplus>{});
   }
 }
 
@@ -246,6 +256,8 @@ inline bool is_bent(ActivationKind kind) {
   return bent;
 }
 // Identity and ReLU are done in the store of the product before them.
-inline bool is_fused(ActivationKind kind) { return kind == ActivationKind::identity || kind == ActivationKind::relu; }
+inline bool is_fused(ActivationKind kind) {
+  return kind == ActivationKind::identity || kind == ActivationKind::relu;
+}
 
 PYMETA_KERNEL_END

@@ -27,8 +27,14 @@ template <class X>
 class FactoredLayer {
  public:
   // `adapted`: whether the inner loop changes W.
-  FactoredLayer(const Layer& layer, bool adapted, const FactoredLayout& layout, Real* memory, const Factors& factors)
-      : layer_(layer), adapted_(adapted), layout_(layout), memory_(memory), factors_(factors), row_(X::stride(layer.out)) {}
+  FactoredLayer(const Layer& layer, bool adapted, const FactoredLayout& layout, Real* memory,
+                const Factors& factors)
+      : layer_(layer),
+        adapted_(adapted),
+        layout_(layout),
+        memory_(memory),
+        factors_(factors),
+        row_(X::stride(layer.out)) {}
 
   void begin(const Matrix& x, const Extent& support) {
     support_ = support;
@@ -65,8 +71,9 @@ class FactoredLayer {
   }
   // Xs v + bias: the tangent of the layer's output along v.
   void apply_direction(const Real* bias, const Destination& to) const {
-    const Mix terms[2] = {{at(layout_.gram_query), 1, support_.rows, factors_.query, query_.rows},
-                          {at(layout_.gram_support), support_.rows, 1, factors_.support, support_.rows}};
+    const Mix terms[2] = {
+        {at(layout_.gram_query), 1, support_.rows, factors_.query, query_.rows},
+        {at(layout_.gram_support), support_.rows, 1, factors_.support, support_.rows}};
     X::mix(support_, layer_.out, terms, adapted_ ? 2 : 0, nullptr, bias, to);
   }
   // v += scale Xs^T rd
@@ -77,7 +84,8 @@ class FactoredLayer {
     Vec sum = zero();
     if (!adapted_) return sum;
     apply_direction(nullptr, {at(layout_.mixed)});
-    for (long i = 0; i < support_.rows * row_; i += kWidth) sum = fma(load(d + i), load(at(layout_.mixed) + i), sum);
+    for (long i = 0; i < support_.rows * row_; i += kWidth)
+      sum = fma(load(d + i), load(at(layout_.mixed) + i), sum);
     return sum;
   }
 
@@ -87,7 +95,8 @@ class FactoredLayer {
     for (long i = 0; i < support_.rows * row_; i += kWidth) store(p + i, zero());
   }
   void add(const Real* d, Real scale, Real* to) const {
-    for (long i = 0; i < support_.rows * row_; i += kWidth) store(to + i, fma(broadcast(scale), load(d + i), load(to + i)));
+    for (long i = 0; i < support_.rows * row_; i += kWidth)
+      store(to + i, fma(broadcast(scale), load(d + i), load(to + i)));
   }
 
   const Layer& layer_;

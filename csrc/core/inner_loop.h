@@ -45,13 +45,16 @@ struct Totals {
   bool fresh;         // nothing was added to `gradient` yet, and its memory holds anything...
   std::size_t clear;  // ...except from this place on, where it holds zeros
 
-  const Real* base(std::size_t place) const { return fresh && place < clear ? nullptr : gradient + place; }
+  const Real* base(std::size_t place) const {
+    return fresh && place < clear ? nullptr : gradient + place;
+  }
 };
 
 template <class X>
 class InnerLoop {
  public:
-  InnerLoop(const Call<Real>& call, const Workspace<X>& workspace, const Shared& shared, Real* memory)
+  InnerLoop(const Call<Real>& call, const Workspace<X>& workspace, const Shared& shared,
+            Real* memory)
       : call_(call),
         network_(*call.network),
         ws_(workspace),
@@ -96,7 +99,8 @@ class InnerLoop {
   Vec evaluate(const Parameters& theta, const ItemSet& query) {
     const Tape tape{this, &ws_.query_tape, memory_ + ws_.query};
     forward(theta, query, tape, /*is_query=*/true);
-    return query.targets ? X::sum_rows_in_order(query.extent, tape.at(ws_.query_tape.row_losses)) : zero();
+    return query.targets ? X::sum_rows_in_order(query.extent, tape.at(ws_.query_tape.row_losses))
+                         : zero();
   }
   const Real* outputs() const { return memory_ + ws_.query + ws_.query_tape.y; }
 
@@ -148,8 +152,13 @@ class InnerLoop {
       return loop->network_.layers[l].kind == LayerKind::none ? input(l, set).p : at(layout->z[l]);
     }
     LossRows loss_rows(const ItemSet& set) const {
-      return {loop->network_.out_features(), X::blocks(set.extent.rows), at(layout->y), set.targets, set.scale,
-              at(layout->probability)};
+      return {loop->network_.out_features(),
+              X::blocks(set.extent.rows),
+              at(layout->y),
+              set.targets,
+              set.scale,
+              at(layout->probability),
+              set.extent.keep};
     }
   };
 
@@ -163,14 +172,14 @@ class InnerLoop {
             memory_ + ws_.theta_transposed + step * layout_.transposed_size};
   }
   Real* gradient(int k) const {
-    return memory_ + ws_.gradients + (ws_.keeps_gradients ? static_cast<std::size_t>(k) : 0) * layout_.size;
+    return memory_ + ws_.gradients +
+           (ws_.keeps_gradients ? static_cast<std::size_t>(k) : 0) * layout_.size;
   }
 
   template <class Body>  // body(tensor, place, scalars) for each tensor that the inner loop changes
   void each_adapted(Body body) const {
     for (int t = 0; t < network_.tensor_count; ++t)
-      if (call_.adapted[t])
-        body(t, layout_.tensors[t].place, layout_.scalars(t));
+      if (call_.adapted[t]) body(t, layout_.tensors[t].place, layout_.scalars(t));
   }
 
   bool is_narrow(int l) const { return layout_.narrow && l == network_.layer_count - 1; }
@@ -181,12 +190,15 @@ class InnerLoop {
     const Parameters next = adapted(k + 1);
     Real* own = const_cast<Real*>(next.own);
     const bool fused = !ws_.keeps_gradients && !sgd_.per_element();
-    backward(theta, support, tape, [&](int t) {
-      if (!call_.adapted[t]) return Sink{};
-      const std::size_t place = layout_.tensors[t].place;
-      if (fused) return Sink{own + place, theta.tensor(t), nullptr, -sgd_.rate(k, t)};
-      return Sink{gradient(k) + place};
-    }, /*input_delta=*/false);
+    backward(
+        theta, support, tape,
+        [&](int t) {
+          if (!call_.adapted[t]) return Sink{};
+          const std::size_t place = layout_.tensors[t].place;
+          if (fused) return Sink{own + place, theta.tensor(t), nullptr, -sgd_.rate(k, t)};
+          return Sink{gradient(k) + place};
+        },
+        /*input_delta=*/false);
     if constexpr (X::kFactors)
       if (factored_) factored_->step(tape.d(0), sgd_.uniform_rate(k));
     if (!fused)
@@ -203,14 +215,18 @@ class InnerLoop {
     each_adapted([&](int t, std::size_t place, std::size_t size) {
       Real* into = totals.lr_gradient;
       if (is_factored_tensor(t)) return;
-      into += sgd_.per_element() ? sgd_.row(k) * layout_.size + place
-                                 : (static_cast<std::size_t>(sgd_.row(k)) * call_.lr.columns + sgd_.group(t)) * kWidth;
+      into +=
+          sgd_.per_element()
+              ? sgd_.row(k) * layout_.size + place
+              : (static_cast<std::size_t>(sgd_.row(k)) * call_.lr.columns + sgd_.group(t)) * kWidth;
       sgd_.rate_vjp(size, gradient(k) + place, memory_ + ws_.v + place, into);
     });
     if constexpr (X::kFactors)
       if (factored_) {
-        Real* into = totals.lr_gradient +
-                     (static_cast<std::size_t>(sgd_.row(k)) * call_.lr.columns + sgd_.group(network_.layers[0].weight)) * kWidth;
+        Real* into =
+            totals.lr_gradient + (static_cast<std::size_t>(sgd_.row(k)) * call_.lr.columns +
+                                  sgd_.group(network_.layers[0].weight)) *
+                                     kWidth;
         store(into, load(into) - factored_->rate_gradient(support_tape(k).d(0)));
       }
   }
@@ -218,7 +234,9 @@ class InnerLoop {
   // The factored first layer stands in for a linear one; only executors that have it know how.
 
   bool is_factored_layer(int l) const { return X::kFactors && l == 0 && factored_; }
-  bool is_factored_tensor(int t) const { return X::kFactors && factored_ && t == network_.layers[0].weight; }
+  bool is_factored_tensor(int t) const {
+    return X::kFactors && factored_ && t == network_.layers[0].weight;
+  }
   void factored_apply(bool to_query, const Real* bias, const Destination& to) const {
     if constexpr (X::kFactors) factored_->apply(to_query, bias, to);
   }
@@ -240,7 +258,9 @@ class InnerLoop {
     } else {
       u = memory_ + ws_.u;
       scale = 1;
-      each_adapted([&](int t, std::size_t place, std::size_t size) { sgd_.step_vjp(k, t, place, size, v + place, u + place); });
+      each_adapted([&](int t, std::size_t place, std::size_t size) {
+        sgd_.step_vjp(k, t, place, size, v + place, u + place);
+      });
     }
     transpose(u, memory_ + ws_.u_transposed);
     const Direction direction{this, u};
@@ -277,7 +297,8 @@ class InnerLoop {
 
   // ---- the passes ----------------------------------------------------------------------------------------------
 
-  void forward(const Parameters& theta, const ItemSet& set, const Tape& tape, bool is_query = false) {
+  void forward(const Parameters& theta, const ItemSet& set, const Tape& tape,
+               bool is_query = false) {
     const int last = network_.layer_count - 1;
     Real* y = tape.at(tape.layout->y);
     for (int l = 0; l <= last; ++l) {
@@ -296,7 +317,8 @@ class InnerLoop {
         else
           X::apply(layer, set.extent, &term, 1, theta.tensor(layer.bias), to);
       } else if (layer.kind != LayerKind::none) {
-        norm_forward<X>(layer, set.extent, in, theta.tensor(layer.weight), theta.tensor(layer.bias), tape.norm(l), to);
+        norm_forward<X>(layer, set.extent, in, theta.tensor(layer.weight), theta.tensor(layer.bias),
+                        tape.norm(l), to);
       }
       if (layer.kind == LayerKind::none)
         activate<X>(layer, set.extent, in.p, tape.a(l));
@@ -305,7 +327,8 @@ class InnerLoop {
     }
     if (!layout_.narrow) X::to_class_major(set.extent, network_.out_features(), tape.a(last), y);
     if (set.targets)
-      loss_gradient(*call_.loss, tape.loss_rows(set), tape.at(tape.layout->row_losses), tape.at(tape.layout->dy));
+      loss_gradient(*call_.loss, tape.loss_rows(set), tape.at(tape.layout->row_losses),
+                    tape.at(tape.layout->dy));
   }
 
   // Where layer l's delta at `a` is first written: straight to d where the activation is done on the way.
@@ -319,7 +342,8 @@ class InnerLoop {
   }
   void finish_delta(int l, const ItemSet& set, const Tape& tape) const {
     if (is_fused(network_.layers[l].activation.kind)) return;
-    through_slope<X>(network_.layers[l], set.extent, tape.z(l, set), tape.a(l), delta_place(l, tape), tape.d(l));
+    through_slope<X>(network_.layers[l], set.extent, tape.z(l, set), tape.a(l),
+                     delta_place(l, tape), tape.d(l));
   }
   // A matrix passed on as it is: through the gate of a ReLU below, or copied.
   static void pass(const Extent& extent, int features, const Real* from, const Destination& to) {
@@ -331,7 +355,8 @@ class InnerLoop {
   }
 
   template <class Sinks>
-  void backward(const Parameters& theta, const ItemSet& set, const Tape& tape, Sinks sinks, bool input_delta = true) {
+  void backward(const Parameters& theta, const ItemSet& set, const Tape& tape, Sinks sinks,
+                bool input_delta = true) {
     const int last = network_.layer_count - 1;
     const Real* dy = tape.at(tape.layout->dy);
     if (!layout_.narrow) {
@@ -346,9 +371,11 @@ class InnerLoop {
       const Matrix in = tape.input(l, set);
       const Real* d = is_narrow(l) ? dy : tape.d(l);
       if (l > 0 || (input_delta && set.dx)) {
-        const Destination below = l > 0 ? delta_destination(l - 1, tape, delta_place(l - 1, tape)) : Destination{set.dx};
+        const Destination below =
+            l > 0 ? delta_destination(l - 1, tape, delta_place(l - 1, tape)) : Destination{set.dx};
         if (layer.kind == LayerKind::linear) {
-          const Term term{{d, X::stride(layer.out)}, theta.tensor(layer.weight), theta.transposed(l)};
+          const Term term{
+              {d, X::stride(layer.out)}, theta.tensor(layer.weight), theta.transposed(l)};
           if (is_narrow(l))
             X::narrow_apply_transposed(layer, set.extent, &term, 1, below);
           else
@@ -377,14 +404,19 @@ class InnerLoop {
     }
   }
 
-  Real* tangent(std::size_t place) const { return place == kNowhere ? nullptr : memory_ + ws_.tangents + place; }
-  NormTangent norm_tangents(int l) const { return {tangent(ws_.tangent.rh[l]), tangent(ws_.tangent.q[l])}; }
+  Real* tangent(std::size_t place) const {
+    return place == kNowhere ? nullptr : memory_ + ws_.tangents + place;
+  }
+  NormTangent norm_tangents(int l) const {
+    return {tangent(ws_.tangent.rh[l]), tangent(ws_.tangent.q[l])};
+  }
   // The tangent of layer l's input; null is zero, as at the first layer.
   Matrix tangent_input(int l) const {
     return {l == 0 ? nullptr : tangent(ws_.tangent.ra[l - 1]), X::stride(network_.layers[l].in)};
   }
 
-  void tangent_forward(const Parameters& theta, const Direction& u, const ItemSet& set, const Tape& tape) {
+  void tangent_forward(const Parameters& theta, const Direction& u, const ItemSet& set,
+                       const Tape& tape) {
     const int last = network_.layer_count - 1;
     Real* ry = tangent(ws_.tangent.ry);
     for (int l = 0; l <= last; ++l) {
@@ -416,19 +448,20 @@ class InnerLoop {
       }
       if (!fused) through_slope<X>(layer, set.extent, tape.z(l, set), tape.a(l), raw, ra);
     }
-    if (!layout_.narrow) X::to_class_major(set.extent, network_.out_features(), tangent(ws_.tangent.ra[last]), ry);
+    if (!layout_.narrow)
+      X::to_class_major(set.extent, network_.out_features(), tangent(ws_.tangent.ra[last]), ry);
     loss_hessian_product(*call_.loss, tape.loss_rows(set), ry, tangent(ws_.tangent.rdy));
   }
 
   void finish_delta_tangent(int l, const ItemSet& set, const Tape& tape, Real* rd) const {
     if (is_fused(network_.layers[l].activation.kind)) return;
-    through_slope_tangent<X>(network_.layers[l], set.extent, tape.z(l, set), tape.a(l), tape.at(tape.layout->c[l]),
-                             tangent(ws_.tangent.rz[l]), rd, rd);
+    through_slope_tangent<X>(network_.layers[l], set.extent, tape.z(l, set), tape.a(l),
+                             tape.at(tape.layout->c[l]), tangent(ws_.tangent.rz[l]), rd, rd);
   }
 
   template <class Sinks>
-  void tangent_backward(const Parameters& theta, const Direction& u, const ItemSet& set, const Tape& tape,
-                        bool first_to_input, Real scale, Sinks sinks) {
+  void tangent_backward(const Parameters& theta, const Direction& u, const ItemSet& set,
+                        const Tape& tape, bool first_to_input, Real scale, Sinks sinks) {
     const int last = network_.layer_count - 1;
     const Real* dy = tape.at(tape.layout->dy);
     const Real* rdy = tangent(ws_.tangent.rdy);
@@ -446,9 +479,11 @@ class InnerLoop {
       const Real* d = is_narrow(l) ? dy : tape.d(l);
       const Real* own = is_narrow(l) ? rdy : rd;
       if (l > 0 || set.dx) {
-        const Destination below = l > 0 ? delta_destination(l - 1, tape, rd_below) : Destination{rd_below};
+        const Destination below =
+            l > 0 ? delta_destination(l - 1, tape, rd_below) : Destination{rd_below};
         if (layer.kind == LayerKind::linear) {
-          Term terms[2] = {{{own, X::stride(layer.out)}, theta.tensor(layer.weight), theta.transposed(l)}};
+          Term terms[2] = {
+              {{own, X::stride(layer.out)}, theta.tensor(layer.weight), theta.transposed(l)}};
           int count = 1;
           if (const Real* du = u.tensor(layer.weight))
             terms[count++] = {{d, X::stride(layer.out)}, du, u.transposed(l)};
@@ -459,8 +494,8 @@ class InnerLoop {
         } else if (layer.kind == LayerKind::none) {
           pass(set.extent, layer.in, own, below);
         } else {
-          norm_backward_tangent<X>(layer, set.extent, d, own, theta.tensor(layer.weight), u.tensor(layer.weight),
-                                   tape.norm(l), norm_tangents(l), below);
+          norm_backward_tangent<X>(layer, set.extent, d, own, theta.tensor(layer.weight),
+                                   u.tensor(layer.weight), tape.norm(l), norm_tangents(l), below);
         }
         if (l > 0)
           finish_delta_tangent(l - 1, set, tape, rd_below);
@@ -492,7 +527,8 @@ class InnerLoop {
           X::sum_rows(set.extent, layer.out, bias, [&](long at, long) { return load(own + at); });
         }
       } else if (layer.kind != LayerKind::none) {
-        norm_gradient_tangent<X>(layer, set.extent, d, own, tape.norm(l), norm_tangents(l), weight, bias);
+        norm_gradient_tangent<X>(layer, set.extent, d, own, tape.norm(l), norm_tangents(l), weight,
+                                 bias);
       }
       Real* swap = rd;
       rd = rd_below;

@@ -27,7 +27,8 @@ void activate(const Layer& layer, const Extent& extent, const Real* z, Real* a) 
   with_activation(layer.activation.kind, [&](auto rule) {
     X::map(extent, layer.out, [&](long at, long column, int) {
       Vec value = rule.value(load(z + at), layer.activation);
-      if constexpr (rule.kMovesZero) value = X::masked_columns(value, layer.out, static_cast<int>(column / kWidth));
+      if constexpr (rule.kMovesZero)
+        value = X::masked_columns(value, layer.out, static_cast<int>(column / kWidth));
       store(a + at, value);
     });
   });
@@ -35,7 +36,8 @@ void activate(const Layer& layer, const Extent& extent, const Real* z, Real* a) 
 
 // out = slope * v: the backward pass and the tangent of the forward pass. z is only read where it was kept.
 template <class X>
-void through_slope(const Layer& layer, const Extent& extent, const Real* z, const Real* a, const Real* v, Real* out) {
+void through_slope(const Layer& layer, const Extent& extent, const Real* z, const Real* a,
+                   const Real* v, Real* out) {
   with_activation(layer.activation.kind, [&](auto rule) {
     X::map(extent, layer.out, [&](long at, long, int) {
       const Vec input = rule.kFromOutput ? zero() : load(z + at);
@@ -46,14 +48,15 @@ void through_slope(const Layer& layer, const Extent& extent, const Real* z, cons
 
 // rd = slope * rc + curvature * c * rz: the tangent of the backward pass.
 template <class X>
-void through_slope_tangent(const Layer& layer, const Extent& extent, const Real* z, const Real* a, const Real* c,
-                           const Real* rz, const Real* rc, Real* rd) {
+void through_slope_tangent(const Layer& layer, const Extent& extent, const Real* z, const Real* a,
+                           const Real* c, const Real* rz, const Real* rc, Real* rd) {
   with_activation(layer.activation.kind, [&](auto rule) {
     X::map(extent, layer.out, [&](long at, long, int) {
       const Vec input = rule.kFromOutput ? zero() : load(z + at), output = load(a + at);
       Vec v = rule.slope(input, output, layer.activation) * load(rc + at);
       if constexpr (rule.kBent) {
-        if (rz) v = fma(rule.curvature(input, output, layer.activation) * load(c + at), load(rz + at), v);
+        if (rz)
+          v = fma(rule.curvature(input, output, layer.activation) * load(c + at), load(rz + at), v);
       }
       store(rd + at, v);
     });
@@ -77,7 +80,8 @@ struct Slices {
   }
   // Zero outside the set: rows that a shorter task lacks, columns that are padding.
   Vec masked(Vec v, int slice, int i) const {
-    return kOverRows ? extent.masked(v, row(slice, i)) : X::masked_columns(v, features, column(slice, i));
+    if (!kOverRows) v = X::masked_columns(v, features, column(slice, i));
+    return extent.masked(v, row(slice, i));
   }
   template <class Body>
   Vec mean(int slice, Body body) const {
@@ -86,7 +90,8 @@ struct Slices {
       for (int i = 0; i < extent.rows; ++i) sum = sum + extent.masked(body(i), i);
       return sum / extent.count;
     } else {
-      return X::sum_features(features, [&](int i) { return masked(body(i), slice, i); }) / broadcast(Real(features));
+      return X::sum_features(features, [&](int i) { return masked(body(i), slice, i); }) /
+             broadcast(Real(features));
     }
   }
 };
@@ -114,24 +119,25 @@ struct NormTangent {
 };
 
 template <class X>
-void norm_forward(const Layer& layer, const Extent& extent, const Matrix& x, const Real* gamma, const Real* beta,
-                  const NormState& state, const Destination& to) {
+void norm_forward(const Layer& layer, const Extent& extent, const Matrix& x, const Real* gamma,
+                  const Real* beta, const NormState& state, const Destination& to) {
   X::with_epilogue(to, X::stride(layer.out), extent, [&](const auto& emit) {
     with_slices<X>(layer, extent, [&](const auto& s) {
       for (int slice = 0; slice < s.count(); ++slice) {
+        // Centred twice: what the rounded mean left over would spoil the backward formulas, which rely on mean h = 0.
         const auto in = [&](int i) { return load(x.p + s.at(slice, i)); };
         const Vec mean = s.mean(slice, in);
-        const Vec variance = s.mean(slice, [&](int i) {
-          const Vec centred = in(i) - mean;
-          return centred * centred;
-        });
+        const Vec rest = s.mean(slice, [&](int i) { return in(i) - mean; });
+        const auto centred = [&](int i) { return (in(i) - mean) - rest; };
+        const Vec variance = s.mean(slice, [&](int i) { return centred(i) * centred(i); });
         const Vec inverse = Real(1) / square_root(variance + Real(layer.eps));
         store(state.inverse + static_cast<long>(slice) * kWidth, inverse);
         for (int i = 0; i < s.length(); ++i) {
-          const Vec h = s.masked((in(i) - mean) * inverse, slice, i);
+          const Vec h = s.masked(centred(i) * inverse, slice, i);
           store(state.h + s.at(slice, i), h);
           const int column = s.column(slice, i);
-          emit(fma(h, feature(gamma, column, 1), feature(beta, column, 0)), s.row(slice, i), column);
+          emit(fma(h, feature(gamma, column, 1), feature(beta, column, 0)), s.row(slice, i),
+               column);
         }
       }
     });
@@ -139,8 +145,9 @@ void norm_forward(const Layer& layer, const Extent& extent, const Matrix& x, con
 }
 
 template <class X>
-void norm_tangent(const Layer& layer, const Extent& extent, const Real* rx, const Real* gamma, const Real* rgamma,
-                  const Real* rbeta, const NormState& state, const NormTangent& tangent, const Destination& to) {
+void norm_tangent(const Layer& layer, const Extent& extent, const Real* rx, const Real* gamma,
+                  const Real* rgamma, const Real* rbeta, const NormState& state,
+                  const NormTangent& tangent, const Destination& to) {
   X::with_epilogue(to, X::stride(layer.out), extent, [&](const auto& emit) {
     with_slices<X>(layer, extent, [&](const auto& s) {
       for (int slice = 0; slice < s.count(); ++slice) {
@@ -169,37 +176,42 @@ inline Vec norm_delta(Vec inverse, Vec e, Vec mean_e, Vec h, Vec mean_eh) {
 }
 
 template <class X>
-void norm_backward(const Layer& layer, const Extent& extent, const Real* d, const Real* gamma, const NormState& state,
-                   const Destination& to) {
+void norm_backward(const Layer& layer, const Extent& extent, const Real* d, const Real* gamma,
+                   const NormState& state, const Destination& to) {
   X::with_epilogue(to, X::stride(layer.in), extent, [&](const auto& emit) {
     with_slices<X>(layer, extent, [&](const auto& s) {
       for (int slice = 0; slice < s.count(); ++slice) {
         const auto h = [&](int i) { return load(state.h + s.at(slice, i)); };
-        const auto e = [&](int i) { return load(d + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1); };
+        const auto e = [&](int i) {
+          return load(d + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1);
+        };
         const Vec inverse = load(state.inverse + static_cast<long>(slice) * kWidth);
         const Vec mean_e = s.mean(slice, e);
         const Vec mean_eh = s.mean(slice, [&](int i) { return e(i) * h(i); });
         for (int i = 0; i < s.length(); ++i)
-          emit(s.masked(norm_delta(inverse, e(i), mean_e, h(i), mean_eh), slice, i), s.row(slice, i),
-               s.column(slice, i));
+          emit(s.masked(norm_delta(inverse, e(i), mean_e, h(i), mean_eh), slice, i),
+               s.row(slice, i), s.column(slice, i));
       }
     });
   });
 }
 
 template <class X>
-void norm_backward_tangent(const Layer& layer, const Extent& extent, const Real* d, const Real* rd, const Real* gamma,
-                           const Real* rgamma, const NormState& state, const NormTangent& tangent,
-                           const Destination& to) {
+void norm_backward_tangent(const Layer& layer, const Extent& extent, const Real* d, const Real* rd,
+                           const Real* gamma, const Real* rgamma, const NormState& state,
+                           const NormTangent& tangent, const Destination& to) {
   X::with_epilogue(to, X::stride(layer.in), extent, [&](const auto& emit) {
     with_slices<X>(layer, extent, [&](const auto& s) {
       for (int slice = 0; slice < s.count(); ++slice) {
         const auto h = [&](int i) { return load(state.h + s.at(slice, i)); };
         const auto rh = [&](int i) { return load(tangent.rh + s.at(slice, i)); };
-        const auto e = [&](int i) { return load(d + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1); };
+        const auto e = [&](int i) {
+          return load(d + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1);
+        };
         const auto re = [&](int i) {
           const Vec own = load(rd + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1);
-          return rgamma ? fma(load(d + s.at(slice, i)), feature(rgamma, s.column(slice, i), 0), own) : own;
+          return rgamma ? fma(load(d + s.at(slice, i)), feature(rgamma, s.column(slice, i), 0), own)
+                        : own;
         };
         const Vec inverse = load(state.inverse + static_cast<long>(slice) * kWidth);
         const Vec q = load(tangent.q + static_cast<long>(slice) * kWidth);
@@ -217,17 +229,20 @@ void norm_backward_tangent(const Layer& layer, const Extent& extent, const Real*
 }
 
 template <class X>
-void norm_gradient(const Layer& layer, const Extent& extent, const Real* d, const NormState& state, const Sink& gamma,
-                   const Sink& beta) {
-  X::sum_rows(extent, layer.out, gamma, [&](long at, long) { return load(d + at) * load(state.h + at); });
+void norm_gradient(const Layer& layer, const Extent& extent, const Real* d, const NormState& state,
+                   const Sink& gamma, const Sink& beta) {
+  X::sum_rows(extent, layer.out, gamma,
+              [&](long at, long) { return load(d + at) * load(state.h + at); });
   X::sum_rows(extent, layer.out, beta, [&](long at, long) { return load(d + at); });
 }
 
 template <class X>
 void norm_gradient_tangent(const Layer& layer, const Extent& extent, const Real* d, const Real* rd,
-                           const NormState& state, const NormTangent& tangent, const Sink& gamma, const Sink& beta) {
-  X::sum_rows(extent, layer.out, gamma,
-              [&](long at, long) { return fma(load(rd + at), load(state.h + at), load(d + at) * load(tangent.rh + at)); });
+                           const NormState& state, const NormTangent& tangent, const Sink& gamma,
+                           const Sink& beta) {
+  X::sum_rows(extent, layer.out, gamma, [&](long at, long) {
+    return fma(load(rd + at), load(state.h + at), load(d + at) * load(tangent.rh + at));
+  });
   X::sum_rows(extent, layer.out, beta, [&](long at, long) { return load(rd + at); });
 }
 

@@ -25,11 +25,18 @@ struct LossRows {
   const Real* targets;  // [out, rows], or [rows] labels as numbers for cross-entropy
   const Real* scale;    // [rows]
   Real* probability;    // [out, rows]
+  const Real* keep;  // lanes: all-ones where the task has the row; null when all have all (Extent)
 
+  // Zero in rows that a task lacks, whatever its parameters made of them.
+  Vec kept(Vec v, int block) const {
+    return keep ? (Vec)((IntVec)v & (IntVec)load(keep + block * kWidth)) : v;
+  }
   long at(int o, int block) const { return (static_cast<long>(o) * blocks + block) * kWidth; }
 };
 
-inline Vec class_factor(const double* weights, int o) { return broadcast(weights ? Real(weights[o]) : Real(1)); }
+inline Vec class_factor(const double* weights, int o) {
+  return broadcast(weights ? Real(weights[o]) : Real(1));
+}
 
 struct CrossEntropyRow {
   Vec own;    // (1 - e) c_l
@@ -75,7 +82,7 @@ inline void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
         Vec q = select(label == broadcast(Real(o)), row.own, zero());
         if (smooth != 0) q = q + class_factor(loss.weight, o) * smooth;
         value = value + select(q == Real(0), zero(), q * (log_sum - load(s.outputs + s.at(o, b))));
-        if (gradient) store(gradient + s.at(o, b), scale * (row.kappa * p - q));
+        if (gradient) store(gradient + s.at(o, b), s.kept(scale * (row.kappa * p - q), b));
       }
     } else {
       for (int o = 0; o < s.out; ++o) {
@@ -88,7 +95,8 @@ inline void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
         } else if (loss.kind == LossKind::huber) {
           const Vec error = y - t, size = absolute(error), delta = broadcast(Real(loss.delta));
           const IntVec inside = size < delta;
-          value = value + select(inside, error * error * Real(0.5), delta * (size - delta * Real(0.5)));
+          value =
+              value + select(inside, error * error * Real(0.5), delta * (size - delta * Real(0.5)));
           slope = select(inside, error, with_sign_of(delta, error));
           slope = select(error != error, error, slope);
         } else {
@@ -101,24 +109,27 @@ inline void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
           value = value + c * ((Real(1) - t) * y + k * soft);
           slope = c * ((Real(1) - t) - k * (Real(1) - p));
         }
-        if (gradient) store(gradient + s.at(o, b), scale * slope);
+        if (gradient) store(gradient + s.at(o, b), s.kept(scale * slope, b));
       }
     }
-    store(row_losses + b * kWidth, scale * value);
+    store(row_losses + b * kWidth, s.kept(scale * value, b));
   }
 }
 
 // The Hessian of the loss times r [out, rows], into product [out, rows].
-inline void loss_hessian_product(const Loss& loss, const LossRows& s, const Real* r, Real* product) {
+inline void loss_hessian_product(const Loss& loss, const LossRows& s, const Real* r,
+                                 Real* product) {
   for (int b = 0; b < s.blocks; ++b) {
     const Vec scale = load(s.scale + b * kWidth);
     if (loss.kind == LossKind::cross_entropy) {
       const CrossEntropyRow row = cross_entropy_row(loss, s.out, load(s.targets + b * kWidth));
       Vec mean = zero();
-      for (int o = 0; o < s.out; ++o) mean = fma(load(s.probability + s.at(o, b)), load(r + s.at(o, b)), mean);
+      for (int o = 0; o < s.out; ++o)
+        mean = fma(load(s.probability + s.at(o, b)), load(r + s.at(o, b)), mean);
       const Vec factor = scale * row.kappa;
       for (int o = 0; o < s.out; ++o)
-        store(product + s.at(o, b), factor * load(s.probability + s.at(o, b)) * (load(r + s.at(o, b)) - mean));
+        store(product + s.at(o, b),
+              s.kept(factor * load(s.probability + s.at(o, b)) * (load(r + s.at(o, b)) - mean), b));
       continue;
     }
     for (int o = 0; o < s.out; ++o) {
@@ -134,7 +145,7 @@ inline void loss_hessian_product(const Loss& loss, const LossRows& s, const Real
         const Vec p = load(s.probability + s.at(o, b));
         bend = class_factor(loss.weight, o) * k * p * (Real(1) - p);
       }
-      store(product + s.at(o, b), scale * bend * load(r + s.at(o, b)));
+      store(product + s.at(o, b), s.kept(scale * bend * load(r + s.at(o, b)), b));
     }
   }
 }

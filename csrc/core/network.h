@@ -42,7 +42,8 @@ struct Layer {
 };
 
 struct Tensor {
-  int rows = 1;  // [rows, columns] as torch stores it: a linear weight is [out, in], all others [1, features]
+  int rows =
+      1;  // [rows, columns] as torch stores it: a linear weight is [out, in], all others [1, features]
   int columns = 0;
   bool matrix = false;
 };
@@ -65,10 +66,11 @@ enum class LossKind : std::uint8_t { mse, huber, cross_entropy, bce_with_logits 
 // A row's loss, before the weighted mean over the rows of a set (losses.h).
 struct Loss {
   LossKind kind = LossKind::mse;
-  double delta = 1;                    // huber
-  double label_smoothing = 0;          // cross_entropy
-  std::int64_t ignore_index = -100;    // cross_entropy: rows with this label weigh nothing
-  const double* weight = nullptr;      // [out] class weights (cross_entropy) or output weights (bce), or null
+  double delta = 1;                  // huber
+  double label_smoothing = 0;        // cross_entropy
+  std::int64_t ignore_index = -100;  // cross_entropy: rows with this label weigh nothing
+  const double* weight =
+      nullptr;  // [out] class weights (cross_entropy) or output weights (bce), or null
   const double* pos_weight = nullptr;  // [out] bce_with_logits, or null
 };
 

@@ -15,11 +15,14 @@ struct Matrix {
 
 // The rows of one set of one item.
 struct Extent {
-  int rows;          // of the longest task in the item
-  const Real* keep;  // lanes: [rows, kWidth] all-ones where the task has the row; null when all have all
-  Vec count;         // rows of each task
+  int rows;  // of the longest task in the item
+  const Real*
+      keep;   // lanes: [rows, kWidth] all-ones where the task has the row; null when all have all
+  Vec count;  // rows of each task
 
-  Vec masked(Vec v, int row) const { return keep ? (Vec)((IntVec)v & (IntVec)load(keep + row * kWidth)) : v; }
+  Vec masked(Vec v, int row) const {
+    return keep ? (Vec)((IntVec)v & (IntVec)load(keep + row * kWidth)) : v;
+  }
 };
 
 // Where the rows x features result of a product goes: through a ReLU, through the gate of the ReLU that produced

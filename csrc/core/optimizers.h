@@ -32,27 +32,34 @@ class Sgd {
   bool per_element() const { return lr_.per_element; }
   bool uniform() const { return uniform_; }
   int group(int tensor) const { return lr_.groups[tensor]; }
-  Real uniform_rate(int step) const { return lr_.values[static_cast<long>(row(step)) * lr_.columns + column_]; }
+  Real uniform_rate(int step) const {
+    return lr_.values[static_cast<long>(row(step)) * lr_.columns + column_];
+  }
   Real rate(int step, int tensor) const {
     return lr_.values[static_cast<long>(row(step)) * lr_.columns + lr_.groups[tensor]];
   }
   const Real* rates(int step) const { return packed_ + row(step) * parameters_; }
 
   // theta_next = theta - lr g over `size` scalars of one tensor at `place`.
-  void step(int k, int tensor, std::size_t place, std::size_t size, const Real* theta, const Real* g,
-            Real* theta_next) const {
-    each(size, [&](std::size_t i) { store(theta_next + i, fma(-rate_at(k, tensor, place, i), load(g + i), load(theta + i))); });
+  void step(int k, int tensor, std::size_t place, std::size_t size, const Real* theta,
+            const Real* g, Real* theta_next) const {
+    each(size, [&](std::size_t i) {
+      store(theta_next + i, fma(-rate_at(k, tensor, place, i), load(g + i), load(theta + i)));
+    });
   }
 
   // u = -lr v
-  void step_vjp(int k, int tensor, std::size_t place, std::size_t size, const Real* v, Real* u) const {
+  void step_vjp(int k, int tensor, std::size_t place, std::size_t size, const Real* v,
+                Real* u) const {
     each(size, [&](std::size_t i) { store(u + i, -(rate_at(k, tensor, place, i) * load(v + i))); });
   }
 
   // lr_gradient -= g v, element by element (per_element), or summed into one vector (a rate per group).
   void rate_vjp(std::size_t size, const Real* g, const Real* v, Real* lr_gradient) const {
     if (per_element()) {
-      each(size, [&](std::size_t i) { store(lr_gradient + i, fma(-load(g + i), load(v + i), load(lr_gradient + i))); });
+      each(size, [&](std::size_t i) {
+        store(lr_gradient + i, fma(-load(g + i), load(v + i), load(lr_gradient + i)));
+      });
     } else {
       Vec sum = load(lr_gradient);
       each(size, [&](std::size_t i) { sum = fma(-load(g + i), load(v + i), sum); });

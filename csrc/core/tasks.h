@@ -12,10 +12,11 @@ namespace pymeta {
 
 template <class Real>
 struct RowSet {
-  const Real* x = nullptr;               // [total rows, in]
-  const void* y = nullptr;               // [total rows, out] Real, or [total rows] int64 labels for cross-entropy
-  const Real* weights = nullptr;         // [total rows], or null: every row weighs 1
-  std::int64_t rows = 0;                 // rows from one task to the next (and in each, without `sizes`)
+  const Real* x = nullptr;  // [total rows, in]
+  const void* y =
+      nullptr;  // [total rows, out] Real, or [total rows] int64 labels for cross-entropy
+  const Real* weights = nullptr;  // [total rows], or null: every row weighs 1
+  std::int64_t rows = 0;          // rows from one task to the next (and in each, without `sizes`)
   const std::int64_t* starts = nullptr;  // [T] first row of each task, or null: task * rows
   const std::int64_t* sizes = nullptr;   // [T] rows of each task, or null: rows
 
@@ -29,7 +30,8 @@ struct LearningRate {
   const Real* values = nullptr;  // [rows, columns]
   int rows = 1;
   int columns = 1;
-  bool per_element = false;  // columns = all elements of the adapted tensors; otherwise one column per group
+  bool per_element =
+      false;  // columns = all elements of the adapted tensors; otherwise one column per group
   const int* groups = nullptr;  // [tensors] column of each tensor, when not per_element
 };
 
@@ -39,7 +41,8 @@ struct Call {
   const Loss* loss = nullptr;
   const bool* adapted = nullptr;            // [tensors] does the inner loop change this tensor?
   const Real* const* parameters = nullptr;  // [tensors] the start, in torch's layout
-  const bool* parameter_per_task = nullptr;  // [tensors] stacked [T, ...] instead of shared; null: all shared
+  const bool* parameter_per_task =
+      nullptr;  // [tensors] stacked [T, ...] instead of shared; null: all shared
   LearningRate<Real> lr;
   int steps = 0;
   bool first_order = false;
@@ -48,13 +51,14 @@ struct Call {
   RowSet<Real> query;
 
   // Results; null where not wanted.
-  Real* losses = nullptr;              // [T] mean query loss of each task
-  Real* mean_loss = nullptr;           // [1] their mean
-  Real* predictions = nullptr;         // [total query rows, out]
-  Real* const* gradients = nullptr;    // [tensors] of the mean over tasks, torch's layout; entries may be null
-  Real* lr_gradient = nullptr;         // [lr.rows, lr.columns]
-  Real* xs_gradient = nullptr;         // [total support rows, in]
-  Real* xq_gradient = nullptr;         // [total query rows, in]
+  Real* losses = nullptr;       // [T] mean query loss of each task
+  Real* mean_loss = nullptr;    // [1] their mean
+  Real* predictions = nullptr;  // [total query rows, out]
+  Real* const* gradients =
+      nullptr;  // [tensors] of the mean over tasks, torch's layout; entries may be null
+  Real* lr_gradient = nullptr;                // [lr.rows, lr.columns]
+  Real* xs_gradient = nullptr;                // [total support rows, in]
+  Real* xq_gradient = nullptr;                // [total query rows, in]
   Real* const* adapted_parameters = nullptr;  // [tensors] each [T, ...]
 
   // Filled in by prepare() in cpu/dispatch.cpp.

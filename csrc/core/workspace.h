@@ -38,15 +38,16 @@ struct PackedTensor {
 template <class X>
 struct ParameterLayout {
   PackedTensor tensors[kMaxTensors];
-  std::size_t size = 0;                         // scalars of all tensors
-  std::size_t size_without_first = 0;           // the first layer's weight lies last (factored.h)
-  std::size_t transposed[kMaxLayers];           // place of each linear layer's W^T, or kNowhere
+  std::size_t size = 0;                // scalars of all tensors
+  std::size_t size_without_first = 0;  // the first layer's weight lies last (factored.h)
+  std::size_t transposed[kMaxLayers];  // place of each linear layer's W^T, or kNowhere
   std::size_t transposed_size = 0;
   bool narrow = false;  // the last layer is a narrow one (executor.h)
 
   ParameterLayout(const Network& network, bool input_gradient) {
     const Layer& last = network.layers[network.layer_count - 1];
-    narrow = last.kind == LayerKind::linear && last.activation.kind == ActivationKind::identity && last.out <= kNarrow;
+    narrow = last.kind == LayerKind::linear && last.activation.kind == ActivationKind::identity &&
+             last.out <= kNarrow;
     Places places, transposed_places;
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
@@ -61,7 +62,8 @@ struct ParameterLayout {
         t.row = X::stride(t.inner);
         if (l > 0) t.place = places.take(scalars(layer.weight));
         if (X::kTransposes && t.transposed && (l > 0 || input_gradient))
-          transposed[l] = transposed_places.take(static_cast<std::size_t>(layer.out) * X::stride(layer.in));
+          transposed[l] =
+              transposed_places.take(static_cast<std::size_t>(layer.out) * X::stride(layer.in));
       }
       if (layer.bias >= 0) {
         PackedTensor& t = tensors[layer.bias];
@@ -70,12 +72,15 @@ struct ParameterLayout {
       }
     }
     size_without_first = places.used;
-    if (const int first = network.layers[0].weight; first >= 0) tensors[first].place = places.take(scalars(first));
+    if (const int first = network.layers[0].weight; first >= 0)
+      tensors[first].place = places.take(scalars(first));
     size = places.used;
     transposed_size = transposed_places.used;
   }
 
-  std::size_t scalars(int tensor) const { return static_cast<std::size_t>(tensors[tensor].outer) * tensors[tensor].row; }
+  std::size_t scalars(int tensor) const {
+    return static_cast<std::size_t>(tensors[tensor].outer) * tensors[tensor].row;
+  }
 
   // visit(index in torch's layout, place in the packed one) for every element of a tensor.
   template <class Visitor>
@@ -86,20 +91,21 @@ struct ParameterLayout {
       for (int q0 = 0; q0 < t.inner; q0 += block)
         for (int p = p0; p < t.outer && p < p0 + block; ++p)
           for (int q = q0; q < t.inner && q < q0 + block; ++q)
-            visit(t.transposed ? static_cast<std::size_t>(q) * t.outer + p : static_cast<std::size_t>(p) * t.inner + q,
+            visit(t.transposed ? static_cast<std::size_t>(q) * t.outer + p
+                               : static_cast<std::size_t>(p) * t.inner + q,
                   t.place + p * t.row + static_cast<std::size_t>(q) * X::kElement);
   }
 };
 
 // One pass of a set through the network: what is kept for the passes that follow.
 struct TapeLayout {
-  std::size_t a[kMaxLayers];        // output
-  std::size_t z[kMaxLayers];        // input of the activation, where its slope needs it
-  std::size_t d[kMaxLayers];        // delta at z
-  std::size_t c[kMaxLayers];        // delta at a, where the activation is bent
-  std::size_t h[kMaxLayers];        // normalisations: NormState
+  std::size_t a[kMaxLayers];  // output
+  std::size_t z[kMaxLayers];  // input of the activation, where its slope needs it
+  std::size_t d[kMaxLayers];  // delta at z
+  std::size_t c[kMaxLayers];  // delta at a, where the activation is bent
+  std::size_t h[kMaxLayers];  // normalisations: NormState
   std::size_t inverse[kMaxLayers];
-  std::size_t y, dy, probability;   // class-major outputs, their deltas, softmax or sigmoid
+  std::size_t y, dy, probability;  // class-major outputs, their deltas, softmax or sigmoid
   std::size_t row_losses;
   std::size_t size;
 
@@ -118,7 +124,8 @@ struct TapeLayout {
       h[l] = norm ? places.take(matrix) : kNowhere;
       inverse[l] = norm ? places.take(slices * kWidth) : kNowhere;
     }
-    const std::size_t classes = static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
+    const std::size_t classes =
+        static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
     y = places.take(classes);
     dy = with_deltas ? places.take(classes) : kNowhere;
     probability = places.take(classes);
@@ -154,7 +161,8 @@ struct TangentLayout {
     }
     rd[0] = places.take(widest);
     rd[1] = places.take(widest);
-    const std::size_t classes = static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
+    const std::size_t classes =
+        static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
     ry = places.take(classes);
     rdy = places.take(classes);
     size = places.used;
@@ -168,7 +176,8 @@ struct SetLayout {
   std::size_t dx;  // dL/dx, where wanted
 
   template <class X>
-  void lay_out(Places& places, const Network& network, const Loss& loss, int rows, bool copy_input, bool input_gradient) {
+  void lay_out(Places& places, const Network& network, const Loss& loss, int rows, bool copy_input,
+               bool input_gradient) {
     const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(network.in_features());
     const int target_columns = loss.kind == LossKind::cross_entropy ? 1 : network.out_features();
     x = copy_input ? places.take(matrix) : kNowhere;
@@ -195,7 +204,9 @@ inline bool is_factorable(const Call<Real>& call) {
   return true;
 }
 // Of one task alone, so that its result does not depend on the others.
-inline bool is_factored(const Network& network, int support_rows) { return 4 * support_rows <= network.layers[0].in; }
+inline bool is_factored(const Network& network, int support_rows) {
+  return 4 * support_rows <= network.layers[0].in;
+}
 
 struct FactoredLayout {
   std::size_t gram_support, gram_query;  // [rows, support rows] of the largest tasks
@@ -218,16 +229,19 @@ struct Workspace {
   TapeLayout support_tape, query_tape;
   TangentLayout tangent;
   SetLayout support_set, query_set;
-  bool keeps_steps;       // every step has its own parameters and tape
-  bool keeps_gradients;   // every step has its own inner gradient (the learning rate's meta-gradient needs it)
+  bool keeps_steps;  // every step has its own parameters and tape
+  bool
+      keeps_gradients;  // every step has its own inner gradient (the learning rate's meta-gradient needs it)
   bool factorable;
   FactoredLayout factored;
   std::size_t accumulated, lr_accumulated;  // sums over the items of a chunk (Totals)
   std::size_t theta, theta_transposed, gradients, v, u, u_transposed, support, query, tangents;
-  std::size_t size;       // scalars
+  std::size_t size;  // scalars
 
   std::size_t lr_scalars(const Call<Real>& call) const {
-    return call.lr.rows * (call.lr.per_element ? parameters.size : static_cast<std::size_t>(call.lr.columns) * kWidth);
+    return call.lr.rows * (call.lr.per_element
+                               ? parameters.size
+                               : static_cast<std::size_t>(call.lr.columns) * kWidth);
   }
 
   explicit Workspace(const Call<Real>& call)
@@ -240,23 +254,26 @@ struct Workspace {
     keeps_steps = kept > 1;
     keeps_gradients = call.lr_gradient != nullptr;
     Places places;
-    accumulated = call.wants_gradient() && X::kElement > 1 ? places.take(parameters.size) : kNowhere;
+    accumulated =
+        call.wants_gradient() && X::kElement > 1 ? places.take(parameters.size) : kNowhere;
     lr_accumulated = call.lr_gradient ? places.take(lr_scalars(call)) : kNowhere;
     theta = places.take(parameters.size * kept);
     theta_transposed = places.take(parameters.transposed_size * kept);
-    gradients = keeps_gradients            ? places.take(parameters.size * call.steps)
+    gradients = keeps_gradients       ? places.take(parameters.size * call.steps)
                 : call.lr.per_element ? places.take(parameters.size)
-                                           : kNowhere;
+                                      : kNowhere;
     v = call.wants_gradient() ? places.take(parameters.size) : kNowhere;
     u = second ? places.take(parameters.size) : kNowhere;
     u_transposed = second ? places.take(parameters.transposed_size) : kNowhere;
     support_tape.lay_out<X>(network, call.max_support, true, second);
     query_tape.lay_out<X>(network, call.max_query, call.wants_gradient(), false);
     tangent.lay_out<X>(network, call.max_support);
-    support_set.lay_out<X>(places, network, *call.loss, call.max_support, copy_input, call.xs_gradient);
+    support_set.lay_out<X>(places, network, *call.loss, call.max_support, copy_input,
+                           call.xs_gradient);
     query_set.lay_out<X>(places, network, *call.loss, call.max_query, copy_input, call.xq_gradient);
     factorable = X::kFactors && is_factorable(call);
-    if (factorable) factored.lay_out<X>(places, network.layers[0], call.max_support, call.max_query);
+    if (factorable)
+      factored.lay_out<X>(places, network.layers[0], call.max_support, call.max_query);
     support = places.take(support_tape.size * kept);
     query = places.take(query_tape.size);
     tangents = second ? places.take(tangent.size) : kNowhere;

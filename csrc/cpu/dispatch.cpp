@@ -55,8 +55,8 @@ const std::vector<InstructionSet>& usable() {
       found.push_back({&kernels_avx2_float, &kernels_avx2_double});
 #endif
 #ifdef PYMETA_HAS_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
       found.push_back({&kernels_avx512_float, &kernels_avx512_double});
 #endif
 #ifdef PYMETA_HAS_NEON
@@ -72,7 +72,8 @@ std::size_t find_isa(const std::string& name) {
     if (name == usable()[i].single->isa) return i;
   std::string known;
   for (const std::string& each : isas()) known += (known.empty() ? "" : ", ") + each;
-  throw std::invalid_argument("isa: expected one of " + known + " on this machine, got '" + name + "'");
+  throw std::invalid_argument("isa: expected one of " + known + " on this machine, got '" + name +
+                              "'");
 }
 
 enum class Choice { automatic, rows, lanes };
@@ -127,7 +128,8 @@ class BlockCache {
     std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(block);
     if (free_.size() <= kKept) return;
-    auto least = std::min_element(free_.begin(), free_.end(), [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
+    auto least = std::min_element(free_.begin(), free_.end(),
+                                  [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
     std::free(least->data);
     free_.erase(least);
   }
@@ -141,10 +143,12 @@ class BlockCache {
 };
 
 BlockCache& block_cache() {
-  static BlockCache* const cache = new BlockCache;  // never destroyed: calls may outlive static objects
+  static BlockCache* const cache =
+      new BlockCache;  // never destroyed: calls may outlive static objects
   // A fork waits until nobody is inside the cache, so that the child finds it whole.
-  static const int registered = pthread_atfork([] { block_cache().mutex().lock(); }, [] { block_cache().mutex().unlock(); },
-                                               [] { block_cache().mutex().unlock(); });
+  static const int registered =
+      pthread_atfork([] { block_cache().mutex().lock(); }, [] { block_cache().mutex().unlock(); },
+                     [] { block_cache().mutex().unlock(); });
   (void)registered;
   return *cache;
 }
@@ -166,7 +170,8 @@ class Memory {
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 std::string task_row(const char* name, std::int64_t task, std::int64_t row) {
-  return std::string(name) + ": task " + std::to_string(task) + ", row " + std::to_string(row) + ": ";
+  return std::string(name) + ": task " + std::to_string(task) + ", row " + std::to_string(row) +
+         ": ";
 }
 
 // Looks at the sizes, labels and weights of one set; returns its largest task.
@@ -176,8 +181,9 @@ int check(const Call<Real>& call, const RowSet<Real>& set, const char* suffix) {
   const std::string sizes_name = (letter == "s" ? "support" : "query") + std::string("_sizes");
   const std::string weights_name = (letter == "s" ? "support" : "query") + std::string("_weights");
   const Network& network = *call.network;
-  const bool batch_norm = std::any_of(network.layers, network.layers + network.layer_count,
-                                      [](const Layer& layer) { return layer.kind == LayerKind::batch_norm; });
+  const bool batch_norm =
+      std::any_of(network.layers, network.layers + network.layer_count,
+                  [](const Layer& layer) { return layer.kind == LayerKind::batch_norm; });
   const bool labels = call.loss && call.loss->kind == LossKind::cross_entropy && set.y;
   const int out = network.out_features();
   std::int64_t largest = 0;
@@ -185,8 +191,8 @@ int check(const Call<Real>& call, const RowSet<Real>& set, const char* suffix) {
     const std::int64_t rows = set.sizes ? set.sizes[task] : set.rows;
     const std::int64_t start = set.start(task);
     if (rows < 0 || start < 0 || (set.sizes && !set.starts && rows > set.rows))
-      refuse(sizes_name + ": task " + std::to_string(task) + " has size " + std::to_string(rows) + ", not in 0.." +
-             std::to_string(set.rows));
+      refuse(sizes_name + ": task " + std::to_string(task) + " has size " + std::to_string(rows) +
+             ", not in 0.." + std::to_string(set.rows));
     if (batch_norm && rows == 1)
       refuse("x" + letter + ": task " + std::to_string(task) +
              " has one row, and BatchNorm1d needs at least two to normalise by");
@@ -194,8 +200,8 @@ int check(const Call<Real>& call, const RowSet<Real>& set, const char* suffix) {
     for (std::int64_t row = 0; labels && row < rows; ++row) {
       const std::int64_t label = static_cast<const std::int64_t*>(set.y)[start + row];
       if ((label < 0 || label >= out) && label != call.loss->ignore_index)
-        refuse(task_row(("y" + letter).c_str(), task, row) + "label " + std::to_string(label) + " is not in 0.." +
-               std::to_string(out - 1));
+        refuse(task_row(("y" + letter).c_str(), task, row) + "label " + std::to_string(label) +
+               " is not in 0.." + std::to_string(out - 1));
     }
     for (std::int64_t row = 0; set.weights && row < rows; ++row) {
       const Real weight = set.weights[start + row];
@@ -247,14 +253,17 @@ void set_executor(const std::string& name) {
   else
     throw std::invalid_argument("executor: expected 'auto', 'rows' or 'lanes', got '" + name + "'");
 }
-const char* executor_name(ExecutorKind kind) { return kind == ExecutorKind::rows ? "rows" : "lanes"; }
+const char* executor_name(ExecutorKind kind) {
+  return kind == ExecutorKind::rows ? "rows" : "lanes";
+}
 
 int num_threads() {
   const int chosen = chosen_threads;
   return chosen > 0 ? chosen : available_cores();
 }
 void set_num_threads(int n) {
-  if (n < 1) throw std::invalid_argument("num_threads: expected at least 1, got " + std::to_string(n));
+  if (n < 1)
+    throw std::invalid_argument("num_threads: expected at least 1, got " + std::to_string(n));
   chosen_threads = n;
 }
 
@@ -274,8 +283,11 @@ Report plan_with(const Kernels<Real>& table, const Call<Real>& call, Job job) {
       report.needs = lanes;
     }
   }
-  const std::int64_t most = std::max<std::int64_t>(1, static_cast<std::int64_t>(report.needs.chunks));
-  report.threads = report.needs.cost < kSmallWork ? 1 : static_cast<int>(std::min<std::int64_t>(num_threads(), most));
+  const std::int64_t most =
+      std::max<std::int64_t>(1, static_cast<std::int64_t>(report.needs.chunks));
+  report.threads = report.needs.cost < kSmallWork
+                       ? 1
+                       : static_cast<int>(std::min<std::int64_t>(num_threads(), most));
   return report;
 }
 
@@ -290,7 +302,8 @@ template <class Real>
 void run(Call<Real>& call, Job job) {
   call.max_support = job == Job::predict ? 0 : check(call, call.support, "s");
   call.max_query = job == Job::adapt ? 0 : check(call, call.query, "q");
-  const Kernels<Real>& table = kernels(Real{});  // once: another thread may choose another meanwhile
+  const Kernels<Real>& table =
+      kernels(Real{});  // once: another thread may choose another meanwhile
   const Report report = plan_with(table, call, job);
   std::vector<std::int64_t> order;
   if (report.executor == ExecutorKind::lanes && (call.support.sizes || call.query.sizes)) {

@@ -48,19 +48,20 @@ struct Executor {
   }
 
   // x W (+ x' W') + bias
-  static void apply(const Layer& layer, const Extent& extent, const Term* terms, int count, const Real* bias,
-                    const Destination& to) {
+  static void apply(const Layer& layer, const Extent& extent, const Term* terms, int count,
+                    const Real* bias, const Destination& to) {
     Segment segments[2];
     for (int i = 0; i < count; ++i)
-      segments[i] = {terms[i].x.p, terms[i].x.row, kElement, terms[i].w, stride(layer.out), kWidth, layer.in};
+      segments[i] = {terms[i].x.p,      terms[i].x.row, kElement, terms[i].w,
+                     stride(layer.out), kWidth,         layer.in};
     const Product product{extent.rows, vectors(layer.out), segments, count, bias, 0};
     with_epilogue(to, stride(layer.out), extent,
                   [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
   }
 
   // d W^T (+ d' W'^T)
-  static void apply_transposed(const Layer& layer, const Extent& extent, const Term* terms, int count,
-                               const Destination& to) {
+  static void apply_transposed(const Layer& layer, const Extent& extent, const Term* terms,
+                               int count, const Destination& to) {
     Segment segments[2];
     for (int i = 0; i < count; ++i) segments[i] = Access::transposed_segment(layer, terms[i]);
     const Product product{extent.rows, vectors(layer.in), segments, count};
@@ -69,11 +70,13 @@ struct Executor {
   }
 
   // x^T d (+ x'^T d')
-  static void outer(int in, int out, const Extent& extent, const Matrix (*pairs)[2], int count, const Sink& sink) {
+  static void outer(int in, int out, const Extent& extent, const Matrix (*pairs)[2], int count,
+                    const Sink& sink) {
     if (!sink.out) return;
     Segment segments[2];
     for (int i = 0; i < count; ++i)
-      segments[i] = {pairs[i][0].p, kElement, pairs[i][0].row, pairs[i][1].p, pairs[i][1].row, kWidth, extent.rows};
+      segments[i] = {pairs[i][0].p,   kElement, pairs[i][0].row, pairs[i][1].p,
+                     pairs[i][1].row, kWidth,   extent.rows};
     const Product product{in, vectors(out), segments, count};
     multiply<Access>(product, accumulate(sink, stride(out)));
   }
@@ -98,8 +101,8 @@ struct Executor {
 
   // The narrow last layer; outputs and their deltas are class-major.
 
-  static void narrow_apply(const Layer& layer, const Extent& extent, const Term* terms, int count, const Real* bias,
-                           Real* y) {
+  static void narrow_apply(const Layer& layer, const Extent& extent, const Term* terms, int count,
+                           const Real* bias, Real* y) {
     const long classes = class_stride(extent.rows);
     for (int r = 0; r < extent.rows; ++r)
       for (int o = 0; o < layer.out; ++o) {
@@ -111,24 +114,26 @@ struct Executor {
       }
   }
 
-  static void narrow_apply_transposed(const Layer& layer, const Extent& extent, const Term* terms, int count,
-                                      const Destination& to) {
+  static void narrow_apply_transposed(const Layer& layer, const Extent& extent, const Term* terms,
+                                      int count, const Destination& to) {
     Segment segments[2];
     const long classes = class_stride(extent.rows);
     for (int i = 0; i < count; ++i)
-      segments[i] = {terms[i].x.p, kElement, classes, terms[i].w, stride(layer.in), kWidth, layer.out};
+      segments[i] = {terms[i].x.p,     kElement, classes,  terms[i].w,
+                     stride(layer.in), kWidth,   layer.out};
     const Product product{extent.rows, vectors(layer.in), segments, count};
     with_epilogue(to, stride(layer.in), extent,
                   [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
   }
 
-  static void narrow_outer(int in, int out, const Extent& extent, const Matrix (*pairs)[2], int count,
-                           const Sink& sink) {
+  static void narrow_outer(int in, int out, const Extent& extent, const Matrix (*pairs)[2],
+                           int count, const Sink& sink) {
     if (!sink.out) return;
     Segment segments[2];
     const long classes = class_stride(extent.rows);
     for (int i = 0; i < count; ++i)
-      segments[i] = {pairs[i][1].p, classes, kElement, pairs[i][0].p, pairs[i][0].row, kWidth, extent.rows};
+      segments[i] = {pairs[i][1].p,   classes, kElement,   pairs[i][0].p,
+                     pairs[i][0].row, kWidth,  extent.rows};
     const Product product{out, vectors(in), segments, count};
     multiply<Access>(product, accumulate(sink, stride(in)));
   }
@@ -139,7 +144,8 @@ struct Executor {
     const long classes = class_stride(extent.rows);
     for (int o = 0; o < out; ++o) {
       Vec sum = zero();
-      for (int r = 0; r < extent.rows; ++r) sum = sum + Access::load_a(dy + o * classes + static_cast<long>(r) * kElement);
+      for (int r = 0; r < extent.rows; ++r)
+        sum = sum + Access::load_a(dy + o * classes + static_cast<long>(r) * kElement);
       Access::store_element(sums + o * kElement, sum);
     }
     const Accumulate into = accumulate(sink, 0);
@@ -152,7 +158,8 @@ struct Executor {
     const long classes = class_stride(extent.rows), row = stride(out);
     for (int r = 0; r < extent.rows; ++r)
       for (int o = 0; o < out; ++o)
-        Access::copy_element(y + o * classes + static_cast<long>(r) * kElement, matrix + r * row + static_cast<long>(o) * kElement);
+        Access::copy_element(y + o * classes + static_cast<long>(r) * kElement,
+                             matrix + r * row + static_cast<long>(o) * kElement);
   }
 
   static void from_class_major(const Extent& extent, int out, const Real* y, Real* matrix) {
@@ -161,7 +168,8 @@ struct Executor {
       Real* to = matrix + r * row;
       for (long c = static_cast<long>(out) * kElement; c < row; ++c) to[c] = 0;
       for (int o = 0; o < out; ++o)
-        Access::copy_element(to + static_cast<long>(o) * kElement, y + o * classes + static_cast<long>(r) * kElement);
+        Access::copy_element(to + static_cast<long>(o) * kElement,
+                             y + o * classes + static_cast<long>(r) * kElement);
     }
   }
 
@@ -172,12 +180,15 @@ struct Executor {
     sum.add(features, body);
     return sum.total();
   }
-  static Vec masked_columns(Vec v, int features, int vector) { return Access::masked_columns(v, features, vector); }
+  static Vec masked_columns(Vec v, int features, int vector) {
+    return Access::masked_columns(v, features, vector);
+  }
 
   // The sum over the rows of a class-major vector, in the order of the rows.
   static Vec sum_rows_in_order(const Extent& extent, const Real* values) {
     Vec sum = zero();
-    for (int r = 0; r < extent.rows; ++r) sum = sum + Access::load_a(values + static_cast<long>(r) * kElement);
+    for (int r = 0; r < extent.rows; ++r)
+      sum = sum + Access::load_a(values + static_cast<long>(r) * kElement);
     return sum;
   }
 };

@@ -16,9 +16,9 @@
 PYMETA_KERNEL_BEGIN
 
 struct Segment {
-  const Real* a;    // element (m, k) at a + m * a_row + k * a_depth
+  const Real* a;  // element (m, k) at a + m * a_row + k * a_depth
   long a_row, a_depth;
-  const Real* b;    // vector (k, n) at b + k * b_depth + n * b_column
+  const Real* b;  // vector (k, n) at b + k * b_depth + n * b_column
   long b_depth, b_column;
   int depth;
 };
@@ -77,9 +77,11 @@ struct Store {
   }
   template <int M, int N>
   void finish(const Vec (&sum)[M][N], int row0, int column0) const {
-    if (keep) return each_vector<M, N>([&](int m, int n) { (*this)(sum[m][n], row0 + m, column0 + n); });
+    if (keep)
+      return each_vector<M, N>([&](int m, int n) { (*this)(sum[m][n], row0 + m, column0 + n); });
     Real* to = out + row0 * row + column0 * kWidth;
-    each_vector<M, N>([&](int m, int n) { store(to + m * row + n * kWidth, at_least(sum[m][n], floor)); });
+    each_vector<M, N>(
+        [&](int m, int n) { store(to + m * row + n * kWidth, at_least(sum[m][n], floor)); });
   }
 };
 
@@ -98,7 +100,8 @@ struct Gate {
   }
   template <int M, int N>
   void finish(const Vec (&sum)[M][N], int row0, int column0) const {
-    if (keep) return each_vector<M, N>([&](int m, int n) { (*this)(sum[m][n], row0 + m, column0 + n); });
+    if (keep)
+      return each_vector<M, N>([&](int m, int n) { (*this)(sum[m][n], row0 + m, column0 + n); });
     const long first = row0 * row + column0 * kWidth;
     each_vector<M, N>([&](int m, int n) {
       const long at = first + m * row + n * kWidth;
@@ -201,9 +204,15 @@ void all_panels(const Product& p, const Epilogue& epilogue) {
   for (int i = 0; i < panels; ++i) {
     const int width = base + (i < wider);
     switch (width) {
-      case 1: panel<Access, 1>(p, column, epilogue); break;
-      case 2: panel<Access, 2>(p, column, epilogue); break;
-      case 3: panel<Access, 3>(p, column, epilogue); break;
+      case 1:
+        panel<Access, 1>(p, column, epilogue);
+        break;
+      case 2:
+        panel<Access, 2>(p, column, epilogue);
+        break;
+      case 3:
+        panel<Access, 3>(p, column, epilogue);
+        break;
       case 4:
         if constexpr (Access::kMaxColumns >= 4) panel<Access, 4>(p, column, epilogue);
         break;

@@ -11,7 +11,8 @@ Needs needs(const Call<Real>& call, Job job, ExecutorKind kind) {
   return Driver<RowsExecutor>(call, job).needs();
 }
 
-void run(const Call<Real>& call, Job job, ExecutorKind kind, const Needs& needs, const Team& team, char* memory) {
+void run(const Call<Real>& call, Job job, ExecutorKind kind, const Needs& needs, const Team& team,
+         char* memory) {
   if (kind == ExecutorKind::lanes)
     Driver<LanesExecutor>(call, job).run(needs, team, memory);
   else
@@ -44,6 +45,6 @@ PYMETA_KERNEL_END
 
 namespace pymeta {
 extern const Kernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_ISA, PYMETA_REAL);
-const Kernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_ISA, PYMETA_REAL) = {PYMETA_NAME(PYMETA_ISA), PYMETA_ISA::needs,
-                                                                    PYMETA_ISA::run, PYMETA_ISA::fma_rate};
+const Kernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_ISA, PYMETA_REAL) = {
+    PYMETA_NAME(PYMETA_ISA), PYMETA_ISA::needs, PYMETA_ISA::run, PYMETA_ISA::fma_rate};
 }  // namespace pymeta

@@ -17,14 +17,14 @@ enum class ExecutorKind { rows, lanes };
 // Runs body(context, index, worker) for index in [0, count) on up to `threads` workers.
 struct Team {
   int threads;
-  void (*run)(int threads, std::int64_t count, void (*body)(void* context, std::int64_t index, int worker),
-              void* context);
+  void (*run)(int threads, std::int64_t count,
+              void (*body)(void* context, std::int64_t index, int worker), void* context);
 };
 
 // What a call needs, in bytes; every part is a multiple of a cache line.
 struct Needs {
-  std::size_t shared;     // the start, packed
-  std::size_t sums;       // gradient sums of one chunk
+  std::size_t shared;  // the start, packed
+  std::size_t sums;    // gradient sums of one chunk
   std::size_t chunks;
   std::size_t workspace;  // of one thread
   double cost;            // estimated cycles of the whole call on one thread
@@ -38,7 +38,8 @@ struct Kernels {
   const char* isa;
   Needs (*needs)(const Call<Real>&, Job, ExecutorKind);
   void (*run)(const Call<Real>&, Job, ExecutorKind, const Needs&, const Team&, char* memory);
-  double (*fma_rate)(std::int64_t rounds);  // executes a known number of FMAs from registers; returns their FLOPs
+  double (*fma_rate)(
+      std::int64_t rounds);  // executes a known number of FMAs from registers; returns their FLOPs
 };
 
 }  // namespace pymeta

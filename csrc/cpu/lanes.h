@@ -15,7 +15,8 @@ struct Lanes : Lane {
   static int blocks(int rows) { return rows; }
 
   static Segment transposed_segment(const Layer& layer, const Term& term) {
-    return {term.x.p, term.x.row, kWidth, term.w, kWidth, static_cast<long>(layer.out) * kWidth, layer.out};
+    return {term.x.p, term.x.row, kWidth, term.w, kWidth, static_cast<long>(layer.out) * kWidth,
+            layer.out};
   }
   static void store_element(Real* p, Vec v) { store(p, v); }
   static void copy_element(Real* to, const Real* from) { store(to, load(from)); }
@@ -26,7 +27,10 @@ struct Lanes : Lane {
     Vec sum[kPartials] = {};
 
     void dot(const Real* a, const Real* b, int n) {
-      each(n, [&](int i, Vec s) { return fma(load(a + static_cast<long>(i) * kWidth), load(b + static_cast<long>(i) * kWidth), s); });
+      each(n, [&](int i, Vec s) {
+        return fma(load(a + static_cast<long>(i) * kWidth), load(b + static_cast<long>(i) * kWidth),
+                   s);
+      });
     }
     template <class Body>
     void add(int n, Body body) {
@@ -60,7 +64,7 @@ struct LanesExecutor : Executor<Lanes> {
   static constexpr bool kTransposes = false;
   static constexpr bool kReadsInputInPlace = false;
   static constexpr bool kFactors = false;  // a wide first layer is for the rows executor
-  static constexpr double kRate = 1.2, kCrowdedRate = 0.8, kRowOverhead = 3;  // as in rows.h
+  static constexpr double kRate = 1.15, kCrowdedRate = 1.0, kRowOverhead = 4;  // as in rows.h
   static void transpose(const Layer&, const Real*, Real*) {}
 };
 

@@ -35,11 +35,16 @@ struct Rows : Broadcast {
     Vec sum[kGroups] = {};
 
     void dot(const Real* a, const Real* b, int n) {
-      const int full = vectors(n);
-      for (int i = 0; i < full; ++i) {
+      const int whole = n / kWidth;
+      for (int i = 0; i < whole; ++i) {
         Vec& s = sum[i % kGroups];
         s = fma(load(a + i * kWidth), load(b + i * kWidth), s);
       }
+      if (n % kWidth == 0) return;
+      // An infinity in the task's rows makes NaNs of the padding.
+      Vec& s = sum[whole % kGroups];
+      s = fma(masked_columns(load(a + whole * kWidth), n, whole),
+              masked_columns(load(b + whole * kWidth), n, whole), s);
     }
     template <class Body>
     void add(int n, Body body) {
@@ -59,7 +64,7 @@ struct RowsExecutor : Executor<Rows> {
   static constexpr bool kReadsInputInPlace = true;
   static constexpr bool kFactors = true;
   // Planner: vector operations per cycle, cache-resident and not; vector operations per output vector beside its sum.
-  static constexpr double kRate = 1.3, kCrowdedRate = 1.0, kRowOverhead = 6;
+  static constexpr double kRate = 1.5, kCrowdedRate = 1.5, kRowOverhead = 10;
 
   // W [in, stride(out)] to W^T [out, stride(in)], padding cleared.
   static void transpose(const Layer& layer, const Real* w, Real* w_transposed) {
@@ -87,8 +92,14 @@ struct RowsExecutor : Executor<Rows> {
           const int depth = layer.in - k < slice ? layer.in - k : slice;
           const int left = vectors(layer.out) - column;
           Real* out = sets[s].out + column * kWidth;
-          const Segment segment{sets[s].x.p + k, sets[s].x.row, 1, w + k * row + column * kWidth, row, kWidth, depth};
-          const Product product{sets[s].rows, left < kMaxColumns ? left : kMaxColumns, &segment, 1, k > 0 ? out : nullptr, row};
+          const Segment segment{
+              sets[s].x.p + k, sets[s].x.row, 1, w + k * row + column * kWidth, row, kWidth, depth};
+          const Product product{sets[s].rows,
+                                left < kMaxColumns ? left : kMaxColumns,
+                                &segment,
+                                1,
+                                k > 0 ? out : nullptr,
+                                row};
           multiply<Rows>(product, Accumulate{out, row, nullptr, nullptr, broadcast(1)});
         }
   }
@@ -105,7 +116,8 @@ struct RowsExecutor : Executor<Rows> {
         Vec sum[together] = {};
         for (int k = 0; k < whole; k += kWidth)
 #pragma GCC unroll 4
-          for (int t = 0; t < together; ++t) sum[t] = fma(load(left + k), load(right[t] + k), sum[t]);
+          for (int t = 0; t < together; ++t)
+            sum[t] = fma(load(left + k), load(right[t] + k), sum[t]);
         for (int t = 0; t < together && j + t < b_rows; ++t) {
           Real tail = 0;
           for (int k = whole; k < n; ++k) tail += left[k] * right[t][k];
@@ -115,17 +127,20 @@ struct RowsExecutor : Executor<Rows> {
   }
 
   // init + sum of terms + bias
-  static void mix(const Extent& extent, int features, const Mix* terms, int count, const Real* init, const Real* bias,
-                  const Destination& to) {
+  static void mix(const Extent& extent, int features, const Mix* terms, int count, const Real* init,
+                  const Real* bias, const Destination& to) {
     static constexpr Real one = 1;
     Segment segments[3];
     int used = 0;
     for (; used < count; ++used)
-      segments[used] = {terms[used].coefficients, terms[used].row_stride, terms[used].depth_stride, terms[used].x,
-                        stride(features), kWidth, terms[used].depth};
+      segments[used] = {terms[used].coefficients, terms[used].row_stride,
+                        terms[used].depth_stride, terms[used].x,
+                        stride(features),         kWidth,
+                        terms[used].depth};
     if (bias) segments[used++] = {&one, 0, 0, bias, 0, kWidth, 1};
     const Product product{extent.rows, vectors(features), segments, used, init, stride(features)};
-    with_epilogue(to, stride(features), extent, [&](const auto& epilogue) { multiply<Rows>(product, epilogue); });
+    with_epilogue(to, stride(features), extent,
+                  [&](const auto& epilogue) { multiply<Rows>(product, epilogue); });
   }
 };
 

@@ -28,14 +28,16 @@ constexpr int kVectorBytes = 32, kRegisters = 16, kSpareRegisters = 1;
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16, kRegisters = 32, kSpareRegisters = 1;
 #else
-constexpr int kVectorBytes = 16, kRegisters = 16, kSpareRegisters = 2;  // multiply, then add: one more temporary
+constexpr int kVectorBytes = 16, kRegisters = 16,
+              kSpareRegisters = 2;  // multiply, then add: one more temporary
 #endif
 
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(Real));
 using Int = std::conditional_t<kDouble, std::int64_t, std::int32_t>;
 typedef Real Vec __attribute__((vector_size(kVectorBytes)));
 typedef Int IntVec __attribute__((vector_size(kVectorBytes)));
-typedef Real UnalignedVec __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
+typedef Real UnalignedVec
+    __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
 
 inline Vec load(const Real* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(Real* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
@@ -137,13 +139,15 @@ void transpose_block(Vec (&block)[kWidth]) {
   if constexpr (kHalf > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i)
-      if (!(i & kHalf)) exchange<kHalf>(block[i], block[i + kHalf], std::make_integer_sequence<int, kWidth>{});
+      if (!(i & kHalf))
+        exchange<kHalf>(block[i], block[i + kHalf], std::make_integer_sequence<int, kWidth>{});
     transpose_block<kHalf / 2>(block);
   }
 }
 
 // from [rows, columns] to its transpose; only elements of the matrix are read or written.
-inline void transpose_matrix(int rows, int columns, const Real* from, long from_row, Real* to, long to_row) {
+inline void transpose_matrix(int rows, int columns, const Real* from, long from_row, Real* to,
+                             long to_row) {
   const int whole_rows = rows / kWidth * kWidth, whole_columns = columns / kWidth * kWidth;
   for (int i = 0; i < whole_rows; i += kWidth)
     for (int j = 0; j < whole_columns; j += kWidth) {
@@ -155,7 +159,8 @@ inline void transpose_matrix(int rows, int columns, const Real* from, long from_
       for (int k = 0; k < kWidth; ++k) store(to + (j + k) * to_row + i, block[k]);
     }
   for (int i = 0; i < rows; ++i)
-    for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j) to[j * to_row + i] = from[i * from_row + j];
+    for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
+      to[j * to_row + i] = from[i * from_row + j];
 }
 
 // Elementary functions, each within a few ulp. exp(v) = 2^n e^r with |r| <= ln2 / 2 and the Taylor series of
@@ -182,7 +187,8 @@ inline ExpParts exp_parts(Vec v) {
   // Written so that a NaN fails both comparisons and stays.
   v = select(v > top, broadcast(top), v);
   v = select(v < bottom, broadcast(bottom), v);
-  constexpr Real magic = kDouble ? Real(6755399441055744.0) : Real(12582912.0);  // 1.5 * 2^mantissa: rounds
+  constexpr Real magic =
+      kDouble ? Real(6755399441055744.0) : Real(12582912.0);  // 1.5 * 2^mantissa: rounds
   const Vec shifted = fma(v, broadcast(Real(1.4426950408889634074)), broadcast(magic));
   const Vec n = shifted - magic;
   const IntVec exponent = (IntVec)shifted - (IntVec)broadcast(magic);
@@ -204,7 +210,8 @@ inline ExpParts exp_parts(Vec v) {
                                           1.0 / 6227020800.0};
   Vec series = broadcast(Real(inverse_factorial[terms]));
 #pragma GCC unroll 16
-  for (int i = terms - 1; i >= 2; --i) series = fma(series, r, broadcast(Real(inverse_factorial[i])));
+  for (int i = terms - 1; i >= 2; --i)
+    series = fma(series, r, broadcast(Real(inverse_factorial[i])));
   const IntVec half = exponent >> 1;
   return {fma(series * r, r, r), power_of_two(half), power_of_two(exponent - half)};
 }
@@ -219,7 +226,8 @@ inline Vec expm1(Vec v) {
   const Vec scale = e.scale_a * e.scale_b;
   const Vec direct = fma(e.fraction, scale, scale - Real(1));
   // 2^n alone overflows before e^v does.
-  return select(scale < Real(1e30), direct, fma(e.fraction, e.scale_a, e.scale_a) * e.scale_b - Real(1));
+  return select(scale < Real(1e30), direct,
+                fma(e.fraction, e.scale_a, e.scale_a) * e.scale_b - Real(1));
 }
 
 // log(v) for normal positive v: v = 2^n m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
@@ -266,8 +274,21 @@ inline Vec tanh(Vec v) {
 // t = 2 / (2 + u); P interpolates log(erfc(u) / t) + u^2 at the Chebyshev points of the range of t in which the
 // result is not yet zero (highest power first, in the variable s in [-1, 1]; fitted in 60 digits).
 inline Vec normal_cdf(Vec v) {
-  constexpr double float_fit[] = {-0.000026586474108880286929, 0.000066099971381216429622, 0.00013829874848737265892, -0.00061015012889219654853, -0.00023924301286284049251, 0.0040251042780840790274, -0.0014150801577725534347, -0.030774729285308727388, 0.017633865019592575553, 0.57856789541066681694, -0.5673654734673336768};
-  constexpr double double_fit[] = {7.7884408307357525985e-10, -2.4051360830120127214e-9, -3.2804003440212794218e-9, 2.3407025120354200225e-8, -1.9951387935102632387e-8, -8.8946213701324920392e-8, 2.4281928620554689402e-7, 2.2947271079205236939e-8, -1.124054126488901726e-6, 1.5589436606108242877e-6, 2.588017318355455563e-6, -9.9497062834983837708e-6, 1.9988079322390050838e-6, 0.000038018059134224586111, -0.00005120977234178593476, -0.000099576810103206804637, 0.00030827894958948758714, 0.00013326776305264406743, -0.0014316031465361963943, 0.00043779950034903295504, 0.0065929036825205971984, -0.0051890628271173525784, -0.039942324416966434471, 0.032864859357458544758, 0.63309826829401933173, -0.62675486601084852787};
+  constexpr double float_fit[] = {
+      -0.000026586474108880286929, 0.000066099971381216429622, 0.00013829874848737265892,
+      -0.00061015012889219654853,  -0.00023924301286284049251, 0.0040251042780840790274,
+      -0.0014150801577725534347,   -0.030774729285308727388,   0.017633865019592575553,
+      0.57856789541066681694,      -0.5673654734673336768};
+  constexpr double double_fit[] = {
+      7.7884408307357525985e-10,   -2.4051360830120127214e-9,  -3.2804003440212794218e-9,
+      2.3407025120354200225e-8,    -1.9951387935102632387e-8,  -8.8946213701324920392e-8,
+      2.4281928620554689402e-7,    2.2947271079205236939e-8,   -1.124054126488901726e-6,
+      1.5589436606108242877e-6,    2.588017318355455563e-6,    -9.9497062834983837708e-6,
+      1.9988079322390050838e-6,    0.000038018059134224586111, -0.00005120977234178593476,
+      -0.000099576810103206804637, 0.00030827894958948758714,  0.00013326776305264406743,
+      -0.0014316031465361963943,   0.00043779950034903295504,  0.0065929036825205971984,
+      -0.0051890628271173525784,   -0.039942324416966434471,   0.032864859357458544758,
+      0.63309826829401933173,      -0.62675486601084852787};
   constexpr int terms = kDouble ? 26 : 11;
   constexpr Real largest = kDouble ? Real(28) : Real(11);
   constexpr Real t_least = Real(2) / (Real(2) + largest);
@@ -276,7 +297,8 @@ inline Vec normal_cdf(Vec v) {
   const Vec s = (t - t_least) * (Real(2) / (Real(1) - t_least)) - Real(1);
   Vec p = broadcast(Real(kDouble ? double_fit[0] : float_fit[0]));
 #pragma GCC unroll 32
-  for (int i = 1; i < terms; ++i) p = fma(p, s, broadcast(Real(kDouble ? double_fit[i] : float_fit[i])));
+  for (int i = 1; i < terms; ++i)
+    p = fma(p, s, broadcast(Real(kDouble ? double_fit[i] : float_fit[i])));
   const Vec tail = t * exp(p - u * u) * Real(0.5);
   return select(v != v, v, select(v < Real(0), tail, Real(1) - tail));
 }

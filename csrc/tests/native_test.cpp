@@ -1,1 +1,860 @@
-int main() { return 0; }
+// Tests of the native core without Python: what the sanitizers can look into.
+//
+// Every instruction set of this machine x executor x float and double x a few networks and forms of tasks:
+//   - rows and lanes agree to the last bit on all that belongs to one task (but for a factored first layer, which
+//     lanes does not have), and any number of threads gives the same bits, gradients among them;
+//   - what working memory holds beforehand does not matter: kernels run once more on memory full of NaN, whose size
+//     is exactly what they asked for;
+//   - meta-gradients are the finite differences of the loss in double, and float is near double;
+//   - a task with NaN leaves the others alone; no tasks give zeros; bad data is refused.
+// All inputs and outputs are heap arrays of exactly their size, so that AddressSanitizer sees a step over either end.
+// `native_test pool` runs the tests of the thread pool alone (make sanitize: under ThreadSanitizer).
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+#include "../cpu/thread_pool.h"
+
+namespace pymeta {
+
+// The tables of kernels.cpp, for runs on memory of our own.
+#define PYMETA_TABLES(isa)                           \
+  extern const Kernels<float> kernels_##isa##_float; \
+  extern const Kernels<double> kernels_##isa##_double;
+#ifdef PYMETA_HAS_BASELINE
+PYMETA_TABLES(baseline)
+#endif
+#ifdef PYMETA_HAS_AVX2
+PYMETA_TABLES(avx2)
+#endif
+#ifdef PYMETA_HAS_AVX512
+PYMETA_TABLES(avx512)
+#endif
+#ifdef PYMETA_HAS_NEON
+PYMETA_TABLES(neon)
+#endif
+
+namespace {
+
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kThreadSanitizer = true;
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+constexpr bool kThreadSanitizer = true;
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
+
+std::atomic<long> passed{0}, failed{0};
+
+void check(bool holds, const std::string& what, int line) {
+  if (holds) {
+    ++passed;
+  } else if (++failed <= 40) {
+    std::fprintf(stderr, "native_test.cpp:%d: FAILED %s\n", line, what.c_str());
+  }
+}
+#define CHECK(holds, what) check((holds), (what), __LINE__)
+
+template <class Real>
+const Kernels<Real>& table(const std::string& isa) {
+  const auto pick = [](const Kernels<float>& f, const Kernels<double>& d) -> const Kernels<Real>& {
+    if constexpr (sizeof(Real) == 4)
+      return (void)d, f;
+    else
+      return (void)f, d;
+  };
+#ifdef PYMETA_HAS_BASELINE
+  if (isa == "baseline") return pick(kernels_baseline_float, kernels_baseline_double);
+#endif
+#ifdef PYMETA_HAS_AVX2
+  if (isa == "avx2") return pick(kernels_avx2_float, kernels_avx2_double);
+#endif
+#ifdef PYMETA_HAS_AVX512
+  if (isa == "avx512") return pick(kernels_avx512_float, kernels_avx512_double);
+#endif
+#ifdef PYMETA_HAS_NEON
+  if (isa == "neon") return pick(kernels_neon_float, kernels_neon_double);
+#endif
+  throw std::logic_error("no table for " + isa);
+}
+
+// ---- arrays and random numbers -----------------------------------------------------------------
+
+// A heap array of exactly n elements.
+template <class T>
+class Exact {
+ public:
+  Exact() : Exact(0) {}
+  explicit Exact(std::size_t n, T value = T{}) : data_(new T[n]), size_(n) {
+    std::fill(data_.get(), data_.get() + n, value);
+  }
+  template <class From>
+  static Exact of(const std::vector<From>& values) {
+    Exact result(values.size());
+    for (std::size_t i = 0; i < values.size(); ++i) result[i] = static_cast<T>(values[i]);
+    return result;
+  }
+  T* data() const { return data_.get(); }
+  std::size_t size() const { return size_; }
+  T& operator[](std::size_t i) const { return data_[i]; }
+  bool same_bits(const Exact& other) const {
+    return size_ == other.size_ && std::memcmp(data(), other.data(), size_ * sizeof(T)) == 0;
+  }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  std::size_t size_;
+};
+
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed * 2654435761u + 12345) {}
+  double uniform() {  // [0, 1), a float's worth of bits: the same number in both precisions
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<double>(state_ >> 40) / (1 << 24);
+  }
+  double symmetric() { return 2 * uniform() - 1; }
+  std::int64_t below(std::int64_t n) {
+    return static_cast<std::int64_t>(uniform() * static_cast<double>(n));
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+// ---- networks and problems ---------------------------------------------------------------------
+
+struct Chain {
+  Network network;
+
+  Chain& linear(int in, int out, bool bias = true) {
+    Layer& layer = append(LayerKind::linear, in, out);
+    layer.weight = tensor({out, in, true});
+    if (bias) layer.bias = tensor({1, out, false});
+    return *this;
+  }
+  Chain& norm(LayerKind kind, int features, double eps = 1e-3) {
+    Layer& layer = append(kind, features, features);
+    layer.eps = eps;
+    layer.weight = tensor({1, features, false});
+    layer.bias = tensor({1, features, false});
+    return *this;
+  }
+  Chain& act(ActivationKind kind, double alpha = 0, double threshold = 0) {
+    Layer* last = &network.layers[network.layer_count - 1];
+    if (last->activation.kind != ActivationKind::identity)
+      last = &append(LayerKind::none, last->out, last->out);
+    last->activation = {kind, alpha, threshold};
+    return *this;
+  }
+
+ private:
+  Layer& append(LayerKind kind, int in, int out) {
+    Layer& layer = network.layers[network.layer_count++];
+    layer = Layer{};
+    layer.kind = kind;
+    layer.in = in;
+    layer.out = out;
+    return layer;
+  }
+  int tensor(const Tensor& shape) {
+    network.tensors[network.tensor_count] = shape;
+    return network.tensor_count++;
+  }
+};
+
+enum class Form { uniform, padded, packed };
+enum class Rates { one, groups, elements };
+
+struct Setup {
+  std::string name;
+  Chain chain;
+  LossKind loss = LossKind::mse;
+  int tasks = 5, support = 6, query = 5;
+  Form form = Form::uniform;
+  Rates rates = Rates::one;
+  bool weights = false;
+  int steps = 2;
+  bool first_order = false;
+  bool input_gradients = true;
+  bool adapts_all = true;  // otherwise the first tensor stays as it is
+  bool smooth = true;      // no kink between a finite difference's ends
+  bool factored = false;
+};
+
+struct SideData {
+  std::vector<double> x, y, weights;
+  std::vector<std::int64_t> labels, starts, sizes;
+  std::int64_t rows = 0;
+};
+
+// All numbers of a problem, in double.
+struct Data {
+  std::vector<std::vector<double>> parameters;
+  std::vector<double> lr;
+  int lr_rows = 1, lr_columns = 1;
+  SideData support, query;
+
+  // visit(array) for everything that a meta-gradient is taken of, in the order of Results::gradients().
+  template <class Visitor>
+  void inputs(bool with_rows, Visitor visit) {
+    for (auto& p : parameters) visit(p);
+    visit(lr);
+    if (with_rows) visit(support.x), visit(query.x);
+  }
+};
+
+SideData make_side(const Setup& setup, int rows, Random& random) {
+  const Network& network = setup.chain.network;
+  SideData side;
+  side.rows = rows;
+  bool batch_norm = false;
+  for (int l = 0; l < network.layer_count; ++l)
+    batch_norm = batch_norm || network.layers[l].kind == LayerKind::batch_norm;
+  std::int64_t total = 0;
+  for (int t = 0; t < setup.tasks; ++t) {
+    std::int64_t size = setup.form == Form::uniform ? rows : random.below(rows + 1);
+    if (batch_norm && size < 3) size = size == 0 ? 0 : 3;
+    side.sizes.push_back(size);
+    side.starts.push_back(total);
+    total += setup.form == Form::packed ? size : rows;
+  }
+  const std::size_t all = static_cast<std::size_t>(total);
+  for (std::size_t i = 0; i < all * network.in_features(); ++i)
+    side.x.push_back(2 * random.symmetric());
+  for (std::size_t i = 0; i < all * network.out_features(); ++i) {
+    const double y = random.symmetric();
+    side.y.push_back(setup.loss == LossKind::bce_with_logits ? y > 0 : 2 * y);
+  }
+  for (std::size_t i = 0; i < all; ++i) {
+    side.labels.push_back(random.below(network.out_features()));
+    side.weights.push_back(random.below(4) == 0 ? 0 : random.uniform());
+  }
+  return side;
+}
+
+Data make_data(const Setup& setup, std::uint64_t seed) {
+  Random random(seed);
+  const Network& network = setup.chain.network;
+  Data data;
+  std::size_t adapted = 0;
+  for (int t = 0; t < network.tensor_count; ++t) {
+    const Tensor& shape = network.tensors[t];
+    const std::size_t size = static_cast<std::size_t>(shape.rows) * shape.columns;
+    const double scale = shape.matrix ? 1.7 / std::sqrt(shape.columns) : 0.5;
+    std::vector<double> values(size);
+    for (double& v : values)
+      v = static_cast<float>(scale * random.symmetric() + !shape.matrix * 0.4);
+    data.parameters.push_back(values);
+    if (setup.adapts_all || t > 0) adapted += size;
+  }
+  data.lr_rows = setup.rates == Rates::one ? 1 : 2;
+  data.lr_columns = setup.rates == Rates::one      ? 1
+                    : setup.rates == Rates::groups ? 2
+                                                   : static_cast<int>(adapted);
+  data.lr.resize(static_cast<std::size_t>(data.lr_rows) * data.lr_columns);
+  for (double& v : data.lr) v = static_cast<float>(0.02 + 0.1 * random.uniform());
+  data.support = make_side(setup, setup.support, random);
+  data.query = make_side(setup, setup.query, random);
+  return data;
+}
+
+// ---- calls -------------------------------------------------------------------------------------
+
+template <class Real>
+struct Side {
+  Exact<Real> x, y, weights;
+  Exact<std::int64_t> labels, starts, sizes;
+  RowSet<Real> set;
+
+  Side(const Setup& setup, const SideData& data)
+      : x(Exact<Real>::of(data.x)),
+        y(Exact<Real>::of(data.y)),
+        weights(Exact<Real>::of(data.weights)),
+        labels(Exact<std::int64_t>::of(data.labels)),
+        starts(Exact<std::int64_t>::of(data.starts)),
+        sizes(Exact<std::int64_t>::of(data.sizes)) {
+    set.x = x.data();
+    set.y =
+        setup.loss == LossKind::cross_entropy ? static_cast<const void*>(labels.data()) : y.data();
+    set.weights = setup.weights ? weights.data() : nullptr;
+    set.rows = setup.form == Form::packed ? 0 : data.rows;
+    set.starts = setup.form == Form::packed ? starts.data() : nullptr;
+    set.sizes = setup.form == Form::uniform ? nullptr : sizes.data();
+  }
+};
+
+// What the calls leave; what no task owns (padding) keeps the number it had.
+template <class Real>
+struct Results {
+  static constexpr Real kUntouched = Real(12345);
+  Exact<Real> losses, predictions, lr_gradient, xs_gradient, xq_gradient, predicted;
+  std::vector<Exact<Real>> gradients, adapted;
+
+  bool same_tasks(const Results& other) const {
+    bool same = losses.same_bits(other.losses) && predictions.same_bits(other.predictions);
+    for (std::size_t t = 0; t < adapted.size(); ++t)
+      same = same && adapted[t].same_bits(other.adapted[t]);
+    return same && xs_gradient.same_bits(other.xs_gradient) &&
+           xq_gradient.same_bits(other.xq_gradient);
+  }
+  bool same_gradients(const Results& other) const {
+    bool same = lr_gradient.same_bits(other.lr_gradient);
+    for (std::size_t t = 0; t < gradients.size(); ++t)
+      same = same && gradients[t].same_bits(other.gradients[t]);
+    return same;
+  }
+  double loss() const {
+    double sum = 0;
+    for (std::size_t t = 0; t < losses.size(); ++t) sum += static_cast<double>(losses[t]);
+    return losses.size() ? sum / static_cast<double>(losses.size()) : 0;
+  }
+};
+
+template <class Real>
+using Runner = std::function<void(Call<Real>&, Job)>;
+
+template <class Real>
+void run_as_usual(Call<Real>& call, Job job) {
+  run(call, job);
+}
+
+// A problem in one precision, ready to be called any number of times.
+template <class Real>
+class Problem {
+ public:
+  Problem(const Setup& setup, const Data& data)
+      : setup_(setup),
+        network_(std::make_unique<Network>(setup.chain.network)),
+        lr_(Exact<Real>::of(data.lr)),
+        support(setup, data.support),
+        query(setup, data.query),
+        lr_rows_(data.lr_rows),
+        lr_columns_(data.lr_columns) {
+    for (const auto& p : data.parameters) parameters_.push_back(Exact<Real>::of(p));
+    loss_.kind = setup.loss;
+    loss_.label_smoothing = setup.loss == LossKind::cross_entropy ? 0.125 : 0;
+    loss_.delta = 0.75;
+    for (int t = 0; t < network_->tensor_count; ++t) {
+      adapted_[t] = setup.adapts_all || t > 0;
+      groups_[t] = setup.rates == Rates::groups ? t % 2 : 0;
+    }
+  }
+
+  Results<Real> results(const Runner<Real>& runner = run_as_usual<Real>) {
+    const Real untouched = Results<Real>::kUntouched;
+    Results<Real> r;
+    r.losses = Exact<Real>(static_cast<std::size_t>(setup_.tasks), untouched);
+    r.predictions = Exact<Real>(query.y.size(), untouched);
+    r.predicted = Exact<Real>(query.y.size(), untouched);
+    r.lr_gradient = Exact<Real>(lr_.size(), untouched);
+    if (setup_.input_gradients) {
+      r.xs_gradient = Exact<Real>(support.x.size(), untouched);
+      r.xq_gradient = Exact<Real>(query.x.size(), untouched);
+    }
+    std::vector<Real*> gradients, adapted;
+    for (const auto& p : parameters_) {
+      r.gradients.emplace_back(p.size(), untouched);
+      r.adapted.emplace_back(p.size() * setup_.tasks, untouched);
+    }
+    for (std::size_t t = 0; t < parameters_.size(); ++t) {
+      gradients.push_back(r.gradients[t].data());
+      adapted.push_back(adapted_[t] ? r.adapted[t].data() : nullptr);
+    }
+    meta_gradient(r, gradients.data(), runner);
+    adapt(adapted.data(), runner);
+    predict(adapted, r.predicted, runner);
+    return r;
+  }
+
+  Side<Real>& support_side() { return support; }
+
+ private:
+  Call<Real> call() const {
+    pointers_.clear();
+    for (const auto& p : parameters_) pointers_.push_back(p.data());
+    Call<Real> c;
+    c.network = network_.get();
+    c.loss = &loss_;
+    c.adapted = adapted_;
+    c.parameters = pointers_.data();
+    c.lr = {lr_.data(), lr_rows_, lr_columns_, setup_.rates == Rates::elements, groups_};
+    c.steps = setup_.steps;
+    c.first_order = setup_.first_order;
+    c.tasks = setup_.tasks;
+    return c;
+  }
+  void meta_gradient(Results<Real>& r, Real* const* gradients, const Runner<Real>& runner) {
+    Call<Real> c = call();
+    c.support = support.set;
+    c.query = query.set;
+    c.losses = r.losses.data();
+    c.predictions = r.predictions.data();
+    c.gradients = gradients;
+    c.lr_gradient = r.lr_gradient.data();
+    if (setup_.input_gradients) {
+      c.xs_gradient = r.xs_gradient.data();
+      c.xq_gradient = r.xq_gradient.data();
+    }
+    runner(c, Job::meta);
+  }
+  void adapt(Real* const* adapted, const Runner<Real>& runner) {
+    Call<Real> c = call();
+    c.support = support.set;
+    c.adapted_parameters = adapted;
+    runner(c, Job::adapt);
+  }
+  void predict(const std::vector<Real*>& adapted, const Exact<Real>& predictions,
+               const Runner<Real>& runner) {
+    Call<Real> c = call();
+    for (std::size_t t = 0; t < adapted.size(); ++t)
+      if (adapted[t]) pointers_[t] = adapted[t];
+    c.lr = {nullptr, 1, 0, false, groups_};
+    c.steps = 0;
+    c.parameter_per_task = adapted_;
+    c.query = query.set;
+    c.query.y = nullptr;
+    c.query.weights = nullptr;
+    c.predictions = predictions.data();
+    runner(c, Job::predict);
+  }
+
+  const Setup& setup_;
+  std::unique_ptr<Network> network_;
+  Loss loss_;
+  bool adapted_[kMaxTensors] = {};
+  int groups_[kMaxTensors] = {};
+  std::vector<Exact<Real>> parameters_;
+  mutable std::vector<const Real*> pointers_;
+  Exact<Real> lr_;
+  Side<Real> support, query;
+  int lr_rows_, lr_columns_;
+};
+
+// A run on working memory of exactly the size asked for, every byte of it set before: to NaN.
+template <class Real>
+Runner<Real> on_dirty_memory(ExecutorKind kind) {
+  return [kind](Call<Real>& call, Job job) {
+    const auto largest = [&](const RowSet<Real>& set) {
+      int most = 0;
+      for (std::int64_t t = 0; t < call.tasks; ++t) most = std::max(most, set.size(t));
+      return most;
+    };
+    call.max_support = job == Job::predict ? 0 : largest(call.support);
+    call.max_query = job == Job::adapt ? 0 : largest(call.query);
+    const Kernels<Real>& kernels = table<Real>(isa());
+    const Needs needs = kernels.needs(call, job, kind);
+    const std::size_t bytes = (needs.bytes(1) + 63) / 64 * 64;
+    std::unique_ptr<char, decltype(&std::free)> memory(
+        static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64)), &std::free);
+    std::memset(memory.get(), 0xff, bytes);
+    kernels.run(call, job, kind, needs, Team{1, parallel_for}, memory.get());
+  };
+}
+
+// ---- the tests of the kernels ------------------------------------------------------------------
+
+std::vector<Setup> setups() {
+  using A = ActivationKind;
+  using L = LayerKind;
+  std::vector<Setup> all;
+  Setup s;
+  s.name = "regression";
+  s.chain.linear(1, 40).act(A::relu).linear(40, 40).act(A::relu).linear(40, 1);
+  s.tasks = 37, s.support = s.query = 10, s.smooth = false;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "batch norm";
+  s.chain.linear(9, 17)
+      .norm(L::batch_norm, 17)
+      .act(A::relu)
+      .linear(17, 8)
+      .norm(L::batch_norm, 8)
+      .act(A::tanh)
+      .linear(8, 5);
+  s.loss = LossKind::cross_entropy, s.form = Form::packed, s.weights = true, s.tasks = 19;
+  s.rates = Rates::groups, s.smooth = false;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "layer norm first";
+  s.chain.norm(L::layer_norm, 6)
+      .linear(6, 18, false)
+      .act(A::gelu)
+      .norm(L::layer_norm, 18)
+      .act(A::silu)
+      .linear(18, 3);
+  s.loss = LossKind::bce_with_logits, s.form = Form::padded, s.rates = Rates::elements, s.steps = 3,
+  s.tasks = 11;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "activations";
+  s.chain.linear(3, 7)
+      .act(A::elu, 1)
+      .act(A::sigmoid)
+      .linear(7, 7)
+      .act(A::softplus, 1, 20)
+      .act(A::gelu_tanh)
+      .linear(7, 5)
+      .act(A::tanh);
+  s.loss = LossKind::huber, s.form = Form::packed, s.weights = true, s.first_order = true,
+  s.tasks = 18;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "one layer";
+  s.chain.linear(5, 2);
+  s.steps = 4, s.tasks = 33, s.adapts_all = false, s.form = Form::padded;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "wide end";
+  s.chain.linear(4, 3).act(A::leaky_relu, 0.1).linear(3, 70).act(A::relu);
+  s.tasks = 17, s.smooth = false, s.steps = 1;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "no steps";
+  s.chain.linear(4, 6).act(A::tanh).linear(6, 4);
+  s.steps = 0, s.tasks = 3;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "factored";
+  s.chain.linear(67, 18).act(A::tanh).linear(18, 3);
+  s.loss = LossKind::cross_entropy, s.form = Form::packed, s.input_gradients = false,
+  s.factored = true;
+  s.support = 9, s.tasks = 21;
+  all.push_back(s);
+
+  s.name = "factored and not";
+  s.support = 40, s.form = Form::padded, s.weights = true;
+  all.push_back(s);
+  return all;
+}
+
+// The meta-gradient along a random direction is the loss's central difference. Its error: h^2 times a third
+// derivative, which the difference at 2h shows three times over, and the loss's rounding over h.
+void check_finite_differences(const Setup& setup, const std::string& name) {
+  Data data = make_data(setup, 1);
+  const Results<double> r = Problem<double>(setup, data).results();
+  Random random(2);
+  std::vector<std::vector<double>> directions;
+  data.inputs(setup.input_gradients, [&](std::vector<double>& v) {
+    directions.emplace_back(v.size());
+    for (double& d : directions.back()) d = random.symmetric();
+  });
+  std::vector<const Exact<double>*> gradients;
+  for (const auto& g : r.gradients) gradients.push_back(&g);
+  gradients.push_back(&r.lr_gradient);
+  if (setup.input_gradients)
+    gradients.push_back(&r.xs_gradient), gradients.push_back(&r.xq_gradient);
+  double slope = 0;
+  for (std::size_t a = 0; a < gradients.size(); ++a)
+    for (std::size_t i = 0; i < gradients[a]->size(); ++i)
+      if ((*gradients[a])[i] != Results<double>::kUntouched)
+        slope += (*gradients[a])[i] * directions[a][i];
+  const auto difference = [&](double h) {
+    double ends[2];
+    for (int end = 0; end < 2; ++end) {
+      Data moved = data;
+      std::size_t a = 0;
+      moved.inputs(setup.input_gradients, [&](std::vector<double>& v) {
+        for (std::size_t i = 0; i < v.size(); ++i) v[i] += (end ? h : -h) * directions[a][i];
+        ++a;
+      });
+      ends[end] = Problem<double>(setup, moved).results().loss();
+    }
+    return (ends[1] - ends[0]) / (2 * h);
+  };
+  const double near = difference(1e-5), far = difference(2e-5);
+  const double rounding =
+      64 * std::numeric_limits<double>::epsilon() * (1 + std::fabs(r.loss())) / 1e-5;
+  CHECK(std::fabs(slope - near) <= std::fabs(near - far) + rounding,
+        name + ": gradient " + std::to_string(slope) + ", difference " + std::to_string(near));
+  CHECK(std::fabs(slope) > 100 * rounding, name + ": the slope is too small to tell anything");
+}
+
+// Loosely: a thousand roundings of the largest number there is.
+void check_float_is_near_double(const Setup& setup, const std::string& name) {
+  const Data data = make_data(setup, 1);
+  const Results<double> d = Problem<double>(setup, data).results();
+  const Results<float> f = Problem<float>(setup, data).results();
+  const auto near = [](const Exact<float>& a, const Exact<double>& b) {
+    double largest = 0, error = 0;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      if (b[i] != Results<double>::kUntouched) largest = std::max(largest, std::fabs(b[i]));
+      const double off = std::fabs(static_cast<double>(a[i]) - b[i]);
+      error = off <= error ? error : off;  // keeps a NaN
+    }
+    return error <= 1000 * std::numeric_limits<float>::epsilon() * largest;
+  };
+  CHECK(near(f.losses, d.losses), name + ": losses");
+  CHECK(near(f.predictions, d.predictions), name + ": predictions");
+  CHECK(near(f.lr_gradient, d.lr_gradient), name + ": lr gradient");
+  for (std::size_t t = 0; t < f.gradients.size(); ++t)
+    CHECK(near(f.gradients[t], d.gradients[t]), name + ": gradient " + std::to_string(t));
+}
+
+template <class Real>
+void check_isolation(const Setup& setup, const std::string& name) {
+  const Data data = make_data(setup, 3);
+  Problem<Real> problem(setup, data);
+  const Results<Real> before = problem.results();
+  std::int64_t spoiled = setup.tasks / 2;
+  while (spoiled + 1 < setup.tasks && data.support.sizes[static_cast<std::size_t>(spoiled)] == 0)
+    ++spoiled;
+  const std::size_t first = static_cast<std::size_t>(problem.support_side().set.start(spoiled)) *
+                            static_cast<std::size_t>(setup.chain.network.in_features());
+  if (first >= problem.support_side().x.size()) return;
+  problem.support_side().x[first] = std::numeric_limits<Real>::quiet_NaN();
+  const Results<Real> after = problem.results();
+  bool same = true;
+  for (std::int64_t t = 0; t < setup.tasks; ++t)
+    same = same && (t == spoiled ||
+                    std::memcmp(&before.losses[static_cast<std::size_t>(t)],
+                                &after.losses[static_cast<std::size_t>(t)], sizeof(Real)) == 0);
+  CHECK(same, name + ": a NaN reached other tasks");
+}
+
+template <class Real>
+void check_no_tasks(Setup setup, const std::string& name) {
+  setup.tasks = 0;
+  const Results<Real> r = Problem<Real>(setup, make_data(setup, 1)).results();
+  bool zero = true;
+  for (const auto& g : r.gradients)
+    for (std::size_t i = 0; i < g.size(); ++i) zero = zero && g[i] == 0;
+  for (std::size_t i = 0; i < r.lr_gradient.size(); ++i) zero = zero && r.lr_gradient[i] == 0;
+  CHECK(zero, name + ": the gradient of no tasks is not zero");
+}
+
+template <class Real>
+void check_bits(const Setup& setup, const std::string& name) {
+  Problem<Real> problem(setup, make_data(setup, 1));
+  set_num_threads(1);
+  set_executor("rows");
+  const Results<Real> wanted = problem.results();
+  for (const char* each : {"rows", "lanes"}) {
+    const std::string here = name + " " + each;
+    const ExecutorKind kind = each[0] == 'r' ? ExecutorKind::rows : ExecutorKind::lanes;
+    set_executor(each);
+    set_num_threads(1);
+    const Results<Real> one = problem.results();
+    if (!setup.factored) CHECK(one.same_tasks(wanted), here + ": not the bits of rows");
+    if (!setup.factored)
+      CHECK(one.predicted.same_bits(one.predictions), here + ": predict is not the query pass");
+    const Results<Real> dirty = problem.results(on_dirty_memory<Real>(kind));
+    CHECK(dirty.predicted.same_bits(one.predicted),
+          here + ": predict depends on what the memory held");
+    // Ragged lanes are sorted by size in run() alone, so that sums over tasks differ.
+    CHECK(dirty.same_tasks(one), here + ": depends on what the memory held");
+    if (kind == ExecutorKind::rows || setup.form == Form::uniform)
+      CHECK(dirty.same_gradients(one), here + ": gradients depend on what the memory held");
+    for (int threads = 2; threads <= 4; ++threads) {
+      set_num_threads(threads);
+      const Results<Real> more = problem.results();
+      CHECK(more.same_tasks(one) && more.same_gradients(one),
+            here + ": other bits on " + std::to_string(threads) + " threads");
+    }
+    set_num_threads(2);
+    check_isolation<Real>(setup, here);
+    check_no_tasks<Real>(setup, here);
+  }
+  set_executor("auto");
+  const Results<Real> automatic = problem.results();
+  CHECK(automatic.same_tasks(wanted), name + " auto: other bits");
+}
+
+template <class Call>
+bool refuses(Call call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+void check_refusals() {
+  Setup setup = setups()[1];
+  const Data good = make_data(setup, 1);
+  std::size_t row = 0;
+  for (std::size_t t = 0; t < good.support.sizes.size(); ++t)
+    if (good.support.sizes[t] > 0) row = static_cast<std::size_t>(good.support.starts[t]);
+  const auto with = [&](auto change) {
+    Data bad = good;
+    change(bad);
+    return refuses([&] { Problem<float>(setup, bad).results(); });
+  };
+  CHECK(!with([](Data&) {}), "good data is refused");
+  CHECK(with([&](Data& d) { d.support.labels[row] = 5; }), "a label beyond the outputs");
+  CHECK(with([&](Data& d) { d.support.labels[row] = -1; }), "a negative label");
+  CHECK(with([&](Data& d) { d.support.weights[row] = -1; }), "a negative weight");
+  CHECK(with([&](Data& d) { d.support.weights[row] = std::nan(""); }), "a weight of NaN");
+  CHECK(with([&](Data& d) { d.query.sizes[0] = -1; }), "a negative size");
+  CHECK(with([&](Data& d) { d.query.sizes[0] = 1; }), "one row under BatchNorm");
+  CHECK(refuses([] { set_isa("z80"); }), "an unknown instruction set");
+  CHECK(refuses([] { set_executor("columns"); }), "an unknown executor");
+  CHECK(refuses([] { set_num_threads(0); }), "no threads");
+}
+
+void test_kernels() {
+  for (const std::string& each : isas()) {
+    set_isa(each);
+    for (const Setup& setup : setups()) {
+      const std::string name = each + " " + setup.name;
+      check_bits<float>(setup, name + " float");
+      check_bits<double>(setup, name + " double");
+      for (const char* choice : {"rows", "lanes"}) {
+        set_executor(choice);
+        if (setup.smooth && !setup.first_order)
+          check_finite_differences(setup, name + " " + choice);
+        if (setup.smooth) check_float_is_near_double(setup, name + " " + choice);
+      }
+      set_executor("auto");
+    }
+  }
+  check_refusals();
+}
+
+// ---- the tests of the pool ---------------------------------------------------------------------
+
+// Every index exactly once, by workers that are within bounds and never the same at the same time.
+void check_pool(int threads, std::int64_t count, const std::string& name) {
+  struct Context {
+    std::vector<std::atomic<int>> done;
+    std::vector<std::atomic<int>> busy;
+    std::atomic<bool> orderly{true};
+    int threads;
+  } context{std::vector<std::atomic<int>>(static_cast<std::size_t>(count)),
+            std::vector<std::atomic<int>>(static_cast<std::size_t>(threads)),
+            {},
+            threads};
+  context.orderly = true;
+  parallel_for(
+      threads, count,
+      [](void* p, std::int64_t index, int worker) {
+        Context& c = *static_cast<Context*>(p);
+        if (worker < 0 || worker >= c.threads || c.busy[static_cast<std::size_t>(worker)]++ != 0)
+          c.orderly = false;
+        ++c.done[static_cast<std::size_t>(index)];
+        --c.busy[static_cast<std::size_t>(worker)];
+      },
+      &context);
+  bool once = true;
+  for (const auto& d : context.done) once = once && d == 1;
+  CHECK(once, name + ": an index was left out or done twice");
+  CHECK(context.orderly, name + ": a worker out of bounds or twice at once");
+}
+
+// Calls inside calls: the inner ones find the pool taken and work alone.
+void check_nested() {
+  std::atomic<int> sum{0};
+  parallel_for(
+      3, 20,
+      [](void* p, std::int64_t, int) {
+        parallel_for(
+            4, 30, [](void* q, std::int64_t, int) { ++*static_cast<std::atomic<int>*>(q); }, p);
+      },
+      &sum);
+  CHECK(sum == 600, "nested: " + std::to_string(sum) + " of 600");
+}
+
+void in_threads(int callers, const std::function<void(int)>& body) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < callers; ++i) threads.emplace_back(body, i);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Whole calls from many threads at once: the pool, the block cache and the kernels' sharing.
+void check_concurrent_calls() {
+  const std::vector<Setup> all = setups();
+  set_num_threads(3);
+  std::vector<Results<float>> wanted;
+  for (const Setup& setup : all)
+    wanted.push_back(Problem<float>(setup, make_data(setup, 1)).results());
+  in_threads(6, [&](int caller) {
+    for (int round = 0; round < 6; ++round) {
+      const std::size_t i = static_cast<std::size_t>(caller + round) % all.size();
+      const Results<float> got = Problem<float>(all[i], make_data(all[i], 1)).results();
+      CHECK(got.same_tasks(wanted[i]) && got.same_gradients(wanted[i]),
+            all[i].name + ": other bits among other callers");
+    }
+  });
+}
+
+// The pool was used before, its threads are not in the child; it makes its own.
+void check_fork() {
+  const Setup setup = setups()[0];
+  const Data data = make_data(setup, 1);
+  set_num_threads(4);
+  const Results<float> wanted = Problem<float>(setup, data).results();
+  for (int i = 0; i < 3; ++i) {
+    std::fflush(nullptr);
+    const pid_t child = fork();
+    if (child == 0) {
+      bool same = true;
+      for (int round = 0; round < 5; ++round) {
+        const Results<float> got = Problem<float>(setup, data).results();
+        same = same && got.same_tasks(wanted) && got.same_gradients(wanted);
+      }
+      _exit(same ? 0 : 1);
+    }
+    int status = 1;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) &&
+              WEXITSTATUS(status) == 0,
+          "a forked child: status " + std::to_string(status));
+    const Results<float> again = Problem<float>(setup, data).results();
+    CHECK(again.same_tasks(wanted) && again.same_gradients(wanted), "the parent after a fork");
+  }
+}
+
+void test_pool() {
+  for (int threads = 1; threads <= 4; ++threads)
+    for (const std::int64_t count : {0, 1, 2, 3, 7, 64, 1000})
+      check_pool(threads, count,
+                 std::to_string(threads) + " threads, " + std::to_string(count) + " indices");
+  check_nested();
+  in_threads(8, [](int caller) {
+    for (int round = 0; round < 50; ++round)
+      check_pool(1 + (caller + round) % 4, 1 + round % 20, "concurrent callers");
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));  // the workers are asleep now
+  check_pool(4, 100, "after a sleep");
+  CHECK(available_cores() >= 1, "available cores");
+  check_concurrent_calls();
+  if (!kThreadSanitizer) check_fork();  // it does not let a forked child start threads
+}
+
+}  // namespace
+}  // namespace pymeta
+
+int main(int argc, char** argv) {
+  const bool pool_only = argc > 1 && std::strcmp(argv[1], "pool") == 0;
+  if (!pool_only) pymeta::test_kernels();
+  pymeta::test_pool();
+  std::printf("%ld checks passed\n", pymeta::passed.load());
+  if (pymeta::failed > 0) std::fprintf(stderr, "%ld checks FAILED\n", pymeta::failed.load());
+  return pymeta::failed > 0 ? 1 : 0;
+}
