@@ -53,6 +53,7 @@ class Problem:
         lr_gradient: int = 0,
         xs_gradient: int = 0,
         xq_gradient: int = 0,
+        mean_loss: int = 0,
     ) -> None: ...
     def adapt(
         self,

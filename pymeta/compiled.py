@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pymeta import fused
+from pymeta import fused, native
 from pymeta.tasks import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
 
 if TYPE_CHECKING:
@@ -88,18 +88,15 @@ def meta_gradient(
     if reason is not None:
         raise RuntimeError(f"the model is not what was compiled: {reason}")
     rate = plan.lr_tensor(maml.lr) if lr is None else lr
-    parameters = [dense(p) for p in parameters]
-    call = fused.Call(plan, parameters, rate, steps, maml.first_order, support, query)
-    extras = (wanted[1], wanted[2], wanted[3])
-    flat = call.losses.new_empty(0)
-    if call.want(parameters, wanted[0], extras):
-        flat = call.buffer()
-        loss = call.run(flat)
-        flat = _in_given_order(call, flat, lr)
-    else:
-        loss = call.run(None)
-    predictions = call.predictions.flatten(0, 1) if _flat(query, packed[1]) else call.predictions
-    return loss, call.losses, predictions, flat
+    gradients = (wanted[0] and bool(plan.trainable), wanted[1], wanted[2], wanted[3])
+    call, rate = fused.prepared(plan, rate, steps, maml.first_order, support, query, gradients)
+    memory = call.memory()
+    rows = native.rows(support), native.rows(query)
+    ordered = fused.chained(plan, [dense(p) for p in parameters])
+    loss, losses, predictions = call.run(ordered, rate, *rows, memory)
+    flat = losses.new_empty(0) if memory is None else _in_given_order(call, memory.flat, lr)
+    predictions = predictions.flatten(0, 1) if _flat(query, packed[1]) else predictions
+    return loss, losses, predictions, flat
 
 
 def _flat(query: TaskSet, packed: bool) -> bool:
@@ -110,9 +107,10 @@ def _flat(query: TaskSet, packed: bool) -> bool:
 def _in_given_order(call: fused.Call, flat: Tensor, lr: Tensor | None) -> Tensor:
     """The flat gradient, with that of lr in lr's own order (the core may have it permuted)."""
     order = call.plan.lr_order
-    if order is None or not call.extras[0] or lr is None:
+    layout = call.layout
+    if order is None or layout is None or not layout.wanted[1] or lr is None:
         return flat
-    first = call.parameter_total
+    first = layout.parameter_total
     part = flat[first : first + lr.numel()].view(lr.shape)
     restored = torch.empty_like(part)
     restored[..., order] = part

@@ -1,161 +1,271 @@
 """The native core called with torch tensors: allocation, pointers, and one autograd node.
 
-The whole meta-gradient is computed in the forward of `_MetaGradient`, into one flat buffer (the
-gradients of the parameters, of lr, of xs and of xq, one behind the other); its backward is one
-product with the incoming scalar, cut into views. Where nothing requires grad there is neither a
-node nor a buffer, and the core does not run its reverse sweep.
+The core computes the loss and, together with it, the whole meta-gradient, into one flat buffer
+(the gradients of the parameters, of lr, of xs and of xq, one behind the other). The backward of the
+autograd node only multiplies them by the incoming scalar. Where nothing requires grad there is
+neither a node nor a buffer, and the core does not run its reverse sweep.
+
+A small meta-batch takes the core a few microseconds, less than it takes to look its tensors over.
+So what follows from shapes is worked out once, in a `Call`, which `repeat.py` uses again.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pymeta import native
-from pymeta.plan import Plan, View, views_of
+from pymeta.plan import Plan
 from pymeta.tasks import TaskSet, dense
+
+Wanted: TypeAlias = tuple[bool, bool, bool, bool]
+Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # what native.rows gives
+Results: TypeAlias = tuple[Tensor, Tensor, Tensor]  # loss [], losses [T], predictions
+
+
+class Gradients:
+    """Memory for the wanted gradients: flat, as tensors of their shapes, and as pointers."""
+
+    __slots__ = ("flat", "of_inputs", "of_parameters", "tensors")
+
+    def __init__(self, layout: Layout) -> None:
+        """Allocate it, without values."""
+        with torch.inference_mode(False):  # it may outlive that
+            flat = layout.scalar.new_empty(layout.total)
+        base = flat.data_ptr()
+        self.flat = flat
+        parts = flat.split_with_sizes([math.prod(shape) for shape in layout.shapes])
+        self.tensors = [part.view(shape) for part, shape in zip(parts, layout.shapes, strict=True)]
+        self.of_parameters = [base + at if at >= 0 else 0 for at in layout.offsets]
+        self.of_inputs = [base + at if at >= 0 else 0 for at in layout.extra_offsets]
+
+
+class Layout:
+    """Where in one flat buffer the wanted gradients lie, and the buffers that no graph uses.
+
+    Attributes:
+        wanted: whether the gradients of the parameters, of lr, of xs and of xq are wanted.
+        shapes: of the gradients, in the order of the buffer.
+        offsets: where each parameter of the chain has its own, in bytes; -1 where it has none.
+        extra_offsets: likewise for lr, xs and xq.
+        parameter_total: how many elements belong to parameters, out of `total`.
+    """
+
+    def __init__(self, plan: Plan, wanted: Wanted, extras: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Lay out what is wanted; `extras` are lr, xs and xq."""
+        self.wanted = wanted
+        self.trains = plan.trains
+        self.parameters_only = wanted == (True, False, False, False) and all(plan.trains)
+        self.scalar = plan.scalar
+        self.shapes = list(plan.shapes) if wanted[0] else []
+        self.offsets = plan.offsets if wanted[0] else [-1] * len(plan.chain)
+        self.parameter_total = end = plan.total if wanted[0] else 0
+        self.extra_offsets: list[int] = []
+        for tensor, is_wanted in zip(extras, wanted[1:], strict=True):
+            self.extra_offsets.append(end * plan.itemsize if is_wanted else -1)
+            if is_wanted:
+                self.shapes.append(tuple(tensor.shape))
+                end += tensor.numel()
+        self.total = end
+        # Two, because a training loop holds one step's graph until the next one's is made.
+        self.idle: deque[Gradients] = deque(maxlen=2)
+
+    @staticmethod
+    def of(plan: Plan, wanted: Wanted, extras: tuple[Tensor, Tensor, Tensor]) -> Layout | None:
+        """The plan's layout for what is wanted; None where nothing is."""
+        if True not in wanted:
+            return None
+        key: tuple = wanted
+        if True in wanted[1:]:
+            key = wanted, *(t.shape for t, w in zip(extras, wanted[1:], strict=True) if w)
+        layout = plan.layouts.get(key)
+        if layout is None:
+            if len(plan.layouts) >= _LAYOUTS_KEPT:
+                plan.layouts.clear()
+            layout = plan.layouts[key] = Layout(plan, wanted, extras)
+        return layout
+
+    def memory(self) -> Gradients:
+        """Memory that no graph uses."""
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return Gradients(self)
+
+    def inputs(self, parameters: list[Tensor], lr: Tensor, xs: Tensor, xq: Tensor) -> list[Tensor]:
+        """The tensors whose gradients are wanted, in the order of the buffer."""
+        if self.parameters_only:
+            return parameters
+        inputs: list[Tensor] = []
+        if self.wanted[0]:
+            inputs = [p for p, t in zip(parameters, self.trains, strict=True) if t]
+        extras = zip((lr, xs, xq), self.wanted[1:], strict=True)
+        return inputs + [tensor for tensor, wanted in extras if wanted]
+
+
+_LAYOUTS_KEPT = 8  # those that depend on the shapes of xs and xq may be many
+
+
+class _Lease:
+    """What a graph holds of its gradients' memory, which goes back when the graph is gone."""
+
+    __slots__ = ("gradients", "idle")
+
+    def __init__(self, gradients: Gradients, idle: deque[Gradients]) -> None:
+        self.gradients = gradients
+        self.idle = idle
+
+    def __del__(self) -> None:
+        self.idle.append(self.gradients)
 
 
 class Call:
-    """One call of the native core: its tensors (kept alive here) and its arguments.
+    """The native core for all task sets of one form: what follows from their shapes.
 
-    `inputs` are the tensors whose gradients are wanted, in the order of the flat buffer:
-    parameters, then what `extras` wants of lr, xs and xq.
+    Attributes:
+        layout: of the gradients; None where none are wanted.
+        last: what `Plan.last` is to say of such a call.
     """
-
-    __slots__ = (
-        "extras", "first_order", "inputs", "losses", "lr", "parameters", "parameters_too", "plan",
-        "predictions", "query", "steps", "support",
-    )  # fmt: skip
 
     def __init__(
         self,
         plan: Plan,
-        parameters: list[Tensor],
         lr: Tensor,
         steps: int,
         first_order: bool,
         support: TaskSet,
         query: TaskSet,
+        wanted: Wanted,
     ) -> None:
-        """Make everything contiguous; lr is [columns] or [rows, columns]."""
+        """Work it out; lr is [columns] or [rows, columns], in the order the core wants."""
         self.plan = plan
+        self.problem = plan.problem
+        self.dtype_code = plan.dtype_code
         self.steps = steps
         self.first_order = first_order
-        self.lr = _native_lr(plan, lr)
-        self.parameters = _chained(plan, parameters)
-        self.support = _contiguous(support)
-        self.query = _contiguous(query)
-        self.losses = torch.empty(support.tasks, dtype=plan.expected.dtype)
-        self.predictions = _predictions(plan, query)
+        self.tasks = support.tasks
+        self.lr_rows = 1 if lr.ndim == 1 else lr.shape[0]
+        self.lr_columns = lr.shape[-1]
+        self.predicted = _predicted(plan, query)
+        # The core leaves what only pads untouched: rows of predictions, of gradients of inputs.
+        self.pads = query.padded
+        self.pads_gradients = (wanted[2] or wanted[3]) and (support.padded or query.padded)
+        self.layout = Layout.of(plan, wanted, (lr, support.x, query.x))
+        second_order = self.layout is not None and not first_order
+        self.last = (support.tasks, support.rows, query.rows, steps, second_order)
 
-    def want(
-        self, parameters: list[Tensor], parameters_too: bool, extras: tuple[bool, bool, bool]
-    ) -> bool:
-        """Note whose gradients are wanted (extras: of lr, xs, xq); whether any are."""
-        plan = self.plan
-        inputs: list[Tensor] = []
-        if parameters_too:
-            inputs = parameters
-            if len(plan.trainable) != len(parameters):
-                inputs = [p for p, trains in zip(parameters, plan.trains, strict=True) if trains]
-        self.parameters_too = parameters_too
-        self.extras = extras
-        if True in extras:
-            others = (self.lr, self.support.x, self.query.x)
-            inputs = inputs + [t for t, w in zip(others, extras, strict=True) if w]
-        self.inputs = inputs
-        return bool(inputs)
+    def memory(self) -> Gradients | None:
+        """Where `run` may put the gradients; None where none are wanted."""
+        if self.layout is None:
+            return None
+        gradients = self.layout.memory()
+        if self.pads_gradients or self.tasks == 0:
+            gradients.flat.zero_()
+        return gradients
 
-    @property
-    def parameter_total(self) -> int:
-        """How many elements of the flat buffer belong to parameters."""
-        return self.plan.total if self.parameters_too else 0
+    def run(
+        self,
+        parameters: Sequence[Tensor],
+        lr: Tensor,
+        support: Pointers,
+        query: Pointers,
+        gradients: Gradients | None,
+    ) -> Results:
+        """Call the core.
 
-    def buffer(self) -> Tensor:
-        """An empty flat gradient buffer for what is wanted."""
-        total, padded = self.parameter_total, False
-        if True in self.extras:
-            others = (self.lr, self.support.x, self.query.x)
-            total += sum(t.numel() for t, w in zip(others, self.extras, strict=True) if w)
-            # Rows that only pad belong to no task; the core leaves their gradients untouched.
-            padded = self.support.padded or self.query.padded
-        make = torch.zeros if padded else torch.empty
-        return make(total, dtype=self.plan.expected.dtype)
+        Args:
+            parameters: in the chain's order; they and all others contiguous.
+            lr: as its shape was said to be.
+            support: its `native.rows`.
+            query: its `native.rows`.
+            gradients: where they go, if any are wanted.
 
-    def views(self) -> list[View]:
-        """How the flat buffer is cut into the gradients of `inputs`."""
-        if self.parameters_too and True not in self.extras:
-            return self.plan.views
-        return views_of(t.shape for t in self.inputs)
-
-    def run(self, flat: Tensor | None) -> Tensor:
-        """Call the core; gradients go to `flat`. Returns the mean loss over tasks."""
-        plan, lr, support = self.plan, self.lr, self.support
-        if support.tasks == 0:
-            if flat is not None:
-                flat.zero_()
-            return torch.zeros((), dtype=plan.expected.dtype)
-        gradients: list[int] | None = None
-        extras = (0, 0, 0)
-        if flat is not None:
-            base = flat.data_ptr()
-            offsets = plan.offsets if self.parameters_too else plan.no_offsets
-            gradients = [base + offset if offset >= 0 else 0 for offset in offsets]
-            if True in self.extras:
-                extras = self._extra_pointers(base)
-        plan.problem.meta_gradient(
-            plan.dtype_code,
-            [p.data_ptr() for p in self.parameters],
+        Returns:
+            loss [], task losses [T], predictions.
+        """
+        loss = torch.empty_like(self.plan.scalar)
+        losses = lr.new_empty(self.tasks)
+        make = lr.new_zeros if self.pads else lr.new_empty
+        predictions = make(*self.predicted)
+        if self.tasks == 0:
+            return loss.zero_(), losses, predictions
+        self.problem.meta_gradient(
+            self.dtype_code,
+            [p.data_ptr() for p in parameters],
             lr.data_ptr(),
-            1 if lr.ndim == 1 else lr.shape[0],
-            lr.shape[-1],
+            self.lr_rows,
+            self.lr_columns,
             self.steps,
             self.first_order,
-            support.tasks,
-            native.rows(support),
-            native.rows(self.query),
-            self.losses.data_ptr(),
-            self.predictions.data_ptr(),
-            gradients,
-            *extras,
+            self.tasks,
+            support,
+            query,
+            losses.data_ptr(),
+            predictions.data_ptr(),
+            None if gradients is None else gradients.of_parameters,
+            *((0, 0, 0) if gradients is None else gradients.of_inputs),
+            loss.data_ptr(),
         )
-        # of one task the sum is the mean, in half the time
-        return self.losses.sum() if support.tasks == 1 else self.losses.mean()
+        return loss, losses, predictions
 
-    def _extra_pointers(self, base: int) -> tuple[int, int, int]:
-        """Where the gradients of lr, xs and xq begin in the flat buffer; 0 for those unwanted."""
-        itemsize = self.plan.itemsize
-        end = base + self.parameter_total * itemsize
-        pointers = []
-        for tensor, wanted in zip(
-            (self.lr, self.support.x, self.query.x), self.extras, strict=True
-        ):
-            pointers.append(end if wanted else 0)
-            end += tensor.numel() * itemsize if wanted else 0
-        return pointers[0], pointers[1], pointers[2]
+    def __call__(
+        self,
+        parameters: list[Tensor],
+        lr: Tensor,
+        xs: Tensor,
+        xq: Tensor,
+        support: Pointers,
+        query: Pointers,
+    ) -> Results:
+        """`run`, and where gradients are wanted an autograd node that holds them."""
+        plan, layout = self.plan, self.layout
+        plan.last = self.last
+        gradients = self.memory()
+        loss, losses, predictions = self.run(
+            chained(plan, parameters), lr, support, query, gradients
+        )
+        if layout is not None and gradients is not None:
+            inputs = layout.inputs(parameters, lr, xs, xq)
+            loss = _with_graph(_Lease(gradients, layout.idle), loss, inputs)
+        return loss, losses, predictions
 
 
 class _MetaGradient(torch.autograd.Function):
     """The mean query loss as a function of parameters, lr, xs and xq."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *inputs: Tensor) -> Tensor:
-        """Compute the loss and, already here, its gradients."""
-        ctx.flat = flat = call.buffer()
-        ctx.views = call.views()
-        return call.run(flat)
+    def forward(ctx: Any, computed: tuple[_Lease, Tensor], *inputs: Tensor) -> Tensor:
+        """Keep the gradients that were computed with the loss."""
+        ctx.lease, loss = computed
+        return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """Scale the gradients by the incoming one (a scalar), and cut them apart."""
-        flat = ctx.flat * gradient
-        parts = [flat.as_strided(*view) for view in ctx.views]
+        """Scale the gradients by the incoming one, a scalar."""
+        tensors = ctx.lease.gradients.tensors
+        try:
+            parts = torch._foreach_mul(tensors, gradient)
+        except RuntimeError:  # is_grads_batched=True: vmap has no rule for it
+            parts = [tensor * gradient for tensor in tensors]
         if torch.is_grad_enabled():  # create_graph=True: somebody may differentiate these
             parts = [_Once.apply(part.detach().requires_grad_()) for part in parts]
         return None, *parts
+
+
+# Function.apply without its preparations for torch.func, which take as long as all the rest of it.
+_apply = super(torch.autograd.Function, _MetaGradient).apply
+
+
+def _with_graph(lease: _Lease, loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    try:
+        return _apply((lease, loss), *inputs)
+    except RuntimeError:  # under a transform of torch.func: have it say what it lacks
+        return _MetaGradient.apply((lease, loss), *inputs)
 
 
 class _Once(torch.autograd.Function):
@@ -183,7 +293,7 @@ def _native_lr(plan: Plan, lr: Tensor) -> Tensor:
     return lr if lr.is_contiguous() else lr.contiguous()
 
 
-def _chained(plan: Plan, parameters: list[Tensor]) -> list[Tensor]:
+def chained(plan: Plan, parameters: list[Tensor]) -> list[Tensor]:
     """The parameters in the chain's order, contiguous."""
     if not plan.in_order:
         parameters = [parameters[i] for i in plan.chain]
@@ -199,41 +309,33 @@ def _contiguous(s: TaskSet) -> TaskSet:
     return s
 
 
-def _predictions(plan: Plan, query: TaskSet) -> Tensor:
+def _predicted(plan: Plan, query: TaskSet) -> tuple[int, ...]:
+    """The shape of the predictions: [T, rows, out], or [sum of rows, out] of a packed set."""
     out = plan.expected.out_features
     assert out is not None
-    dtype = plan.expected.dtype
-    if query.starts is not None:
-        return torch.empty(query.x.shape[0], out, dtype=dtype)
-    # the core leaves rows that only pad untouched
-    make = torch.zeros if query.padded else torch.empty
-    return make(query.tasks, query.rows, out, dtype=dtype)
+    return (query.x.shape[0], out) if query.starts is not None else (query.tasks, query.rows, out)
 
 
-def meta_loss(
+def prepared(
     plan: Plan,
-    parameters: list[Tensor],
     lr: Tensor,
     steps: int,
     first_order: bool,
     support: TaskSet,
     query: TaskSet,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The native twin of `reference.meta_loss`.
+    wanted: Wanted | None = None,
+) -> tuple[Call, Tensor]:
+    """A `Call`, and lr as it takes it; the sets are made contiguous.
 
-    Returns:
-        The loss [] (with a graph where something requires grad), task losses [T], and
-        predictions: [T, rows, out], or [sum of rows, out] where the query set is packed.
+    `wanted` left out means all that require grad, if grad is enabled.
     """
-    call = Call(plan, parameters, lr, steps, first_order, support, query)
-    graph = torch.is_grad_enabled() and call.want(
-        parameters,
-        True,
-        (call.lr.requires_grad, call.support.x.requires_grad, call.query.x.requires_grad),
-    )
-    plan.last = (support.tasks, support.rows, query.rows, steps, graph and not first_order)
-    loss = _MetaGradient.apply(call, *call.inputs) if graph else call.run(None)
-    return loss, call.losses, call.predictions
+    lr, support, query = _native_lr(plan, lr), _contiguous(support), _contiguous(query)
+    if wanted is None:
+        requires = support.x.requires_grad, query.x.requires_grad
+        wanted = (bool(plan.trainable), lr.requires_grad, *requires)
+        if not torch.is_grad_enabled():
+            wanted = (False, False, False, False)
+    return Call(plan, lr, steps, first_order, support, query, wanted), lr
 
 
 def adapt(
@@ -241,17 +343,16 @@ def adapt(
 ) -> dict[str, Tensor]:
     """The native twin of `reference.adapt`: {name: [T, ...]} for the adapted names."""
     lr = _native_lr(plan, lr)
-    chained = _chained(plan, parameters)
+    ordered = chained(plan, parameters)
     s = _contiguous(support)
-    dtype = plan.expected.dtype
     stacked = {
-        name: torch.empty((s.tasks, *parameters[plan.names.index(name)].shape), dtype=dtype)
+        name: lr.new_empty((s.tasks, *parameters[plan.names.index(name)].shape))
         for name in plan.adapted
     }
     targets = [stacked.get(plan.names[i]) for i in plan.chain]
     plan.problem.adapt(
         plan.dtype_code,
-        [p.data_ptr() for p in chained],
+        [p.data_ptr() for p in ordered],
         lr.data_ptr(),
         1 if lr.ndim == 1 else lr.shape[0],
         lr.shape[-1],
@@ -270,7 +371,9 @@ def predict(
     names = [plan.names[i] for i in plan.chain]
     q = _contiguous(query)
     tensors = [dense(stacked[n] if n in stacked else shared[n]) for n in names]
-    predictions = _predictions(plan, q)
+    # the core leaves rows that only pad untouched
+    make = q.x.new_zeros if q.padded else q.x.new_empty
+    predictions = make(_predicted(plan, q))
     plan.problem.predict(
         plan.dtype_code,
         [t.data_ptr() for t in tensors],

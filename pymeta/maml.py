@@ -6,7 +6,8 @@ Meta-SGD and LSLR (`LearnableLR`). What is computed is written down in `pymeta/r
 
 The life of a call: the inputs are checked and packed (`tasks.py`), the model is compared with the
 plan made of it (`plan.py`), and then either the native core is called once (`fused.py`) or the
-same is done in torch (`reference.py`).
+same is done in torch (`reference.py`). A native call like the one before it skips all of that but
+the core (`repeat.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pymeta.adapted import Adapted, shaped
 from pymeta.losses import describe_loss
 from pymeta.optimizers import SGD, LearnableLR, check_lr
 from pymeta.plan import Plan, check_statistics
+from pymeta.repeat import Repeat
 from pymeta.tasks import (
     QUERY,
     SUPPORT,
@@ -128,6 +130,7 @@ class MAML(nn.Module):
         self.backend = native.backend(backend)
         self._per = rate.per if isinstance(rate, LearnableLR) else "network"
         self._plan: Plan | None = None
+        self._repeats: dict[bool, Repeat | None] = {}  # by whether grad is enabled
         self._warned = False
         self._fallback_reason: str | None = None
         self._shapes: dict[Any, tuple[int, ...] | None] = {}
@@ -197,6 +200,12 @@ class MAML(nn.Module):
                 (xq, yq, query_sizes, query_weights),
                 steps,
             )
+        plain = steps is support_sizes is query_sizes is support_weights is query_weights is None
+        if plain:
+            repeat = self._repeats.get(torch.is_grad_enabled())
+            results = None if repeat is None else repeat(self.__dict__, xs, ys, xq, yq)
+            if results is not None:
+                return Outcome(*results)
         plan, parameters = self._current()
         steps = self.steps if steps is None else check_steps(steps)
         support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
@@ -205,12 +214,19 @@ class MAML(nn.Module):
         reason = self._reason(plan, support, query)
         if reason is not None:
             return self._in_torch(plan, parameters, steps, support, query, reason)
-        loss, losses, predictions = fused.meta_loss(
-            plan, parameters, self._lr(plan), steps, self.first_order, support, query
+        lr = self._lr(plan)
+        call, native_lr = fused.prepared(plan, lr, steps, self.first_order, support, query)
+        results = call(
+            parameters, native_lr, support.x, query.x, native.rows(support), native.rows(query)
         )
-        if query.lengths is None:
-            return Outcome(loss, losses, predictions)
-        return Outcome(loss, losses, shaped(predictions, query))
+        if query.lengths is not None:
+            loss, losses, predictions = results
+            return Outcome(loss, losses, shaped(predictions, query))
+        if plain and native_lr is lr:
+            data = (xs, ys, xq, yq)
+            repeat = Repeat.of(call, support, query, data, lr, self.__dict__)
+            self._repeats[torch.is_grad_enabled()] = repeat
+        return Outcome(*results)
 
     def adapt(
         self,
@@ -340,7 +356,7 @@ class MAML(nn.Module):
         parameters = None if plan is None else plan.current_parameters()
         if plan is not None and parameters is not None:
             return plan, parameters
-        self._shapes = {}
+        self._shapes, self._repeats = {}, {}
         plan = Plan(self.model, self.loss, self.adapted_patterns, self._per)
         if self._learns is not None and self._learns != plan.adapted:
             raise ValueError(
@@ -409,7 +425,7 @@ class MAML(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
         state = self.__dict__.copy()
-        state.update(_plan=None, _handle=None, _shapes={})
+        state.update(_plan=None, _repeats={}, _handle=None, _shapes={})
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -11,9 +11,9 @@ that: layers exchanged, train/eval switched, hooks added or layer settings chang
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -56,30 +56,70 @@ class Description:
     out_features: int
     flattens: bool
     batch_norm: bool
-    leaves: tuple[tuple[nn.Module, Layer], ...] = field(repr=False)
-    containers: tuple[tuple[nn.Module, tuple[nn.Module | None, ...], dict], ...] = field(repr=False)
+    state: _State = field(repr=False, compare=False)
 
     def is_current(self) -> bool:
-        """Whether describing the model again would give the same chain."""
-        for module, children, settings in self.containers:
-            if tuple(module._modules.values()) != children or _hooked(module):
-                return False
-            if settings and any(module.__dict__.get(k) != v for k, v in settings.items()):
-                return False
-        return all(_leaf(module) == layer for module, layer in self.leaves)
+        """Whether the model is the same chain still, of the same parameters."""
+        return self.state.is_current()
 
 
 class _Refused(Exception):
     """Raised while walking a model; its message is the reason."""
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return any(module.__dict__[hooks] for hooks in _HOOKS)
+
+
+class _State:
+    """What the description of a model depends on: the objects that were found in its modules.
+
+    `is_current` runs on every call, next to a native core that may need a few microseconds, so it
+    is no walk but a few passes over prepared lists.
+    """
+
+    def __init__(self, leaves: Iterable[nn.Module], containers: Iterable[nn.Module]) -> None:
+        """Note the layers of the chain, and the modules that hold them."""
+        layers = list({id(m): m for m in leaves}.values())
+        holders = list(containers)
+        found: list[tuple[dict, str]] = []
+        for m in layers:
+            found += [(m.__dict__, name) for name in _MODULES[type(m)].reads]
+            found += [(d, k) for d in (m._parameters, m._buffers) for k in d if k in _SLOTS]
+        for m in holders:
+            found += [(m.__dict__, name) for name in _settings(m)]
+            found += [(m._modules, name) for name in m._modules]
+        self.modules = layers + holders
+        self.types = list(map(type, self.modules))
+        # Hooks are seen when their dictionary is exchanged, and when something is put into it.
+        found += [(m.__dict__, name) for m in self.modules for name in _HOOKS]
+        self.hooks = [m.__dict__[name] for m in self.modules for name in _HOOKS]
+        self.places = [place for place, _ in found]
+        self.keys = [key for _, key in found]
+        self.objects = [place[key] for place, key in found]
+        # A forward of its own makes a module another one, and is one attribute more.
+        self.attributes = [m.__dict__ for m in self.modules]
+        self.counts = list(map(len, self.attributes))
+        self.children = [m._modules for m in holders]
+        self.order = list(map(list, self.children))
+
+    def is_current(self) -> bool:
+        """Whether all of it is still there, and nothing was added."""
+        now = map(operator.getitem, self.places, self.keys)
+        try:
+            same = all(map(operator.is_, now, self.objects))
+        except KeyError:  # something was deleted
+            return False
+        return (
+            same
+            and list(map(len, self.attributes)) == self.counts
+            and list(map(type, self.modules)) == self.types
+            and list(map(list, self.children)) == self.order
+            and not any(self.hooks)
+        )
 
 
 def _modes(model: nn.Module) -> tuple[tuple[nn.Module, bool, int], ...]:
@@ -90,17 +130,16 @@ def _modes(model: nn.Module) -> tuple[tuple[nn.Module, bool, int], ...]:
 
 
 def _affine(m: nn.Module) -> tuple[bool, bool]:
-    """Which of weight and bias there are (read where they lie: this runs on every call)."""
-    own = m._parameters
-    return own.get("weight") is not None, own.get("bias") is not None
+    """Which of weight and bias there are."""
+    return m.weight is not None, m.bias is not None
 
 
 def _linear(m: nn.Linear) -> Layer:
-    return ("linear", m.in_features, m.out_features, m._parameters.get("bias") is not None)
+    return ("linear", m.in_features, m.out_features, m.bias is not None)
 
 
 def _batch_norm(m: nn.BatchNorm1d) -> Layer:
-    if not m.training and m._buffers.get("running_mean") is not None:
+    if not m.training and m.running_mean is not None:
         raise _Refused("BatchNorm1d in eval mode would use running statistics")
     return ("batch_norm", m.num_features, m.eps, *_affine(m))
 
@@ -145,21 +184,31 @@ def _dropout(m: nn.Dropout) -> Layer:
     return IDENTITY
 
 
-_MODULES: dict[type, Callable[[Any], Layer]] = {
-    nn.Linear: _linear,
-    nn.BatchNorm1d: _batch_norm,
-    nn.LayerNorm: _layer_norm,
-    nn.Identity: lambda m: IDENTITY,
-    nn.Dropout: _dropout,
-    nn.Flatten: lambda m: _flatten(m.start_dim, m.end_dim),
-    nn.ReLU: lambda m: ("relu",),
-    nn.LeakyReLU: lambda m: _leaky_relu(m.negative_slope),
-    nn.ELU: lambda m: _elu(m.alpha),
-    nn.Tanh: lambda m: ("tanh",),
-    nn.Sigmoid: lambda m: ("sigmoid",),
-    nn.SiLU: lambda m: ("silu",),
-    nn.GELU: lambda m: _gelu(m.approximate),
-    nn.Softplus: lambda m: _softplus(m.beta, m.threshold),
+class _Known(NamedTuple):
+    """A module type of which the layer is known."""
+
+    layer: Callable[[Any], Layer]
+    reads: tuple[str, ...] = ()  # the attributes that `layer` looks at, besides _SLOTS
+
+
+# The parameters and buffers of which it matters whether they are there.
+_SLOTS = ("weight", "bias", "running_mean")
+
+_MODULES: dict[type, _Known] = {
+    nn.Linear: _Known(_linear, ("in_features", "out_features")),
+    nn.BatchNorm1d: _Known(_batch_norm, ("num_features", "eps", "training")),
+    nn.LayerNorm: _Known(_layer_norm, ("normalized_shape", "eps")),
+    nn.Identity: _Known(lambda m: IDENTITY),
+    nn.Dropout: _Known(_dropout, ("p", "training")),
+    nn.Flatten: _Known(lambda m: _flatten(m.start_dim, m.end_dim), ("start_dim", "end_dim")),
+    nn.ReLU: _Known(lambda m: ("relu",)),
+    nn.LeakyReLU: _Known(lambda m: _leaky_relu(m.negative_slope), ("negative_slope",)),
+    nn.ELU: _Known(lambda m: _elu(m.alpha), ("alpha",)),
+    nn.Tanh: _Known(lambda m: ("tanh",)),
+    nn.Sigmoid: _Known(lambda m: ("sigmoid",)),
+    nn.SiLU: _Known(lambda m: ("silu",)),
+    nn.GELU: _Known(lambda m: _gelu(m.approximate), ("approximate",)),
+    nn.Softplus: _Known(lambda m: _softplus(m.beta, m.threshold), ("beta", "threshold")),
 }
 
 
@@ -189,28 +238,17 @@ _METHODS: dict[str, Callable[..., Layer]] = {
 }
 
 
-def _leaf(module: nn.Module) -> Layer | None:
-    """The layer that a module is; None (never a described layer) where it no longer is one."""
-    describe_one = _MODULES.get(type(module))
-    if describe_one is None or _hooked(module) or "forward" in module.__dict__:
-        return None
-    try:
-        return describe_one(module)
-    except _Refused:
-        return None
-
-
 def _layer(name: str, module: nn.Module) -> Layer:
-    describe_one = _MODULES.get(type(module))
+    known = _MODULES.get(type(module))
     label = f"layer {name} ({type(module).__name__})" if name else type(module).__name__
-    if describe_one is None:
+    if known is None:
         raise _Refused(f"{label} has no native kernel")
     if _hooked(module):
         raise _Refused(f"{label} has hooks")
     if "forward" in module.__dict__:
         raise _Refused(f"{label} has a forward of its own")
     try:
-        return describe_one(module)
+        return known.layer(module)
     except _Refused as refusal:
         raise _Refused(f"{label}: {refusal}") from None
 
@@ -303,6 +341,8 @@ def _called(node: fx.Node, name: str, current: fx.Node) -> Layer:
 def _traced(module: nn.Module, name: str) -> Iterator[_Step]:
     """The layers of a module whose forward is found, by tracing it, to be a chain."""
     label = name or type(module).__name__
+    if "forward" in module.__dict__:  # tracing would look at the class's
+        raise _Refused(f"{label} has a forward of its own")
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # a stranger's forward may raise anything when traced
@@ -376,11 +416,11 @@ def _widths(layers: list[Layer]) -> tuple[int, int]:
 _SETTINGS = (bool, int, float, str, type(None))
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain values on a traced module, which its forward may depend on."""
+def _settings(module: nn.Module) -> list[str]:
+    """The names of the plain values on a traced module, which its forward may depend on."""
     if _is_sequential(module):
-        return {}
-    return {k: v for k, v in module.__dict__.items() if isinstance(v, _SETTINGS)}
+        return []
+    return [k for k, v in module.__dict__.items() if isinstance(v, _SETTINGS)]
 
 
 def _described(model: nn.Module) -> Description:
@@ -396,11 +436,9 @@ def _described(model: nn.Module) -> Description:
         out_features=out_features,
         flattens=bool(kinds) and kinds[0] == FLATTEN,
         batch_norm=any(layer[0] == "batch_norm" for layer in layers),
-        leaves=tuple((s.module, s.layer) for s in steps if s.module is not None),
-        containers=tuple(
-            (m, tuple(m._modules.values()), _settings(m))
-            for m in model.modules()
-            if type(m) not in _MODULES
+        state=_State(
+            [s.module for s in steps if s.module is not None],
+            [m for m in model.modules() if type(m) not in _MODULES],
         ),
     )
 

@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,19 +79,6 @@ def _unfit(parameters: Mapping[str, Tensor]) -> str | None:
         if type(p) not in _PARAMETER_TYPES or p.layout is not torch.strided:
             return f"parameter {name} is no plain dense tensor ({type(p).__name__})"
     return None
-
-
-View: TypeAlias = tuple[torch.Size, tuple[int, ...], int]
-
-
-def views_of(shapes: Iterable[torch.Size]) -> list[View]:
-    """The parts of a flat buffer: `as_strided` arguments (shape, strides, offset) of each."""
-    views, offset = [], 0
-    for shape in shapes:
-        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        views.append((shape, strides, offset))
-        offset += shape.numel()
-    return views
 
 
 class Plan:
@@ -184,17 +171,18 @@ class Plan:
         """One flat buffer for all gradients: where each parameter's begins, in its order."""
         self.in_order = self.chain == list(range(len(self.names)))
         self.trains = [p.requires_grad for p in named.values()]
-        self.sizes = [p.numel() for p in named.values() if p.requires_grad]
-        self.views = views_of([p.shape for p in named.values() if p.requires_grad])
-        self.total = sum(self.sizes)
+        self.shapes = [tuple(named[n].shape) for n in self.trainable]
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.total = sum(sizes)
+        self.layouts: dict[Any, Any] = {}  # fused.Layout, which is made there
+        self.scalar = torch.empty((), dtype=self.expected.dtype, device=self.expected.device)
         self.dtype_code = DTYPE_CODES.get(self.expected.dtype, 0)
         self.itemsize = itemsize = self.expected.dtype.itemsize
         offsets, end = {}, 0
-        for name, size in zip(self.trainable, self.sizes, strict=True):
+        for name, size in zip(self.trainable, sizes, strict=True):
             offsets[name] = end * itemsize
             end += size
         self.offsets = [offsets.get(self.names[i], -1) for i in self.chain]
-        self.no_offsets = [-1] * len(self.chain)
 
     def current_parameters(self) -> list[Tensor] | None:
         """The parameters in order of `names`; None where this plan is no longer the model's.
