@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,7 +145,6 @@ class Call:
     ) -> None:
         """Work it out; lr is [columns] or [rows, columns], in the order the core wants."""
         self.plan = plan
-        self.problem = plan.problem
         self.dtype_code = plan.dtype_code
         self.steps = steps
         self.first_order = first_order
@@ -194,7 +194,7 @@ class Call:
         predictions = make(*self.predicted)
         if self.tasks == 0:
             return loss.zero_(), losses, predictions
-        self.problem.meta_gradient(
+        self.plan.problem.meta_gradient(
             self.dtype_code,
             [p.data_ptr() for p in parameters],
             lr.data_ptr(),
@@ -235,6 +235,19 @@ class Call:
         return loss, losses, predictions
 
 
+# From this size on torch spreads a product over its OpenMP threads, and their barrier takes
+# milliseconds where the other cores are busy: many times the product.
+_LARGE = 32768
+
+
+def _scaled(tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    """The tensors times a scalar, on this thread alone."""
+    if all(tensor.numel() < _LARGE for tensor in tensors):
+        return torch._foreach_mul(tensors, factor)
+    number = factor.detach().numpy()
+    return [torch.from_numpy(np.multiply(tensor.numpy(), number)) for tensor in tensors]
+
+
 class _MetaGradient(torch.autograd.Function):
     """The mean query loss as a function of parameters, lr, xs and xq."""
 
@@ -249,7 +262,7 @@ class _MetaGradient(torch.autograd.Function):
         """Scale the gradients by the incoming one, a scalar."""
         tensors = ctx.lease.gradients.tensors
         try:
-            parts = torch._foreach_mul(tensors, gradient)
+            parts = _scaled(tensors, gradient)
         except RuntimeError:  # is_grads_batched=True: vmap has no rule for it
             parts = [tensor * gradient for tensor in tensors]
         if torch.is_grad_enabled():  # create_graph=True: somebody may differentiate these

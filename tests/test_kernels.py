@@ -540,6 +540,8 @@ def test_no_tasks(isa, executor):
             assert got["loss"] == 0 and got["task_losses"].shape == (0,)
             assert all(v.shape[0] == 0 for v in got["adapted"].values())
             assert not any(g.any() for g in got["gradients"].values())
+            models = problem.module(torch.float32).adapt(problem.support.x, problem.support.y)
+            assert models(problem.query.x).shape == (0, problem.case.query, problem.case.out)
 
 
 # ---- the factored first layer -------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""pymeta's benchmarks: `python -m bench` (see bench/README.md)."""
