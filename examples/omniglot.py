@@ -1,0 +1,273 @@
+"""Few-shot learning of handwritten characters: MAML's fully connected network on Omniglot.
+
+    python examples/omniglot.py --data omniglot28.npz --shots 1
+
+The experiment is the "MAML, no conv" row of Finn, Abbeel, Levine 2017 (arXiv:1703.03400, table 1
+and appendix A.1): 5-way tasks, 784-256-128-64-64-5 with batch normalisation (batch statistics) and
+ReLU after each hidden layer, one inner step in training, 32 tasks a meta-batch. All 1,623
+characters are shuffled into 1,100 for training, 100 for validation and 423 for the test; in
+training each character turned by 0, 90, 180 or 270 degrees is a class of its own.
+
+The learner is chosen on tasks of the validation characters (which iteration, how many inner
+steps), and then measured once on ``--test-tasks`` tasks of the test characters, each with 15
+query drawings of each class.
+
+The step sizes. The original code's inner loss is the sum over a task's rows divided by the number
+of shots, that is ``ways`` times the mean cross-entropy taken here: its inner step size of 0.4 is
+2.0 in this script's terms. The defaults are not the paper's: the inner step size is 0.5, Adam's
+begins at 3e-3 and goes down linearly to 3e-5, and training's query sets have five drawings of each
+class also for 1-shot tasks. After 6,000 meta-batches that is at 85.2 % on the validation
+characters where the paper's step sizes (``--inner-lr 2 --outer-lr 1e-3 --final-lr 1e-3``) are at
+80.2 %, both 1-shot.
+
+The data file is an ``.npz`` with at least one of
+
+    images               uint8 [classes, 20, 28, 28]  grey, ink high (255), paper 0
+    images_nearest_bits  uint8 [classes, 20, 98]      black and white, 784 bits a row, 1 = ink
+
+To make it from the original (github.com/brendenlake/omniglot, python/images_background.zip and
+images_evaluation.zip), walk alphabet/character/drawing.png in any fixed order and store, for each
+105 x 105 drawing (ink is black there),
+
+    image = PIL.Image.open(path)
+    grey = 255 - np.asarray(image.convert("L").resize((28, 28), PIL.Image.LANCZOS))
+    bits = np.packbits(np.asarray(image.resize((28, 28), PIL.Image.NEAREST)).ravel() == 0)
+
+The published experiments used the second form: their script asks for LANCZOS, but the drawings
+are 1-bit images, which PIL always resizes by taking the nearest pixel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from _common import Batch, Episodes, accuracies, mean_interval, one_torch_thread
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+import pymeta
+
+HIDDEN = (256, 128, 64, 64)
+TEST_QUERIES = 15
+EVALUATE_AT_ONCE = 50  # tasks; bounds the memory of an evaluation
+
+
+class Split(NamedTuple):
+    """Three disjoint sets of characters, uint8 [classes, variants, drawings, 784]."""
+
+    train: NDArray[np.uint8]
+    validation: NDArray[np.uint8]
+    test: NDArray[np.uint8]
+
+
+def load(path: str | Path, form: str = "bits") -> NDArray[np.uint8]:
+    """All drawings as uint8 [classes, drawings, 28, 28], ink high: 0/1 for bits, 0..255 for grey.
+
+    Raises:
+        ValueError: the file does not hold that form, or not in the shape described above.
+    """
+    key = {"bits": "images_nearest_bits", "grey": "images"}[form]
+    with np.load(path, allow_pickle=False) as file:
+        if key not in file.files:
+            raise ValueError(f"{path}: no array {key!r} in it, only {', '.join(file.files)}")
+        images = file[key]
+    if form == "bits":
+        images = np.unpackbits(images, axis=-1)
+    if images.dtype != np.uint8 or images.size % 784 or images.ndim < 3:
+        raise ValueError(f"{path}: {key} is {images.dtype} {images.shape}, see this script's head")
+    return images.reshape(*images.shape[:2], 28, 28)
+
+
+def turned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[classes, drawings, 28, 28] -> [classes, 4, drawings, 784]: by 0, 90, 180, 270 degrees."""
+    turns = [np.rot90(images, quarter, axes=(-2, -1)) for quarter in range(4)]
+    return np.stack(turns, axis=1).reshape(len(images), 4, images.shape[1], -1)
+
+
+def split(images: NDArray[np.uint8], train: int, validation: int, seed: int) -> Split:
+    """Shuffle the characters; the first ``train`` (turned) are for training, and so on."""
+    if train + validation >= len(images):
+        raise ValueError(f"{train} + {validation} of {len(images)} characters leave none to test")
+    order = np.random.default_rng(seed).permutation(len(images))
+    upright = images.reshape(len(images), 1, images.shape[1], -1)
+    return Split(
+        turned(images[order[:train]]),
+        upright[order[train : train + validation]],
+        upright[order[train + validation :]],
+    )
+
+
+def network(ways: int) -> nn.Sequential:
+    """The paper's network; batch normalisation keeps no running statistics."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip((784, *HIDDEN), HIDDEN, strict=False):
+        layers += [
+            nn.Linear(fan_in, fan_out),
+            nn.BatchNorm1d(fan_out, track_running_stats=False),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN[-1], ways))
+
+
+@torch.no_grad()
+def evaluate(maml: pymeta.MAML, tasks: Batch, steps: int) -> NDArray[np.float64]:
+    """Accuracy of each task after ``steps`` inner steps, [T]."""
+    parts = []
+    for start in range(0, len(tasks.xs), EVALUATE_AT_ONCE):
+        part = tasks.part(start, start + EVALUATE_AT_ONCE)
+        parts.append(accuracies(maml(*part, steps=steps).predictions, part.yq))
+    return np.concatenate(parts)
+
+
+class Best:
+    """The learner and number of inner steps that did best on the validation tasks so far."""
+
+    def __init__(self, maml: pymeta.MAML, tasks: Batch, choices: list[int]) -> None:
+        self.maml, self.tasks, self.choices = maml, tasks, choices
+        self.accuracy, self.steps, self.iteration = -1.0, choices[0], 0
+        self.state = copy.deepcopy(maml.state_dict())
+
+    def look(self, iteration: int) -> float:
+        """Evaluate the learner as it is now, keep it if it is the best; its accuracy."""
+        scores = {k: float(evaluate(self.maml, self.tasks, k).mean()) for k in self.choices}
+        steps = max(scores, key=scores.__getitem__)
+        if scores[steps] > self.accuracy:
+            self.accuracy, self.steps, self.iteration = scores[steps], steps, iteration
+            self.state = copy.deepcopy(self.maml.state_dict())
+        return scores[steps]
+
+
+class Trained(NamedTuple):
+    """What training leaves: the chosen learner is loaded into the MAML module."""
+
+    best: Best
+    training_seconds: float
+    validation_seconds: float
+
+
+def train(
+    maml: pymeta.MAML, episodes: Episodes, best: Best, args: argparse.Namespace, quiet: bool = False
+) -> Trained:
+    """Meta-train for ``args.iterations`` meta-batches, looking at validation every so often."""
+    optimizer = torch.optim.Adam(maml.parameters(), args.outer_lr, fused=True)
+    decay = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, args.final_lr / args.outer_lr, total_iters=args.iterations
+    )
+    training = looking = loss_sum = 0.0
+    bar = tqdm(total=args.iterations, unit="meta-batch", disable=quiet, mininterval=1.0)
+    start = time.perf_counter()
+    for iteration in range(1, args.iterations + 1):
+        loss = maml(*episodes(args.tasks)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+        loss_sum += loss.item()
+        bar.update()
+        if iteration % args.validate_every == 0 or iteration == args.iterations:
+            now = time.perf_counter()
+            training += now - start
+            accuracy = best.look(iteration)
+            since = (iteration - 1) % args.validate_every + 1
+            bar.write(
+                f"{iteration:7d}  loss {loss_sum / since:.4f}  validation {100 * accuracy:.2f} %"
+                f"  best {100 * best.accuracy:.2f} % ({best.steps} steps)  {training:.0f} s"
+            )
+            loss_sum, start = 0.0, time.perf_counter()
+            looking += start - now
+    bar.close()
+    maml.load_state_dict(best.state)
+    return Trained(best, training, looking)
+
+
+def learner(args: argparse.Namespace) -> pymeta.MAML:
+    """The MAML module that the options describe."""
+    lr: float | pymeta.LearnableLR = args.inner_lr
+    if args.learn_lr:
+        lr = pymeta.LearnableLR(args.inner_lr, per=args.learn_lr)
+    return pymeta.MAML(
+        network(args.ways), loss="cross_entropy", lr=lr, steps=1, first_order=args.first_order
+    )
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; the defaults are the recipe that the README reports."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", required=True, help="the .npz described at the head of this script")
+    add("--form", choices=["bits", "grey"], default="bits", help="which of its arrays")
+    add("--shots", type=int, default=1, help="drawings of each class in the support set")
+    add("--queries", type=int, default=5, help="drawings of each class in training's query sets")
+    add("--ways", type=int, default=5, help="classes in a task")
+    add("--tasks", type=int, default=32, help="tasks in a meta-batch")
+    add("--iterations", type=int, default=60_000, help="meta-batches")
+    add("--inner-lr", type=float, default=0.5, help="inner step size, on the mean loss")
+    add("--outer-lr", type=float, default=3e-3, help="Adam's step size")
+    add("--final-lr", type=float, default=3e-5, help="what it decreases to, linearly")
+    add("--learn-lr", choices=["network", "layer", "parameter"], help="meta-learn the inner lr")
+    add("--first-order", action="store_true", help="first-order MAML")
+    add("--train-classes", type=int, default=1100)
+    add("--validation-classes", type=int, default=100)
+    add("--validation-tasks", type=int, default=600)
+    add("--validate-every", type=int, default=2000, help="iterations")
+    add("--test-tasks", type=int, default=600)
+    add("--test-steps", type=int, nargs="+", default=[1, 3], help="validation chooses among these")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="also write the result here")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, quiet: bool = False) -> dict:
+    """Train, choose on validation, test once; prints and returns the result."""
+    args = arguments(argv)
+    one_torch_thread()
+    torch.manual_seed(args.seed)
+    # The split has a seed of its own: other seeds are other runs on the same characters.
+    parts = split(load(args.data, args.form), args.train_classes, args.validation_classes, seed=0)
+    shape = {"ways": args.ways, "shots": args.shots, "scale": 1 / parts.train.max()}
+    episodes = Episodes(parts.train, queries=args.queries, seed=[args.seed, 1], **shape)
+    held_out = {"queries": TEST_QUERIES, **shape}
+    validation = Episodes(parts.validation, seed=2, **held_out)(args.validation_tasks)
+    test = Episodes(parts.test, seed=3, **held_out)(args.test_tasks)
+
+    maml = learner(args)
+    print(f"pymeta runs this on: {maml.explain()}")
+    done = train(maml, episodes, Best(maml, validation, args.test_steps), args, quiet)
+    mean, half = mean_interval(evaluate(maml, test, done.best.steps))
+    result = {
+        "accuracy": mean,
+        "interval": half,
+        "shots": args.shots,
+        "test_tasks": args.test_tasks,
+        "test_steps": done.best.steps,
+        "validation_accuracy": done.best.accuracy,
+        "iterations": args.iterations,
+        "chosen_iteration": done.best.iteration,
+        "training_seconds": done.training_seconds,
+        "validation_seconds": done.validation_seconds,
+        "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+    }
+    print(
+        f"{args.ways}-way {args.shots}-shot, {args.test_tasks} test tasks, {done.best.steps} inner "
+        f"steps: {100 * mean:.2f} +- {100 * half:.2f} %\n"
+        f"validation {100 * done.best.accuracy:.2f} % at iteration {done.best.iteration} of "
+        f"{args.iterations}; {done.training_seconds:.0f} s of training, "
+        f"{done.validation_seconds:.0f} s of validation"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
