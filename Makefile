@@ -55,7 +55,7 @@ arm64: $(STAMP)/build
 	$(CMAKE) -S . -B build/arm64 $(NATIVE) -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
 	$(CMAKE) --build build/arm64
 	@qemu=$$(command -v qemu-aarch64 || command -v qemu-aarch64-static || true); \
-	if [ -n "$$qemu" ]; then echo "$$qemu build/arm64/native_test"; "$$qemu" build/arm64/native_test; \
+	if [ -n "$$qemu" ]; then echo "$$qemu build/arm64/native_test no-fork"; "$$qemu" build/arm64/native_test no-fork; \
 	else echo "make arm64: compiled, NOT run: no qemu-aarch64 (on Debian: apt-get install qemu-user)"; fi
 
 clean:

@@ -215,7 +215,7 @@ class Driver {
       if (!is_per_task(t)) pack(t, call_.parameters[t], memory);
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
-      if (layout().transposed[l] == kNowhere) continue;
+      if (layout().transposed[l] == kNowhere || is_per_task(layer.weight)) continue;
       for (int o = 0; o < layer.out; ++o)  // torch's own layout, with padded rows
         memcpy(transposed + layout().transposed[l] + o * X::stride(layer.in),
                call_.parameters[layer.weight] + static_cast<std::size_t>(o) * layer.in,
@@ -565,7 +565,10 @@ class Driver {
 
   void write_gradients(const Needs& needs, const Team& team) {
     const std::size_t size = sums_size();
-    if (needs.chunks == 0) memset(sums_ = workspaces_, 0, sizeof(Real) * size);
+    if (needs.chunks == 0) {  // no tasks: all sums are empty
+      memset(sums_ = workspaces_, 0, sizeof(Real) * size);
+      memset(first_, 0, sizeof(Real) * first_size());
+    }
     const Vec tasks = broadcast(Real(call_.tasks > 0 ? call_.tasks : 1));
     constexpr std::size_t slice = 8192;
     parallel(team, static_cast<std::int64_t>((size + slice - 1) / slice),

@@ -679,7 +679,6 @@ void check_bits(const Setup& setup, const std::string& name) {
     }
     set_num_threads(2);
     check_isolation<Real>(setup, here);
-    check_no_tasks<Real>(setup, here);
   }
   set_executor("auto");
   const Results<Real> automatic = problem.results();
@@ -735,6 +734,17 @@ void test_kernels() {
       set_executor("auto");
     }
   }
+  for (const std::string& each : isas()) {
+    set_isa(each);
+    for (const char* choice : {"rows", "lanes"}) {
+      set_executor(choice);
+      for (const Setup& setup : setups()) {
+        check_no_tasks<float>(setup, each + " " + choice + " " + setup.name + " float");
+        check_no_tasks<double>(setup, each + " " + choice + " " + setup.name + " double");
+      }
+    }
+  }
+  set_executor("auto");
   check_refusals();
 }
 
@@ -830,7 +840,7 @@ void check_fork() {
   }
 }
 
-void test_pool() {
+void test_pool(bool may_fork) {
   for (int threads = 1; threads <= 4; ++threads)
     for (const std::int64_t count : {0, 1, 2, 3, 7, 64, 1000})
       check_pool(threads, count,
@@ -844,16 +854,20 @@ void test_pool() {
   check_pool(4, 100, "after a sleep");
   CHECK(available_cores() >= 1, "available cores");
   check_concurrent_calls();
-  if (!kThreadSanitizer) check_fork();  // it does not let a forked child start threads
+  if (may_fork && !kThreadSanitizer) check_fork();  // it does not let a forked child start threads
 }
 
 }  // namespace
 }  // namespace pymeta
 
+// native_test [pool] [no-fork]: the pool alone; without forking, which user-mode emulators cannot do with threads.
 int main(int argc, char** argv) {
-  const bool pool_only = argc > 1 && std::strcmp(argv[1], "pool") == 0;
-  if (!pool_only) pymeta::test_kernels();
-  pymeta::test_pool();
+  const auto given = [&](const char* word) {
+    return std::any_of(argv + 1, argv + argc,
+                       [&](const char* arg) { return std::strcmp(arg, word) == 0; });
+  };
+  if (!given("pool")) pymeta::test_kernels();
+  pymeta::test_pool(!given("no-fork"));
   std::printf("%ld checks passed\n", pymeta::passed.load());
   if (pymeta::failed > 0) std::fprintf(stderr, "%ld checks FAILED\n", pymeta::failed.load());
   return pymeta::failed > 0 ? 1 : 0;
