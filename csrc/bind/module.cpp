@@ -7,13 +7,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../core/shuffle.h"
 #include "../cpu/dispatch.h"
+#include "../cpu/engine.h"
 
 namespace py = pybind11;
 
@@ -22,6 +25,8 @@ namespace {
 
 using Address = std::uintptr_t;
 using RowsTuple = std::tuple<Address, Address, Address, std::int64_t, Address, Address>;
+// steps, epochs (one of them -1), batch size (0: all rows), seed, stream, task ids
+using ScheduleTuple = std::tuple<int, int, int, std::uint64_t, std::uint64_t, Address>;
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -175,13 +180,46 @@ std::unique_ptr<LossHolder> make_loss(const std::string& kind, double delta, dou
   return holder;
 }
 
+// ---- optimisers --------------------------------------------------------------------------------------------------
+
+std::unique_ptr<Optimizer> make_optimizer(const std::string& kind, double momentum, bool nesterov,
+                                          double beta1, double beta2, double eps,
+                                          double weight_decay, bool decoupled, double clip_norm,
+                                          double anchor) {
+  auto made = std::make_unique<Optimizer>();
+  if (kind == "adam")
+    made->kind = OptimizerKind::adam;
+  else if (kind != "sgd")
+    refuse("optimizer: unknown kind '" + kind + "'");
+  for (const double value : {momentum, eps, weight_decay, clip_norm, anchor})
+    if (!(value >= 0) || !std::isfinite(value))
+      refuse("optimizer: expected finite numbers >= 0, got " + std::to_string(value));
+  for (const double beta : {beta1, beta2})
+    if (!(beta >= 0 && beta < 1))
+      refuse("optimizer: betas must be in [0, 1), got " + std::to_string(beta));
+  if (nesterov && momentum == 0) refuse("optimizer: nesterov needs a momentum");
+  made->momentum = made->kind == OptimizerKind::sgd ? momentum : 0;
+  made->nesterov = nesterov;
+  made->beta1 = beta1;
+  made->beta2 = beta2;
+  made->eps = eps;
+  made->weight_decay = weight_decay;
+  made->decoupled = decoupled;
+  made->clip_norm = clip_norm;
+  made->anchor = anchor;
+  return made;
+}
+
 // ---- the problem -------------------------------------------------------------------------------------------------
 
 class Problem {
  public:
   Problem(std::shared_ptr<Network> network, const LossHolder& loss,
-          const std::vector<bool>& adapted, const std::optional<std::vector<int>>& lr_groups)
-      : network_(std::move(network)), loss_(loss) {
+          const std::vector<bool>& adapted, const std::optional<std::vector<int>>& lr_groups,
+          const Optimizer* optimizer)
+      : network_(std::move(network)),
+        loss_(loss),
+        optimizer_(optimizer ? *optimizer : Optimizer{}) {
     const std::size_t tensors = static_cast<std::size_t>(network_->tensor_count);
     const std::size_t out = static_cast<std::size_t>(network_->out_features());
     if (adapted.size() != tensors)
@@ -233,34 +271,71 @@ class Problem {
     });
   }
 
-  void adapt(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows,
-             int lr_columns, int steps, std::int64_t tasks, const RowsTuple& support,
-             const std::vector<Address>& adapted) const {
+  void adapt(int dtype, const std::vector<Address>& parameters, const std::vector<bool>& per_task,
+             Address lr, int lr_rows, int lr_columns, const ScheduleTuple& schedule,
+             std::int64_t tasks, const RowsTuple& support, const std::vector<Address>& adapted,
+             const std::optional<RowsTuple>& validation, int patience, Address status,
+             Address train_curves, Address validation_curves, Address best_epochs,
+             Address epochs_run) const {
     with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts, results = pointers<Real>(adapted, "adapted");
-      Call<Real> call = describe<Real>(parameters, starts, lr, lr_rows, lr_columns, steps, tasks);
+      bool stacked[kMaxTensors];
+      Call<Real> call = describe<Real>(parameters, starts, lr, lr_rows, lr_columns, 0, tasks);
+      set_schedule(call, schedule);
+      call.parameter_per_task = flags(per_task, stacked);
       call.support = rows<Real>(support);
+      if (validation) {
+        if (!call.by_epochs()) refuse("validation: needs epochs");
+        call.validation = rows<Real>(*validation);
+      }
+      call.patience = patience;
       call.adapted_parameters = results.data();
+      call.status = pointer<std::int8_t>(status);
+      call.train_curves = pointer<Real>(train_curves);
+      call.validation_curves = pointer<Real>(validation_curves);
+      call.best_epochs = pointer<std::int64_t>(best_epochs);
+      call.epochs_run = pointer<std::int64_t>(epochs_run);
+      execute(call, Job::adapt);
+    });
+  }
+
+  void reptile(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows,
+               int lr_columns, const ScheduleTuple& schedule, std::int64_t tasks,
+               const RowsTuple& support, Address losses, Address mean_loss,
+               const std::optional<std::vector<Address>>& gradients) const {
+    with_real(dtype, [&](auto real) {
+      using Real = decltype(real);
+      std::vector<Real*> starts, sinks;
+      Call<Real> call = describe<Real>(parameters, starts, lr, lr_rows, lr_columns, 0, tasks);
+      set_schedule(call, schedule);
+      if (call.by_epochs()) refuse("schedule: expected a number of steps");
+      call.support = rows<Real>(support);
+      call.sums_differences = true;
+      call.losses = pointer<Real>(losses);
+      call.mean_loss = pointer<Real>(mean_loss);
+      if (gradients) {
+        sinks = pointers<Real>(*gradients, "gradients");
+        call.gradients = sinks.data();
+      }
       execute(call, Job::adapt);
     });
   }
 
   void predict(int dtype, const std::vector<Address>& parameters, const std::vector<bool>& per_task,
                std::int64_t tasks, const RowsTuple& query, Address predictions) const {
-    if (per_task.size() != parameters.size())
-      refuse("per_task: expected one value for each parameter");
     with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts;
-      bool stacked[kMaxTensors] = {};
+      bool stacked[kMaxTensors];
+      const bool none[kMaxTensors] = {};
       const int no_groups[kMaxTensors] = {};
-      std::copy(per_task.begin(), per_task.end(), stacked);
       Call<Real> call = describe<Real>(parameters, starts, 0, 1, 0, 0, tasks);
+      call.optimizer = {};
       call.lr.per_element = false;
       call.lr.groups = no_groups;
-      call.adapted = stacked;
-      call.parameter_per_task = stacked;
+      call.adapted = none;
+      call.parameter_per_task = flags(per_task, stacked);
       call.query = rows<Real>(query);
       call.query.y = nullptr;
       call.predictions = pointer<Real>(predictions);
@@ -268,25 +343,47 @@ class Problem {
     });
   }
 
-  py::dict plan(int dtype, int steps, std::int64_t tasks, int support_rows, int query_rows,
+  // visit(a Call without rows and results)
+  template <class Visitor>
+  void with_recipe(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows,
+                   int lr_columns, const ScheduleTuple& schedule, Visitor visit) const {
+    with_real(dtype, [&](auto real) {
+      using Real = decltype(real);
+      std::vector<Real*> starts;
+      Call<Real> call = describe<Real>(parameters, starts, lr, lr_rows, lr_columns, 0, 1);
+      set_schedule(call, schedule);
+      visit(call);
+    });
+  }
+
+  py::dict plan(int dtype, const std::string& job, const ScheduleTuple& schedule,
+                std::int64_t tasks, int support_rows, int query_rows, int validation_rows,
                 bool second_order) const {
+    if (job != "meta" && job != "adapt" && job != "reptile")
+      refuse("job: expected 'meta', 'adapt' or 'reptile', got '" + job + "'");
     py::dict result;
     with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts;
+      const Real some{};
       Call<Real> call =
           describe<Real>(std::vector<Address>(static_cast<std::size_t>(network_->tensor_count), 0),
-                         starts, 0, 1, per_element_ ? adapted_elements() : 1, steps, tasks);
+                         starts, 0, 1, per_element_ ? adapted_elements() : 1, 0, tasks);
+      set_schedule(call, schedule);
       Real* none[kMaxTensors] = {};
-      call.gradients = none;
+      if (job != "adapt") call.gradients = none;
+      call.sums_differences = job == "reptile";
       call.first_order = !second_order;
       call.max_support = support_rows;
-      call.max_query = query_rows;
-      const Report report = pymeta::plan(call, Job::meta);
+      call.max_query = job == "meta" ? query_rows : 0;
+      call.max_validation = validation_rows;
+      if (validation_rows > 0) call.validation.x = &some;
+      const Report report = pymeta::plan(call, job == "meta" ? Job::meta : Job::adapt);
       result["executor"] = executor_name(report.executor);
       result["isa"] = isa();
       result["threads"] = report.threads;
       result["workspace_bytes"] = report.needs.workspace;
+      result["shared_bytes"] = report.needs.shared + report.needs.sums * report.needs.chunks;
       result["factored"] = report.needs.factored;
     });
     return result;
@@ -344,10 +441,29 @@ class Problem {
     call.loss = &loss_.loss;
     call.adapted = adapted_;
     call.parameters = starts.data();
+    call.optimizer = optimizer_;
     call.lr = {pointer<Real>(lr), lr_rows, lr_columns, per_element_, groups_.data()};
     call.steps = steps;
     call.tasks = tasks;
     return call;
+  }
+
+  bool* flags(const std::vector<bool>& per_task, bool* to) const {
+    if (per_task.size() != static_cast<std::size_t>(network_->tensor_count))
+      refuse("per_task: expected " + std::to_string(network_->tensor_count) + " values, got " +
+             std::to_string(per_task.size()));
+    std::copy(per_task.begin(), per_task.end(), to);
+    return to;
+  }
+
+  template <class Real>
+  static void set_schedule(Call<Real>& call, const ScheduleTuple& schedule) {
+    const auto& [steps, epochs, batch_size, seed, stream, task_ids] = schedule;
+    if ((steps < 0) == (epochs < 0)) refuse("schedule: expected either steps or epochs");
+    if (batch_size < 0) refuse("schedule: batch_size " + std::to_string(batch_size));
+    call.steps = steps < 0 ? 0 : steps;
+    call.epochs = epochs < 0 ? -1 : epochs;
+    call.batches = {batch_size, seed, stream, pointer<std::int64_t>(task_ids)};
   }
 
   int adapted_elements() const {
@@ -365,10 +481,140 @@ class Problem {
 
   std::shared_ptr<Network> network_;
   LossHolder loss_;
+  Optimizer optimizer_;
   bool adapted_[kMaxTensors] = {};
   bool per_element_ = false;
   std::vector<int> groups_;
 };
+
+// ---- one task at a time ------------------------------------------------------------------------------------------
+
+// An array that the caller lends: C-contiguous, of a known item type.
+class Lent {
+ public:
+  Lent(const char* name, const py::handle& array, bool writable) : name_(name) {
+    const int flags = PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
+    if (PyObject_GetBuffer(array.ptr(), &view_, flags) == 0) return;
+    PyErr_Clear();
+    if (!PyObject_CheckBuffer(array.ptr()))
+      throw py::type_error(std::string(name) + ": expected a numpy array, got " +
+                           Py_TYPE(array.ptr())->tp_name);
+    refuse(std::string(name) + ": expected a C-contiguous " + (writable ? "writable " : "") +
+           "array");
+  }
+  ~Lent() { PyBuffer_Release(&view_); }
+  Lent(const Lent&) = delete;
+  Lent& operator=(const Lent&) = delete;
+
+  void* data() const { return view_.buf; }
+  int dimensions() const { return view_.ndim; }
+  Py_ssize_t size(int axis) const { return view_.shape[axis]; }
+
+  void expect_type(const char* types, Py_ssize_t bytes, const char* expected) const {
+    const char* format = view_.format ? view_.format : "B";
+    if (*format == '=' || *format == '@' || *format == '<') ++format;
+    const bool known =
+        format[0] && !format[1] && std::string(types).find(*format) != std::string::npos;
+    if (!known || view_.itemsize != bytes)
+      throw py::type_error(std::string(name_) + ": expected " + expected + ", got items of type '" +
+                           (view_.format ? view_.format : "B") + "'");
+  }
+  // [rows, columns], or [rows] where `flat`; -1: any number of rows.
+  void expect_shape(Py_ssize_t rows, Py_ssize_t columns, bool flat) const {
+    const bool fits = (view_.ndim == 2 && view_.shape[1] == columns) || (view_.ndim == 1 && flat);
+    if (fits && (rows < 0 || view_.shape[0] == rows)) return;
+    const std::string row = rows < 0 ? "rows" : std::to_string(rows);
+    std::string got;
+    for (int i = 0; i < view_.ndim; ++i) got += (i ? ", " : "") + std::to_string(view_.shape[i]);
+    refuse(std::string(name_) + ": expected shape " +
+           (columns > 0 ? "[" + row + ", " + std::to_string(columns) + "]" : "") +
+           (columns > 0 && flat ? " or " : "") + (flat ? "[" + row + "]" : "") + ", got [" + got +
+           "]");
+  }
+
+ private:
+  const char* name_;
+  Py_buffer view_;
+};
+
+class EngineHolder {
+ public:
+  template <class Real>
+  explicit EngineHolder(std::unique_ptr<Engine<Real>> engine) {
+    std::get<std::unique_ptr<Engine<Real>>>(engines_) = std::move(engine);
+  }
+
+  void adapt_predict(const py::object& xs, const py::object& ys, const py::object& xq,
+                     const py::object& out, const py::object& weights) const {
+    if (const auto& engine = std::get<0>(engines_)) return run(*engine, xs, ys, xq, out, weights);
+    run(*std::get<1>(engines_), xs, ys, xq, out, weights);
+  }
+
+ private:
+  template <class Real>
+  static void run(const Engine<Real>& engine, const py::object& xs, const py::object& ys,
+                  const py::object& xq, const py::object& out, const py::object& weights) {
+    const char* const type = sizeof(Real) == 4 ? "f" : "d";
+    const char* const expected = sizeof(Real) == 4 ? "float32" : "float64";
+    const Lent x("xs", xs, false), y("ys", ys, false), q("xq", xq, false), o("out", out, true);
+    for (const Lent* array : {&x, &q, &o}) array->expect_type(type, sizeof(Real), expected);
+    x.expect_shape(-1, engine.in_features(), false);
+    q.expect_shape(-1, engine.in_features(), false);
+    const Py_ssize_t rows = x.size(0), query_rows = q.size(0);
+    if (rows > (1 << 24)) refuse("xs: more than 2^24 rows");
+    if (query_rows > (1 << 24)) refuse("xq: more than 2^24 rows");
+    o.expect_shape(query_rows, engine.out_features(), false);
+    if (engine.takes_labels()) {
+      y.expect_type("lq", 8, "class indices (int64)");
+      y.expect_shape(rows, 0, true);
+    } else {
+      y.expect_type(type, sizeof(Real), expected);
+      y.expect_shape(rows, engine.out_features(), engine.out_features() == 1);
+    }
+    std::optional<Lent> w;
+    if (!weights.is_none()) {
+      w.emplace("weights", weights, false);
+      w->expect_type(type, sizeof(Real), expected);
+      w->expect_shape(rows, 0, true);
+    }
+    const py::gil_scoped_release release;
+    engine.adapt_predict(static_cast<const Real*>(x.data()), y.data(),
+                         w ? static_cast<const Real*>(w->data()) : nullptr, static_cast<int>(rows),
+                         static_cast<const Real*>(q.data()), static_cast<int>(query_rows),
+                         static_cast<Real*>(o.data()));
+  }
+
+  std::tuple<std::unique_ptr<Engine<float>>, std::unique_ptr<Engine<double>>> engines_;
+};
+
+std::unique_ptr<EngineHolder> make_engine(const Problem& problem, int dtype,
+                                          const std::vector<Address>& parameters, Address lr,
+                                          int lr_rows, int lr_columns,
+                                          const ScheduleTuple& schedule) {
+  std::unique_ptr<EngineHolder> made;
+  problem.with_recipe(dtype, parameters, lr, lr_rows, lr_columns, schedule, [&](const auto& call) {
+    using Real = std::remove_const_t<std::remove_pointer_t<decltype(call.lr.values)>>;
+    made = std::make_unique<EngineHolder>(std::make_unique<Engine<Real>>(call));
+  });
+  return made;
+}
+
+// ---- functions ---------------------------------------------------------------------------------------------------
+
+// out: [sum of sizes] int64, the tasks' orders one behind the other (core/shuffle.h).
+void shuffle_tasks(std::uint64_t seed, std::uint64_t stream, Address task_ids, std::uint64_t epoch,
+                   std::uint64_t purpose, std::int64_t tasks, Address sizes, Address out) {
+  const py::gil_scoped_release release;
+  const std::int64_t* ids = pointer<std::int64_t>(task_ids);
+  std::int64_t* to = pointer<std::int64_t>(out);
+  for (std::int64_t task = 0; task < tasks; ++task) {
+    const std::int64_t rows = pointer<std::int64_t>(sizes)[task];
+    const std::uint64_t id = ids ? static_cast<std::uint64_t>(ids[task]) : 0;
+    shuffle(Draw{seed, stream, id, epoch, static_cast<Purpose>(purpose)}, static_cast<int>(rows),
+            to);
+    to += rows;
+  }
+}
 
 }  // namespace
 }  // namespace pymeta
@@ -392,25 +638,46 @@ PYBIND11_MODULE(_native, m) {
       py::arg("label_smoothing") = 0.0, py::arg("ignore_index") = -100,
       py::arg("weight") = std::vector<double>{}, py::arg("pos_weight") = std::vector<double>{});
 
+  py::class_<Optimizer>(m, "Optimizer")
+      .def(py::init(&make_optimizer), py::arg("kind"), py::kw_only(), py::arg("momentum") = 0.0,
+           py::arg("nesterov") = false, py::arg("beta1") = 0.0, py::arg("beta2") = 0.0,
+           py::arg("eps") = 0.0, py::arg("weight_decay") = 0.0, py::arg("decoupled") = false,
+           py::arg("clip_norm") = 0.0, py::arg("anchor") = 0.0);
+
   py::class_<Problem>(m, "Problem")
       .def(py::init<std::shared_ptr<Network>, const LossHolder&, const std::vector<bool>&,
-                    const std::optional<std::vector<int>>&>(),
+                    const std::optional<std::vector<int>>&, const Optimizer*>(),
            py::arg("network"), py::arg("loss"), py::arg("adapted"),
-           py::arg("lr_groups") = py::none())
+           py::arg("lr_groups") = py::none(), py::arg("optimizer") = py::none())
       .def("meta_gradient", &Problem::meta_gradient, py::arg("dtype"), py::arg("parameters"),
            py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"), py::arg("steps"),
            py::arg("first_order"), py::arg("tasks"), py::arg("support"), py::arg("query"),
            py::arg("losses"), py::arg("predictions"), py::arg("gradients"),
            py::arg("lr_gradient") = 0, py::arg("xs_gradient") = 0, py::arg("xq_gradient") = 0,
            py::arg("mean_loss") = 0)
-      .def("adapt", &Problem::adapt, py::arg("dtype"), py::arg("parameters"), py::arg("lr"),
-           py::arg("lr_rows"), py::arg("lr_columns"), py::arg("steps"), py::arg("tasks"),
-           py::arg("support"), py::arg("adapted"))
+      .def("adapt", &Problem::adapt, py::arg("dtype"), py::arg("parameters"), py::arg("per_task"),
+           py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"), py::arg("schedule"),
+           py::arg("tasks"), py::arg("support"), py::arg("adapted"), py::kw_only(),
+           py::arg("validation") = py::none(), py::arg("patience") = -1, py::arg("status") = 0,
+           py::arg("train_curves") = 0, py::arg("validation_curves") = 0,
+           py::arg("best_epochs") = 0, py::arg("epochs_run") = 0)
+      .def("reptile", &Problem::reptile, py::arg("dtype"), py::arg("parameters"), py::arg("lr"),
+           py::arg("lr_rows"), py::arg("lr_columns"), py::arg("schedule"), py::arg("tasks"),
+           py::arg("support"), py::arg("losses"), py::arg("mean_loss"), py::arg("gradients"))
       .def("predict", &Problem::predict, py::arg("dtype"), py::arg("parameters"),
            py::arg("per_task"), py::arg("tasks"), py::arg("query"), py::arg("predictions"))
-      .def("plan", &Problem::plan, py::arg("dtype"), py::arg("steps"), py::arg("tasks"),
-           py::arg("support_rows"), py::arg("query_rows"), py::arg("second_order"));
+      .def("plan", &Problem::plan, py::arg("dtype"), py::arg("job"), py::arg("schedule"),
+           py::arg("tasks"), py::arg("support_rows"), py::arg("query_rows") = 0,
+           py::arg("validation_rows") = 0, py::arg("second_order") = false);
 
+  py::class_<EngineHolder>(m, "Engine")
+      .def(py::init(&make_engine), py::arg("problem"), py::arg("dtype"), py::arg("parameters"),
+           py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"), py::arg("schedule"))
+      .def("adapt_predict", &EngineHolder::adapt_predict, py::arg("xs"), py::arg("ys"),
+           py::arg("xq"), py::arg("out"), py::arg("weights") = py::none());
+
+  m.def("shuffle", &shuffle_tasks, py::arg("seed"), py::arg("stream"), py::arg("task_ids"),
+        py::arg("epoch"), py::arg("purpose"), py::arg("tasks"), py::arg("sizes"), py::arg("out"));
   m.def("isas", &isas);
   m.def("isa", &isa);
   m.def("set_isa", &set_isa, py::arg("name"));

@@ -2,16 +2,19 @@
 //
 // MAML (Finn, Abbeel, Levine 2017, algorithm 1), for one item of an executor X:
 //
-//   theta[0] = start;  theta[k+1] = theta[k] - lr[k] g[k],  g[k] = dL_support/dtheta at theta[k]
+//   theta[0] = start;  theta[k+1] = theta[k] - lr[k] d[k],  d[k] = g[k] = dL_support/dtheta at theta[k] in plain SGD,
+//                      and what the optimiser's rule makes of it in general (optimizers.h)
 //   loss = L_query(theta[K])
 //   v = dL_query/dtheta at theta[K]
-//   for k = K-1 .. 0:   (lr[k] gets -g[k] v)   u = -lr[k] v;   v += H[k] u
+//   for k = K-1 .. 0:   (lr[k] gets -d[k] v)   u = the adjoint of g[k], -lr[k] v in plain SGD;   v += H[k] u
 //   v is the meta-gradient.
 //
 // H[k] u, the Hessian of the support loss at theta[k] times u, is a tangent pass over the tape of step k
 // (Pearlmutter 1994): no graph, no approximation, and the tangent of the first layer's input delta is what flows
-// to the support inputs. A first-order meta-gradient stops at v. A tensor that the inner loop does not adapt has
-// no u, yet receives its gradient from every pass.
+// to the support inputs. A first-order meta-gradient takes g[k] as a constant. A tensor that the inner loop does not
+// adapt has no u, yet receives its gradient from every pass.
+//
+// Reptile (Nichol, Achiam, Schulman 2018) and fine-tuning are the same inner loop without the way back.
 #pragma once
 
 #include "factored.h"
@@ -26,7 +29,8 @@ PYMETA_KERNEL_BEGIN
 struct Shared {
   const Real* theta;
   const Real* theta_transposed;
-  const Real* rates;  // [lr.rows, parameters], or null
+  const Real* rates;        // [lr.rows, parameters], or null
+  const Real* corrections;  // [steps, 2] Adam's scale and eps (optimizers.h), or null
 };
 
 // One set of one item.
@@ -36,6 +40,32 @@ struct ItemSet {
   const Real* targets;  // null: predictions only
   const Real* scale;
   Real* dx;  // [rows, in], or null
+};
+
+// What one inner step works on.
+struct Step {
+  const ItemSet* set;
+  IntVec active;  // lanes whose task makes this step
+  bool all_active;
+  bool same_rows;  // as the step before had
+  Correction correction;
+};
+
+// All rows in every step.
+class WholeSet {
+ public:
+  WholeSet(const ItemSet& set, const Real* corrections)
+      : set_(set), active_(set.extent.count > zero()), corrections_(corrections) {}
+  Step step(int k) const {
+    const Real* c = corrections_ + 2 * k;
+    return {&set_, active_, all_lanes(active_), k > 0,
+            corrections_ ? Correction{broadcast(c[0]), broadcast(c[1])} : Correction{}};
+  }
+
+ private:
+  const ItemSet& set_;
+  IntVec active_;
+  const Real* corrections_;
 };
 
 // Sums over the items of a chunk.
@@ -61,38 +91,101 @@ class InnerLoop {
         layout_(workspace.parameters),
         shared_(shared),
         memory_(memory),
-        sgd_(call, shared.rates, workspace.parameters.size) {}
+        rates_(call, shared.rates, workspace.parameters.size) {
+    lowest_ = 0;
+    while (lowest_ < network_.layer_count && !is_adapted(network_.layers[lowest_])) ++lowest_;
+  }
 
-  // A network's parameters at one step: adapted tensors from `own`, the others from the shared start.
+  // A network's parameters at one step: adapted tensors from `own`, the others from the start.
   struct Parameters {
     const InnerLoop* loop;
     const Real* own;
     const Real* own_transposed;
+    bool is_start = false;
 
     const Real* tensor(int t) const {
       if (t < 0) return nullptr;
-      return (loop->call_.adapted[t] ? own : loop->shared_.theta) + loop->layout_.tensors[t].place;
+      const bool changed = !is_start && loop->call_.adapted[t];
+      return (changed ? own : loop->start_of(t)) + loop->layout_.tensors[t].place;
     }
     const Real* transposed(int l) const {
       const std::size_t place = loop->layout_.transposed[l];
       if (place == kNowhere) return nullptr;
-      const bool adapted = loop->call_.adapted[loop->network_.layers[l].weight];
-      return (adapted ? own_transposed : loop->shared_.theta_transposed) + place;
+      const int t = loop->network_.layers[l].weight;
+      const bool changed = !is_start && loop->call_.adapted[t];
+      return (changed ? own_transposed : loop->start_transposed_of(t)) + place;
     }
   };
 
-  Parameters start() const { return {this, shared_.theta, shared_.theta_transposed}; }
+  Parameters start() const { return {this, nullptr, nullptr, true}; }
 
   // The item's first layer, where it is a factored one; null otherwise.
   void set_factored(FactoredLayer<X>* layer) { factored_ = layer; }
 
-  // K inner steps; returns theta[K].
-  Parameters adapt(const ItemSet& support) {
+  // K inner steps; returns theta[K]. batches.step(k) says what step k works on.
+  template <class Batches>
+  Parameters adapt(Batches& batches) {
     Parameters theta = start();
+    for (int k = 0; k < call_.steps; ++k) theta = inner_step(k, theta, batches.step(k));
+    return theta;
+  }
+  void begin_factored(const ItemSet& support) {
     if constexpr (X::kFactors)
       if (factored_) factored_->begin(support.x, support.extent);
-    for (int k = 0; k < call_.steps; ++k) theta = inner_step(k, theta, support);
-    return theta;
+  }
+  // The mean over the steps of each task's loss while they ran.
+  Vec mean_step_loss() const {
+    return call_.steps > 0 ? loss_sum_ / broadcast(Real(call_.steps)) : zero();
+  }
+
+  // Epochs over each task's rows. With validation rows the weights of the lowest validation loss are kept, those of the
+  // start among them, and a task stops when `patience` epochs in a row brought nothing lower.
+  // batches.step(epoch, b, running) says what the b-th step of an epoch works on; `record` takes the losses down.
+  template <class Batches, class Record>
+  Parameters fine_tune(Batches& batches, const ItemSet* validation, Record& record) {
+    Parameters theta = start();
+    IntVec running = batches.present(), judged = IntVec{};
+    Vec best = zero(), best_epoch = zero(), epochs = zero();
+    if (validation) {
+      judged = validation->extent.count > zero();
+      best = evaluate(theta, *validation);
+      record.validation(0, best, judged);
+      keep_best(theta, ~IntVec{});
+    }
+    int steps = 0;
+    for (int epoch = 1; epoch <= call_.epochs && any_lane(running); ++epoch) {
+      loss_sum_ = zero();
+      for (int b = 0; b < batches.count(); ++b) {
+        const Step step = batches.step(epoch - 1, b, running);
+        if (any_lane(step.active)) theta = inner_step(steps++, theta, step);
+      }
+      epochs = select(running, broadcast(Real(epoch)), epochs);
+      record.train(epoch - 1, loss_sum_ / batches.rows(), running);
+      if (!validation) continue;
+      const Vec loss = evaluate(theta, *validation);
+      record.validation(epoch, loss, running & judged);
+      const IntVec better = running & ((loss < best) | ~judged);
+      best = select(better, loss, best);
+      best_epoch = select(better, broadcast(Real(epoch)), best_epoch);
+      keep_best(theta, better);
+      if (call_.patience >= 0)
+        running = running & (~judged | (epochs - best_epoch < broadcast(Real(call_.patience))));
+    }
+    record.finish(validation ? best_epoch : epochs, epochs);
+    return validation ? Parameters{this, memory_ + ws_.best, nullptr} : theta;
+  }
+
+  // Adds start - theta to the totals.
+  void add_difference(const Parameters& theta, const Totals& totals) const {
+    for (int t = 0; t < network_.tensor_count; ++t) {
+      const std::size_t place = layout_.tensors[t].place;
+      const Real *from = start().tensor(t), *to = theta.tensor(t);
+      for (std::size_t i = 0; i < layout_.scalars(t); i += kWidth) {
+        const Real* base = totals.base(place + i);
+        const Vec difference = load(from + i) - load(to + i);
+        store(totals.gradient + place + i, base ? load(base) + difference : difference);
+      }
+    }
   }
 
   // Forward pass: outputs() holds the raw outputs, class-major; returns the loss of each task, if there are targets.
@@ -106,12 +199,13 @@ class InnerLoop {
 
   // Everything: returns the query loss of each task, adds the meta-gradient to `totals` (all of it, with each item).
   Vec meta_gradient(const ItemSet& support, const ItemSet& query, const Totals& totals) {
-    const Parameters theta = adapt(support);
+    const WholeSet steps(support, shared_.corrections);
+    const Parameters theta = adapt(steps);
     if constexpr (X::kFactors)
       if (factored_) factored_->begin_query(query.x, query.extent, support.x);
     const Vec loss = evaluate(theta, query);
     if (!call_.wants_gradient()) return loss;
-    const bool keep_v = call_.second_order() || (call_.lr_gradient && call_.steps > 0);
+    const bool keep_v = call_.reverses();
     const Tape tape{this, &ws_.query_tape, memory_ + ws_.query};
     Real* v = memory_ + ws_.v;
     backward(theta, query, tape, [&](int t) {
@@ -120,10 +214,11 @@ class InnerLoop {
     });
     if constexpr (X::kFactors)
       if (factored_) factored_->begin_reverse(tape.d(0));
-    if (call_.second_order()) {
-      for (int k = call_.steps - 1; k >= 0; --k) reverse_step(k, support, totals);
-    } else if (keep_v) {
-      for (int k = call_.steps - 1; k >= 0; --k) rate_gradient(k, totals);
+    if (keep_v) {
+      clear_state_adjoints();
+      for (int k = call_.steps - 1; k >= 0; --k) reverse_step(k, steps.step(k), totals);
+    }
+    if (keep_v && !call_.second_order()) {
       const std::size_t summed = factored_ ? layout_.size_without_first : layout_.size;
       for (std::size_t i = 0; i < summed; i += kWidth) {
         const Real* base = totals.base(i);
@@ -184,51 +279,169 @@ class InnerLoop {
 
   bool is_narrow(int l) const { return layout_.narrow && l == network_.layer_count - 1; }
 
-  Parameters inner_step(int k, const Parameters& theta, const ItemSet& support) {
+  bool is_adapted(const Layer& layer) const {
+    return (layer.weight >= 0 && call_.adapted[layer.weight]) ||
+           (layer.bias >= 0 && call_.adapted[layer.bias]);
+  }
+
+  // The start of a tensor: the item's own or the one that all share.
+  bool starts_apart(int t) const { return call_.parameter_per_task && call_.parameter_per_task[t]; }
+  const Real* start_of(int t) const {
+    return starts_apart(t) ? memory_ + ws_.start : shared_.theta;
+  }
+  const Real* start_transposed_of(int t) const {
+    return starts_apart(t) ? memory_ + ws_.start_transposed : shared_.theta_transposed;
+  }
+
+  void keep_best(const Parameters& theta, IntVec better) {
+    if (!any_lane(better)) return;
+    each_adapted([&](int t, std::size_t place, std::size_t size) {
+      const Real* from = theta.tensor(t);
+      Real* best = memory_ + ws_.best + place;
+      for (std::size_t i = 0; i < size; i += kWidth)
+        store(best + i, select(better, load(from + i), load(best + i)));
+    });
+  }
+
+  Parameters inner_step(int k, const Parameters& theta, const Step& step) {
+    const ItemSet& support = *step.set;
     const Tape tape = support_tape(k);
-    forward(theta, support, tape);
+    // Layers below the lowest that changes see the same rows with the same weights again.
+    const bool same_below = step.same_rows && !ws_.keeps_steps;
+    forward(theta, support, tape, /*is_query=*/false, same_below ? lowest_ : 0);
+    if (ws_.sums_losses) {
+      const Vec loss = X::sum_rows_in_order(support.extent, tape.at(ws_.support_tape.row_losses));
+      loss_sum_ =
+          loss_sum_ +
+          (call_.by_epochs() ? select(step.active, loss * support.extent.count, zero()) : loss);
+    }
     const Parameters next = adapted(k + 1);
     Real* own = const_cast<Real*>(next.own);
-    const bool fused = !ws_.keeps_gradients && !sgd_.per_element();
+    const bool fused = call_.optimizer.is_plain() && !rates_.per_element() && !ws_.keeps_gradients;
     backward(
         theta, support, tape,
         [&](int t) {
           if (!call_.adapted[t]) return Sink{};
           const std::size_t place = layout_.tensors[t].place;
-          if (fused) return Sink{own + place, theta.tensor(t), nullptr, -sgd_.rate(k, t)};
+          if (fused) return Sink{own + place, theta.tensor(t), nullptr, -rates_.rate(k, t)};
           return Sink{gradient(k) + place};
         },
-        /*input_delta=*/false);
+        /*input_delta=*/false, call_.second_order() ? 0 : lowest_);
     if constexpr (X::kFactors)
-      if (factored_) factored_->step(tape.d(0), sgd_.uniform_rate(k));
-    if (!fused)
-      each_adapted([&](int t, std::size_t place, std::size_t size) {
-        if (is_factored_tensor(t)) return;
-        sgd_.step(k, t, place, size, theta.tensor(t), gradient(k) + place, own + place);
+      if (factored_) factored_->step(tape.d(0), rates_.uniform_rate(k));
+    if (!fused) {
+      const StepCommon common = common_of(k, theta, step);
+      with_rule(call_.optimizer, [&](const auto& rule) {
+        each_adapted([&](int t, std::size_t place, std::size_t size) {
+          if (!is_factored_tensor(t))
+            pymeta::PYMETA_ISA::step(rule, arrays(k, t, theta), common, size, own + place);
+        });
       });
+    }
     transpose(own, const_cast<Real*>(next.own_transposed));
     return next;
   }
 
-  void rate_gradient(int k, const Totals& totals) {
-    if (!call_.lr_gradient) return;
-    each_adapted([&](int t, std::size_t place, std::size_t size) {
-      Real* into = totals.lr_gradient;
-      if (is_factored_tensor(t)) return;
-      into +=
-          sgd_.per_element()
-              ? sgd_.row(k) * layout_.size + place
-              : (static_cast<std::size_t>(sgd_.row(k)) * call_.lr.columns + sgd_.group(t)) * kWidth;
-      sgd_.rate_vjp(size, gradient(k) + place, memory_ + ws_.v + place, into);
+  // ---- the rule's arrays ---------------------------------------------------------------------------------------
+
+  Real* state(int k, int s) const {
+    const std::size_t kept = ws_.keeps_gradients ? static_cast<std::size_t>(k) : 0;
+    return memory_ + ws_.states + (kept * call_.optimizer.states() + s) * layout_.size;
+  }
+  StepArrays arrays(int k, int t, const Parameters& theta) const {
+    const std::size_t place = layout_.tensors[t].place;
+    StepArrays a{rates_.elements(k, place),
+                 rates_.per_element() ? Real(0) : rates_.rate(k, t),
+                 theta.tensor(t),
+                 gradient(k) + place,
+                 call_.optimizer.anchor != 0 ? start().tensor(t) : nullptr,
+                 {},
+                 {}};
+    for (int s = 0; s < call_.optimizer.states(); ++s) {
+      a.state_before[s] = k > 0 ? state(k - 1, s) + place : nullptr;
+      a.state[s] = state(k, s) + place;
+    }
+    return a;
+  }
+
+  // body(tensor, offset of a vector in it) summed over all adapted elements of each task; for both executors in the
+  // order of sum_features.
+  template <class Body>
+  Vec sum_adapted(Body body) const {
+    Vec total = zero();
+    each_adapted([&](int t, std::size_t, std::size_t) {
+      const PackedTensor& packed = layout_.tensors[t];
+      for (int outer = 0; outer < packed.outer; ++outer)
+        total = total + X::sum_features(packed.inner, [&](int column) {
+                  const std::size_t at =
+                      outer * packed.row + static_cast<std::size_t>(column) * kWidth;
+                  return X::masked_columns(body(t, at), packed.inner, column);
+                });
     });
-    if constexpr (X::kFactors)
-      if (factored_) {
-        Real* into =
-            totals.lr_gradient + (static_cast<std::size_t>(sgd_.row(k)) * call_.lr.columns +
-                                  sgd_.group(network_.layers[0].weight)) *
-                                     kWidth;
-        store(into, load(into) - factored_->rate_gradient(support_tape(k).d(0)));
-      }
+    return total;
+  }
+
+  Vec gradient_norm(int k, const Parameters& theta, StepCommon unclipped) const {
+    unclipped.clip = broadcast(1);
+    return square_root(sum_adapted([&](int t, std::size_t at) {
+      const Vec g = clipped_gradient(arrays(k, t, theta), unclipped, at);
+      return g * g;
+    }));
+  }
+  StepCommon common_of(int k, const Parameters& theta, const Step& step) const {
+    StepCommon common{broadcast(Real(call_.optimizer.anchor)), broadcast(1), step.correction,
+                      step.active, step.all_active};
+    if (call_.optimizer.clip_norm > 0) {
+      const Vec norm = gradient_norm(k, theta, common);
+      common.clip =
+          minimum(broadcast(Real(call_.optimizer.clip_norm)) / (norm + Real(1e-6)), broadcast(1));
+    }
+    return common;
+  }
+
+  Real* state_adjoint(int s) const { return memory_ + ws_.state_adjoints + s * layout_.size; }
+  void clear_state_adjoints() {
+    if (ws_.direction_is_v) return;
+    for (std::size_t i = 0; i < call_.optimizer.states() * layout_.size; i += kWidth)
+      store(state_adjoint(0) + i, zero());
+  }
+
+  Real* lr_gradient_of(int k, int t, const Totals& totals) const {
+    if (!call_.lr_gradient) return nullptr;
+    if (rates_.per_element())
+      return totals.lr_gradient + rates_.row(k) * layout_.size + layout_.tensors[t].place;
+    return totals.lr_gradient +
+           (static_cast<std::size_t>(rates_.row(k)) * call_.lr.columns + rates_.group(t)) * kWidth;
+  }
+
+  // Backwards through the rule of step k: v gets its direct part, u becomes the adjoint of the support gradient.
+  void rule_vjp(int k, const Parameters& theta, const Step& step, const Totals& totals) {
+    const StepCommon common = common_of(k, theta, step);
+    with_rule(call_.optimizer, [&](const auto& rule) {
+      each_adapted([&](int t, std::size_t place, std::size_t size) {
+        Real* d_state[kMaxStates];
+        for (int s = 0; s < call_.optimizer.states(); ++s) d_state[s] = state_adjoint(s) + place;
+        step_vjp(rule, arrays(k, t, theta), common, size, memory_ + ws_.v + place,
+                 memory_ + ws_.u + place, d_state, lr_gradient_of(k, t, totals));
+      });
+    });
+    if (call_.optimizer.clip_norm > 0 && call_.second_order()) clip_vjp(k, theta, common);
+  }
+
+  // The clip is g c(n) with n = |g| and c = min(1, clip / (n + 1e-6)):  u = c u + (c' / n) (g . u) g.
+  void clip_vjp(int k, const Parameters& theta, const StepCommon& common) {
+    const Vec norm = gradient_norm(k, theta, common);
+    Real* u = memory_ + ws_.u;
+    const Vec along = sum_adapted([&](int t, std::size_t at) {
+      return load(gradient(k) + layout_.tensors[t].place + at) *
+             load(u + layout_.tensors[t].place + at);
+    });
+    const IntVec bends = (common.clip < Real(1)) & (norm > zero());
+    const Vec slope = select(bends, -(common.clip / (norm + Real(1e-6)) / norm * along), zero());
+    each_adapted([&](int, std::size_t place, std::size_t size) {
+      for (std::size_t i = place; i < place + size; i += kWidth)
+        store(u + i, fma(slope, load(gradient(k) + i), common.clip * load(u + i)));
+    });
   }
 
   // The factored first layer stands in for a linear one; only executors that have it know how.
@@ -247,24 +460,41 @@ class InnerLoop {
     if constexpr (X::kFactors) factored_->accumulate(rd, scale);
   }
 
-  // v += H[k] u; for the first step the sum goes straight into the totals.
-  void reverse_step(int k, const ItemSet& support, const Totals& totals) {
-    rate_gradient(k, totals);
+  // The rate's gradient where v itself is the direction: -<g[k], v>.
+  void rate_gradient(int k, const Totals& totals) {
+    if (!call_.lr_gradient) return;
+    each_adapted([&](int t, std::size_t place, std::size_t size) {
+      if (is_factored_tensor(t)) return;
+      Real* into = lr_gradient_of(k, t, totals);
+      Vec sum = load(into);
+      for (std::size_t i = place; i < place + size; i += kWidth)
+        sum = fma(-load(gradient(k) + i), load(memory_ + ws_.v + i), sum);
+      store(into, sum);
+    });
+    if constexpr (X::kFactors)
+      if (factored_) {
+        Real* into = lr_gradient_of(k, network_.layers[0].weight, totals);
+        store(into, load(into) - factored_->rate_gradient(support_tape(k).d(0)));
+      }
+  }
+
+  // Step k backwards; in second order v += H[k] u, and for the first step the sum goes straight into the totals.
+  void reverse_step(int k, const Step& step, const Totals& totals) {
+    const Parameters theta = k == 0 ? start() : adapted(k);
+    const ItemSet& support = *step.set;
     Real* v = memory_ + ws_.v;
     Real* u = v;
-    Real scale = -1;
-    if (sgd_.uniform()) {
-      scale = -sgd_.uniform_rate(k);
+    Real scale = 1;
+    if (ws_.direction_is_v) {
+      rate_gradient(k, totals);
+      scale = -rates_.uniform_rate(k);
     } else {
+      rule_vjp(k, theta, step, totals);
       u = memory_ + ws_.u;
-      scale = 1;
-      each_adapted([&](int t, std::size_t place, std::size_t size) {
-        sgd_.step_vjp(k, t, place, size, v + place, u + place);
-      });
     }
+    if (!call_.second_order()) return;
     transpose(u, memory_ + ws_.u_transposed);
     const Direction direction{this, u};
-    const Parameters theta = k == 0 ? start() : adapted(k);
     const Tape tape = support_tape(k);
     tangent_forward(theta, direction, support, tape);
     tangent_backward(theta, direction, support, tape, k == call_.steps - 1, scale, [&](int t) {
@@ -297,11 +527,12 @@ class InnerLoop {
 
   // ---- the passes ----------------------------------------------------------------------------------------------
 
-  void forward(const Parameters& theta, const ItemSet& set, const Tape& tape,
-               bool is_query = false) {
+  // From layer `from` on; what lies below is on the tape already.
+  void forward(const Parameters& theta, const ItemSet& set, const Tape& tape, bool is_query = false,
+               int from = 0) {
     const int last = network_.layer_count - 1;
     Real* y = tape.at(tape.layout->y);
-    for (int l = 0; l <= last; ++l) {
+    for (int l = from; l <= last; ++l) {
       const Layer& layer = network_.layers[l];
       const Matrix in = tape.input(l, set);
       const bool fused = is_fused(layer.activation.kind);
@@ -354,9 +585,10 @@ class InnerLoop {
     });
   }
 
+  // Down to layer `lowest`, whose parameters are the last that want a gradient.
   template <class Sinks>
   void backward(const Parameters& theta, const ItemSet& set, const Tape& tape, Sinks sinks,
-                bool input_delta = true) {
+                bool input_delta = true, int lowest = 0) {
     const int last = network_.layer_count - 1;
     const Real* dy = tape.at(tape.layout->dy);
     if (!layout_.narrow) {
@@ -366,11 +598,11 @@ class InnerLoop {
         pass(set.extent, network_.out_features(), top, delta_destination(last, tape, tape.d(last)));
       finish_delta(last, set, tape);
     }
-    for (int l = last; l >= 0; --l) {
+    for (int l = last; l >= lowest; --l) {
       const Layer& layer = network_.layers[l];
       const Matrix in = tape.input(l, set);
       const Real* d = is_narrow(l) ? dy : tape.d(l);
-      if (l > 0 || (input_delta && set.dx)) {
+      if (l > lowest || (input_delta && set.dx)) {
         const Destination below =
             l > 0 ? delta_destination(l - 1, tape, delta_place(l - 1, tape)) : Destination{set.dx};
         if (layer.kind == LayerKind::linear) {
@@ -542,8 +774,10 @@ class InnerLoop {
   const ParameterLayout<X>& layout_;
   const Shared& shared_;
   Real* memory_;
-  Sgd sgd_;
+  Rates rates_;
   FactoredLayer<X>* factored_ = nullptr;
+  int lowest_;             // the lowest layer that the inner loop changes
+  Vec loss_sum_ = zero();  // of the steps so far, or of the epoch's
 };
 
 PYMETA_KERNEL_END

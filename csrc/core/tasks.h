@@ -35,6 +35,38 @@ struct LearningRate {
   const int* groups = nullptr;  // [tensors] column of each tensor, when not per_element
 };
 
+// The inner optimiser (optimizers.h has the formulas).
+enum class OptimizerKind : std::uint8_t { sgd, adam };
+
+struct Optimizer {
+  OptimizerKind kind = OptimizerKind::sgd;
+  double momentum = 0;  // sgd
+  bool nesterov = false;
+  double beta1 = 0, beta2 = 0, eps = 0;  // adam
+  double weight_decay = 0;
+  bool decoupled = false;  // AdamW: the decay is no part of the gradient
+  double clip_norm = 0;    // largest norm of a task's gradient; 0: any
+  double anchor = 0;       // pull towards the start (L2-SP)
+
+  // theta - lr g and nothing else
+  bool is_plain() const {
+    return kind == OptimizerKind::sgd && momentum == 0 && weight_decay == 0 && clip_norm == 0 &&
+           anchor == 0;
+  }
+  // Arrays of the parameters' size that it keeps from step to step.
+  int states() const { return kind == OptimizerKind::adam ? 2 : momentum != 0 ? 1 : 0; }
+};
+
+// Which rows each inner step uses (minibatches.h).
+struct Minibatches {
+  int size = 0;  // 0: all rows
+  std::uint64_t seed = 0, stream = 0;
+  const std::int64_t* task_ids = nullptr;  // [T], or null: 0 for all
+
+  bool whole(int rows) const { return size <= 0 || rows <= size; }
+  int count(int rows) const { return whole(rows) ? rows > 0 : (rows + size - 1) / size; }
+};
+
 template <class Real>
 struct Call {
   const Network* network = nullptr;
@@ -43,12 +75,18 @@ struct Call {
   const Real* const* parameters = nullptr;  // [tensors] the start, in torch's layout
   const bool* parameter_per_task =
       nullptr;  // [tensors] stacked [T, ...] instead of shared; null: all shared
+  Optimizer optimizer;
   LearningRate<Real> lr;
   int steps = 0;
+  int epochs = -1;    // at least 0: so many passes over a task's rows, and `steps` does not count
+  int patience = -1;  // at least 0: a task stops after so many epochs without a better validation
+  Minibatches batches;
   bool first_order = false;
+  bool sums_differences = false;  // Reptile: gradients are those of start - adapted
   std::int64_t tasks = 0;
   RowSet<Real> support;
   RowSet<Real> query;
+  RowSet<Real> validation;  // x null where there is none
 
   // Results; null where not wanted.
   Real* losses = nullptr;       // [T] mean query loss of each task
@@ -59,15 +97,36 @@ struct Call {
   Real* lr_gradient = nullptr;                // [lr.rows, lr.columns]
   Real* xs_gradient = nullptr;                // [total support rows, in]
   Real* xq_gradient = nullptr;                // [total query rows, in]
-  Real* const* adapted_parameters = nullptr;  // [tensors] each [T, ...]
+  Real* const* adapted_parameters = nullptr;  // [tensors] each [T, ...]; entries may be null
+  std::int8_t* status = nullptr;              // [T] 1 where an adapted weight is not finite
+  Real* train_curves = nullptr;               // [T, epochs] mean loss while an epoch ran
+  Real* validation_curves = nullptr;          // [T, epochs + 1], from the start on
+  std::int64_t* best_epochs = nullptr;        // [T] whose weights were kept; 0: the start
+  std::int64_t* epochs_run = nullptr;         // [T]
 
-  // Filled in by prepare() in cpu/dispatch.cpp.
+  // The start as Kernels::pack leaves it, where it was packed before; else null.
+  const Real* packed_start = nullptr;
+
+  // Filled in by run() in cpu/dispatch.cpp.
   int max_support = 0;  // largest task
   int max_query = 0;
+  int max_validation = 0;
   const std::int64_t* order = nullptr;  // [T] tasks sorted by size, or null: as they come
 
-  bool wants_gradient() const { return gradients || lr_gradient || xs_gradient || xq_gradient; }
+  bool wants_gradient() const {
+    return !sums_differences && (gradients || lr_gradient || xs_gradient || xq_gradient);
+  }
   bool second_order() const { return wants_gradient() && !first_order && steps > 0; }
+  // Does the meta-gradient go back through the steps?
+  bool reverses() const {
+    return wants_gradient() && steps > 0 &&
+           (!first_order || lr_gradient || optimizer.weight_decay != 0);
+  }
+  bool by_epochs() const { return epochs >= 0; }
+  // Inner steps of a task of so many rows.
+  std::int64_t steps_of(int rows) const {
+    return by_epochs() ? static_cast<std::int64_t>(epochs) * batches.count(rows) : steps;
+  }
 };
 
 }  // namespace pymeta

@@ -188,13 +188,9 @@ struct SetLayout {
   }
 };
 
-// A first layer that is never materialised (factored.h): when, and what it keeps.
-
-// Can this call's first layer be factored at all? A property of the network and the recipe.
-inline bool is_factorable(const Call<Real>& call) {
-  const Layer& first = call.network->layers[0];
-  if (first.kind != LayerKind::linear || first.in < 64 || first.out < 16) return false;
-  if (call.lr.per_element || call.xs_gradient || call.xq_gradient) return false;
+// Is every step theta - lr g, with one rate for all adapted tensors?
+inline bool steps_scale_gradient(const Call<Real>& call) {
+  if (!call.optimizer.is_plain() || call.lr.per_element) return false;
   int group = -1;
   for (int t = 0; t < call.network->tensor_count; ++t) {
     if (!call.adapted[t]) continue;
@@ -202,6 +198,17 @@ inline bool is_factorable(const Call<Real>& call) {
     group = call.lr.groups[t];
   }
   return true;
+}
+
+// A first layer that is never materialised (factored.h): when, and what it keeps.
+
+// Can this call's first layer be factored at all? A property of the network and the recipe.
+inline bool is_factorable(const Call<Real>& call) {
+  const Layer& first = call.network->layers[0];
+  if (first.kind != LayerKind::linear || first.in < 64 || first.out < 16) return false;
+  if (call.xs_gradient || call.xq_gradient || !steps_scale_gradient(call)) return false;
+  if (call.sums_differences || call.by_epochs() || call.batches.size > 0) return false;
+  return !(call.parameter_per_task && call.parameter_per_task[first.weight]);
 }
 // Of one task alone, so that its result does not depend on the others.
 inline bool is_factored(const Network& network, int support_rows) {
@@ -228,15 +235,19 @@ struct Workspace {
   ParameterLayout<X> parameters;
   TapeLayout support_tape, query_tape;
   TangentLayout tangent;
-  SetLayout support_set, query_set;
-  bool keeps_steps;  // every step has its own parameters and tape
-  bool
-      keeps_gradients;  // every step has its own inner gradient (the learning rate's meta-gradient needs it)
+  SetLayout support_set, query_set, validation_set;
+  bool keeps_steps;      // every step has its own parameters and tape
+  bool keeps_gradients;  // ... and its own inner gradient and optimiser state
+  bool direction_is_v;   // the reverse sweep needs no u of its own (optimizers.h)
+  bool sums_losses;      // the steps' losses are asked for
   bool factorable;
   FactoredLayout factored;
   std::size_t accumulated, lr_accumulated;  // sums over the items of a chunk (Totals)
-  std::size_t theta, theta_transposed, gradients, v, u, u_transposed, support, query, tangents;
-  std::size_t size;  // scalars
+  std::size_t start, start_transposed;      // the item's own start, where tasks have theirs
+  std::size_t theta, theta_transposed, gradients, states, best;
+  std::size_t v, u, u_transposed, state_adjoints, support, query, tangents;
+  std::size_t order;  // int32 [kTasks, largest support set]: the shuffled rows of an epoch
+  std::size_t size;   // scalars
 
   std::size_t lr_scalars(const Call<Real>& call) const {
     return call.lr.rows * (call.lr.per_element
@@ -247,36 +258,57 @@ struct Workspace {
   explicit Workspace(const Call<Real>& call)
       : parameters(*call.network, call.xs_gradient || call.xq_gradient) {
     const Network& network = *call.network;
-    const bool second = call.second_order();
-    const int kept = call.steps > 1 && (second || call.lr_gradient) ? call.steps : 1;
+    const bool second = call.second_order(), reverses = call.reverses();
+    direction_is_v = steps_scale_gradient(call);
+    keeps_gradients = reverses && (call.lr_gradient || !direction_is_v);
+    const int kept = call.steps > 1 && reverses ? call.steps : 1;
+    keeps_steps = kept > 1;
+    sums_losses = call.sums_differences || call.train_curves;
+    const bool minibatches = call.batches.size > 0 && call.batches.size < call.max_support;
+    const int step_rows = minibatches ? call.batches.size : call.max_support;
+    const bool stores_gradient =
+        keeps_gradients || call.lr.per_element || !call.optimizer.is_plain();
     const bool copy_input = !X::kReadsInputInPlace || network.layers[0].kind != LayerKind::linear ||
                             (network.layer_count == 1 && parameters.narrow);
-    keeps_steps = kept > 1;
-    keeps_gradients = call.lr_gradient != nullptr;
+    bool starts_apart = false;
+    for (int t = 0; t < network.tensor_count; ++t)
+      starts_apart = starts_apart || (call.parameter_per_task && call.parameter_per_task[t]);
+    const std::size_t states = call.optimizer.states() * parameters.size;
+
     Places places;
-    accumulated =
-        call.wants_gradient() && X::kElement > 1 ? places.take(parameters.size) : kNowhere;
-    lr_accumulated = call.lr_gradient ? places.take(lr_scalars(call)) : kNowhere;
+    const auto take_if = [&](bool wanted, std::size_t scalars) {
+      return wanted ? places.take(scalars) : kNowhere;
+    };
+    accumulated = take_if((call.wants_gradient() || call.sums_differences) && X::kElement > 1,
+                          parameters.size);
+    lr_accumulated = take_if(call.lr_gradient, lr_scalars(call));
+    start = take_if(starts_apart, parameters.size);
+    start_transposed = take_if(starts_apart, parameters.transposed_size);
     theta = places.take(parameters.size * kept);
     theta_transposed = places.take(parameters.transposed_size * kept);
-    gradients = keeps_gradients       ? places.take(parameters.size * call.steps)
-                : call.lr.per_element ? places.take(parameters.size)
-                                      : kNowhere;
-    v = call.wants_gradient() ? places.take(parameters.size) : kNowhere;
-    u = second ? places.take(parameters.size) : kNowhere;
-    u_transposed = second ? places.take(parameters.transposed_size) : kNowhere;
-    support_tape.lay_out<X>(network, call.max_support, true, second);
-    query_tape.lay_out<X>(network, call.max_query, call.wants_gradient(), false);
+    gradients = take_if(stores_gradient, parameters.size * (keeps_gradients ? call.steps : 1));
+    this->states = take_if(states > 0, states * (keeps_gradients ? call.steps : 1));
+    best = take_if(call.validation.x, parameters.size);
+    v = take_if(call.wants_gradient(), parameters.size);
+    u = take_if(reverses && !direction_is_v, parameters.size);
+    u_transposed = take_if(second, parameters.transposed_size);
+    state_adjoints = take_if(reverses && states > 0, states);
+    order = take_if(minibatches, static_cast<std::size_t>(X::kTasks) * call.max_support);
+    support_tape.lay_out<X>(network, step_rows, true, second);
+    const int evaluated =
+        call.max_query > call.max_validation ? call.max_query : call.max_validation;
+    query_tape.lay_out<X>(network, evaluated, call.wants_gradient(), false);
     tangent.lay_out<X>(network, call.max_support);
-    support_set.lay_out<X>(places, network, *call.loss, call.max_support, copy_input,
+    support_set.lay_out<X>(places, network, *call.loss, step_rows, copy_input || minibatches,
                            call.xs_gradient);
     query_set.lay_out<X>(places, network, *call.loss, call.max_query, copy_input, call.xq_gradient);
+    validation_set.lay_out<X>(places, network, *call.loss, call.max_validation, copy_input, false);
     factorable = X::kFactors && is_factorable(call);
     if (factorable)
       factored.lay_out<X>(places, network.layers[0], call.max_support, call.max_query);
     support = places.take(support_tape.size * kept);
     query = places.take(query_tape.size);
-    tangents = second ? places.take(tangent.size) : kNowhere;
+    tangents = take_if(second, tangent.size);
     size = places.used;
   }
 };

@@ -86,8 +86,6 @@ const InstructionSet& current() {
   const int chosen = chosen_isa.load(std::memory_order_relaxed);
   return chosen < 0 ? usable().back() : usable()[static_cast<std::size_t>(chosen)];
 }
-const Kernels<float>& kernels(float) { return *current().single; }
-const Kernels<double>& kernels(double) { return *current().twice; }
 
 // ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -174,16 +172,19 @@ std::string task_row(const char* name, std::int64_t task, std::int64_t row) {
          ": ";
 }
 
+bool has_batch_norm(const Network& network) {
+  return std::any_of(network.layers, network.layers + network.layer_count,
+                     [](const Layer& layer) { return layer.kind == LayerKind::batch_norm; });
+}
+
 // Looks at the sizes, labels and weights of one set; returns its largest task.
 template <class Real>
-int check(const Call<Real>& call, const RowSet<Real>& set, const char* suffix) {
+int check_set(const Call<Real>& call, const RowSet<Real>& set, const char* suffix) {
   const std::string letter(suffix);
-  const std::string sizes_name = (letter == "s" ? "support" : "query") + std::string("_sizes");
-  const std::string weights_name = (letter == "s" ? "support" : "query") + std::string("_weights");
+  const std::string side = letter == "s" ? "support" : letter == "q" ? "query" : "validation";
+  const std::string sizes_name = side + "_sizes", weights_name = side + "_weights";
   const Network& network = *call.network;
-  const bool batch_norm =
-      std::any_of(network.layers, network.layers + network.layer_count,
-                  [](const Layer& layer) { return layer.kind == LayerKind::batch_norm; });
+  const bool batch_norm = has_batch_norm(network);
   const bool labels = call.loss && call.loss->kind == LossKind::cross_entropy && set.y;
   const int out = network.out_features();
   std::int64_t largest = 0;
@@ -225,6 +226,8 @@ std::vector<std::int64_t> sorted_tasks(const Call<Real>& call) {
   });
   return order;
 }
+
+constexpr std::int64_t kMostSteps = std::int64_t{1} << 30;
 
 // Below this much work (about ten microseconds) waking a second thread costs more than it saves.
 constexpr double kSmallWork = 3e4;
@@ -293,17 +296,49 @@ Report plan_with(const Kernels<Real>& table, const Call<Real>& call, Job job) {
 
 }  // namespace
 
+template <>
+const Kernels<float>& kernels<float>() {
+  return *current().single;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return *current().twice;
+}
+
 template <class Real>
 Report plan(const Call<Real>& call, Job job) {
-  return plan_with(kernels(Real{}), call, job);
+  return plan_with(kernels<Real>(), call, job);
+}
+
+// A minibatch of one row cannot be normalised by its own statistics.
+template <class Real>
+void check_minibatches(const Call<Real>& call) {
+  const int size = call.batches.size;
+  if (size == 0 || !has_batch_norm(*call.network)) return;
+  for (std::int64_t task = 0; task < call.tasks; ++task) {
+    const int rows = call.support.size(task);
+    if (!call.batches.whole(rows) && (size == 1 || rows % size == 1))
+      refuse("batch_size: " + std::to_string(size) + " leaves a minibatch of one row of the " +
+             std::to_string(rows) + " rows of task " + std::to_string(task) +
+             ", which BatchNorm1d cannot normalise");
+  }
+}
+
+template <class Real>
+void check(Call<Real>& call, Job job) {
+  call.max_support = job == Job::predict ? 0 : check_set(call, call.support, "s");
+  check_minibatches(call);
+  call.max_query = job == Job::adapt && !call.predictions ? 0 : check_set(call, call.query, "q");
+  call.max_validation = call.validation.x ? check_set(call, call.validation, "v") : 0;
+  if (call.steps_of(call.max_support) > kMostSteps)
+    refuse("epochs: more than 2^30 inner steps for the largest task");
 }
 
 template <class Real>
 void run(Call<Real>& call, Job job) {
-  call.max_support = job == Job::predict ? 0 : check(call, call.support, "s");
-  call.max_query = job == Job::adapt ? 0 : check(call, call.query, "q");
+  check(call, job);
   const Kernels<Real>& table =
-      kernels(Real{});  // once: another thread may choose another meanwhile
+      kernels<Real>();  // once: another thread may choose another meanwhile
   const Report report = plan_with(table, call, job);
   std::vector<std::int64_t> order;
   if (report.executor == ExecutorKind::lanes && (call.support.sizes || call.query.sizes)) {
@@ -315,6 +350,8 @@ void run(Call<Real>& call, Job job) {
   table.run(call, job, report.executor, report.needs, team, memory.data());
 }
 
+template void check(Call<float>&, Job);
+template void check(Call<double>&, Job);
 template Report plan(const Call<float>&, Job);
 template Report plan(const Call<double>&, Job);
 template void run(Call<float>&, Job);

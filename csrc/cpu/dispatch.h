@@ -33,6 +33,14 @@ Report plan(const Call<Real>& call, Job job);
 template <class Real>
 void run(Call<Real>& call, Job job);
 
+// The checks of run(), which also find the sizes of the largest tasks.
+template <class Real>
+void check(Call<Real>& call, Job job);
+
+// The kernels in use now.
+template <class Real>
+const Kernels<Real>& kernels();
+
 // FLOP/s of one core: independent fused multiply-adds from registers, the best of several rounds in `seconds`.
 double fma_peak(const std::string& isa, bool is_double, double seconds);
 

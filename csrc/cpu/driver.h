@@ -7,8 +7,10 @@
 #include <string.h>
 
 #include "../core/inner_loop.h"
+#include "binding.h"
 #include "kernels.h"
 #include "lanes.h"
+#include "minibatches.h"
 #include "rows.h"
 
 PYMETA_KERNEL_BEGIN
@@ -26,11 +28,13 @@ void parallel(const Team& team, std::int64_t count, Body body) {
 template <class X>
 class Driver {
  public:
-  Driver(const Call<Real>& call, Job job) : call_(call), job_(job), workspace_(call) {}
+  Driver(const Call<Real>& call, Job job)
+      : call_(call), job_(job), workspace_(call), binder_(call) {}
 
   Needs needs() const {
     Needs n{};
     n.factored = workspace_.factorable;
+    n.start = sizeof(Real) * shared_size();
     n.sums = sizeof(Real) * sums_size();
     n.workspace = sizeof(Real) * workspace_.size;
     const std::int64_t count = items();
@@ -50,7 +54,10 @@ class Driver {
     workspaces_ = sums_ + sums_size() * needs.chunks;
     first_ = shared + shared_size();
     factors_ = first_ + first_size();
-    pack_shared(shared);
+    if (call_.packed_start)
+      share(call_.packed_start);
+    else
+      pack_shared(shared), share(shared);
     const std::int64_t chunks = static_cast<std::int64_t>(needs.chunks);
     const std::int64_t each = chunks ? (items() + chunks - 1) / chunks : 0;
     const std::int64_t wave = each ? items_in_wave(each) / each : 1;
@@ -64,20 +71,40 @@ class Driver {
                });
       if (has_factors() && wants_gradient()) sum_factors(team, begin, end);
     }
-    if (job_ == Job::meta && call_.mean_loss) *call_.mean_loss = mean_loss();
+    if (call_.mean_loss) *call_.mean_loss = mean_loss();
     if (wants_gradient()) write_gradients(needs, team);
   }
 
+  // The start as run() packs it: needs().start bytes, which calls of the same network and recipe may share.
+  void pack_shared(Real* memory) const {
+    memset(memory, 0, sizeof(Real) * shared_size());
+    Real* transposed = memory + layout().size;
+    Real* rates = transposed + layout().transposed_size;
+    const Network& network = *call_.network;
+    for (int t = 0; t < network.tensor_count; ++t)
+      if (!is_per_task(t)) pack(t, call_.parameters[t], memory);
+    for (int l = 0; l < network.layer_count; ++l) {
+      const Layer& layer = network.layers[l];
+      if (layout().transposed[l] == kNowhere || is_per_task(layer.weight)) continue;
+      for (int o = 0; o < layer.out; ++o)  // torch's own layout, with padded rows
+        memcpy(transposed + layout().transposed[l] + o * X::stride(layer.in),
+               call_.parameters[layer.weight] + static_cast<std::size_t>(o) * layer.in,
+               sizeof(Real) * layer.in);
+    }
+    for (int row = 0; call_.lr.per_element && row < call_.lr.rows; ++row) {
+      const Real* from = call_.lr.values + static_cast<std::size_t>(row) * call_.lr.columns;
+      each_adapted(
+          [&](int t, std::size_t first) { pack(t, from + first, rates + row * layout().size); });
+    }
+    if (corrections() > 0) fill_corrections(rates + rates_size());
+  }
+
  private:
-  // The tasks of one item; lanes without a task have size 0.
-  struct Item {
-    std::int64_t task[X::kTasks];
-    int count;
-  };
+  using Adapted = typename InnerLoop<X>::Parameters;
 
   std::int64_t items() const { return (call_.tasks + X::kTasks - 1) / X::kTasks; }
-  Item item(std::int64_t index) const {
-    Item item{};
+  Item<X> item(std::int64_t index) const {
+    Item<X> item{};
     for (std::int64_t i = index * X::kTasks; i < call_.tasks && item.count < X::kTasks; ++i)
       item.task[item.count++] = call_.order ? call_.order[i] : i;
     return item;
@@ -87,10 +114,20 @@ class Driver {
   std::size_t rates_size() const {
     return call_.lr.per_element ? layout().size * call_.lr.rows : 0;
   }
-  std::size_t shared_size() const {
-    return layout().size + layout().transposed_size + rates_size();
+  // Adam's, for as many steps as any task makes.
+  std::size_t corrections() const {
+    return call_.optimizer.kind == OptimizerKind::adam
+               ? static_cast<std::size_t>(call_.steps_of(call_.max_support))
+               : 0;
   }
-  bool wants_gradient() const { return job_ == Job::meta && call_.wants_gradient(); }
+  std::size_t shared_size() const {
+    Places places;
+    places.take(layout().size + layout().transposed_size + rates_size() + 2 * corrections());
+    return places.used;
+  }
+  bool wants_gradient() const {
+    return job_ == Job::meta ? call_.wants_gradient() : call_.sums_differences && call_.gradients;
+  }
 
   // What a chunk leaves: its gradient sums and those of the learning rate, a scalar for each element (no lanes).
   std::size_t gradient_sums() const {
@@ -149,12 +186,20 @@ class Driver {
   // Estimated cycles of one item: vector operations at a rate typical of the executor, plus a little for each call.
   double cost() const {
     const bool second = call_.second_order(), gradient = call_.wants_gradient();
+    const double steps = static_cast<double>(call_.steps_of(call_.max_support));
+    const int batches = call_.by_epochs() ? call_.batches.count(call_.max_support) : 1;
+    const bool part = call_.batches.size > 0 && call_.batches.size < call_.max_support;
+    const double support_rows = call_.by_epochs()
+                                    ? steps * call_.max_support / (batches ? batches : 1)
+                                : part ? steps * call_.batches.size
+                                       : steps * call_.max_support;
+    const double query_rows =
+        call_.max_query + static_cast<double>(call_.max_validation) * (call_.epochs + 1);
     double work = 0;
     for (int l = 0; l < call_.network->layer_count; ++l) {
       const Layer& layer = call_.network->layers[l];
       if (layer.kind != LayerKind::linear) {
-        work += 20.0 * (call_.max_support * call_.steps * (second ? 4 : 2) + call_.max_query * 2) *
-                X::vectors(layer.out);
+        work += 20.0 * (support_rows * (second ? 4 : 2) + query_rows * 2) * X::vectors(layer.out);
         continue;
       }
       const bool narrow = layout().narrow && l == call_.network->layer_count - 1;
@@ -162,14 +207,21 @@ class Driver {
       const double forward =
           outputs * ((narrow ? X::vectors(layer.in) : layer.in) + X::kRowOverhead);
       const double passes = l > 0 ? 3 : 2, tangents = l > 0 ? 6 : 2;
-      work += forward * (call_.max_support * static_cast<double>(call_.steps) *
-                             (passes + (second ? tangents : 0)) +
-                         call_.max_query * (gradient ? passes : 1));
+      work += forward * (support_rows * (passes + (second ? tangents : 0)) +
+                         query_rows * (gradient ? passes : 1));
     }
+    if (X::kTransposes)
+      work += steps * kTransposeCost * (second ? 2 : 1) *
+              static_cast<double>(layout().transposed_size / kWidth);
+    if (!call_.optimizer.is_plain())
+      work += steps * kRuleCost * (1 + call_.optimizer.states()) *
+              static_cast<double>(layout().size / kWidth) * (second ? 3 : 1);
     const double bytes = static_cast<double>(workspace_.size) * sizeof(Real);
-    return work / (bytes > kLargeWorkspace ? X::kCrowdedRate : X::kRate) + 600.0 * call_.steps;
+    return work / (bytes > kLargeWorkspace ? X::kCrowdedRate : X::kRate) + 600.0 * steps;
   }
   static constexpr double kLargeWorkspace = 2e6;  // bytes: beyond a second-level cache
+  static constexpr double kTransposeCost = 8;     // of a vector of elements, in vector operations
+  static constexpr double kRuleCost = 8;  // likewise, for each array of the optimiser's rule
 
   // ---- parameters ----------------------------------------------------------------------------------------------
 
@@ -206,27 +258,23 @@ class Driver {
     }
   }
 
-  void pack_shared(Real* memory) {
-    memset(memory, 0, sizeof(Real) * shared_size());
-    Real* transposed = memory + layout().size;
-    Real* rates = transposed + layout().transposed_size;
-    const Network& network = *call_.network;
-    for (int t = 0; t < network.tensor_count; ++t)
-      if (!is_per_task(t)) pack(t, call_.parameters[t], memory);
-    for (int l = 0; l < network.layer_count; ++l) {
-      const Layer& layer = network.layers[l];
-      if (layout().transposed[l] == kNowhere || is_per_task(layer.weight)) continue;
-      for (int o = 0; o < layer.out; ++o)  // torch's own layout, with padded rows
-        memcpy(transposed + layout().transposed[l] + o * X::stride(layer.in),
-               call_.parameters[layer.weight] + static_cast<std::size_t>(o) * layer.in,
-               sizeof(Real) * layer.in);
+  void share(const Real* packed) {
+    const Real* transposed = packed + layout().size;
+    const Real* rates = transposed + layout().transposed_size;
+    shared_ = {packed, transposed, call_.lr.per_element ? rates : nullptr,
+               corrections() > 0 ? rates + rates_size() : nullptr};
+  }
+
+  // For step t (from 1) Adam's scale = sqrt(1 - b2^t) / (1 - b1^t) and eps sqrt(1 - b2^t).
+  void fill_corrections(Real* to) const {
+    double power1 = 1, power2 = 1;
+    for (std::size_t t = 0; t < corrections(); ++t, to += 2) {
+      power1 *= call_.optimizer.beta1;
+      power2 *= call_.optimizer.beta2;
+      const double root = __builtin_sqrt(1 - power2);
+      to[0] = Real(root / (1 - power1));
+      to[1] = Real(call_.optimizer.eps * root);
     }
-    for (int row = 0; call_.lr.per_element && row < call_.lr.rows; ++row) {
-      const Real* from = call_.lr.values + static_cast<std::size_t>(row) * call_.lr.columns;
-      each_adapted(
-          [&](int t, std::size_t first) { pack(t, from + first, rates + row * layout().size); });
-    }
-    shared_ = {memory, transposed, call_.lr.per_element ? rates : nullptr};
   }
 
   // body(tensor, index of its first element among all adapted elements)
@@ -281,17 +329,24 @@ class Driver {
 
   void process(std::int64_t index, std::int64_t in_wave, InnerLoop<X>& loop, Real* memory,
                const Totals& totals) {
-    const Item work = item(index);
-    if (job_ == Job::predict) return predict(work, loop, memory);
-    const ItemSet support = bind(call_.support, workspace_.support_set, work, memory);
+    const Item<X> work = item(index);
+    if (workspace_.start != kNowhere) bind_start(work, memory);
+    if (job_ == Job::predict) return write_predictions(work, loop, loop.start(), memory);
+    if (call_.by_epochs()) return fine_tune(work, loop, memory);
+    if (call_.batches.size > 0) {
+      ItemBatches<X> batches(binder_, workspace_, work, memory, shared_.corrections);
+      return write(work, loop, loop.adapt(batches), totals, memory);
+    }
+    const ItemSet support = binder_.bind(call_.support, workspace_.support_set, work, memory);
     if constexpr (X::kFactors) {
       if (workspace_.factorable && is_factored(*call_.network, support.extent.rows)) {
         const Layer& layer = call_.network->layers[0];
         FactoredLayer<X> first(layer, call_.adapted[layer.weight], workspace_.factored, memory,
                                factors_of(in_wave));
         loop.set_factored(&first);
+        loop.begin_factored(support);
         adapt_or_learn(work, loop, support, totals, memory);
-        if (job_ == Job::adapt && wants_adapted(layer.weight) && call_.steps > 0) {
+        if (wants_adapted(layer.weight) && call_.steps > 0) {
           Real* w = memory + workspace_.theta + layout().tensors[layer.weight].place;
           first.materialise(support.x, shared_.theta + layout().tensors[layer.weight].place, w);
           write_adapted(work, layer.weight, w);
@@ -303,43 +358,34 @@ class Driver {
     adapt_or_learn(work, loop, support, totals, memory);
   }
 
-  void predict(const Item& work, InnerLoop<X>& loop, Real* memory) {
-    const ItemSet query = bind(call_.query, workspace_.query_set, work, memory);
-    Real* theta = memory + workspace_.theta;
+  // The item's own start, and its transposes, where tasks have theirs.
+  void bind_start(const Item<X>& work, Real* memory) const {
+    Real* start = memory + workspace_.start;
     for (int t = 0; t < call_.network->tensor_count; ++t) {
       if (!is_per_task(t)) continue;
-      memset(theta + layout().tensors[t].place, 0,
+      memset(start + layout().tensors[t].place, 0,
              sizeof(Real) * layout().scalars(t));  // the padding
       layout().elements(t, [&](std::size_t from, std::size_t place) {
         for (int lane = 0; lane < work.count; ++lane)
-          theta[place + lane] = call_.parameters[t][work.task[lane] * tensor_elements(t) + from];
+          start[place + lane] = call_.parameters[t][work.task[lane] * tensor_elements(t) + from];
       });
     }
-    loop.evaluate({&loop, theta, nullptr}, query);
-    write_predictions(work, query, loop.outputs());
+    if (job_ == Job::predict) return;
+    for (int l = 0; l < call_.network->layer_count; ++l) {
+      const Layer& layer = call_.network->layers[l];
+      if (layout().transposed[l] == kNowhere || !is_per_task(layer.weight)) continue;
+      X::transpose(layer, start + layout().tensors[layer.weight].place,
+                   memory + workspace_.start_transposed + layout().transposed[l]);
+    }
   }
 
-  bool wants_adapted(int t) const { return call_.adapted[t] && call_.adapted_parameters[t]; }
-
-  void write_adapted(const Item& work, int t, const Real* from) const {
-    const std::size_t place = layout().tensors[t].place;
-    layout().elements(t, [&](std::size_t to, std::size_t at) {
-      for (int lane = 0; lane < work.count; ++lane)
-        call_.adapted_parameters[t][work.task[lane] * tensor_elements(t) + to] =
-            from[at - place + lane];
-    });
-  }
-
-  void adapt_or_learn(const Item& work, InnerLoop<X>& loop, const ItemSet& support,
+  void adapt_or_learn(const Item<X>& work, InnerLoop<X>& loop, const ItemSet& support,
                       const Totals& totals, Real* memory) {
     if (job_ == Job::adapt) {
-      const auto theta = loop.adapt(support);
-      for (int t = 0; t < call_.network->tensor_count; ++t) {
-        if (wants_adapted(t)) write_adapted(work, t, theta.tensor(t));
-      }
-      return;
+      const WholeSet steps(support, shared_.corrections);
+      return write(work, loop, loop.adapt(steps), totals, memory);
     }
-    const ItemSet query = bind(call_.query, workspace_.query_set, work, memory);
+    const ItemSet query = binder_.bind(call_.query, workspace_.query_set, work, memory);
     const Vec loss = loop.meta_gradient(support, query, totals);
     for (int lane = 0; lane < work.count; ++lane) call_.losses[work.task[lane]] = loss[lane];
     if (call_.predictions) write_predictions(work, query, loop.outputs());
@@ -348,118 +394,68 @@ class Driver {
     if (call_.xq_gradient) write_input_gradient(work, call_.query, query, true, call_.xq_gradient);
   }
 
-  ItemSet bind(const RowSet<Real>& set, const SetLayout& places, const Item& work,
-               Real* memory) const {
-    const int in = call_.network->in_features();
-    Extent extent{0, nullptr, zero()};
-    bool ragged = work.count < X::kTasks;
-    for (int lane = 0; lane < work.count; ++lane) {
-      const int size = set.size(work.task[lane]);
-      ragged = ragged || (lane > 0 && size != extent.rows);
-      extent.count[lane] = Real(size);
-      extent.rows = size > extent.rows ? size : extent.rows;
-    }
-    if (X::kTasks == 1) extent.count = broadcast(extent.count[0]);
-    if (X::kTasks > 1 && ragged) {
-      Real* keep = memory + places.keep;
-      for (int r = 0; r < extent.rows; ++r)
-        store(keep + static_cast<long>(r) * kWidth, (Vec)(extent.count > broadcast(Real(r))));
-      extent.keep = keep;
-    }
-    ItemSet result{{nullptr, 0},
-                   extent,
-                   nullptr,
-                   nullptr,
-                   places.dx == kNowhere ? nullptr : memory + places.dx};
-    if (places.x == kNowhere) {
-      result.x = {set.x + set.start(work.task[0]) * in, in};
-    } else {
-      Real* x = memory + places.x;
-      result.x = {x, X::stride(in)};
-      bind_inputs(set, work, extent, x);
-    }
-    if (set.y) {
-      result.targets = memory + places.targets;
-      result.scale = memory + places.scale;
-      bind_targets(set, work, extent, memory + places.targets, memory + places.scale);
-    }
-    return result;
+  void fine_tune(const Item<X>& work, InnerLoop<X>& loop, Real* memory) {
+    ItemBatches<X> batches(binder_, workspace_, work, memory, shared_.corrections);
+    ItemSet validation{};
+    if (call_.validation.x)
+      validation = binder_.bind(call_.validation, workspace_.validation_set, work, memory);
+    Curves<X> curves{call_, work};
+    const auto theta = loop.fine_tune(batches, call_.validation.x ? &validation : nullptr, curves);
+    write(work, loop, theta, Totals{}, memory);
   }
 
-  void bind_inputs(const RowSet<Real>& set, const Item& work, const Extent& extent, Real* x) const {
-    const int in = call_.network->in_features();
-    const long row = X::stride(in);
-    const bool whole = work.count == X::kTasks && !extent.keep && X::kTasks > 1;
-    if (!whole) memset(x, 0, sizeof(Real) * extent.rows * row);
-    const Real* from[X::kTasks];
-    for (int lane = 0; lane < work.count; ++lane)
-      from[lane] = set.x + set.start(work.task[lane]) * in;
-    long done = 0;
-    if constexpr (X::kTasks == kWidth) {
-      for (; whole && done + kWidth <= static_cast<long>(extent.rows) * in; done += kWidth) {
-        Vec block[kWidth];
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kWidth; ++lane) block[lane] = load(from[lane] + done);
-        transpose_block(block);
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) store(x + (done + i) * kWidth, block[i]);
-      }
+  // All that is asked for of adapted parameters.
+  void write(const Item<X>& work, InnerLoop<X>& loop, const Adapted& theta, const Totals& totals,
+             Real* memory) {
+    if (wants_gradient()) loop.add_difference(theta, totals);
+    if (call_.losses) {
+      const Vec loss = loop.mean_step_loss();
+      for (int lane = 0; lane < work.count; ++lane) call_.losses[work.task[lane]] = loss[lane];
     }
-    for (int lane = 0; lane < work.count; ++lane) {
-      if (X::kElement > 1) {
-        const long end = static_cast<long>(set.size(work.task[lane])) * in;
-        for (long i = done; i < end; ++i) x[i * X::kElement + lane] = from[lane][i];
-      } else {
-        for (int r = 0; r < extent.rows; ++r)
-          memcpy(x + r * row, from[0] + static_cast<long>(r) * in, sizeof(Real) * in);
-      }
-    }
+    if (call_.status) write_status(work, theta);
+    for (int t = 0; t < call_.network->tensor_count; ++t)
+      if (wants_adapted(t)) write_adapted(work, t, theta.tensor(t));
+    if (call_.predictions) write_predictions(work, loop, theta, memory);
   }
 
-  void bind_targets(const RowSet<Real>& set, const Item& work, const Extent& extent, Real* targets,
-                    Real* scale) const {
-    const Loss& loss = *call_.loss;
-    const bool labels = loss.kind == LossKind::cross_entropy;
-    const int out = call_.network->out_features();
-    const long classes = X::class_stride(extent.rows);
-    if (X::kTasks == 1 || extent.keep) {
-      memset(targets, 0, sizeof(Real) * classes * (labels ? 1 : out));
-      memset(scale, 0, sizeof(Real) * classes);
-    }
-    for (int lane = 0; lane < work.count; ++lane) {
-      const std::int64_t first = set.start(work.task[lane]);
-      const int rows = set.size(work.task[lane]);
-      const Real* weights = set.weights ? set.weights + first : nullptr;
-      Real* t = targets + lane;
-      Real* s = scale + lane;
-      Real total = 0;
-      if (labels) {
-        const std::int64_t* y = static_cast<const std::int64_t*>(set.y) + first;
-        for (int r = 0; r < rows; ++r) {
-          const bool counts = y[r] != loss.ignore_index;
-          const Real weight = !counts ? Real(0) : weights ? weights[r] : Real(1);
-          t[r * X::kElement] = Real(counts ? y[r] : 0);
-          s[r * X::kElement] = weight;
-          if (counts) total += loss.weight ? weight * Real(loss.weight[y[r]]) : weight;
-        }
-      } else {
-        const Real* y = static_cast<const Real*>(set.y) + first * out;
-        for (int r = 0; r < rows; ++r) {
-          const Real weight = weights ? weights[r] : Real(1);
-          for (int o = 0; o < out; ++o)
-            t[o * classes + static_cast<long>(r) * X::kElement] = y[static_cast<long>(r) * out + o];
-          s[r * X::kElement] = weight;
-          total += weight;
-        }
-        total *= Real(out);
-      }
-      // A set that weighs nothing has loss 0 and no gradient.
-      const Real share = total > 0 ? Real(1) / total : Real(0);
-      for (int r = 0; r < rows; ++r) s[r * X::kElement] *= share;
-    }
+  bool wants_adapted(int t) const {
+    return call_.adapted_parameters && call_.adapted[t] && call_.adapted_parameters[t];
   }
 
-  void write_predictions(const Item& work, const ItemSet& query, const Real* y) const {
+  void write_adapted(const Item<X>& work, int t, const Real* from) const {
+    const std::size_t place = layout().tensors[t].place;
+    layout().elements(t, [&](std::size_t to, std::size_t at) {
+      for (int lane = 0; lane < work.count; ++lane)
+        call_.adapted_parameters[t][work.task[lane] * tensor_elements(t) + to] =
+            from[at - place + lane];
+    });
+  }
+
+  // 1 where any adapted weight of a task is not finite.
+  void write_status(const Item<X>& work, const Adapted& theta) const {
+    bool bad[X::kTasks] = {};
+    for (int t = 0; t < call_.network->tensor_count; ++t) {
+      if (!call_.adapted[t]) continue;
+      const Real* from = theta.tensor(t);
+      const PackedTensor& tensor = layout().tensors[t];
+      for (int p = 0; p < tensor.outer; ++p)
+        for (int q = 0; q < tensor.inner; ++q)
+          for (int lane = 0; lane < work.count; ++lane) {
+            const Real value = from[p * tensor.row + static_cast<long>(q) * X::kElement + lane];
+            bad[lane] = bad[lane] || value - value != Real(0);
+          }
+    }
+    for (int lane = 0; lane < work.count; ++lane) call_.status[work.task[lane]] = bad[lane];
+  }
+
+  void write_predictions(const Item<X>& work, InnerLoop<X>& loop, const Adapted& theta,
+                         Real* memory) const {
+    const ItemSet query = binder_.bind(call_.query, workspace_.query_set, work, memory);
+    loop.evaluate(theta, query);
+    write_predictions(work, query, loop.outputs());
+  }
+
+  void write_predictions(const Item<X>& work, const ItemSet& query, const Real* y) const {
     const int out = call_.network->out_features();
     const long classes = X::class_stride(query.extent.rows);
     for (int lane = 0; lane < work.count; ++lane) {
@@ -472,7 +468,7 @@ class Driver {
   }
 
   // `computed` is false where no pass reached the inputs: the gradient is zero.
-  void write_input_gradient(const Item& work, const RowSet<Real>& set, const ItemSet& bound,
+  void write_input_gradient(const Item<X>& work, const RowSet<Real>& set, const ItemSet& bound,
                             bool computed, Real* gradient) const {
     const int in = call_.network->in_features();
     const long row = X::stride(in);
@@ -617,6 +613,7 @@ class Driver {
   const Call<Real>& call_;
   const Job job_;
   const Workspace<X> workspace_;
+  const Binder<X> binder_;
   Shared shared_{};
   Real* sums_ = nullptr;  // [chunks, sums_size]
   Real* workspaces_ = nullptr;

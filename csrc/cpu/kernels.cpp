@@ -19,6 +19,13 @@ void run(const Call<Real>& call, Job job, ExecutorKind kind, const Needs& needs,
     Driver<RowsExecutor>(call, job).run(needs, team, memory);
 }
 
+void pack(const Call<Real>& call, Job job, ExecutorKind kind, Real* start) {
+  if (kind == ExecutorKind::lanes)
+    Driver<LanesExecutor>(call, job).pack_shared(start);
+  else
+    Driver<RowsExecutor>(call, job).pack_shared(start);
+}
+
 // Ten independent chains hide the latency of the multiply-add on every core we know.
 double fma_rate(std::int64_t rounds) {
   constexpr int chains = 10;
@@ -46,5 +53,6 @@ PYMETA_KERNEL_END
 namespace pymeta {
 extern const Kernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_ISA, PYMETA_REAL);
 const Kernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_ISA, PYMETA_REAL) = {
-    PYMETA_NAME(PYMETA_ISA), PYMETA_ISA::needs, PYMETA_ISA::run, PYMETA_ISA::fma_rate};
+    PYMETA_NAME(PYMETA_ISA), PYMETA_ISA::needs, PYMETA_ISA::run, PYMETA_ISA::pack,
+    PYMETA_ISA::fma_rate};
 }  // namespace pymeta

@@ -23,7 +23,8 @@ struct Team {
 
 // What a call needs, in bytes; every part is a multiple of a cache line.
 struct Needs {
-  std::size_t shared;  // the start, packed
+  std::size_t start;   // the start, packed
+  std::size_t shared;  // that, and what else all threads share
   std::size_t sums;    // gradient sums of one chunk
   std::size_t chunks;
   std::size_t workspace;  // of one thread
@@ -38,6 +39,8 @@ struct Kernels {
   const char* isa;
   Needs (*needs)(const Call<Real>&, Job, ExecutorKind);
   void (*run)(const Call<Real>&, Job, ExecutorKind, const Needs&, const Team&, char* memory);
+  // Writes Needs::start bytes: the start for Call::packed_start of calls that differ in their rows only.
+  void (*pack)(const Call<Real>&, Job, ExecutorKind, Real* start);
   double (*fma_rate)(
       std::int64_t rounds);  // executes a known number of FMAs from registers; returns their FLOPs
 };

@@ -45,6 +45,12 @@ inline Vec broadcast(Real s) { return s - Vec{}; }
 inline Vec zero() { return Vec{}; }
 inline IntVec broadcast_int(Int s) { return s - IntVec{}; }
 inline Vec select(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
+inline bool any_lane(IntVec mask) {
+  Int any = 0;
+  for (int i = 0; i < kWidth; ++i) any |= mask[i];
+  return any != 0;
+}
+inline bool all_lanes(IntVec mask) { return !any_lane(~mask); }
 
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)

@@ -5,7 +5,10 @@
 //     lanes does not have), and any number of threads gives the same bits, gradients among them;
 //   - what working memory holds beforehand does not matter: kernels run once more on memory full of NaN, whose size
 //     is exactly what they asked for;
-//   - meta-gradients are the finite differences of the loss in double, and float is near double;
+//   - meta-gradients are the finite differences of the loss in double, and float is near double, through every
+//     optimiser; so are Reptile's differences and fine-tuning with minibatches, validation and starts of each task's own;
+//   - an Engine gives the bits of the same adaptation and prediction by ordinary calls, in any number of threads;
+//   - the shuffle is numpy's Philox4x64 and Fisher and Yates';
 //   - a task with NaN leaves the others alone; no tasks give zeros; bad data is refused.
 // All inputs and outputs are heap arrays of exactly their size, so that AddressSanitizer sees a step over either end.
 // `native_test pool` runs the tests of the thread pool alone (make sanitize: under ThreadSanitizer).
@@ -27,7 +30,9 @@
 #include <thread>
 #include <vector>
 
+#include "../core/shuffle.h"
 #include "../cpu/dispatch.h"
+#include "../cpu/engine.h"
 #include "../cpu/thread_pool.h"
 
 namespace pymeta {
@@ -199,7 +204,29 @@ struct Setup {
   bool adapts_all = true;  // otherwise the first tensor stays as it is
   bool smooth = true;      // no kink between a finite difference's ends
   bool factored = false;
+  Optimizer optimizer = {};
 };
+
+Optimizer sgd(double momentum, bool nesterov, double weight_decay, double clip_norm) {
+  Optimizer o;
+  o.momentum = momentum;
+  o.nesterov = nesterov;
+  o.weight_decay = weight_decay;
+  o.clip_norm = clip_norm;
+  return o;
+}
+// Smooth enough for finite differences: a large eps.
+Optimizer adam(double beta1, double weight_decay, bool decoupled, double clip_norm) {
+  Optimizer o;
+  o.kind = OptimizerKind::adam;
+  o.beta1 = beta1;
+  o.beta2 = 0.95;
+  o.eps = 0.02;
+  o.weight_decay = weight_decay;
+  o.decoupled = decoupled;
+  o.clip_norm = clip_norm;
+  return o;
+}
 
 struct SideData {
   std::vector<double> x, y, weights;
@@ -308,19 +335,27 @@ template <class Real>
 struct Results {
   static constexpr Real kUntouched = Real(12345);
   Exact<Real> losses, predictions, lr_gradient, xs_gradient, xq_gradient, predicted;
-  std::vector<Exact<Real>> gradients, adapted;
+  Exact<Real> step_losses, train_curves, validation_curves;
+  Exact<std::int64_t> best_epochs, epochs_run;
+  Exact<std::int8_t> status;
+  std::vector<Exact<Real>> gradients, adapted, differences, tuned;
 
   bool same_tasks(const Results& other) const {
     bool same = losses.same_bits(other.losses) && predictions.same_bits(other.predictions);
     for (std::size_t t = 0; t < adapted.size(); ++t)
-      same = same && adapted[t].same_bits(other.adapted[t]);
+      same = same && adapted[t].same_bits(other.adapted[t]) && tuned[t].same_bits(other.tuned[t]);
+    same = same && step_losses.same_bits(other.step_losses) && status.same_bits(other.status) &&
+           train_curves.same_bits(other.train_curves) &&
+           validation_curves.same_bits(other.validation_curves) &&
+           best_epochs.same_bits(other.best_epochs) && epochs_run.same_bits(other.epochs_run);
     return same && xs_gradient.same_bits(other.xs_gradient) &&
            xq_gradient.same_bits(other.xq_gradient);
   }
   bool same_gradients(const Results& other) const {
     bool same = lr_gradient.same_bits(other.lr_gradient);
     for (std::size_t t = 0; t < gradients.size(); ++t)
-      same = same && gradients[t].same_bits(other.gradients[t]);
+      same = same && gradients[t].same_bits(other.gradients[t]) &&
+             differences[t].same_bits(other.differences[t]);
     return same;
   }
   double loss() const {
@@ -371,20 +406,51 @@ class Problem {
       r.xs_gradient = Exact<Real>(support.x.size(), untouched);
       r.xq_gradient = Exact<Real>(query.x.size(), untouched);
     }
-    std::vector<Real*> gradients, adapted;
+    const std::size_t tasks = static_cast<std::size_t>(setup_.tasks);
+    r.step_losses = Exact<Real>(tasks, untouched);
+    r.train_curves = Exact<Real>(tasks * kEpochs, untouched);
+    r.validation_curves = Exact<Real>(tasks * (kEpochs + 1), untouched);
+    r.best_epochs = Exact<std::int64_t>(tasks, -1);
+    r.epochs_run = Exact<std::int64_t>(tasks, -1);
+    r.status = Exact<std::int8_t>(tasks, 7);
+    std::vector<Real*> gradients, adapted, differences, tuned;
     for (const auto& p : parameters_) {
       r.gradients.emplace_back(p.size(), untouched);
+      r.differences.emplace_back(p.size(), untouched);
       r.adapted.emplace_back(p.size() * setup_.tasks, untouched);
+      r.tuned.emplace_back(p.size() * setup_.tasks, untouched);
     }
     for (std::size_t t = 0; t < parameters_.size(); ++t) {
       gradients.push_back(r.gradients[t].data());
+      differences.push_back(r.differences[t].data());
       adapted.push_back(adapted_[t] ? r.adapted[t].data() : nullptr);
+      tuned.push_back(adapted_[t] ? r.tuned[t].data() : nullptr);
     }
     meta_gradient(r, gradients.data(), runner);
     adapt(adapted.data(), runner);
     predict(adapted, r.predicted, runner);
+    reptile(r, differences.data(), runner);
+    fine_tune(r, adapted, tuned.data(), runner);
     return r;
   }
+
+  // Whether an Engine predicts one task's query rows as the meta-gradient's call did.
+  bool engine_agrees(const Engine<Real>& engine, std::int64_t task,
+                     const Results<Real>& wanted) const {
+    const int rows = support.set.size(task), query_rows = query.set.size(task);
+    const int in = network_->in_features(), out = network_->out_features();
+    const std::int64_t s = support.set.start(task), q = query.set.start(task);
+    Exact<Real> got(static_cast<std::size_t>(query_rows) * out, Results<Real>::kUntouched);
+    const void* ys = setup_.loss == LossKind::cross_entropy
+                         ? static_cast<const void*>(support.labels.data() + s)
+                         : support.y.data() + s * out;
+    engine.adapt_predict(support.x.data() + s * in, ys,
+                         setup_.weights ? support.weights.data() + s : nullptr, rows,
+                         query.x.data() + q * in, query_rows, got.data());
+    return std::memcmp(got.data(), wanted.predictions.data() + q * out,
+                       got.size() * sizeof(Real)) == 0;
+  }
+  std::unique_ptr<Engine<Real>> engine() const { return std::make_unique<Engine<Real>>(call()); }
 
   Side<Real>& support_side() { return support; }
 
@@ -398,6 +464,7 @@ class Problem {
     c.adapted = adapted_;
     c.parameters = pointers_.data();
     c.lr = {lr_.data(), lr_rows_, lr_columns_, setup_.rates == Rates::elements, groups_};
+    c.optimizer = setup_.optimizer;
     c.steps = setup_.steps;
     c.first_order = setup_.first_order;
     c.tasks = setup_.tasks;
@@ -423,12 +490,45 @@ class Problem {
     c.adapted_parameters = adapted;
     runner(c, Job::adapt);
   }
+  void reptile(Results<Real>& r, Real* const* differences, const Runner<Real>& runner) {
+    Call<Real> c = call();
+    c.support = support.set;
+    c.batches = {kBatch, 11, 12, nullptr};
+    c.sums_differences = true;
+    c.losses = r.step_losses.data();
+    c.gradients = differences;
+    runner(c, Job::adapt);
+  }
+  // From the tasks' adapted parameters on, with the query set to validate by.
+  void fine_tune(Results<Real>& r, const std::vector<Real*>& starts, Real* const* tuned,
+                 const Runner<Real>& runner) {
+    Call<Real> c = call();
+    for (std::size_t t = 0; t < starts.size(); ++t)
+      if (starts[t]) pointers_[t] = starts[t];
+    task_ids_ = Exact<std::int64_t>(static_cast<std::size_t>(setup_.tasks));
+    for (int t = 0; t < setup_.tasks; ++t) task_ids_[static_cast<std::size_t>(t)] = 100 - t;
+    c.parameter_per_task = adapted_;
+    c.support = support.set;
+    c.validation = query.set;
+    c.optimizer.anchor = 0.125;
+    c.epochs = kEpochs;
+    c.patience = 1;
+    c.batches = {kBatch, 5, 0, task_ids_.data()};
+    c.adapted_parameters = tuned;
+    c.status = r.status.data();
+    c.train_curves = r.train_curves.data();
+    c.validation_curves = r.validation_curves.data();
+    c.best_epochs = r.best_epochs.data();
+    c.epochs_run = r.epochs_run.data();
+    runner(c, Job::adapt);
+  }
   void predict(const std::vector<Real*>& adapted, const Exact<Real>& predictions,
                const Runner<Real>& runner) {
     Call<Real> c = call();
     for (std::size_t t = 0; t < adapted.size(); ++t)
       if (adapted[t]) pointers_[t] = adapted[t];
     c.lr = {nullptr, 1, 0, false, groups_};
+    c.optimizer = {};
     c.steps = 0;
     c.parameter_per_task = adapted_;
     c.query = query.set;
@@ -438,8 +538,11 @@ class Problem {
     runner(c, Job::predict);
   }
 
+  static constexpr int kEpochs = 3, kBatch = 4;
+
   const Setup& setup_;
   std::unique_ptr<Network> network_;
+  Exact<std::int64_t> task_ids_;
   Loss loss_;
   bool adapted_[kMaxTensors] = {};
   int groups_[kMaxTensors] = {};
@@ -461,6 +564,7 @@ Runner<Real> on_dirty_memory(ExecutorKind kind) {
     };
     call.max_support = job == Job::predict ? 0 : largest(call.support);
     call.max_query = job == Job::adapt ? 0 : largest(call.query);
+    call.max_validation = call.validation.x ? largest(call.validation) : 0;
     const Kernels<Real>& kernels = table<Real>(isa());
     const Needs needs = kernels.needs(call, job, kind);
     const std::size_t bytes = (needs.bytes(1) + 63) / 64 * 64;
@@ -469,6 +573,12 @@ Runner<Real> on_dirty_memory(ExecutorKind kind) {
     std::memset(memory.get(), 0xff, bytes);
     kernels.run(call, job, kind, needs, Team{1, parallel_for}, memory.get());
   };
+}
+
+void in_threads(int callers, const std::function<void(int)>& body) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < callers; ++i) threads.emplace_back(body, i);
+  for (std::thread& thread : threads) thread.join();
 }
 
 // ---- the tests of the kernels ------------------------------------------------------------------
@@ -493,7 +603,7 @@ std::vector<Setup> setups() {
       .act(A::tanh)
       .linear(8, 5);
   s.loss = LossKind::cross_entropy, s.form = Form::packed, s.weights = true, s.tasks = 19;
-  s.rates = Rates::groups, s.smooth = false;
+  s.rates = Rates::groups, s.smooth = false, s.optimizer = sgd(0.9, true, 0, 0.5);
   all.push_back(s);
 
   s = Setup{};
@@ -505,7 +615,7 @@ std::vector<Setup> setups() {
       .act(A::silu)
       .linear(18, 3);
   s.loss = LossKind::bce_with_logits, s.form = Form::padded, s.rates = Rates::elements, s.steps = 3,
-  s.tasks = 11;
+  s.tasks = 11, s.optimizer = adam(0.9, 0.1, false, 0);
   all.push_back(s);
 
   s = Setup{};
@@ -519,13 +629,20 @@ std::vector<Setup> setups() {
       .linear(7, 5)
       .act(A::tanh);
   s.loss = LossKind::huber, s.form = Form::packed, s.weights = true, s.first_order = true,
-  s.tasks = 18;
+  s.tasks = 18, s.optimizer = sgd(0.5, false, 0.1, 0);
   all.push_back(s);
 
   s = Setup{};
   s.name = "one layer";
   s.chain.linear(5, 2);
   s.steps = 4, s.tasks = 33, s.adapts_all = false, s.form = Form::padded;
+  s.optimizer = adam(0, 0.2, true, 0.75);
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "momentum";
+  s.chain.linear(3, 20).act(A::tanh).linear(20, 2);
+  s.steps = 4, s.tasks = 21, s.form = Form::packed, s.optimizer = sgd(0.8, true, 0.05, 0.25);
   all.push_back(s);
 
   s = Setup{};
@@ -685,6 +802,37 @@ void check_bits(const Setup& setup, const std::string& name) {
   CHECK(automatic.same_tasks(wanted), name + " auto: other bits");
 }
 
+// With fixed steps an Engine does what a meta-gradient's own adaptation and query pass do; what task it last had, or
+// which thread asks, is nothing to it.
+template <class Real>
+void check_engine(const Setup& setup, const std::string& name) {
+  set_executor("rows");
+  set_num_threads(1);
+  Problem<Real> problem(setup, make_data(setup, 1));
+  const Results<Real> wanted = problem.results();
+  const std::unique_ptr<Engine<Real>> engine = problem.engine();
+  std::atomic<bool> same{true};
+  in_threads(4, [&](int caller) {
+    for (std::int64_t i = 0; i < setup.tasks; ++i)
+      if (!problem.engine_agrees(*engine, (i + caller) % setup.tasks, wanted)) same = false;
+  });
+  CHECK(same, name + ": other bits than a call's");
+  set_executor("auto");
+}
+
+// The first words of numpy.random.Philox(key=[1, 2], counter=[0, 3, 4, 5]), and what shuffle() makes of them.
+void check_shuffle() {
+  const PhiloxBlock block = philox(Draw{1, 2, 4, 3, static_cast<Purpose>(5)}, 1);
+  const std::uint64_t words[4] = {0x3a2521b7927bbb55, 0xafc7ff19479996f0, 0x37d95196e907db97,
+                                  0x19dd01d453e1f915};
+  CHECK(std::memcmp(block.word, words, sizeof words) == 0,
+        "Philox4x64-10: other words than numpy's");
+  int order[10];
+  shuffle(Draw{1, 2, 4, 3, static_cast<Purpose>(5)}, 10, order);
+  const int wanted[10] = {5, 7, 3, 4, 9, 8, 0, 1, 6, 2};
+  CHECK(std::memcmp(order, wanted, sizeof wanted) == 0, "another order");
+}
+
 template <class Call>
 bool refuses(Call call) {
   try {
@@ -725,6 +873,8 @@ void test_kernels() {
       const std::string name = each + " " + setup.name;
       check_bits<float>(setup, name + " float");
       check_bits<double>(setup, name + " double");
+      check_engine<float>(setup, name + " engine float");
+      check_engine<double>(setup, name + " engine double");
       for (const char* choice : {"rows", "lanes"}) {
         set_executor(choice);
         if (setup.smooth && !setup.first_order)
@@ -745,6 +895,7 @@ void test_kernels() {
     }
   }
   set_executor("auto");
+  check_shuffle();
   check_refusals();
 }
 
@@ -789,12 +940,6 @@ void check_nested() {
       },
       &sum);
   CHECK(sum == 600, "nested: " + std::to_string(sum) + " of 600");
-}
-
-void in_threads(int callers, const std::function<void(int)>& body) {
-  std::vector<std::thread> threads;
-  for (int i = 0; i < callers; ++i) threads.emplace_back(body, i);
-  for (std::thread& thread : threads) thread.join();
 }
 
 // Whole calls from many threads at once: the pool, the block cache and the kernels' sharing.

@@ -1,0 +1,108 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "thread_pool.h"
+
+namespace pymeta {
+namespace {
+
+// Epochs of a task of so many rows find Adam's corrections packed beside the start; longer ones pack their own.
+constexpr int kUsualRows = 1024;
+
+}  // namespace
+
+template <class Real>
+Engine<Real>::Engine(const Call<Real>& recipe)
+    : network_(*recipe.network), loss_(*recipe.loss), call_(recipe), table_(&kernels<Real>()) {
+  const std::size_t out = static_cast<std::size_t>(network_.out_features());
+  if (loss_.weight) weight_.assign(loss_.weight, loss_.weight + out);
+  if (loss_.pos_weight) pos_weight_.assign(loss_.pos_weight, loss_.pos_weight + out);
+  loss_.weight = weight_.empty() ? nullptr : weight_.data();
+  loss_.pos_weight = pos_weight_.empty() ? nullptr : pos_weight_.data();
+  for (int t = 0; t < network_.tensor_count; ++t) {
+    const Tensor& tensor = network_.tensors[t];
+    const std::size_t size = static_cast<std::size_t>(tensor.rows) * tensor.columns;
+    tensors_.emplace_back(recipe.parameters[t], recipe.parameters[t] + size);
+    parameters_.push_back(tensors_.back().data());
+  }
+  rates_.assign(recipe.lr.values,
+                recipe.lr.values + static_cast<std::size_t>(recipe.lr.rows) * recipe.lr.columns);
+  if (!recipe.lr.per_element)
+    groups_.assign(recipe.lr.groups, recipe.lr.groups + network_.tensor_count);
+  std::copy(recipe.adapted, recipe.adapted + network_.tensor_count, adapted_);
+
+  call_.network = &network_;
+  call_.loss = &loss_;
+  call_.adapted = adapted_;
+  call_.parameters = parameters_.data();
+  call_.lr.values = rates_.data();
+  call_.lr.groups = groups_.data();
+  call_.tasks = 1;
+  // Fixed steps on all rows are what a meta-learner's evaluation does; it factors a wide first layer.
+  job_ = call_.by_epochs() || call_.batches.size > 0 ? Job::adapt : Job::meta;
+  call_.max_support = kUsualRows;
+  const Needs needs = table_->needs(call_, job_, ExecutorKind::rows);
+  start_.resize(needs.start / sizeof(Real));
+  table_->pack(call_, job_, ExecutorKind::rows, start_.data());
+}
+
+template <class Real>
+std::unique_ptr<typename Engine<Real>::Block> Engine<Real>::take() const {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!idle_.empty()) {
+      std::unique_ptr<Block> block = std::move(idle_.back());
+      idle_.pop_back();
+      return block;
+    }
+    idle_.reserve(idle_.capacity() + 1);  // so that give() need not
+  }
+  return std::make_unique<Block>();
+}
+
+template <class Real>
+void Engine<Real>::give(std::unique_ptr<Block> block) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  idle_.push_back(std::move(block));
+}
+
+template <class Real>
+void Engine<Real>::adapt_predict(const Real* xs, const void* ys, const Real* weights, int rows,
+                                 const Real* xq, int query_rows, Real* out) const {
+  Real loss;
+  Call<Real> call = call_;
+  call.support = {xs, ys, weights, rows, nullptr, nullptr};
+  call.query = {xq, nullptr, nullptr, query_rows, nullptr, nullptr};
+  call.predictions = out;
+  if (job_ == Job::meta) call.losses = &loss;
+  check(call, job_);
+  struct Loan {  // given back whatever happens
+    const Engine& engine;
+    std::unique_ptr<Block> block;
+    ~Loan() { engine.give(std::move(block)); }
+  } loan{*this, take()};
+  Block& block = *loan.block;
+  if (block.rows != rows || block.query_rows != query_rows) {
+    block.rows = -1;
+    block.needs = table_->needs(call, job_, ExecutorKind::rows);
+    const std::size_t bytes = (block.needs.bytes(1) + 4095) / 4096 * 4096;
+    if (bytes > block.bytes) {
+      block.memory = {static_cast<char*>(std::aligned_alloc(4096, bytes)), std::free};
+      block.bytes = block.memory ? bytes : 0;
+      if (!block.memory) throw std::bad_alloc();
+    }
+    block.rows = rows;
+    block.query_rows = query_rows;
+  }
+  if (block.needs.start <= start_.size() * sizeof(Real)) call.packed_start = start_.data();
+  table_->run(call, job_, ExecutorKind::rows, block.needs, Team{1, parallel_for},
+              block.memory.get());
+}
+
+template class Engine<float>;
+template class Engine<double>;
+
+}  // namespace pymeta

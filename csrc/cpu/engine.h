@@ -1,0 +1,61 @@
+// One task at a time, in microseconds: adapt a start to the rows of a task and apply the result to others.
+//
+// An Engine holds what does not change from call to call: the recipe, the start packed for the `rows` executor, and
+// blocks of working memory, one for each thread that ever called at once, with the plan for the sizes it last saw. So a
+// call of sizes seen before allocates nothing, and what one thread does is nothing to another.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace pymeta {
+
+template <class Real>
+class Engine {
+ public:
+  // `recipe` is a Call without rows and results; what it points to is copied.
+  explicit Engine(const Call<Real>& recipe);
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  int in_features() const { return network_.in_features(); }
+  int out_features() const { return network_.out_features(); }
+  bool takes_labels() const { return loss_.kind == LossKind::cross_entropy; }
+
+  // xs [rows, in], ys [rows, out] or int64 labels [rows], weights [rows] or null, xq [query_rows, in] ->
+  // out [query_rows, out]. Throws std::invalid_argument for labels or weights out of range; std::bad_alloc.
+  void adapt_predict(const Real* xs, const void* ys, const Real* weights, int rows, const Real* xq,
+                     int query_rows, Real* out) const;
+
+ private:
+  struct Block {
+    int rows = -1, query_rows = -1;
+    Needs needs{};
+    std::size_t bytes = 0;
+    std::unique_ptr<char, void (*)(void*)> memory{nullptr, nullptr};
+  };
+  std::unique_ptr<Block> take() const;
+  void give(std::unique_ptr<Block> block) const;
+
+  // What call_ points to.
+  Network network_;
+  Loss loss_;
+  std::vector<double> weight_, pos_weight_;
+  std::vector<std::vector<Real>> tensors_;
+  std::vector<const Real*> parameters_;
+  std::vector<Real> rates_;
+  std::vector<int> groups_;
+  bool adapted_[kMaxTensors];
+
+  Call<Real> call_;
+  Job job_;
+  const Kernels<Real>* table_;  // those in use when it was made: start_ is in their layout
+  std::vector<Real> start_;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::unique_ptr<Block>> idle_;
+};
+
+}  // namespace pymeta
