@@ -81,19 +81,20 @@ $(STAMP)/venv:
 
 # torch first and by itself, so that nothing below ever pulls another one in.
 $(STAMP)/torch: $(STAMP)/venv constraints.txt
-	$(PIP) install -c constraints.txt torch numpy
+	$(PIP) install -c constraints.txt torch
+	$(call needed,["dependencies"])
 	@touch $@
 
 $(STAMP)/build: $(STAMP)/venv constraints.txt
 	$(PIP) install -c constraints.txt cmake ninja pybind11 scikit-build-core
 	@touch $@
 
-# The extras' own lists stand in pyproject.toml alone.
-extra = $(PIP) install -c constraints.txt $(shell $(PYTHON) -c 'import tomllib; \
-  print(*(repr(r) for r in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"]))')
+# The lists of packages stand in pyproject.toml alone; $(1) says where.
+needed = $(PIP) install -c constraints.txt $(shell $(PYTHON) -c 'import tomllib; \
+  print(*(repr(r) for r in tomllib.load(open("pyproject.toml", "rb"))["project"]$(1)))')
 
 $(STAMP)/test $(STAMP)/bench $(STAMP)/examples: $(STAMP)/torch pyproject.toml
-	$(call extra,$(notdir $@))
+	$(call needed,["optional-dependencies"]["$(notdir $@)"])
 	@touch $@
 
 # An editable install: Python files are used where they lie, and a changed C++ file is compiled again

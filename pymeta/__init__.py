@@ -10,16 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymeta.adapted import Adapted
+    from pymeta.adapter import Adapter
+    from pymeta.arrays import AdaptedArrays
+    from pymeta.finetune import FineTune
     from pymeta.maml import MAML, Outcome
     from pymeta.native import num_threads, set_num_threads
-    from pymeta.optimizers import SGD, LearnableLR
+    from pymeta.optimizers import SGD, Adam, LearnableLR
+    from pymeta.reptile import Reptile, ReptileOutcome
+    from pymeta.schedule import Schedule
+    from pymeta.stacked import History
 
 _HOMES = {
     "MAML": "maml",
     "Outcome": "maml",
+    "Reptile": "reptile",
+    "ReptileOutcome": "reptile",
+    "FineTune": "finetune",
     "Adapted": "adapted",
+    "AdaptedArrays": "arrays",
+    "Adapter": "adapter",
+    "History": "stacked",
     "SGD": "optimizers",
+    "Adam": "optimizers",
     "LearnableLR": "optimizers",
+    "Schedule": "schedule",
     "num_threads": "native",
     "set_num_threads": "native",
 }
@@ -27,9 +41,17 @@ _HOMES = {
 __all__ = [
     "MAML",
     "SGD",
+    "Adam",
     "Adapted",
+    "AdaptedArrays",
+    "Adapter",
+    "FineTune",
+    "History",
     "LearnableLR",
     "Outcome",
+    "Reptile",
+    "ReptileOutcome",
+    "Schedule",
     "num_threads",
     "set_num_threads",
 ]

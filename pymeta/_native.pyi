@@ -4,6 +4,11 @@ from typing import Any
 # x, y, weights: pointers; rows per task; starts, sizes: pointers to int64 [T], or 0
 Rows = tuple[int, int, int, int, int, int]
 
+# steps, epochs (one of them -1), batch size (0: all rows), seed, stream, pointer to int64 [T] or 0
+Schedule = tuple[int, int, int, int, int, int]
+
+Buffer = Any  # a C-contiguous array
+
 __version__: str
 
 class Network:
@@ -27,6 +32,22 @@ class Loss:
         pos_weight: Sequence[float] = (),
     ) -> None: ...
 
+class Optimizer:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        beta1: float = 0.0,
+        beta2: float = 0.0,
+        eps: float = 0.0,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        clip_norm: float = 0.0,
+        anchor: float = 0.0,
+    ) -> None: ...
+
 class Problem:
     def __init__(
         self,
@@ -34,6 +55,7 @@ class Problem:
         loss: Loss,
         adapted: Sequence[bool],
         lr_groups: Sequence[int] | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None: ...
     def meta_gradient(
         self,
@@ -59,13 +81,36 @@ class Problem:
         self,
         dtype: int,
         parameters: Sequence[int],
+        per_task: Sequence[bool],
         lr: int,
         lr_rows: int,
         lr_columns: int,
-        steps: int,
+        schedule: Schedule,
         tasks: int,
         support: Rows,
         adapted: Sequence[int],
+        *,
+        validation: Rows | None = None,
+        patience: int = -1,
+        status: int = 0,
+        train_curves: int = 0,
+        validation_curves: int = 0,
+        best_epochs: int = 0,
+        epochs_run: int = 0,
+    ) -> None: ...
+    def reptile(
+        self,
+        dtype: int,
+        parameters: Sequence[int],
+        lr: int,
+        lr_rows: int,
+        lr_columns: int,
+        schedule: Schedule,
+        tasks: int,
+        support: Rows,
+        losses: int,
+        mean_loss: int,
+        gradients: Sequence[int] | None,
     ) -> None: ...
     def predict(
         self,
@@ -79,13 +124,40 @@ class Problem:
     def plan(
         self,
         dtype: int,
-        steps: int,
+        job: str,
+        schedule: Schedule,
         tasks: int,
         support_rows: int,
-        query_rows: int,
-        second_order: bool,
+        query_rows: int = 0,
+        validation_rows: int = 0,
+        second_order: bool = False,
     ) -> dict[str, Any]: ...
 
+class Engine:
+    def __init__(
+        self,
+        problem: Problem,
+        dtype: int,
+        parameters: Sequence[int],
+        lr: int,
+        lr_rows: int,
+        lr_columns: int,
+        schedule: Schedule,
+    ) -> None: ...
+    def adapt_predict(
+        self, xs: Buffer, ys: Buffer, xq: Buffer, out: Buffer, weights: Buffer | None = None
+    ) -> None: ...
+
+def shuffle(
+    seed: int,
+    stream: int,
+    task_ids: int,
+    epoch: int,
+    purpose: int,
+    tasks: int,
+    sizes: int,
+    out: int,
+) -> None: ...
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...

@@ -1,20 +1,42 @@
-"""The adapted models of T tasks: stacked parameters that can be called all at once."""
+"""The adapted models of T tasks: stacked parameters that can be called all at once.
+
+`Adapted` is what the learners return. What it has in common with its twin without torch,
+`pymeta.AdaptedArrays`, is in `stacked.py`: choosing tasks, putting objects together, files.
+"""
 
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Iterator
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pymeta import fused, reference
+from pymeta import native as native_module
+from pymeta.architecture import Architecture
+from pymeta.file import Path, Raw, errors_about
+from pymeta.losses import describe_loss
+from pymeta.network import Description
 from pymeta.plan import Plan
-from pymeta.tasks import QUERY, Names, Rows, Sizes, TaskSet, check_values, task_set
+from pymeta.stacked import History, Saved, Stacked, load, positions
+from pymeta.tasks import QUERY, Names, Rows, Sizes, TaskSet, check_values, dense, task_set
 
 _NAMES = Names("xq", "", QUERY.sizes, "")
+
+_RAW_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int8: "I8",
+}
+_DTYPES = {code: dtype for dtype, code in _RAW_DTYPES.items()}
 
 
 def shaped(predictions: Tensor | list[Tensor], query: TaskSet) -> Tensor | list[Tensor]:
@@ -42,15 +64,32 @@ def _padded(predictions: list[Tensor], rows: int) -> Tensor:
     return out
 
 
-class Adapted:
-    """T models of one structure, each with its own weights; made by `MAML.adapt`.
+def architecture(plan: Plan) -> Architecture | None:
+    """The chain of layers of a plan's model; None where the model is no chain."""
+    d = plan.description
+    if not isinstance(d, Description):
+        return None
+    return Architecture(d.layers, plan.names, d.names, d.flattens)
+
+
+class Adapted(Stacked[Tensor]):
+    """T models of one structure, each with its own weights; what `adapt` and fine-tuning return.
 
     Nothing here carries a graph. The structure (and buffers) are those of the meta-learned
     model, which is referred to, not copied; the parameters are this object's own.
 
+        models(xq)                     all models, each on its own rows, in one native call
+        models[3]                      task 3 as a module: a copy of the model with its weights
+        models[10:20], models[mask]    an `Adapted` of some of the tasks; a slice is a view
+        Adapted.concatenate([a, b])    of the tasks of both
+        models.save(path), Adapted.load(path, model)
+
     Attributes:
         parameters: {name: [T, ...]}, the layout of `torch.func.stack_module_state`; those that
-            were not adapted are expanded views of one tensor.
+            were not adapted are expanded views of one tensor. `from_stacked` is the way back.
+        status: [T] int8, 0 where a task's own weights are finite, 1 where it diverged.
+        loss: a description of the loss they were adapted by.
+        history: the learning curves (`pymeta.History`), where they were asked for.
     """
 
     def __init__(
@@ -61,21 +100,92 @@ class Adapted:
         shared: dict[str, Tensor],
         tasks: int,
         native: bool,
+        status: Tensor | None = None,
+        history: History | None = None,
     ) -> None:
-        """Called by `MAML.adapt`."""
+        """Called by the learners; `from_stacked` is for everybody."""
+        super().__init__(plan.names, plan.expected.loss, stacked, shared, tasks, status, history)
         self._model = model
         self._made: Plan | None = plan
-        self._loss = plan.expected.loss
-        self._stacked = stacked
-        self._shared = shared
-        self._tasks = tasks
         self._native = native
+
+    @classmethod
+    def from_stacked(
+        cls, model: nn.Module, parameters: Mapping[str, Tensor], *, loss: str | nn.Module
+    ) -> Adapted:
+        """Models of parameters in the layout of `torch.func.stack_module_state`.
+
+        The tensors are held, not copied; one that is expanded along the task axis (stride 0)
+        counts as shared by all tasks. `Adapted.from_stacked(model, models.parameters,
+        loss=models.loss)` is `models` again.
+
+        Args:
+            model: gives the structure; its own parameters are not used.
+            parameters: {name: [T, ...]} for each of its parameters.
+            loss: as for the learners; tells what `predict_proba` has to do.
+
+        Raises:
+            TypeError, ValueError: names, shapes, dtypes or devices are not the model's.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        plan = Plan(model, describe_loss(loss), None, "network")
+        tasks = _check_stacked(dict(model.named_parameters()), parameters)
+        stacked, shared = {}, {}
+        for name in plan.names:
+            value = parameters[name].detach()
+            if tasks > 1 and value.stride(0) == 0:
+                shared[name] = value[0]
+            else:
+                stacked[name] = value
+        return cls(model, plan, stacked, shared, tasks, _chosen(plan))
+
+    @classmethod
+    def load(cls, path: Path, model: nn.Module, *, verify: bool = False) -> Adapted:
+        """The models of a file that `save` (or `AdaptedArrays.save`) wrote, memory-mapped.
+
+        Nothing but the header is read before it is needed. Writing into the parameters changes
+        neither the file nor what others see of it.
+
+        Args:
+            path: of the file.
+            model: gives the structure; its own parameters are not used.
+            verify: read all of it now and compare it with its checksum.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError: `model` is no module.
+            ValueError: the file is damaged, of another kind, or of a newer version, or its
+                models are not of this model's structure.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        saved = load(path, verify)
+        with errors_about(os.fspath(path)):
+            plan = Plan(model, saved.loss, None, "network")
+            _check_structure(saved, model, plan)
+        device = plan.expected.device
+
+        def tensors(raws: Mapping[str, Raw]) -> dict[str, Tensor]:
+            return {name: _tensor(raw).to(device) for name, raw in raws.items()}
+
+        history = {name: _tensor(raw) for name, raw in saved.history.items()}
+        return cls(
+            model,
+            plan,
+            tensors(saved.stacked),
+            tensors(saved.shared),
+            saved.tasks,
+            _chosen(plan),
+            _tensor(saved.status),
+            History.of(history) if history else None,
+        )
 
     @property
     def _plan(self) -> Plan:
         """The plan of the model; made anew in a copy, which must not be of another shape."""
         if self._made is None:
-            plan = Plan(self._model, self._loss, None, "network")
+            plan = Plan(self._model, self.loss, None, "network")
             own = {n: p.shape[1:] for n, p in self.parameters.items()}
             if own != {n: p.shape for n, p in self._model.named_parameters()} or any(
                 p.dtype != plan.expected.dtype for p in self.parameters.values()
@@ -84,48 +194,49 @@ class Adapted:
             self._made = plan
         return self._made
 
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """{name: [T, ...]} in the model's order."""
-        return {
-            name: self._stacked[name]
-            if name in self._stacked
-            else self._shared[name].expand(self._tasks, *self._shared[name].shape)
-            for name, _ in self._model.named_parameters()
-        }
-
-    def __len__(self) -> int:
-        """The number of tasks."""
-        return self._tasks
-
     def __repr__(self) -> str:
         """A line that says how many models of what."""
         return f"Adapted({self._tasks} x {type(self._model).__name__})"
 
-    def __getitem__(self, task: int) -> nn.Module:
-        """One task's model: a copy of the meta-learned one with its own weights.
+    def __getitem__(self, task: Any) -> Any:
+        """One task's model, or the models of some tasks.
+
+        Args:
+            task: an integer for a module: a copy of the meta-learned one with the task's
+                weights. A slice (a view), or integers or a mask of T bools as a list, array or
+                tensor (a copy), for an `Adapted`.
 
         Raises:
-            TypeError: `task` is no integer.
-            IndexError: there is no such task.
+            TypeError: `task` is none of these.
+            IndexError: there is no such task, or the mask is not of T bools.
         """
-        try:
-            task = operator.index(task)
-        except TypeError:
-            raise TypeError(f"task: expected an integer, got {type(task).__name__}") from None
-        if not -self._tasks <= task < self._tasks:
-            raise IndexError(f"task: {task} is not one of {self._tasks} tasks")
+        where = positions(task, self._tasks)
+        if not isinstance(where, int):
+            return self._at(where)
         model = copy.deepcopy(self._model)
+        own = self._of_task(where)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                own = self._stacked.get(name)
-                parameter.copy_(self._shared[name] if own is None else own[task])
+                parameter.copy_(own[name])
                 parameter.grad = None
         return model
 
     def __iter__(self) -> Iterator[nn.Module]:
         """All tasks' models, one after another."""
         return (self[t] for t in range(self._tasks))
+
+    def state_dict(self, task: int) -> dict[str, Tensor]:
+        """One task's state for `module.load_state_dict`: copies of its parameters and buffers.
+
+        Raises:
+            TypeError: `task` is no integer.
+            IndexError: there is no such task.
+        """
+        where = positions(task, self._tasks)
+        if not isinstance(where, int):
+            raise TypeError(f"task: expected an integer, got {type(task).__name__}")
+        state = {**self._model.state_dict(), **self._of_task(where)}
+        return {name: value.detach().clone() for name, value in state.items()}
 
     @torch.no_grad()
     def __call__(self, xq: Rows, query_sizes: Sizes = None) -> Any:
@@ -155,6 +266,169 @@ class Adapted:
             return query.x.new_zeros(0, query.rows, *out)
         return shaped(reference.predict(self._model, self._stacked, self._shared, query), query)
 
+    @torch.no_grad()
+    def predict_proba(self, xq: Rows, query_sizes: Sizes = None) -> Any:
+        """Every model's probabilities on its own rows.
+
+        For cross_entropy the softmax of the outputs over the classes; for bce_with_logits the
+        sigmoid of each output. Neither overflows, however large the outputs are. A single
+        output's [..., 1] is the probability of class 1; `torch.cat([1 - p, p], -1)` has a column
+        for each of the two classes.
+
+        Args:
+            xq: as for a call.
+            query_sizes: as for a call; rows beyond them are 0.
+
+        Returns:
+            [T, rows, out]; a list of [rows_t, out] where xq is a list.
+
+        Raises:
+            TypeError: the models were adapted by a loss that knows no probabilities; and as a
+                call.
+            ValueError: as a call.
+        """
+        self._check_classifies()
+        outputs = self(xq, query_sizes)
+        if isinstance(outputs, list):
+            return [self._probabilities(o) for o in outputs]
+        out = self._probabilities(outputs)
+        if query_sizes is not None:
+            sizes = torch.as_tensor(query_sizes, device=out.device).unsqueeze(-1)
+            out[torch.arange(out.shape[1], device=out.device) >= sizes] = 0
+        return out
+
+    def _probabilities(self, outputs: Tensor) -> Tensor:
+        return outputs.softmax(-1) if self.loss.takes_classes else outputs.sigmoid()
+
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle; the model goes along."""
         return {**self.__dict__, "_made": None}
+
+    # ---- what `Stacked` needs to know of tensors ----------------------------------------------
+
+    def _architecture(self) -> Architecture | None:
+        return architecture(self._plan)
+
+    def _difference(self, other: Adapted) -> str | None:
+        mine, its = self._architecture(), other._architecture()
+        if mine != its or (mine is None and str(self._model) != str(other._model)):
+            return f"its model is {other._model if its is None else its}"
+        return super()._difference(other)
+
+    @staticmethod
+    def _index(where: np.ndarray) -> Tensor:
+        return torch.from_numpy(where)
+
+    @staticmethod
+    def _expanded(value: Tensor, tasks: int) -> Tensor:
+        return value.expand(tasks, *value.shape)
+
+    @staticmethod
+    def _joined(values: list[Tensor]) -> Tensor:
+        return torch.cat(values)
+
+    @staticmethod
+    def _widened(value: Tensor, width: int) -> Tensor:
+        return nn.functional.pad(value, (0, width - value.shape[1]), value=torch.nan)
+
+    @staticmethod
+    def _same(a: Tensor, b: Tensor) -> bool:
+        return a is b or torch.equal(a, b)
+
+    @staticmethod
+    def _not_finite(values: Iterable[Tensor], tasks: int) -> Tensor:
+        status = torch.zeros(tasks, dtype=torch.int8)
+        for value in values:
+            finite = value.isfinite().flatten(1).all(1) if value.ndim > 1 else value.isfinite()
+            status[~finite.cpu()] = 1
+        return status
+
+    @staticmethod
+    def _to_raw(value: Tensor) -> Raw:
+        code = _RAW_DTYPES.get(value.dtype)
+        if code is None:
+            raise TypeError(f"save: a parameter is {value.dtype}, which these files do not hold")
+        bytes_ = dense(value.detach().cpu()).reshape(-1).view(torch.uint8)
+        return Raw(code, tuple(value.shape), bytes_.numpy())
+
+
+def _tensor(raw: Raw) -> Tensor:
+    """A view of what is in a file."""
+    if not raw.data.size:  # which torch cannot view as another dtype
+        return torch.empty(raw.shape, dtype=_DTYPES[raw.dtype])
+    return torch.from_numpy(raw.data).view(_DTYPES[raw.dtype]).reshape(raw.shape)
+
+
+def _chosen(plan: Plan) -> bool:
+    """Whether models that were not just adapted run natively; a warning where they cannot."""
+    if native_module.backend("auto") == "torch":
+        return False
+    if plan.reason is not None:
+        warnings.warn(
+            f"pymeta.Adapted runs in torch, which is slower: {plan.reason}",
+            UserWarning,
+            stacklevel=3,
+        )
+    return plan.reason is None
+
+
+def _check_stacked(own: Mapping[str, Tensor], given: Any) -> int:
+    """The number of tasks; TypeError or ValueError unless `given` fits the model's own."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"parameters: expected a dictionary, got {type(given).__name__}")
+    if not own or given.keys() != own.keys():
+        odd = sorted(map(str, given.keys() ^ own.keys()))
+        raise ValueError(
+            f"parameters: expected the model's ({', '.join(own) or 'it has none'}); "
+            f"missing or unknown: {', '.join(odd) or 'none'}"
+        )
+    tasks: int | None = None
+    for name, parameter in own.items():
+        value = given[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"parameters: {name}: expected a tensor, got {type(value).__name__}")
+        if (
+            value.ndim == 0
+            or value.shape[1:] != parameter.shape
+            or len(value) != (len(value) if tasks is None else tasks)
+        ):
+            wanted = ["T" if tasks is None else tasks, *parameter.shape]
+            raise ValueError(
+                f"parameters: {name}: expected shape [{', '.join(map(str, wanted))}], "
+                f"got {list(value.shape)}"
+            )
+        if value.dtype != parameter.dtype or value.device != parameter.device:
+            raise ValueError(
+                f"parameters: {name}: expected {parameter.dtype} on {parameter.device} as the "
+                f"model's, got {value.dtype} on {value.device}"
+            )
+        tasks = len(value)
+    assert tasks is not None
+    return tasks
+
+
+def _check_structure(saved: Saved, model: nn.Module, plan: Plan) -> None:
+    """Raise ValueError unless a file's models are of this model's structure."""
+    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = saved.shapes()
+    if own.keys() != found.keys():
+        odd = sorted(own.keys() ^ found.keys())
+        raise ValueError(
+            f"model: the file has the parameters {', '.join(found)}, "
+            f"which are not the model's (see {odd[0]})"
+        )
+    raws = saved.stacked | saved.shared
+    for name, parameter in model.named_parameters():
+        if found[name] != own[name]:
+            raise ValueError(
+                f"model: {name} has the shape {list(found[name])} in the file, "
+                f"{list(own[name])} in the model"
+            )
+        if _DTYPES[raws[name].dtype] != parameter.dtype:
+            raise ValueError(
+                f"model: {name} is {_DTYPES[raws[name].dtype]} in the file, "
+                f"{parameter.dtype} in the model"
+            )
+    chain = architecture(plan)
+    if chain is not None and saved.architecture is not None and chain != saved.architecture:
+        raise ValueError(f"model: the file is of {saved.architecture}; the model is {chain}")

@@ -14,15 +14,20 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pymeta import native
+from pymeta import native, reference
 from pymeta.plan import Plan
+from pymeta.stacked import History
 from pymeta.tasks import TaskSet, dense
+
+if TYPE_CHECKING:
+    from pymeta.reference import Adaptation, InnerLoop
+    from pymeta.schedule import Schedule
 
 Wanted: TypeAlias = tuple[bool, bool, bool, bool]
 Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # what native.rows gives
@@ -351,30 +356,141 @@ def prepared(
     return Call(plan, lr, steps, first_order, support, query, wanted), lr
 
 
-def adapt(
-    plan: Plan, parameters: list[Tensor], lr: Tensor, steps: int, support: TaskSet
-) -> dict[str, Tensor]:
-    """The native twin of `reference.adapt`: {name: [T, ...]} for the adapted names."""
-    lr = _native_lr(plan, lr)
-    ordered = chained(plan, parameters)
-    s = _contiguous(support)
-    stacked = {
-        name: lr.new_empty((s.tasks, *parameters[plan.names.index(name)].shape))
-        for name in plan.adapted
-    }
-    targets = [stacked.get(plan.names[i]) for i in plan.chain]
-    plan.problem.adapt(
-        plan.dtype_code,
-        [p.data_ptr() for p in ordered],
-        lr.data_ptr(),
-        1 if lr.ndim == 1 else lr.shape[0],
-        lr.shape[-1],
-        steps,
-        s.tasks,
-        native.rows(s),
-        [0 if t is None else t.data_ptr() for t in targets],
+def _schedule(schedule: Schedule, task_ids: Tensor | None) -> tuple:
+    """The schedule as the core takes it."""
+    return (
+        -1 if schedule.steps is None else schedule.steps,
+        -1 if schedule.epochs is None else schedule.epochs,
+        schedule.batch_size or 0,
+        schedule.seed,
+        schedule.stream,
+        0 if task_ids is None else task_ids.data_ptr(),
     )
-    return stacked
+
+
+def _lr_arguments(lr: Tensor) -> tuple[int, int, int]:
+    return lr.data_ptr(), 1 if lr.ndim == 1 else lr.shape[0], lr.shape[-1]
+
+
+def _history(plan: Plan, tasks: int, epochs: int, validated: bool) -> History:
+    """Memory for what an adaptation by epochs notes down."""
+
+    def curves(length: int) -> Tensor:
+        return torch.full((tasks, length), math.nan, dtype=plan.expected.dtype)
+
+    def numbers() -> Tensor:
+        return torch.zeros(tasks, dtype=torch.int64)
+
+    return History(
+        train=curves(epochs),
+        validation=curves(epochs + 1) if validated else None,
+        best_epochs=numbers() if validated else None,
+        epochs=numbers(),
+    )
+
+
+def adapt(
+    plan: Plan,
+    parameters: list[Tensor],
+    lr: Tensor,
+    inner: InnerLoop,
+    support: TaskSet,
+    *,
+    start: dict[str, Tensor] | None = None,
+    validation: TaskSet | None = None,
+    patience: int | None = None,
+    curves: bool = False,
+    task_ids: Tensor | None = None,
+    out: Adaptation | None = None,
+) -> Adaptation:
+    """The native twin of `reference.adapt`.
+
+    Args:
+        plan: of the model.
+        parameters: in the order of `plan.names`.
+        lr: as `MAML._lr` gives it.
+        inner: the schedule is taken from here; loss and optimiser are the plan's.
+        support: T tasks.
+        start: {name: [T, ...]} of parameters that each task has of its own.
+        validation: T tasks; their best weights are kept.
+        patience: epochs without a better validation loss after which a task stops.
+        curves: whether to keep the losses of the epochs.
+        task_ids: [T] int64.
+        out: contiguous memory for the result; made where left out.
+    """
+    lr, s = _native_lr(plan, lr), _contiguous(support)
+    start = {} if start is None else {n: dense(p) for n, p in start.items()}
+    shared = chained(plan, parameters)
+    names = [plan.names[i] for i in plan.chain]
+    history = None
+    if out is None:
+        shapes = {n: p.shape for n, p in zip(plan.names, parameters, strict=True)}
+        stacked = {n: lr.new_empty((s.tasks, *shapes[n])) for n in plan.adapted}
+        if curves and inner.schedule.epochs is not None:
+            history = _history(plan, s.tasks, inner.schedule.epochs, validation is not None)
+        out = reference.Adaptation(stacked, torch.zeros(s.tasks, dtype=torch.int8), history)
+    history = out.history
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    if s.tasks > 0:
+        plan.problem.adapt(
+            plan.dtype_code,
+            [start.get(n, p).data_ptr() for n, p in zip(names, shared, strict=True)],
+            [n in start for n in names],
+            *_lr_arguments(lr),
+            _schedule(inner.schedule, task_ids),
+            s.tasks,
+            native.rows(s),
+            [address(out.parameters.get(n) if n in plan.adapted else None) for n in names],
+            validation=None if validation is None else native.rows(_contiguous(validation)),
+            patience=-1 if patience is None else patience,
+            status=out.status.data_ptr(),
+            train_curves=0 if history is None else address(history.train),
+            validation_curves=0 if history is None else address(history.validation),
+            best_epochs=0 if history is None else address(history.best_epochs),
+            epochs_run=0 if history is None else address(history.epochs),
+        )
+    kept = {n: p for n, p in start.items() if n not in plan.adapted}
+    return reference.Adaptation({**out.parameters, **kept}, out.status, history)
+
+
+def reptile(
+    plan: Plan,
+    parameters: list[Tensor],
+    lr: Tensor,
+    inner: InnerLoop,
+    support: TaskSet,
+    task_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The native twin of `reference.reptile`: (loss [], task losses [T])."""
+    lr, s = _native_lr(plan, lr), _contiguous(support)
+    wanted = torch.is_grad_enabled() and bool(plan.trainable)
+    layout = Layout.of(plan, (wanted, False, False, False), (lr, s.x, s.x))
+    gradients = None if layout is None else layout.memory()
+    loss = torch.empty_like(plan.scalar)
+    losses = lr.new_empty(s.tasks)
+    if s.tasks == 0:
+        loss.zero_()
+        if gradients is not None:
+            gradients.flat.zero_()
+    else:
+        plan.problem.reptile(
+            plan.dtype_code,
+            [p.data_ptr() for p in chained(plan, parameters)],
+            *_lr_arguments(lr),
+            _schedule(inner.schedule, task_ids),
+            s.tasks,
+            native.rows(s),
+            losses.data_ptr(),
+            loss.data_ptr(),
+            None if gradients is None else gradients.of_parameters,
+        )
+    if layout is not None and gradients is not None:
+        inputs = layout.inputs(parameters, lr, s.x, s.x)
+        loss = _with_graph(_Lease(gradients, layout.idle), loss, inputs)
+    return loss, losses
 
 
 def predict(

@@ -1,25 +1,20 @@
-"""The four losses as plain descriptions, and what they mean.
+"""The four losses as plain descriptions, without torch.
 
-A `Loss` holds numbers only (no tensors), so that it can be hashed, pickled and handed to the
-native core. `describe_loss` makes one from a name or from the matching `torch.nn` module;
-`task_loss` is the definition of its value for one set of rows:
-
-    mse, huber, bce_with_logits    sum_r w_r mean_o l(r, o) / sum_r w_r
-    cross_entropy                  sum_r w_r ce_r / sum_r w_r c[y_r]
-
-with w the weights of the rows (1 when none are given), c the class weights, and ce_r the class
-weighted, label smoothed value that torch gives row r. Without row weights these are exactly
-torch's reduction="mean". A set without weight (no rows, or all of them of weight 0) has loss 0.
+A `Loss` holds numbers only (no tensors), so that it can be hashed, pickled, written to a file and
+handed to the native core. `describe_loss` makes one from a name or from the matching `torch.nn`
+module. What each of them means is defined in `pymeta/task_loss.py`.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pymeta.file import Fields
 
 KINDS = ("mse", "huber", "cross_entropy", "bce_with_logits")
 
@@ -52,7 +47,15 @@ def _numbers(name: str, value: Tensor | None) -> tuple[float, ...]:
     return tuple(float(v) for v in value.detach().reshape(-1).tolist())
 
 
+def _is_module(value: Any) -> bool:
+    """Whether this is a torch.nn.Module; where torch was never imported, nothing is one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.nn.Module)
+
+
 def _describe_module(loss: nn.Module) -> Loss:
+    from torch import nn
+
     if type(loss) is nn.MSELoss:
         return Loss("mse")
     if type(loss) is nn.HuberLoss:
@@ -89,7 +92,7 @@ def describe_loss(loss: Any) -> Loss:
         if loss not in KINDS:
             raise ValueError(f"loss: expected one of {', '.join(KINDS)}, got {loss!r}")
         return Loss(loss)
-    if not isinstance(loss, nn.Module):
+    if not _is_module(loss):
         raise TypeError(f"loss: expected a name or a torch.nn loss, got {type(loss).__name__}")
     described = _describe_module(loss)
     if loss.reduction != "mean":
@@ -110,82 +113,30 @@ def check_width(loss: Loss, out_features: int) -> None:
             )
 
 
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Values' sum over the sum of `weights`, and 0 where that is 0; all [rows] -> scalar."""
-    total = weights.sum()
-    empty = total == 0
-    return torch.where(empty, 0.0, values.sum() / torch.where(empty, 1.0, total))
+def read_loss(fields: Fields) -> Loss:
+    """The loss that `dataclasses.asdict` made JSON of; ValueError where it is none.
 
-
-def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy of logits [rows, C] and class indices [rows]."""
-    classes = outputs.shape[-1]
-    class_weights = outputs.new_tensor(loss.weight) if loss.weight else outputs.new_ones(classes)
-    log_p = F.log_softmax(outputs, dim=-1)
-    kept = targets != loss.ignore_index
-    labels = torch.where(kept, targets, 0).unsqueeze(-1)
-    row_class_weight = class_weights.expand(outputs.shape).gather(-1, labels).squeeze(-1)
-    value = -row_class_weight * log_p.gather(-1, labels).squeeze(-1)
-    if loss.label_smoothing:
-        uniform = -(log_p * class_weights).sum(-1) / classes
-        value = (1 - loss.label_smoothing) * value + loss.label_smoothing * uniform
-    weights = weights * kept
-    return _weighted_mean(weights * torch.where(kept, value, 0.0), weights * row_class_weight)
-
-
-def _elementwise(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each element, in the shape of `outputs` [rows, ...]."""
-    if loss.kind == "mse":
-        return F.mse_loss(outputs, targets, reduction="none")
-    if loss.kind == "huber":
-        return F.huber_loss(outputs, targets, reduction="none", delta=loss.delta)
-    return F.binary_cross_entropy_with_logits(
-        outputs,
-        targets,
-        weight=outputs.new_tensor(loss.weight) if loss.weight else None,
-        pos_weight=outputs.new_tensor(loss.pos_weight) if loss.pos_weight else None,
-        reduction="none",
-    )
-
-
-def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """The loss of one set of rows: the definition, in differentiable torch operations.
-
-    Args:
-        loss: the loss.
-        outputs: [rows, out] (or [rows], or [rows, ...] where every row's mean is meant).
-        targets: [rows] class indices for cross_entropy; otherwise outputs' shape, or [rows]
-            where out is 1.
-        weights: [rows], or None for all ones.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: outputs and targets do not fit each other.
+    Its widths are for `check_width` to judge.
     """
-    rows = targets.shape[0]
-    if outputs.ndim == 0 or outputs.shape[0] != rows:
+    loss = Loss(
+        kind=fields.text("kind"),
+        delta=fields.number("delta"),
+        label_smoothing=fields.number("label_smoothing"),
+        ignore_index=fields.integer("ignore_index", -(2**63)),
+        weight=fields.numbers("weight"),
+        pos_weight=fields.numbers("pos_weight"),
+    )
+    fields.end()
+    if loss.kind not in KINDS:
         raise ValueError(
-            f"model: expected one output row for each of {rows} input rows, "
-            f"got an output of shape {list(outputs.shape)}"
+            f"{fields.what}: expected one of {', '.join(KINDS)}, got {loss.kind[:60]!r}"
         )
-    if weights is None:
-        weights = torch.ones(rows, dtype=outputs.dtype, device=outputs.device)
-    if loss.takes_classes:
-        if outputs.ndim != 2:
-            raise ValueError(
-                f"model: cross_entropy expects outputs of shape [rows, classes], "
-                f"got {list(outputs.shape)}"
-            )
-        return _cross_entropy(loss, outputs, targets, weights)
-    if targets.ndim == 1 and outputs.ndim == 2 and outputs.shape[1] == 1:
-        targets = targets.unsqueeze(-1)
-    if targets.shape != outputs.shape:
+    weighs = ("cross_entropy", "bce_with_logits")
+    if (loss.weight and loss.kind not in weighs) or (loss.pos_weight and loss.kind != weighs[1]):
+        raise ValueError(f"{fields.what}: {loss.kind} has no such weights")
+    if not loss.delta > 0 or not 0 <= loss.label_smoothing <= 1:
         raise ValueError(
-            f"model: outputs of shape {list(outputs.shape)} do not fit "
-            f"targets of shape {list(targets.shape)}"
+            f"{fields.what}: delta {loss.delta} is not > 0, "
+            f"or label_smoothing {loss.label_smoothing} not in 0..1"
         )
-    values = _elementwise(loss, outputs, targets)
-    row_values = values.flatten(1).mean(-1) if values.ndim > 1 else values
-    return _weighted_mean(weights * row_values, weights)
+    return loss

@@ -4,41 +4,35 @@ Finn, Abbeel, Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of 
 (arXiv:1703.03400), with exact second order gradients (or first order ones), ANIL (`adapt=`),
 Meta-SGD and LSLR (`LearnableLR`). What is computed is written down in `pymeta/reference.py`.
 
-The life of a call: the inputs are checked and packed (`tasks.py`), the model is compared with the
-plan made of it (`plan.py`), and then either the native core is called once (`fused.py`) or the
-same is done in torch (`reference.py`). A native call like the one before it skips all of that but
-the core (`repeat.py`).
+A call goes the way that `learner.py` describes. A native call like the one before it skips all of
+that but the core (`repeat.py`).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pymeta import fused, native, reference
 from pymeta.adapted import Adapted, shaped
-from pymeta.losses import describe_loss
-from pymeta.optimizers import SGD, LearnableLR, check_lr
-from pymeta.plan import Plan, check_statistics
+from pymeta.learner import Learner, NativeCall, Weights
+from pymeta.optimizers import LearnableLR, Optimizer
+from pymeta.plan import Plan
 from pymeta.repeat import Repeat
+from pymeta.schedule import Schedule
 from pymeta.tasks import (
     QUERY,
     SUPPORT,
-    Expected,
     Rows,
     Sizes,
     TaskSet,
     check_same_tasks,
     check_steps,
-    check_values,
     task_set,
 )
-
-Weights: TypeAlias = Tensor | Sequence[Tensor] | None
 
 
 class Outcome(NamedTuple):
@@ -56,29 +50,7 @@ class Outcome(NamedTuple):
     predictions: Tensor | list[Tensor]
 
 
-def _one_optimizer(lr: Any, optimizer: Any) -> float | LearnableLR:
-    """The step size given by exactly one of `lr` and `optimizer`."""
-    if (lr is None) == (optimizer is None):
-        both = "neither" if lr is None else "both"
-        raise ValueError(f"lr, optimizer: expected exactly one of them, got {both}")
-    if optimizer is not None:
-        if not isinstance(optimizer, SGD):
-            raise TypeError(f"optimizer: expected pymeta.SGD, got {type(optimizer).__name__}")
-        lr = optimizer.lr
-    return lr if isinstance(lr, LearnableLR) else check_lr("lr", lr)
-
-
-def _patterns(adapt: Any) -> tuple[str, ...] | None:
-    if adapt is None:
-        return None
-    if isinstance(adapt, str) or not all(isinstance(p, str) for p in adapt):
-        raise TypeError(
-            f"adapt: expected a list of patterns such as ['4.*'], got {type(adapt).__name__}"
-        )
-    return tuple(adapt)
-
-
-class MAML(nn.Module):
+class MAML(Learner):
     """Model-agnostic meta-learning of `model` by one native call for each meta-batch.
 
     Its parameters are the model's own, and `lr` where that is learnable.
@@ -92,7 +64,8 @@ class MAML(nn.Module):
         first_order: take inner gradients as constants (FOMAML; Finn et al. 2017, section 5.2).
         adapt: fnmatch patterns of the parameter names that the inner loop changes; None for
             all. Parameters that do not require grad are neither adapted nor given gradients.
-        optimizer: `pymeta.SGD(lr)`, instead of `lr`.
+        optimizer: `pymeta.SGD(...)` or `pymeta.Adam(...)`, instead of `lr`, which alone means
+            plain SGD. The meta-gradient goes through its momentum and clipping too.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
 
@@ -100,8 +73,6 @@ class MAML(nn.Module):
         TypeError, ValueError: an argument is not as described; with backend="native", also
             where the native core cannot run the model (the message says why).
     """
-
-    lr: Any  # a float, or the learnable one: a Parameter [n], or [steps, n] where it is per step
 
     def __init__(
         self,
@@ -112,36 +83,27 @@ class MAML(nn.Module):
         steps: int,
         first_order: bool = False,
         adapt: Sequence[str] | None = None,
-        optimizer: SGD | None = None,
+        optimizer: Optimizer | None = None,
         backend: str = "auto",
     ) -> None:
         """Check the arguments and look at the model."""
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        super().__init__(
+            model,
+            loss=loss,
+            lr=lr,
+            optimizer=optimizer,
+            adapt=adapt,
+            backend=backend,
+            learns_lr=True,
+        )
         if not isinstance(first_order, bool):
             raise TypeError(f"first_order: expected a bool, got {type(first_order).__name__}")
-        rate = _one_optimizer(lr, optimizer)
-        self.model = model
-        self.loss = describe_loss(loss)
         self.steps = check_steps(steps)
         self.first_order = first_order
-        self.adapted_patterns = _patterns(adapt)
-        self.backend = native.backend(backend)
-        self._per = rate.per if isinstance(rate, LearnableLR) else "network"
-        self._plan: Plan | None = None
         self._repeats: dict[bool, Repeat | None] = {}  # by whether grad is enabled
-        self._warned = False
-        self._fallback_reason: str | None = None
-        self._shapes: dict[Any, tuple[int, ...] | None] = {}
-        self._learns: tuple[str, ...] | None = None
-        plan, _ = self._current()
-        if isinstance(rate, LearnableLR):
-            self._make_lr(rate, plan)
-        else:
-            self.lr = rate
-        if self.backend == "native" and plan.reason is not None:
-            raise ValueError(f'backend="native": {plan.reason}')
+        plan = self._look()
+        if isinstance(self._rule.lr, LearnableLR):
+            self._make_lr(self._rule.lr, plan)
         self._handle = _register(self)
 
     def _make_lr(self, rate: LearnableLR, plan: Plan) -> None:
@@ -254,26 +216,19 @@ class MAML(nn.Module):
         """
         with torch.no_grad():
             plan, parameters = self._current()
-            steps = self.steps if steps is None else check_steps(steps)
+            schedule = self.schedule if steps is None else Schedule(check_steps(steps))
             support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
             reason = self._reason(plan, support)
-            lr = self._lr(plan)
-            if reason is None:
-                stacked = fused.adapt(plan, parameters, lr, steps, support)
-            else:
-                check_statistics(self.model)
-                self._fall_back(reason, 3)
-                expected = self._expected(plan, support)
-                check_values(support, expected)
-                named = {n: p.detach() for n, p in zip(plan.names, parameters, strict=True)}
-                inner = reference.InnerLoop(self.loss, lr, plan.rates, steps)
-                stacked = reference.adapt(self.model, named, plan.adapted, inner, support)
-            shared = {
-                name: p.detach().clone()
-                for name, p in zip(plan.names, parameters, strict=True)
-                if name not in stacked
-            }
-            return Adapted(self.model, plan, stacked, shared, support.tasks, reason is None)
+            in_torch = reason is not None
+            if reason is not None:
+                self._to_torch(plan, reason, 3, support)
+            done = self._adapt_tasks(plan, parameters, schedule, support, in_torch)
+            return self._adapted(plan, parameters, done, support.tasks, in_torch)
+
+    @property
+    def schedule(self) -> Schedule:
+        """As many steps as `steps` says, each on all rows."""
+        return Schedule(self.steps)
 
     # ---- the torch backend --------------------------------------------------------------------
 
@@ -287,13 +242,9 @@ class MAML(nn.Module):
         reason: str,
     ) -> Outcome:
         """The call by `reference.py`."""
-        check_statistics(self.model)
-        self._fall_back(reason, 6)
-        expected = self._expected(plan, support)
-        check_values(support, expected)
-        check_values(query, expected)
+        expected = self._to_torch(plan, reason, 6, support, query)
         named = dict(zip(plan.names, parameters, strict=True))
-        inner = reference.InnerLoop(self.loss, self._lr(plan), plan.rates, steps, self.first_order)
+        inner = self._inner(plan, Schedule(steps), self.first_order)
         loss, losses, predictions = reference.meta_loss(
             self.model, named, plan.adapted, inner, support, query
         )
@@ -302,118 +253,26 @@ class MAML(nn.Module):
             predictions = query.x.new_zeros(0, query.rows, *out, dtype=expected.dtype)
         return Outcome(loss, losses.detach(), shaped(predictions, query))
 
-    def _expected(self, plan: Plan, s: TaskSet) -> Expected:
-        """What the inputs must be like; for a model that is no chain, find its output's width."""
-        if plan.expected.out_features is not None or not plan.expected.loss.takes_classes:
-            return plan.expected
-        shape = self._output_shape(plan, s)
-        if len(shape) != 1:
-            return plan.expected
-        e = plan.expected
-        return Expected(e.loss, e.dtype, e.device, None, shape[0], e.flattens, e.batch_norm)
-
-    def _output_shape(self, plan: Plan, s: TaskSet) -> tuple[int, ...]:
-        if plan.expected.out_features is not None:
-            return (plan.expected.out_features,)
-        features = tuple(s.x.shape[1 if s.starts is not None else 2 :])
-        key = (features, s.x.dtype)
-        if key not in self._shapes:
-            self._shapes[key] = reference.output_shape(self.model, features, s.x.dtype)
-        return self._shapes[key] or ()
-
-    def _fall_back(self, reason: str, frames: int) -> None:
-        """Note why torch runs: an error, a warning (once), or what was asked for.
-
-        `frames` is how many calls lie between here and the user's, for the warning to name it.
-        """
-        if self.backend == "torch":
-            return
-        if self.backend == "native":
-            raise ValueError(f'backend="native": {reason}')
-        self._fallback_reason = reason
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"pymeta.MAML runs in torch, which is slower: {reason}",
-                UserWarning,
-                stacklevel=frames,
-            )
-
-    # ---- the model as it is now ---------------------------------------------------------------
-
-    def _current(self) -> tuple[Plan, list[Tensor]]:
-        """The plan for the model as it is now, and its parameters in order."""
-        plan = self.__dict__["_plan"]
-        if plan is not None:
-            parameters = plan.current_parameters()
-            if parameters is not None:
-                return plan, parameters
-        with reference.one_at_a_time():
-            return self._looked_at_anew(plan)
-
-    def _looked_at_anew(self, plan: Plan | None) -> tuple[Plan, list[Tensor]]:
-        """As `_current`, where the model may have changed and nobody is just calling it."""
-        parameters = None if plan is None else plan.current_parameters()
-        if plan is not None and parameters is not None:
-            return plan, parameters
-        self._shapes, self._repeats = {}, {}
-        plan = Plan(self.model, self.loss, self.adapted_patterns, self._per)
-        if self._learns is not None and self._learns != plan.adapted:
-            raise ValueError(
-                f"model: a learnable lr was made for the adapted parameters "
-                f"{', '.join(self._learns)}, but now they are {', '.join(plan.adapted)}"
-            )
-        self._plan = plan
-        return plan, plan.parameters
-
-    def _lr(self, plan: Plan) -> Tensor:
-        lr = self._parameters.get("lr")
-        if lr is None:
-            return plan.lr_tensor(self.__dict__["lr"])
-        if lr.device != plan.expected.device:
-            raise ValueError(
-                f"lr: expected it on {plan.expected.device}, where the model's parameters are, "
-                f"got {lr.device}"
-            )
-        return lr
-
     def _reason(self, plan: Plan, *sets: TaskSet) -> str | None:
-        """Why this call runs in torch; None where the native core does it."""
-        if self.backend == "torch":
-            return 'backend="torch" was asked for'
-        if plan.reason is not None:
-            return plan.reason
+        """As the base class has it; the native core has no gradient for targets and weights."""
+        reason = super()._reason(plan, *sets)
+        if reason is not None or not torch.is_grad_enabled():
+            return reason
         for s in sets:
-            if s.reason is not None:
-                return s.reason
-            if torch.is_grad_enabled():
-                for name, value in ((s.names.y, s.y), (s.names.weights, s.weights)):
-                    if value is not None and value.requires_grad:
-                        return f"{name} requires grad, which the native core has no gradient for"
+            for name, value in ((s.names.y, s.y), (s.names.weights, s.weights)):
+                if value is not None and value.requires_grad:
+                    return f"{name} requires grad, which the native core has no gradient for"
         return None
 
-    def explain(self) -> str:
-        """Which path runs, and why: "native-cpu avx512 lanes: ..." or "torch: ..."."""
-        plan, _ = self._current()
-        if self.backend == "torch":
-            return 'torch: backend="torch" was asked for'
-        if plan.reason is not None:
-            return f"torch: {plan.reason}"
-        chain = " ".join(str(layer[0]) for layer in plan.description.layers)  # type: ignore
-        text = f"native-cpu {native.isa()}"
-        if plan.last is None:
-            text += f" {native.executor()}: {chain}"
-        else:
-            tasks, support, query, steps, second = plan.last
-            p = plan.problem.plan(plan.dtype_code, steps, tasks, support, query, second)
-            text = (
-                f"native-cpu {p['isa']} {p['executor']}: {chain}; the last call had {tasks} "
-                f"tasks, {steps} steps, {p['threads']} threads, "
-                f"{p['workspace_bytes']} bytes of workspace each"
-            )
-        if self._fallback_reason is not None:
-            text += f"; some calls ran in torch: {self._fallback_reason}"
-        return text
+    def _forget(self) -> None:
+        super()._forget()
+        self._repeats = {}
+
+    def _last_call(self, plan: Plan) -> NativeCall | None:
+        if plan.last is None:  # what the calls leave, but not `adapt`
+            return self._last
+        tasks, support, query, steps, second = plan.last
+        return NativeCall("meta", Schedule(steps), tasks, support, query, 0, second)
 
     # ---- torch.compile, copies ----------------------------------------------------------------
 
@@ -424,19 +283,12 @@ class MAML(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
-        state = self.__dict__.copy()
-        state.update(_plan=None, _repeats={}, _handle=None, _shapes={})
-        return state
+        return {**super().__getstate__(), "_repeats": {}, "_handle": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""
         super().__setstate__(state)
         self._handle = _register(self)
-
-    def extra_repr(self) -> str:
-        """What `repr` shows besides the model."""
-        lr = "learnable" if self._learns is not None else self.lr
-        return f"loss={self.loss.kind}, lr={lr}, steps={self.steps}, backend={self.backend}"
 
 
 def _register(maml: MAML) -> int:

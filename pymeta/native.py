@@ -16,6 +16,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pymeta.losses import Loss
+    from pymeta.optimizers import SGD, Adam
     from pymeta.tasks import TaskSet
 
 BACKENDS = ("auto", "native", "torch")
@@ -107,6 +109,42 @@ def _read_environment() -> None:
             set_num_threads(int(os.environ["PYMETA_NUM_THREADS"]))
     except ValueError as error:
         raise ValueError(f"PYMETA_NUM_THREADS: {error}") from None
+
+
+def loss(description: Loss) -> Any:
+    """The native twin of a loss."""
+    return extension().Loss(
+        description.kind,
+        delta=description.delta,
+        label_smoothing=description.label_smoothing,
+        ignore_index=description.ignore_index,
+        weight=description.weight,
+        pos_weight=description.pos_weight,
+    )
+
+
+def optimizer(description: SGD | Adam, anchor: float = 0.0) -> Any:
+    """The native twin of an inner optimiser (its lr goes along with each call)."""
+    from pymeta.optimizers import Adam
+
+    common = {
+        "weight_decay": description.weight_decay,
+        "clip_norm": description.clip_norm or 0.0,
+        "anchor": anchor,
+    }
+    if isinstance(description, Adam):
+        beta1, beta2 = description.betas
+        return extension().Optimizer(
+            "adam",
+            beta1=beta1,
+            beta2=beta2,
+            eps=description.eps,
+            decoupled=description.decoupled,
+            **common,
+        )
+    return extension().Optimizer(
+        "sgd", momentum=description.momentum, nesterov=description.nesterov, **common
+    )
 
 
 def rows(s: TaskSet) -> tuple[int, int, int, int, int, int]:

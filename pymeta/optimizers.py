@@ -1,15 +1,16 @@
 """Inner-loop optimisers and learnable step sizes, as plain descriptions.
 
-`SGD(lr)` and `LearnableLR(...)` only say what is meant; `Rates` is the layout of the lr values
-they stand for: a row for each step (the last row is reused by all later steps), and in a row one
-value for the whole network, for each layer, or for each element of the adapted parameters.
+`SGD(...)`, `Adam(...)` and `LearnableLR(...)` only say what is meant; `reference.py` defines what
+the optimisers do. `Rates` is the layout of the lr values they stand for: a row for each step (the
+last row is reused by all later steps), and in a row one value for the whole network, for each
+layer, or for each element of the adapted parameters.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,16 +66,102 @@ class LearnableLR:
             )
 
 
+def check_number(name: str, value: Any, above: bool = False) -> None:
+    """TypeError or ValueError unless `value` is a finite number >= 0, or > 0 where `above`."""
+    wanted = f"a finite number {'>' if above else '>='} 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (above and value == 0):
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def _check_betas(name: str, betas: Any) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{name}: expected two numbers (beta1, beta2), got {betas!r}")
+    for beta in betas:
+        check_number(name, beta)
+        if beta >= 1:
+            raise ValueError(f"{name}: expected numbers >= 0 and < 1, got {beta}")
+
+
+def _check_common(kind: str, lr: Any, weight_decay: Any, clip_norm: Any) -> None:
+    if not isinstance(lr, LearnableLR):
+        check_lr(f"{kind}.lr", lr)
+    check_number(f"{kind}.weight_decay", weight_decay)
+    if clip_norm is not None:
+        check_number(f"{kind}.clip_norm", clip_norm, above=True)
+
+
 @dataclass(frozen=True)
 class SGD:
-    """Plain gradient descent in the inner loop: theta <- theta - lr * gradient."""
+    """Gradient descent, as `torch.optim.SGD` does it.
+
+    Args:
+        lr: step size, a number or a `LearnableLR`.
+        momentum: m <- momentum * m + gradient, and the step is along m.
+        nesterov: the step is along gradient + momentum * m instead.
+        weight_decay: L2 penalty; weight_decay * theta is added to the gradient.
+        clip_norm: gradients of a larger norm (over all that is adapted, per task) are scaled to
+            this one, as by `torch.nn.utils.clip_grad_norm_`; before the weight decay.
+
+    Raises:
+        TypeError, ValueError: a value is out of its range, or nesterov without momentum.
+    """
 
     lr: float | LearnableLR
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the step size."""
-        if not isinstance(self.lr, LearnableLR):
-            check_lr("SGD.lr", self.lr)
+        """Check the fields."""
+        _check_common("SGD", self.lr, self.weight_decay, self.clip_norm)
+        check_number("SGD.momentum", self.momentum)
+        _check_flag("SGD.nesterov", self.nesterov)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("SGD.nesterov: expected momentum > 0 with it, got momentum 0")
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma, Ba 2015, arXiv:1412.6980, algorithm 1), as `torch.optim.Adam` does it.
+
+    Args:
+        lr: step size, a number or a `LearnableLR`.
+        betas: decay of the running means of gradients and of their squares.
+        eps: added to the denominator.
+        weight_decay: L2 penalty; weight_decay * theta is added to the gradient.
+        decoupled: take the weight decay as a part of the step instead, as `torch.optim.AdamW`
+            (Loshchilov, Hutter 2019, arXiv:1711.05101).
+        clip_norm: as for `SGD`.
+
+    Raises:
+        TypeError, ValueError: a value is out of its range.
+    """
+
+    lr: float | LearnableLR
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _check_common("Adam", self.lr, self.weight_decay, self.clip_norm)
+        _check_betas("Adam.betas", self.betas)
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))  # of a list, too
+        check_number("Adam.eps", self.eps)
+        _check_flag("Adam.decoupled", self.decoupled)
+
+
+Optimizer: TypeAlias = SGD | Adam
 
 
 @dataclass(frozen=True)

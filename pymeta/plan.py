@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from pymeta.losses import Loss, check_width
 from pymeta.network import Description, Unsupported, describe
 from pymeta.optimizers import Rates, rates
 from pymeta.tasks import Expected, dense
+
+if TYPE_CHECKING:
+    from pymeta.optimizers import SGD, Adam
 
 DTYPE_CODES = {torch.float32: 4, torch.float64: 8}
 _PARAMETER_TYPES = (nn.Parameter, Tensor)
@@ -97,9 +100,18 @@ class Plan:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, patterns: Sequence[str] | None, per: str
+        self,
+        model: nn.Module,
+        loss: Loss,
+        patterns: Sequence[str] | None,
+        per: str,
+        optimizer: SGD | Adam | None = None,
+        anchor: float = 0.0,
     ) -> None:
-        """Look at the model; raises TypeError or ValueError where no backend can run it."""
+        """Look at the model; raises TypeError or ValueError where no backend can run it.
+
+        `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by.
+        """
         named = dict(model.named_parameters())
         _check_parameters(named)
         self.names = tuple(named)
@@ -118,6 +130,8 @@ class Plan:
         self.lr_order: list[int] | None = None
         self.last: tuple[int, int, int, int, bool] | None = None
         self.lrs: dict[float, Tensor] = {}
+        self.optimizer = optimizer
+        self.anchor = anchor
         self.reason = self._make_problem(loss, named)
         self._lay_out_gradients(named)
 
@@ -151,9 +165,10 @@ class Plan:
             return "a parameter does not have the size that its layer says"
         self.problem = lib.Problem(
             network,
-            _native_loss(lib, loss),
+            native.loss(loss),
             [n in self.adapted for n in chain],
             self._lr_groups(chain, named),
+            None if self.optimizer is None else native.optimizer(self.optimizer, self.anchor),
         )
         self.chain = [self.names.index(n) for n in chain]
         return None
@@ -211,17 +226,6 @@ class Plan:
 def _owner(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     path, _, key = name.rpartition(".")
     return model.get_submodule(path)._parameters, key
-
-
-def _native_loss(lib: Any, loss: Loss) -> Any:
-    return lib.Loss(
-        loss.kind,
-        delta=loss.delta,
-        label_smoothing=loss.label_smoothing,
-        ignore_index=loss.ignore_index,
-        weight=loss.weight,
-        pos_weight=loss.pos_weight,
-    )
 
 
 def check_statistics(model: nn.Module) -> None:

@@ -6,24 +6,26 @@ A `TaskSet` is the support side or the query side of all T tasks, in one of thre
     padded    x [T, rows, ...]     task t uses the first sizes[t] of its rows
     packed    x [sum, ...]         task t's rows are starts[t] : starts[t] + sizes[t]
 
-Lists become uniform where all sizes are equal and packed otherwise. Nothing here looks at the
-values of a tensor, so a call costs no pass over the data: values (labels, weights, sizes) are
-checked by the native core as it reads them, and for the torch backend by `check_values`.
+Lists become uniform where all sizes are equal and packed otherwise. A numpy array is taken for the
+tensor that shares its memory. Nothing here looks at the values of a tensor, so a call costs no pass
+over the data: values (labels, weights, sizes) are checked by the native core as it reads them, and
+for the torch backend by `check_values`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pymeta.losses import Loss
 
-Rows: TypeAlias = Tensor | Sequence[Tensor]
-Sizes: TypeAlias = Tensor | Sequence[int] | None
+Rows: TypeAlias = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
+Sizes: TypeAlias = Tensor | np.ndarray | Sequence[int] | None
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -100,6 +102,31 @@ class TaskSet:
         assert x is not None
         return x, own(self.y), own(self.weights)
 
+    def part(self, first: int, last: int) -> TaskSet:
+        """The tasks first .. last-1; views of this set's memory."""
+        if self.starts is not None and self.sizes is not None and first < last:
+            begin = int(self.starts[first])
+            end = int(self.starts[last - 1] + self.sizes[last - 1])
+            return replace(
+                self,
+                x=self.x[begin:end],
+                y=None if self.y is None else self.y[begin:end],
+                weights=None if self.weights is None else self.weights[begin:end],
+                tasks=last - first,
+                starts=self.starts[first:last] - begin,
+                sizes=self.sizes[first:last],
+                lengths=None,
+            )
+        return replace(
+            self,
+            x=self.x[first:last],
+            y=None if self.y is None else self.y[first:last],
+            weights=None if self.weights is None else self.weights[first:last],
+            tasks=last - first,
+            sizes=None if self.sizes is None else self.sizes[first:last],
+            lengths=None,
+        )
+
     def valid(self) -> Tensor | None:
         """Which rows of a padded set are rows: bool [T, rows]; None where all of them are."""
         if self.sizes is None or self.starts is not None:
@@ -117,6 +144,49 @@ class TaskSet:
         return f"task {task}, row {index - int(self.starts[task])}"
 
 
+class _Writable:
+    """A read-only array shown to numpy as a writable one, which torch takes without a warning."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # keeps the memory
+        interface = dict(array.__array_interface__)
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def tensor_of(name: str, value: Any) -> Any:
+    """A numpy array as a tensor that shares its memory, if it can; all else as it is.
+
+    pymeta writes to no input, so a read-only array will do. One that torch cannot share (of the
+    other byte order, or with negative strides) is copied.
+
+    Raises:
+        TypeError: the array does not hold numbers that torch knows.
+    """
+    if not isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array without a mask, got a MaskedArray")
+    if value.dtype.kind not in "fiubc":
+        raise TypeError(f"{name}: expected an array of numbers, got dtype {value.dtype}")
+    if not value.dtype.isnative:
+        value = value.astype(value.dtype.newbyteorder("="))
+    if any(stride < 0 or stride % value.itemsize for stride in value.strides):
+        value = value.copy()
+    if not value.flags.writeable:
+        value = np.asarray(_Writable(value))
+    try:
+        return torch.from_numpy(value)
+    except TypeError:  # longdouble
+        raise TypeError(f"{name}: expected an array of numbers, got dtype {value.dtype}") from None
+
+
+def _tensors_of(name: str, values: Any) -> Any:
+    """A list's arrays as tensors, or one array as a tensor; None stays."""
+    if isinstance(values, (list, tuple)):
+        return [tensor_of(f"{name}[{t}]", value) for t, value in enumerate(values)]
+    return tensor_of(name, values)
+
+
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
@@ -124,7 +194,7 @@ def _shape(tensor: Tensor) -> str:
 def _need_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name}: expected a tensor with a leading task axis, or a list of tensors, "
+            f"{name}: expected a tensor or array with a leading task axis, or a list of them, "
             f"one for each task; got {type(value).__name__}"
         )
     if value.layout is not torch.strided:
@@ -141,7 +211,7 @@ def _check_list(name: str, values: Sequence[Any], y: bool) -> None:
     first = values[0]
     for t, value in enumerate(values):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name}[{t}]: expected a tensor, got {type(value).__name__}")
+            raise TypeError(f"{name}[{t}]: expected a tensor or array, got {type(value).__name__}")
         if value.ndim < (1 if y else 2):
             shape = "[rows] or [rows, out]" if y else "[rows, features]"
             raise ValueError(f"{name}[{t}]: expected shape {shape}, got {_shape(value)}")
@@ -208,9 +278,12 @@ def _from_lists(names: Names, x: Any, y: Any, sizes: Any, weights: Any) -> TaskS
 
 def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
     """`sizes` as int64 [T] on the CPU; whether they are in range is checked with the values."""
+    sizes = tensor_of(name, sizes)
     if not isinstance(sizes, Tensor):
         if not isinstance(sizes, (list, tuple)) or not all(type(n) is int for n in sizes):
             raise TypeError(f"{name}: expected integers [T], got {type(sizes).__name__}")
+        if any(abs(n) >= 2**63 for n in sizes):
+            raise ValueError(f"{name}: expected integers below 2^63, got {max(sizes, key=abs)}")
         sizes = torch.tensor(sizes, dtype=torch.int64)
     if sizes.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected integers, got {sizes.dtype}")
@@ -319,7 +392,8 @@ def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: E
 
     Args:
         names: `SUPPORT` or `QUERY`.
-        x: [T, rows, ...], or a list of T tensors [rows_t, ...].
+        x: [T, rows, ...], or a list of T tensors [rows_t, ...]; here as everywhere, numpy arrays
+            are as good as tensors.
         y: [T, rows] or [T, rows, out], or a list likewise; None where there are no targets.
         sizes: how many of its rows each task uses, [T] integers, or None for all.
         weights: [T, rows], a list of [rows_t], or None.
@@ -330,6 +404,9 @@ def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: E
         ValueError: something has the wrong shape or device.
     """
     listed = isinstance(x, (list, tuple))
+    if not type(x) is type(y) is Tensor:
+        x, y = _tensors_of(names.x, x), _tensors_of(names.y, y)
+    weights = _tensors_of(names.weights, weights)
     out = (_from_lists if listed else _from_tensors)(names, x, y, sizes, weights)
     lead = 1 if out.starts is not None else 2
     _check_device(names.x, out.x, expected)
@@ -367,6 +444,18 @@ def check_steps(steps: Any) -> int:
     if steps < 0:
         raise ValueError(f"steps: expected an integer >= 0, got {steps}")
     return steps
+
+
+def check_task_ids(task_ids: Any, tasks: int) -> Tensor | None:
+    """`task_ids` as int64 [T] on the CPU; an error unless they are T integers >= 0."""
+    if task_ids is None:
+        return None
+    if isinstance(task_ids, range):
+        task_ids = list(task_ids)
+    ids = _check_sizes("task_ids", task_ids, tasks)
+    if bool((ids < 0).any()):
+        raise ValueError(f"task_ids: expected integers >= 0, got {int(ids.min())}")
+    return ids
 
 
 def _check_labels(s: TaskSet, loss: Loss, classes: int) -> None:

@@ -11,66 +11,36 @@ import copy
 import itertools
 import math
 import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from helpers import LOSSES, assert_close, batch, gradients, mlp, targets
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import (
+    ACTIVATIONS,
+    DTYPES,
+    EPS,
+    EXECUTORS,
+    OPTIMIZERS,
+    PATHS,
+    PROFILE,
+    SOMETIMES,
+    chains,
+    flat,
+    largest,
+    make_layer,
+    same_bits,
+    using,
+)
 from torch import nn
 
 import pymeta
 from pymeta import native
 
-DTYPES = (torch.float32, torch.float64)
-EXECUTORS = ("rows", "lanes")
-PATHS = list(itertools.product(native.isas(), EXECUTORS))
-EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
-
-settings.register_profile(
-    "kernels",
-    max_examples=60,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-PROFILE = settings.get_profile("kernels")
-
-
-@contextmanager
-def using(isa=None, executor=None, threads=None):
-    """The native options of a block; they belong to the whole process and are put back."""
-    before = native.isa(), native.executor(), native.num_threads()
-    try:
-        native.set_isa(isa or before[0])
-        native.set_executor(executor or before[1])
-        native.set_num_threads(threads or before[2])
-        yield
-    finally:
-        native.set_isa(before[0])
-        native.set_executor(before[1])
-        native.set_num_threads(before[2])
-
-
 # ---- cases ------------------------------------------------------------------------------------
 
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.25),
-    "leaky_relu_0": lambda: nn.LeakyReLU(0.0),
-    "elu": nn.ELU,
-    "elu_2": lambda: nn.ELU(2.0),
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "softplus": nn.Softplus,
-    "softplus_3": lambda: nn.Softplus(beta=3.0, threshold=2.0),
-}
 # Where a module's value, slope or curvature jumps.
 KINKS = {
     nn.ReLU: lambda m: 0.0,
@@ -96,6 +66,7 @@ class Case:
     first_order: bool = False
     lr: str | None = None  # LearnableLR(per=...), or None: a number
     per_step: bool = False
+    optimizer: str = "plain"  # one of OPTIMIZERS
     mask: int = 0  # which of the ways to adapt only some parameters
     input_gradients: bool = True
     seed: int = 0
@@ -111,17 +82,6 @@ class Case:
     @property
     def batch_norm(self) -> bool:
         return any(layer[0] == "batch_norm" for layer in self.chain)
-
-
-def make_layer(layer: tuple) -> nn.Module:
-    kind = layer[0]
-    if kind == "linear":
-        return nn.Linear(layer[1], layer[2], bias=layer[3])
-    if kind == "batch_norm":
-        return nn.BatchNorm1d(layer[1], affine=layer[3])
-    if kind == "layer_norm":
-        return nn.LayerNorm(layer[1], elementwise_affine=layer[3])
-    return ACTIVATIONS[kind]()
 
 
 def make_net(case: Case) -> nn.Sequential:
@@ -207,8 +167,8 @@ class Problem:
         if case.lr:
             lr = pymeta.LearnableLR(lr, case.lr, case.per_step)
         module = pymeta.MAML(
-            net, loss=self.loss, lr=lr, steps=case.steps, first_order=case.first_order,
-            adapt=self.adapt, backend=backend,
+            net, loss=self.loss, optimizer=OPTIMIZERS[case.optimizer](lr), steps=case.steps,
+            first_order=case.first_order, adapt=self.adapt, backend=backend,
         )  # fmt: skip
         if case.lr:
             with torch.no_grad():
@@ -257,34 +217,6 @@ class Problem:
         return arguments, options
 
 
-WIDTHS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40])
-SOMETIMES = st.sampled_from([False, False, True])
-
-
-@st.composite
-def chains(draw, max_layers=4):
-    """Random chains: normalisations anywhere, stacked activations, one layer or several."""
-    width, chain = draw(WIDTHS), []
-    norms = st.sampled_from([None, None, None, "batch_norm", "layer_norm"])
-
-    def normalise():
-        kind = draw(norms)
-        if kind:
-            chain.append((kind, width, width, draw(st.booleans())))
-
-    layers = draw(st.integers(1, max_layers))
-    for i in range(layers):
-        normalise()
-        if not chain or draw(st.integers(0, 9)):
-            out = draw(WIDTHS)
-            chain.append(("linear", width, out, draw(st.sampled_from([True, True, False]))))
-            width = out
-        normalise()
-        count = draw(st.sampled_from([0, 1, 1, 1, 2] if i + 1 < layers else [0, 0, 1]))
-        chain.extend((draw(st.sampled_from(sorted(ACTIVATIONS))),) for _ in range(count))
-    return tuple(chain)
-
-
 @st.composite
 def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None):
     chain = draw(chains() if chain is None else chain)
@@ -304,6 +236,7 @@ def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None):
         first_order=draw(SOMETIMES),
         lr=lr,
         per_step=lr is not None and draw(st.booleans()),
+        optimizer=draw(st.sampled_from(["plain", *sorted(OPTIMIZERS)])),
         mask=draw(st.sampled_from([0, 0, 1, 2, 3])),
         input_gradients=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
@@ -311,20 +244,6 @@ def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None):
 
 
 # ---- how close is close -----------------------------------------------------------------------
-
-
-def flat(value) -> torch.Tensor:
-    """A result, or a group of results, as one float64 vector."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return torch.cat([v.detach().double().flatten() for v in value] or [torch.zeros(0)])
-    return value.detach().double().flatten()
-
-
-def largest(value) -> float:
-    v = flat(value)
-    return float(v.abs().max()) if v.numel() else 0.0
 
 
 def longest_sum(case: Case) -> int:
@@ -563,6 +482,7 @@ def factored_cases(draw):
         "support": draw(st.sampled_from([2, 8, 16, 17, 24])),
         "lr": draw(st.sampled_from([None, None, "network"])),
         "per_step": False,
+        "optimizer": draw(st.sampled_from(["plain", "plain", "plain", "momentum"])),
         "input_gradients": False,
         "tasks": case.tasks if case.form == "uniform" else min(case.tasks, 9),
     }
@@ -577,7 +497,9 @@ def test_factored_first_layer_against_the_reference(case):
 
 def is_factored(problem: Problem, rows: int) -> bool:
     plan = problem.module(torch.float32)._plan
-    return plan.problem.plan(4, problem.case.steps, 8, rows, rows, True)["factored"]
+    schedule = (problem.case.steps, -1, 0, 0, 0, 0)
+    found = plan.problem.plan(4, "meta", schedule, 8, rows, rows, second_order=True)
+    return found["factored"]
 
 
 def test_factored_and_unfactored_tasks_in_one_call():
@@ -613,15 +535,21 @@ SMOOTH = {
 
 @pytest.mark.parametrize("isa, executor", PATHS)
 @pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
-def test_finite_differences_of_the_native_loss(isa, executor, name, loss):
+@pytest.mark.parametrize(
+    "loss, optimizer",
+    [
+        ("mse", "plain"), ("cross_entropy", "plain"), ("bce_with_logits", "plain"),
+        ("mse", "nesterov"), ("cross_entropy", "adam, decay"), ("bce_with_logits", "adamw"),
+    ],
+)  # fmt: skip
+def test_finite_differences_of_the_native_loss(isa, executor, name, loss, optimizer):
     """The loss along a random line through parameters, lr and inputs.
 
     A central difference with step h errs by h^2 times a third derivative, which the difference
     at 2h shows (theirs is four times as large), and by the rounding of the loss over h.
     """
     case = Case(SMOOTH[name], loss=loss, loss_options=True, tasks=5, form="list", lr="parameter",
-                per_step=True, steps=3, weights=True, seed=3)  # fmt: skip
+                per_step=True, steps=3, weights=True, optimizer=optimizer, seed=3)  # fmt: skip
     problem = Problem(case)
     module = problem.module(torch.float64)
     support, query = problem.support.to(torch.float64), problem.query.to(torch.float64)
@@ -683,17 +611,6 @@ def test_gradcheck(executor):
 
 
 # ---- the same to the last bit -------------------------------------------------------------------
-
-
-def bits(v: torch.Tensor) -> torch.Tensor:
-    return v.detach().contiguous().view(torch.int32 if v.dtype == torch.float32 else torch.int64)
-
-
-def same_bits(a, b) -> bool:
-    a, b = ([v] if isinstance(v, torch.Tensor) else list(v) for v in (a, b))
-    return len(a) == len(b) and all(
-        x.shape == y.shape and torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True)
-    )
 
 
 def of_tasks(results: dict, tasks) -> list[torch.Tensor]:

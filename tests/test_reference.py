@@ -7,7 +7,8 @@ from helpers import LOSSES, assert_close, batch, gradients, loop_meta_loss, mlp,
 from torch import nn
 
 import pymeta
-from pymeta.losses import describe_loss, task_loss
+from pymeta.losses import describe_loss
+from pymeta.task_loss import task_loss
 
 
 def maml(net, **options):

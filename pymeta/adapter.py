@@ -1,0 +1,610 @@
+"""`Adapter`: a learned start and how to adapt from it, deployed. numpy in, numpy out, no torch.
+
+    adapter = maml.adapter()                      # or reptile's, or finetune's
+    adapter.save("m.safetensors")
+    ...                                           # in another process, without torch
+    adapter = pymeta.Adapter.load("m.safetensors")
+    adapter.adapt_predict(xs, ys, xq, out=out)    # one task, in microseconds
+    models = adapter.adapt(xs, ys)                # or many at once: a pymeta.AdaptedArrays
+
+The results are to the last bit those of the learner it was made from: the same native core does
+the same steps. One task goes through a native `Engine`, which keeps everything it needs between
+calls; many tasks go through the same calls as the learners'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from pymeta import native
+from pymeta.architecture import Architecture, read_architecture
+from pymeta.arrays import (
+    DTYPE_CODES,
+    AdaptedArrays,
+    Expected,
+    Gathered,
+    Names,
+    Rows,
+    address,
+    array_of,
+    dense,
+    gather,
+    need_array,
+    raw_of,
+)
+from pymeta.file import Contents, Fields, Path, read, write
+from pymeta.losses import Loss, check_width, read_loss
+from pymeta.optimizers import SGD, Adam, LearnableLR, Optimizer, rates
+from pymeta.schedule import Schedule, check_count
+
+if TYPE_CHECKING:
+    from pymeta.learner import Learner
+
+ClassWeights: TypeAlias = "str | tuple[float, ...] | None"
+
+_SUPPORT = Names("xs", "ys", "weights")
+_LARGEST_ID = 2**63 - 1
+
+
+class Adapter:
+    """A start, and the recipe by which tasks are adapted from it. It does not change.
+
+    It may be used from many threads at once: every call gives bitwise what it gives alone, and
+    none holds the GIL while it computes.
+
+    Attributes:
+        architecture: the chain of layers.
+        in_features: columns of xs and xq.
+        out_features: columns of the outputs.
+        dtype: of all inputs (but classes, which are integers) and outputs.
+        loss: a description of the loss.
+        optimizer: `pymeta.SGD` or `pymeta.Adam`.
+        lr: its step sizes [columns] or [steps, columns], as the learner had them.
+        schedule: how many steps, on which rows.
+        anchor: the weight of the pull towards the start.
+        class_weights: what weighs rows by their class: None, "balanced", or one for each class.
+        adapted: the names of the parameters that are adapted.
+        parameters: {name: array} the start, read-only.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        parameters: Mapping[str, np.ndarray],
+        *,
+        adapted: Sequence[str],
+        loss: Loss,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        lr: np.ndarray | None = None,
+        anchor: float = 0.0,
+        class_weights: ClassWeights = None,
+    ) -> None:
+        """Copy what is given; a learner's `adapter()` and `load` are the ways to come here.
+
+        `lr` are the values of a `LearnableLR`, in the learner's layout; None where the optimiser
+        has a number.
+
+        Raises:
+            TypeError, ValueError: it does not fit together, or a step size is not finite.
+        """
+        self.architecture = architecture
+        self.loss = loss
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.anchor = anchor
+        self.class_weights = class_weights
+        self.adapted = tuple(adapted)
+        self.in_features = architecture.in_features
+        self.out_features = architecture.out_features
+        check_width(loss, self.out_features)
+        _check_recipe(loss, self.out_features, anchor, class_weights)
+        self.parameters = _checked_parameters(architecture, parameters)
+        self.dtype = next(iter(self.parameters.values())).dtype
+        if isinstance(optimizer.lr, LearnableLR) == (lr is None):
+            raise ValueError("lr: expected values exactly where the optimiser's are learnable")
+        self.lr = _frozen(np.array([optimizer.lr], self.dtype) if lr is None else lr)
+        # whether `_ready` has anything to do
+        self._prepares = class_weights is not None or (
+            architecture.batch_norm and schedule.batch_size is not None
+        )
+        self._expected = Expected(architecture, loss, self.dtype)
+        groups = self._lay_out_lr()
+        lib = native.extension()
+        self._problem = lib.Problem(
+            architecture.network(),
+            native.loss(loss),
+            [name in self.adapted for name in architecture.chain],
+            groups,
+            native.optimizer(optimizer, anchor),
+        )
+        self._start = [self.parameters[name] for name in architecture.chain]
+        self._engine = lib.Engine(
+            self._problem,
+            DTYPE_CODES[self.dtype],
+            [address(p) for p in self._start],
+            address(self._native_lr),
+            *self._native_lr.shape,
+            schedule.for_native(),
+        )
+
+    def _lay_out_lr(self) -> list[int] | None:
+        """Make `_native_lr`: [rows, columns], what the chain's order asks for; its groups."""
+        chain, shapes = self.architecture.chain, self.architecture.shapes()
+        unknown = [name for name in self.adapted if name not in shapes]
+        if unknown or list(self.adapted) != [n for n in shapes if n in self.adapted]:
+            raise ValueError(f"adapted: expected some of {', '.join(shapes)} in their order")
+        rate = self.optimizer.lr
+        per = rate.per if isinstance(rate, LearnableLR) else "network"
+        layout = rates(per, {name: math.prod(shapes[name]) for name in self.adapted})
+        lr = np.atleast_2d(self.lr)
+        if self.lr.ndim not in (1, 2) or lr.shape[1] != layout.columns or not lr.shape[0]:
+            raise ValueError(
+                f"lr: expected shape [{layout.columns}] or [steps, {layout.columns}], "
+                f"got {list(self.lr.shape)}"
+            )
+        if self.lr.dtype != self.dtype or not np.isfinite(lr).all():
+            raise ValueError(f"lr: expected finite values of {self.dtype}")
+        if layout.groups is not None:
+            self._native_lr = dense(lr)
+            return [layout.groups.get(name, 0) for name in chain]
+        spans = [layout.spans[name] for name in chain if name in layout.spans]
+        columns = [column for first, end in spans for column in range(first, end)]
+        self._native_lr = dense(lr[:, columns])
+        return None
+
+    # ---- use ----------------------------------------------------------------------------------
+
+    def adapt(
+        self,
+        xs: Rows,
+        ys: Rows,
+        *,
+        weights: Rows | None = None,
+        steps: int | None = None,
+        task_ids: Sequence[int] | np.ndarray | None = None,
+    ) -> AdaptedArrays:
+        """The models adapted to T tasks.
+
+        Args:
+            xs: [T, rows, in] arrays of `dtype`, or a list of T arrays [rows_t, in]. Arrays that
+                are not contiguous are copied.
+            ys: [T, rows] classes for cross_entropy; otherwise values [T, rows, out], or
+                [T, rows] where out is 1; a list where xs is one.
+            weights: [T, rows] weights of the rows' losses, or a list of [rows_t].
+            steps: instead of the recipe's, where that counts steps.
+            task_ids: [T] numbers that set the tasks' shuffles apart; all 0 if left out.
+
+        Raises:
+            TypeError: an argument is no array, or of another dtype. Nothing is cast.
+            ValueError: a wrong shape, or a label or weight out of range.
+        """
+        support = self._ready(gather(_SUPPORT, xs, ys, weights, self._expected))
+        return self._adapt(support, self._scheduled(steps), _ids(task_ids, support.tasks))
+
+    def adapt_predict(
+        self,
+        xs: Rows,
+        ys: Rows,
+        xq: Rows,
+        out: np.ndarray | None = None,
+        *,
+        weights: Rows | None = None,
+    ) -> Any:
+        """Adapt, and predict with what was adapted: the raw outputs.
+
+        One task (xs of two dimensions) is the fast way: given `out` and contiguous arrays, it
+        allocates nothing after the first call with that many rows.
+
+        Args:
+            xs: one task's [rows, in]; or tasks, as for `adapt`.
+            ys: one task's [rows] or [rows, out]; or as for `adapt`.
+            xq: [rows, in]; or [T, rows, in], or a list.
+            out: [rows, out], or [T, rows, out], contiguous: where the result goes. None for new
+                memory, and where xq is a list.
+            weights: one task's [rows]; or as for `adapt`.
+
+        Returns:
+            `out`; a list of [rows_t, out] where xq is a list.
+
+        Raises:
+            TypeError, ValueError: as `adapt`.
+        """
+        if not isinstance(xs, np.ndarray) or xs.ndim != 2:
+            return self._adapt_predict_many(xs, ys, xq, out, weights)
+        if out is None:
+            out = np.empty((*need_array("xq", xq).shape[:1], self.out_features), self.dtype)
+        if self._prepares:
+            weights = self._ready(self._one(xs, ys, weights)).weights
+            weights = None if weights is None else weights[0]
+        try:
+            self._engine.adapt_predict(xs, ys, xq, out, weights)
+        except (TypeError, ValueError):
+            # what only lies in memory in another way is copied; all else raises again
+            lying_well = _as_engines_want(xs, ys, xq, out, weights)
+            with _weights_by_name():
+                self._engine.adapt_predict(*lying_well)
+        return out
+
+    def _ready(self, support: Gathered) -> Gathered:
+        """The tasks with class weights worked into the rows' weights, and minibatches checked."""
+        if self.architecture.batch_norm:
+            _check_minibatches(support, self.schedule.batch_size)
+        if self.class_weights is None:
+            return support
+        weights = _class_weighted(support, self.loss, self.out_features, self.class_weights)
+        return support._replace(weights=weights)
+
+    def _one(self, xs: Any, ys: Any, weights: Any) -> Gathered:
+        """One task as a batch."""
+        ys = need_array("ys", ys)[None]
+        weights = None if weights is None else need_array("weights", weights)[None]
+        return gather(_SUPPORT, xs[None], ys, weights, self._expected)
+
+    def _adapt_predict_many(self, xs: Any, ys: Any, xq: Any, out: Any, weights: Any) -> Any:
+        return self.adapt(xs, ys, weights=weights)(xq, out)
+
+    def _adapt(
+        self, support: Gathered, schedule: Schedule, ids: np.ndarray | None
+    ) -> AdaptedArrays:
+        shapes = self.architecture.shapes()
+        made = {n: np.empty((support.tasks, *shapes[n]), self.dtype) for n in self.adapted}
+        status = np.zeros(support.tasks, np.int8)
+        with _weights_by_name():
+            self._problem.adapt(
+                DTYPE_CODES[self.dtype],
+                [address(p) for p in self._start],
+                [False] * len(self._start),
+                address(self._native_lr),
+                *self._native_lr.shape,
+                schedule.for_native(address(ids)),
+                support.tasks,
+                support.pointers(),
+                [address(made.get(name)) for name in self.architecture.chain],
+                status=address(status),
+            )
+        shared = {n: p for n, p in self.parameters.items() if n not in made}
+        return AdaptedArrays(self.architecture, self.loss, made, shared, support.tasks, status)
+
+    def _scheduled(self, steps: Any) -> Schedule:
+        if steps is None:
+            return self.schedule
+        if self.schedule.steps is None:
+            raise ValueError("steps: expected None, because the recipe counts epochs")
+        return replace(self.schedule, steps=check_count("steps", steps))
+
+    def __repr__(self) -> str:
+        """What it does, in a line."""
+        s = self.schedule
+        turns = f"{s.steps} steps" if s.epochs is None else f"{s.epochs} epochs"
+        return f"Adapter({self.architecture}; {self.loss.kind}, {self.optimizer}, {turns})"
+
+    # ---- files, copies ------------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
+        names = ("architecture", "parameters", "adapted", "loss", "optimizer", "schedule")
+        parts = {name: getattr(self, name) for name in (*names, "anchor", "class_weights")}
+        return {**parts, "lr": self._learned_lr()}
+
+    def _learned_lr(self) -> np.ndarray | None:
+        return self.lr if isinstance(self.optimizer.lr, LearnableLR) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state to copy or pickle."""
+        return self._parts()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or pickled state."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    def save(self, path: Path) -> None:
+        """Write it into a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        kind = "adam" if isinstance(self.optimizer, Adam) else "sgd"
+        described = {
+            "architecture": self.architecture.described(),
+            "loss": asdict(self.loss),
+            "recipe": {
+                "adapted": list(self.adapted),
+                "optimizer": {"kind": kind, **asdict(self.optimizer)},
+                "schedule": {
+                    n: v if v is None else int(v) for n, v in asdict(self.schedule).items()
+                },
+                "anchor": self.anchor,
+                "class_weights": self.class_weights,
+            },
+        }
+        learned = self._learned_lr()
+        tensors = self.parameters if learned is None else {**self.parameters, ".lr": learned}
+        write(path, "adapter", described, {name: raw_of(a) for name, a in tensors.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Adapter:
+        """The adapter of a file that `save` wrote. All of it is read and checked.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, of another kind, or of a newer version; the message begins
+                with the path.
+        """
+        contents = read(path, "adapter", verify=True)
+        try:
+            return cls(**_read_parts(contents))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{contents.path}: {error}") from None
+
+
+def from_learner(learner: Learner) -> Adapter:
+    """The adapter of a MAML, Reptile or FineTune; its parameters are a copy of those of now.
+
+    Raises:
+        ValueError: the native core cannot run the model (the message says why), or the recipe
+            has what an adapter lacks (held out rows).
+    """
+    import torch
+
+    from pymeta.adapted import architecture
+    from pymeta.tasks import dense as dense_tensor
+
+    if getattr(learner, "validation", 0):
+        raise ValueError(
+            "adapter: expected validation=0, because an adapter holds no rows out; find the "
+            "number of epochs with a FineTune that does, and deploy one with that number"
+        )
+    plan, tensors = learner._current()
+    if plan.reason is not None:
+        raise ValueError(f"adapter: the native core cannot run this learner: {plan.reason}")
+    chain = architecture(plan)
+    assert chain is not None
+
+    def array(tensor: torch.Tensor) -> np.ndarray:
+        return dense_tensor(tensor.detach().to(plan.expected.dtype)).numpy()
+
+    optimizer = learner.optimizer
+    learned = isinstance(optimizer.lr, LearnableLR)
+    return Adapter(
+        chain,
+        {name: array(p) for name, p in zip(plan.names, tensors, strict=True)},
+        adapted=plan.adapted,
+        loss=learner.loss,
+        optimizer=optimizer,
+        schedule=learner.schedule,
+        lr=array(learner._lr(plan)) if learned else None,
+        anchor=learner.anchor,
+        class_weights=getattr(learner, "class_weights", None),
+    )
+
+
+# ---- pieces -----------------------------------------------------------------------------------
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    """A copy that nobody can write to."""
+    array = np.array(array, order="C")
+    array.flags.writeable = False
+    return array
+
+
+def _checked_parameters(
+    architecture: Architecture, parameters: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Copies, in order; TypeError or ValueError unless they are those of the architecture."""
+    shapes = architecture.shapes()
+    if not shapes or parameters.keys() != shapes.keys():
+        raise ValueError(
+            f"parameters: expected {', '.join(shapes) or 'some'}, "
+            f"got {', '.join(parameters) or 'none'}"
+        )
+    first = parameters[next(iter(shapes))].dtype
+    for name, shape in shapes.items():
+        value = parameters[name]
+        if value.dtype not in DTYPE_CODES or value.dtype != first:
+            raise TypeError(
+                f"parameters: {name} is {value.dtype}; expected float32 or float64 as the first is"
+            )
+        if value.shape != shape:
+            raise ValueError(
+                f"parameters: {name}: expected shape {list(shape)}, got {list(value.shape)}"
+            )
+    return {name: _frozen(parameters[name]) for name in shapes}
+
+
+def _check_recipe(loss: Loss, outputs: int, anchor: float, class_weights: ClassWeights) -> None:
+    if not (math.isfinite(anchor) and anchor >= 0):
+        raise ValueError(f"anchor: expected a finite number >= 0, got {anchor}")
+    if class_weights is None:
+        return
+    classes = _classes(loss, outputs)
+    if isinstance(class_weights, str):
+        if class_weights != "balanced":
+            raise ValueError(f"class_weights: unknown {class_weights[:60]!r}")
+        return
+    if len(class_weights) != classes:
+        raise ValueError(f"class_weights: expected {classes}, got {len(class_weights)}")
+    if not all(math.isfinite(w) and w >= 0 for w in class_weights):
+        raise ValueError(f"class_weights: expected finite numbers >= 0, got {class_weights}")
+
+
+def _classes(loss: Loss, outputs: int) -> int:
+    """How many classes there are; ValueError where targets are no classes."""
+    if loss.takes_classes:
+        return outputs
+    if loss.kind != "bce_with_logits" or outputs != 1:
+        raise ValueError(
+            "class_weights: expected cross_entropy, or bce_with_logits of one output, "
+            f"got {loss.kind} of {outputs}"
+        )
+    return 2
+
+
+def _class_weighted(
+    support: Gathered, loss: Loss, outputs: int, wanted: str | tuple[float, ...]
+) -> np.ndarray:
+    """The rows' weights, each multiplied by that of the row's class.
+
+    "balanced" is n / (k * count) for a task of n rows with k classes in it, of which one has
+    `count` rows. Rows that the loss ignores do not count, and a wrong label is left for the
+    native core to find.
+    """
+    assert support.y is not None
+    classes = _classes(loss, outputs)
+    lead, y = support.x.shape[:-1], support.y.reshape(-1)
+    sizes = np.full(support.tasks, support.rows) if support.sizes is None else support.sizes
+    task = np.repeat(np.arange(support.tasks), sizes)
+    if loss.takes_classes:
+        found = np.where((y >= 0) & (y < classes) & (y != loss.ignore_index), y, -1)
+    else:
+        wrong = np.flatnonzero((y != 0) & (y != 1))
+        if wrong.size:
+            row = wrong[0] - np.searchsorted(task, task[wrong[0]])
+            raise ValueError(
+                f"ys: task {task[wrong[0]]}, row {row}: expected 0 or 1 with class_weights, "
+                f"got {y[wrong[0]]}"
+            )
+        found = y.astype(np.int64)
+    kept = found >= 0
+    if isinstance(wanted, str):
+        cells = (task * classes + found)[kept]
+        counts = np.bincount(cells, minlength=support.tasks * classes).reshape(-1, classes)
+        present = (counts > 0).sum(1, keepdims=True)
+        balanced = counts.sum(1, keepdims=True) / np.maximum(present * counts, 1)
+        of_class = balanced[task, found]
+    else:
+        of_class = np.array(wanted)[found]
+    weights = np.where(kept, of_class, 1.0).astype(support.x.dtype).reshape(lead)
+    return weights if support.weights is None else support.weights * weights
+
+
+def _check_minibatches(support: Gathered, size: int | None) -> None:
+    """Raise ValueError where a minibatch would be one row, which cannot be normalised."""
+    rows = np.full(support.tasks, support.rows) if support.sizes is None else support.sizes
+    if size is None:
+        return
+    wrong = np.flatnonzero((rows > size) & ((rows % size == 1) | (size == 1)))
+    if wrong.size:
+        raise ValueError(
+            f"batch_size: {size} leaves a minibatch of one row of the {rows[wrong[0]]} rows of "
+            f"task {wrong[0]}, which batch normalisation cannot normalise"
+        )
+
+
+def _ids(task_ids: Any, tasks: int) -> np.ndarray | None:
+    """Task ids as int64 [T]; TypeError or ValueError where they are not T numbers >= 0."""
+    if task_ids is None:
+        return None
+    ids = np.asarray(task_ids)
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise TypeError(f"task_ids: expected {tasks} integers, got {ids.dtype}")
+    if ids.shape != (tasks,):
+        raise ValueError(f"task_ids: expected {tasks} integers, got shape {list(ids.shape)}")
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= _LARGEST_ID:
+        raise ValueError(f"task_ids: expected integers in 0..{_LARGEST_ID}")
+    return ids.astype(np.int64)
+
+
+def _as_engines_want(xs: Any, ys: Any, xq: Any, out: Any, weights: Any) -> tuple[Any, ...]:
+    """One task's arrays made contiguous and integers int64, where they are arrays."""
+    if isinstance(ys, np.ndarray) and ys.dtype.kind in "iu":
+        ys = ys.astype(np.int64, copy=False)
+    xs, ys, xq, weights = (
+        dense(a) if isinstance(a, np.ndarray) else a for a in (xs, ys, xq, weights)
+    )
+    return xs, ys, xq, out, weights
+
+
+@contextmanager
+def _weights_by_name() -> Iterator[None]:
+    """Let the native core's messages call the weights what `adapt` calls them."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("support_weights", "weights")) from None
+
+
+# ---- reading a file ---------------------------------------------------------------------------
+
+
+def _read_parts(contents: Contents) -> dict[str, Any]:
+    """The constructor's arguments, of what is in a file."""
+    described = Fields("metadata", contents.described)
+    architecture = read_architecture(described.take("architecture", dict, "an object"))
+    loss = read_loss(described.object("loss"))
+    recipe = described.object("recipe")
+    described.end()
+    parts = {
+        "architecture": architecture,
+        "loss": loss,
+        "adapted": recipe.list_of("adapted", str),
+        "optimizer": _read_optimizer(recipe.object("optimizer")),
+        "schedule": _read_schedule(recipe.object("schedule")),
+        "anchor": recipe.number("anchor"),
+        "class_weights": _read_class_weights(recipe),
+    }
+    recipe.end()
+    for name, raw in contents.tensors.items():
+        if raw.dtype not in ("F32", "F64"):
+            raise ValueError(f"tensor {name} is {raw.dtype}, expected F32 or F64")
+    tensors = {name: array_of(raw) for name, raw in contents.tensors.items()}
+    return {**parts, "lr": tensors.pop(".lr", None), "parameters": tensors}
+
+
+def _read_optimizer(fields: Fields) -> Optimizer:
+    kind = fields.text("kind")
+    options: dict[str, Any] = {
+        "lr": _read_lr(fields),
+        "weight_decay": fields.number("weight_decay"),
+        "clip_norm": None if fields.is_null("clip_norm") else fields.number("clip_norm"),
+    }
+    if kind == "adam":
+        betas = fields.numbers("betas")
+        options |= {"betas": betas, "eps": fields.number("eps")}
+        options["decoupled"] = fields.boolean("decoupled")
+    elif kind == "sgd":
+        options["momentum"] = fields.number("momentum")
+        options["nesterov"] = fields.boolean("nesterov")
+    else:
+        raise ValueError(f"{fields.what}: unknown kind {kind[:60]!r}")
+    fields.end()
+    return (Adam if kind == "adam" else SGD)(**options)
+
+
+def _read_lr(fields: Fields) -> float | LearnableLR:
+    if not fields.is_a("lr", dict):
+        return fields.number("lr")
+    lr = fields.object("lr")
+    found = LearnableLR(lr.number("initial"), lr.text("per"), lr.boolean("per_step"))
+    lr.end()
+    return found
+
+
+def _read_schedule(fields: Fields) -> Schedule:
+    def optional(name: str, low: int) -> int | None:
+        return None if fields.is_null(name) else fields.integer(name, low)
+
+    found = Schedule(
+        steps=optional("steps", 0),
+        epochs=optional("epochs", 0),
+        batch_size=optional("batch_size", 1),
+        seed=fields.integer("seed", 0),
+        stream=fields.integer("stream", 0),
+    )
+    fields.end()
+    return found
+
+
+def _read_class_weights(recipe: Fields) -> ClassWeights:
+    if recipe.is_null("class_weights"):
+        return None
+    if recipe.is_a("class_weights", list):
+        return recipe.numbers("class_weights")
+    return recipe.text("class_weights")

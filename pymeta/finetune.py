@@ -1,0 +1,534 @@
+"""FineTune: T data sets, one start, and every one of the T models trained in the same call.
+
+Nothing is meta-learned here. Each task is trained for some epochs by SGD or Adam (what they do is
+written down in `pymeta/reference.py`), from a shared start or one of its own, with what keeps small
+data sets honest: frozen parameters, a pull towards the start (L2-SP; Li, Grandvalet, Davoine 2018,
+arXiv:1802.01483), weight decay, class weights, and held out rows with early stopping.
+
+A run goes through the tasks in chunks. What a chunk needs besides inputs and outputs (copies of
+rows where some are held out, weights of classes) is gone before the next one begins.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from glob import escape
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymeta.adapted import Adapted
+from pymeta.learner import Learner, Weights, check_minibatches, check_patterns
+from pymeta.optimizers import Optimizer, check_number
+from pymeta.plan import Plan
+from pymeta.reference import Adaptation
+from pymeta.rows import (
+    check_class_count,
+    check_class_weights,
+    class_table,
+    held_out_counts,
+    hold_out,
+    weighted,
+)
+from pymeta.schedule import Schedule, check_count
+from pymeta.stacked import History
+from pymeta.tasks import (
+    Expected,
+    Names,
+    Rows,
+    Sizes,
+    TaskSet,
+    check_same_tasks,
+    check_task_ids,
+    check_values,
+    task_set,
+    tensor_of,
+)
+
+Start = Adapted | Mapping[str, Tensor]
+
+_TRAIN = Names("xs", "ys", "sizes", "weights")
+_VALIDATION = Names(
+    "validation_data[0]", "validation_data[1]", "validation_data's sizes", "validation_data[2]"
+)
+_CHUNK_WORK = 4e10  # multiplications and additions of a chunk: some tenths of a second
+_LARGEST_CHUNK = 4096
+_PATIENCE_OF_THE_USER = 2.0  # seconds
+
+
+class _Bar:
+    """A tqdm bar that counts tasks; shown from the beginning, after a while, or not at all."""
+
+    def __init__(self, total: int | None, progress: bool | None) -> None:
+        if progress is not None and not isinstance(progress, bool):
+            raise TypeError(f"progress: expected a bool or None, got {type(progress).__name__}")
+        self._total, self._wanted, self._done = total, progress, 0
+        self._began = time.monotonic()
+        self._bar: Any = None
+        if progress:
+            self._show()
+
+    def _show(self) -> None:
+        from tqdm import tqdm
+
+        # disable=None: not where stderr is no terminal
+        quiet = None if self._wanted is None else False
+        self._bar = tqdm(total=self._total, unit="task", disable=quiet, initial=self._done)
+
+    def advance(self, tasks: int) -> None:
+        """So many more are done."""
+        self._done += tasks
+        if self._bar is not None:
+            self._bar.update(tasks)
+        elif self._wanted is None and time.monotonic() - self._began > _PATIENCE_OF_THE_USER:
+            self._show()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class FineTune(Learner):
+    """Fine-tune `model` to many tasks, each for itself.
+
+    The model's own parameters are the start and stay as they are.
+
+    Memory: the result has the adapted parameters of every task (`p.numel()` values for each
+    parameter p that is not frozen, 4 bytes each in float32), one byte of status, and with
+    `curves` 8 numbers and 2 or so for each epoch. Beside these there is only what each thread works
+    in, which `explain()` tells, and one chunk's copies of rows where rows are held out. Inputs are
+    used where they lie, except that lists are joined; `stream` takes any number of tasks.
+
+    Args:
+        model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
+            knows runs there; everything else runs in torch, with one warning.
+        loss: "mse", "huber", "cross_entropy", "bce_with_logits", or the torch.nn loss module.
+        optimizer: `pymeta.SGD(...)` or `pymeta.Adam(...)`; its state is each task's own.
+        lr: instead of `optimizer`, the step size of plain SGD.
+        epochs: how often all of a task's rows are gone through.
+        batch_size: rows of a step, shuffled for each epoch as in `pymeta/schedule.py`; None for
+            all rows at once.
+        anchor: the penalty anchor/2 |theta - start|^2 on what is adapted (L2-SP).
+        freeze: fnmatch patterns of parameter names that stay as they are in the start; so do
+            parameters that do not require grad.
+        class_weights: None, or what the weights of the rows are multiplied by: a number for each
+            class, or "balanced", n / (k * count) in a task of n rows with k classes in it, of
+            which the row's one has `count` rows. For cross_entropy, and for bce_with_logits with
+            one output (classes 0 and 1). They count in validation as well.
+        validation: the fraction of each task's rows that is held out, rounded down. After each
+            epoch the loss on them is looked at, and the weights (or the start) that had the
+            lowest are the result. A task with none held out is trained for all epochs.
+        validation_rows: "random", or "last" for the last rows of each task, as for rows in the
+            order of time.
+        patience: stop a task after so many epochs in a row without a lower validation loss.
+        seed: of the shuffles and of the choice of rows held out.
+        backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
+            says).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; with backend="native", also
+            where the native core cannot run the model (the message says why).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: str | nn.Module,
+        optimizer: Optimizer | None = None,
+        lr: float | None = None,
+        epochs: int,
+        batch_size: int | None = None,
+        anchor: float = 0.0,
+        freeze: Sequence[str] | None = None,
+        class_weights: str | Sequence[float] | None = None,
+        validation: float = 0.0,
+        validation_rows: str = "random",
+        patience: int | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        """Check the arguments and look at the model."""
+        check_number("anchor", anchor)
+        super().__init__(
+            model, loss=loss, lr=lr, optimizer=optimizer, backend=backend, anchor=float(anchor)
+        )
+        self.epochs = check_count("epochs", epochs)
+        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
+        self.freeze = check_patterns("freeze", freeze)
+        self.class_weights = check_class_weights(class_weights, self.loss)
+        check_number("validation", validation)
+        if validation >= 1:
+            raise ValueError(f"validation: expected a fraction >= 0 and < 1, got {validation}")
+        self.validation = float(validation)
+        if validation_rows not in ("random", "last"):
+            raise ValueError(
+                f'validation_rows: expected "random" or "last", got {validation_rows!r}'
+            )
+        self.validation_rows = validation_rows
+        self.patience = None if patience is None else check_count("patience", patience, 1)
+        self.seed = check_count("seed", seed)
+        plan = self._look()
+        check_class_count(self.class_weights, self.loss, plan.expected.out_features)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The epochs, and how each goes through the rows."""
+        return Schedule(None, self.epochs, self.batch_size, self.seed)
+
+    def _made_plan(self) -> Plan:
+        names = [name for name, _ in self.model.named_parameters()]
+        frozen: set[str] = set()
+        for pattern in self.freeze or ():
+            hits = [name for name in names if fnmatchcase(name, pattern)]
+            if not hits:
+                raise ValueError(
+                    f"freeze: the pattern {pattern!r} matches no parameter; "
+                    f"there are {', '.join(names) or 'none'}"
+                )
+            frozen.update(hits)
+        free = [escape(name) for name in names if name not in frozen]
+        return Plan(self.model, self.loss, free, self._per, self._rule, self.anchor)
+
+    # ---- calls --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        xs: Rows,
+        ys: Rows,
+        *,
+        start: Start | None = None,
+        sizes: Sizes = None,
+        weights: Weights = None,
+        validation_data: Sequence[Rows] | None = None,
+        task_ids: Sequence[int] | Tensor | None = None,
+        curves: bool = False,
+        progress: bool | None = None,
+    ) -> Adapted:
+        """The models of T tasks. There is no graph.
+
+        Args:
+            xs: inputs [T, rows, ...], or a list of T tensors [rows_t, ...]; tensors or arrays.
+            ys: targets: class indices [T, rows] for cross_entropy; otherwise [T, rows, out],
+                or [T, rows] where out is 1; a list where xs is one.
+            start: where the tasks begin, in place of the model's parameters: the result of an
+                earlier call, or {name: [T, ...]} for some of the parameters, frozen ones too.
+            sizes: [T], how many of its rows each task uses, where xs is padded.
+            weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses.
+            validation_data: (x, y) or (x, y, weights) like xs, ys, weights, to validate on
+                instead of rows held out.
+            task_ids: [T] integers >= 0 that set the shuffles of the tasks apart; left out,
+                tasks of equal sizes are shuffled alike.
+            curves: whether the models get a `history` of the epochs' losses.
+            progress: True for a bar on stderr; None for one if the run turns out to be long and
+                stderr is a terminal.
+
+        Returns:
+            T models; `status` tells which of them have weights that are not finite.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a wrong shape or device, a label, size or weight out of range, a batch
+                of one row under batch normalisation, a normalisation layer that would use
+                running statistics; with backend="native" also whatever only torch could run.
+        """
+        data = {"sizes": sizes, "weights": weights, "validation_data": validation_data}
+        options = {"start": start, **data, "task_ids": task_ids, "curves": curves}
+        if torch.compiler.is_compiling():
+            return _eagerly(self, xs, ys, progress, options)
+        return self._tuned(xs, ys, progress, 6, **options)
+
+    def stream(
+        self,
+        tasks: Iterable[Sequence[Any]],
+        chunk: int = 1024,
+        *,
+        task_ids: Iterable[int] | None = None,
+        curves: bool = False,
+        progress: bool | None = None,
+    ) -> Iterator[Adapted]:
+        """Fine-tune any number of tasks, in memory that does not grow with their number.
+
+        Args:
+            tasks: single ones, (x, y) or (x, y, weights) with x [rows, ...] as tensors or
+                arrays; weights in all or in none.
+            chunk: how many of them are taken at a time.
+            task_ids: an integer >= 0 for each task, as for a call.
+            curves: as for a call.
+            progress: as for a call.
+
+        Yields:
+            The models of the next up to `chunk` tasks.
+
+        Raises:
+            TypeError, ValueError: as a call; the message says which of the tasks were at hand.
+        """
+        check_count("chunk", chunk, 1)
+        iterator, ids = iter(tasks), None if task_ids is None else iter(task_ids)
+        first = 0
+        with _Bar(None, progress) as bar:
+            while group := list(itertools.islice(iterator, chunk)):
+                of_group = None if ids is None else list(itertools.islice(ids, len(group)))
+                try:
+                    x, y, *weights = _columns(group)
+                    models = self._tuned(
+                        x,
+                        y,
+                        False,
+                        4,
+                        weights=weights[0] if weights else None,
+                        task_ids=of_group,
+                        curves=curves,
+                    )
+                except (TypeError, ValueError) as error:
+                    where = f"tasks {first} to {first + len(group) - 1}"
+                    raise type(error)(f"{where} of the stream: {error}") from None
+                first += len(group)
+                bar.advance(len(group))
+                yield models
+
+    # ---- the run ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _tuned(
+        self,
+        xs: Rows,
+        ys: Rows,
+        progress: bool | None,
+        frames: int,
+        *,
+        start: Start | None = None,
+        sizes: Sizes = None,
+        weights: Weights = None,
+        validation_data: Sequence[Rows] | None = None,
+        task_ids: Sequence[int] | Tensor | None = None,
+        curves: bool = False,
+    ) -> Adapted:
+        """The call, its warnings naming the line `frames` calls up from here."""
+        if not isinstance(curves, bool):
+            raise TypeError(f"curves: expected a bool, got {type(curves).__name__}")
+        plan, parameters = self._current()
+        support = task_set(_TRAIN, xs, ys, sizes, weights, plan.expected)
+        _need_targets(support)
+        held = self._validation_set(validation_data, support, plan)
+        ids = check_task_ids(task_ids, support.tasks)
+        own, parameters = _own_start(start, plan, parameters, support.tasks)
+        sets = (support,) if held is None else (support, held)
+        reason = self._reason(plan, *sets)
+        expected = plan.expected
+        if reason is not None:
+            expected = self._to_torch(plan, reason, frames, *sets)
+        else:
+            for s in sets:
+                check_values(s, expected)
+        self._check_rows(plan, support)
+        check_class_count(self.class_weights, self.loss, expected.out_features)
+        out = self._memory(plan, parameters, support.tasks, curves, held is not None)
+        with _Bar(support.tasks, progress) as bar:
+            for first, last in self._chunks(plan, support, reason is not None):
+                part = support.part(first, last)
+                part_ids = None if ids is None else ids[first:last]
+                watched = None if held is None else held.part(first, last)
+                part, watched = self._prepared(part, watched, part_ids, expected)
+                options: dict[str, Any] = {
+                    "start": {n: v[first:last] for n, v in own.items()},
+                    "validation": watched,
+                    "patience": self.patience,
+                    "curves": curves,
+                    "task_ids": part_ids,
+                }
+                view = _part_of(out, first, last)
+                if reason is None:
+                    options["out"] = view
+                in_torch = reason is not None
+                done = self._adapt_tasks(plan, parameters, self.schedule, part, in_torch, **options)
+                if in_torch:
+                    _copy(done, view)
+                bar.advance(last - first)
+        out.parameters |= {n: v for n, v in own.items() if n not in plan.adapted}
+        return self._adapted(plan, parameters, out, support.tasks, reason is not None)
+
+    def _validation_set(self, data: Any, support: TaskSet, plan: Plan) -> TaskSet | None:
+        """The validation data as a task set, if there are any."""
+        if data is None:
+            if self.patience is not None and not self.validation:
+                raise ValueError(
+                    "patience: expected validation > 0 or validation_data with it, got neither"
+                )
+            return None
+        if self.validation:
+            raise ValueError(
+                f"validation_data: expected None where a fraction of the rows is held out "
+                f"(validation={self.validation}), got {type(data).__name__}"
+            )
+        if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
+            got = f"{len(data)} entries" if isinstance(data, (tuple, list)) else type(data).__name__
+            raise TypeError(f"validation_data: expected (x, y) or (x, y, weights), got {got}")
+        x, y, *weights = data
+        weights_or_none = weights[0] if weights else None
+        held = task_set(_VALIDATION, x, y, None, weights_or_none, plan.expected)
+        _need_targets(held)
+        check_same_tasks(support, held)
+        return held
+
+    def _check_rows(self, plan: Plan, support: TaskSet) -> None:
+        """Raise where batch normalisation would meet a single row."""
+        if not plan.expected.batch_norm:
+            return
+        counts = torch.tensor(support.counts, dtype=torch.int64)
+        held = held_out_counts(counts, self.validation)
+        for sizes in (counts - held, held):
+            if self.validation and bool((sizes == 1).any()):
+                task = int((sizes == 1).nonzero()[0])
+                raise ValueError(
+                    f"validation: of the {int(counts[task])} rows of task {task}, "
+                    f"{int(held[task])} would be held out, and batch normalisation cannot "
+                    f"normalise one row"
+                )
+        check_minibatches(plan, (counts - held).tolist(), self.schedule)
+
+    def _prepared(
+        self, part: TaskSet, watched: TaskSet | None, ids: Tensor | None, expected: Expected
+    ) -> tuple[TaskSet, TaskSet | None]:
+        """What to train and what to validate on: with class weights, without the rows held out."""
+        if self.class_weights is not None:
+            table = class_table(part, self.class_weights, self.loss, expected.out_features)
+            part = weighted(part, table, expected)
+            watched = None if watched is None else weighted(watched, table, expected)
+        if self.validation:
+            last = self.validation_rows == "last"
+            return hold_out(part, self.validation, last, self.seed, ids)
+        return part, watched
+
+    def _chunks(self, plan: Plan, support: TaskSet, in_torch: bool) -> Iterator[tuple[int, int]]:
+        """First and last task of the chunks, which are of some tenths of a second each."""
+        weights = sum(p.numel() for p in plan.parameters)
+        rows = sum(support.counts) / max(support.tasks, 1)
+        size = int(_CHUNK_WORK / max(6 * weights * rows * self.epochs, 1.0)) // 16 * 16
+        size = min(max(size, 16), 512 if in_torch else _LARGEST_CHUNK)
+        for first in range(0, support.tasks, size):
+            yield first, min(first + size, support.tasks)
+
+    def _memory(
+        self,
+        plan: Plan,
+        parameters: list[Tensor],
+        tasks: int,
+        curves: bool,
+        validated: bool,
+    ) -> Adaptation:
+        """Memory for the result."""
+        named = dict(zip(plan.names, parameters, strict=True))
+        history = None
+        if curves:
+            scalar, epochs = plan.scalar, self.epochs
+            validated = validated or self.validation > 0
+            numbers = torch.zeros(2, tasks, dtype=torch.int64)
+            history = History(
+                train=scalar.new_full((tasks, epochs), torch.nan),
+                validation=scalar.new_full((tasks, epochs + 1), torch.nan) if validated else None,
+                best_epochs=numbers[0] if validated else None,
+                epochs=numbers[1],
+            )
+        return Adaptation(
+            {n: named[n].new_empty(tasks, *named[n].shape) for n in plan.adapted},
+            torch.zeros(tasks, dtype=torch.int8),
+            history,
+        )
+
+
+# ---- pieces -----------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def _eagerly(learner: FineTune, xs: Any, ys: Any, progress: Any, options: Any) -> Adapted:
+    """The call while torch.compile traces: left to eager mode."""
+    return learner.forward(xs, ys, progress=progress, **options)
+
+
+def _need_targets(s: TaskSet) -> None:
+    if s.y is None:
+        raise TypeError(f"{s.names.y}: expected targets, got None")
+
+
+def _columns(group: list[Any]) -> tuple[list[Any], ...]:
+    """The x, the y, and the weights where there are any, of single tasks."""
+    for i, task in enumerate(group):
+        if not isinstance(task, (tuple, list)) or len(task) not in (2, 3):
+            got = f"{len(task)} entries" if isinstance(task, (tuple, list)) else type(task).__name__
+            raise TypeError(f"tasks[{i}]: expected (x, y) or (x, y, weights), got {got}")
+        if len(task) != len(group[0]):
+            raise ValueError(
+                f"tasks[{i}]: expected weights in all tasks or in none, "
+                f"got {len(task)} entries after {len(group[0])}"
+            )
+    return tuple(map(list, zip(*group, strict=True)))
+
+
+def _own_start(
+    start: Any, plan: Plan, parameters: list[Tensor], tasks: int
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What each task has of its own from the start, and what all have in common.
+
+    A parameter that is one tensor expanded along the task axis, as those are that models have in
+    common, counts as common to all.
+    """
+    if start is None:
+        return {}, parameters
+    given = start.parameters if isinstance(start, Adapted) else start
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"start: expected a pymeta.Adapted or a dictionary of tensors, "
+            f"got {type(start).__name__}"
+        )
+    common = dict(zip(plan.names, parameters, strict=True))
+    own: dict[str, Tensor] = {}
+    for name, value in given.items():
+        if name not in common:
+            raise ValueError(
+                f"start: the model has no parameter {name!r}; there are {', '.join(plan.names)}"
+            )
+        value, like = tensor_of(f"start[{name!r}]", value), common[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"start[{name!r}]: expected a tensor, got {type(value).__name__}")
+        if value.shape != (tasks, *like.shape):
+            raise ValueError(
+                f"start[{name!r}]: expected shape {[tasks, *like.shape]}, got {list(value.shape)}"
+            )
+        if value.dtype != like.dtype or value.device != like.device:
+            raise TypeError(
+                f"start[{name!r}]: expected {like.dtype} on {like.device} as the model's, "
+                f"got {value.dtype} on {value.device}"
+            )
+        if tasks > 1 and value.stride(0) == 0:
+            common[name] = value[0].detach()
+        else:
+            own[name] = value.detach()
+    return own, list(common.values())
+
+
+def _part_of(whole: Adaptation, first: int, last: int) -> Adaptation:
+    """Some of the tasks; views."""
+    history = whole.history and History.of(
+        {name: values[first:last] for name, values in whole.history.values().items()}
+    )
+    parameters = {name: values[first:last] for name, values in whole.parameters.items()}
+    return Adaptation(parameters, whole.status[first:last], history)
+
+
+def _copy(done: Adaptation, out: Adaptation) -> None:
+    """Put a result where it belongs."""
+    for name, values in out.parameters.items():
+        values.copy_(done.parameters[name])
+    out.status.copy_(done.status)
+    if out.history is not None and done.history is not None:
+        found = done.history.values()
+        for name, values in out.history.values().items():
+            values.copy_(found[name])

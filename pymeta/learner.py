@@ -1,0 +1,368 @@
+"""What MAML, Reptile and FineTune share: a model, a loss, an inner optimiser, a backend.
+
+The life of a call is the same for all three: the inputs are checked and packed (`tasks.py`), the
+model is compared with the plan made of it (`plan.py`), and then either the native core is called
+(`fused.py`) or the same is done in torch (`reference.py`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+from pymeta import fused, native, reference
+from pymeta.adapted import Adapted
+from pymeta.losses import describe_loss
+from pymeta.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
+from pymeta.plan import Plan, check_statistics
+from pymeta.reference import Adaptation, InnerLoop
+from pymeta.schedule import Schedule
+from pymeta.tasks import Expected, Rows, TaskSet, check_values
+
+if TYPE_CHECKING:
+    from pymeta.adapter import Adapter
+
+Weights: TypeAlias = Rows | None
+
+
+def _one_optimizer(lr: Any, optimizer: Any, learnable: bool) -> Optimizer:
+    """The inner optimiser given by exactly one of `lr` and `optimizer`."""
+    if (lr is None) == (optimizer is None):
+        both = "neither" if lr is None else "both"
+        raise ValueError(f"lr, optimizer: expected exactly one of them, got {both}")
+    if optimizer is None:
+        optimizer = SGD(lr if isinstance(lr, LearnableLR) else check_lr("lr", lr))
+    elif not isinstance(optimizer, (SGD, Adam)):
+        raise TypeError(
+            f"optimizer: expected pymeta.SGD or pymeta.Adam, got {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer.lr, LearnableLR) and not learnable:
+        name = "lr" if lr is not None else "optimizer.lr"
+        raise TypeError(f"{name}: expected a number, got a LearnableLR, which only MAML can learn")
+    return optimizer
+
+
+def check_patterns(name: str, patterns: Any) -> tuple[str, ...] | None:
+    """Patterns for fnmatch as a tuple; TypeError unless they are a list of strings or None."""
+    if patterns is None:
+        return None
+    if (
+        isinstance(patterns, str)
+        or not isinstance(patterns, Sequence)
+        or not all(isinstance(p, str) for p in patterns)
+    ):
+        raise TypeError(
+            f"{name}: expected a list of patterns such as ['4.*'], got {type(patterns).__name__}"
+        )
+    return tuple(patterns)
+
+
+def check_minibatches(plan: Plan, counts: Sequence[int], schedule: Schedule) -> None:
+    """Raise ValueError where a minibatch would be one row, which cannot be normalised.
+
+    `counts` are the rows of the tasks.
+    """
+    size = schedule.batch_size
+    if size is None or not plan.expected.batch_norm:
+        return
+    for t, rows in enumerate(counts):
+        if rows > size and (size == 1 or rows % size == 1):
+            raise ValueError(
+                f"batch_size: {size} leaves a minibatch of one row of the {rows} rows of task "
+                f"{t}, which batch normalisation cannot normalise"
+            )
+
+
+class NativeCall(NamedTuple):
+    """What `explain` tells of a native call: what the core's own plan of it follows from."""
+
+    job: str  # "meta", "adapt" or "reptile"
+    schedule: Schedule
+    tasks: int
+    support_rows: int
+    query_rows: int = 0
+    validation_rows: int = 0
+    second_order: bool = False
+
+
+class Learner(nn.Module):
+    """The base of the learners; not for use by itself.
+
+    Attributes:
+        model: the module that is adapted; its parameters are the learner's.
+        loss: a description of the loss.
+        lr: the inner step size: a number, or MAML's learnable one.
+        anchor: the weight of the pull towards the start.
+        backend: "native", "torch" or "auto".
+    """
+
+    lr: Any  # a float, or the learnable one: a Parameter [n], or [steps, n] where it is per step
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: str | nn.Module,
+        lr: float | LearnableLR | None,
+        optimizer: Optimizer | None,
+        adapt: Sequence[str] | None = None,
+        backend: str = "auto",
+        anchor: float = 0.0,
+        learns_lr: bool = False,
+    ) -> None:
+        """Check what is common to the learners. `_look` has to follow.
+
+        `learns_lr` says whether a `LearnableLR` is possible.
+        """
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        self.model = model
+        self.loss = describe_loss(loss)
+        self.adapted_patterns = check_patterns("adapt", adapt)
+        self.backend = native.backend(backend)
+        self.anchor = anchor
+        self._rule = _one_optimizer(lr, optimizer, learns_lr)
+        rate = self._rule.lr
+        self._per = rate.per if isinstance(rate, LearnableLR) else "network"
+        if not isinstance(rate, LearnableLR):
+            self.lr = float(rate)
+        self._plan: Plan | None = None
+        self._warned = False
+        self._fallback_reason: str | None = None
+        self._shapes: dict[Any, tuple[int, ...] | None] = {}
+        self._learns: tuple[str, ...] | None = None
+        self._last: NativeCall | None = None
+
+    # ---- what the learner does with a task ----------------------------------------------------
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The inner optimiser as it is now; a learnable lr is there as its description."""
+        lr = self.__dict__.get("lr")
+        return self._rule if lr is None else replace(self._rule, lr=lr)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How many inner steps an adaptation makes, and on which rows."""
+        raise NotImplementedError
+
+    def adapter(self) -> Adapter:
+        """What to deploy: a copy of the start and the recipe, for numpy, without torch.
+
+        Raises:
+            ValueError: the native core cannot run the model, or an adapter not the recipe.
+        """
+        from pymeta.adapter import from_learner
+
+        return from_learner(self)
+
+    def _inner(self, plan: Plan, schedule: Schedule, first_order: bool = False) -> InnerLoop:
+        return InnerLoop(
+            self.loss, self._lr(plan), plan.rates, schedule, first_order, self._rule, self.anchor
+        )
+
+    def _adapt_tasks(
+        self,
+        plan: Plan,
+        parameters: list[Tensor],
+        schedule: Schedule,
+        support: TaskSet,
+        in_torch: bool,
+        **options: Any,
+    ) -> Adaptation:
+        """Adapt to every task; the options are those of `reference.adapt`."""
+        inner = self._inner(plan, schedule)
+        if not in_torch:
+            watched = options.get("validation")
+            validation_rows = 0 if watched is None else watched.rows
+            sizes = (support.tasks, support.rows, 0, validation_rows)
+            self._last = NativeCall("adapt", schedule, *sizes)
+            return fused.adapt(plan, parameters, inner.lr, inner, support, **options)
+        named = {n: p.detach() for n, p in zip(plan.names, parameters, strict=True)}
+        return reference.adapt(self.model, named, plan.adapted, inner, support, **options)
+
+    def _adapted(
+        self,
+        plan: Plan,
+        parameters: list[Tensor],
+        done: Adaptation,
+        tasks: int,
+        in_torch: bool,
+    ) -> Adapted:
+        """The models that an adaptation made."""
+        shared = {
+            name: p.detach().clone()
+            for name, p in zip(plan.names, parameters, strict=True)
+            if name not in done.parameters
+        }
+        return Adapted(
+            self.model,
+            plan,
+            done.parameters,
+            shared,
+            tasks,
+            not in_torch,
+            status=done.status,
+            history=done.history,
+        )
+
+    # ---- the torch backend --------------------------------------------------------------------
+
+    def _reason(self, plan: Plan, *sets: TaskSet) -> str | None:
+        """Why this call runs in torch; None where the native core does it."""
+        if self.backend == "torch":
+            return 'backend="torch" was asked for'
+        return plan.reason or next((s.reason for s in sets if s.reason is not None), None)
+
+    def _to_torch(self, plan: Plan, reason: str, frames: int, *sets: TaskSet) -> Expected:
+        """Get ready for the torch backend: the warning, and the checks that the core has itself.
+
+        The warning names the line that is `frames` calls up from here, which is the user's.
+        """
+        check_statistics(self.model)
+        self._fall_back(reason, frames + 1)
+        expected = self._expected(plan, sets[0])
+        for s in sets:
+            check_values(s, expected)
+        return expected
+
+    def _expected(self, plan: Plan, s: TaskSet) -> Expected:
+        """What the inputs must be like; for a model that is no chain, find its output's width."""
+        if plan.expected.out_features is not None or not plan.expected.loss.takes_classes:
+            return plan.expected
+        shape = self._output_shape(plan, s)
+        if len(shape) != 1:
+            return plan.expected
+        return replace(plan.expected, in_features=None, out_features=shape[0])
+
+    def _output_shape(self, plan: Plan, s: TaskSet) -> tuple[int, ...]:
+        if plan.expected.out_features is not None:
+            return (plan.expected.out_features,)
+        features = tuple(s.x.shape[1 if s.starts is not None else 2 :])
+        key = (features, s.x.dtype)
+        if key not in self._shapes:
+            self._shapes[key] = reference.output_shape(self.model, features, s.x.dtype)
+        return self._shapes[key] or ()
+
+    def _fall_back(self, reason: str, frames: int) -> None:
+        """Note why torch runs: an error, a warning (once), or what was asked for."""
+        if self.backend == "torch":
+            return
+        if self.backend == "native":
+            raise ValueError(f'backend="native": {reason}')
+        self._fallback_reason = reason
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"pymeta.{type(self).__name__} runs in torch, which is slower: {reason}",
+                UserWarning,
+                stacklevel=frames,
+            )
+
+    # ---- the model as it is now ---------------------------------------------------------------
+
+    def _look(self) -> Plan:
+        """Look at the model for the first time; ValueError where it cannot run as asked for."""
+        plan, _ = self._current()
+        if self.backend == "native" and plan.reason is not None:
+            raise ValueError(f'backend="native": {plan.reason}')
+        return plan
+
+    def _current(self) -> tuple[Plan, list[Tensor]]:
+        """The plan for the model as it is now, and its parameters in order."""
+        plan = self.__dict__["_plan"]
+        if plan is not None:
+            parameters = plan.current_parameters()
+            if parameters is not None:
+                return plan, parameters
+        with reference.one_at_a_time():
+            return self._looked_at_anew(plan)
+
+    def _looked_at_anew(self, plan: Plan | None) -> tuple[Plan, list[Tensor]]:
+        """As `_current`, where the model may have changed and nobody is just calling it."""
+        parameters = None if plan is None else plan.current_parameters()
+        if plan is not None and parameters is not None:
+            return plan, parameters
+        self._forget()
+        plan = self._made_plan()
+        if self._learns is not None and self._learns != plan.adapted:
+            raise ValueError(
+                f"model: a learnable lr was made for the adapted parameters "
+                f"{', '.join(self._learns)}, but now they are {', '.join(plan.adapted)}"
+            )
+        self._plan = plan
+        return plan, plan.parameters
+
+    def _made_plan(self) -> Plan:
+        return Plan(
+            self.model, self.loss, self.adapted_patterns, self._per, self._rule, self.anchor
+        )
+
+    def _forget(self) -> None:
+        """Drop what was derived from the model."""
+        self._shapes = {}
+        self._last = None
+
+    def _lr(self, plan: Plan) -> Tensor:
+        lr = self._parameters.get("lr")
+        if lr is None:
+            return plan.lr_tensor(self.__dict__["lr"])
+        if lr.device != plan.expected.device:
+            raise ValueError(
+                f"lr: expected it on {plan.expected.device}, where the model's parameters are, "
+                f"got {lr.device}"
+            )
+        return lr
+
+    def explain(self) -> str:
+        """Which path runs, and why: "native-cpu avx512 lanes: ..." or "torch: ..."."""
+        plan, _ = self._current()
+        if self.backend == "torch":
+            return 'torch: backend="torch" was asked for'
+        if plan.reason is not None:
+            return f"torch: {plan.reason}"
+        chain = " ".join(str(layer[0]) for layer in plan.description.layers)  # type: ignore
+        text = f"native-cpu {native.isa()}"
+        last = self._last_call(plan)
+        if last is None:
+            text += f" {native.executor()}: {chain}"
+        else:
+            s = last.schedule
+            turns = f"{s.steps} steps" if s.epochs is None else f"{s.epochs} epochs"
+            p = plan.problem.plan(plan.dtype_code, last.job, s.for_native(), *last[2:])
+            text += (
+                f" {p['executor']}: {chain}; the last call had {last.tasks} tasks, {turns}, "
+                f"{p['threads']} threads, {p['workspace_bytes']} bytes of workspace each"
+            )
+        if self._fallback_reason is not None:
+            text += f"; some calls ran in torch: {self._fallback_reason}"
+        return text
+
+    def _last_call(self, plan: Plan) -> NativeCall | None:
+        """The last native call, if there was one since the model was looked at."""
+        return self._last
+
+    # ---- copies -------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state to copy or pickle: everything but what is derived from the model."""
+        state = self.__dict__.copy()
+        state.update(_plan=None, _shapes={}, _last=None)
+        return state
+
+    def extra_repr(self) -> str:
+        """What `repr` shows besides the model."""
+        lr = "learnable" if self._learns is not None else self.lr
+        s = self.schedule
+        parts = [f"loss={self.loss.kind}", f"lr={lr}"]
+        if not isinstance(self._rule, SGD) or self._rule != SGD(self._rule.lr):
+            parts = [f"loss={self.loss.kind}", f"optimizer={self.optimizer}"]
+        parts.append(f"steps={s.steps}" if s.epochs is None else f"epochs={s.epochs}")
+        if s.batch_size is not None:
+            parts.append(f"batch_size={s.batch_size}")
+        return ", ".join([*parts, f"backend={self.backend}"])

@@ -1,0 +1,214 @@
+"""Reptile: meta-learning a start by moving it towards the adapted weights.
+
+Nichol, Achiam, Schulman 2018, "On First-Order Meta-Learning Algorithms" (arXiv:1803.02999),
+algorithm 2. Each task t of a meta-batch is adapted from the start theta by some inner steps, with
+the result theta_t; the start then moves towards the mean of them:
+
+    theta <- theta + eps * (mean over t of theta_t - theta)
+
+`out.loss.backward()` leaves theta - mean of theta_t in `.grad`, so that `torch.optim.SGD(lr=eps)`
+makes exactly this step, and any other optimiser of torch one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pymeta import fused, reference
+from pymeta.adapted import Adapted
+from pymeta.learner import Learner, NativeCall, Weights, check_minibatches
+from pymeta.optimizers import Optimizer
+from pymeta.schedule import Schedule, check_count
+from pymeta.tasks import SUPPORT, Rows, Sizes, check_steps, check_task_ids, task_set
+
+_OF_ADAPT = 2**62  # the stream of all calls that are no training
+
+
+class ReptileOutcome(NamedTuple):
+    """What a Reptile call returns; only `loss` carries a graph.
+
+    Attributes:
+        loss: [], the mean over tasks of `task_losses`; its gradient is Reptile's direction.
+        task_losses: [T], each task's mean over the inner steps of the loss of the step's rows
+            before the step.
+    """
+
+    loss: Tensor
+    task_losses: Tensor
+
+
+class Reptile(Learner):
+    """Reptile for `model`, by one native call for each meta-batch.
+
+    Its parameters are the model's own. With a `batch_size` every call with grad enabled draws
+    its minibatches anew, from a numbered stream of random numbers; the number is part of
+    `state_dict()`, so that a run that is resumed goes on as it would have.
+
+    Args:
+        model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
+            knows runs there; everything else runs in torch, with one warning.
+        loss: "mse", "huber", "cross_entropy", "bce_with_logits", or the torch.nn loss module.
+        optimizer: the inner one, `pymeta.SGD(...)` or `pymeta.Adam(...)`; its state begins anew
+            in each task. The paper uses Adam with betas=(0, 0.999).
+        lr: instead of `optimizer`, the step size of plain SGD.
+        steps: number of inner steps.
+        batch_size: rows of each inner step, shuffled for each epoch as in `pymeta/schedule.py`;
+            None for all rows of the task.
+        adapt: fnmatch patterns of the parameter names that the inner loop changes; None for
+            all. The others, and those that do not require grad, stay as they are.
+        seed: of the shuffles.
+        backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
+            says).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; with backend="native", also
+            where the native core cannot run the model (the message says why).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: str | nn.Module,
+        optimizer: Optimizer | None = None,
+        lr: float | None = None,
+        steps: int,
+        batch_size: int | None = None,
+        adapt: Sequence[str] | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        """Check the arguments and look at the model."""
+        super().__init__(model, loss=loss, lr=lr, optimizer=optimizer, adapt=adapt, backend=backend)
+        self.steps = check_steps(steps)
+        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
+        self.seed = check_count("seed", seed)
+        self._stream = 0
+        self._look()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The inner steps of `adapt`."""
+        return Schedule(self.steps, None, self.batch_size, self.seed, _OF_ADAPT)
+
+    # ---- calls --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        xs: Rows,
+        ys: Rows,
+        *,
+        steps: int | None = None,
+        support_sizes: Sizes = None,
+        support_weights: Weights = None,
+        task_ids: Sequence[int] | Tensor | None = None,
+    ) -> ReptileOutcome:
+        """Adapt to every task; `outcome.loss.backward()` gives theta - mean of theta_t.
+
+        Args:
+            xs: inputs [T, rows, ...], or a list of T tensors [rows_t, ...]; tensors or arrays.
+            ys: targets: class indices [T, rows] for cross_entropy; otherwise [T, rows, out],
+                or [T, rows] where out is 1; a list where xs is one.
+            steps: the number of inner steps, instead of the one given at construction.
+            support_sizes: [T], how many of its rows each task uses, where xs is padded.
+            support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses.
+            task_ids: [T] integers >= 0 that set the shuffles of the tasks apart; left out,
+                tasks of equal sizes are shuffled alike.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a wrong shape or device, a label, size or weight out of range, a batch
+                of one row under batch normalisation, a normalisation layer that would use
+                running statistics; with backend="native" also whatever only torch could run.
+        """
+        if torch.compiler.is_compiling():
+            return _eagerly(self, xs, ys, steps, support_sizes, support_weights, task_ids)
+        plan, parameters = self._current()
+        schedule = self._scheduled(steps)
+        support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
+        ids = check_task_ids(task_ids, support.tasks)
+        check_minibatches(plan, support.counts, schedule)
+        if torch.is_grad_enabled():
+            schedule = replace(schedule, stream=self._stream)
+        inner = self._inner(plan, schedule)
+        reason = self._reason(plan, support)
+        if reason is None:
+            self._last = NativeCall("reptile", schedule, support.tasks, support.rows)
+            outcome = fused.reptile(plan, parameters, inner.lr, inner, support, ids)
+        else:
+            self._to_torch(plan, reason, 5, support)
+            named = dict(zip(plan.names, parameters, strict=True))
+            outcome = reference.reptile(self.model, named, plan.adapted, inner, support, ids)
+        if torch.is_grad_enabled():
+            self._stream += 1
+        return ReptileOutcome(*outcome)
+
+    def adapt(
+        self,
+        xs: Rows,
+        ys: Rows,
+        *,
+        steps: int | None = None,
+        support_sizes: Sizes = None,
+        support_weights: Weights = None,
+        task_ids: Sequence[int] | Tensor | None = None,
+    ) -> Adapted:
+        """The models adapted to T tasks, without any graph.
+
+        Minibatches are drawn from a stream that training does not use, the same in each call.
+
+        Args:
+            xs: inputs, as in `forward`.
+            ys: targets, as in `forward`.
+            steps: the number of inner steps, instead of the one given at construction.
+            support_sizes: as in `forward`.
+            support_weights: as in `forward`.
+            task_ids: as in `forward`.
+
+        Returns:
+            T models: `models(xq)`, `models[t]`, `models.parameters`.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        with torch.no_grad():
+            plan, parameters = self._current()
+            schedule = self._scheduled(steps)
+            support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
+            ids = check_task_ids(task_ids, support.tasks)
+            check_minibatches(plan, support.counts, schedule)
+            reason = self._reason(plan, support)
+            in_torch = reason is not None
+            if reason is not None:
+                self._to_torch(plan, reason, 3, support)
+            done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, task_ids=ids)
+            return self._adapted(plan, parameters, done, support.tasks, in_torch)
+
+    def _scheduled(self, steps: Any) -> Schedule:
+        schedule = self.schedule
+        return schedule if steps is None else replace(schedule, steps=check_steps(steps))
+
+    # ---- the state ----------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What `state_dict` keeps besides the weights: the number of the next stream."""
+        return {"stream": self._stream}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on with the stream of a saved state; ValueError where it holds none."""
+        if not isinstance(state, dict) or "stream" not in state:
+            raise ValueError(f"state: expected the stream of a pymeta.Reptile, got {state!r}")
+        self._stream = check_count("stream", state["stream"])
+
+
+@torch.compiler.disable
+def _eagerly(learner: Reptile, xs, ys, steps, sizes, weights, task_ids) -> ReptileOutcome:
+    """The call while torch.compile traces: left to eager mode."""
+    return learner.forward(
+        xs, ys, steps=steps, support_sizes=sizes, support_weights=weights, task_ids=task_ids
+    )

@@ -1,0 +1,209 @@
+"""What fine-tuning does to the rows of all tasks at once: class weights, and rows held out.
+
+Both work on the rows that count, wherever they lie: `_Rows` numbers them, one task behind the
+other, in uniform, padded and packed sets alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pymeta import native
+from pymeta.losses import Loss
+from pymeta.optimizers import check_number
+from pymeta.schedule import SPLIT, permutation
+from pymeta.tasks import Expected, TaskSet
+
+
+class _Rows(NamedTuple):
+    """The rows of a set's tasks, [n] of them, one task behind the other.
+
+    Attributes:
+        sizes: [T] int64, rows of each task.
+        task: [n], whose it is.
+        number: [n], which of its task's rows it is.
+        index: [n], where it lies in the flattened rows of the set's tensors.
+    """
+
+    sizes: Tensor
+    task: Tensor
+    number: Tensor
+    index: Tensor
+
+    @staticmethod
+    def of(s: TaskSet) -> _Rows:
+        sizes = torch.tensor(s.counts, dtype=torch.int64)
+        starts = torch.arange(s.tasks) * s.rows if s.starts is None else s.starts
+        task = torch.repeat_interleave(torch.arange(s.tasks), sizes)
+        number = torch.arange(len(task)) - (sizes.cumsum(0) - sizes)[task]
+        return _Rows(sizes, task, number, starts[task] + number)
+
+
+# ---- class weights ----------------------------------------------------------------------------
+
+
+def check_class_weights(value: Any, loss: Loss) -> str | tuple[float, ...] | None:
+    """`class_weights` as it is kept; TypeError or ValueError where it cannot be meant."""
+    if value is None:
+        return None
+    if loss.kind not in ("cross_entropy", "bce_with_logits"):
+        raise ValueError(f"class_weights: expected None for the loss {loss.kind}, got {value!r}")
+    if isinstance(value, str):
+        if value != "balanced":
+            raise ValueError(
+                f'class_weights: expected "balanced" or a weight for each class, got {value!r}'
+            )
+        return value
+    try:
+        weights = tuple(value.tolist() if hasattr(value, "tolist") else value)
+    except TypeError:
+        raise TypeError(
+            f'class_weights: expected "balanced" or a weight for each class, '
+            f"got {type(value).__name__}"
+        ) from None
+    for weight in weights:
+        check_number("class_weights", weight)
+    return tuple(map(float, weights))
+
+
+def check_class_count(weights: str | tuple[float, ...] | None, loss: Loss, out: int | None) -> None:
+    """ValueError where class weights do not fit a model with `out` outputs (None: unknown)."""
+    if weights is None or out is None:
+        return
+    if not loss.takes_classes and out != 1:
+        raise ValueError(
+            f"class_weights: expected None for bce_with_logits with {out} outputs, of which "
+            f"none is the class"
+        )
+    classes = out if loss.takes_classes else 2
+    if not isinstance(weights, str) and len(weights) != classes:
+        raise ValueError(f"class_weights: expected {classes} numbers, got {len(weights)}")
+
+
+def _classes(s: TaskSet, rows: _Rows, loss: Loss) -> Tensor:
+    """Each row's class [n]; -1 where it is ignored."""
+    assert s.y is not None
+    y = s.y.detach().reshape(-1).cpu()[rows.index]
+    if loss.takes_classes:
+        return torch.where(y == loss.ignore_index, -1, y)
+    wrong = (y != 0) & (y != 1)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{s.names.y}: task {int(rows.task[at])}, row {int(rows.number[at])}: expected 0 or 1 "
+            f"with class_weights, got {float(y[at])}"
+        )
+    return y.long()
+
+
+def class_table(
+    s: TaskSet, weights: str | tuple[float, ...], loss: Loss, out: int | None
+) -> Tensor:
+    """The weight of each class in each task, [T, classes].
+
+    "balanced" is n / (k * count) for a task of n rows with k classes in it, of which one has
+    `count` rows; a class that the task has no row of has weight 1.
+    """
+    if not isinstance(weights, str):
+        return torch.tensor([weights], dtype=torch.float64).expand(s.tasks, -1)
+    rows = _Rows.of(s)
+    found = _classes(s, rows, loss)
+    classes = 2 if not loss.takes_classes else out
+    if classes is None:
+        classes = int(found.max()) + 1 if found.numel() else 1
+    kept = found >= 0
+    cells = (rows.task * classes + found)[kept]
+    counts = torch.bincount(cells, minlength=s.tasks * classes).view(s.tasks, classes).double()
+    present = (counts > 0).sum(1, keepdim=True)
+    balanced = counts.sum(1, keepdim=True) / (present * counts)
+    return torch.where(counts > 0, balanced, 1.0)
+
+
+def weighted(s: TaskSet, table: Tensor, expected: Expected) -> TaskSet:
+    """The set with each row's weight multiplied by that of its class; `table` is [T, classes]."""
+    assert s.y is not None
+    rows = _Rows.of(s)
+    found = _classes(s, rows, expected.loss)
+    of_class = torch.where(found < 0, 1.0, table[rows.task, found.clamp(0, table.shape[1] - 1)])
+    lead = s.x.shape[: 1 if s.starts is not None else 2]
+    values = torch.ones(math.prod(lead), dtype=torch.float64)
+    values[rows.index] = of_class
+    values = values.view(lead).to(expected.device, expected.dtype)
+    return replace(s, weights=values if s.weights is None else s.weights * values)
+
+
+# ---- rows held out ----------------------------------------------------------------------------
+
+
+def held_out_counts(sizes: Tensor, fraction: float) -> Tensor:
+    """How many of `sizes` [T] rows are held out: floor(fraction * rows) of each task."""
+    # 0.29 * 100 is 28.999999999999996, and 29 rows are meant
+    return (sizes.double() * fraction + 1e-9).floor().long()
+
+
+def _orders(sizes: Tensor, seed: int, task_ids: Tensor | None) -> Tensor:
+    """A permutation of each task's rows, one behind the other: int64 [sum of sizes]."""
+    if native.missing() is None:
+        out = torch.empty(int(sizes.sum()), dtype=torch.int64)
+        ids = 0 if task_ids is None else task_ids.data_ptr()
+        arguments = (len(sizes), sizes.data_ptr(), out.data_ptr())
+        native.extension().shuffle(seed, 0, ids, 0, SPLIT, *arguments)
+        return out
+    ids = [0] * len(sizes) if task_ids is None else task_ids.tolist()
+    each = [
+        permutation(seed, 0, task, 0, rows, SPLIT)
+        for task, rows in zip(ids, sizes.tolist(), strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(each)) if each else torch.zeros(0, dtype=torch.int64)
+
+
+def _chosen(s: TaskSet, sizes: Tensor, index: Tensor) -> TaskSet:
+    """The rows of a set that lie at `index`, `sizes` [T] of them for each task; copies."""
+    lead = 1 if s.starts is not None else 2
+    index = index.to(s.x.device)
+    equal = bool((sizes == sizes[0]).all())
+
+    def take(whole: Tensor | None) -> Tensor | None:
+        if whole is None:
+            return None
+        rows = whole if lead == 1 else whole.flatten(0, 1)
+        rows = rows.index_select(0, index)
+        return rows.view(s.tasks, int(sizes[0]), *rows.shape[1:]) if equal else rows
+
+    x = take(s.x)
+    assert x is not None
+    out = TaskSet(x, take(s.y), take(s.weights), s.tasks, int(sizes.max()), s.names)
+    if not equal:
+        out.sizes, out.starts = sizes, sizes.cumsum(0) - sizes
+    return out
+
+
+def hold_out(
+    s: TaskSet, fraction: float, last: bool, seed: int, task_ids: Tensor | None
+) -> tuple[TaskSet, TaskSet]:
+    """Split each task into rows to train on and rows to validate on, both in their own order.
+
+    Args:
+        s: T >= 1 tasks.
+        fraction: of the rows of each that are held out, rounded down.
+        last: hold out the last ones; otherwise the first of `permutation(purpose=SPLIT)`.
+        seed: of that permutation.
+        task_ids: [T], likewise.
+    """
+    rows = _Rows.of(s)
+    held = held_out_counts(rows.sizes, fraction)
+    if last:
+        is_held = rows.number >= (rows.sizes - held)[rows.task]
+    else:
+        is_held = torch.zeros(len(rows.index), dtype=torch.bool)
+        order = _orders(rows.sizes, seed, task_ids)
+        first = (rows.sizes.cumsum(0) - rows.sizes)[rows.task]
+        is_held[(first + order)[rows.number < held[rows.task]]] = True
+    train = _chosen(s, rows.sizes - held, rows.index[~is_held])
+    return train, _chosen(s, held, rows.index[is_held])

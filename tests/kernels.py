@@ -1,0 +1,137 @@
+"""What the tests of the kernels share: networks drawn at random, native options, bits."""
+
+import itertools
+from contextlib import contextmanager
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import pymeta
+from pymeta import native
+
+DTYPES = (torch.float32, torch.float64)
+EXECUTORS = ("rows", "lanes")
+PATHS = list(itertools.product(native.isas(), EXECUTORS))
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+
+settings.register_profile(
+    "kernels",
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+PROFILE = settings.get_profile("kernels")
+
+
+@contextmanager
+def using(isa=None, executor=None, threads=None):
+    """The native options of a block; they belong to the whole process and are put back."""
+    before = native.isa(), native.executor(), native.num_threads()
+    try:
+        native.set_isa(isa or before[0])
+        native.set_executor(executor or before[1])
+        native.set_num_threads(threads or before[2])
+        yield
+    finally:
+        native.set_isa(before[0])
+        native.set_executor(before[1])
+        native.set_num_threads(before[2])
+
+
+# Inner optimisers, all of them, and each of their options with something to do. Adam divides by
+# sqrt(s) + eps: with a small eps it is a sign function of gradients near 0, which no rounding
+# survives, so eps is large where results are compared through it.
+OPTIMIZERS = {
+    "plain": pymeta.SGD,
+    "decay": lambda lr: pymeta.SGD(lr, weight_decay=0.1),
+    "clip": lambda lr: pymeta.SGD(lr, clip_norm=0.3),
+    "momentum": lambda lr: pymeta.SGD(lr, momentum=0.9, weight_decay=0.05),
+    "nesterov": lambda lr: pymeta.SGD(lr, momentum=0.7, nesterov=True, clip_norm=0.5),
+    "adam": lambda lr: pymeta.Adam(lr, eps=0.05),
+    "adam, decay": lambda lr: pymeta.Adam(lr, (0.8, 0.9), 0.1, weight_decay=0.2, clip_norm=0.4),
+    "adam without momentum": lambda lr: pymeta.Adam(lr, (0.0, 0.999), 0.1),
+    "adamw": lambda lr: pymeta.Adam(lr, (0.9, 0.95), 0.1, weight_decay=0.2, decoupled=True),
+}
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.25),
+    "leaky_relu_0": lambda: nn.LeakyReLU(0.0),
+    "elu": nn.ELU,
+    "elu_2": lambda: nn.ELU(2.0),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "softplus": nn.Softplus,
+    "softplus_3": lambda: nn.Softplus(beta=3.0, threshold=2.0),
+}
+
+
+def make_layer(layer: tuple) -> nn.Module:
+    kind = layer[0]
+    if kind == "linear":
+        return nn.Linear(layer[1], layer[2], bias=layer[3])
+    if kind == "batch_norm":
+        return nn.BatchNorm1d(layer[1], affine=layer[3])
+    if kind == "layer_norm":
+        return nn.LayerNorm(layer[1], elementwise_affine=layer[3])
+    return ACTIVATIONS[kind]()
+
+
+WIDTHS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40])
+SOMETIMES = st.sampled_from([False, False, True])
+
+
+@st.composite
+def chains(draw, max_layers=4):
+    """Random chains: normalisations anywhere, stacked activations, one layer or several."""
+    width, chain = draw(WIDTHS), []
+    norms = st.sampled_from([None, None, None, "batch_norm", "layer_norm"])
+
+    def normalise():
+        kind = draw(norms)
+        if kind:
+            chain.append((kind, width, width, draw(st.booleans())))
+
+    layers = draw(st.integers(1, max_layers))
+    for i in range(layers):
+        normalise()
+        if not chain or draw(st.integers(0, 9)):
+            out = draw(WIDTHS)
+            chain.append(("linear", width, out, draw(st.sampled_from([True, True, False]))))
+            width = out
+        normalise()
+        count = draw(st.sampled_from([0, 1, 1, 1, 2] if i + 1 < layers else [0, 0, 1]))
+        chain.extend((draw(st.sampled_from(sorted(ACTIVATIONS))),) for _ in range(count))
+    return tuple(chain)
+
+
+def flat(value) -> torch.Tensor:
+    """A result, or a group of results, as one float64 vector."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return torch.cat([v.detach().double().flatten() for v in value] or [torch.zeros(0)])
+    return value.detach().double().flatten()
+
+
+def largest(value) -> float:
+    v = flat(value)
+    return float(v.abs().max()) if v.numel() else 0.0
+
+
+def bits(v: torch.Tensor) -> torch.Tensor:
+    return v.detach().contiguous().view(torch.int32 if v.dtype == torch.float32 else torch.int64)
+
+
+def same_bits(a, b) -> bool:
+    a, b = ([v] if isinstance(v, torch.Tensor) else list(v) for v in (a, b))
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True)
+    )

@@ -1,0 +1,350 @@
+"""Adaptation by every recipe: the native core against its twin in torch, and against itself.
+
+A `Recipe` is drawn by hypothesis: a network, an inner optimiser, steps or epochs, minibatches,
+anchor, frozen parameters, starts of each task's own, ragged rows, weights, validation and patience.
+`fused.adapt` and `fused.reptile` must give what `reference.adapt` and `reference.reptile` give in
+float64, on every executor and instruction set, and the same bits whatever comes along.
+"""
+
+import collections
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import (
+    DTYPES,
+    EPS,
+    OPTIMIZERS,
+    PATHS,
+    PROFILE,
+    bits,
+    chains,
+    flat,
+    largest,
+    make_layer,
+    same_bits,
+    using,
+)
+from torch import nn
+
+from pymeta import fused, native, reference
+from pymeta.losses import describe_loss
+from pymeta.plan import Plan
+from pymeta.schedule import Schedule, permutation
+from pymeta.tasks import SUPPORT, Names, task_set
+
+VALIDATION = Names("xv", "yv", "validation_sizes", "validation_weights")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One adaptation; everything random in it comes from `seed`."""
+
+    chain: tuple[tuple, ...]
+    loss: str = "mse"
+    optimizer: str = "plain"
+    steps: int | None = None
+    epochs: int | None = 3
+    batch_size: int | None = None
+    anchor: float = 0.0
+    frozen: int = 0  # of the parameters, from the first on
+    own_starts: int = 0  # of the parameters, from the last on
+    tasks: int = 5
+    rows: int = 9
+    weights: bool = False
+    validates: bool = False
+    patience: int | None = None
+    own_shuffles: bool = False
+    seed: int = 0
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, self.epochs, self.batch_size, seed=self.seed, stream=3)
+
+
+def rows_of(recipe: Recipe, inputs: int, out: int) -> list[tuple]:
+    """(x, y, weights) of each task, with any number of rows up to the recipe's."""
+    batch_norm = any(layer[0] == "batch_norm" for layer in recipe.chain)
+    found = []
+    for rows in torch.randint(0, recipe.rows + 1, (recipe.tasks,)).tolist():
+        rows = recipe.rows if batch_norm else rows
+        y = torch.randn(rows, out)
+        if recipe.loss == "cross_entropy":
+            y = torch.randint(0, out, (rows,))
+        elif recipe.loss == "bce_with_logits":
+            y = (y > 0).float()
+        weights = torch.rand(rows) if recipe.weights else None
+        found.append((torch.randn(rows, inputs), y, weights))
+    return found
+
+
+class Adaptations:
+    """A recipe made concrete, to be followed by either twin in either dtype."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        torch.manual_seed(recipe.seed)
+        self.net = nn.Sequential(*map(make_layer, recipe.chain))
+        sizes = [layer for layer in recipe.chain if len(layer) > 2]
+        inputs, out = sizes[0][1], sizes[-1][2]
+        self.support = rows_of(recipe, inputs, out)
+        self.validation = rows_of(recipe, inputs, out) if recipe.validates else None
+        named = dict(self.net.named_parameters())
+        last = list(named)[::-1][: recipe.own_starts]
+        self.start = {n: torch.randn(recipe.tasks, *named[n].shape) / 2 for n in last}
+        names = list(named)
+        self.adapted = names[min(recipe.frozen, len(names) - 1) :] if names else []
+        self.ids = torch.randint(0, 2**40, (recipe.tasks,))
+
+    def follow(self, twin, dtype: torch.dtype, tasks: list[int] | None = None) -> dict:
+        """All that the adaptation of these tasks gives, as {name: value}."""
+        recipe = self.recipe
+        tasks = list(range(recipe.tasks)) if tasks is None else tasks
+        self.net.to(dtype)  # its values were made in float32, so nothing is lost on the way
+        loss, rule = describe_loss(recipe.loss), OPTIMIZERS[recipe.optimizer](0.1)
+        plan = Plan(self.net, loss, self.adapted or None, "network", rule, recipe.anchor)
+        if twin is fused:
+            assert plan.reason is None, plan.reason
+
+        def packed(names, rows):
+            def column(i):
+                values = [rows[t][i] for t in tasks]
+                if values[0] is None:
+                    return None
+                return [v.to(dtype) if v.is_floating_point() else v for v in values]
+
+            return task_set(names, column(0), column(1), None, column(2), plan.expected)
+
+        inner = reference.InnerLoop(
+            loss, plan.lr_tensor(0.1), plan.rates, recipe.schedule, False, rule, recipe.anchor
+        )
+        support = packed(SUPPORT, self.support)
+        ids = self.ids[tasks] if recipe.own_shuffles else None
+        options = {
+            "start": {n: v[tasks].to(dtype) for n, v in self.start.items()},
+            "validation": packed(VALIDATION, self.validation) if recipe.validates else None,
+            "patience": recipe.patience,
+            "curves": recipe.epochs is not None,
+            "task_ids": ids,
+        }
+        parameters = [p.detach() for p in plan.parameters]
+        named = dict(zip(plan.names, parameters, strict=True))
+        if twin is fused:
+            done = fused.adapt(plan, parameters, inner.lr, inner, support, **options)
+        else:
+            done = reference.adapt(self.net, named, plan.adapted, inner, support, **options)
+        results = {"weights": [done.parameters[n] for n in plan.adapted], "status": done.status}
+        if recipe.epochs is not None:
+            results |= {"train": done.history.train, "epochs": done.history.epochs}
+            if recipe.validates:
+                results |= {"validation": done.history.validation}
+                results |= {"best": done.history.best_epochs}
+        elif not self.start:
+            with torch.enable_grad():
+                if twin is fused:
+                    made = fused.reptile(plan, plan.parameters, inner.lr, inner, support, ids)
+                else:
+                    named = dict(zip(plan.names, plan.parameters, strict=True))
+                    made = reference.reptile(self.net, named, plan.adapted, inner, support, ids)
+                results["losses"] = made[1]
+                results["differences"] = torch.autograd.grad(made[0], plan.parameters)
+        return results
+
+
+@st.composite
+def recipes(draw):
+    chain = draw(chains(max_layers=3))
+    if not any(layer[0] == "linear" for layer in chain):
+        chain = (("linear", chain[0][1], chain[0][1], True), *chain)
+    batch_norm = any(layer[0] == "batch_norm" for layer in chain)
+    by_epochs = draw(st.booleans())
+    validates = by_epochs and draw(st.booleans())
+    return Recipe(
+        chain=chain,
+        loss=draw(st.sampled_from(["mse", "huber", "cross_entropy", "bce_with_logits"])),
+        optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
+        steps=None if by_epochs else draw(st.integers(0, 7)),
+        epochs=draw(st.integers(0, 4)) if by_epochs else None,
+        # no minibatch of one row where BatchNorm would have to normalise it
+        batch_size=draw(st.sampled_from([None, 3] if batch_norm else [None, 1, 2, 3, 4, 20])),
+        anchor=draw(st.sampled_from([0.0, 0.0, 0.5])),
+        frozen=draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
+        own_starts=draw(st.sampled_from([0, 0, 1, 2, 9])),
+        tasks=draw(st.sampled_from([1, 2, 5, 17, 20])),
+        rows=draw(st.sampled_from([6, 9])) if batch_norm else draw(st.integers(1, 9)),
+        weights=draw(st.booleans()),
+        validates=validates,
+        patience=draw(st.sampled_from([None, 1, 2])) if validates else None,
+        own_shuffles=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+NUMBERS = ("epochs", "best", "status")  # equal, not close
+
+
+def without_nan(value) -> torch.Tensor:
+    return torch.nan_to_num(flat(value), nan=1e30)
+
+
+def compare(recipe: Recipe) -> bool:
+    """One recipe on every path, in float64; whether the tasks stayed finite, so that it counts.
+
+    As in test_kernels.py, the error that an honest kernel may have is the machine epsilon times a
+    condition number, for which what the reference loses in float32 stands, and has as its floor
+    the rounding of sums of as many terms as there are.
+    """
+    problem = Adaptations(recipe)
+    wanted = problem.follow(reference, torch.float64)
+    single = problem.follow(reference, torch.float32)
+    if wanted["status"].any() or single["status"].any():
+        return False
+    steps = recipe.steps if recipe.epochs is None else recipe.epochs * recipe.rows
+    widths = sum(max(layer[1], layer[2]) for layer in recipe.chain if len(layer) > 2)
+    terms = math.sqrt((widths + recipe.rows) * (steps + 1))
+    for isa, executor in PATHS:
+        with using(isa, executor):
+            got = problem.follow(fused, torch.float64)
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            if name in NUMBERS:
+                assert torch.equal(got[name], value), f"{isa} {executor} {name}: {recipe}"
+                continue
+            lost = largest(torch.nan_to_num(flat(single[name]) - flat(value)))
+            whole = largest(torch.nan_to_num(flat(value)))
+            bound = 64 * EPS[torch.float64] * (lost / EPS[torch.float32] + terms * whole + terms)
+            error = largest(without_nan(got[name]) - without_nan(value))
+            assert error <= bound, f"{isa} {executor} {name}: {error} > {bound}: {recipe}"
+    return True
+
+
+def test_random_recipes_against_the_reference():
+    counts = collections.Counter()
+
+    @settings(PROFILE, max_examples=80)
+    @given(recipes())
+    def check(recipe):
+        counts[compare(recipe)] += 1
+
+    check()
+    assert counts[True] >= 60
+
+
+def test_the_comparison_can_fail():
+    chain = (("linear", 3, 8, True), ("tanh",), ("linear", 8, 2, True))
+    recipe = Recipe(chain, optimizer="adam", batch_size=2, seed=4)
+    problem = Adaptations(recipe)
+    wanted = problem.follow(reference, torch.float64)
+    for change in ({"seed": 5}, {"batch_size": 3}, {"optimizer": "adamw"}, {"anchor": 0.01}):
+        problem.recipe = Recipe(**{**recipe.__dict__, **change})
+        got = problem.follow(fused, torch.float64)
+        assert largest(flat(got["weights"]) - flat(wanted["weights"])) > 1e-6
+
+
+# ---- the same to the last bit -------------------------------------------------------------------
+
+FIXED = {
+    "minibatches": Recipe(
+        (("linear", 5, 33, True), ("relu",), ("linear", 33, 1, True)), "bce_with_logits", "adam",
+        batch_size=4, tasks=37, rows=19, validates=True, patience=1, weights=True, seed=7,
+    ),
+    "own starts, clip": Recipe(
+        (("linear", 3, 20, True), ("tanh",), ("linear", 20, 5, True)), "cross_entropy", "nesterov",
+        epochs=4, own_starts=2, anchor=0.25, tasks=19, rows=12, frozen=1, seed=8,
+    ),
+    "steps": Recipe(
+        (("linear", 2, 40, True), ("layer_norm", 40, 40, True), ("silu",), ("linear", 40, 3, True)),
+        optimizer="adam, decay", steps=9, epochs=None, batch_size=3, tasks=20, own_shuffles=True,
+    ),
+    "frozen body": Recipe(
+        (("linear", 4, 17, True), ("relu",), ("linear", 17, 9, True), ("tanh",),
+         ("linear", 9, 1, True)), optimizer="momentum", frozen=4, tasks=21, seed=2,
+    ),
+}  # fmt: skip
+
+
+def of_task(results: dict, t: int) -> list[torch.Tensor]:
+    each = [w[t] for w in results["weights"]]
+    return each + [results[n][t] for n in ("train", "validation", "losses") if n in results]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FIXED)
+def test_a_task_alone_permuted_and_on_any_path_has_the_same_bits(name, dtype):
+    problem = Adaptations(FIXED[name])
+    tasks = FIXED[name].tasks
+    order = torch.randperm(tasks, generator=torch.Generator().manual_seed(1)).tolist()
+    for isa in native.isas():
+        with using(isa, "rows", 1):
+            wanted = problem.follow(fused, dtype)
+        for executor in ("rows", "lanes", "auto"):
+            with using(isa, executor, 2):
+                whole = problem.follow(fused, dtype)
+                moved = problem.follow(fused, dtype, order)
+                alone = {t: problem.follow(fused, dtype, [t]) for t in (0, 3, tasks - 1)}
+            for t in range(tasks):
+                assert same_bits(of_task(whole, t), of_task(wanted, t))
+                assert same_bits(of_task(moved, order.index(t)), of_task(wanted, t))
+            for t, one in alone.items():
+                assert same_bits(of_task(one, 0), of_task(wanted, t))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_reptile_has_the_same_bits_on_any_number_of_threads(threads):
+    problem = Adaptations(FIXED["steps"])
+    for executor in ("rows", "lanes"):
+        with using(executor=executor, threads=1):
+            wanted = problem.follow(fused, torch.float32)
+        with using(executor=executor, threads=threads):
+            got = problem.follow(fused, torch.float32)
+        assert same_bits(got["differences"], wanted["differences"])
+
+
+@pytest.mark.parametrize("isa, executor", PATHS)
+@pytest.mark.parametrize("name", FIXED)
+def test_a_task_of_nan_is_reported_and_leaves_the_others_alone(name, isa, executor):
+    problem = Adaptations(FIXED[name])
+    with using(isa, executor):
+        before = problem.follow(fused, torch.float32)
+        spoiled = max(range(len(problem.support)), key=lambda t: len(problem.support[t][0]))
+        problem.support[spoiled][0][0, 0] = math.nan
+        after = problem.follow(fused, torch.float32)
+    tasks = range(len(problem.support))
+    assert all(same_bits(of_task(before, t), of_task(after, t)) for t in tasks if t != spoiled)
+    assert not before["status"].any()
+    if not FIXED[name].validates:  # with validation rows the finite start is the best there is
+        assert after["status"].tolist() == [int(t == spoiled) for t in tasks]
+    else:
+        assert not after["status"].any() and after["best"][spoiled] == 0
+
+
+# ---- the shuffle --------------------------------------------------------------------------------
+
+
+@settings(PROFILE, max_examples=50)
+@given(
+    st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**40),
+    st.integers(0, 1), st.lists(st.integers(0, 70), min_size=1, max_size=5), st.booleans(),
+)  # fmt: skip
+def test_native_shuffle_is_that_of_numpy(seed, stream, epoch, purpose, sizes, identified):
+    ids = torch.arange(len(sizes)) * 2**50 + seed % 1000
+    lengths = torch.tensor(sizes)
+    out = torch.full((sum(sizes) + 1,), -1)
+    native.extension().shuffle(
+        seed, stream, ids.data_ptr() if identified else 0, epoch, purpose, len(sizes),
+        lengths.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    wanted = [
+        permutation(seed, stream, int(i) if identified else 0, epoch, n, purpose)
+        for i, n in zip(ids, sizes, strict=True)
+    ]
+    assert out.tolist() == [*(int(i) for p in wanted for i in p), -1]
+
+
+def test_bits_sees_a_difference_of_one_bit():
+    a = torch.tensor([1.0, 2.0])
+    assert same_bits(a, a.clone()) and not same_bits(a, torch.nextafter(a, a + 1))
+    assert bits(torch.tensor([0.0])).item() != bits(torch.tensor([-0.0])).item()
