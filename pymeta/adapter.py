@@ -35,6 +35,7 @@ from pymeta.arrays import (
     array_of,
     dense,
     gather,
+    gather_queries,
     need_array,
     raw_of,
 )
@@ -200,7 +201,8 @@ class Adapter:
         """Adapt, and predict with what was adapted: the raw outputs.
 
         One task (xs of two dimensions) is the fast way: given `out` and contiguous arrays, it
-        allocates nothing after the first call with that many rows.
+        allocates nothing after the first call with that many rows. The rows of one task have one
+        axis of features also where the model begins with Flatten.
 
         Args:
             xs: one task's [rows, in]; or tasks, as for `adapt`.
@@ -217,7 +219,7 @@ class Adapter:
             TypeError, ValueError: as `adapt`.
         """
         if not isinstance(xs, np.ndarray) or xs.ndim != 2:
-            return self._adapt_predict_many(xs, ys, xq, out, weights)
+            return self._many(xs, ys, xq, out, weights)
         if out is None:
             out = np.empty((*need_array("xq", xq).shape[:1], self.out_features), self.dtype)
         if self._prepares:
@@ -247,8 +249,12 @@ class Adapter:
         weights = None if weights is None else need_array("weights", weights)[None]
         return gather(_SUPPORT, xs[None], ys, weights, self._expected)
 
-    def _adapt_predict_many(self, xs: Any, ys: Any, xq: Any, out: Any, weights: Any) -> Any:
-        return self.adapt(xs, ys, weights=weights)(xq, out)
+    def _many(self, xs: Any, ys: Any, xq: Any, out: Any, weights: Any) -> Any:
+        """`adapt_predict` for many tasks; all arguments are checked before anything is run."""
+        support = self._ready(gather(_SUPPORT, xs, ys, weights, self._expected))
+        query = gather_queries(xq, support.tasks, "as xs has", self._expected)
+        out = query.room(out, self.out_features)
+        return self._adapt(support, self.schedule, None)._predict(query, out)
 
     def _adapt(
         self, support: Gathered, schedule: Schedule, ids: np.ndarray | None

@@ -228,6 +228,14 @@ def gather(names: Names, x: Any, y: Any, weights: Any, expected: Expected) -> Ga
     return Gathered(x, y, weights, len(lengths), max(lengths), starts, sizes, lengths)
 
 
+def gather_queries(xq: Any, tasks: int, why: str, expected: Expected) -> Gathered:
+    """Queries for so many tasks; TypeError or ValueError as `gather`."""
+    query = gather(Names("xq"), xq, None, None, expected)
+    if query.tasks != tasks:
+        raise ValueError(f"xq: expected {tasks} tasks, {why}, got {query.tasks}")
+    return query
+
+
 def _alike(names: Names, name: str, values: Any, lengths: list[int] | None) -> np.ndarray:
     """`values` as one array; a list exactly where x was one, of the same lengths."""
     if lengths is None:
@@ -369,16 +377,14 @@ class AdaptedArrays(Stacked[np.ndarray]):
             TypeError, ValueError: xq is not that, or one row comes to a batch normalisation.
         """
         expected = Expected(self.architecture, self.loss, self.dtype)
-        query = gather(Names("xq"), xq, None, None, expected)
-        if query.tasks != self._tasks:
-            raise ValueError(
-                f"xq: expected {self._tasks} tasks, one for each model, got {query.tasks}"
-            )
-        out = query.room(out, self.architecture.out_features)
+        query = gather_queries(xq, self._tasks, "one for each model", expected)
+        return self._predict(query, query.room(out, self.architecture.out_features))
+
+    def _predict(self, query: Gathered, out: np.ndarray) -> Any:
+        """As a call, for queries that are checked; the outputs go to `out`."""
         names = self.architecture.chain
-        weights = [
-            dense(self._stacked[n] if n in self._stacked else self._shared[n]) for n in names
-        ]
+        given = {**self._stacked, **self._shared}
+        weights = [dense(given[name]) for name in names]
         self._problem.predict(
             DTYPE_CODES[self.dtype],
             [address(w) for w in weights],

@@ -29,6 +29,7 @@ from pymeta.reference import Adaptation
 from pymeta.rows import (
     check_class_count,
     check_class_weights,
+    check_classes,
     class_table,
     held_out_counts,
     hold_out,
@@ -100,11 +101,11 @@ class FineTune(Learner):
 
     The model's own parameters are the start and stay as they are.
 
-    Memory: the result has the adapted parameters of every task (`p.numel()` values for each
-    parameter p that is not frozen, 4 bytes each in float32), one byte of status, and with
-    `curves` 8 numbers and 2 or so for each epoch. Beside these there is only what each thread works
-    in, which `explain()` tells, and one chunk's copies of rows where rows are held out. Inputs are
-    used where they lie, except that lists are joined; `stream` takes any number of tasks.
+    Memory: for each task the result has the parameters that are not frozen (24-64-64-1 in float32:
+    5,825 of 4 bytes), one byte of status, and with `curves` up to two numbers for each epoch and
+    three more. Beside these there is what each thread works in, which `explain()` tells, and one
+    chunk's rows where some are held out. Inputs are used where they lie, but for lists, which are
+    joined, and what is not contiguous. `stream` takes any number of tasks.
 
     Args:
         model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
@@ -195,7 +196,7 @@ class FineTune(Learner):
                 )
             frozen.update(hits)
         free = [escape(name) for name in names if name not in frozen]
-        return Plan(self.model, self.loss, free, self._per, self._rule, self.anchor)
+        return Plan(self.model, self.loss, free, self._per, self._rule, self._anchor)
 
     # ---- calls --------------------------------------------------------------------------------
 
@@ -243,7 +244,7 @@ class FineTune(Learner):
         options = {"start": start, **data, "task_ids": task_ids, "curves": curves}
         if torch.compiler.is_compiling():
             return _eagerly(self, xs, ys, progress, options)
-        return self._tuned(xs, ys, progress, 6, **options)
+        return self._tuned(xs, ys, progress, 7, **options)
 
     def stream(
         self,
@@ -282,7 +283,7 @@ class FineTune(Learner):
                         x,
                         y,
                         False,
-                        4,
+                        5,
                         weights=weights[0] if weights else None,
                         task_ids=of_group,
                         curves=curves,
@@ -316,44 +317,49 @@ class FineTune(Learner):
             raise TypeError(f"curves: expected a bool, got {type(curves).__name__}")
         plan, parameters = self._current()
         support = task_set(_TRAIN, xs, ys, sizes, weights, plan.expected)
-        _need_targets(support)
         held = self._validation_set(validation_data, support, plan)
         ids = check_task_ids(task_ids, support.tasks)
         own, parameters = _own_start(start, plan, parameters, support.tasks)
         sets = (support,) if held is None else (support, held)
         reason = self._reason(plan, *sets)
+        in_torch = reason is not None
         expected = plan.expected
         if reason is not None:
             expected = self._to_torch(plan, reason, frames, *sets)
-        else:
-            for s in sets:
-                check_values(s, expected)
-        self._check_rows(plan, support)
-        check_class_count(self.class_weights, self.loss, expected.out_features)
+        self._check_data(plan, expected, sets)
         out = self._memory(plan, parameters, support.tasks, curves, held is not None)
+        rows = sum(support.counts)
         with _Bar(support.tasks, progress) as bar:
-            for first, last in self._chunks(plan, support, reason is not None):
-                part = support.part(first, last)
+            for first, last in self._chunks(plan, support.tasks, rows, in_torch):
                 part_ids = None if ids is None else ids[first:last]
-                watched = None if held is None else held.part(first, last)
-                part, watched = self._prepared(part, watched, part_ids, expected)
-                options: dict[str, Any] = {
-                    "start": {n: v[first:last] for n, v in own.items()},
-                    "validation": watched,
-                    "patience": self.patience,
-                    "curves": curves,
-                    "task_ids": part_ids,
-                }
+                part, watched = self._prepared(
+                    support.part(first, last),
+                    None if held is None else held.part(first, last),
+                    part_ids,
+                    expected,
+                )
                 view = _part_of(out, first, last)
-                if reason is None:
-                    options["out"] = view
-                in_torch = reason is not None
-                done = self._adapt_tasks(plan, parameters, self.schedule, part, in_torch, **options)
+                options: dict[str, Any] = {} if in_torch else {"out": view}
+                done = self._adapt_tasks(
+                    plan,
+                    parameters,
+                    self.schedule,
+                    part,
+                    in_torch,
+                    start={n: v[first:last] for n, v in own.items()},
+                    validation=watched,
+                    patience=self.patience,
+                    curves=curves,
+                    task_ids=part_ids,
+                    **options,
+                )
                 if in_torch:
                     _copy(done, view)
                 bar.advance(last - first)
+        if self._last is not None:  # not the last chunk alone
+            self._last = self._last._replace(tasks=support.tasks)
         out.parameters |= {n: v for n, v in own.items() if n not in plan.adapted}
-        return self._adapted(plan, parameters, out, support.tasks, reason is not None)
+        return self._adapted(plan, parameters, out, support.tasks, in_torch)
 
     def _validation_set(self, data: Any, support: TaskSet, plan: Plan) -> TaskSet | None:
         """The validation data as a task set, if there are any."""
@@ -374,15 +380,22 @@ class FineTune(Learner):
         x, y, *weights = data
         weights_or_none = weights[0] if weights else None
         held = task_set(_VALIDATION, x, y, None, weights_or_none, plan.expected)
-        _need_targets(held)
         check_same_tasks(support, held)
         return held
 
-    def _check_rows(self, plan: Plan, support: TaskSet) -> None:
-        """Raise where batch normalisation would meet a single row."""
-        if not plan.expected.batch_norm:
-            return
-        counts = torch.tensor(support.counts, dtype=torch.int64)
+    def _check_data(self, plan: Plan, expected: Expected, sets: Sequence[TaskSet]) -> None:
+        """Raise for wrong values now, not when a later chunk comes upon them."""
+        for s in sets:
+            check_values(s, expected)
+        if self.class_weights is not None:
+            check_class_count(self.class_weights, self.loss, expected.out_features)
+            for s in sets:
+                check_classes(s, self.loss)
+        if plan.expected.batch_norm:
+            self._check_single_rows(plan, torch.tensor(sets[0].counts, dtype=torch.int64))
+
+    def _check_single_rows(self, plan: Plan, counts: Tensor) -> None:
+        """Raise where batch normalisation would meet a single row; `counts` [T] are the rows."""
         held = held_out_counts(counts, self.validation)
         for sizes in (counts - held, held):
             if self.validation and bool((sizes == 1).any()):
@@ -407,14 +420,16 @@ class FineTune(Learner):
             return hold_out(part, self.validation, last, self.seed, ids)
         return part, watched
 
-    def _chunks(self, plan: Plan, support: TaskSet, in_torch: bool) -> Iterator[tuple[int, int]]:
-        """First and last task of the chunks, which are of some tenths of a second each."""
+    def _chunks(
+        self, plan: Plan, tasks: int, rows: int, in_torch: bool
+    ) -> Iterator[tuple[int, int]]:
+        """First and last task of each chunk of `tasks` tasks with `rows` rows in all."""
         weights = sum(p.numel() for p in plan.parameters)
-        rows = sum(support.counts) / max(support.tasks, 1)
-        size = int(_CHUNK_WORK / max(6 * weights * rows * self.epochs, 1.0)) // 16 * 16
+        work = 6 * weights * self.epochs * rows / max(tasks, 1)
+        size = int(_CHUNK_WORK / max(work, 1.0)) // 16 * 16
         size = min(max(size, 16), 512 if in_torch else _LARGEST_CHUNK)
-        for first in range(0, support.tasks, size):
-            yield first, min(first + size, support.tasks)
+        for first in range(0, tasks, size):
+            yield first, min(first + size, tasks)
 
     def _memory(
         self,
@@ -451,11 +466,6 @@ class FineTune(Learner):
 def _eagerly(learner: FineTune, xs: Any, ys: Any, progress: Any, options: Any) -> Adapted:
     """The call while torch.compile traces: left to eager mode."""
     return learner.forward(xs, ys, progress=progress, **options)
-
-
-def _need_targets(s: TaskSet) -> None:
-    if s.y is None:
-        raise TypeError(f"{s.names.y}: expected targets, got None")
 
 
 def _columns(group: list[Any]) -> tuple[list[Any], ...]:

@@ -8,6 +8,7 @@ model is compared with the plan made of it (`plan.py`), and then either the nati
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -89,14 +90,13 @@ class NativeCall(NamedTuple):
     second_order: bool = False
 
 
-class Learner(nn.Module):
+class Learner(nn.Module, ABC):
     """The base of the learners; not for use by itself.
 
     Attributes:
         model: the module that is adapted; its parameters are the learner's.
         loss: a description of the loss.
         lr: the inner step size: a number, or MAML's learnable one.
-        anchor: the weight of the pull towards the start.
         backend: "native", "torch" or "auto".
     """
 
@@ -125,7 +125,7 @@ class Learner(nn.Module):
         self.loss = describe_loss(loss)
         self.adapted_patterns = check_patterns("adapt", adapt)
         self.backend = native.backend(backend)
-        self.anchor = anchor
+        self._anchor = anchor
         self._rule = _one_optimizer(lr, optimizer, learns_lr)
         rate = self._rule.lr
         self._per = rate.per if isinstance(rate, LearnableLR) else "network"
@@ -147,9 +147,14 @@ class Learner(nn.Module):
         return self._rule if lr is None else replace(self._rule, lr=lr)
 
     @property
+    def anchor(self) -> float:
+        """The weight of the pull towards the start; 0 but for FineTune."""
+        return self._anchor
+
+    @property
+    @abstractmethod
     def schedule(self) -> Schedule:
         """How many inner steps an adaptation makes, and on which rows."""
-        raise NotImplementedError
 
     def adapter(self) -> Adapter:
         """What to deploy: a copy of the start and the recipe, for numpy, without torch.
@@ -163,7 +168,7 @@ class Learner(nn.Module):
 
     def _inner(self, plan: Plan, schedule: Schedule, first_order: bool = False) -> InnerLoop:
         return InnerLoop(
-            self.loss, self._lr(plan), plan.rates, schedule, first_order, self._rule, self.anchor
+            self.loss, self._lr(plan), plan.rates, schedule, first_order, self._rule, self._anchor
         )
 
     def _adapt_tasks(
@@ -300,7 +305,7 @@ class Learner(nn.Module):
 
     def _made_plan(self) -> Plan:
         return Plan(
-            self.model, self.loss, self.adapted_patterns, self._per, self._rule, self.anchor
+            self.model, self.loss, self.adapted_patterns, self._per, self._rule, self._anchor
         )
 
     def _forget(self) -> None:

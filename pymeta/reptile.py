@@ -13,7 +13,6 @@ makes exactly this step, and any other optimiser of torch one of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +93,7 @@ class Reptile(Learner):
     @property
     def schedule(self) -> Schedule:
         """The inner steps of `adapt`."""
-        return Schedule(self.steps, None, self.batch_size, self.seed, _OF_ADAPT)
+        return self._scheduled(None, _OF_ADAPT)
 
     # ---- calls --------------------------------------------------------------------------------
 
@@ -129,12 +128,11 @@ class Reptile(Learner):
         if torch.compiler.is_compiling():
             return _eagerly(self, xs, ys, steps, support_sizes, support_weights, task_ids)
         plan, parameters = self._current()
-        schedule = self._scheduled(steps)
+        trains = torch.is_grad_enabled()
+        schedule = self._scheduled(steps, self._stream if trains else _OF_ADAPT)
         support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
         ids = check_task_ids(task_ids, support.tasks)
         check_minibatches(plan, support.counts, schedule)
-        if torch.is_grad_enabled():
-            schedule = replace(schedule, stream=self._stream)
         inner = self._inner(plan, schedule)
         reason = self._reason(plan, support)
         if reason is None:
@@ -144,7 +142,7 @@ class Reptile(Learner):
             self._to_torch(plan, reason, 5, support)
             named = dict(zip(plan.names, parameters, strict=True))
             outcome = reference.reptile(self.model, named, plan.adapted, inner, support, ids)
-        if torch.is_grad_enabled():
+        if trains:
             self._stream += 1
         return ReptileOutcome(*outcome)
 
@@ -178,7 +176,7 @@ class Reptile(Learner):
         """
         with torch.no_grad():
             plan, parameters = self._current()
-            schedule = self._scheduled(steps)
+            schedule = self._scheduled(steps, _OF_ADAPT)
             support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
             ids = check_task_ids(task_ids, support.tasks)
             check_minibatches(plan, support.counts, schedule)
@@ -189,9 +187,9 @@ class Reptile(Learner):
             done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, task_ids=ids)
             return self._adapted(plan, parameters, done, support.tasks, in_torch)
 
-    def _scheduled(self, steps: Any) -> Schedule:
-        schedule = self.schedule
-        return schedule if steps is None else replace(schedule, steps=check_steps(steps))
+    def _scheduled(self, steps: Any, stream: int) -> Schedule:
+        steps = self.steps if steps is None else check_steps(steps)
+        return Schedule(steps, None, self.batch_size, self.seed, stream)
 
     # ---- the state ----------------------------------------------------------------------------
 

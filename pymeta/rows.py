@@ -102,6 +102,12 @@ def _classes(s: TaskSet, rows: _Rows, loss: Loss) -> Tensor:
     return y.long()
 
 
+def check_classes(s: TaskSet, loss: Loss) -> None:
+    """ValueError where a target is no class."""
+    if not loss.takes_classes:
+        _classes(s, _Rows.of(s), loss)
+
+
 def class_table(
     s: TaskSet, weights: str | tuple[float, ...], loss: Loss, out: int | None
 ) -> Tensor:

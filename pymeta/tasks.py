@@ -183,6 +183,8 @@ def tensor_of(name: str, value: Any) -> Any:
 def _tensors_of(name: str, values: Any) -> Any:
     """A list's arrays as tensors, or one array as a tensor; None stays."""
     if isinstance(values, (list, tuple)):
+        if not any(isinstance(value, np.ndarray) for value in values):
+            return values
         return [tensor_of(f"{name}[{t}]", value) for t, value in enumerate(values)]
     return tensor_of(name, values)
 
@@ -394,7 +396,7 @@ def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: E
         names: `SUPPORT` or `QUERY`.
         x: [T, rows, ...], or a list of T tensors [rows_t, ...]; here as everywhere, numpy arrays
             are as good as tensors.
-        y: [T, rows] or [T, rows, out], or a list likewise; None where there are no targets.
+        y: [T, rows] or [T, rows, out], or a list likewise; None where `names` has none for it.
         sizes: how many of its rows each task uses, [T] integers, or None for all.
         weights: [T, rows], a list of [rows_t], or None.
         expected: what the model and the loss ask for.
@@ -407,6 +409,8 @@ def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: E
     if not type(x) is type(y) is Tensor:
         x, y = _tensors_of(names.x, x), _tensors_of(names.y, y)
     weights = _tensors_of(names.weights, weights)
+    if y is None and names.y:
+        raise TypeError(f"{names.y}: expected targets as a tensor, array or list, got None")
     out = (_from_lists if listed else _from_tensors)(names, x, y, sizes, weights)
     lead = 1 if out.starts is not None else 2
     _check_device(names.x, out.x, expected)

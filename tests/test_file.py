@@ -363,6 +363,25 @@ def test_headers_that_lie(kind, path):
         refused(kind, path)
 
 
+def test_tensors_that_lie_askew(tmp_path):
+    """Numbers at an address that is no multiple of their size: no file of pymeta's has that."""
+    path = tmp_path / "m"
+    random_models(tasks=3).save(path)
+    content = path.read_bytes()
+    end = header_end(content)
+    header = json.loads(content[8:end])
+    data = content[-3:] + content[end:-3]  # the statuses, one byte each, to the front
+    tensors = {
+        name: {**entry, "data_offsets": [at + 3 for at in entry["data_offsets"]]}
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    tensors[".status"]["data_offsets"] = [0, 3]
+    path.write_bytes(content[:end] + data)
+    rewritten(path, {"data_checksum": f"{zlib.crc32(data):08x}"}, tensors)
+    refused("models", path, "cannot be the bytes")
+
+
 def test_headers_that_are_no_objects(kind, path):
     content = path.read_bytes()
     for header in (b"[]", b"3", b"{}", b'{"__metadata__": 3}', b"[" * 60_000, b"\xff\xfe"):

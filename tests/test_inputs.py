@@ -1,12 +1,17 @@
 """Wrong arguments: an error that names the argument, what was expected and what came, and no work
 done; on both backends the same."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from helpers import batch, mlp
 from torch import nn
 
 import pymeta
+from pymeta.losses import describe_loss
+from pymeta.tasks import SUPPORT, Expected, check_task_ids, task_set, tensor_of
 
 OPTIONS = {"loss": "mse", "lr": 0.1, "steps": 1}
 
@@ -87,7 +92,36 @@ def listed(data):
 # name -> (error, message, change of (xs, ys, xq, yq), options)
 CALLS = {
     "xs no tensor": (TypeError, r"xs: expected a tensor .*got str", lambda d: ("x", *d[1:]), {}),
-    "xs numpy": (TypeError, r"xs: .*got ndarray", lambda d: (d[0].numpy(), *d[1:]), {}),
+    "xs numpy dtype": (
+        TypeError,
+        r"xs: expected torch\.float64 .*got torch\.float32",
+        lambda d: (d[0].float().numpy(), *d[1:]),
+        {},
+    ),
+    "xs numpy objects": (
+        TypeError,
+        r"xs: expected an array of numbers, got dtype object",
+        lambda d: (d[0].numpy().astype(object), *d[1:]),
+        {},
+    ),
+    "ys numpy longdouble": (
+        TypeError,
+        r"ys: expected an array of numbers, got dtype (longdouble|float128)",
+        lambda d: (d[0], d[1].numpy().astype(np.longdouble), *d[2:]),
+        {},
+    ),
+    "xs numpy mask": (
+        TypeError,
+        r"xs: expected an array without a mask, got a MaskedArray",
+        lambda d: (np.ma.masked_array(d[0].numpy(), mask=d[0] > 1), *d[1:]),
+        {},
+    ),
+    "xq numpy strings in a list": (
+        TypeError,
+        r"xq\[1\]: expected an array of numbers, got dtype <U",
+        lambda d: (*d[:2], [d[2][0].numpy(), np.array([["a"]]), d[2][2].numpy()], list(d[3])),
+        {},
+    ),
     "xs flat": (
         ValueError,
         r"xs: expected shape \[tasks, rows, features\], got \[5, 2\] \(2 dimensions\)",
@@ -125,6 +159,8 @@ CALLS = {
         lambda d: (*d[:3], d[3].to("meta")),
         {},
     ),
+    "no ys": (TypeError, r"ys: expected targets.*got None", lambda d: (d[0], None, *d[2:]), {}),
+    "no yq": (TypeError, r"yq: expected targets.*got None", lambda d: (*d[:3], None), {}),
     "ys tasks": (
         ValueError,
         r"ys: expected shape \[3, 5, \.\.\.\] to match xs, got \[2, 5, 3\]",
@@ -261,7 +297,7 @@ CALLS = {
     ),
     "list entry": (
         TypeError,
-        r"xs\[1\]: expected a tensor, got int",
+        r"xs\[1\]: expected a tensor or array, got int",
         lambda d: ([d[0][0], 1, d[0][2]], list(d[1]), *d[2:]),
         {},
     ),
@@ -294,6 +330,105 @@ def test_calls(case, backend):
     with pytest.raises(error, match=message):
         make(backend, net=net)(*data, **options)
     assert net[0].weight.grad is None
+
+
+def as_arrays(value):
+    if isinstance(value, (list, tuple)):
+        return [as_arrays(v) for v in value]
+    return value.detach().numpy().copy()
+
+
+def test_numpy_arrays_are_as_good_as_tensors(backend):
+    xs, ys, xq, yq = batch("cross_entropy", out=3)
+    module = make(backend, "cross_entropy")
+    weights, sizes = torch.rand(3, 5), torch.tensor([2, 5, 3])
+    options = {"support_weights": weights, "query_sizes": sizes - 1}
+    wanted = module(xs, ys, xq, yq, **options)
+    got = module(*as_arrays((xs, ys, xq, yq)), **{n: as_arrays(v) for n, v in options.items()})
+    assert torch.equal(got.loss, wanted.loss)
+    ragged = [[v[t, : sizes[t]] for t in range(3)] for v in (xs, ys, xq, yq)]
+    ragged_weights = [weights[t, : sizes[t]] for t in range(3)]
+    wanted = module(*ragged, support_weights=ragged_weights)
+    got = module(*as_arrays(ragged), support_weights=as_arrays(ragged_weights))
+    assert torch.equal(got.loss, wanted.loss)
+    assert torch.equal(got.predictions[1], wanted.predictions[1])
+    models = module.adapt(*as_arrays((xs, ys)))
+    assert torch.equal(models(as_arrays(xq)), module.adapt(xs, ys)(xq))
+
+
+@pytest.mark.parametrize("kind", ["read-only", "byte order", "reversed", "strided", "mapped"])
+def test_numpy_arrays_of_every_kind(kind, backend, tmp_path):
+    xs, ys, xq, yq = batch(out=3)
+    module = make(backend)
+    wanted = module(xs, ys, xq, yq).loss
+    array = as_arrays(xs)
+    if kind == "read-only":
+        array.flags.writeable = False
+    elif kind == "byte order":
+        array = array.astype(array.dtype.newbyteorder())
+    elif kind == "reversed":
+        array = array[:, ::-1].copy()[:, ::-1]
+    elif kind == "strided":
+        array = np.repeat(array, 2, axis=1)[:, ::2]
+    else:
+        np.save(tmp_path / "xs.npy", array)
+        array = np.load(tmp_path / "xs.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(module(array, ys, xq, yq).loss, wanted)
+
+
+def test_numpy_arrays_are_not_copied():
+    array = np.random.rand(3, 4, 2)
+    for given in (array, array[1:], array[:, ::2]):
+        assert tensor_of("xs", given).data_ptr() == given.ctypes.data
+    array.flags.writeable = False
+    tensor = tensor_of("xs", array)
+    assert tensor.data_ptr() == array.ctypes.data
+    wanted = array.copy()
+    del array  # the tensor keeps the memory
+    assert torch.equal(tensor, torch.from_numpy(wanted))
+
+
+def test_parts_of_task_sets():
+    xs, ys, *_ = batch(tasks=4)
+    expected = Expected(describe_loss("mse"), torch.float64, torch.device("cpu"))
+    weights, sizes = torch.rand(4, 5).double(), [5, 0, 2, 3]
+    lists = [[v[:n] for v, n in zip(whole, sizes, strict=True)] for whole in (xs, ys, weights)]
+    sets = [
+        task_set(SUPPORT, xs, ys, None, weights, expected),
+        task_set(SUPPORT, xs, ys, sizes, weights, expected),
+        task_set(SUPPORT, lists[0], lists[1], None, lists[2], expected),
+    ]
+    for s in sets:
+        for first, last in ((0, 4), (1, 3), (2, 4), (1, 1)):
+            part = s.part(first, last)
+            assert part.tasks == last - first and part.counts == s.counts[first:last]
+            for t in range(part.tasks):
+                for got, wanted in zip(part.of_task(t), s.of_task(first + t), strict=True):
+                    assert torch.equal(got, wanted)
+
+
+TASK_IDS = {
+    "length": (ValueError, r"task_ids: expected shape \[3\], got \[2\]", [1, 2]),
+    "negative": (ValueError, r"task_ids: expected integers >= 0, got -1", [0, -1, 2]),
+    "large": (ValueError, r"task_ids: expected integers below 2\^63", [0, 2**63, 1]),
+    "floats": (TypeError, r"task_ids: expected integers, got torch\.float32", torch.ones(3)),
+    "type": (TypeError, r"task_ids: expected integers \[T\], got str", "abc"),
+}
+
+
+@pytest.mark.parametrize("case", TASK_IDS)
+def test_task_ids(case):
+    error, message, ids = TASK_IDS[case]
+    with pytest.raises(error, match=message):
+        check_task_ids(ids, 3)
+
+
+def test_good_task_ids():
+    assert check_task_ids(None, 3) is None
+    for ids in (range(3), [0, 1, 2], np.arange(3, dtype=np.int32), torch.arange(3)):
+        assert torch.equal(check_task_ids(ids, 3), torch.tensor([0, 1, 2]))
 
 
 def with_label(task, row, label):

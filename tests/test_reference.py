@@ -7,8 +7,12 @@ from helpers import LOSSES, assert_close, batch, gradients, loop_meta_loss, mlp,
 from torch import nn
 
 import pymeta
-from pymeta.losses import describe_loss
+from pymeta import reference
+from pymeta.losses import Loss, describe_loss
+from pymeta.optimizers import rates
+from pymeta.schedule import Schedule
 from pymeta.task_loss import task_loss
+from pymeta.tasks import SUPPORT, Expected, task_set
 
 
 def maml(net, **options):
@@ -425,3 +429,65 @@ def test_learnable_lr_of_an_unknown_kind_is_refused():
         pymeta.LearnableLR(float("nan"))
     with pytest.raises(TypeError, match=r"LearnableLR\.per_step"):
         pymeta.LearnableLR(0.1, per_step=2)
+
+
+def inner_loop(net, schedule, names, **options):
+    sizes = {n: net.get_parameter(n).numel() for n in names}
+    lr = torch.tensor([0.1], dtype=torch.float64)
+    rule = pymeta.SGD(0.1, momentum=0.9)
+    layout = rates("network", sizes)
+    return reference.InnerLoop(Loss("mse"), lr, layout, schedule, optimizer=rule, **options)
+
+
+def support_of(xs, ys):
+    return task_set(
+        SUPPORT, xs, ys, None, None, Expected(Loss("mse"), torch.float64, torch.device("cpu"))
+    )
+
+
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("names", [["0.weight", "2.bias"], []])
+def test_adapting_all_tasks_at_once_is_one_by_one(size, names):
+    """Equal tasks go through vmap, with their curves and starts; those with ids do not."""
+    net, (xs, ys, *_) = mlp(2, 4, 2), batch()
+    inner = inner_loop(net, Schedule(epochs=3, batch_size=size, seed=1), names, anchor=0.1)
+    parameters = {n: p.detach() for n, p in net.named_parameters()}
+    own = {n: torch.randn(3, *parameters[n].shape).double() for n in ("0.weight", "0.bias")}
+
+    def adapt(**options):
+        support = support_of(xs, ys)
+        return reference.adapt(
+            net, parameters, names, inner, support, start=own, curves=True, **options
+        )
+
+    together, apart = adapt(), adapt(task_ids=[0, 0, 0])
+    assert together.parameters.keys() == apart.parameters.keys() == {*names, *own}
+    for name, values in apart.parameters.items():
+        assert_close(together.parameters[name], values)
+    assert torch.equal(together.parameters["0.bias"], own["0.bias"])
+    assert_close(together.history.train, apart.history.train)
+    assert together.history.epochs.tolist() == [3, 3, 3]
+    assert together.history.validation is None and together.history.best_epochs is None
+    assert not together.status.any()
+
+
+def test_reptiles_gradient_is_the_way_to_the_mean():
+    net, (xs, ys, *_) = mlp(2, 4, 2), batch()
+    named, names = dict(net.named_parameters()), ["0.weight", "2.bias"]
+    inner = inner_loop(net, Schedule(steps=3), names)
+    loss, losses = reference.reptile(net, named, names, inner, support_of(xs, ys))
+    found = gradients(3 * loss, *named.values())
+    with torch.no_grad():
+        adapted = reference.adapt(net, named, names, inner, support_of(xs, ys)).parameters
+    for name, got in zip(named, found, strict=True):
+        moved = named[name] - adapted[name].mean(0) if name in names else torch.zeros_like(got)
+        assert_close(got, 3 * moved)
+    assert_close(loss, losses.mean())
+    assert not losses.requires_grad
+
+
+def test_status_counts_what_is_not_finite():
+    values = torch.ones(4, 2, 2)
+    values[1, 0, 1], values[3, 1, 1] = float("nan"), float("-inf")
+    assert reference.not_finite([torch.ones(4), values], 4).tolist() == [0, 1, 0, 1]
+    assert reference.not_finite([values[:0]], 0).tolist() == []

@@ -133,6 +133,15 @@ class InnerLoop {
     if constexpr (X::kFactors)
       if (factored_) factored_->begin(support.x, support.extent);
   }
+  // The weights of a factored layer after all steps, for those who want to keep them.
+  void materialise(const ItemSet& support) {
+    if constexpr (X::kFactors) {
+      const int t = network_.layers[0].weight;
+      if (factored_ && call_.adapted[t] && call_.steps > 0)
+        factored_->materialise(support.x, start().tensor(t),
+                               memory_ + ws_.theta + layout_.tensors[t].place);
+    }
+  }
   // The mean over the steps of each task's loss while they ran.
   Vec mean_step_loss() const {
     return call_.steps > 0 ? loss_sum_ / broadcast(Real(call_.steps)) : zero();

@@ -330,6 +330,8 @@ void check(Call<Real>& call, Job job) {
   check_minibatches(call);
   call.max_query = job == Job::adapt && !call.predictions ? 0 : check_set(call, call.query, "q");
   call.max_validation = call.validation.x ? check_set(call, call.validation, "v") : 0;
+  if (call.max_support > 0 && !call.support.y) refuse("ys: expected targets, got none");
+  if (call.max_validation > 0 && !call.validation.y) refuse("yv: expected targets, got none");
   if (call.steps_of(call.max_support) > kMostSteps)
     refuse("epochs: more than 2^30 inner steps for the largest task");
 }

@@ -346,11 +346,6 @@ class Driver {
         loop.set_factored(&first);
         loop.begin_factored(support);
         adapt_or_learn(work, loop, support, totals, memory);
-        if (wants_adapted(layer.weight) && call_.steps > 0) {
-          Real* w = memory + workspace_.theta + layout().tensors[layer.weight].place;
-          first.materialise(support.x, shared_.theta + layout().tensors[layer.weight].place, w);
-          write_adapted(work, layer.weight, w);
-        }
         loop.set_factored(nullptr);
         return;
       }
@@ -383,7 +378,9 @@ class Driver {
                       const Totals& totals, Real* memory) {
     if (job_ == Job::adapt) {
       const WholeSet steps(support, shared_.corrections);
-      return write(work, loop, loop.adapt(steps), totals, memory);
+      const auto theta = loop.adapt(steps);
+      loop.materialise(support);
+      return write(work, loop, theta, totals, memory);
     }
     const ItemSet query = binder_.bind(call_.query, workspace_.query_set, work, memory);
     const Vec loss = loop.meta_gradient(support, query, totals);
@@ -423,29 +420,51 @@ class Driver {
   }
 
   void write_adapted(const Item<X>& work, int t, const Real* from) const {
-    const std::size_t place = layout().tensors[t].place;
-    layout().elements(t, [&](std::size_t to, std::size_t at) {
-      for (int lane = 0; lane < work.count; ++lane)
-        call_.adapted_parameters[t][work.task[lane] * tensor_elements(t) + to] =
-            from[at - place + lane];
-    });
+    const std::size_t elements = tensor_elements(t);
+    Real* const to = call_.adapted_parameters[t];
+    if constexpr (X::kElement == 1) {
+      unpack(t, from, to + work.task[0] * elements);
+    } else {
+      // As many elements of a lane's tensor as there are lanes, side by side in torch's layout.
+      const PackedTensor& tensor = layout().tensors[t];
+      const int lines = tensor.transposed ? tensor.inner : tensor.outer;
+      const int length = tensor.transposed ? tensor.outer : tensor.inner;
+      const long line_step = tensor.transposed ? X::kElement : tensor.row;
+      const long step = tensor.transposed ? tensor.row : X::kElement;
+      for (int line = 0; line < lines; ++line)
+        for (int first = 0; first < length; first += kWidth) {
+          const Real* at = from + line * line_step + first * step;
+          const int count = length - first < kWidth ? length - first : kWidth;
+          Vec block[kWidth];
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth; ++i) block[i] = i < count ? load(at + i * step) : zero();
+          transpose_block(block);
+          const std::size_t place = static_cast<std::size_t>(line) * length + first;
+          for (int lane = 0; lane < work.count; ++lane) {
+            Real* const own = to + work.task[lane] * elements + place;
+            if (count == kWidth)
+              store(own, block[lane]);
+            else
+              memcpy(own, &block[lane], sizeof(Real) * count);
+          }
+        }
+    }
   }
 
   // 1 where any adapted weight of a task is not finite.
   void write_status(const Item<X>& work, const Adapted& theta) const {
-    bool bad[X::kTasks] = {};
+    IntVec bad{};
     for (int t = 0; t < call_.network->tensor_count; ++t) {
       if (!call_.adapted[t]) continue;
-      const Real* from = theta.tensor(t);
       const PackedTensor& tensor = layout().tensors[t];
       for (int p = 0; p < tensor.outer; ++p)
-        for (int q = 0; q < tensor.inner; ++q)
-          for (int lane = 0; lane < work.count; ++lane) {
-            const Real value = from[p * tensor.row + static_cast<long>(q) * X::kElement + lane];
-            bad[lane] = bad[lane] || value - value != Real(0);
-          }
+        for (int c = 0; c < X::vectors(tensor.inner); ++c) {
+          const Vec value = load(theta.tensor(t) + p * tensor.row + static_cast<long>(c) * kWidth);
+          bad |= X::masked_columns(value - value, tensor.inner, c) != zero();
+        }
     }
-    for (int lane = 0; lane < work.count; ++lane) call_.status[work.task[lane]] = bad[lane];
+    for (int lane = 0; lane < work.count; ++lane)
+      call_.status[work.task[lane]] = X::kTasks == 1 ? any_lane(bad) : bad[lane] != 0;
   }
 
   void write_predictions(const Item<X>& work, InnerLoop<X>& loop, const Adapted& theta,

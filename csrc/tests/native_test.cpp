@@ -250,13 +250,16 @@ struct Data {
   }
 };
 
+bool has_batch_norm(const Network& network) {
+  return std::any_of(network.layers, network.layers + network.layer_count,
+                     [](const Layer& layer) { return layer.kind == LayerKind::batch_norm; });
+}
+
 SideData make_side(const Setup& setup, int rows, Random& random) {
   const Network& network = setup.chain.network;
   SideData side;
   side.rows = rows;
-  bool batch_norm = false;
-  for (int l = 0; l < network.layer_count; ++l)
-    batch_norm = batch_norm || network.layers[l].kind == LayerKind::batch_norm;
+  const bool batch_norm = has_batch_norm(network);
   std::int64_t total = 0;
   for (int t = 0; t < setup.tasks; ++t) {
     std::int64_t size = setup.form == Form::uniform ? rows : random.below(rows + 1);
@@ -493,7 +496,7 @@ class Problem {
   void reptile(Results<Real>& r, Real* const* differences, const Runner<Real>& runner) {
     Call<Real> c = call();
     c.support = support.set;
-    c.batches = {kBatch, 11, 12, nullptr};
+    c.batches = {batch(), 11, 12, nullptr};
     c.sums_differences = true;
     c.losses = r.step_losses.data();
     c.gradients = differences;
@@ -513,7 +516,7 @@ class Problem {
     c.optimizer.anchor = 0.125;
     c.epochs = kEpochs;
     c.patience = 1;
-    c.batches = {kBatch, 5, 0, task_ids_.data()};
+    c.batches = {batch(), 5, 0, task_ids_.data()};
     c.adapted_parameters = tuned;
     c.status = r.status.data();
     c.train_curves = r.train_curves.data();
@@ -538,7 +541,9 @@ class Problem {
     runner(c, Job::predict);
   }
 
-  static constexpr int kEpochs = 3, kBatch = 4;
+  static constexpr int kEpochs = 3;
+  // All rows where a minibatch of one could not be normalised.
+  int batch() const { return has_batch_norm(*network_) ? 0 : 4; }
 
   const Setup& setup_;
   std::unique_ptr<Network> network_;
@@ -861,6 +866,17 @@ void check_refusals() {
   CHECK(with([&](Data& d) { d.support.weights[row] = std::nan(""); }), "a weight of NaN");
   CHECK(with([&](Data& d) { d.query.sizes[0] = -1; }), "a negative size");
   CHECK(with([&](Data& d) { d.query.sizes[0] = 1; }), "one row under BatchNorm");
+  Setup split = setups()[0];
+  split.chain = Chain().linear(3, 4).norm(LayerKind::batch_norm, 4);
+  split.support = 5;
+  CHECK(refuses([&] {
+          const Data data = make_data(split, 1);
+          Problem<float>(split, data).results([](Call<float>& call, Job job) {
+            if (job == Job::adapt && !call.by_epochs()) call.batches.size = 4;
+            run(call, job);
+          });
+        }),
+        "a minibatch of one row under BatchNorm");
   CHECK(refuses([] { set_isa("z80"); }), "an unknown instruction set");
   CHECK(refuses([] { set_executor("columns"); }), "an unknown executor");
   CHECK(refuses([] { set_num_threads(0); }), "no threads");
