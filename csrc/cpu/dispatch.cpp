@@ -172,6 +172,14 @@ std::string task_row(const char* name, std::int64_t task, std::int64_t row) {
          ": ";
 }
 
+// What messages call a set's arrays.
+struct SetNames {
+  const char *x, *y, *sizes, *weights;
+};
+constexpr SetNames kSupport{"xs", "ys", "support_sizes", "support_weights"};
+constexpr SetNames kQuery{"xq", "yq", "query_sizes", "query_weights"};
+constexpr SetNames kValidation{"xv", "yv", "validation_sizes", "validation_weights"};
+
 bool has_batch_norm(const Network& network) {
   return std::any_of(network.layers, network.layers + network.layer_count,
                      [](const Layer& layer) { return layer.kind == LayerKind::batch_norm; });
@@ -179,10 +187,7 @@ bool has_batch_norm(const Network& network) {
 
 // Looks at the sizes, labels and weights of one set; returns its largest task.
 template <class Real>
-int check_set(const Call<Real>& call, const RowSet<Real>& set, const char* suffix) {
-  const std::string letter(suffix);
-  const std::string side = letter == "s" ? "support" : letter == "q" ? "query" : "validation";
-  const std::string sizes_name = side + "_sizes", weights_name = side + "_weights";
+int check_set(const Call<Real>& call, const RowSet<Real>& set, const SetNames& names) {
   const Network& network = *call.network;
   const bool batch_norm = has_batch_norm(network);
   const bool labels = call.loss && call.loss->kind == LossKind::cross_entropy && set.y;
@@ -192,26 +197,26 @@ int check_set(const Call<Real>& call, const RowSet<Real>& set, const char* suffi
     const std::int64_t rows = set.sizes ? set.sizes[task] : set.rows;
     const std::int64_t start = set.start(task);
     if (rows < 0 || start < 0 || (set.sizes && !set.starts && rows > set.rows))
-      refuse(sizes_name + ": task " + std::to_string(task) + " has size " + std::to_string(rows) +
-             ", not in 0.." + std::to_string(set.rows));
+      refuse(std::string(names.sizes) + ": task " + std::to_string(task) + " has size " +
+             std::to_string(rows) + ", not in 0.." + std::to_string(set.rows));
     if (batch_norm && rows == 1)
-      refuse("x" + letter + ": task " + std::to_string(task) +
+      refuse(std::string(names.x) + ": task " + std::to_string(task) +
              " has one row, and BatchNorm1d needs at least two to normalise by");
     largest = std::max(largest, rows);
     for (std::int64_t row = 0; labels && row < rows; ++row) {
       const std::int64_t label = static_cast<const std::int64_t*>(set.y)[start + row];
       if ((label < 0 || label >= out) && label != call.loss->ignore_index)
-        refuse(task_row(("y" + letter).c_str(), task, row) + "label " + std::to_string(label) +
-               " is not in 0.." + std::to_string(out - 1));
+        refuse(task_row(names.y, task, row) + "label " + std::to_string(label) + " is not in 0.." +
+               std::to_string(out - 1));
     }
     for (std::int64_t row = 0; set.weights && row < rows; ++row) {
       const Real weight = set.weights[start + row];
       if (!(weight >= 0) || !std::isfinite(weight))
-        refuse(task_row(weights_name.c_str(), task, row) + "weight " + std::to_string(weight) +
+        refuse(task_row(names.weights, task, row) + "weight " + std::to_string(weight) +
                " is not a finite number >= 0");
     }
   }
-  if (largest > (1 << 24)) refuse("x" + letter + ": a task has more than 2^24 rows");
+  if (largest > (1 << 24)) refuse(std::string(names.x) + ": a task has more than 2^24 rows");
   return static_cast<int>(largest);
 }
 
@@ -326,10 +331,10 @@ void check_minibatches(const Call<Real>& call) {
 
 template <class Real>
 void check(Call<Real>& call, Job job) {
-  call.max_support = job == Job::predict ? 0 : check_set(call, call.support, "s");
+  call.max_support = job == Job::predict ? 0 : check_set(call, call.support, kSupport);
   check_minibatches(call);
-  call.max_query = job == Job::adapt && !call.predictions ? 0 : check_set(call, call.query, "q");
-  call.max_validation = call.validation.x ? check_set(call, call.validation, "v") : 0;
+  call.max_query = job == Job::adapt && !call.predictions ? 0 : check_set(call, call.query, kQuery);
+  call.max_validation = call.validation.x ? check_set(call, call.validation, kValidation) : 0;
   if (call.max_support > 0 && !call.support.y) refuse("ys: expected targets, got none");
   if (call.max_validation > 0 && !call.validation.y) refuse("yv: expected targets, got none");
   if (call.steps_of(call.max_support) > kMostSteps)

@@ -35,6 +35,17 @@
 #include "../cpu/engine.h"
 #include "../cpu/thread_pool.h"
 
+// Counts what is allocated, for the promise that an Engine's calls of known sizes allocate nothing.
+static std::atomic<long> allocations{0};
+void* operator new(std::size_t bytes) {
+  ++allocations;
+  if (void* p = std::malloc(bytes ? bytes : 1)) return p;
+  throw std::bad_alloc();
+}
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"  // these are a pair
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+
 namespace pymeta {
 
 // The tables of kernels.cpp, for runs on memory of our own.
@@ -822,6 +833,18 @@ void check_engine(const Setup& setup, const std::string& name) {
       if (!problem.engine_agrees(*engine, (i + caller) % setup.tasks, wanted)) same = false;
   });
   CHECK(same, name + ": other bits than a call's");
+  Exact<Real> x(static_cast<std::size_t>(6) * engine->in_features(), Real(0.5));
+  Exact<Real> y(static_cast<std::size_t>(6) * engine->out_features(), Real(0));
+  Exact<std::int64_t> labels(6);
+  const void* targets = engine->takes_labels() ? static_cast<const void*>(labels.data()) : y.data();
+  const auto call = [&] {
+    engine->adapt_predict(x.data(), targets, nullptr, 6, x.data(), 6, y.data());
+  };
+  call();
+  const long before = allocations;
+  for (int i = 0; i < 3; ++i) call();
+  const long made = allocations - before;
+  CHECK(made == 0, name + ": allocates in a call of a known size");
   set_executor("auto");
 }
 
