@@ -50,23 +50,30 @@ Engine<Real>::Engine(const Call<Real>& recipe)
 }
 
 template <class Real>
-std::unique_ptr<typename Engine<Real>::Block> Engine<Real>::take() const {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!idle_.empty()) {
-      std::unique_ptr<Block> block = std::move(idle_.back());
-      idle_.pop_back();
-      return block;
-    }
-    idle_.reserve(idle_.capacity() + 1);  // so that give() need not
-  }
-  return std::make_unique<Block>();
+Engine<Real>::~Engine() {
+  for (auto& slot : idle_) delete slot.load();
 }
 
 template <class Real>
+std::unique_ptr<typename Engine<Real>::Block> Engine<Real>::take() const {
+  for (auto& slot : idle_)
+    if (slot.load(std::memory_order_relaxed))
+      if (Block* block = slot.exchange(nullptr, std::memory_order_acquire))
+        return std::unique_ptr<Block>(block);
+  return std::make_unique<Block>();
+}
+
+// More blocks than slots are not kept.
+template <class Real>
 void Engine<Real>::give(std::unique_ptr<Block> block) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  idle_.push_back(std::move(block));
+  for (auto& slot : idle_) {
+    Block* empty = nullptr;
+    if (slot.compare_exchange_strong(empty, block.get(), std::memory_order_release,
+                                     std::memory_order_relaxed)) {
+      block.release();
+      return;
+    }
+  }
 }
 
 template <class Real>

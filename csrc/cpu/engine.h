@@ -2,11 +2,13 @@
 //
 // An Engine holds what does not change from call to call: the recipe, the start packed for the `rows` executor, and
 // blocks of working memory, one for each thread that ever called at once, with the plan for the sizes it last saw. So a
-// call of sizes seen before allocates nothing, and what one thread does is nothing to another.
+// call of sizes seen before allocates nothing, and what one thread does is nothing to another. Blocks wait in slots
+// without a lock: a fork finds none held by a thread that the child does not have.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "dispatch.h"
@@ -18,6 +20,7 @@ class Engine {
  public:
   // `recipe` is a Call without rows and results; what it points to is copied.
   explicit Engine(const Call<Real>& recipe);
+  ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
@@ -54,8 +57,7 @@ class Engine {
   Job job_;
   const Kernels<Real>* table_;  // those in use when it was made: start_ is in their layout
   std::vector<Real> start_;
-  mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Block>> idle_;
+  mutable std::array<std::atomic<Block*>, 64> idle_{};
 };
 
 }  // namespace pymeta
