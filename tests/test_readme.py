@@ -74,5 +74,12 @@ def test_deployment_without_torch(namespaces):
     assert float(done.stdout) == names["score"].item()
 
 
+def test_scikit_learn(namespaces):
+    names = after(namespaces, "from sklearn.pipeline")
+    pipe, X, y, region = (names[n] for n in ("pipe", "X", "y", "region"))
+    start = (pipe.predict(X) == y).mean()
+    assert (pipe.predict(X, groups=region) == y).mean() > 0.9 > 0.7 > start
+
+
 def test_the_blocks_are_all_tested():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
