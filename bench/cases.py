@@ -4,6 +4,11 @@ W1  1-40-40-1 ReLU, MSE, 10+10 rows: the sinusoids of the MAML paper (Finn et al
 W2  784-256-128-64-64-5 ReLU, with and without batch normalisation, cross-entropy, 5+25 rows:
     the paper's non-convolutional network on 5-way 1-shot images (sec. 5.2)
 W3  24-64-64-1 ReLU, binary cross-entropy, 32+32 rows: a small scoring model for each segment
+W4  Reptile, 1-64-64-1 tanh, MSE, 10 rows, 32 steps: the sinusoids of Nichol et al. 2018 (sec. 4.1)
+W5  fine-tuning, W3's network on 50 rows, 20 epochs of full-batch Adam: a thousand scoring models
+W6  latency: W3's network adapted to 20 rows by 5 steps, then one row predicted (bench/latency.py)
+
+W1 to W3 are meta-gradients of MAML; `Case.job` says what a case computes.
 """
 
 from __future__ import annotations
@@ -20,16 +25,25 @@ class Case:
 
     Attributes:
         name: e.g. "W1 T=25 K=1".
-        sizes: widths of the chain; ReLU (after batch normalisation, where there is one) between.
+        sizes: widths of the chain; the activation (after batch normalisation, where there is one)
+            between.
         loss: "mse", "cross_entropy" or "bce_with_logits".
         support, query: rows of a task.
-        steps: inner steps.
+        steps: inner steps, each on all of the support rows.
         lr: inner step size.
         tasks: T.
+        job: what is computed: "maml", the mean query loss after adaptation and its gradient;
+            "reptile", the mean over steps and tasks of the support loss, and theta - mean theta';
+            "finetune", every task's theta'; "predict", every task's raw outputs at theta' on its
+            query rows.
+        activation: "relu" or "tanh".
+        optimizer: of the inner steps: "sgd", or "adam" with torch's defaults.
         batch_norm: normalise each hidden layer by its set's statistics.
         first_order: inner gradients are constants.
-        margin: keep only tasks in which no ReLU's input is closer to 0 than this, relative to the
-            layer's root mean square (`bench/verify.py` says why); 0 keeps all.
+        margin: keep only tasks whose answer rounding cannot change by chance; 0 keeps all.
+            "maml": no ReLU's input is closer to 0 than this, relative to the layer's root mean
+            square. Other jobs: drawn errors move the answer by less than this, relative to how
+            far the parameters move in all. `bench/verify.py` says why.
     """
 
     name: str
@@ -40,6 +54,9 @@ class Case:
     steps: int
     lr: float
     tasks: int
+    job: str = "maml"
+    activation: str = "relu"
+    optimizer: str = "sgd"
     batch_norm: bool = False
     first_order: bool = False
     margin: float = 0.0
@@ -55,14 +72,16 @@ class Case:
         In units of 2 * rows * in * out: forward 1; backward 2, but 1 for the first layer, whose
         input needs no gradient; a Hessian-vector product 6 (RZ: 2, R of the delta: 2, R of the
         weight gradient: 2), but 2 for the first layer. A step is forward and backward, in
-        second order also one Hessian-vector product; the query set is forward and backward.
+        second order also one Hessian-vector product; the query set is forward and backward (a
+        prediction, where that is the job, forward alone).
         """
         total = 0
+        exact = self.job == "maml" and not self.first_order
         for i, (inputs, outputs) in enumerate(self.layers):
             backward, product = (1, 2) if i == 0 else (2, 6)
-            step = 1 + backward + (0 if self.first_order else product)
-            units = self.steps * self.support * step + self.query * (1 + backward)
-            total += 2 * inputs * outputs * units
+            step = 1 + backward + (product if exact else 0)
+            query = 1 + (backward if self.job == "maml" else 0)
+            total += 2 * inputs * outputs * (self.steps * self.support * step + self.query * query)
         return total
 
 
@@ -77,6 +96,8 @@ def _cases() -> dict[str, Case]:
     w1 = Case("", (1, 40, 40, 1), "mse", 10, 10, 1, 0.01, 1)
     w2 = Case("", (784, 256, 128, 64, 64, 5), "cross_entropy", 5, 25, 1, 0.4, 32)
     w3 = Case("", (24, 64, 64, 1), "bce_with_logits", 32, 32, 5, 0.1, 64)
+    w4 = Case("", (1, 64, 64, 1), "mse", 10, 0, 32, 0.02, 32, job="reptile", activation="tanh")
+    w5 = Case("", w3.sizes, w3.loss, 50, 0, 20, 1e-3, 1000, job="finetune", optimizer="adam")
     found = [
         *(
             replace(c, name=f"W1 T={c.tasks} K={c.steps}")
@@ -90,11 +111,20 @@ def _cases() -> dict[str, Case]:
             replace(c, name=f"W3{' first order' * c.first_order} T={c.tasks} K={c.steps}")
             for c in _family(w3, first_order=(False, True), tasks=(64, 1024))
         ),
+        replace(w4, margin=1e-4, name=f"W4 Reptile T={w4.tasks} K={w4.steps}"),
+        replace(w5, margin=1e-4, name=f"W5 fine-tuning T={w5.tasks} K={w5.steps}"),
     ]
     return {c.name: c for c in found}
 
 
 CASES = _cases()
+
+# One task at a time, its weights thrown away; several tasks, so that no call is like the last one.
+LATENCY = Case(
+    *("W6 latency", (24, 64, 64, 1), "bce_with_logits", 20, 1, 5, 0.1, 64),
+    job="predict",
+    margin=1e-4,
+)
 
 
 @dataclass(frozen=True)

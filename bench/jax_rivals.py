@@ -1,9 +1,10 @@
-"""The same meta-gradient by JAX: jit(vmap), and split over the host's cores by shard_map.
+"""The same jobs by JAX: jit(vmap), and split over the host's cores by shard_map.
 
-Gradients come from `jax.value_and_grad` of the vmapped inner loop, inner gradients from `jax.grad`;
-weights lie as [in, out], so that a layer is `x @ w` without a transpose. Inputs are on the device
-before the clock starts. The flags that set the number of devices and threads must be in the
-environment before JAX is imported: `bench/worker.py` gives each configuration its own process.
+Meta-gradients come from `jax.value_and_grad` of the vmapped inner loop, inner gradients from
+`jax.grad`; Adam is written out by torch's formula, which XLA fuses. Weights lie as [in, out], so
+that a layer is `x @ w` without a transpose. Inputs are on the device before the clock starts. The
+flags that set the number of devices and threads must be in the environment before JAX is imported:
+`bench/worker.py` gives each configuration its own process.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bench.cases import Case, Data
 
 jax.block_until_ready(jnp.zeros(1) + 1)  # starts the backend, which is no case's compile time
 
+ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 Layers = list[tuple[jax.Array, ...]]  # per linear layer: w [in, out], b, and batch norm's two
 
 
@@ -38,13 +40,13 @@ def _losses(kind: str) -> Callable:
     return {"mse": mse, "cross_entropy": cross_entropy, "bce_with_logits": bce_with_logits}[kind]
 
 
-def _forward(layers: Layers, x: jax.Array) -> jax.Array:
+def _forward(layers: Layers, x: jax.Array, activation: Callable = jax.nn.relu) -> jax.Array:
     for w, b, *norm in layers[:-1]:
         x = x @ w + b
         if norm:
             centred = x - x.mean(0)
             x = centred * lax.rsqrt((centred**2).mean(0) + 1e-5) * norm[0] + norm[1]
-        x = jax.nn.relu(x)
+        x = activation(x)
     w, b = layers[-1]
     return x @ w + b
 
@@ -76,13 +78,101 @@ def _mean_loss(case: Case, scan: bool) -> Callable:
     return total
 
 
-def _chunked(total: Callable, chunk: int) -> Callable:
+def _adaptation(case: Case, scan: bool, batched: bool = True) -> Callable:
+    """f(layers, xs, ys): the mean of the steps' losses, and the adapted layers, for each task."""
+    loss_of = _losses(case.loss)
+    activation = ACTIVATIONS[case.activation]
+    b1, b2, eps = 0.9, 0.999, 1e-8
+
+    def loss(layers: Layers, x: jax.Array, y: jax.Array) -> jax.Array:
+        return loss_of(_forward(layers, x, activation), y)
+
+    t = np.arange(1.0, case.steps + 1)  # in float64: 1 - b2**t cancels
+    corrections = np.stack([case.lr / (1 - b1**t), (1 - b2**t) ** -0.5], 1).astype(np.float32)
+
+    def sgd(layers: Layers, gradients: Layers, _state: tuple, _corrections: jax.Array) -> tuple:
+        return jax.tree.map(lambda p, g: p - case.lr * g, layers, gradients), _state
+
+    def adam(layers: Layers, gradients: Layers, state: tuple, corrections: jax.Array) -> tuple:
+        rate, root = corrections
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state[0], gradients)
+        s = jax.tree.map(lambda s, g: b2 * s + (1 - b2) * g * g, state[1], gradients)
+        return jax.tree.map(
+            lambda p, m, s: p - rate * m / (jnp.sqrt(s) * root + eps), layers, m, s
+        ), (m, s)
+
+    update = adam if case.optimizer == "adam" else sgd
+
+    def task(layers: Layers, xs: jax.Array, ys: jax.Array) -> tuple[jax.Array, Layers]:
+        zeros = jax.tree.map(jnp.zeros_like, layers)
+        state = (zeros, zeros) if case.optimizer == "adam" else ()
+
+        def step(carry: tuple, now: jax.Array) -> tuple[tuple, jax.Array]:
+            value, gradients = jax.value_and_grad(loss)(carry[0], xs, ys)
+            return update(carry[0], gradients, carry[1], now), value
+
+        carry = (layers, state)
+        if scan:
+            carry, values = lax.scan(step, carry, corrections)
+        else:
+            values = []
+            for now in corrections:
+                carry, value = step(carry, now)
+                values.append(value)
+            values = jnp.stack(values)
+        return values.mean(), carry[0]
+
+    return jax.vmap(task, in_axes=(None, 0, 0)) if batched else task
+
+
+def _reptile(case: Case, scan: bool) -> Callable:
+    """f(layers, weights, xs, ys): the mean loss, and theta minus the mean theta'."""
+    adapt = _adaptation(case, scan)
+
+    def function(layers: Layers, weights: jax.Array, xs: jax.Array, ys: jax.Array) -> tuple:
+        values, ends = adapt(layers, xs, ys)
+        moved = jax.tree.map(
+            lambda p, e: weights.sum() * p - jnp.tensordot(weights, e, 1), layers, ends
+        )
+        return weights @ values, moved
+
+    return function
+
+
+def _finetune(case: Case, scan: bool) -> Callable:
+    """f(layers, weights, xs, ys): every task's adapted layers."""
+    adapt = _adaptation(case, scan)
+    return lambda layers, _, xs, ys: adapt(layers, xs, ys)[1]
+
+
+def predictor(case: Case, data: Data) -> tuple[Callable, Layers]:
+    """f(layers, xs, ys, xq) of one task: its adapted model's outputs; and the layers."""
+    adapt = _adaptation(case, scan=False, batched=False)
+    activation = ACTIVATIONS[case.activation]
+
+    def function(layers: Layers, xs: jax.Array, ys: jax.Array, xq: jax.Array) -> jax.Array:
+        return _forward(adapt(layers, xs, ys)[1], xq, activation)
+
+    return function, jax.device_put(_arguments(case, data, 1)[0])
+
+
+def _stacked(function: Callable, chunk: int) -> Callable:
+    """The same function, its tasks taken so many at a time (see `_chunked`)."""
+
+    def outer(layers: Layers, *arrays: jax.Array):
+        parts = [a.reshape(-1, chunk, *a.shape[1:]) for a in arrays]
+        found = lax.map(lambda part: function(layers, *part), parts)
+        return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), found)
+
+    return outer
+
+
+def _chunked(gradient: Callable, chunk: int) -> Callable:
     """f(layers, weights, *sets) -> (loss, gradients), the tasks taken so many at a time.
 
     A vmap over all tasks streams every task's weights through memory at each operation; some tasks
     at a time stay in the cache. On large networks this is JAX's fastest form.
     """
-    gradient = jax.value_and_grad(total)
 
     def function(layers: Layers, *arrays: jax.Array):
         def body(sums, part):
@@ -111,7 +201,8 @@ def _arguments(case: Case, data: Data, multiple: int) -> tuple[Layers, tuple[np.
         return np.concatenate([a, a[:1].repeat(extra, 0)])
 
     ys, yq = (y.astype(np.int32) if y.dtype == np.int64 else y for y in (data.ys, data.yq))
-    sets = tuple(fill(a) for a in (data.xs, ys, data.xq, yq))
+    query = (data.xq, yq) if case.query else ()
+    sets = tuple(fill(a) for a in (data.xs, ys, *query))
     return layers, (np.concatenate([weights, np.zeros(extra, np.float32)]), *sets)
 
 
@@ -119,7 +210,7 @@ def _read(out: tuple) -> tuple[np.ndarray, list[np.ndarray]]:
     loss, layers = out
     gradients = []
     for w, *rest in layers:
-        gradients += [np.asarray(w).T, *map(np.asarray, rest)]
+        gradients += [np.asarray(w).swapaxes(-1, -2), *map(np.asarray, rest)]
     return np.asarray(loss), gradients
 
 
@@ -132,6 +223,8 @@ def forms(case: Case, shard: bool) -> dict[str, dict]:
     for chunk in (16, 1):
         if chunk < each:
             found[f"vmap of {chunk}, scanned"] = {"scan": False, "chunk": chunk}
+            if case.job != "maml":
+                found[f"vmap of {chunk}, both scanned"] = {"scan": True, "chunk": chunk}
     return found
 
 
@@ -141,17 +234,27 @@ def make(
     """(run, read): run() waits for the result on the device, read(result) gives numpy arrays."""
     devices = jax.devices() if shard else jax.devices()[:1]
     layers, sets = _arguments(case, data, len(devices) * (chunk or 1))
-    total = _mean_loss(case, scan)
-    gradient = _chunked(total, chunk) if chunk else jax.value_and_grad(total)
+    summed = case.job != "finetune"  # over tasks; or each task has its own result
+    if case.job == "maml":
+        gradient = jax.value_and_grad(_mean_loss(case, scan))
+    else:
+        gradient = {"reptile": _reptile, "finetune": _finetune}[case.job](case, scan)
+    if chunk:
+        gradient = (_chunked if summed else _stacked)(gradient, chunk)
     if shard:
         mesh = Mesh(np.array(devices), ("tasks",))
 
         def part(*arguments):
-            return jax.tree.map(lambda v: lax.psum(v, "tasks"), gradient(*arguments))
+            found = gradient(*arguments)
+            return jax.tree.map(lambda v: lax.psum(v, "tasks"), found) if summed else found
 
         function = jax.jit(
             jax.shard_map(
-                part, mesh=mesh, in_specs=(P(), *[P("tasks")] * 5), out_specs=P(), check_vma=False
+                part,
+                mesh=mesh,
+                in_specs=(P(), *[P("tasks")] * len(sets)),
+                out_specs=P() if summed else P("tasks"),
+                check_vma=False,
             )
         )
         layers = jax.device_put(layers, NamedSharding(mesh, P()))
@@ -163,4 +266,10 @@ def make(
     def run():
         return jax.block_until_ready(function(layers, *sets))
 
-    return run, _read
+    def read(out):
+        if summed:
+            return _read(out)
+        _, found = _read((0.0, out))
+        return None, [a[: case.tasks] for a in found]
+
+    return run, read

@@ -17,12 +17,14 @@ RIVALS = {
     "jax 1 thread": "JAX 1 thread",
     "jax all threads": "JAX all threads",
     "jax shard_map": "JAX shard_map",
+    "scikit-learn": "scikit-learn",
 }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """The processor, its cores, and the versions in use."""
     versions = {}
-    for package in ("pymeta", "torch", "jax", "numpy", "higher"):
+    for package in ("pymeta", "torch", "jax", "numpy", "higher", "scikit-learn"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -66,6 +68,9 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
         found["python_us"] = 1e6 * (trip - one) if trip else None
         several = _median(row, f"pymeta kernel {threads[-1]}t")
         found["threads_speedup"] = one / several if several else None
+        if several and row["fma_peak"]:
+            all_peaks = threads[-1] * row["fma_peak"]
+            found["of_all_peaks"] = row["flops_per_task"] * row["tasks"] / several / all_peaks
         # Ratios compare whole round trips, on whatever number of threads does best.
         trips = [t for n in threads if (t := _median(row, f"pymeta {n}t"))]
         found["pymeta_s"] = min(trips, default=None)
@@ -78,8 +83,13 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def figure(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.3g}"
+    return "-" if seconds is None else figure(1e3 * seconds)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -98,7 +108,8 @@ def line(row: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])
 
@@ -115,13 +126,14 @@ def _ours(rows: list[dict[str, Any]], sums: list[dict[str, Any]]) -> str:
             f"{s['gflops']:.0f}",
             f"{_number(s.get('of_peak'), '.0%')} ({_number(s.get('of_peak_best'), '.0%')})",
             _number(s["threads_speedup"], ".2f") + "x",
+            _number(s.get("of_all_peaks"), ".0%"),
             _number(s["python_us"], ".0f"),
             _ms(s["pymeta_s"]),
             f"{row['contestants']['pymeta 1t']['error_in_tolerances']:.2g}",
         ])  # fmt: skip
-    head = ["case", "executor", "us/task, 1 thread", "GFLOP/s", "of FMA peak (best)",
-            "all cores", "Python adds us", "round trip ms", "error / tolerance"]  # fmt: skip
-    return _table(head, lines) if lines else "(pymeta was not measured)"
+    head = ["case", "executor", "us/task, 1 thread", "GFLOP/s", "of FMA peak (best)", "all cores",
+            "of all peaks", "Python adds us", "round trip ms", "error / tolerance"]  # fmt: skip
+    return table(head, lines) if lines else "(pymeta was not measured)"
 
 
 def _rivals(rows: list[dict[str, Any]], sums: list[dict[str, Any]]) -> str:
@@ -135,7 +147,7 @@ def _rivals(rows: list[dict[str, Any]], sums: list[dict[str, Any]]) -> str:
             else:
                 cells.append("wrong" if "allowed" in _error(row, name) else "-")
         lines.append(cells)
-    return _table(["case", "pymeta", *RIVALS.values()], lines)
+    return table(["case", "pymeta", *RIVALS.values()], lines)
 
 
 def _compile(rows: list[dict[str, Any]], sums: list[dict[str, Any]]) -> str:
@@ -144,7 +156,7 @@ def _compile(rows: list[dict[str, Any]], sums: list[dict[str, Any]]) -> str:
         [r["case"], *(_number(s.get(f"{n} compile_s"), ".3g") for n in names)]
         for r, s in zip(rows, sums, strict=True)
     ]
-    return _table(["case", *(RIVALS[n] for n in names)], lines)
+    return table(["case", *(RIVALS[n] for n in names)], lines)
 
 
 def _error(row: dict[str, Any], name: str) -> str:
@@ -163,33 +175,34 @@ def _failures(rows: list[dict[str, Any]]) -> str:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write `path`.json and `path`.md."""
-    machine = _machine()
+    found = machine()
     sums = [summary(row) for row in rows]
-    content = {"machine": machine, "cases": rows, "summary": sums}
+    content = {"machine": found, "cases": rows, "summary": sums}
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v)
     peaks = [row["fma_peak"] for row in rows if row["fma_peak"]]
     peak = f", FMA peak of one core {max(peaks) / 1e9:.0f} GFLOP/s (float32)" if peaks else ""
     text = f"""# Benchmark
 
-{machine["cpu"]}, {machine["cores"]} cores{peak}. Python {machine["python"]}, {versions}.
-Float32, exact second order unless a case says first order. Every figure belongs to an answer that
-was checked against float64 before. Times are medians of the rounds' medians. The method stands in
-bench/README.md.
+{found["cpu"]}, {found["cores"]} cores{peak}. Python {found["python"]}, {versions}.
+Float32; W1 to W3 are meta-gradients, in exact second order unless a case says first order. Every
+figure belongs to an answer that was checked against float64 before. Times are medians of the
+rounds' medians. The method stands in bench/README.md.
 
 ## pymeta
 
 us/task, GFLOP/s and the fraction of the peak (in parentheses: by the fastest call) are the bare
-native call on one thread; "all cores" is its speed-up; "Python adds" is what `maml(...)` and
-`backward()` take beyond it; "round trip" is `maml(...)` + `backward()` with the better number of
-threads.
+native call on one thread; "all cores" is its speed-up, "of all peaks" its fraction of that many
+cores' peaks; "Python adds" is what `maml(...)` and `backward()` (`reptile(...)` and `backward()`,
+`finetune(...)`) take beyond it; "round trip" is that call with the better number of threads.
 
 {_ours(rows, sums)}
 
 ## Rivals
 
-Milliseconds for a whole meta-batch, and in parentheses how many times pymeta's round trip that is
-(below 1: we lose).
+Milliseconds for all tasks of a case, and in parentheses how many times pymeta's round trip that is
+(below 1: we lose). In fine-tuning the loops (torch, scikit-learn) take some of the tasks, and their
+time is scaled.
 
 {_rivals(rows, sums)}
 

@@ -21,7 +21,7 @@ def prepared(case: Case):
 
 @pytest.mark.parametrize("form", ["kernel", "round_trip"])
 @pytest.mark.parametrize("name", CASES)
-def test_meta_gradient_on_one_thread(benchmark, name, form):
+def test_one_thread(benchmark, name, form):
     case = CASES[name]
     data, reference = prepared(case)
     run, read = getattr(native_calls, form)(case, data)

@@ -1,7 +1,8 @@
-"""The same meta-gradient by torch: torch.func with vmap (eager and compiled), loops over tasks.
+"""The same jobs by torch: torch.func with vmap (eager and compiled), loops over tasks.
 
 Every maker takes a case and its data and returns a function of no arguments that computes
-(mean query loss, gradients in the order of `Data.parameters`).
+(mean loss, gradients in the order of `Data.parameters`), for fine-tuning (None, adapted
+parameters), as `Case.job` says.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import pymeta
 from bench.cases import Case, Data
 
 LOSSES = {
@@ -20,7 +22,9 @@ LOSSES = {
     "cross_entropy": F.cross_entropy,
     "bce_with_logits": F.binary_cross_entropy_with_logits,
 }
-Result = tuple[Tensor, list[Tensor]]
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+LOOP_TASKS = 50  # a loop over fine-tuning tasks takes so many, each as long as the others
+Result = tuple[Tensor | None, list[Tensor]]
 
 
 def make_model(case: Case, data: Data) -> nn.Sequential:
@@ -31,12 +35,17 @@ def make_model(case: Case, data: Data) -> nn.Sequential:
         if i < len(case.layers) - 1:
             if case.batch_norm:
                 layers.append(nn.BatchNorm1d(outputs, track_running_stats=False))
-            layers.append(nn.ReLU())
+            layers.append(ACTIVATIONS[case.activation]())
     model = nn.Sequential(*layers).to(torch.from_numpy(data.xs).dtype)
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), data.parameters, strict=True):
             parameter.copy_(torch.from_numpy(value))
     return model
+
+
+def inner_optimizer(case: Case) -> pymeta.SGD | pymeta.Adam:
+    """The optimiser of a case's inner loop as pymeta describes it."""
+    return {"sgd": pymeta.SGD, "adam": pymeta.Adam}[case.optimizer](case.lr)
 
 
 def tensors(data: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,17 +76,54 @@ def _meta_gradient(case: Case, data: Data) -> tuple[Callable, tuple]:
     return torch.func.grad_and_value(mean_loss), (parameters, *tensors(data))
 
 
-def _runner(function: Callable, arguments: tuple) -> Callable[[], Result]:
+def _adaptation(case: Case, data: Data) -> tuple[Callable, tuple]:
+    """f(parameters, xs, ys) -> (result by name, mean loss) for the jobs of first order."""
+    model = make_model(case, data)
+    loss_of = LOSSES[case.loss]
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    b1, b2, eps = 0.9, 0.999, 1e-8
+
+    def loss(params: dict, x: Tensor, y: Tensor) -> Tensor:
+        return loss_of(torch.func.functional_call(model, params, (x,)), y)
+
+    def task(params: dict, xs: Tensor, ys: Tensor) -> tuple[dict, Tensor]:
+        first = {name: torch.zeros_like(p) for name, p in params.items()}
+        second, values = first, []
+        for t in range(1, case.steps + 1):
+            g, value = torch.func.grad_and_value(loss)(params, xs, ys)
+            values.append(value)
+            if case.optimizer == "adam":
+                first = {n: b1 * m + (1 - b1) * g[n] for n, m in first.items()}
+                second = {n: b2 * s + (1 - b2) * g[n] * g[n] for n, s in second.items()}
+                rate, root = 1 / (1 - b1**t), (1 - b2**t) ** -0.5
+                g = {n: rate * first[n] / (second[n].sqrt() * root + eps) for n in g}
+            params = {n: p - case.lr * g[n] for n, p in params.items()}
+        return params, torch.stack(values).mean()
+
+    def function(params: dict, xs: Tensor, ys: Tensor) -> tuple[dict, Tensor]:
+        ends, values = torch.func.vmap(task, in_dims=(None, 0, 0))(params, xs, ys)
+        if case.job == "reptile":
+            ends = {n: params[n] - end.mean(0) for n, end in ends.items()}
+        return ends, values.mean()
+
+    return function, (parameters, *tensors(data)[:2])
+
+
+def _job(case: Case, data: Data) -> tuple[Callable, tuple]:
+    return (_meta_gradient if case.job == "maml" else _adaptation)(case, data)
+
+
+def _runner(case: Case, function: Callable, arguments: tuple) -> Callable[[], Result]:
     def run() -> Result:
-        gradients, loss = function(*arguments)
-        return loss, list(gradients.values())
+        found, loss = function(*arguments)
+        return None if case.job == "finetune" else loss, list(found.values())
 
     return run
 
 
 def vmap(case: Case, data: Data) -> Callable[[], Result]:
-    """Eager torch.func: vmap over tasks, grad of grad."""
-    return _runner(*_meta_gradient(case, data))
+    """Eager torch.func: vmap over tasks; for meta-gradients, grad of grad."""
+    return _runner(case, *_job(case, data))
 
 
 def compiled(case: Case, data: Data) -> Callable[[], Result]:
@@ -85,12 +131,50 @@ def compiled(case: Case, data: Data) -> Callable[[], Result]:
     torch._dynamo.reset()
     # Loops ask for their threads at run time: both counts that are tried share one compilation.
     torch._inductor.config.cpp.dynamic_threads = True
-    function, arguments = _meta_gradient(case, data)
-    return _runner(torch.compile(function, fullgraph=True, dynamic=False), arguments)
+    function, arguments = _job(case, data)
+    return _runner(case, torch.compile(function, fullgraph=True, dynamic=False), arguments)
 
 
 def loop(case: Case, data: Data) -> Callable[[], Result]:
-    """A plain loop over tasks with torch.autograd, as most meta-learning libraries do it."""
+    """A plain loop over tasks with torch.autograd, as most libraries do it."""
+    return (_meta_gradient_loop if case.job == "maml" else _optimizer_loop)(case, data)
+
+
+def _optimizer_loop(case: Case, data: Data) -> Callable[[], Result]:
+    """For each task: the start's values into the model, a new torch.optim, `case.steps` steps."""
+    model = make_model(case, data)
+    loss_of = LOSSES[case.loss]
+    parameters = list(model.parameters())
+    start = [p.detach().clone() for p in parameters]
+    count = case.tasks if case.job == "reptile" else LOOP_TASKS
+    xs, ys, *_ = tensors(data)
+    make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[case.optimizer]
+
+    def run() -> Result:
+        ends = [p.new_empty(count, *p.shape) for p in start]
+        total = torch.zeros(())
+        for t in range(count):
+            with torch.no_grad():
+                for p, value in zip(parameters, start, strict=True):
+                    p.copy_(value)
+            optimizer = make(parameters, case.lr, fused=True)
+            for _ in range(case.steps):
+                optimizer.zero_grad()
+                loss = loss_of(model(xs[t]), ys[t])
+                loss.backward()
+                optimizer.step()
+                total += loss.detach()
+            for end, p in zip(ends, parameters, strict=True):
+                end[t] = p.detach()
+        if case.job == "finetune":
+            return None, ends
+        moved = [p - end.mean(0) for p, end in zip(start, ends, strict=True)]
+        return total / (count * case.steps), moved
+
+    return run
+
+
+def _meta_gradient_loop(case: Case, data: Data) -> Callable[[], Result]:
     model = make_model(case, data)
     loss_of = LOSSES[case.loss]
     names = [name for name, _ in model.named_parameters()]

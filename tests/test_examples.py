@@ -1,19 +1,27 @@
-"""The examples: the demo end to end, Omniglot's loader, episodes and training on tiny data."""
+"""The examples: the demo and the loans end to end, Omniglot's loader and training on tiny data."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import _common
+import credit_data
 import demo
+import lending_club
 import omniglot
+import reptile_omniglot
+import reptile_sine
+
+import pymeta
 
 CLASSES, DRAWINGS = 24, 20
 
@@ -291,3 +299,230 @@ def test_tuning_picks_the_best_step_size():
     tuned = demo.tuned_scores([network], problem, tasks, tasks)
     assert np.array_equal(tuned[10], demo.scores_after(network, problem, tasks, 0.005, 10))
     assert np.array_equal(tuned[0], demo.scores_after(network, problem, tasks, 0.0, 0))
+
+
+# ---- LendingClub --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loans_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of invented loans, where what the income says differs from state to state."""
+    path = tmp_path_factory.mktemp("loans") / "loans.csv.gz"
+    credit_data.generate(path, 9000)
+    return path
+
+
+def test_loans_are_read_as_they_are_known_at_issue(loans_file, tmp_path):
+    raw, loans = pd.read_csv(loans_file), credit_data.load(loans_file)
+    assert len(loans) == len(raw) == 9000
+    assert not {"loan_status", "total_pymnt", "recoveries"} & set(loans.columns)
+    known = {*credit_data.FEATURES, *credit_data.GROUPS.values(), "default", "issued"}
+    assert set(loans.columns) == known
+    assert loans["issued"].is_monotonic_increasing
+    first = raw.iloc[0]
+    year, month = map(int, first["issue_d"].split("-"))
+    opened = [int(n) for n in first["earliest_cr_line"].split("-")]
+    assert loans["credit_months"][0] == 12 * (year - opened[0]) + month - opened[1]
+    assert loans["annual_inc"][0] == pytest.approx(np.log(1 + first["annual_inc"]))
+    years = {"< 1 year": 0, "1 year": 1, "7 years": 7, "10+ years": 10}
+    assert loans["employment_years"].equals(raw["emp_length"].map(years))
+    raw.drop(columns=["dti", "grade"]).to_csv(tmp_path / "part.csv")
+    with pytest.raises(ValueError, match="no column dti, grade"):
+        credit_data.load(tmp_path / "part.csv")
+
+
+def test_folds_keep_groups_whole():
+    groups = np.random.default_rng(0).choice(np.arange(40), 3000, p=np.arange(1, 41) / 820)
+    part = lending_club.dealt(groups, 4, np.random.default_rng(1))
+    assert all(len(set(part[groups == g])) == 1 for g in range(40))
+    assert np.bincount(part).min() > 0.8 * 3000 / 4
+
+
+def test_nothing_is_learnt_from_the_future_or_from_held_out_groups(loans_file):
+    problem = lending_club.Problem(credit_data.load(loans_file), "addr_state")
+    issued = problem.loans["issued"].to_numpy()
+    others = np.isin(problem.groups, ["AA", "AB", "AC", "AD", "AE", "AF"])
+    trials = lending_club.trials(problem, others, 3, np.random.default_rng(0))
+    adapted = [set(problem.groups[trial.own]) for trial in trials]
+    assert set.union(*adapted) == set(problem.groups[others])
+    for trial, groups in zip(trials, adapted, strict=True):
+        assert not groups & set(problem.groups[trial.learn])
+        assert set(problem.groups[trial.late]) == groups
+        for rows in (trial.learn, trial.own, trial.late):
+            assert not (rows & ~others).any() and rows.any()
+        assert issued[trial.learn | trial.own].max() < lending_club.VALIDATION
+        assert issued[trial.late].min() >= lending_club.VALIDATION
+        assert issued[trial.late].max() < lending_club.CUT
+        # Preprocessing: what was learnt from has mean 0, nothing else is promised to.
+        assert abs(trial.X[trial.learn, :3].mean()) < 0.02
+
+
+def test_loan_scores():
+    y, p = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.6, 0.5, 0.9])
+    scores = lending_club.scores(y, p)
+    assert scores["AUC"] == pytest.approx(5 / 6)  # of six pairs one is in the wrong order
+    assert scores["KS"] == pytest.approx(2 / 3)  # at 0.5: both defaults, one of three others
+    assert scores["Brier"] == pytest.approx((0.01 + 0.04 + 0.36 + 0.25 + 0.01) / 5)
+    expected = -np.log([0.9, 0.8, 0.4, 0.5, 0.9]).mean()
+    assert scores["log-loss"] == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def loans_run(loans_file, tmp_path_factory: pytest.TempPathFactory):
+    """The whole example by states, small: its result and the folder of what it wrote."""
+    folder = tmp_path_factory.mktemp("lending_club")
+    few = tuple(
+        lending_club.Learner(
+            name, [{**fits[0], "iterations": 250}], [{"adapt_lr": 0.2, "adapt_epochs": 20}]
+        )
+        for name, fits, _ in lending_club.QUICK.learners
+    )
+    size = replace(lending_club.QUICK, folds=2, learners=few, penalties=(0.1,))
+    options = ["--data", str(loans_file), "--grouping", "state", "--out", str(folder / "table.md")]
+    options += ["--tasks", str(folder / "tasks.csv"), "--figure", str(folder / "figure.png")]
+    (result,) = lending_club.main(options, size=size, quiet=True)
+    return result, folder
+
+
+def test_adapted_credit_models_win_where_states_differ(loans_run):
+    result, _ = loans_run
+    adapted = (lending_club.MAML, lending_club.REPTILE, lending_club.TUNED)
+    pooled = (lending_club.UNADAPTED, lending_club.NETWORK, lending_club.LOGISTIC)
+    macro = {method: result.macro(method)["AUC"] for method in result.micro}
+    assert len(macro) == 9 and max(macro.values()) < 0.95  # no outcome among the features
+    for method in adapted:
+        assert macro[method] > max(macro[p] for p in pooled) + 0.02
+        mean, half = result.gain(method)
+        assert mean == pytest.approx(macro[method] - macro[lending_club.LOGISTIC])
+        assert 0 < half < 0.15
+    assert macro[lending_club.EACH] > macro[lending_club.LOGISTIC]
+
+
+def test_every_future_loan_is_scored_once(loans_run, loans_file):
+    result, _ = loans_run
+    loans = credit_data.load(loans_file)
+    future = loans[loans["issued"] >= lending_club.CUT]
+    assert result.groups == future["addr_state"].nunique()
+    for _, tasks in result.tasks.groupby("method"):
+        assert tasks["future"].sum() == len(future)
+        assert tasks["defaults"].sum() == future["default"].sum()
+        assert np.isfinite(tasks[list(lending_club.METRICS)]).all(axis=None)
+
+
+def test_loan_outputs(loans_run):
+    result, folder = loans_run
+    text = (folder / "table.md").read_text()
+    assert text == f"{lending_club.HEAD}\n{lending_club.table(result)}\n"
+    best = max(result.micro, key=lambda method: result.macro(method)["AUC"])
+    assert f"Highest AUC, macro: {best} ({result.macro(best)['AUC']:.4f})" in text
+    assert sum(line.startswith(f"| {lending_club.MAML} |") for line in text.splitlines()) == 1
+    assert all(f"{name}: " in text for name in result.timing["seconds"])
+    tasks = pd.read_csv(folder / "tasks.csv")
+    assert len(tasks) == len(result.tasks) and set(tasks["grouping"]) == {"state"}
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+# ---- Reptile ------------------------------------------------------------------------------------
+
+
+def test_reptile_sinusoids_are_drawn_from_the_fifty_points():
+    tasks = reptile_sine.draw(np.random.default_rng(0), 40)
+    assert tasks.xs.shape == tasks.ys.shape == (40, 10, 1)
+    assert tasks.xq.shape == tasks.yq.shape == (40, 50, 1)
+    where = (tasks.xs[..., 0, None] == reptile_sine.POINTS).long().argmax(-1)
+    assert torch.equal(reptile_sine.POINTS[where], tasks.xs[..., 0])
+    assert torch.equal(tasks.yq[..., 0].gather(1, where), tasks.ys[..., 0])
+    assert tasks.yq.abs().amax((1, 2)).min() > 0 and tasks.yq.abs().max() <= 5
+    # sinusoids of frequency 1: y(x) fits a sin(x) + b cos(x) to rounding
+    basis = torch.stack([reptile_sine.POINTS.sin(), reptile_sine.POINTS.cos()], 1)
+    fit = torch.linalg.lstsq(basis, tasks.yq[..., 0].T)
+    assert (basis @ fit.solution - tasks.yq[..., 0].T).abs().max() < 1e-5
+
+
+def test_reptile_step_size_goes_down_to_nothing():
+    """The first step is OUTER_RATE times the gradient; of N iterations the last is 1 / N of it."""
+    net = reptile_sine.network()
+    optimizers = []
+    sgd = torch.optim.SGD
+
+    def noted(*args):
+        optimizers.append((sgd(*args), []))
+        optimizer, rates = optimizers[-1]
+        optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+        return optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "SGD", noted)
+        reptile_sine.train(reptile_sine.learner(net), 4, seed=0, quiet=True)
+    ((_, rates),) = optimizers
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+@pytest.fixture(scope="module")
+def sine_run(tmp_path_factory: pytest.TempPathFactory):
+    path = tmp_path_factory.mktemp("sine") / "figures" / "sine.png"
+    return reptile_sine.main(["--quick", "--out", str(path)]), path
+
+
+def test_reptile_learns_sinusoids(sine_run):
+    result, _ = sine_run
+    means = {name: {k: m for k, (m, _) in by.items()} for name, by in result["mean"].items()}
+    assert list(means) == [reptile_sine.REPTILE, reptile_sine.POOLED, reptile_sine.RANDOM]
+    ours = means[reptile_sine.REPTILE]
+    assert ours[32] < 0.4 * ours[0]
+    assert ours[32] < 0.6 * min(means[name][32] for name in list(means)[1:])
+
+
+def test_reptile_sinusoids_figure(sine_run):
+    from matplotlib import image
+
+    pixels = image.imread(sine_run[1])
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 800
+    assert pixels[..., :3].std() > 0.01
+
+
+def test_reptile_omniglot_split(tiny):
+    train, test = reptile_omniglot.tables(omniglot.load(tiny), 18)
+    assert train.shape == (18, 4, DRAWINGS, 784) and test.shape == (6, 1, DRAWINGS, 784)
+    keys = [[drawing.tobytes() for drawing in part[:, 0, 0]] for part in (train, test)]
+    assert len({key for part in keys for key in part}) == CLASSES
+    with pytest.raises(ValueError, match="none to test"):
+        reptile_omniglot.tables(omniglot.load(tiny), CLASSES)
+
+
+def reptile_options(tiny: Path, *options: str) -> list[str]:
+    return [
+        *("--data", str(tiny), "--train-classes", "18", "--ways", "3", "--test-tasks", "30"),
+        *("--iterations", "60", *options),
+    ]
+
+
+def test_reptile_omniglot_learns(tiny, tmp_path):
+    out = tmp_path / "result.json"
+    result = reptile_omniglot.main(reptile_options(tiny, "--json", str(out)), quiet=True)
+    for kind in ("alone", "transductive"):
+        assert result["accuracy"][kind] > 0.6  # chance is 1/3; the classes are well apart
+        assert 0 <= result["interval"][kind] < 0.2
+    assert '"transductive"' in out.read_text()
+
+
+def test_reptile_omniglot_without_batch_norm_sees_each_query_alone(tiny):
+    options = reptile_options(tiny, "--no-batch-norm", "--iterations", "5", "--test-steps", "5")
+    result = reptile_omniglot.main(options, quiet=True)
+    assert result["accuracy"]["alone"] == result["accuracy"]["transductive"]
+    assert result["recipe"]["no_batch_norm"]
+
+
+def test_reptile_omniglot_queries_alone(tiny):
+    """One by one is what a model makes of the support set and that query alone."""
+    _, held_out = reptile_omniglot.tables(omniglot.load(tiny), 18)
+    tasks = _common.Episodes(held_out, ways=3, shots=1, queries=2, seed=0)(4)
+    net = reptile_omniglot.network(3, batch_norm=True)
+    reptile = pymeta.Reptile(net, loss="cross_entropy", lr=0.1, steps=1)
+    models = reptile.adapt(tasks.xs, tasks.ys)
+    found = reptile_omniglot.alone(models, tasks)
+    assert found.shape == (4, 6, 3)
+    for t in range(4):
+        for q in range(6):
+            rows = torch.cat([tasks.xs[t], tasks.xq[t, q : q + 1]])
+            torch.testing.assert_close(found[t, q], models[t](rows)[-1], rtol=1e-4, atol=1e-5)
