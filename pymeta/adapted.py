@@ -213,7 +213,8 @@ class Adapted(Stacked[Tensor]):
         where = positions(task, self._tasks)
         if not isinstance(where, int):
             return self._at(where)
-        model = copy.deepcopy(self._model)
+        with reference.one_at_a_time():
+            model = copy.deepcopy(self._model)
         own = self._of_task(where)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -226,7 +227,7 @@ class Adapted(Stacked[Tensor]):
         return (self[t] for t in range(self._tasks))
 
     def state_dict(self, task: int) -> dict[str, Tensor]:
-        """One task's state for `module.load_state_dict`: copies of its parameters and buffers.
+        """One task's state for `module.load_state_dict`: copies of its parameters and the rest.
 
         Raises:
             TypeError: `task` is no integer.
@@ -235,8 +236,16 @@ class Adapted(Stacked[Tensor]):
         where = positions(task, self._tasks)
         if not isinstance(where, int):
             raise TypeError(f"task: expected an integer, got {type(task).__name__}")
-        state = {**self._model.state_dict(), **self._of_task(where)}
-        return {name: value.detach().clone() for name, value in state.items()}
+        own = self._of_task(where)
+        with reference.one_at_a_time():
+            given = self._model.state_dict(keep_vars=True)
+            values = {id(p): own[name] for name, p in self._model.named_parameters()}
+        copies: dict[int, Any] = {}  # what has two names there has them here
+        for value in given.values():
+            taken = values.get(id(value), value)
+            tensor = isinstance(taken, Tensor)
+            copies[id(value)] = taken.detach().clone() if tensor else copy.deepcopy(taken)
+        return {name: copies[id(value)] for name, value in given.items()}
 
     @torch.no_grad()
     def __call__(self, xq: Rows, query_sizes: Sizes = None) -> Any:
@@ -250,7 +259,8 @@ class Adapted(Stacked[Tensor]):
             [T, rows, out]; a list of [rows_t, out] where xq is a list.
 
         Raises:
-            TypeError, ValueError: as `MAML.forward`.
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a wrong shape, size or device, or another number of tasks.
         """
         plan = self._plan
         query = task_set(_NAMES, xq, None, query_sizes, None, plan.expected)
@@ -301,8 +311,11 @@ class Adapted(Stacked[Tensor]):
         return outputs.softmax(-1) if self.loss.takes_classes else outputs.sigmoid()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state to copy or pickle; the model goes along."""
-        return {**self.__dict__, "_made": None}
+        """The state to copy or pickle; the model goes along, the tasks a slice left out do not."""
+        status = None if self._status is None else _alone(self._status)
+        history = self.history and History.of(_each_alone(self.history.values()))
+        own = {"_stacked": _each_alone(self._stacked), "_shared": _each_alone(self._shared)}
+        return {**self.__dict__, **own, "_status": status, "history": history, "_made": None}
 
     # ---- what `Stacked` needs to know of tensors ----------------------------------------------
 
@@ -337,7 +350,7 @@ class Adapted(Stacked[Tensor]):
 
     @staticmethod
     def _not_finite(values: Iterable[Tensor], tasks: int) -> Tensor:
-        status = torch.zeros(tasks, dtype=torch.int8)
+        status = torch.zeros(tasks, dtype=torch.int8, device="cpu")
         for value in values:
             finite = value.isfinite().flatten(1).all(1) if value.ndim > 1 else value.isfinite()
             status[~finite.cpu()] = 1
@@ -352,10 +365,19 @@ class Adapted(Stacked[Tensor]):
         return Raw(code, tuple(value.shape), bytes_.numpy())
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a view of more, all of which torch would pickle."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _each_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _alone(tensor) for name, tensor in tensors.items()}
+
+
 def _tensor(raw: Raw) -> Tensor:
     """A view of what is in a file."""
     if not raw.data.size:  # which torch cannot view as another dtype
-        return torch.empty(raw.shape, dtype=_DTYPES[raw.dtype])
+        return torch.empty(raw.shape, dtype=_DTYPES[raw.dtype], device="cpu")
     return torch.from_numpy(raw.data).view(_DTYPES[raw.dtype]).reshape(raw.shape)
 
 

@@ -183,7 +183,7 @@ class Adapter:
             task_ids: [T] numbers that set the tasks' shuffles apart; all 0 if left out.
 
         Raises:
-            TypeError: an argument is no array, or of another dtype. Nothing is cast.
+            TypeError: an argument is no array, or has a mask, or another dtype. Nothing is cast.
             ValueError: a wrong shape, or a label or weight out of range.
         """
         support = self._ready(gather(_SUPPORT, xs, ys, weights, self._expected))
@@ -220,8 +220,13 @@ class Adapter:
         """
         if not isinstance(xs, np.ndarray) or xs.ndim != 2:
             return self._many(xs, ys, xq, out, weights)
+        if not type(xs) is type(ys) is type(xq) is np.ndarray:  # may have a mask
+            for name, value in zip(("xs", "ys", "xq"), (xs, ys, xq), strict=True):
+                need_array(name, value)
+        if weights is not None:
+            need_array("weights", weights)
         if out is None:
-            out = np.empty((*need_array("xq", xq).shape[:1], self.out_features), self.dtype)
+            out = np.empty((*xq.shape[:1], self.out_features), self.dtype)
         if self._prepares:
             weights = self._ready(self._one(xs, ys, weights)).weights
             weights = None if weights is None else weights[0]

@@ -188,9 +188,9 @@ def _traced_side(x: Any, y: Any, sizes: Any, weights: Any) -> tuple[tuple, list[
     if isinstance(x, (list, tuple)):
         lengths = [v.shape[0] for v in x]
         packed = _rows(x, lengths), _rows(y, lengths), _rows(weights, lengths)
-        return (*packed, torch.tensor(lengths)), lengths
+        return (*packed, torch.tensor(lengths, device="cpu")), lengths
     if isinstance(sizes, (list, tuple)):
-        sizes = torch.tensor(sizes)
+        sizes = torch.tensor(sizes, device="cpu")
     return (x, y, weights, sizes), None
 
 

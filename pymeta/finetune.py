@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pymeta import fused
 from pymeta.adapted import Adapted
 from pymeta.learner import Learner, Weights, check_minibatches, check_patterns
 from pymeta.optimizers import Optimizer, check_number
@@ -35,7 +36,7 @@ from pymeta.rows import (
     hold_out,
     weighted,
 )
-from pymeta.schedule import Schedule, check_count
+from pymeta.schedule import LARGEST_SEED, Schedule, check_count
 from pymeta.stacked import History
 from pymeta.tasks import (
     Expected,
@@ -125,7 +126,8 @@ class FineTune(Learner):
             one output (classes 0 and 1). They count in validation as well.
         validation: the fraction of each task's rows that is held out, rounded down. After each
             epoch the loss on them is looked at, and the weights (or the start) that had the
-            lowest are the result. A task with none held out is trained for all epochs.
+            lowest are the result. A task with none held out, or only rows of weight 0, is trained
+            for all epochs.
         validation_rows: "random", or "last" for the last rows of each task, as for rows in the
             order of time.
         patience: stop a task after so many epochs in a row without a lower validation loss.
@@ -175,7 +177,7 @@ class FineTune(Learner):
             )
         self.validation_rows = validation_rows
         self.patience = None if patience is None else check_count("patience", patience, 1)
-        self.seed = check_count("seed", seed)
+        self.seed = check_count("seed", seed, most=LARGEST_SEED)
         plan = self._look()
         check_class_count(self.class_weights, self.loss, plan.expected.out_features)
 
@@ -289,8 +291,8 @@ class FineTune(Learner):
                         curves=curves,
                     )
                 except (TypeError, ValueError) as error:
-                    where = f"tasks {first} to {first + len(group) - 1}"
-                    raise type(error)(f"{where} of the stream: {error}") from None
+                    where = f"tasks {first} to {first + len(group) - 1} of the stream"
+                    raise type(error)(f"{where} (numbered from 0 here): {error}") from None
                 first += len(group)
                 bar.advance(len(group))
                 yield models
@@ -319,7 +321,8 @@ class FineTune(Learner):
         support = task_set(_TRAIN, xs, ys, sizes, weights, plan.expected)
         held = self._validation_set(validation_data, support, plan)
         ids = check_task_ids(task_ids, support.tasks)
-        own, parameters = _own_start(start, plan, parameters, support.tasks)
+        tasks = support.tasks
+        own, parameters = _own_start(start, plan, parameters, tasks)
         sets = (support,) if held is None else (support, held)
         reason = self._reason(plan, *sets)
         in_torch = reason is not None
@@ -327,10 +330,11 @@ class FineTune(Learner):
         if reason is not None:
             expected = self._to_torch(plan, reason, frames, *sets)
         self._check_data(plan, expected, sets)
-        out = self._memory(plan, parameters, support.tasks, curves, held is not None)
+        validated = held is not None or self.validation > 0
+        out = fused.memory(plan, parameters, tasks, self.schedule, curves, validated)
         rows = sum(support.counts)
-        with _Bar(support.tasks, progress) as bar:
-            for first, last in self._chunks(plan, support.tasks, rows, in_torch):
+        with _Bar(tasks, progress) as bar:
+            for first, last in self._chunks(plan, tasks, rows, in_torch):
                 part_ids = None if ids is None else ids[first:last]
                 part, watched = self._prepared(
                     support.part(first, last),
@@ -356,10 +360,11 @@ class FineTune(Learner):
                 if in_torch:
                     _copy(done, view)
                 bar.advance(last - first)
-        if self._last is not None:  # not the last chunk alone
-            self._last = self._last._replace(tasks=support.tasks)
-        out.parameters |= {n: v for n, v in own.items() if n not in plan.adapted}
-        return self._adapted(plan, parameters, out, support.tasks, in_torch)
+        call = self._last
+        if call is not None:  # not the last chunk alone
+            self._last = call._replace(tasks=tasks)
+        out.parameters |= {n: v.clone() for n, v in own.items() if n not in plan.adapted}
+        return self._adapted(plan, parameters, out, tasks, in_torch)
 
     def _validation_set(self, data: Any, support: TaskSet, plan: Plan) -> TaskSet | None:
         """The validation data as a task set, if there are any."""
@@ -392,10 +397,11 @@ class FineTune(Learner):
             for s in sets:
                 check_classes(s, self.loss)
         if plan.expected.batch_norm:
-            self._check_single_rows(plan, torch.tensor(sets[0].counts, dtype=torch.int64))
+            self._check_single_rows(plan, sets[0])
 
-    def _check_single_rows(self, plan: Plan, counts: Tensor) -> None:
-        """Raise where batch normalisation would meet a single row; `counts` [T] are the rows."""
+    def _check_single_rows(self, plan: Plan, s: TaskSet) -> None:
+        """Raise where batch normalisation would meet a single row."""
+        counts = torch.tensor(s.counts, dtype=torch.int64, device="cpu")
         held = held_out_counts(counts, self.validation)
         for sizes in (counts - held, held):
             if self.validation and bool((sizes == 1).any()):
@@ -430,33 +436,6 @@ class FineTune(Learner):
         size = min(max(size, 16), 512 if in_torch else _LARGEST_CHUNK)
         for first in range(0, tasks, size):
             yield first, min(first + size, tasks)
-
-    def _memory(
-        self,
-        plan: Plan,
-        parameters: list[Tensor],
-        tasks: int,
-        curves: bool,
-        validated: bool,
-    ) -> Adaptation:
-        """Memory for the result."""
-        named = dict(zip(plan.names, parameters, strict=True))
-        history = None
-        if curves:
-            scalar, epochs = plan.scalar, self.epochs
-            validated = validated or self.validation > 0
-            numbers = torch.zeros(2, tasks, dtype=torch.int64)
-            history = History(
-                train=scalar.new_full((tasks, epochs), torch.nan),
-                validation=scalar.new_full((tasks, epochs + 1), torch.nan) if validated else None,
-                best_epochs=numbers[0] if validated else None,
-                epochs=numbers[1],
-            )
-        return Adaptation(
-            {n: named[n].new_empty(tasks, *named[n].shape) for n in plan.adapted},
-            torch.zeros(tasks, dtype=torch.int8),
-            history,
-        )
 
 
 # ---- pieces -----------------------------------------------------------------------------------

@@ -356,36 +356,39 @@ def prepared(
     return Call(plan, lr, steps, first_order, support, query, wanted), lr
 
 
-def _schedule(schedule: Schedule, task_ids: Tensor | None) -> tuple:
-    """The schedule as the core takes it."""
-    return (
-        -1 if schedule.steps is None else schedule.steps,
-        -1 if schedule.epochs is None else schedule.epochs,
-        schedule.batch_size or 0,
-        schedule.seed,
-        schedule.stream,
-        0 if task_ids is None else task_ids.data_ptr(),
-    )
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _lr_arguments(lr: Tensor) -> tuple[int, int, int]:
     return lr.data_ptr(), 1 if lr.ndim == 1 else lr.shape[0], lr.shape[-1]
 
 
-def _history(plan: Plan, tasks: int, epochs: int, validated: bool) -> History:
-    """Memory for what an adaptation by epochs notes down."""
-
-    def curves(length: int) -> Tensor:
-        return torch.full((tasks, length), math.nan, dtype=plan.expected.dtype)
-
-    def numbers() -> Tensor:
-        return torch.zeros(tasks, dtype=torch.int64)
-
-    return History(
-        train=curves(epochs),
-        validation=curves(epochs + 1) if validated else None,
-        best_epochs=numbers() if validated else None,
-        epochs=numbers(),
+def memory(
+    plan: Plan,
+    parameters: list[Tensor],
+    tasks: int,
+    schedule: Schedule,
+    curves: bool,
+    validated: bool,
+) -> Adaptation:
+    """Memory for what becomes of T tasks; the curves of it are NaN."""
+    named = dict(zip(plan.names, parameters, strict=True))
+    history = None
+    if curves and schedule.epochs is not None:
+        ran, best = torch.zeros(2, tasks, dtype=torch.int64, device="cpu")
+        history = History(
+            train=plan.scalar.new_full((tasks, schedule.epochs), math.nan),
+            validation=(
+                plan.scalar.new_full((tasks, schedule.epochs + 1), math.nan) if validated else None
+            ),
+            best_epochs=best if validated else None,
+            epochs=ran,
+        )
+    return reference.Adaptation(
+        {n: named[n].new_empty(tasks, *named[n].shape) for n in plan.adapted},
+        torch.zeros(tasks, dtype=torch.int8, device="cpu"),
+        history,
     )
 
 
@@ -408,7 +411,7 @@ def adapt(
     Args:
         plan: of the model.
         parameters: in the order of `plan.names`.
-        lr: as `MAML._lr` gives it.
+        lr: as `Learner._lr` gives it.
         inner: the schedule is taken from here; loss and optimiser are the plan's.
         support: T tasks.
         start: {name: [T, ...]} of parameters that each task has of its own.
@@ -422,17 +425,10 @@ def adapt(
     start = {} if start is None else {n: dense(p) for n, p in start.items()}
     shared = chained(plan, parameters)
     names = [plan.names[i] for i in plan.chain]
-    history = None
     if out is None:
-        shapes = {n: p.shape for n, p in zip(plan.names, parameters, strict=True)}
-        stacked = {n: lr.new_empty((s.tasks, *shapes[n])) for n in plan.adapted}
-        if curves and inner.schedule.epochs is not None:
-            history = _history(plan, s.tasks, inner.schedule.epochs, validation is not None)
-        out = reference.Adaptation(stacked, torch.zeros(s.tasks, dtype=torch.int8), history)
+        validated = validation is not None
+        out = memory(plan, parameters, s.tasks, inner.schedule, curves, validated)
     history = out.history
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
 
     if s.tasks > 0:
         plan.problem.adapt(
@@ -440,17 +436,17 @@ def adapt(
             [start.get(n, p).data_ptr() for n, p in zip(names, shared, strict=True)],
             [n in start for n in names],
             *_lr_arguments(lr),
-            _schedule(inner.schedule, task_ids),
+            inner.schedule.for_native(_address(task_ids)),
             s.tasks,
             native.rows(s),
-            [address(out.parameters.get(n) if n in plan.adapted else None) for n in names],
+            [_address(out.parameters.get(n) if n in plan.adapted else None) for n in names],
             validation=None if validation is None else native.rows(_contiguous(validation)),
             patience=-1 if patience is None else patience,
             status=out.status.data_ptr(),
-            train_curves=0 if history is None else address(history.train),
-            validation_curves=0 if history is None else address(history.validation),
-            best_epochs=0 if history is None else address(history.best_epochs),
-            epochs_run=0 if history is None else address(history.epochs),
+            train_curves=0 if history is None else _address(history.train),
+            validation_curves=0 if history is None else _address(history.validation),
+            best_epochs=0 if history is None else _address(history.best_epochs),
+            epochs_run=0 if history is None else _address(history.epochs),
         )
     kept = {n: p for n, p in start.items() if n not in plan.adapted}
     return reference.Adaptation({**out.parameters, **kept}, out.status, history)
@@ -480,7 +476,7 @@ def reptile(
             plan.dtype_code,
             [p.data_ptr() for p in chained(plan, parameters)],
             *_lr_arguments(lr),
-            _schedule(inner.schedule, task_ids),
+            inner.schedule.for_native(_address(task_ids)),
             s.tasks,
             native.rows(s),
             losses.data_ptr(),

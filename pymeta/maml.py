@@ -22,7 +22,7 @@ from pymeta.learner import Learner, NativeCall, Weights
 from pymeta.optimizers import LearnableLR, Optimizer
 from pymeta.plan import Plan
 from pymeta.repeat import Repeat
-from pymeta.schedule import Schedule
+from pymeta.schedule import Schedule, check_count
 from pymeta.tasks import (
     QUERY,
     SUPPORT,
@@ -30,7 +30,6 @@ from pymeta.tasks import (
     Sizes,
     TaskSet,
     check_same_tasks,
-    check_steps,
     task_set,
 )
 
@@ -98,7 +97,7 @@ class MAML(Learner):
         )
         if not isinstance(first_order, bool):
             raise TypeError(f"first_order: expected a bool, got {type(first_order).__name__}")
-        self.steps = check_steps(steps)
+        self.steps = check_count("steps", steps)
         self.first_order = first_order
         self._repeats: dict[bool, Repeat | None] = {}  # by whether grad is enabled
         plan = self._look()
@@ -110,8 +109,7 @@ class MAML(Learner):
         """Make the learnable lr a parameter, one column for each value of a step."""
         columns = plan.rates.columns
         shape = (max(self.steps, 1), columns) if rate.per_step else (columns,)
-        initial = torch.full(shape, float(rate.initial), dtype=plan.expected.dtype)
-        self.lr = nn.Parameter(initial.to(plan.expected.device))
+        self.lr = nn.Parameter(plan.scalar.new_full(shape, float(rate.initial)))
         self._learns = plan.adapted
 
     # ---- calls --------------------------------------------------------------------------------
@@ -169,7 +167,7 @@ class MAML(Learner):
             if results is not None:
                 return Outcome(*results)
         plan, parameters = self._current()
-        steps = self.steps if steps is None else check_steps(steps)
+        steps = self.steps if steps is None else check_count("steps", steps)
         support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
         query = task_set(QUERY, xq, yq, query_sizes, query_weights, plan.expected)
         check_same_tasks(support, query)
@@ -216,7 +214,7 @@ class MAML(Learner):
         """
         with torch.no_grad():
             plan, parameters = self._current()
-            schedule = self.schedule if steps is None else Schedule(check_steps(steps))
+            schedule = self.schedule if steps is None else Schedule(check_count("steps", steps))
             support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
             reason = self._reason(plan, support)
             in_torch = reason is not None

@@ -6,7 +6,7 @@ Environment variables, read once when this module is imported:
     PYMETA_EXECUTOR     "rows", "lanes", or "auto" (default: chosen from the shapes)
     PYMETA_NUM_THREADS  how many threads one call may use; default all cores
 
-and PYMETA_BACKEND ("native", "torch" or "auto"), read when a `pymeta.MAML` is made: it decides
+and PYMETA_BACKEND ("native", "torch" or "auto"), read when a learner is made: it decides
 wherever `backend="auto"` leaves the choice open. This module does not import torch.
 """
 

@@ -3,6 +3,7 @@
 `describe(model)` walks an `nn.Sequential` (nested ones too), or traces any other module's forward
 with torch.fx, and returns a `Description` when what it finds is a chain of known layers applied to
 rows of features; otherwise an `Unsupported` that says which layer or construct is in the way.
+Only one thread at a time may do so, because tracing patches torch (`Plan` sees to it).
 
 Either remembers what it looked at, and `is_current()` tells cheaply whether the model is still
 that: layers exchanged, train/eval switched, hooks added or layer settings changed are all seen.
@@ -11,6 +12,7 @@ that: layers exchanged, train/eval switched, hooks added or layer settings chang
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -291,7 +293,30 @@ def _walk(module: nn.Module, name: str) -> Iterator[_Step]:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into containers only; every known layer and every torch module stays one node."""
+    """Looks into containers only; every known layer and every torch module stays one node.
+
+    While torch.fx traces, it is in the way of every module of the process. What other threads
+    call meanwhile is none of its business.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def _is_mine(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    def call_module(
+        self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        if not self._is_mine():
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if not self._is_mine():
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
         return type(m) in _MODULES or _is_sequential(m) or super().is_leaf_module(m, qualname)

@@ -112,18 +112,19 @@ class Plan:
 
         `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by.
         """
-        named = dict(model.named_parameters())
-        _check_parameters(named)
+        with reference.one_at_a_time():
+            named = dict(model.named_parameters())
+            _check_parameters(named)
+            self.description = describe(model)
+            self.owners = [_owner(model, name) for name in named]
         self.names = tuple(named)
         self.parameters: list[Tensor] = list(named.values())
         self.signatures = _signatures(self.parameters)
         self.dense = all(dense(p) is p for p in self.parameters)
-        self.owners = [_owner(model, name) for name in named]
         self.trainable = [n for n, p in named.items() if p.requires_grad]
         wanted = matching(patterns, self.names)
         self.adapted = tuple(n for n in self.trainable if n in wanted)
         self.rates: Rates = rates(per, {n: named[n].numel() for n in self.adapted})
-        self.description = describe(model)
         self.expected = self._expected(loss, named)
         self.problem: Any = None
         self.chain: list[int] = []
@@ -190,7 +191,8 @@ class Plan:
         sizes = [math.prod(shape) for shape in self.shapes]
         self.total = sum(sizes)
         self.layouts: dict[Any, Any] = {}  # fused.Layout, which is made there
-        self.scalar = torch.empty((), dtype=self.expected.dtype, device=self.expected.device)
+        with torch.inference_mode(False):  # it outlives that
+            self.scalar = torch.empty((), dtype=self.expected.dtype, device=self.expected.device)
         self.dtype_code = DTYPE_CODES.get(self.expected.dtype, 0)
         self.itemsize = itemsize = self.expected.dtype.itemsize
         offsets, end = {}, 0
@@ -218,7 +220,10 @@ class Plan:
         """A plain float lr as a [1] tensor of the parameters' dtype and device."""
         tensor = self.lrs.get(value)
         if tensor is None:
-            tensor = torch.tensor([value], dtype=self.expected.dtype, device=self.expected.device)
+            with torch.inference_mode(False):  # it outlives that
+                tensor = torch.tensor(
+                    [value], dtype=self.expected.dtype, device=self.expected.device
+                )
             self.lrs = {value: tensor}
         return tensor
 

@@ -204,12 +204,30 @@ class _PlainNormalisation(TorchFunctionMode):
         return self.written_out.get(function, function)(*args, **(kwargs or {}))
 
 
+def _held(model: nn.Module) -> Parameters:
+    """{name: tensor} of all parameters and buffers, once for each module that holds one.
+
+    A tensor that two modules share has two names here, and a module that is there twice has one
+    for each tensor. `functional_call` with these names and tie_weights=False leaves the model as
+    it was; left to find the names by itself, it puts back the wrong tensors into a module that is
+    there twice (torch 2.13).
+    """
+    return {
+        f"{path}.{key}" if path else key: tensor
+        for path, module in model.named_modules()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
 @contextmanager
 def applied(model: nn.Module) -> Iterator[Apply]:
     """`apply(parameters, x) -> outputs` for a model, free of side effects on the model."""
+    names: dict[str, str] = {}  # where parameters are held -> what `named_parameters` calls them
 
     def apply(parameters: Parameters, x: Tensor) -> Tensor:
-        outputs = torch.func.functional_call(model, parameters, (x,))
+        values = {place: parameters[name] for place, name in names.items()}
+        outputs = torch.func.functional_call(model, values, (x,), tie_weights=False)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"model: expected it to return a tensor, got {type(outputs).__name__}")
         return outputs
@@ -217,6 +235,8 @@ def applied(model: nn.Module) -> Iterator[Apply]:
     # of torch's attention kernels only the plain one can be differentiated twice
     plain_attention = sdpa_kernel([SDPBackend.MATH])
     with one_at_a_time(), _own_statistics(model), _PlainNormalisation(), plain_attention:
+        called = {id(p): name for name, p in model.named_parameters()}
+        names |= {at: called[id(p)] for at, p in _held(model).items() if id(p) in called}
         yield apply
 
 
@@ -350,6 +370,17 @@ def task_outcome(
     return task_loss(inner.loss, outputs, y, weights), outputs
 
 
+def _weighs(loss: Loss, task: Set) -> bool:
+    """Whether any of a task's rows weighs anything, so that there is a loss to judge by."""
+    _, y, weights = task
+    counts = torch.ones(len(y), device=y.device) if weights is None else weights
+    if loss.takes_classes:
+        kept = y != loss.ignore_index
+        of_class = counts.new_tensor(loss.weight)[torch.where(kept, y, 0)] if loss.weight else 1
+        counts = counts * kept * of_class
+    return bool(counts.sum() > 0)
+
+
 class _Validation:
     """Looks at a validation set after each epoch, keeps the best weights, and says when to stop.
 
@@ -388,7 +419,7 @@ def _vmapped(
 ) -> object | None:
     """`one` over all tasks at once, or None where that cannot be done.
 
-    vmap refuses modules that branch on values or write to buffers; looped, they are fine.
+    vmap refuses modules that branch on values; looped, they are fine.
     `own` is {name: [T, ...]}, a last argument of `one`, where it has one.
     """
     if not all(s.uniform for s in sets):
@@ -475,7 +506,7 @@ def _adapt_one(
     """One task's adapted parameters, losses of its steps [steps], and validation."""
     start, fixed = _split(parameters, names)
     watch = None
-    if validation is not None and validation[0].shape[0]:
+    if validation is not None and _weighs(inner.loss, validation):
         x, y, weights = validation
 
         def validation_loss(theta: Parameters) -> Tensor:
@@ -535,7 +566,7 @@ def _history(schedule: Schedule, support: TaskSet, tasks: _Tasks, dtype: torch.d
     shape = (support.tasks, schedule.epochs)
     train = support.x.new_full(shape, torch.nan, dtype=dtype)
     validation = train.new_full((shape[0], shape[1] + 1), torch.nan)
-    best, ran = torch.zeros(2, support.tasks, dtype=torch.int64)
+    best, ran = torch.zeros(2, support.tasks, dtype=torch.int64, device="cpu")
     for t, (rows, losses) in enumerate(zip(support.counts, tasks.losses, strict=True)):
         count = schedule.batch_count(rows)
         if losses.numel():
@@ -553,7 +584,7 @@ def _history(schedule: Schedule, support: TaskSet, tasks: _Tasks, dtype: torch.d
 
 def not_finite(parameters: Iterable[Tensor], tasks: int) -> Tensor:
     """[tasks] int8: 1 where any of a task's values, in tensors [tasks, ...], is not finite."""
-    status = torch.zeros(tasks, dtype=torch.int8)
+    status = torch.zeros(tasks, dtype=torch.int8, device="cpu")
     for values in parameters:
         if tasks:
             status[~values.isfinite().reshape(tasks, -1).all(1).cpu()] = 1
@@ -695,12 +726,11 @@ def output_shape(
     run there, or does not return one output row for each input row.
     """
     rows = 3
-    values = {name: p.detach().to("meta") for name, p in model.named_parameters()}
-    values |= {name: b.to("meta") for name, b in model.named_buffers()}
     with one_at_a_time(), torch.no_grad():
+        values = {name: tensor.detach().to("meta") for name, tensor in _held(model).items()}
         try:
             x = torch.empty((rows, *features), dtype=dtype, device="meta")
-            shape = torch.func.functional_call(model, values, (x,)).shape
+            shape = torch.func.functional_call(model, values, (x,), tie_weights=False).shape
         except Exception:  # whatever a stranger's forward raises on the meta device
             return None
     return tuple(shape[1:]) if len(shape) and shape[0] == rows else None

@@ -22,8 +22,8 @@ from pymeta import fused, reference
 from pymeta.adapted import Adapted
 from pymeta.learner import Learner, NativeCall, Weights, check_minibatches
 from pymeta.optimizers import Optimizer
-from pymeta.schedule import Schedule, check_count
-from pymeta.tasks import SUPPORT, Rows, Sizes, check_steps, check_task_ids, task_set
+from pymeta.schedule import LARGEST_SEED, Schedule, check_count
+from pymeta.tasks import SUPPORT, Rows, Sizes, check_task_ids, task_set
 
 _OF_ADAPT = 2**62  # the stream of all calls that are no training
 
@@ -84,9 +84,9 @@ class Reptile(Learner):
     ) -> None:
         """Check the arguments and look at the model."""
         super().__init__(model, loss=loss, lr=lr, optimizer=optimizer, adapt=adapt, backend=backend)
-        self.steps = check_steps(steps)
+        self.steps = check_count("steps", steps)
         self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
-        self.seed = check_count("seed", seed)
+        self.seed = check_count("seed", seed, most=LARGEST_SEED)
         self._stream = 0
         self._look()
 
@@ -188,7 +188,7 @@ class Reptile(Learner):
             return self._adapted(plan, parameters, done, support.tasks, in_torch)
 
     def _scheduled(self, steps: Any, stream: int) -> Schedule:
-        steps = self.steps if steps is None else check_steps(steps)
+        steps = self.steps if steps is None else check_count("steps", steps)
         return Schedule(steps, None, self.batch_size, self.seed, stream)
 
     # ---- the state ----------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class Reptile(Learner):
         """Go on with the stream of a saved state; ValueError where it holds none."""
         if not isinstance(state, dict) or "stream" not in state:
             raise ValueError(f"state: expected the stream of a pymeta.Reptile, got {state!r}")
-        self._stream = check_count("stream", state["stream"])
+        self._stream = check_count("stream", state["stream"], most=LARGEST_SEED)
 
 
 @torch.compiler.disable

@@ -38,10 +38,11 @@ class _Rows(NamedTuple):
 
     @staticmethod
     def of(s: TaskSet) -> _Rows:
-        sizes = torch.tensor(s.counts, dtype=torch.int64)
-        starts = torch.arange(s.tasks) * s.rows if s.starts is None else s.starts
-        task = torch.repeat_interleave(torch.arange(s.tasks), sizes)
-        number = torch.arange(len(task)) - (sizes.cumsum(0) - sizes)[task]
+        sizes = torch.tensor(s.counts, dtype=torch.int64, device="cpu")
+        tasks = torch.arange(s.tasks, device="cpu")
+        starts = tasks * s.rows if s.starts is None else s.starts
+        task = torch.repeat_interleave(tasks, sizes)
+        number = torch.arange(len(task), device="cpu") - (sizes.cumsum(0) - sizes)[task]
         return _Rows(sizes, task, number, starts[task] + number)
 
 
@@ -117,7 +118,7 @@ def class_table(
     `count` rows; a class that the task has no row of has weight 1.
     """
     if not isinstance(weights, str):
-        return torch.tensor([weights], dtype=torch.float64).expand(s.tasks, -1)
+        return torch.tensor([weights], dtype=torch.float64, device="cpu").expand(s.tasks, -1)
     rows = _Rows.of(s)
     found = _classes(s, rows, loss)
     classes = 2 if not loss.takes_classes else out
@@ -138,7 +139,7 @@ def weighted(s: TaskSet, table: Tensor, expected: Expected) -> TaskSet:
     found = _classes(s, rows, expected.loss)
     of_class = torch.where(found < 0, 1.0, table[rows.task, found.clamp(0, table.shape[1] - 1)])
     lead = s.x.shape[: 1 if s.starts is not None else 2]
-    values = torch.ones(math.prod(lead), dtype=torch.float64)
+    values = torch.ones(math.prod(lead), dtype=torch.float64, device="cpu")
     values[rows.index] = of_class
     values = values.view(lead).to(expected.device, expected.dtype)
     return replace(s, weights=values if s.weights is None else s.weights * values)
@@ -156,7 +157,7 @@ def held_out_counts(sizes: Tensor, fraction: float) -> Tensor:
 def _orders(sizes: Tensor, seed: int, task_ids: Tensor | None) -> Tensor:
     """A permutation of each task's rows, one behind the other: int64 [sum of sizes]."""
     if native.missing() is None:
-        out = torch.empty(int(sizes.sum()), dtype=torch.int64)
+        out = torch.empty(int(sizes.sum()), dtype=torch.int64, device="cpu")
         ids = 0 if task_ids is None else task_ids.data_ptr()
         arguments = (len(sizes), sizes.data_ptr(), out.data_ptr())
         native.extension().shuffle(seed, 0, ids, 0, SPLIT, *arguments)
@@ -166,7 +167,7 @@ def _orders(sizes: Tensor, seed: int, task_ids: Tensor | None) -> Tensor:
         permutation(seed, 0, task, 0, rows, SPLIT)
         for task, rows in zip(ids, sizes.tolist(), strict=True)
     ]
-    return torch.from_numpy(np.concatenate(each)) if each else torch.zeros(0, dtype=torch.int64)
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *each]))
 
 
 def _chosen(s: TaskSet, sizes: Tensor, index: Tensor) -> TaskSet:
@@ -207,7 +208,7 @@ def hold_out(
     if last:
         is_held = rows.number >= (rows.sizes - held)[rows.task]
     else:
-        is_held = torch.zeros(len(rows.index), dtype=torch.bool)
+        is_held = torch.zeros(len(rows.index), dtype=torch.bool, device="cpu")
         order = _orders(rows.sizes, seed, task_ids)
         first = (rows.sizes.cumsum(0) - rows.sizes)[rows.task]
         is_held[(first + order)[rows.number < held[rows.task]]] = True

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SHUFFLE, SPLIT = 0, 1  # what a permutation is for: an epoch's order, a validation split
-_LARGEST = 2**63 - 1
+LARGEST_SEED = 2**63 - 1  # and stream
+_LARGEST_COUNT = 2**31 - 1  # of steps, epochs, rows: an int of the native core
 
 
 class Batch(NamedTuple):
@@ -30,13 +31,13 @@ class Batch(NamedTuple):
     ends_epoch: bool
 
 
-def check_count(name: str, value: Any, least: int = 0, most: int = _LARGEST) -> int:
+def check_count(name: str, value: Any, least: int = 0, most: int = _LARGEST_COUNT) -> int:
     """`value` as an int; TypeError or ValueError unless it is an integer in least..most."""
-    wanted = f"an integer >= {least}" if most == _LARGEST else f"an integer in {least}..{most}"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected an integer >= {least}, got {type(value).__name__}")
     if not least <= value <= most:
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
+        wanted = f">= {least}" if value < least else f"<= {most}"
+        raise ValueError(f"{name}: expected an integer {wanted}, got {value}")
     return int(value)
 
 
@@ -90,8 +91,8 @@ class Schedule:
         for name, least in (("steps", 0), ("epochs", 0), ("batch_size", 1)):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least)
-        check_count("seed", self.seed)
-        check_count("stream", self.stream)
+        check_count("seed", self.seed, most=LARGEST_SEED)
+        check_count("stream", self.stream, most=LARGEST_SEED)
 
     def for_native(self, task_ids: int = 0) -> tuple[int, int, int, int, int, int]:
         """As the native core takes it; `task_ids` is the address of int64 [T], 0 for all 0."""

@@ -28,7 +28,8 @@ Rows: TypeAlias = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
 Sizes: TypeAlias = Tensor | np.ndarray | Sequence[int] | None
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+_INTEGERS += (torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 
 
 class Names(NamedTuple):
@@ -273,7 +274,7 @@ def _from_lists(names: Names, x: Any, y: Any, sizes: Any, weights: Any) -> TaskS
         lengths=lengths,
     )
     if not equal:
-        out.sizes = torch.tensor(lengths, dtype=torch.int64)
+        out.sizes = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         out.starts = out.sizes.cumsum(0) - out.sizes
     return out
 
@@ -286,7 +287,7 @@ def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
             raise TypeError(f"{name}: expected integers [T], got {type(sizes).__name__}")
         if any(abs(n) >= 2**63 for n in sizes):
             raise ValueError(f"{name}: expected integers below 2^63, got {max(sizes, key=abs)}")
-        sizes = torch.tensor(sizes, dtype=torch.int64)
+        sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     if sizes.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected integers, got {sizes.dtype}")
     if sizes.shape != (tasks,):
@@ -439,15 +440,6 @@ def check_same_tasks(support: TaskSet, query: TaskSet) -> None:
             f"{query.names.x}: expected {support.tasks} tasks as {support.names.x} has, "
             f"got {query.tasks}"
         )
-
-
-def check_steps(steps: Any) -> int:
-    """`steps`, or TypeError / ValueError unless it is an integer >= 0."""
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: expected an integer >= 0, got {type(steps).__name__}")
-    if steps < 0:
-        raise ValueError(f"steps: expected an integer >= 0, got {steps}")
-    return steps
 
 
 def check_task_ids(task_ids: Any, tasks: int) -> Tensor | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, batch, mlp, targets
+from helpers import assert_close, batch, mlp, targets, torch_loss
 from torch import nn
 
 import pymeta
@@ -106,6 +106,21 @@ def test_copies_and_pickles(copier, backend):
     assert torch.equal(twin(xq), models(xq))
     twin.parameters["0.weight"].zero_()
     assert not torch.equal(twin(xq), models(xq))
+
+
+def test_a_pickled_slice_holds_its_own_tasks_alone(backend):
+    net = mlp(2, 4, 2)
+    models = pymeta.FineTune(net, loss="mse", lr=0.1, epochs=2, freeze=["0.bias"], backend=backend)(
+        *batch(tasks=1000)[:2], curves=True
+    )
+    few = models[5:8]
+    text = pickle.dumps(few)
+    assert len(text) < len(pickle.dumps(models)) / 10
+    for other in (pickle.loads(text), copy.deepcopy(few)):
+        assert all(torch.equal(p, few.parameters[n]) for n, p in other.parameters.items())
+        assert torch.equal(other.history.train, few.history.train)
+        assert other.parameters["0.weight"].untyped_storage().nbytes() == 3 * 8 * 8
+    assert few.parameters["0.weight"].data_ptr() == models.parameters["0.weight"][5].data_ptr()
 
 
 def test_a_copy_of_a_changed_model_is_refused():
@@ -379,6 +394,58 @@ def test_state_dicts_load_strictly():
         models.state_dict(slice(0, 1))
     with pytest.raises(IndexError, match="5 is not one of 5"):
         models.state_dict(5)
+
+
+class Tied(nn.Module):
+    """A layer in two places, a weight in two layers, and a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 2)
+        self.again = self.a
+        self.b = nn.Linear(2, 2)
+        self.b.weight = self.a.weight
+        self.register_buffer("scale", torch.full((1,), 2.0))
+        self.same = self.scale
+
+    def forward(self, x):
+        return self.b(torch.sin(self.again(self.a(x)))) * self.scale * self.same
+
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.filterwarnings("ignore:pymeta")
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_tied_parameters(loss, ragged, tmp_path):
+    net, (xs, ys, xq, _) = Tied().double(), batch(loss)
+    if ragged:
+        xs, ys = [*xs[:2], xs[2, :3]], [*ys[:2], ys[2, :3]]
+    held = dict(net.named_parameters(remove_duplicate=False))
+    models = pymeta.MAML(net, loss=loss, lr=0.1, steps=2).adapt(xs, ys)
+    now = dict(net.named_parameters(remove_duplicate=False))
+    assert now.keys() == held.keys() and all(now[n] is p for n, p in held.items())
+
+    models.save(tmp_path / "models")
+    loaded = pymeta.Adapted.load(tmp_path / "models", net)
+    predictions = models(xq)
+    for t, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        by_hand, fresh = copy.deepcopy(net), copy.deepcopy(net)
+        optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch_loss(loss)(by_hand(x), y).backward()
+            optimizer.step()
+        state = models.state_dict(t)
+        fresh.load_state_dict(state)
+        assert fresh.extra == state.pop("_extra_state") == {"seen": 3}
+        called = torch.func.functional_call(fresh, state, (xq[t],))
+        for outputs in (predictions[t], fresh(xq[t]), models[t](xq[t]), loaded(xq)[t], called):
+            assert_close(outputs, by_hand(xq[t]))
 
 
 # ---- probabilities ----------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """Calls from forked processes (DataLoader workers) and from many threads at once."""
 
 import multiprocessing
+import sys
 import threading
 
 import pytest
 import torch
 from helpers import batch, gradients, mlp
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import pymeta
+from pymeta.network import describe
 
 
 class AdaptedTasks(Dataset):
@@ -72,6 +75,67 @@ def test_concurrent_threads_share_a_module(backend):
         thread.join()
     assert not wrong
     assert all(p is q for p, q in zip(module.parameters(), parameters, strict=True))
+
+
+class Traced(nn.Module):
+    """No nn.Sequential: torch.fx looks at its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.child = nn.Sequential(nn.Tanh(), nn.Linear(2, 2))
+
+    def forward(self, x):
+        return self.child(self.layer(x))
+
+
+def run_at_once(*functions):
+    """Each in a thread of its own, with many changes between them."""
+    threads = [threading.Thread(target=function) for function in functions]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_other_threads_call_modules_while_one_is_traced():
+    net, plain, x = Traced(), mlp(2, 8, 2), torch.randn(3, 2)
+    wrong, done = [], threading.Event()
+
+    def look():
+        for _ in range(20):
+            if describe(net).in_features != 2:
+                wrong.append("what was found")
+        done.set()
+
+    def call():
+        try:
+            while not done.is_set():
+                plain(x.double())
+                net(x)
+        except Exception as error:
+            wrong.append(error)
+
+    run_at_once(look, call, call)
+    assert not wrong
+
+
+def test_threads_may_look_at_one_model_at_once():
+    net, untouched = Traced(), (nn.Module.__call__, nn.Module.__getattr__)
+    learners = []
+
+    def make():
+        for _ in range(10):
+            learners.append(pymeta.FineTune(net, loss="mse", lr=0.1, epochs=1, backend="native"))
+
+    run_at_once(make, make, make, make)
+    assert len(learners) == 40
+    assert (nn.Module.__call__, nn.Module.__getattr__) == untouched
 
 
 def test_a_thread_may_change_the_model_of_another_module():

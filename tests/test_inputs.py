@@ -482,6 +482,8 @@ def test_other_integers_are_labels_too(backend):
     module = make(backend, "cross_entropy")
     wanted = module(xs, ys, xq, yq).loss
     assert torch.equal(module(xs, ys.to(torch.uint8), xq, yq.int()).loss, wanted)
+    arrays = ys.numpy().astype(np.uint16), yq.numpy().astype(np.uint64)
+    assert torch.equal(module(xs, arrays[0], xq, arrays[1]).loss, wanted)
 
 
 def test_ignored_labels_weigh_nothing(backend):

@@ -256,6 +256,26 @@ def test_a_wide_first_layer_against_the_reference(frozen):
     assert compare(replace(WIDE, frozen=frozen))
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_validation_rows_that_weigh_nothing_judge_nothing(loss):
+    chain = (("linear", 3, 8, True), ("tanh",), ("linear", 8, 2, True))
+    recipe = Recipe(chain, loss, "adam", epochs=4, validates=True, patience=1, weights=True, seed=6)
+    problem = Adaptations(recipe)
+    lengths = [len(y) for _, y, _ in problem.validation]
+    blind = lengths.index(max(lengths))
+    x, y, weights = problem.validation[blind]
+    problem.validation[blind] = x, y, torch.zeros_like(weights)
+    wanted = problem.follow(reference, torch.float64)
+    assert len(problem.support[blind][0]) > 0
+    assert wanted["epochs"][blind] == wanted["best"][blind] == 4
+    for isa, executor in PATHS:
+        with using(isa, executor):
+            got = problem.follow(fused, torch.float64)
+        assert torch.equal(got["epochs"], wanted["epochs"])
+        assert torch.equal(got["best"], wanted["best"])
+        assert torch.equal(got["validation"].isnan(), wanted["validation"].isnan())
+
+
 # ---- the same to the last bit -------------------------------------------------------------------
 
 FIXED = {

@@ -344,6 +344,7 @@ CONSTRUCTION = {
         {"lr": None, "optimizer": torch.optim.Adam},
     ),
     "steps": (ValueError, r"steps: expected an integer >= 0, got -1", {"steps": -1}),
+    "steps large": (ValueError, r"steps: .*<= 2147483647, got", {"steps": np.int64(2**31)}),
     "steps type": (TypeError, r"steps: .*got float", {"steps": 1.5}),
     "batch_size": (ValueError, r"batch_size: expected an integer >= 1, got 0", {"batch_size": 0}),
     "batch_size type": (TypeError, r"batch_size: .*got str", {"batch_size": "all"}),

@@ -118,6 +118,12 @@ BAD = {
     "epochs": (ValueError, r"epochs: .*got -1", {"steps": None, "epochs": -1}),
     "epochs type": (TypeError, r"epochs: .*got bool", {"steps": None, "epochs": True}),
     "batch_size": (ValueError, r"batch_size: expected an integer >= 1, got 0", {"batch_size": 0}),
+    "batch_size large": (
+        ValueError,
+        r"batch_size: expected an integer <= 2147483647, got 2147483648",
+        {"batch_size": 2**31},
+    ),
+    "steps large": (ValueError, r"steps: .*<= 2147483647, got 2147483648", {"steps": 2**31}),
     "batch_size type": (TypeError, r"batch_size: .*got str", {"batch_size": "4"}),
     "seed": (ValueError, r"seed: .*got -1", {"seed": -1}),
     "seed large": (ValueError, r"seed: .*got 9223372036854775808", {"seed": 2**63}),

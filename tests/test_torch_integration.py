@@ -228,3 +228,58 @@ def test_opcheck(learnable):
         [False, False], 2, [True, learnable, True, False],
     )  # fmt: skip
     torch.library.opcheck(torch.ops.pymeta.meta_gradient.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_what_was_made_in_inference_mode_outlives_it(backend):
+    net, data = mlp(2, 4, 2), batch()
+    wanted = gradients(make(net, backend=backend)(*data).loss, *net.parameters())
+    with torch.inference_mode():
+        module = make(net, backend=backend)
+        module(*data)
+        reptile = pymeta.Reptile(net, loss="mse", lr=0.1, steps=2, backend=backend)
+        reptile(*data[:2])
+    assert_close(gradients(module(*data).loss, *net.parameters()), wanted)
+    reptile(*data[:2]).loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_another_default_device(backend, tmp_path):
+    """What pymeta makes for itself lies on the CPU, as the model does; meta stands for a GPU."""
+    net, sizes = mlp(2, 4, 2), [5, 0, 3]
+    xs, ys, xq, yq = batch("bce_with_logits")
+    net[2] = nn.Linear(4, 1).double()
+    ys, yq = ys[..., :1], yq[..., :1]
+    lists = [[v[:n] for v, n in zip(side, sizes, strict=True)] for side in (xs, ys)]
+
+    def everything():
+        options = {"loss": "bce_with_logits", "lr": 0.1, "backend": backend}
+        rate = pymeta.LearnableLR(0.1, per_step=True)
+        maml = pymeta.MAML(net, **{**options, "lr": rate}, steps=2)
+        meta = maml(xs, ys, xq, yq, support_sizes=sizes)
+        reptile = pymeta.Reptile(net, **options, steps=3, batch_size=2)
+        finetune = pymeta.FineTune(
+            net, **options, epochs=2, batch_size=2, class_weights="balanced", validation=0.4
+        )
+        models = finetune(*lists, curves=True, task_ids=[1, 2, 3])
+        models.save(tmp_path / "models")
+        loaded = pymeta.Adapted.load(tmp_path / "models", net)
+        joined = pymeta.Adapted.concatenate([loaded, models[[True, False, True]]])
+        return [
+            *gradients(meta.loss, *maml.parameters()),
+            *gradients(reptile(*lists).loss, *net.parameters()),
+            *models.history.values().values(),
+            *joined.parameters.values(),
+            joined.status,
+            joined[:3].predict_proba(xq, query_sizes=[4, 0, 3]),
+            *joined[:3](lists[0]),
+        ]
+
+    wanted = everything()
+    torch.set_default_device("meta")
+    try:
+        found = everything()
+    finally:
+        torch.set_default_device(None)
+    for f, w in zip(found, wanted, strict=True):
+        assert f.device.type == "cpu" and torch.equal(f.nan_to_num(), w.nan_to_num())

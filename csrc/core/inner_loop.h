@@ -156,7 +156,8 @@ class InnerLoop {
     IntVec running = batches.present(), judged = IntVec{};
     Vec best = zero(), best_epoch = zero(), epochs = zero();
     if (validation) {
-      judged = validation->extent.count > zero();
+      // Where no row weighs anything there is nothing to judge by.
+      judged = X::sum_rows_in_order(validation->extent, validation->scale) > zero();
       best = evaluate(theta, *validation);
       record.validation(0, best, judged);
       keep_best(theta, ~IntVec{});
