@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,15 +39,22 @@ from pymeta.arrays import (
     need_array,
     raw_of,
 )
+from pymeta.class_weights import (
+    ClassWeights,
+    check_class_count,
+    check_class_weights,
+    class_table,
+    classes_of,
+    row_factors,
+)
 from pymeta.file import Contents, Fields, Path, read, write
 from pymeta.losses import Loss, check_width, read_loss
-from pymeta.optimizers import SGD, Adam, LearnableLR, Optimizer, rates
+from pymeta.optimizers import SGD, Adam, LearnableLR, Optimizer, check_number, rates
 from pymeta.schedule import Schedule, check_count
 
 if TYPE_CHECKING:
     from pymeta.learner import Learner
 
-ClassWeights: TypeAlias = "str | tuple[float, ...] | None"
 
 _SUPPORT = Names("xs", "ys", "weights")
 _LARGEST_ID = 2**63 - 1
@@ -100,21 +107,18 @@ class Adapter:
         self.optimizer = optimizer
         self.schedule = schedule
         self.anchor = anchor
-        self.class_weights = class_weights
+        self.class_weights = check_class_weights(class_weights, loss)
         self.adapted = tuple(adapted)
         self.in_features = architecture.in_features
         self.out_features = architecture.out_features
         check_width(loss, self.out_features)
-        _check_recipe(loss, self.out_features, anchor, class_weights)
+        check_class_count(self.class_weights, loss, self.out_features)
+        check_number("anchor", anchor)
         self.parameters = _checked_parameters(architecture, parameters)
         self.dtype = next(iter(self.parameters.values())).dtype
         if isinstance(optimizer.lr, LearnableLR) == (lr is None):
             raise ValueError("lr: expected values exactly where the optimiser's are learnable")
         self.lr = _frozen(np.array([optimizer.lr], self.dtype) if lr is None else lr)
-        # whether `_ready` has anything to do
-        self._prepares = class_weights is not None or (
-            architecture.batch_norm and schedule.batch_size is not None
-        )
         self._expected = Expected(architecture, loss, self.dtype)
         groups = self._lay_out_lr()
         lib = native.extension()
@@ -186,7 +190,7 @@ class Adapter:
             TypeError: an argument is no array, or has a mask, or another dtype. Nothing is cast.
             ValueError: a wrong shape, or a label or weight out of range.
         """
-        support = self._ready(gather(_SUPPORT, xs, ys, weights, self._expected))
+        support = self._weighted(gather(_SUPPORT, xs, ys, weights, self._expected))
         return self._adapt(support, self._scheduled(steps), _ids(task_ids, support.tasks))
 
     def adapt_predict(
@@ -227,8 +231,8 @@ class Adapter:
             need_array("weights", weights)
         if out is None:
             out = np.empty((*xq.shape[:1], self.out_features), self.dtype)
-        if self._prepares:
-            weights = self._ready(self._one(xs, ys, weights)).weights
+        if self.class_weights is not None:
+            weights = self._weighted(self._one(xs, ys, weights)).weights
             weights = None if weights is None else weights[0]
         try:
             self._engine.adapt_predict(xs, ys, xq, out, weights)
@@ -239,10 +243,8 @@ class Adapter:
                 self._engine.adapt_predict(*lying_well)
         return out
 
-    def _ready(self, support: Gathered) -> Gathered:
-        """The tasks with class weights worked into the rows' weights, and minibatches checked."""
-        if self.architecture.batch_norm:
-            _check_minibatches(support, self.schedule.batch_size)
+    def _weighted(self, support: Gathered) -> Gathered:
+        """The tasks with class weights worked into the rows' weights."""
         if self.class_weights is None:
             return support
         weights = _class_weighted(support, self.loss, self.out_features, self.class_weights)
@@ -256,7 +258,7 @@ class Adapter:
 
     def _many(self, xs: Any, ys: Any, xq: Any, out: Any, weights: Any) -> Any:
         """`adapt_predict` for many tasks; all arguments are checked before anything is run."""
-        support = self._ready(gather(_SUPPORT, xs, ys, weights, self._expected))
+        support = self._weighted(gather(_SUPPORT, xs, ys, weights, self._expected))
         query = gather_queries(xq, support.tasks, "as xs has", self._expected)
         out = query.room(out, self.out_features)
         return self._adapt(support, self.schedule, None)._predict(query, out)
@@ -430,83 +432,23 @@ def _checked_parameters(
     return {name: _frozen(parameters[name]) for name in shapes}
 
 
-def _check_recipe(loss: Loss, outputs: int, anchor: float, class_weights: ClassWeights) -> None:
-    if not (math.isfinite(anchor) and anchor >= 0):
-        raise ValueError(f"anchor: expected a finite number >= 0, got {anchor}")
-    if class_weights is None:
-        return
-    classes = _classes(loss, outputs)
-    if isinstance(class_weights, str):
-        if class_weights != "balanced":
-            raise ValueError(f"class_weights: unknown {class_weights[:60]!r}")
-        return
-    if len(class_weights) != classes:
-        raise ValueError(f"class_weights: expected {classes}, got {len(class_weights)}")
-    if not all(math.isfinite(w) and w >= 0 for w in class_weights):
-        raise ValueError(f"class_weights: expected finite numbers >= 0, got {class_weights}")
-
-
-def _classes(loss: Loss, outputs: int) -> int:
-    """How many classes there are; ValueError where targets are no classes."""
-    if loss.takes_classes:
-        return outputs
-    if loss.kind != "bce_with_logits" or outputs != 1:
-        raise ValueError(
-            "class_weights: expected cross_entropy, or bce_with_logits of one output, "
-            f"got {loss.kind} of {outputs}"
-        )
-    return 2
-
-
 def _class_weighted(
-    support: Gathered, loss: Loss, outputs: int, wanted: str | tuple[float, ...]
+    support: Gathered, loss: Loss, outputs: int, weights: str | tuple[float, ...]
 ) -> np.ndarray:
     """The rows' weights, each multiplied by that of the row's class.
 
-    "balanced" is n / (k * count) for a task of n rows with k classes in it, of which one has
-    `count` rows. Rows that the loss ignores do not count, and a wrong label is left for the
-    native core to find.
+    A wrong label is left for the native core to find.
     """
     assert support.y is not None
-    classes = _classes(loss, outputs)
-    lead, y = support.x.shape[:-1], support.y.reshape(-1)
-    sizes = np.full(support.tasks, support.rows) if support.sizes is None else support.sizes
-    task = np.repeat(np.arange(support.tasks), sizes)
-    if loss.takes_classes:
-        found = np.where((y >= 0) & (y < classes) & (y != loss.ignore_index), y, -1)
-    else:
-        wrong = np.flatnonzero((y != 0) & (y != 1))
-        if wrong.size:
-            row = wrong[0] - np.searchsorted(task, task[wrong[0]])
-            raise ValueError(
-                f"ys: task {task[wrong[0]]}, row {row}: expected 0 or 1 with class_weights, "
-                f"got {y[wrong[0]]}"
-            )
-        found = y.astype(np.int64)
-    kept = found >= 0
-    if isinstance(wanted, str):
-        cells = (task * classes + found)[kept]
-        counts = np.bincount(cells, minlength=support.tasks * classes).reshape(-1, classes)
-        present = (counts > 0).sum(1, keepdims=True)
-        balanced = counts.sum(1, keepdims=True) / np.maximum(present * counts, 1)
-        of_class = balanced[task, found]
-    else:
-        of_class = np.array(wanted)[found]
-    weights = np.where(kept, of_class, 1.0).astype(support.x.dtype).reshape(lead)
-    return weights if support.weights is None else support.weights * weights
-
-
-def _check_minibatches(support: Gathered, size: int | None) -> None:
-    """Raise ValueError where a minibatch would be one row, which cannot be normalised."""
-    rows = np.full(support.tasks, support.rows) if support.sizes is None else support.sizes
-    if size is None:
-        return
-    wrong = np.flatnonzero((rows > size) & ((rows % size == 1) | (size == 1)))
-    if wrong.size:
-        raise ValueError(
-            f"batch_size: {size} leaves a minibatch of one row of the {rows[wrong[0]]} rows of "
-            f"task {wrong[0]}, which batch normalisation cannot normalise"
-        )
+    tasks = support.tasks
+    sizes = np.full(tasks, support.rows) if support.sizes is None else support.sizes
+    task = np.repeat(np.arange(tasks), sizes)
+    number = np.arange(len(task)) - (np.cumsum(sizes) - sizes)[task]
+    found = classes_of("ys", support.y.reshape(-1), task, number, loss, outputs)
+    table = class_table(found, task, tasks, weights, outputs if loss.takes_classes else 2)
+    factors = row_factors(found, task, table).astype(support.x.dtype)
+    factors = factors.reshape(support.x.shape[:-1])
+    return factors if support.weights is None else support.weights * factors
 
 
 def _ids(task_ids: Any, tasks: int) -> np.ndarray | None:

@@ -23,17 +23,16 @@ from torch import Tensor, nn
 
 from pymeta import fused
 from pymeta.adapted import Adapted
+from pymeta.class_weights import check_class_count, check_class_weights
 from pymeta.learner import Learner, Weights, check_minibatches, check_patterns
 from pymeta.optimizers import Optimizer, check_number
 from pymeta.plan import Plan
 from pymeta.reference import Adaptation
 from pymeta.rows import (
-    check_class_count,
-    check_class_weights,
     check_classes,
-    class_table,
     held_out_counts,
     hold_out,
+    table_of,
     weighted,
 )
 from pymeta.schedule import LARGEST_SEED, Schedule, check_count
@@ -418,7 +417,7 @@ class FineTune(Learner):
     ) -> tuple[TaskSet, TaskSet | None]:
         """What to train and what to validate on: with class weights, without the rows held out."""
         if self.class_weights is not None:
-            table = class_table(part, self.class_weights, self.loss, expected.out_features)
+            table = table_of(part, self.class_weights, self.loss, expected.out_features)
             part = weighted(part, table, expected)
             watched = None if watched is None else weighted(watched, table, expected)
         if self.validation:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pymeta import native
+from pymeta.class_weights import class_table, classes_of, row_factors
 from pymeta.losses import Loss
-from pymeta.optimizers import check_number
 from pymeta.schedule import SPLIT, permutation
 from pymeta.tasks import Expected, TaskSet
 
@@ -49,58 +49,12 @@ class _Rows(NamedTuple):
 # ---- class weights ----------------------------------------------------------------------------
 
 
-def check_class_weights(value: Any, loss: Loss) -> str | tuple[float, ...] | None:
-    """`class_weights` as it is kept; TypeError or ValueError where it cannot be meant."""
-    if value is None:
-        return None
-    if loss.kind not in ("cross_entropy", "bce_with_logits"):
-        raise ValueError(f"class_weights: expected None for the loss {loss.kind}, got {value!r}")
-    if isinstance(value, str):
-        if value != "balanced":
-            raise ValueError(
-                f'class_weights: expected "balanced" or a weight for each class, got {value!r}'
-            )
-        return value
-    try:
-        weights = tuple(value.tolist() if hasattr(value, "tolist") else value)
-    except TypeError:
-        raise TypeError(
-            f'class_weights: expected "balanced" or a weight for each class, '
-            f"got {type(value).__name__}"
-        ) from None
-    for weight in weights:
-        check_number("class_weights", weight)
-    return tuple(map(float, weights))
-
-
-def check_class_count(weights: str | tuple[float, ...] | None, loss: Loss, out: int | None) -> None:
-    """ValueError where class weights do not fit a model with `out` outputs (None: unknown)."""
-    if weights is None or out is None:
-        return
-    if not loss.takes_classes and out != 1:
-        raise ValueError(
-            f"class_weights: expected None for bce_with_logits with {out} outputs, of which "
-            f"none is the class"
-        )
-    classes = out if loss.takes_classes else 2
-    if not isinstance(weights, str) and len(weights) != classes:
-        raise ValueError(f"class_weights: expected {classes} numbers, got {len(weights)}")
-
-
-def _classes(s: TaskSet, rows: _Rows, loss: Loss) -> Tensor:
-    """Each row's class [n]; -1 where it is ignored."""
+def _classes(s: TaskSet, rows: _Rows, loss: Loss, out: int | None = None) -> np.ndarray:
+    """Each row's class, as `classes_of` has it."""
     assert s.y is not None
     y = s.y.detach().reshape(-1).cpu()[rows.index]
-    if loss.takes_classes:
-        return torch.where(y == loss.ignore_index, -1, y)
-    wrong = (y != 0) & (y != 1)
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{s.names.y}: task {int(rows.task[at])}, row {int(rows.number[at])}: expected 0 or 1 "
-            f"with class_weights, got {float(y[at])}"
-        )
-    return y.long()
+    y = y if loss.takes_classes else y.double()
+    return classes_of(s.names.y, y.numpy(), rows.task.numpy(), rows.number.numpy(), loss, out)
 
 
 def check_classes(s: TaskSet, loss: Loss) -> None:
@@ -109,38 +63,25 @@ def check_classes(s: TaskSet, loss: Loss) -> None:
         _classes(s, _Rows.of(s), loss)
 
 
-def class_table(
+def table_of(
     s: TaskSet, weights: str | tuple[float, ...], loss: Loss, out: int | None
-) -> Tensor:
-    """The weight of each class in each task, [T, classes].
-
-    "balanced" is n / (k * count) for a task of n rows with k classes in it, of which one has
-    `count` rows; a class that the task has no row of has weight 1.
-    """
-    if not isinstance(weights, str):
-        return torch.tensor([weights], dtype=torch.float64, device="cpu").expand(s.tasks, -1)
+) -> np.ndarray:
+    """The weight of each class in each task, [T, classes]."""
     rows = _Rows.of(s)
-    found = _classes(s, rows, loss)
+    found = _classes(s, rows, loss, out)
     classes = 2 if not loss.takes_classes else out
     if classes is None:
-        classes = int(found.max()) + 1 if found.numel() else 1
-    kept = found >= 0
-    cells = (rows.task * classes + found)[kept]
-    counts = torch.bincount(cells, minlength=s.tasks * classes).view(s.tasks, classes).double()
-    present = (counts > 0).sum(1, keepdim=True)
-    balanced = counts.sum(1, keepdim=True) / (present * counts)
-    return torch.where(counts > 0, balanced, 1.0)
+        classes = int(found.max(initial=0)) + 1
+    return class_table(found, rows.task.numpy(), s.tasks, weights, classes)
 
 
-def weighted(s: TaskSet, table: Tensor, expected: Expected) -> TaskSet:
+def weighted(s: TaskSet, table: np.ndarray, expected: Expected) -> TaskSet:
     """The set with each row's weight multiplied by that of its class; `table` is [T, classes]."""
-    assert s.y is not None
     rows = _Rows.of(s)
-    found = _classes(s, rows, expected.loss)
-    of_class = torch.where(found < 0, 1.0, table[rows.task, found.clamp(0, table.shape[1] - 1)])
+    found = _classes(s, rows, expected.loss, expected.out_features)
     lead = s.x.shape[: 1 if s.starts is not None else 2]
     values = torch.ones(math.prod(lead), dtype=torch.float64, device="cpu")
-    values[rows.index] = of_class
+    values[rows.index] = torch.from_numpy(row_factors(found, rows.task.numpy(), table))
     values = values.view(lead).to(expected.device, expected.dtype)
     return replace(s, weights=values if s.weights is None else s.weights * values)
 

@@ -521,7 +521,7 @@ def test_descriptions_that_do_not_fit(kind, tmp_path, where, value, message):
         (("anchor",), -1.0, "anchor"),
         (("adapted",), ["3.weight", "2.weight"], "adapted: expected some of .* in their order"),
         (("adapted",), ["5.weight"], "adapted: expected some of"),
-        (("class_weights",), "equal", "class_weights: unknown 'equal'"),
+        (("class_weights",), "equal", 'class_weights: expected "balanced"'),
         (("class_weights",), [1.0], "class_weights: expected 2"),
         (("class_weights",), [1.0, -1.0], "class_weights"),
     ],

@@ -325,7 +325,7 @@ void check_minibatches(const Call<Real>& call) {
     if (!call.batches.whole(rows) && (size == 1 || rows % size == 1))
       refuse("batch_size: " + std::to_string(size) + " leaves a minibatch of one row of the " +
              std::to_string(rows) + " rows of task " + std::to_string(task) +
-             ", which BatchNorm1d cannot normalise");
+             ", which batch normalisation cannot normalise");
   }
 }
 
