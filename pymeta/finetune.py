@@ -61,12 +61,16 @@ _LARGEST_CHUNK = 4096
 _PATIENCE_OF_THE_USER = 2.0  # seconds
 
 
+def _check_progress(progress: Any) -> None:
+    if progress is not None and not isinstance(progress, bool):
+        raise TypeError(f"progress: expected a bool or None, got {type(progress).__name__}")
+
+
 class _Bar:
     """A tqdm bar that counts tasks; shown from the beginning, after a while, or not at all."""
 
     def __init__(self, total: int | None, progress: bool | None) -> None:
-        if progress is not None and not isinstance(progress, bool):
-            raise TypeError(f"progress: expected a bool or None, got {type(progress).__name__}")
+        _check_progress(progress)
         self._total, self._wanted, self._done = total, progress, 0
         self._began = time.monotonic()
         self._bar: Any = None
@@ -266,14 +270,26 @@ class FineTune(Learner):
             curves: as for a call.
             progress: as for a call.
 
-        Yields:
-            The models of the next up to `chunk` tasks.
+        Returns:
+            An iterator over the models of the next up to `chunk` tasks.
 
         Raises:
-            TypeError, ValueError: as a call; the message says which of the tasks were at hand.
+            TypeError, ValueError: as a call; for what is wrong with a task it is the iterator that
+                raises, and the message says which of the tasks were at hand.
         """
         check_count("chunk", chunk, 1)
-        iterator, ids = iter(tasks), None if task_ids is None else iter(task_ids)
+        _check_progress(progress)
+        ids = None if task_ids is None else iter(task_ids)
+        return self._streamed(iter(tasks), chunk, ids, curves, progress)
+
+    def _streamed(
+        self,
+        iterator: Iterator[Sequence[Any]],
+        chunk: int,
+        ids: Iterator[int] | None,
+        curves: bool,
+        progress: bool | None,
+    ) -> Iterator[Adapted]:
         first = 0
         with _Bar(None, progress) as bar:
             while group := list(itertools.islice(iterator, chunk)):

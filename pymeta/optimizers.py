@@ -9,6 +9,7 @@ layer, or for each element of the adapted parameters.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,15 +21,30 @@ if TYPE_CHECKING:
 _PER = ("network", "layer", "parameter")
 
 
-def check_lr(name: str, value: Any) -> float:
-    """`value` as a float; TypeError or ValueError unless it is a finite number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{name}: expected a number or a pymeta.LearnableLR, got {type(value).__name__}"
-        )
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+def check_number(name: str, value: Any, above: bool = False, or_a: str = "") -> float:
+    """`value` as a float; TypeError or ValueError unless it is a finite number as wanted.
+
+    That is >= 0, or > 0 where `above`; `or_a` names what else the message may offer.
+    """
+    wanted = f"a finite number {'>' if above else '>='} 0"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {wanted}{or_a}, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (above and value == 0):
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
     return float(value)
+
+
+def check_lr(name: str, value: Any) -> float:
+    """`value`, a step size, as a float; TypeError or ValueError unless it is finite and >= 0."""
+    return check_number(name, value, or_a=" or a pymeta.LearnableLR")
+
+
+def _keep_floats(description: Any, *names: str) -> None:
+    """Turn checked numbers of a frozen description into plain floats, whatever they came as."""
+    for name in names:
+        value = getattr(description, name)
+        if isinstance(value, numbers.Real):
+            object.__setattr__(description, name, float(value))
 
 
 @dataclass(frozen=True)
@@ -64,15 +80,7 @@ class LearnableLR:
             raise TypeError(
                 f"LearnableLR.per_step: expected a bool, got {type(self.per_step).__name__}"
             )
-
-
-def check_number(name: str, value: Any, above: bool = False) -> None:
-    """TypeError or ValueError unless `value` is a finite number >= 0, or > 0 where `above`."""
-    wanted = f"a finite number {'>' if above else '>='} 0"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (above and value == 0):
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
+        _keep_floats(self, "initial")
 
 
 def _check_flag(name: str, value: Any) -> None:
@@ -126,6 +134,7 @@ class SGD:
         _check_flag("SGD.nesterov", self.nesterov)
         if self.nesterov and self.momentum == 0:
             raise ValueError("SGD.nesterov: expected momentum > 0 with it, got momentum 0")
+        _keep_floats(self, "lr", "momentum", "weight_decay", "clip_norm")
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,7 @@ class Adam:
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))  # of a list, too
         check_number("Adam.eps", self.eps)
         _check_flag("Adam.decoupled", self.decoupled)
+        _keep_floats(self, "lr", "eps", "weight_decay", "clip_norm")
 
 
 Optimizer: TypeAlias = SGD | Adam

@@ -523,7 +523,7 @@ def test_wrong_streams(case, backend):
     with pytest.raises(error, match=f"{where}: {message}"):
         next(stream)
     with pytest.raises(ValueError, match=r"chunk: expected an integer >= 1, got 0"):
-        next(module.stream(tasks, 0))
+        module.stream(tasks, 0)
     with pytest.raises(ValueError, match=r"task_ids: expected shape \[4\], got \[2\]"):
         next(module.stream(tasks, 4, task_ids=[1, 2]))
 

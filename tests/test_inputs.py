@@ -40,7 +40,11 @@ CONSTRUCTION = {
     "lr nan": (ValueError, r"lr: expected a finite number >= 0, got nan", {"lr": float("nan")}),
     "lr inf": (ValueError, r"lr: .*got inf", {"lr": float("inf")}),
     "lr negative": (ValueError, r"lr: .*got -0\.1", {"lr": -0.1}),
-    "lr type": (TypeError, r"lr: expected a number or.*LearnableLR, got str", {"lr": "0.1"}),
+    "lr type": (
+        TypeError,
+        r"lr: expected a finite.*LearnableLR, got str",
+        {"lr": "0.1"},
+    ),
     "lr missing": (ValueError, r"lr, optimizer: .*got neither", {"lr": None}),
     "lr twice": (ValueError, r"lr, optimizer: .*got both", {"optimizer": pymeta.SGD(0.1)}),
     "optimizer": (

@@ -1,8 +1,10 @@
 """The inner optimisers of the reference against torch.optim, and their exact second order."""
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close, batch, gradients, mlp
@@ -237,7 +239,7 @@ def test_under_torch_compile():
 
 BAD = {
     "lr": (ValueError, r"Adam\.lr: expected a finite number >= 0, got -1", Adam, {"lr": -1}),
-    "lr type": (TypeError, r"SGD\.lr: expected a number or", SGD, {"lr": "0.1"}),
+    "lr type": (TypeError, r"SGD\.lr: expected a finite number >= 0 or", SGD, {"lr": "0.1"}),
     "momentum": (ValueError, r"SGD\.momentum: .*>= 0, got -0\.9", SGD, {"momentum": -0.9}),
     "momentum nan": (ValueError, r"SGD\.momentum: .*nan", SGD, {"momentum": math.nan}),
     "momentum type": (TypeError, r"SGD\.momentum: .*got bool", SGD, {"momentum": True}),
@@ -273,3 +275,11 @@ def test_descriptions_are_values():
     assert Adam(0.1, betas=[0, 0.9]) == Adam(0.1, betas=(0.0, 0.9))
     assert hash(Adam(0.1, betas=[0, 0.9])) == hash(Adam(0.1, (0.0, 0.9)))
     assert SGD(pymeta.LearnableLR(0.1), clip_norm=1) == SGD(pymeta.LearnableLR(0.1), clip_norm=1.0)
+
+
+def test_numbers_of_numpy_are_numbers():
+    sgd = pymeta.SGD(np.float32(0.5), momentum=np.float32(0.25), clip_norm=np.int64(2))
+    assert sgd == pymeta.SGD(0.5, momentum=0.25, clip_norm=2.0)
+    adam = pymeta.Adam(np.float64(0.5), eps=np.float32(0.125), weight_decay=np.float16(1))
+    assert json.dumps([*vars(sgd).values(), *vars(adam).values()])
+    assert type(pymeta.LearnableLR(np.float32(0.5)).initial) is float
