@@ -16,7 +16,7 @@ What differs from the paper, besides the random numbers:
 - The inner optimiser: gradient descent with step size 0.1. The paper's is Adam with beta1 = 0 and
   step size 0.001, whose second moment the published code carries on from task to task. Here every
   task begins with a new Adam, in whose five steps each weight moves by about the step size however
-  small its gradient is, and at an outer step size of 1 the weights wander about: with
+  small its gradient is, so that, presumably, the weights wander about: with
   ``--inner-optimizer adam --inner-lr 0.001`` 5,000 iterations come to 53 % and 100,000 to 46 %
   (each query alone).
   The step size was chosen among a few by runs of 4,000 to 12,000 iterations that were scored on 150
@@ -28,8 +28,8 @@ there are two figures: each query drawing classified alone, together with the su
 all query drawings together, where each also says something about the others ("transduction").
 With ``--no-batch-norm`` the two are the same (31 % after 4,000 iterations, with it 71 % alone).
 
-After all 100,000 iterations (533 s of one thread on a busy machine) it is at 82.9 +- 0.4 % alone and
-87.2 +- 0.4 % together, on 2,000 test tasks. The paper's convolutions reach 95.4 and 97.7 %.
+After all 100,000 iterations (533 s of one thread on a busy machine) it is at 82.9 +- 0.4 % alone
+and 87.2 +- 0.4 % together, on 2,000 test tasks. The paper's convolutions reach 95.4 and 97.7 %.
 
 The data file is the one that ``omniglot.py`` in this folder describes.
 """
