@@ -313,17 +313,17 @@ class InnerLoop {
     });
   }
 
-  Parameters inner_step(int k, const Parameters& theta, const Step& step) {
-    const ItemSet& support = *step.set;
+  Parameters inner_step(int k, const Parameters& theta, const Step& now) {
+    const ItemSet& support = *now.set;
     const Tape tape = support_tape(k);
     // Layers below the lowest that changes see the same rows with the same weights again.
-    const bool same_below = step.same_rows && !ws_.keeps_steps;
+    const bool same_below = now.same_rows && !ws_.keeps_steps;
     forward(theta, support, tape, /*is_query=*/false, same_below ? lowest_ : 0);
     if (ws_.sums_losses) {
       const Vec loss = X::sum_rows_in_order(support.extent, tape.at(ws_.support_tape.row_losses));
       loss_sum_ =
           loss_sum_ +
-          (call_.by_epochs() ? select(step.active, loss * support.extent.count, zero()) : loss);
+          (call_.by_epochs() ? select(now.active, loss * support.extent.count, zero()) : loss);
     }
     const Parameters next = adapted(k + 1);
     Real* own = const_cast<Real*>(next.own);
@@ -340,11 +340,10 @@ class InnerLoop {
     if constexpr (X::kFactors)
       if (factored_) factored_->step(tape.d(0), rates_.uniform_rate(k));
     if (!fused) {
-      const StepCommon common = common_of(k, theta, step);
+      const StepCommon common = common_of(k, theta, now);
       with_rule(call_.optimizer, [&](const auto& rule) {
         each_adapted([&](int t, std::size_t place, std::size_t size) {
-          if (!is_factored_tensor(t))
-            pymeta::PYMETA_ISA::step(rule, arrays(k, t, theta), common, size, own + place);
+          if (!is_factored_tensor(t)) step(rule, arrays(k, t, theta), common, size, own + place);
         });
       });
     }

@@ -54,10 +54,8 @@ class Driver {
     workspaces_ = sums_ + sums_size() * needs.chunks;
     first_ = shared + shared_size();
     factors_ = first_ + first_size();
-    if (call_.packed_start)
-      share(call_.packed_start);
-    else
-      pack_shared(shared), share(shared);
+    if (!call_.packed_start) pack_shared(shared);
+    share(call_.packed_start ? call_.packed_start : shared);
     const std::int64_t chunks = static_cast<std::int64_t>(needs.chunks);
     const std::int64_t each = chunks ? (items() + chunks - 1) / chunks : 0;
     const std::int64_t wave = each ? items_in_wave(each) / each : 1;
