@@ -295,12 +295,11 @@ class InnerLoop {
   }
 
   // The start of a tensor: the item's own or the one that all share.
-  bool starts_apart(int t) const { return call_.parameter_per_task && call_.parameter_per_task[t]; }
   const Real* start_of(int t) const {
-    return starts_apart(t) ? memory_ + ws_.start : shared_.theta;
+    return call_.starts_apart(t) ? memory_ + ws_.start : shared_.theta;
   }
   const Real* start_transposed_of(int t) const {
-    return starts_apart(t) ? memory_ + ws_.start_transposed : shared_.theta_transposed;
+    return call_.starts_apart(t) ? memory_ + ws_.start_transposed : shared_.theta_transposed;
   }
 
   void keep_best(const Parameters& theta, IntVec better) {
@@ -373,37 +372,44 @@ class InnerLoop {
     return a;
   }
 
-  // body(tensor, offset of a vector in it) summed over all adapted elements of each task; for both executors in the
-  // order of sum_features.
+  // body(tensor) gives a function of the offset of a vector in it, which is summed over all adapted elements of each
+  // task; for both executors in the order of sum_features.
   template <class Body>
   Vec sum_adapted(Body body) const {
     Vec total = zero();
     each_adapted([&](int t, std::size_t, std::size_t) {
       const PackedTensor& packed = layout_.tensors[t];
+      const auto value = body(t);
       for (int outer = 0; outer < packed.outer; ++outer)
         total = total + X::sum_features(packed.inner, [&](int column) {
                   const std::size_t at =
                       outer * packed.row + static_cast<std::size_t>(column) * kWidth;
-                  return X::masked_columns(body(t, at), packed.inner, column);
+                  return X::masked_columns(value(at), packed.inner, column);
                 });
     });
     return total;
   }
 
-  Vec gradient_norm(int k, const Parameters& theta, StepCommon unclipped) const {
-    unclipped.clip = broadcast(1);
-    return square_root(sum_adapted([&](int t, std::size_t at) {
-      const Vec g = clipped_gradient(arrays(k, t, theta), unclipped, at);
-      return g * g;
+  // Before a clip is known: `common` has the factor 1.
+  Vec gradient_norm(int k, const Parameters& theta, const StepCommon& common) const {
+    return square_root(sum_adapted([&](int t) {
+      return [&common, a = arrays(k, t, theta)](std::size_t at) {
+        const Vec g = clipped_gradient(a, common, at);
+        return g * g;
+      };
     }));
   }
   StepCommon common_of(int k, const Parameters& theta, const Step& step) const {
-    StepCommon common{broadcast(Real(call_.optimizer.anchor)), broadcast(1), step.correction,
-                      step.active, step.all_active};
+    StepCommon common{broadcast(Real(call_.optimizer.anchor)),
+                      broadcast(1),
+                      zero(),
+                      step.correction,
+                      step.active,
+                      step.all_active};
     if (call_.optimizer.clip_norm > 0) {
-      const Vec norm = gradient_norm(k, theta, common);
-      common.clip =
-          minimum(broadcast(Real(call_.optimizer.clip_norm)) / (norm + Real(1e-6)), broadcast(1));
+      common.norm = gradient_norm(k, theta, common);
+      common.clip = minimum(broadcast(Real(call_.optimizer.clip_norm)) / (common.norm + Real(1e-6)),
+                            broadcast(1));
     }
     return common;
   }
@@ -434,22 +440,23 @@ class InnerLoop {
                  memory_ + ws_.u + place, d_state, lr_gradient_of(k, t, totals));
       });
     });
-    if (call_.optimizer.clip_norm > 0 && call_.second_order()) clip_vjp(k, theta, common);
+    if (call_.optimizer.clip_norm > 0 && call_.second_order()) clip_vjp(k, common);
   }
 
   // The clip is g c(n) with n = |g| and c = min(1, clip / (n + 1e-6)):  u = c u + (c' / n) (g . u) g.
-  void clip_vjp(int k, const Parameters& theta, const StepCommon& common) {
-    const Vec norm = gradient_norm(k, theta, common);
+  void clip_vjp(int k, const StepCommon& common) {
+    const Vec norm = common.norm;
+    const Real* g = gradient(k);
     Real* u = memory_ + ws_.u;
-    const Vec along = sum_adapted([&](int t, std::size_t at) {
-      return load(gradient(k) + layout_.tensors[t].place + at) *
-             load(u + layout_.tensors[t].place + at);
+    const Vec along = sum_adapted([&](int t) {
+      const std::size_t place = layout_.tensors[t].place;
+      return [=](std::size_t at) { return load(g + place + at) * load(u + place + at); };
     });
     const IntVec bends = (common.clip < Real(1)) & (norm > zero());
     const Vec slope = select(bends, -(common.clip / (norm + Real(1e-6)) / norm * along), zero());
     each_adapted([&](int, std::size_t place, std::size_t size) {
       for (std::size_t i = place; i < place + size; i += kWidth)
-        store(u + i, fma(slope, load(gradient(k) + i), common.clip * load(u + i)));
+        store(u + i, fma(slope, load(g + i), common.clip * load(u + i)));
     });
   }
 

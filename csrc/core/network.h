@@ -59,6 +59,11 @@ struct Network {
 
   int in_features() const { return layers[0].in; }
   int out_features() const { return layers[layer_count - 1].out; }
+  bool has_batch_norm() const {
+    for (int l = 0; l < layer_count; ++l)
+      if (layers[l].kind == LayerKind::batch_norm) return true;
+    return false;
+  }
 };
 
 enum class LossKind : std::uint8_t { mse, huber, cross_entropy, bce_with_logits };

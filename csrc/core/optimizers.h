@@ -31,20 +31,16 @@ class Rates {
   // `packed` is [lr.rows, parameters] in the executor's layout; only read when the rate is per element.
   Rates(const Call<Real>& call, const Real* packed, std::size_t parameters)
       : lr_(call.lr), packed_(packed), parameters_(parameters) {
-    uniform_ = !lr_.per_element;
-    int first = -1;
-    for (int t = 0; uniform_ && t < call.network->tensor_count; ++t) {
-      if (!call.adapted[t]) continue;
-      if (first < 0) first = t;
-      uniform_ = lr_.groups[t] == lr_.groups[first];
-    }
-    column_ = first < 0 || lr_.per_element ? 0 : lr_.groups[first];
+    int first = 0;
+    while (first < call.network->tensor_count && !call.adapted[first]) ++first;
+    const bool any = first < call.network->tensor_count;
+    column_ = any && !lr_.per_element ? lr_.groups[first] : 0;
   }
 
   int row(int step) const { return step < lr_.rows ? step : lr_.rows - 1; }
   bool per_element() const { return lr_.per_element; }
-  bool uniform() const { return uniform_; }
   int group(int tensor) const { return lr_.groups[tensor]; }
+  // Where one rate serves all adapted tensors (steps_scale_gradient in workspace.h).
   Real uniform_rate(int step) const {
     return lr_.values[static_cast<long>(row(step)) * lr_.columns + column_];
   }
@@ -60,7 +56,6 @@ class Rates {
   LearningRate<Real> lr_;
   const Real* packed_;
   std::size_t parameters_;
-  bool uniform_;
   int column_;
 };
 
@@ -171,6 +166,7 @@ struct StepArrays {
 struct StepCommon {
   Vec anchor;  // 0 where there is none
   Vec clip;    // the factor of the gradient; 1 where nothing is clipped
+  Vec norm;    // of the gradient before that, where there is a clip
   Correction correction;
   IntVec active;  // lanes that make this step; the others stay as they are
   bool all_active;

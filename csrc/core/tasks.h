@@ -122,6 +122,8 @@ struct Call {
     return wants_gradient() && steps > 0 &&
            (!first_order || lr_gradient || optimizer.weight_decay != 0);
   }
+  // Does each task have a start of its own for this tensor?
+  bool starts_apart(int tensor) const { return parameter_per_task && parameter_per_task[tensor]; }
   bool by_epochs() const { return epochs >= 0; }
   // Inner steps of a task of so many rows.
   std::int64_t steps_of(int rows) const {

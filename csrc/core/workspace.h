@@ -208,7 +208,7 @@ inline bool is_factorable(const Call<Real>& call) {
   if (first.kind != LayerKind::linear || first.in < 64 || first.out < 16) return false;
   if (call.xs_gradient || call.xq_gradient || !steps_scale_gradient(call)) return false;
   if (call.sums_differences || call.by_epochs() || call.batches.size > 0) return false;
-  return !(call.parameter_per_task && call.parameter_per_task[first.weight]);
+  return !call.starts_apart(first.weight);
 }
 // Of one task alone, so that its result does not depend on the others.
 inline bool is_factored(const Network& network, int support_rows) {
@@ -272,7 +272,7 @@ struct Workspace {
                             (network.layer_count == 1 && parameters.narrow);
     bool starts_apart = false;
     for (int t = 0; t < network.tensor_count; ++t)
-      starts_apart = starts_apart || (call.parameter_per_task && call.parameter_per_task[t]);
+      starts_apart = starts_apart || call.starts_apart(t);
     const std::size_t states = call.optimizer.states() * parameters.size;
 
     Places places;

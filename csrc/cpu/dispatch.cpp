@@ -180,16 +180,11 @@ constexpr SetNames kSupport{"xs", "ys", "support_sizes", "support_weights"};
 constexpr SetNames kQuery{"xq", "yq", "query_sizes", "query_weights"};
 constexpr SetNames kValidation{"xv", "yv", "validation_sizes", "validation_weights"};
 
-bool has_batch_norm(const Network& network) {
-  return std::any_of(network.layers, network.layers + network.layer_count,
-                     [](const Layer& layer) { return layer.kind == LayerKind::batch_norm; });
-}
-
 // Looks at the sizes, labels and weights of one set; returns its largest task.
 template <class Real>
 int check_set(const Call<Real>& call, const RowSet<Real>& set, const SetNames& names) {
   const Network& network = *call.network;
-  const bool batch_norm = has_batch_norm(network);
+  const bool batch_norm = network.has_batch_norm();
   const bool labels = call.loss && call.loss->kind == LossKind::cross_entropy && set.y;
   const int out = network.out_features();
   std::int64_t largest = 0;
@@ -319,7 +314,7 @@ Report plan(const Call<Real>& call, Job job) {
 template <class Real>
 void check_minibatches(const Call<Real>& call) {
   const int size = call.batches.size;
-  if (size == 0 || !has_batch_norm(*call.network)) return;
+  if (size == 0 || !call.network->has_batch_norm()) return;
   for (std::int64_t task = 0; task < call.tasks; ++task) {
     const int rows = call.support.size(task);
     if (!call.batches.whole(rows) && (size == 1 || rows % size == 1))

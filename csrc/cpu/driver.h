@@ -80,10 +80,10 @@ class Driver {
     Real* rates = transposed + layout().transposed_size;
     const Network& network = *call_.network;
     for (int t = 0; t < network.tensor_count; ++t)
-      if (!is_per_task(t)) pack(t, call_.parameters[t], memory);
+      if (!call_.starts_apart(t)) pack(t, call_.parameters[t], memory);
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
-      if (layout().transposed[l] == kNowhere || is_per_task(layer.weight)) continue;
+      if (layout().transposed[l] == kNowhere || call_.starts_apart(layer.weight)) continue;
       for (int o = 0; o < layer.out; ++o)  // torch's own layout, with padded rows
         memcpy(transposed + layout().transposed[l] + o * X::stride(layer.in),
                call_.parameters[layer.weight] + static_cast<std::size_t>(o) * layer.in,
@@ -286,8 +286,6 @@ class Driver {
     }
   }
 
-  bool is_per_task(int t) const { return call_.parameter_per_task && call_.parameter_per_task[t]; }
-
   // ---- tasks ---------------------------------------------------------------------------------------------------
 
   void work_through(std::int64_t chunk, std::int64_t each, std::int64_t wave_begin, int worker) {
@@ -355,7 +353,7 @@ class Driver {
   void bind_start(const Item<X>& work, Real* memory) const {
     Real* start = memory + workspace_.start;
     for (int t = 0; t < call_.network->tensor_count; ++t) {
-      if (!is_per_task(t)) continue;
+      if (!call_.starts_apart(t)) continue;
       memset(start + layout().tensors[t].place, 0,
              sizeof(Real) * layout().scalars(t));  // the padding
       layout().elements(t, [&](std::size_t from, std::size_t place) {
@@ -366,7 +364,7 @@ class Driver {
     if (job_ == Job::predict) return;
     for (int l = 0; l < call_.network->layer_count; ++l) {
       const Layer& layer = call_.network->layers[l];
-      if (layout().transposed[l] == kNowhere || !is_per_task(layer.weight)) continue;
+      if (layout().transposed[l] == kNowhere || !call_.starts_apart(layer.weight)) continue;
       X::transpose(layer, start + layout().tensors[layer.weight].place,
                    memory + workspace_.start_transposed + layout().transposed[l]);
     }

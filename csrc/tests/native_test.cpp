@@ -266,16 +266,11 @@ struct Data {
   }
 };
 
-bool has_batch_norm(const Network& network) {
-  return std::any_of(network.layers, network.layers + network.layer_count,
-                     [](const Layer& layer) { return layer.kind == LayerKind::batch_norm; });
-}
-
 SideData make_side(const Setup& setup, int rows, Random& random) {
   const Network& network = setup.chain.network;
   SideData side;
   side.rows = rows;
-  const bool batch_norm = has_batch_norm(network);
+  const bool batch_norm = network.has_batch_norm();
   std::int64_t total = 0;
   for (int t = 0; t < setup.tasks; ++t) {
     std::int64_t size = setup.form == Form::uniform ? rows : random.below(rows + 1);
@@ -559,7 +554,7 @@ class Problem {
 
   static constexpr int kEpochs = 3;
   // All rows where a minibatch of one could not be normalised.
-  int batch() const { return has_batch_norm(*network_) ? 0 : 4; }
+  int batch() const { return network_->has_batch_norm() ? 0 : 4; }
 
   const Setup& setup_;
   std::unique_ptr<Network> network_;
