@@ -233,10 +233,7 @@ class Adapted(Stacked[Tensor]):
             TypeError: `task` is no integer.
             IndexError: there is no such task.
         """
-        where = positions(task, self._tasks)
-        if not isinstance(where, int):
-            raise TypeError(f"task: expected an integer, got {type(task).__name__}")
-        own = self._of_task(where)
+        own = self._of_task(self._number(task))
         with reference.one_at_a_time():
             given = self._model.state_dict(keep_vars=True)
             values = {id(p): own[name] for name, p in self._model.named_parameters()}

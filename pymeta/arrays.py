@@ -357,10 +357,7 @@ class AdaptedArrays(Stacked[np.ndarray]):
             TypeError: `task` is no integer.
             IndexError: there is no such task.
         """
-        where = positions(task, self._tasks)
-        if not isinstance(where, int):
-            raise TypeError(f"task: expected an integer, got {type(task).__name__}")
-        return {name: value.copy() for name, value in self._of_task(where).items()}
+        return {name: value.copy() for name, value in self._of_task(self._number(task)).items()}
 
     def __call__(self, xq: Rows, out: np.ndarray | None = None) -> Any:
         """Every model's raw outputs on its own rows.

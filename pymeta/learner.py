@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from pymeta import fused, native, reference
@@ -22,7 +23,16 @@ from pymeta.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
 from pymeta.plan import Plan, check_statistics
 from pymeta.reference import Adaptation, InnerLoop
 from pymeta.schedule import Schedule
-from pymeta.tasks import Expected, Rows, TaskSet, check_values
+from pymeta.tasks import (
+    SUPPORT,
+    Expected,
+    Rows,
+    Sizes,
+    TaskSet,
+    check_task_ids,
+    check_values,
+    task_set,
+)
 
 if TYPE_CHECKING:
     from pymeta.adapter import Adapter
@@ -190,6 +200,29 @@ class Learner(nn.Module, ABC):
             return fused.adapt(plan, parameters, inner.lr, inner, support, **options)
         named = {n: p.detach() for n, p in zip(plan.names, parameters, strict=True)}
         return reference.adapt(self.model, named, plan.adapted, inner, support, **options)
+
+    def _adapted_to(
+        self,
+        schedule: Schedule,
+        xs: Rows,
+        ys: Rows,
+        sizes: Sizes,
+        weights: Weights,
+        task_ids: Sequence[int] | Tensor | None = None,
+    ) -> Adapted:
+        """The models adapted to the support sets of T tasks; for `adapt` itself to call."""
+        with torch.no_grad():
+            plan, parameters = self._current()
+            support = task_set(SUPPORT, xs, ys, sizes, weights, plan.expected)
+            ids = check_task_ids(task_ids, support.tasks)
+            if schedule.batch_size is not None:
+                check_minibatches(plan, support.counts, schedule)
+            reason = self._reason(plan, support)
+            in_torch = reason is not None
+            if reason is not None:
+                self._to_torch(plan, reason, 4, support)
+            done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, task_ids=ids)
+            return self._adapted(plan, parameters, done, support.tasks, in_torch)
 
     def _adapted(
         self,

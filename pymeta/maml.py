@@ -212,16 +212,8 @@ class MAML(Learner):
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        with torch.no_grad():
-            plan, parameters = self._current()
-            schedule = self.schedule if steps is None else Schedule(check_count("steps", steps))
-            support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
-            reason = self._reason(plan, support)
-            in_torch = reason is not None
-            if reason is not None:
-                self._to_torch(plan, reason, 3, support)
-            done = self._adapt_tasks(plan, parameters, schedule, support, in_torch)
-            return self._adapted(plan, parameters, done, support.tasks, in_torch)
+        schedule = self.schedule if steps is None else Schedule(check_count("steps", steps))
+        return self._adapted_to(schedule, xs, ys, support_sizes, support_weights)
 
     @property
     def schedule(self) -> Schedule:

@@ -174,18 +174,8 @@ class Reptile(Learner):
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        with torch.no_grad():
-            plan, parameters = self._current()
-            schedule = self._scheduled(steps, _OF_ADAPT)
-            support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
-            ids = check_task_ids(task_ids, support.tasks)
-            check_minibatches(plan, support.counts, schedule)
-            reason = self._reason(plan, support)
-            in_torch = reason is not None
-            if reason is not None:
-                self._to_torch(plan, reason, 3, support)
-            done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, task_ids=ids)
-            return self._adapted(plan, parameters, done, support.tasks, in_torch)
+        schedule = self._scheduled(steps, _OF_ADAPT)
+        return self._adapted_to(schedule, xs, ys, support_sizes, support_weights, task_ids)
 
     def _scheduled(self, steps: Any, stream: int) -> Schedule:
         steps = self.steps if steps is None else check_count("steps", steps)

@@ -45,7 +45,7 @@ from sklearn.utils.validation import (
 )
 
 from pymeta.architecture import Architecture
-from pymeta.arrays import AdaptedArrays
+from pymeta.arrays import AdaptedArrays, softmax
 from pymeta.losses import describe_loss
 
 if TYPE_CHECKING:
@@ -805,8 +805,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         raw = self._raw(X, groups)
         if raw.shape[1] == 1:
             raw = np.concatenate([np.zeros_like(raw), raw], axis=1)
-        p = np.exp(raw - raw.max(axis=1, keepdims=True))
-        return p / p.sum(axis=1, keepdims=True)
+        return softmax(raw)
 
     def predict(self, X: Any, groups: Any = None) -> Array:
         """The most probable class of each row.

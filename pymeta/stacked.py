@@ -165,6 +165,13 @@ class Stacked(ABC, Generic[Array]):
         own = self._stacked.get(name)
         return self._expanded(self._shared[name], self._tasks) if own is None else own
 
+    def _number(self, task: Any) -> int:
+        """Which task an integer means; TypeError or IndexError where it is none of them."""
+        where = positions(task, self._tasks)
+        if not isinstance(where, int):
+            raise TypeError(f"task: expected an integer, got {type(task).__name__}")
+        return where
+
     def _of_task(self, task: int) -> dict[str, Array]:
         """{name: value} of one task; views."""
         return {n: self._whole(n)[task] for n in self._names}  # type: ignore[index]
