@@ -17,6 +17,7 @@
 #include "../core/shuffle.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/engine.h"
+#include "../cuda/device.h"
 
 namespace py = pybind11;
 
@@ -27,6 +28,10 @@ using Address = std::uintptr_t;
 using RowsTuple = std::tuple<Address, Address, Address, std::int64_t, Address, Address>;
 // steps, epochs (one of them -1), batch size (0: all rows), seed, stream, task ids
 using ScheduleTuple = std::tuple<int, int, int, std::uint64_t, std::uint64_t, Address>;
+
+// ordinal, stream, address and bytes of the workspace
+using DeviceTuple = std::tuple<int, Address, Address, std::size_t>;
+using MaybeDevice = std::optional<DeviceTuple>;
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -52,11 +57,11 @@ constexpr ActivationName kActivations[] = {
 
 class NetworkBuilder {
  public:
-  explicit NetworkBuilder(Network& network) : network_(network) {}
+  explicit NetworkBuilder(OwnedNetwork& owned) : owned_(owned), network_(owned.network) {}
 
   void add(const py::tuple& spec) {
     if (spec.empty()) refuse("layers: an empty tuple");
-    const std::string name = spec[0].cast<std::string>();
+    const std::string name = value<std::string>(spec, 0);
     const std::size_t given = spec.size() - 1;
     const auto expect = [&](std::size_t wanted) {
       if (given != wanted)
@@ -65,23 +70,23 @@ class NetworkBuilder {
     };
     if (name == "linear") {
       expect(3);
-      Layer& layer = append(LayerKind::linear, spec[1].cast<int>(), spec[2].cast<int>());
+      Layer& layer = append(LayerKind::linear, value<int>(spec, 1), value<int>(spec, 2));
       layer.weight = tensor({layer.out, layer.in, true});
-      if (spec[3].cast<bool>()) layer.bias = tensor({1, layer.out, false});
+      if (value<bool>(spec, 3)) layer.bias = tensor({1, layer.out, false});
     } else if (name == "batch_norm" || name == "layer_norm") {
       expect(4);
-      const int features = spec[1].cast<int>();
+      const int features = value<int>(spec, 1);
       Layer& layer = append(name == "batch_norm" ? LayerKind::batch_norm : LayerKind::layer_norm,
                             features, features);
-      layer.eps = spec[2].cast<double>();
-      if (spec[3].cast<bool>()) layer.weight = tensor({1, features, false});
-      if (spec[4].cast<bool>()) layer.bias = tensor({1, features, false});
+      layer.eps = value<double>(spec, 2);
+      if (value<bool>(spec, 3)) layer.weight = tensor({1, features, false});
+      if (value<bool>(spec, 4)) layer.bias = tensor({1, features, false});
     } else {
       for (const ActivationName& each : kActivations) {
         if (name != each.name) continue;
         expect(static_cast<std::size_t>(each.parameters));
-        add_activation({each.kind, each.parameters > 0 ? spec[1].cast<double>() : 0,
-                        each.parameters > 1 ? spec[2].cast<double>() : 0});
+        add_activation({each.kind, each.parameters > 0 ? value<double>(spec, 1) : 0,
+                        each.parameters > 1 ? value<double>(spec, 2) : 0});
         return;
       }
       refuse("layers: unknown layer '" + name + "'");
@@ -89,6 +94,15 @@ class NetworkBuilder {
   }
 
  private:
+  template <class T>
+  static T value(const py::tuple& spec, std::size_t i) {
+    try {
+      return spec[i].cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error("layers: value " + std::to_string(i) + " of a layer is of a wrong type");
+    }
+  }
+
   Layer& append(LayerKind kind, int in, int out) {
     if (in < 1 || out < 1)
       refuse("layers: a layer needs at least one input and one output feature");
@@ -99,7 +113,7 @@ class NetworkBuilder {
              std::to_string(network_.out_features()));
     if (network_.layer_count == kMaxLayers)
       refuse("more than " + std::to_string(kMaxLayers) + " layers");
-    Layer& layer = network_.layers[network_.layer_count++];
+    Layer& layer = owned_.layers[network_.layer_count++];
     layer = Layer{};
     layer.kind = kind;
     layer.in = in;
@@ -117,26 +131,27 @@ class NetworkBuilder {
       refuse("layers: softplus: beta must be > 0");
     if (network_.layer_count == 0)
       refuse("layers: the first layer must be linear or a normalisation");
-    Layer* last = &network_.layers[network_.layer_count - 1];
+    Layer* last = &owned_.layers[network_.layer_count - 1];
     if (last->activation.kind != ActivationKind::identity)
       last = &append(LayerKind::none, last->out, last->out);
     last->activation = activation;
   }
 
   int tensor(const Tensor& shape) {
-    network_.tensors[network_.tensor_count] = shape;
+    owned_.tensors[network_.tensor_count] = shape;
     return network_.tensor_count++;
   }
 
+  OwnedNetwork& owned_;
   Network& network_;
 };
 
-std::unique_ptr<Network> make_network(const std::vector<py::tuple>& layers) {
-  auto network = std::make_unique<Network>();
-  NetworkBuilder builder(*network);
+std::unique_ptr<OwnedNetwork> make_network(const std::vector<py::tuple>& layers) {
+  auto owned = std::make_unique<OwnedNetwork>();
+  NetworkBuilder builder(*owned);
   for (const py::tuple& spec : layers) builder.add(spec);
-  if (network->layer_count == 0) refuse("layers: expected at least one");
-  return network;
+  if (owned->network.layer_count == 0) refuse("layers: expected at least one");
+  return owned;
 }
 
 std::vector<std::int64_t> parameter_sizes(const Network& network) {
@@ -214,10 +229,11 @@ std::unique_ptr<Optimizer> make_optimizer(const std::string& kind, double moment
 
 class Problem {
  public:
-  Problem(std::shared_ptr<Network> network, const LossHolder& loss,
+  Problem(std::shared_ptr<OwnedNetwork> owned, const LossHolder& loss,
           const std::vector<bool>& adapted, const std::optional<std::vector<int>>& lr_groups,
           const Optimizer* optimizer)
-      : network_(std::move(network)),
+      : owned_(std::move(owned)),
+        network_(&owned_->network),
         loss_(loss),
         optimizer_(optimizer ? *optimizer : Optimizer{}) {
     const std::size_t tensors = static_cast<std::size_t>(network_->tensor_count);
@@ -244,13 +260,14 @@ class Problem {
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
 
-  void meta_gradient(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows,
-                     int lr_columns, int steps, bool first_order, std::int64_t tasks,
-                     const RowsTuple& support, const RowsTuple& query, Address losses,
-                     Address predictions, const std::optional<std::vector<Address>>& gradients,
-                     Address lr_gradient, Address xs_gradient, Address xq_gradient,
-                     Address mean_loss) const {
-    with_real(dtype, [&](auto real) {
+  std::size_t meta_gradient(int dtype, const std::vector<Address>& parameters, Address lr,
+                            int lr_rows, int lr_columns, int steps, bool first_order,
+                            std::int64_t tasks, const RowsTuple& support, const RowsTuple& query,
+                            Address losses, Address predictions,
+                            const std::optional<std::vector<Address>>& gradients,
+                            Address lr_gradient, Address xs_gradient, Address xq_gradient,
+                            Address mean_loss, const MaybeDevice& device) const {
+    return with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts, sinks;
       Call<Real> call = describe<Real>(parameters, starts, lr, lr_rows, lr_columns, steps, tasks);
@@ -267,17 +284,17 @@ class Problem {
       call.lr_gradient = pointer<Real>(lr_gradient);
       call.xs_gradient = pointer<Real>(xs_gradient);
       call.xq_gradient = pointer<Real>(xq_gradient);
-      execute(call, Job::meta);
+      return execute(call, Job::meta, "meta_gradient", device);
     });
   }
 
-  void adapt(int dtype, const std::vector<Address>& parameters, const std::vector<bool>& per_task,
-             Address lr, int lr_rows, int lr_columns, const ScheduleTuple& schedule,
-             std::int64_t tasks, const RowsTuple& support, const std::vector<Address>& adapted,
-             const std::optional<RowsTuple>& validation, int patience, Address status,
-             Address train_curves, Address validation_curves, Address best_epochs,
-             Address epochs_run) const {
-    with_real(dtype, [&](auto real) {
+  std::size_t adapt(int dtype, const std::vector<Address>& parameters,
+                    const std::vector<bool>& per_task, Address lr, int lr_rows, int lr_columns,
+                    const ScheduleTuple& schedule, std::int64_t tasks, const RowsTuple& support,
+                    const std::vector<Address>& adapted, const std::optional<RowsTuple>& validation,
+                    int patience, Address status, Address train_curves, Address validation_curves,
+                    Address best_epochs, Address epochs_run, const MaybeDevice& device) const {
+    return with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts, results = pointers<Real>(adapted, "adapted");
       bool stacked[kMaxTensors];
@@ -296,15 +313,16 @@ class Problem {
       call.validation_curves = pointer<Real>(validation_curves);
       call.best_epochs = pointer<std::int64_t>(best_epochs);
       call.epochs_run = pointer<std::int64_t>(epochs_run);
-      execute(call, Job::adapt);
+      return execute(call, Job::adapt, "adapt", device);
     });
   }
 
-  void reptile(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows,
-               int lr_columns, const ScheduleTuple& schedule, std::int64_t tasks,
-               const RowsTuple& support, Address losses, Address mean_loss,
-               const std::optional<std::vector<Address>>& gradients) const {
-    with_real(dtype, [&](auto real) {
+  std::size_t reptile(int dtype, const std::vector<Address>& parameters, Address lr, int lr_rows,
+                      int lr_columns, const ScheduleTuple& schedule, std::int64_t tasks,
+                      const RowsTuple& support, Address losses, Address mean_loss,
+                      const std::optional<std::vector<Address>>& gradients,
+                      const MaybeDevice& device) const {
+    return with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts, sinks;
       Call<Real> call = describe<Real>(parameters, starts, lr, lr_rows, lr_columns, 0, tasks);
@@ -318,13 +336,14 @@ class Problem {
         sinks = pointers<Real>(*gradients, "gradients");
         call.gradients = sinks.data();
       }
-      execute(call, Job::adapt);
+      return execute(call, Job::adapt, "reptile", device);
     });
   }
 
-  void predict(int dtype, const std::vector<Address>& parameters, const std::vector<bool>& per_task,
-               std::int64_t tasks, const RowsTuple& query, Address predictions) const {
-    with_real(dtype, [&](auto real) {
+  std::size_t predict(int dtype, const std::vector<Address>& parameters,
+                      const std::vector<bool>& per_task, std::int64_t tasks, const RowsTuple& query,
+                      Address predictions, const MaybeDevice& device) const {
+    return with_real(dtype, [&](auto real) {
       using Real = decltype(real);
       std::vector<Real*> starts;
       bool stacked[kMaxTensors];
@@ -339,7 +358,7 @@ class Problem {
       call.query = rows<Real>(query);
       call.query.y = nullptr;
       call.predictions = pointer<Real>(predictions);
-      execute(call, Job::predict);
+      return execute(call, Job::predict, "predict", device);
     });
   }
 
@@ -358,7 +377,9 @@ class Problem {
 
   py::dict plan(int dtype, const std::string& job, const ScheduleTuple& schedule,
                 std::int64_t tasks, int support_rows, int query_rows, int validation_rows,
-                bool second_order) const {
+                bool second_order, const std::optional<int>& device) const {
+    if (support_rows < 0 || query_rows < 0 || validation_rows < 0)
+      refuse("support_rows, query_rows, validation_rows: expected at least 0");
     if (job != "meta" && job != "adapt" && job != "reptile")
       refuse("job: expected 'meta', 'adapt' or 'reptile', got '" + job + "'");
     py::dict result;
@@ -378,7 +399,12 @@ class Problem {
       call.max_query = job == "meta" ? query_rows : 0;
       call.max_validation = validation_rows;
       if (validation_rows > 0) call.validation.x = &some;
-      const Report report = pymeta::plan(call, job == "meta" ? Job::meta : Job::adapt);
+      const Job kind = job == "meta" ? Job::meta : Job::adapt;
+      if (device) {
+        describe_blocks(*device, plan_on(*device, call, kind), result);
+        return;
+      }
+      const Report report = pymeta::plan(call, kind);
       result["executor"] = executor_name(report.executor);
       result["isa"] = isa();
       result["threads"] = report.threads;
@@ -389,15 +415,29 @@ class Problem {
     return result;
   }
 
+  std::optional<std::string> unfit_for_device() const {
+    const std::string reason = unfit_for_blocks(*network_, loss_.loss);
+    return reason.empty() ? std::nullopt : std::optional(reason);
+  }
+
  private:
+  static void describe_blocks(int ordinal, const BlockPlan& plan, py::dict& result) {
+    const DeviceFacts& facts = device_facts(ordinal);
+    result["executor"] = "block";
+    result["isa"] = ordinal == kEmulated ? facts.name : "sm_" + std::to_string(facts.capability);
+    result["threads"] = plan.threads;
+    result["blocks"] = plan.blocks;
+    result["block_bytes"] = plan.block_bytes;
+    result["workspace_bytes"] = plan.workspace_bytes;
+    result["kept"] = plan.saves ? "workspace" : "shared";
+    result["factored"] = false;
+  }
+
   template <class Visitor>
-  static void with_real(int dtype, Visitor visit) {
-    if (dtype == 4)
-      visit(float{});
-    else if (dtype == 8)
-      visit(double{});
-    else
-      refuse("dtype: expected 4 (float32) or 8 (float64), got " + std::to_string(dtype));
+  static auto with_real(int dtype, Visitor visit) -> decltype(visit(float{})) {
+    if (dtype == 4) return visit(float{});
+    if (dtype == 8) return visit(double{});
+    refuse("dtype: expected 4 (float32) or 8 (float64), got " + std::to_string(dtype));
   }
 
   template <class Real>
@@ -437,7 +477,7 @@ class Problem {
         refuse("lr_groups: column " + std::to_string(groups_[t]) + " of " +
                std::to_string(lr_columns));
     Call<Real> call;
-    call.network = network_.get();
+    call.network = network_;
     call.loss = &loss_.loss;
     call.adapted = adapted_;
     call.parameters = starts.data();
@@ -473,13 +513,44 @@ class Problem {
     return static_cast<int>(sum);
   }
 
+  // Returns the bytes of workspace that the call needs on a device; with fewer it is not run.
   template <class Real>
-  static void execute(Call<Real>& call, Job job) {
+  static std::size_t execute(Call<Real>& call, Job job, const char* name,
+                             const MaybeDevice& device) {
     const py::gil_scoped_release release;
-    run(call, job);
+    if (!device) {
+      run(call, job);
+      return 0;
+    }
+    const auto& [ordinal, stream, workspace, bytes] = *device;
+    assume_largest(call, job);
+    const std::size_t needed = plan_on(ordinal, call, job).workspace_bytes;
+    if (workspace == 0 || bytes < needed) return needed;
+    try {
+      run_on(ordinal, stream, pointer<char>(workspace), bytes, call, job);
+    } catch (const std::runtime_error& error) {
+      throw std::runtime_error("cuda:" + std::to_string(ordinal) + ": " + name + ": " +
+                               error.what());
+    }
+    return needed;
+  }
+  // Sizes of tasks lie on the device: each may be as large as the set's rows say.
+  template <class Real>
+  static void assume_largest(Call<Real>& call, Job job) {
+    const auto largest = [](const RowSet<Real>& set) {
+      if (set.rows < 0 || set.rows > (1 << 24))
+        refuse("rows: expected 0 to 2^24, got " + std::to_string(set.rows));
+      return static_cast<int>(set.rows);
+    };
+    call.max_support = job == Job::predict ? 0 : largest(call.support);
+    call.max_query = job == Job::adapt && !call.predictions ? 0 : largest(call.query);
+    call.max_validation = call.validation.x ? largest(call.validation) : 0;
+    if (call.steps_of(call.max_support) > kMostSteps)
+      refuse("epochs: more than 2^30 inner steps for the largest task");
   }
 
-  std::shared_ptr<Network> network_;
+  std::shared_ptr<OwnedNetwork> owned_;
+  const Network* network_;
   LossHolder loss_;
   Optimizer optimizer_;
   bool adapted_[kMaxTensors] = {};
@@ -518,6 +589,8 @@ class Lent {
     if (!known || view_.itemsize != bytes)
       throw py::type_error(std::string(name_) + ": expected " + expected + ", got items of type '" +
                            (view_.format ? view_.format : "B") + "'");
+    if (view_.len > 0 && reinterpret_cast<Address>(view_.buf) % static_cast<Address>(bytes) != 0)
+      refuse(std::string(name_) + ": expected an aligned array");
   }
   // [rows, columns], or [rows] where `flat`; -1: any number of rows.
   void expect_shape(Py_ssize_t rows, Py_ssize_t columns, bool flat) const {
@@ -616,6 +689,22 @@ void shuffle_tasks(std::uint64_t seed, std::uint64_t stream, Address task_ids, s
   }
 }
 
+py::list describe_devices() {
+  py::list devices;
+  for (int i = 0; i < device_count(); ++i) {
+    const DeviceFacts& facts = device_facts(i);
+    py::dict one;
+    one["ordinal"] = i;
+    one["name"] = facts.name;
+    one["capability"] =
+        std::to_string(facts.capability / 10) + "." + std::to_string(facts.capability % 10);
+    one["multiprocessors"] = facts.multiprocessors;
+    one["shared_bytes"] = facts.block_bytes;
+    devices.append(one);
+  }
+  return devices;
+}
+
 }  // namespace
 }  // namespace pymeta
 
@@ -624,14 +713,17 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "pymeta's native core; use it through the pymeta package.";
   m.attr("__version__") = PYMETA_VERSION;
 
-  py::class_<Network, std::shared_ptr<Network>>(m, "Network")
+  py::class_<OwnedNetwork, std::shared_ptr<OwnedNetwork>>(m, "Network")
       .def(py::init([](const std::vector<py::tuple>& layers) {
-             return std::shared_ptr<Network>(make_network(layers));
+             return std::shared_ptr<OwnedNetwork>(make_network(layers));
            }),
            py::arg("layers"))
-      .def_property_readonly("in_features", &Network::in_features)
-      .def_property_readonly("out_features", &Network::out_features)
-      .def_property_readonly("parameter_sizes", &parameter_sizes);
+      .def_property_readonly("in_features",
+                             [](const OwnedNetwork& n) { return n.network.in_features(); })
+      .def_property_readonly("out_features",
+                             [](const OwnedNetwork& n) { return n.network.out_features(); })
+      .def_property_readonly("parameter_sizes",
+                             [](const OwnedNetwork& n) { return parameter_sizes(n.network); });
 
   py::class_<LossHolder>(m, "Loss").def(
       py::init(&make_loss), py::arg("kind"), py::kw_only(), py::arg("delta") = 1.0,
@@ -645,7 +737,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("clip_norm") = 0.0, py::arg("anchor") = 0.0);
 
   py::class_<Problem>(m, "Problem")
-      .def(py::init<std::shared_ptr<Network>, const LossHolder&, const std::vector<bool>&,
+      .def(py::init<std::shared_ptr<OwnedNetwork>, const LossHolder&, const std::vector<bool>&,
                     const std::optional<std::vector<int>>&, const Optimizer*>(),
            py::arg("network"), py::arg("loss"), py::arg("adapted"),
            py::arg("lr_groups") = py::none(), py::arg("optimizer") = py::none())
@@ -654,21 +746,25 @@ PYBIND11_MODULE(_native, m) {
            py::arg("first_order"), py::arg("tasks"), py::arg("support"), py::arg("query"),
            py::arg("losses"), py::arg("predictions"), py::arg("gradients"),
            py::arg("lr_gradient") = 0, py::arg("xs_gradient") = 0, py::arg("xq_gradient") = 0,
-           py::arg("mean_loss") = 0)
+           py::arg("mean_loss") = 0, py::arg("device") = py::none())
       .def("adapt", &Problem::adapt, py::arg("dtype"), py::arg("parameters"), py::arg("per_task"),
            py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"), py::arg("schedule"),
            py::arg("tasks"), py::arg("support"), py::arg("adapted"), py::kw_only(),
            py::arg("validation") = py::none(), py::arg("patience") = -1, py::arg("status") = 0,
            py::arg("train_curves") = 0, py::arg("validation_curves") = 0,
-           py::arg("best_epochs") = 0, py::arg("epochs_run") = 0)
+           py::arg("best_epochs") = 0, py::arg("epochs_run") = 0, py::arg("device") = py::none())
       .def("reptile", &Problem::reptile, py::arg("dtype"), py::arg("parameters"), py::arg("lr"),
            py::arg("lr_rows"), py::arg("lr_columns"), py::arg("schedule"), py::arg("tasks"),
-           py::arg("support"), py::arg("losses"), py::arg("mean_loss"), py::arg("gradients"))
+           py::arg("support"), py::arg("losses"), py::arg("mean_loss"), py::arg("gradients"),
+           py::arg("device") = py::none())
       .def("predict", &Problem::predict, py::arg("dtype"), py::arg("parameters"),
-           py::arg("per_task"), py::arg("tasks"), py::arg("query"), py::arg("predictions"))
+           py::arg("per_task"), py::arg("tasks"), py::arg("query"), py::arg("predictions"),
+           py::arg("device") = py::none())
       .def("plan", &Problem::plan, py::arg("dtype"), py::arg("job"), py::arg("schedule"),
            py::arg("tasks"), py::arg("support_rows"), py::arg("query_rows") = 0,
-           py::arg("validation_rows") = 0, py::arg("second_order") = false);
+           py::arg("validation_rows") = 0, py::arg("second_order") = false,
+           py::arg("device") = py::none())
+      .def("unfit_for_device", &Problem::unfit_for_device);
 
   py::class_<EngineHolder>(m, "Engine")
       .def(py::init(&make_engine), py::arg("problem"), py::arg("dtype"), py::arg("parameters"),
@@ -683,6 +779,20 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("executor", &executor);
   m.def("set_executor", &set_executor, py::arg("name"));
+  m.def("cuda_reason", [] {
+    const std::string& reason = cuda_reason();
+    return reason.empty() ? std::nullopt : std::optional(reason);
+  });
+  m.def("devices", &describe_devices);
+  m.def("emulates", &emulates);
+  m.def("block_threads", [] { return block_options().threads; });
+  m.def(
+      "set_block_threads", [](int n) { set_block_options({n, block_options().bytes}); },
+      py::arg("n"));
+  m.def("block_bytes", [] { return block_options().bytes; });
+  m.def(
+      "set_block_bytes", [](std::size_t n) { set_block_options({block_options().threads, n}); },
+      py::arg("n"));
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def(

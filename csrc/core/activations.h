@@ -23,15 +23,15 @@ template <>
 struct Rule<ActivationKind::identity> {
   static constexpr bool kFromOutput = true, kBent = false, kMovesZero = false;
   template <class V>
-  static V value(V z, const Activation&) {
+  PYMETA_FN static V value(V z, const Activation&) {
     return z;
   }
   template <class V>
-  static V slope(V, V, const Activation&) {
+  PYMETA_FN static V slope(V, V, const Activation&) {
     return V{} + Real(1);
   }
   template <class V>
-  static V curvature(V, V, const Activation&) {
+  PYMETA_FN static V curvature(V, V, const Activation&) {
     return V{};
   }
 };
@@ -40,15 +40,15 @@ template <>
 struct Rule<ActivationKind::relu> {
   static constexpr bool kFromOutput = true, kBent = false, kMovesZero = false;
   template <class V>
-  static V value(V z, const Activation&) {
+  PYMETA_FN static V value(V z, const Activation&) {
     return select(z < Real(0), V{}, z);
   }
   template <class V>
-  static V slope(V, V a, const Activation&) {
+  PYMETA_FN static V slope(V, V a, const Activation&) {
     return select(a <= Real(0), V{}, V{} + Real(1));
   }
   template <class V>
-  static V curvature(V, V, const Activation&) {
+  PYMETA_FN static V curvature(V, V, const Activation&) {
     return V{};
   }
 };
@@ -58,15 +58,15 @@ template <>
 struct Rule<ActivationKind::leaky_relu> {
   static constexpr bool kFromOutput = true, kBent = false, kMovesZero = false;
   template <class V>
-  static V value(V z, const Activation& p) {
+  PYMETA_FN static V value(V z, const Activation& p) {
     return select(z > Real(0), z, z * Real(p.alpha));
   }
   template <class V>
-  static V slope(V, V a, const Activation& p) {
+  PYMETA_FN static V slope(V, V a, const Activation& p) {
     return select(a > Real(0), V{} + Real(1), V{} + Real(p.alpha));
   }
   template <class V>
-  static V curvature(V, V, const Activation&) {
+  PYMETA_FN static V curvature(V, V, const Activation&) {
     return V{};
   }
 };
@@ -75,15 +75,15 @@ template <>
 struct Rule<ActivationKind::elu> {
   static constexpr bool kFromOutput = true, kBent = true, kMovesZero = false;
   template <class V>
-  static V value(V z, const Activation& p) {
+  PYMETA_FN static V value(V z, const Activation& p) {
     return select(z > Real(0), z, expm1(z) * Real(p.alpha));
   }
   template <class V>
-  static V slope(V, V a, const Activation& p) {
+  PYMETA_FN static V slope(V, V a, const Activation& p) {
     return select(a > Real(0), V{} + Real(1), a + Real(p.alpha));
   }
   template <class V>
-  static V curvature(V, V a, const Activation& p) {
+  PYMETA_FN static V curvature(V, V a, const Activation& p) {
     return select(a >= Real(0), V{}, a + Real(p.alpha));
   }
 };
@@ -92,15 +92,15 @@ template <>
 struct Rule<ActivationKind::tanh> {
   static constexpr bool kFromOutput = true, kBent = true, kMovesZero = false;
   template <class V>
-  static V value(V z, const Activation&) {
+  PYMETA_FN static V value(V z, const Activation&) {
     return tanh(z);
   }
   template <class V>
-  static V slope(V, V a, const Activation&) {
+  PYMETA_FN static V slope(V, V a, const Activation&) {
     return fma(-a, a, V{} + Real(1));
   }
   template <class V>
-  static V curvature(V z, V a, const Activation& p) {
+  PYMETA_FN static V curvature(V z, V a, const Activation& p) {
     return a * Real(-2) * slope(z, a, p);
   }
 };
@@ -109,15 +109,15 @@ template <>
 struct Rule<ActivationKind::sigmoid> {
   static constexpr bool kFromOutput = true, kBent = true, kMovesZero = true;
   template <class V>
-  static V value(V z, const Activation&) {
+  PYMETA_FN static V value(V z, const Activation&) {
     return sigmoid(z);
   }
   template <class V>
-  static V slope(V, V a, const Activation&) {
+  PYMETA_FN static V slope(V, V a, const Activation&) {
     return a * (Real(1) - a);
   }
   template <class V>
-  static V curvature(V, V a, const Activation&) {
+  PYMETA_FN static V curvature(V, V a, const Activation&) {
     return a * (Real(1) - a) * (Real(1) - a * Real(2));
   }
 };
@@ -126,16 +126,16 @@ template <>
 struct Rule<ActivationKind::silu> {
   static constexpr bool kFromOutput = false, kBent = true, kMovesZero = false;
   template <class V>
-  static V value(V z, const Activation&) {
+  PYMETA_FN static V value(V z, const Activation&) {
     return z * sigmoid(z);
   }
   template <class V>
-  static V slope(V z, V, const Activation&) {
+  PYMETA_FN static V slope(V z, V, const Activation&) {
     const V s = sigmoid(z);
     return s * (z * (Real(1) - s) + Real(1));
   }
   template <class V>
-  static V curvature(V z, V, const Activation&) {
+  PYMETA_FN static V curvature(V z, V, const Activation&) {
     const V s = sigmoid(z);
     return s * (Real(1) - s) * (z * (Real(1) - s * Real(2)) + Real(2));
   }
@@ -146,19 +146,19 @@ template <>
 struct Rule<ActivationKind::gelu> {
   static constexpr bool kFromOutput = false, kBent = true, kMovesZero = false;
   template <class V>
-  static V density(V z) {
+  PYMETA_FN static V density(V z) {
     return exp(z * z * Real(-0.5)) * Real(0.39894228040143267794);
   }
   template <class V>
-  static V value(V z, const Activation&) {
+  PYMETA_FN static V value(V z, const Activation&) {
     return z * normal_cdf(z);
   }
   template <class V>
-  static V slope(V z, V, const Activation&) {
+  PYMETA_FN static V slope(V z, V, const Activation&) {
     return fma(z, density(z), normal_cdf(z));
   }
   template <class V>
-  static V curvature(V z, V, const Activation&) {
+  PYMETA_FN static V curvature(V z, V, const Activation&) {
     return density(z) * (Real(2) - z * z);
   }
 };
@@ -170,26 +170,26 @@ struct Rule<ActivationKind::gelu_tanh> {
   static constexpr bool kFromOutput = false, kBent = true, kMovesZero = false;
   static constexpr Real k = Real(0.79788456080286535588), c = Real(0.044715);
   template <class V>
-  static V held(V z) {
+  PYMETA_FN static V held(V z) {
     const V bounded = select(z > Real(20), V{} + Real(20), z);
     return select(bounded < Real(-20), V{} - Real(20), bounded);
   }
   template <class V>
-  static V t(V z) {
+  PYMETA_FN static V t(V z) {
     return tanh((z + z * z * z * c) * k);
   }
   template <class V>
-  static V value(V z, const Activation&) {
+  PYMETA_FN static V value(V z, const Activation&) {
     return z * (t(held(z)) + Real(1)) * Real(0.5);
   }
   template <class V>
-  static V slope(V z, V, const Activation&) {
+  PYMETA_FN static V slope(V z, V, const Activation&) {
     const V h = held(z), th = t(h);
     const V du = (h * h * (Real(3) * c) + Real(1)) * k;
     return (th + Real(1)) * Real(0.5) + h * du * (Real(1) - th * th) * Real(0.5);
   }
   template <class V>
-  static V curvature(V z, V, const Activation&) {
+  PYMETA_FN static V curvature(V z, V, const Activation&) {
     const V h = held(z), th = t(h);
     const V du = (h * h * (Real(3) * c) + Real(1)) * k, ddu = h * (Real(6) * c * k);
     return (Real(1) - th * th) * (du + h * (ddu - th * du * du * Real(2)) * Real(0.5));
@@ -200,18 +200,18 @@ template <>
 struct Rule<ActivationKind::softplus> {
   static constexpr bool kFromOutput = false, kBent = true, kMovesZero = true;
   template <class V>
-  static V value(V z, const Activation& p) {
+  PYMETA_FN static V value(V z, const Activation& p) {
     const V u = z * Real(p.alpha);
     const V soft = (at_least(u, V{}) + log1p(exp(-absolute(u)))) / (V{} + Real(p.alpha));
     return select(u > Real(p.threshold), z, soft);
   }
   template <class V>
-  static V slope(V z, V, const Activation& p) {
+  PYMETA_FN static V slope(V z, V, const Activation& p) {
     const V u = z * Real(p.alpha);
     return select(u > Real(p.threshold), V{} + Real(1), sigmoid(u));
   }
   template <class V>
-  static V curvature(V z, V, const Activation& p) {
+  PYMETA_FN static V curvature(V z, V, const Activation& p) {
     const V u = z * Real(p.alpha), s = sigmoid(u);
     return select(u > Real(p.threshold), V{}, s * (Real(1) - s) * Real(p.alpha));
   }
@@ -219,7 +219,7 @@ struct Rule<ActivationKind::softplus> {
 
 // Calls visit(Rule<kind>{}) for the kind that is known only at run time.
 template <class Visitor>
-void with_activation(ActivationKind kind, Visitor visit) {
+PYMETA_FN void with_activation(ActivationKind kind, Visitor visit) {
   switch (kind) {
     case ActivationKind::identity:
       return visit(Rule<ActivationKind::identity>{});
@@ -245,18 +245,18 @@ void with_activation(ActivationKind kind, Visitor visit) {
 }
 
 // What an activation needs saved, for the workspace.
-inline bool slope_needs_input(ActivationKind kind) {
+PYMETA_FN inline bool slope_needs_input(ActivationKind kind) {
   bool needed = false;
   with_activation(kind, [&](auto rule) { needed = !decltype(rule)::kFromOutput; });
   return needed;
 }
-inline bool is_bent(ActivationKind kind) {
+PYMETA_FN inline bool is_bent(ActivationKind kind) {
   bool bent = false;
   with_activation(kind, [&](auto rule) { bent = decltype(rule)::kBent; });
   return bent;
 }
 // Identity and ReLU are done in the store of the product before them.
-inline bool is_fused(ActivationKind kind) {
+PYMETA_FN inline bool is_fused(ActivationKind kind) {
   return kind == ActivationKind::identity || kind == ActivationKind::relu;
 }
 

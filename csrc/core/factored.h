@@ -27,8 +27,8 @@ template <class X>
 class FactoredLayer {
  public:
   // `adapted`: whether the inner loop changes W.
-  FactoredLayer(const Layer& layer, bool adapted, const FactoredLayout& layout, Real* memory,
-                const Factors& factors)
+  PYMETA_FN FactoredLayer(const Layer& layer, bool adapted, const FactoredLayout& layout,
+                          const Memory& memory, const Factors& factors)
       : layer_(layer),
         adapted_(adapted),
         layout_(layout),
@@ -36,18 +36,18 @@ class FactoredLayer {
         factors_(factors),
         row_(X::stride(layer.out)) {}
 
-  void begin(const Matrix& x, const Extent& support) {
+  PYMETA_FN void begin(const Matrix& x, const Extent& support) {
     support_ = support;
     X::gram(x, support.rows, x, support.rows, layer_.in, at(layout_.gram_support));
     clear(at(layout_.e));
   }
-  void begin_query(const Matrix& x, const Extent& query, const Matrix& xs) {
+  PYMETA_FN void begin_query(const Matrix& x, const Extent& query, const Matrix& xs) {
     query_ = query;
     X::gram(x, query.rows, xs, support_.rows, layer_.in, at(layout_.gram_query));
   }
 
   // Xs W[k] + bias, Xq W[K] + bias
-  void apply(bool to_query, const Real* bias, const Destination& to) const {
+  PYMETA_FN void apply(bool to_query, const Real* bias, const Destination& to) const {
     const Real* gram = at(to_query ? layout_.gram_query : layout_.gram_support);
     const Mix term{gram, support_.rows, 1, at(layout_.e), support_.rows};
     X::mix(to_query ? query_ : support_, layer_.out, &term, adapted_ ? 1 : 0,
@@ -55,32 +55,32 @@ class FactoredLayer {
   }
 
   // The step: E -= lr d
-  void step(const Real* d, Real rate) const {
+  PYMETA_FN void step(const Real* d, Real rate) const {
     if (adapted_) add(d, -rate, at(layout_.e));
   }
   // W[K] from W0, for those who want to keep it.
-  void materialise(const Matrix& x, const Real* w0, Real* w) const {
+  PYMETA_FN void materialise(const Matrix& x, const Real* w0, Real* w) const {
     const Matrix pair[1][2] = {{x, {at(layout_.e), row_}}};
     X::outer(layer_.in, layer_.out, support_, pair, 1, Sink{w, w0});
   }
 
   // The reverse sweep begins with the query delta.
-  void begin_reverse(const Real* dq) const {
-    for (long i = 0; i < query_.rows * row_; i += kWidth) store(factors_.query + i, load(dq + i));
+  PYMETA_FN void begin_reverse(const Real* dq) const {
+    X::copy(factors_.query, dq, query_.rows * row_);
     clear(factors_.support);
   }
   // Xs v + bias: the tangent of the layer's output along v.
-  void apply_direction(const Real* bias, const Destination& to) const {
+  PYMETA_FN void apply_direction(const Real* bias, const Destination& to) const {
     const Mix terms[2] = {
         {at(layout_.gram_query), 1, support_.rows, factors_.query, query_.rows},
         {at(layout_.gram_support), support_.rows, 1, factors_.support, support_.rows}};
     X::mix(support_, layer_.out, terms, adapted_ ? 2 : 0, nullptr, bias, to);
   }
   // v += scale Xs^T rd
-  void accumulate(const Real* rd, Real scale) const { add(rd, scale, factors_.support); }
+  PYMETA_FN void accumulate(const Real* rd, Real scale) const { add(rd, scale, factors_.support); }
 
   // <g[k], v> = <D[k], Xs v>, the share of this layer in the learning rate's gradient, a vector of partial sums.
-  Vec rate_gradient(const Real* d) const {
+  PYMETA_FN Vec rate_gradient(const Real* d) const {
     Vec sum = zero();
     if (!adapted_) return sum;
     apply_direction(nullptr, {at(layout_.mixed)});
@@ -90,19 +90,20 @@ class FactoredLayer {
   }
 
  private:
-  Real* at(std::size_t place) const { return memory_ + place; }
-  void clear(Real* p) const {
-    for (long i = 0; i < support_.rows * row_; i += kWidth) store(p + i, zero());
+  PYMETA_FN Real* at(Place place) const { return memory_.at(place); }
+  PYMETA_FN void clear(Real* p) const {
+    X::each(support_.rows * row_, [=](std::size_t i) { store(p + i, zero()); });
   }
-  void add(const Real* d, Real scale, Real* to) const {
-    for (long i = 0; i < support_.rows * row_; i += kWidth)
+  PYMETA_FN void add(const Real* d, Real scale, Real* to) const {
+    X::each(support_.rows * row_, [=](std::size_t i) {
       store(to + i, fma(broadcast(scale), load(d + i), load(to + i)));
+    });
   }
 
   const Layer& layer_;
   bool adapted_;
   const FactoredLayout& layout_;
-  Real* memory_;
+  Memory memory_;
   Factors factors_;
   long row_;
   Extent support_{}, query_{};

@@ -54,9 +54,9 @@ struct Step {
 // All rows in every step.
 class WholeSet {
  public:
-  WholeSet(const ItemSet& set, const Real* corrections)
+  PYMETA_FN WholeSet(const ItemSet& set, const Real* corrections)
       : set_(set), active_(set.extent.count > zero()), corrections_(corrections) {}
-  Step step(int k) const {
+  PYMETA_FN Step step(int k) const {
     const Real* c = corrections_ + 2 * k;
     return {&set_, active_, all_lanes(active_), k > 0,
             corrections_ ? Correction{broadcast(c[0]), broadcast(c[1])} : Correction{}};
@@ -75,7 +75,7 @@ struct Totals {
   bool fresh;         // nothing was added to `gradient` yet, and its memory holds anything...
   std::size_t clear;  // ...except from this place on, where it holds zeros
 
-  const Real* base(std::size_t place) const {
+  PYMETA_FN const Real* base(std::size_t place) const {
     return fresh && place < clear ? nullptr : gradient + place;
   }
 };
@@ -83,8 +83,8 @@ struct Totals {
 template <class X>
 class InnerLoop {
  public:
-  InnerLoop(const Call<Real>& call, const Workspace<X>& workspace, const Shared& shared,
-            Real* memory)
+  PYMETA_FN InnerLoop(const Call<Real>& call, const Workspace<X>& workspace, const Shared& shared,
+                      const Memory& memory)
       : call_(call),
         network_(*call.network),
         ws_(workspace),
@@ -103,13 +103,13 @@ class InnerLoop {
     const Real* own_transposed;
     bool is_start = false;
 
-    const Real* tensor(int t) const {
+    PYMETA_FN const Real* tensor(int t) const {
       if (t < 0) return nullptr;
       const bool changed = !is_start && loop->call_.adapted[t];
       return (changed ? own : loop->start_of(t)) + loop->layout_.tensors[t].place;
     }
-    const Real* transposed(int l) const {
-      const std::size_t place = loop->layout_.transposed[l];
+    PYMETA_FN const Real* transposed(int l) const {
+      const Place place = loop->layout_.transposed[l];
       if (place == kNowhere) return nullptr;
       const int t = loop->network_.layers[l].weight;
       const bool changed = !is_start && loop->call_.adapted[t];
@@ -117,33 +117,33 @@ class InnerLoop {
     }
   };
 
-  Parameters start() const { return {this, nullptr, nullptr, true}; }
+  PYMETA_FN Parameters start() const { return {this, nullptr, nullptr, true}; }
 
   // The item's first layer, where it is a factored one; null otherwise.
-  void set_factored(FactoredLayer<X>* layer) { factored_ = layer; }
+  PYMETA_FN void set_factored(FactoredLayer<X>* layer) { factored_ = layer; }
 
   // K inner steps; returns theta[K]. batches.step(k) says what step k works on.
   template <class Batches>
-  Parameters adapt(Batches& batches) {
+  PYMETA_FN Parameters adapt(Batches& batches) {
     Parameters theta = start();
     for (int k = 0; k < call_.steps; ++k) theta = inner_step(k, theta, batches.step(k));
     return theta;
   }
-  void begin_factored(const ItemSet& support) {
+  PYMETA_FN void begin_factored(const ItemSet& support) {
     if constexpr (X::kFactors)
       if (factored_) factored_->begin(support.x, support.extent);
   }
   // The weights of a factored layer after all steps, for those who want to keep them.
-  void materialise(const ItemSet& support) {
+  PYMETA_FN void materialise(const ItemSet& support) {
     if constexpr (X::kFactors) {
       const int t = network_.layers[0].weight;
       if (factored_ && call_.adapted[t] && call_.steps > 0)
         factored_->materialise(support.x, start().tensor(t),
-                               memory_ + ws_.theta + layout_.tensors[t].place);
+                               memory_.at(ws_.theta) + layout_.tensors[t].place);
     }
   }
   // The mean over the steps of each task's loss while they ran.
-  Vec mean_step_loss() const {
+  PYMETA_FN Vec mean_step_loss() const {
     return call_.steps > 0 ? loss_sum_ / broadcast(Real(call_.steps)) : zero();
   }
 
@@ -151,7 +151,7 @@ class InnerLoop {
   // start among them, and a task stops when `patience` epochs in a row brought nothing lower.
   // batches.step(epoch, b, running) says what the b-th step of an epoch works on; `record` takes the losses down.
   template <class Batches, class Record>
-  Parameters fine_tune(Batches& batches, const ItemSet* validation, Record& record) {
+  PYMETA_FN Parameters fine_tune(Batches& batches, const ItemSet* validation, Record& record) {
     Parameters theta = start();
     IntVec running = batches.present(), judged = IntVec{};
     Vec best = zero(), best_epoch = zero(), epochs = zero();
@@ -182,33 +182,33 @@ class InnerLoop {
         running = running & (~judged | (epochs - best_epoch < broadcast(Real(call_.patience))));
     }
     record.finish(validation ? best_epoch : epochs, epochs);
-    return validation ? Parameters{this, memory_ + ws_.best, nullptr} : theta;
+    return validation ? Parameters{this, memory_.at(ws_.best), nullptr} : theta;
   }
 
   // Adds start - theta to the totals.
-  void add_difference(const Parameters& theta, const Totals& totals) const {
+  PYMETA_FN void add_difference(const Parameters& theta, const Totals& totals) const {
     for (int t = 0; t < network_.tensor_count; ++t) {
       const std::size_t place = layout_.tensors[t].place;
       const Real *from = start().tensor(t), *to = theta.tensor(t);
-      for (std::size_t i = 0; i < layout_.scalars(t); i += kWidth) {
+      X::each(layout_.scalars(t), [&](std::size_t i) {
         const Real* base = totals.base(place + i);
         const Vec difference = load(from + i) - load(to + i);
         store(totals.gradient + place + i, base ? load(base) + difference : difference);
-      }
+      });
     }
   }
 
   // Forward pass: outputs() holds the raw outputs, class-major; returns the loss of each task, if there are targets.
-  Vec evaluate(const Parameters& theta, const ItemSet& query) {
-    const Tape tape{this, &ws_.query_tape, memory_ + ws_.query};
+  PYMETA_FN PYMETA_APART Vec evaluate(const Parameters& theta, const ItemSet& query) {
+    const Tape tape{this, &ws_.query_tape, memory_.at(ws_.query)};
     forward(theta, query, tape, /*is_query=*/true);
     return query.targets ? X::sum_rows_in_order(query.extent, tape.at(ws_.query_tape.row_losses))
                          : zero();
   }
-  const Real* outputs() const { return memory_ + ws_.query + ws_.query_tape.y; }
+  PYMETA_FN const Real* outputs() const { return memory_.at(ws_.query) + ws_.query_tape.y; }
 
   // Everything: returns the query loss of each task, adds the meta-gradient to `totals` (all of it, with each item).
-  Vec meta_gradient(const ItemSet& support, const ItemSet& query, const Totals& totals) {
+  PYMETA_FN Vec meta_gradient(const ItemSet& support, const ItemSet& query, const Totals& totals) {
     const WholeSet steps(support, shared_.corrections);
     const Parameters theta = adapt(steps);
     if constexpr (X::kFactors)
@@ -216,8 +216,8 @@ class InnerLoop {
     const Vec loss = evaluate(theta, query);
     if (!call_.wants_gradient()) return loss;
     const bool keep_v = call_.reverses();
-    const Tape tape{this, &ws_.query_tape, memory_ + ws_.query};
-    Real* v = memory_ + ws_.v;
+    const Tape tape{this, &ws_.query_tape, memory_.at(ws_.query)};
+    Real* v = memory_.at(ws_.v);
     backward(theta, query, tape, [&](int t) {
       const std::size_t place = layout_.tensors[t].place;
       return keep_v ? Sink{v + place} : Sink{totals.gradient + place, totals.base(place)};
@@ -230,10 +230,10 @@ class InnerLoop {
     }
     if (keep_v && !call_.second_order()) {
       const std::size_t summed = factored_ ? layout_.size_without_first : layout_.size;
-      for (std::size_t i = 0; i < summed; i += kWidth) {
+      X::each(summed, [&](std::size_t i) {
         const Real* base = totals.base(i);
         store(totals.gradient + i, base ? load(base) + load(v + i) : load(v + i));
-      }
+      });
     }
     return loss;
   }
@@ -245,18 +245,18 @@ class InnerLoop {
     const TapeLayout* layout;
     Real* base;
 
-    Real* at(std::size_t place) const { return place == kNowhere ? nullptr : base + place; }
-    Real* a(int l) const { return at(layout->a[l]); }
-    Real* d(int l) const { return at(layout->d[l]); }
-    NormState norm(int l) const { return {at(layout->h[l]), at(layout->inverse[l])}; }
-    Matrix input(int l, const ItemSet& set) const {
+    PYMETA_FN Real* at(Place place) const { return place == kNowhere ? nullptr : base + place; }
+    PYMETA_FN Real* a(int l) const { return at(layout->a[l]); }
+    PYMETA_FN Real* d(int l) const { return at(layout->d[l]); }
+    PYMETA_FN NormState norm(int l) const { return {at(layout->h[l]), at(layout->inverse[l])}; }
+    PYMETA_FN Matrix input(int l, const ItemSet& set) const {
       return l == 0 ? set.x : Matrix{a(l - 1), X::stride(loop->network_.layers[l].in)};
     }
     // What the activation of layer l was applied to, where that is kept.
-    const Real* z(int l, const ItemSet& set) const {
+    PYMETA_FN const Real* z(int l, const ItemSet& set) const {
       return loop->network_.layers[l].kind == LayerKind::none ? input(l, set).p : at(layout->z[l]);
     }
-    LossRows loss_rows(const ItemSet& set) const {
+    PYMETA_FN LossRows loss_rows(const ItemSet& set) const {
       return {loop->network_.out_features(),
               X::blocks(set.extent.rows),
               at(layout->y),
@@ -267,59 +267,60 @@ class InnerLoop {
     }
   };
 
-  Tape support_tape(int k) {
+  PYMETA_FN Tape support_tape(int k) {
     const std::size_t step = ws_.keeps_steps ? static_cast<std::size_t>(k) : 0;
-    return {this, &ws_.support_tape, memory_ + ws_.support + step * ws_.support_tape.size};
+    return {this, &ws_.support_tape, memory_.at(ws_.support) + step * ws_.support_tape.size};
   }
-  Parameters adapted(int k) const {  // theta[k], k >= 1
+  PYMETA_FN Parameters adapted(int k) const {  // theta[k], k >= 1
     const std::size_t step = ws_.keeps_steps ? static_cast<std::size_t>(k - 1) : 0;
-    return {this, memory_ + ws_.theta + step * layout_.size,
-            memory_ + ws_.theta_transposed + step * layout_.transposed_size};
+    return {this, memory_.at(ws_.theta) + step * layout_.size,
+            memory_.at(ws_.theta_transposed) + step * layout_.transposed_size};
   }
-  Real* gradient(int k) const {
-    return memory_ + ws_.gradients +
+  PYMETA_FN Real* gradient(int k) const {
+    return memory_.at(ws_.gradients) +
            (ws_.keeps_gradients ? static_cast<std::size_t>(k) : 0) * layout_.size;
   }
 
   template <class Body>  // body(tensor, place, scalars) for each tensor that the inner loop changes
-  void each_adapted(Body body) const {
+  PYMETA_FN void each_adapted(Body body) const {
     for (int t = 0; t < network_.tensor_count; ++t)
       if (call_.adapted[t]) body(t, layout_.tensors[t].place, layout_.scalars(t));
   }
 
-  bool is_narrow(int l) const { return layout_.narrow && l == network_.layer_count - 1; }
+  PYMETA_FN bool is_narrow(int l) const { return layout_.narrow && l == network_.layer_count - 1; }
 
-  bool is_adapted(const Layer& layer) const {
+  PYMETA_FN bool is_adapted(const Layer& layer) const {
     return (layer.weight >= 0 && call_.adapted[layer.weight]) ||
            (layer.bias >= 0 && call_.adapted[layer.bias]);
   }
 
   // The start of a tensor: the item's own or the one that all share.
-  const Real* start_of(int t) const {
-    return call_.starts_apart(t) ? memory_ + ws_.start : shared_.theta;
+  PYMETA_FN const Real* start_of(int t) const {
+    return call_.starts_apart(t) ? memory_.at(ws_.start) : shared_.theta;
   }
-  const Real* start_transposed_of(int t) const {
-    return call_.starts_apart(t) ? memory_ + ws_.start_transposed : shared_.theta_transposed;
+  PYMETA_FN const Real* start_transposed_of(int t) const {
+    return call_.starts_apart(t) ? memory_.at(ws_.start_transposed) : shared_.theta_transposed;
   }
 
-  void keep_best(const Parameters& theta, IntVec better) {
+  PYMETA_FN PYMETA_APART void keep_best(const Parameters& theta, IntVec better) {
     if (!any_lane(better)) return;
     each_adapted([&](int t, std::size_t place, std::size_t size) {
       const Real* from = theta.tensor(t);
-      Real* best = memory_ + ws_.best + place;
-      for (std::size_t i = 0; i < size; i += kWidth)
+      Real* best = memory_.at(ws_.best) + place;
+      X::each(size, [&](std::size_t i) {
         store(best + i, select(better, load(from + i), load(best + i)));
+      });
     });
   }
 
-  Parameters inner_step(int k, const Parameters& theta, const Step& now) {
+  PYMETA_FN PYMETA_APART Parameters inner_step(int k, const Parameters& theta, const Step& now) {
     const ItemSet& support = *now.set;
     const Tape tape = support_tape(k);
     // Layers below the lowest that changes see the same rows with the same weights again.
     const bool same_below = now.same_rows && !ws_.keeps_steps;
     forward(theta, support, tape, /*is_query=*/false, same_below ? lowest_ : 0);
     if (ws_.sums_losses) {
-      const Vec loss = X::sum_rows_in_order(support.extent, tape.at(ws_.support_tape.row_losses));
+      const Vec loss = X::sum_rows_in_order(support.extent, tape.at(tape.layout->row_losses));
       loss_sum_ =
           loss_sum_ +
           (call_.by_epochs() ? select(now.active, loss * support.extent.count, zero()) : loss);
@@ -342,21 +343,49 @@ class InnerLoop {
       const StepCommon common = common_of(k, theta, now);
       with_rule(call_.optimizer, [&](const auto& rule) {
         each_adapted([&](int t, std::size_t place, std::size_t size) {
-          if (!is_factored_tensor(t)) step(rule, arrays(k, t, theta), common, size, own + place);
+          if (!is_factored_tensor(t)) step<X>(rule, arrays(k, t, theta), common, size, own + place);
         });
       });
     }
     transpose(own, const_cast<Real*>(next.own_transposed));
+    if (ws_.saves_steps) save(k, next);
     return next;
+  }
+
+  // ---- steps that are kept elsewhere than they are used ---------------------------------------------------------
+
+  // theta[k + 1] and the tape of step k; the reverse sweep begins with the last tape as it is.
+  PYMETA_FN PYMETA_APART void save(int k, const Parameters& next) {
+    if (k == call_.steps - 1) return;
+    Real* to = saved(k);
+    X::copy(to, next.own, layout_.size);
+    X::copy(to + layout_.size, next.own_transposed, layout_.transposed_size);
+    X::copy(to + layout_.size + layout_.transposed_size, support_tape(k).base,
+            ws_.support_tape.size);
+  }
+  // theta[k] and the tape of step k, where they are used.
+  PYMETA_FN PYMETA_APART void restore(int k) {
+    if (k > 0) {
+      X::copy(memory_.at(ws_.theta), saved(k - 1), layout_.size);
+      X::copy(memory_.at(ws_.theta_transposed), saved(k - 1) + layout_.size,
+              layout_.transposed_size);
+    }
+    if (k < call_.steps - 1)
+      X::copy(memory_.at(ws_.support), saved(k) + layout_.size + layout_.transposed_size,
+              ws_.support_tape.size);
+  }
+  PYMETA_FN Real* saved(int k) const {
+    return memory_.at(ws_.saved) +
+           k * (layout_.size + layout_.transposed_size + ws_.support_tape.size);
   }
 
   // ---- the rule's arrays ---------------------------------------------------------------------------------------
 
-  Real* state(int k, int s) const {
+  PYMETA_FN Real* state(int k, int s) const {
     const std::size_t kept = ws_.keeps_gradients ? static_cast<std::size_t>(k) : 0;
-    return memory_ + ws_.states + (kept * call_.optimizer.states() + s) * layout_.size;
+    return memory_.at(ws_.states) + (kept * call_.optimizer.states() + s) * layout_.size;
   }
-  StepArrays arrays(int k, int t, const Parameters& theta) const {
+  PYMETA_FN StepArrays arrays(int k, int t, const Parameters& theta) const {
     const std::size_t place = layout_.tensors[t].place;
     StepArrays a{rates_.elements(k, place),
                  rates_.per_element() ? Real(0) : rates_.rate(k, t),
@@ -375,23 +404,17 @@ class InnerLoop {
   // body(tensor) gives a function of the offset of a vector in it, which is summed over all adapted elements of each
   // task; for both executors in the order of sum_features.
   template <class Body>
-  Vec sum_adapted(Body body) const {
+  PYMETA_FN Vec sum_adapted(Body body) const {
     Vec total = zero();
     each_adapted([&](int t, std::size_t, std::size_t) {
       const PackedTensor& packed = layout_.tensors[t];
-      const auto value = body(t);
-      for (int outer = 0; outer < packed.outer; ++outer)
-        total = total + X::sum_features(packed.inner, [&](int column) {
-                  const std::size_t at =
-                      outer * packed.row + static_cast<std::size_t>(column) * kWidth;
-                  return X::masked_columns(value(at), packed.inner, column);
-                });
+      total = X::sum_elements(packed, total, body(t));
     });
     return total;
   }
 
   // Before a clip is known: `common` has the factor 1.
-  Vec gradient_norm(int k, const Parameters& theta, const StepCommon& common) const {
+  PYMETA_FN Vec gradient_norm(int k, const Parameters& theta, const StepCommon& common) const {
     return square_root(sum_adapted([&](int t) {
       return [&common, a = arrays(k, t, theta)](std::size_t at) {
         const Vec g = clipped_gradient(a, common, at);
@@ -399,7 +422,7 @@ class InnerLoop {
       };
     }));
   }
-  StepCommon common_of(int k, const Parameters& theta, const Step& step) const {
+  PYMETA_FN StepCommon common_of(int k, const Parameters& theta, const Step& step) const {
     StepCommon common{broadcast(Real(call_.optimizer.anchor)),
                       broadcast(1),
                       zero(),
@@ -414,14 +437,16 @@ class InnerLoop {
     return common;
   }
 
-  Real* state_adjoint(int s) const { return memory_ + ws_.state_adjoints + s * layout_.size; }
-  void clear_state_adjoints() {
+  PYMETA_FN Real* state_adjoint(int s) const {
+    return memory_.at(ws_.state_adjoints) + s * layout_.size;
+  }
+  PYMETA_FN void clear_state_adjoints() {
     if (ws_.direction_is_v) return;
-    for (std::size_t i = 0; i < call_.optimizer.states() * layout_.size; i += kWidth)
-      store(state_adjoint(0) + i, zero());
+    X::each(call_.optimizer.states() * layout_.size,
+            [&](std::size_t i) { store(state_adjoint(0) + i, zero()); });
   }
 
-  Real* lr_gradient_of(int k, int t, const Totals& totals) const {
+  PYMETA_FN Real* lr_gradient_of(int k, int t, const Totals& totals) const {
     if (!call_.lr_gradient) return nullptr;
     if (rates_.per_element())
       return totals.lr_gradient + rates_.row(k) * layout_.size + layout_.tensors[t].place;
@@ -430,24 +455,28 @@ class InnerLoop {
   }
 
   // Backwards through the rule of step k: v gets its direct part, u becomes the adjoint of the support gradient.
-  void rule_vjp(int k, const Parameters& theta, const Step& step, const Totals& totals) {
+  PYMETA_FN void rule_vjp(int k, const Parameters& theta, const Step& step, const Totals& totals) {
     const StepCommon common = common_of(k, theta, step);
     with_rule(call_.optimizer, [&](const auto& rule) {
       each_adapted([&](int t, std::size_t place, std::size_t size) {
         Real* d_state[kMaxStates];
         for (int s = 0; s < call_.optimizer.states(); ++s) d_state[s] = state_adjoint(s) + place;
-        step_vjp(rule, arrays(k, t, theta), common, size, memory_ + ws_.v + place,
-                 memory_ + ws_.u + place, d_state, lr_gradient_of(k, t, totals));
+        const StepArrays own = arrays(k, t, theta);
+        Real* v = memory_.at(ws_.v) + place;
+        if (call_.lr_gradient)
+          step_rate_gradient<X>(rule, own, common, layout_.tensors[t], v,
+                                lr_gradient_of(k, t, totals));
+        step_vjp<X>(rule, own, common, size, v, memory_.at(ws_.u) + place, d_state);
       });
     });
     if (call_.optimizer.clip_norm > 0 && call_.second_order()) clip_vjp(k, common);
   }
 
   // The clip is g c(n) with n = |g| and c = min(1, clip / (n + 1e-6)):  u = c u + (c' / n) (g . u) g.
-  void clip_vjp(int k, const StepCommon& common) {
+  PYMETA_FN void clip_vjp(int k, const StepCommon& common) {
     const Vec norm = common.norm;
     const Real* g = gradient(k);
-    Real* u = memory_ + ws_.u;
+    Real* u = memory_.at(ws_.u);
     const Vec along = sum_adapted([&](int t) {
       const std::size_t place = layout_.tensors[t].place;
       return [=](std::size_t at) { return load(g + place + at) * load(u + place + at); };
@@ -455,37 +484,36 @@ class InnerLoop {
     const IntVec bends = (common.clip < Real(1)) & (norm > zero());
     const Vec slope = select(bends, -(common.clip / (norm + Real(1e-6)) / norm * along), zero());
     each_adapted([&](int, std::size_t place, std::size_t size) {
-      for (std::size_t i = place; i < place + size; i += kWidth)
-        store(u + i, fma(slope, load(g + i), common.clip * load(u + i)));
+      X::each(size, [=](std::size_t i) {
+        store(u + place + i, fma(slope, load(g + place + i), common.clip * load(u + place + i)));
+      });
     });
   }
 
   // The factored first layer stands in for a linear one; only executors that have it know how.
 
-  bool is_factored_layer(int l) const { return X::kFactors && l == 0 && factored_; }
-  bool is_factored_tensor(int t) const {
+  PYMETA_FN bool is_factored_layer(int l) const { return X::kFactors && l == 0 && factored_; }
+  PYMETA_FN bool is_factored_tensor(int t) const {
     return X::kFactors && factored_ && t == network_.layers[0].weight;
   }
-  void factored_apply(bool to_query, const Real* bias, const Destination& to) const {
+  PYMETA_FN void factored_apply(bool to_query, const Real* bias, const Destination& to) const {
     if constexpr (X::kFactors) factored_->apply(to_query, bias, to);
   }
-  void factored_apply_direction(const Real* bias, const Destination& to) const {
+  PYMETA_FN void factored_apply_direction(const Real* bias, const Destination& to) const {
     if constexpr (X::kFactors) factored_->apply_direction(bias, to);
   }
-  void factored_accumulate(const Real* rd, Real scale) const {
+  PYMETA_FN void factored_accumulate(const Real* rd, Real scale) const {
     if constexpr (X::kFactors) factored_->accumulate(rd, scale);
   }
 
   // The rate's gradient where v itself is the direction: -<g[k], v>.
-  void rate_gradient(int k, const Totals& totals) {
+  PYMETA_FN void rate_gradient(int k, const Totals& totals) {
     if (!call_.lr_gradient) return;
-    each_adapted([&](int t, std::size_t place, std::size_t size) {
+    each_adapted([&](int t, std::size_t place, std::size_t) {
       if (is_factored_tensor(t)) return;
-      Real* into = lr_gradient_of(k, t, totals);
-      Vec sum = load(into);
-      for (std::size_t i = place; i < place + size; i += kWidth)
-        sum = fma(-load(gradient(k) + i), load(memory_ + ws_.v + i), sum);
-      store(into, sum);
+      const Real *g = gradient(k) + place, *v = memory_.at(ws_.v) + place;
+      X::fold(layout_.tensors[t], lr_gradient_of(k, t, totals),
+              [=](std::size_t i, Vec sum) { return fma(-load(g + i), load(v + i), sum); });
     });
     if constexpr (X::kFactors)
       if (factored_) {
@@ -495,10 +523,11 @@ class InnerLoop {
   }
 
   // Step k backwards; in second order v += H[k] u, and for the first step the sum goes straight into the totals.
-  void reverse_step(int k, const Step& step, const Totals& totals) {
+  PYMETA_FN void reverse_step(int k, const Step& step, const Totals& totals) {
+    if (ws_.saves_steps) restore(k);
     const Parameters theta = k == 0 ? start() : adapted(k);
     const ItemSet& support = *step.set;
-    Real* v = memory_ + ws_.v;
+    Real* v = memory_.at(ws_.v);
     Real* u = v;
     Real scale = 1;
     if (ws_.direction_is_v) {
@@ -506,10 +535,10 @@ class InnerLoop {
       scale = -rates_.uniform_rate(k);
     } else {
       rule_vjp(k, theta, step, totals);
-      u = memory_ + ws_.u;
+      u = memory_.at(ws_.u);
     }
     if (!call_.second_order()) return;
-    transpose(u, memory_ + ws_.u_transposed);
+    transpose(u, memory_.at(ws_.u_transposed));
     const Direction direction{this, u};
     const Tape tape = support_tape(k);
     tangent_forward(theta, direction, support, tape);
@@ -524,16 +553,16 @@ class InnerLoop {
   struct Direction {
     const InnerLoop* loop;
     const Real* u;
-    const Real* tensor(int t) const {
+    PYMETA_FN const Real* tensor(int t) const {
       return t >= 0 && loop->call_.adapted[t] ? u + loop->layout_.tensors[t].place : nullptr;
     }
-    const Real* transposed(int l) const {
-      const std::size_t place = loop->layout_.transposed[l];
-      return place == kNowhere ? nullptr : loop->memory_ + loop->ws_.u_transposed + place;
+    PYMETA_FN const Real* transposed(int l) const {
+      const Place place = loop->layout_.transposed[l];
+      return place == kNowhere ? nullptr : loop->memory_.at(loop->ws_.u_transposed) + place;
     }
   };
 
-  void transpose(const Real* tensors, Real* transposed) const {
+  PYMETA_FN void transpose(const Real* tensors, Real* transposed) const {
     for (int l = 0; l < network_.layer_count; ++l) {
       if (layout_.transposed[l] == kNowhere || !call_.adapted[network_.layers[l].weight]) continue;
       X::transpose(network_.layers[l], tensors + layout_.tensors[network_.layers[l].weight].place,
@@ -544,8 +573,8 @@ class InnerLoop {
   // ---- the passes ----------------------------------------------------------------------------------------------
 
   // From layer `from` on; what lies below is on the tape already.
-  void forward(const Parameters& theta, const ItemSet& set, const Tape& tape, bool is_query = false,
-               int from = 0) {
+  PYMETA_FN PYMETA_APART void forward(const Parameters& theta, const ItemSet& set, const Tape& tape,
+                                      bool is_query = false, int from = 0) {
     const int last = network_.layer_count - 1;
     Real* y = tape.at(tape.layout->y);
     for (int l = from; l <= last; ++l) {
@@ -574,26 +603,27 @@ class InnerLoop {
     }
     if (!layout_.narrow) X::to_class_major(set.extent, network_.out_features(), tape.a(last), y);
     if (set.targets)
-      loss_gradient(*call_.loss, tape.loss_rows(set), tape.at(tape.layout->row_losses),
-                    tape.at(tape.layout->dy));
+      loss_gradient<X>(*call_.loss, tape.loss_rows(set), tape.at(tape.layout->row_losses),
+                       tape.at(tape.layout->dy));
   }
 
   // Where layer l's delta at `a` is first written: straight to d where the activation is done on the way.
-  Destination delta_destination(int l, const Tape& tape, Real* delta) const {
+  PYMETA_FN Destination delta_destination(int l, const Tape& tape, Real* delta) const {
     const ActivationKind kind = network_.layers[l].activation.kind;
     return {delta, false, kind == ActivationKind::relu ? tape.a(l) : nullptr};
   }
-  Real* delta_place(int l, const Tape& tape) const {
+  PYMETA_FN Real* delta_place(int l, const Tape& tape) const {
     Real* c = tape.at(tape.layout->c[l]);
     return c ? c : tape.d(l);
   }
-  void finish_delta(int l, const ItemSet& set, const Tape& tape) const {
+  PYMETA_FN void finish_delta(int l, const ItemSet& set, const Tape& tape) const {
     if (is_fused(network_.layers[l].activation.kind)) return;
     through_slope<X>(network_.layers[l], set.extent, tape.z(l, set), tape.a(l),
                      delta_place(l, tape), tape.d(l));
   }
   // A matrix passed on as it is: through the gate of a ReLU below, or copied.
-  static void pass(const Extent& extent, int features, const Real* from, const Destination& to) {
+  PYMETA_FN static void pass(const Extent& extent, int features, const Real* from,
+                             const Destination& to) {
     X::with_epilogue(to, X::stride(features), extent, [&](const auto& emit) {
       X::map(extent, features, [&](long at, long column, int r) {
         emit(load(from + at), r, static_cast<int>(column / kWidth));
@@ -603,8 +633,9 @@ class InnerLoop {
 
   // Down to layer `lowest`, whose parameters are the last that want a gradient.
   template <class Sinks>
-  void backward(const Parameters& theta, const ItemSet& set, const Tape& tape, Sinks sinks,
-                bool input_delta = true, int lowest = 0) {
+  PYMETA_FN PYMETA_APART void backward(const Parameters& theta, const ItemSet& set,
+                                       const Tape& tape, Sinks sinks, bool input_delta = true,
+                                       int lowest = 0) {
     const int last = network_.layer_count - 1;
     const Real* dy = tape.at(tape.layout->dy);
     if (!layout_.narrow) {
@@ -652,19 +683,19 @@ class InnerLoop {
     }
   }
 
-  Real* tangent(std::size_t place) const {
-    return place == kNowhere ? nullptr : memory_ + ws_.tangents + place;
+  PYMETA_FN Real* tangent(Place place) const {
+    return place == kNowhere ? nullptr : memory_.at(ws_.tangents) + place;
   }
-  NormTangent norm_tangents(int l) const {
+  PYMETA_FN NormTangent norm_tangents(int l) const {
     return {tangent(ws_.tangent.rh[l]), tangent(ws_.tangent.q[l])};
   }
   // The tangent of layer l's input; null is zero, as at the first layer.
-  Matrix tangent_input(int l) const {
+  PYMETA_FN Matrix tangent_input(int l) const {
     return {l == 0 ? nullptr : tangent(ws_.tangent.ra[l - 1]), X::stride(network_.layers[l].in)};
   }
 
-  void tangent_forward(const Parameters& theta, const Direction& u, const ItemSet& set,
-                       const Tape& tape) {
+  PYMETA_FN PYMETA_APART void tangent_forward(const Parameters& theta, const Direction& u,
+                                              const ItemSet& set, const Tape& tape) {
     const int last = network_.layer_count - 1;
     Real* ry = tangent(ws_.tangent.ry);
     for (int l = 0; l <= last; ++l) {
@@ -698,18 +729,19 @@ class InnerLoop {
     }
     if (!layout_.narrow)
       X::to_class_major(set.extent, network_.out_features(), tangent(ws_.tangent.ra[last]), ry);
-    loss_hessian_product(*call_.loss, tape.loss_rows(set), ry, tangent(ws_.tangent.rdy));
+    loss_hessian_product<X>(*call_.loss, tape.loss_rows(set), ry, tangent(ws_.tangent.rdy));
   }
 
-  void finish_delta_tangent(int l, const ItemSet& set, const Tape& tape, Real* rd) const {
+  PYMETA_FN void finish_delta_tangent(int l, const ItemSet& set, const Tape& tape, Real* rd) const {
     if (is_fused(network_.layers[l].activation.kind)) return;
     through_slope_tangent<X>(network_.layers[l], set.extent, tape.z(l, set), tape.a(l),
                              tape.at(tape.layout->c[l]), tangent(ws_.tangent.rz[l]), rd, rd);
   }
 
   template <class Sinks>
-  void tangent_backward(const Parameters& theta, const Direction& u, const ItemSet& set,
-                        const Tape& tape, bool first_to_input, Real scale, Sinks sinks) {
+  PYMETA_FN PYMETA_APART void tangent_backward(const Parameters& theta, const Direction& u,
+                                               const ItemSet& set, const Tape& tape,
+                                               bool first_to_input, Real scale, Sinks sinks) {
     const int last = network_.layer_count - 1;
     const Real* dy = tape.at(tape.layout->dy);
     const Real* rdy = tangent(ws_.tangent.rdy);
@@ -789,7 +821,7 @@ class InnerLoop {
   const Workspace<X>& ws_;
   const ParameterLayout<X>& layout_;
   const Shared& shared_;
-  Real* memory_;
+  Memory memory_;
   Rates rates_;
   FactoredLayer<X>* factored_ = nullptr;
   int lowest_;             // the lowest layer that the inner loop changes

@@ -23,7 +23,8 @@ PYMETA_KERNEL_BEGIN
 // ---- activations -----------------------------------------------------------------------------------------------
 
 template <class X>
-void activate(const Layer& layer, const Extent& extent, const Real* z, Real* a) {
+PYMETA_FN PYMETA_APART void activate(const Layer& layer, const Extent& extent, const Real* z,
+                                     Real* a) {
   with_activation(layer.activation.kind, [&](auto rule) {
     X::map(extent, layer.out, [&](long at, long column, int) {
       Vec value = rule.value(load(z + at), layer.activation);
@@ -36,8 +37,8 @@ void activate(const Layer& layer, const Extent& extent, const Real* z, Real* a) 
 
 // out = slope * v: the backward pass and the tangent of the forward pass. z is only read where it was kept.
 template <class X>
-void through_slope(const Layer& layer, const Extent& extent, const Real* z, const Real* a,
-                   const Real* v, Real* out) {
+PYMETA_FN PYMETA_APART void through_slope(const Layer& layer, const Extent& extent, const Real* z,
+                                          const Real* a, const Real* v, Real* out) {
   with_activation(layer.activation.kind, [&](auto rule) {
     X::map(extent, layer.out, [&](long at, long, int) {
       const Vec input = rule.kFromOutput ? zero() : load(z + at);
@@ -48,8 +49,9 @@ void through_slope(const Layer& layer, const Extent& extent, const Real* z, cons
 
 // rd = slope * rc + curvature * c * rz: the tangent of the backward pass.
 template <class X>
-void through_slope_tangent(const Layer& layer, const Extent& extent, const Real* z, const Real* a,
-                           const Real* c, const Real* rz, const Real* rc, Real* rd) {
+PYMETA_FN PYMETA_APART void through_slope_tangent(const Layer& layer, const Extent& extent,
+                                                  const Real* z, const Real* a, const Real* c,
+                                                  const Real* rz, const Real* rc, Real* rd) {
   with_activation(layer.activation.kind, [&](auto rule) {
     X::map(extent, layer.out, [&](long at, long, int) {
       const Vec input = rule.kFromOutput ? zero() : load(z + at), output = load(a + at);
@@ -71,20 +73,20 @@ struct Slices {
   const Extent& extent;
   int features;
 
-  int count() const { return kOverRows ? X::vectors(features) : extent.rows; }
-  int length() const { return kOverRows ? extent.rows : X::vectors(features); }
-  int row(int slice, int i) const { return kOverRows ? i : slice; }
-  int column(int slice, int i) const { return kOverRows ? slice : i; }  // in vectors
-  long at(int slice, int i) const {
+  PYMETA_FN int count() const { return kOverRows ? X::vectors(features) : extent.rows; }
+  PYMETA_FN int length() const { return kOverRows ? extent.rows : X::vectors(features); }
+  PYMETA_FN int row(int slice, int i) const { return kOverRows ? i : slice; }
+  PYMETA_FN int column(int slice, int i) const { return kOverRows ? slice : i; }  // in vectors
+  PYMETA_FN long at(int slice, int i) const {
     return row(slice, i) * X::stride(features) + static_cast<long>(column(slice, i)) * kWidth;
   }
   // Zero outside the set: rows that a shorter task lacks, columns that are padding.
-  Vec masked(Vec v, int slice, int i) const {
+  PYMETA_FN Vec masked(Vec v, int slice, int i) const {
     if (!kOverRows) v = X::masked_columns(v, features, column(slice, i));
     return extent.masked(v, row(slice, i));
   }
   template <class Body>
-  Vec mean(int slice, Body body) const {
+  PYMETA_FN Vec mean(int slice, Body body) const {
     if constexpr (kOverRows) {
       Vec sum = zero();
       for (int i = 0; i < extent.rows; ++i) sum = sum + extent.masked(body(i), i);
@@ -97,14 +99,14 @@ struct Slices {
 };
 
 template <class X, class Visitor>
-void with_slices(const Layer& layer, const Extent& extent, Visitor visit) {
+PYMETA_FN void with_slices(const Layer& layer, const Extent& extent, Visitor visit) {
   if (layer.kind == LayerKind::batch_norm)
     visit(Slices<X, true>{extent, layer.out});
   else
     visit(Slices<X, false>{extent, layer.out});
 }
 
-inline Vec feature(const Real* vector, int column, Real otherwise) {
+PYMETA_FN inline Vec feature(const Real* vector, int column, Real otherwise) {
   return vector ? load(vector + static_cast<long>(column) * kWidth) : broadcast(otherwise);
 }
 
@@ -119,11 +121,12 @@ struct NormTangent {
 };
 
 template <class X>
-void norm_forward(const Layer& layer, const Extent& extent, const Matrix& x, const Real* gamma,
-                  const Real* beta, const NormState& state, const Destination& to) {
+PYMETA_FN PYMETA_APART void norm_forward(const Layer& layer, const Extent& extent, const Matrix& x,
+                                         const Real* gamma, const Real* beta,
+                                         const NormState& state, const Destination& to) {
   X::with_epilogue(to, X::stride(layer.out), extent, [&](const auto& emit) {
     with_slices<X>(layer, extent, [&](const auto& s) {
-      for (int slice = 0; slice < s.count(); ++slice) {
+      X::each_index(s.count(), [&](int slice) {
         // Centred twice: what the rounded mean left over would spoil the backward formulas, which rely on mean h = 0.
         const auto in = [&](int i) { return load(x.p + s.at(slice, i)); };
         const Vec mean = s.mean(slice, in);
@@ -139,18 +142,19 @@ void norm_forward(const Layer& layer, const Extent& extent, const Matrix& x, con
           emit(fma(h, feature(gamma, column, 1), feature(beta, column, 0)), s.row(slice, i),
                column);
         }
-      }
+      });
     });
   });
 }
 
 template <class X>
-void norm_tangent(const Layer& layer, const Extent& extent, const Real* rx, const Real* gamma,
-                  const Real* rgamma, const Real* rbeta, const NormState& state,
-                  const NormTangent& tangent, const Destination& to) {
+PYMETA_FN PYMETA_APART void norm_tangent(const Layer& layer, const Extent& extent, const Real* rx,
+                                         const Real* gamma, const Real* rgamma, const Real* rbeta,
+                                         const NormState& state, const NormTangent& tangent,
+                                         const Destination& to) {
   X::with_epilogue(to, X::stride(layer.out), extent, [&](const auto& emit) {
     with_slices<X>(layer, extent, [&](const auto& s) {
-      for (int slice = 0; slice < s.count(); ++slice) {
+      X::each_index(s.count(), [&](int slice) {
         const auto h = [&](int i) { return load(state.h + s.at(slice, i)); };
         const auto in = [&](int i) { return rx ? load(rx + s.at(slice, i)) : zero(); };
         const Vec inverse = load(state.inverse + static_cast<long>(slice) * kWidth);
@@ -165,22 +169,23 @@ void norm_tangent(const Layer& layer, const Extent& extent, const Real* rx, cons
           if (rgamma) rz = fma(h(i), feature(rgamma, column, 0), rz);
           emit(rz, s.row(slice, i), column);
         }
-      }
+      });
     });
   });
 }
 
 // s (e - mean e - h mean(e h)), given its two means.
-inline Vec norm_delta(Vec inverse, Vec e, Vec mean_e, Vec h, Vec mean_eh) {
+PYMETA_FN inline Vec norm_delta(Vec inverse, Vec e, Vec mean_e, Vec h, Vec mean_eh) {
   return inverse * (e - mean_e - h * mean_eh);
 }
 
 template <class X>
-void norm_backward(const Layer& layer, const Extent& extent, const Real* d, const Real* gamma,
-                   const NormState& state, const Destination& to) {
+PYMETA_FN PYMETA_APART void norm_backward(const Layer& layer, const Extent& extent, const Real* d,
+                                          const Real* gamma, const NormState& state,
+                                          const Destination& to) {
   X::with_epilogue(to, X::stride(layer.in), extent, [&](const auto& emit) {
     with_slices<X>(layer, extent, [&](const auto& s) {
-      for (int slice = 0; slice < s.count(); ++slice) {
+      X::each_index(s.count(), [&](int slice) {
         const auto h = [&](int i) { return load(state.h + s.at(slice, i)); };
         const auto e = [&](int i) {
           return load(d + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1);
@@ -191,18 +196,20 @@ void norm_backward(const Layer& layer, const Extent& extent, const Real* d, cons
         for (int i = 0; i < s.length(); ++i)
           emit(s.masked(norm_delta(inverse, e(i), mean_e, h(i), mean_eh), slice, i),
                s.row(slice, i), s.column(slice, i));
-      }
+      });
     });
   });
 }
 
 template <class X>
-void norm_backward_tangent(const Layer& layer, const Extent& extent, const Real* d, const Real* rd,
-                           const Real* gamma, const Real* rgamma, const NormState& state,
-                           const NormTangent& tangent, const Destination& to) {
+PYMETA_FN PYMETA_APART void norm_backward_tangent(const Layer& layer, const Extent& extent,
+                                                  const Real* d, const Real* rd, const Real* gamma,
+                                                  const Real* rgamma, const NormState& state,
+                                                  const NormTangent& tangent,
+                                                  const Destination& to) {
   X::with_epilogue(to, X::stride(layer.in), extent, [&](const auto& emit) {
     with_slices<X>(layer, extent, [&](const auto& s) {
-      for (int slice = 0; slice < s.count(); ++slice) {
+      X::each_index(s.count(), [&](int slice) {
         const auto h = [&](int i) { return load(state.h + s.at(slice, i)); };
         const auto rh = [&](int i) { return load(tangent.rh + s.at(slice, i)); };
         const auto e = [&](int i) {
@@ -223,23 +230,26 @@ void norm_backward_tangent(const Layer& layer, const Extent& extent, const Real*
           const Vec rdx = inverse * (re(i) - mean_re - rh(i) * mean_eh - h(i) * mean_r) - q * dx;
           emit(s.masked(rdx, slice, i), s.row(slice, i), s.column(slice, i));
         }
-      }
+      });
     });
   });
 }
 
 template <class X>
-void norm_gradient(const Layer& layer, const Extent& extent, const Real* d, const NormState& state,
-                   const Sink& gamma, const Sink& beta) {
+PYMETA_FN PYMETA_APART void norm_gradient(const Layer& layer, const Extent& extent, const Real* d,
+                                          const NormState& state, const Sink& gamma,
+                                          const Sink& beta) {
   X::sum_rows(extent, layer.out, gamma,
               [&](long at, long) { return load(d + at) * load(state.h + at); });
   X::sum_rows(extent, layer.out, beta, [&](long at, long) { return load(d + at); });
 }
 
 template <class X>
-void norm_gradient_tangent(const Layer& layer, const Extent& extent, const Real* d, const Real* rd,
-                           const NormState& state, const NormTangent& tangent, const Sink& gamma,
-                           const Sink& beta) {
+PYMETA_FN PYMETA_APART void norm_gradient_tangent(const Layer& layer, const Extent& extent,
+                                                  const Real* d, const Real* rd,
+                                                  const NormState& state,
+                                                  const NormTangent& tangent, const Sink& gamma,
+                                                  const Sink& beta) {
   X::sum_rows(extent, layer.out, gamma, [&](long at, long) {
     return fma(load(rd + at), load(state.h + at), load(d + at) * load(tangent.rh + at));
   });

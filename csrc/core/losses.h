@@ -28,14 +28,16 @@ struct LossRows {
   const Real* keep;  // lanes: all-ones where the task has the row; null when all have all (Extent)
 
   // Zero in rows that a task lacks, whatever its parameters made of them.
-  Vec kept(Vec v, int block) const {
-    return keep ? (Vec)((IntVec)v & (IntVec)load(keep + block * kWidth)) : v;
+  PYMETA_FN Vec kept(Vec v, int block) const {
+    return keep ? where_kept(v, keep + block * kWidth) : v;
   }
-  long at(int o, int block) const { return (static_cast<long>(o) * blocks + block) * kWidth; }
+  PYMETA_FN long at(int o, int block) const {
+    return (static_cast<long>(o) * blocks + block) * kWidth;
+  }
 };
 
-inline Vec class_factor(const double* weights, int o) {
-  return broadcast(weights ? Real(weights[o]) : Real(1));
+PYMETA_FN inline Real class_factor(const double* weights, int o) {
+  return weights ? Real(weights[o]) : Real(1);
 }
 
 struct CrossEntropyRow {
@@ -43,21 +45,23 @@ struct CrossEntropyRow {
   Vec kappa;  // own + e / C sum of c
 };
 
-inline CrossEntropyRow cross_entropy_row(const Loss& loss, int out, Vec label) {
+PYMETA_FN inline CrossEntropyRow cross_entropy_row(const Loss& loss, int out, Vec label) {
   Vec own = zero();
   Real total = 0;
   for (int o = 0; o < out; ++o) {
-    const Vec c = class_factor(loss.weight, o);
-    own = select(label == broadcast(Real(o)), c, own);
-    total += c[0];
+    const Real c = class_factor(loss.weight, o);
+    own = select(label == broadcast(Real(o)), broadcast(c), own);
+    total += c;
   }
   own = own * Real(1 - loss.label_smoothing);
   return {own, own + Real(loss.label_smoothing / out) * total};
 }
 
 // row_losses [rows] and, where wanted, gradient [out, rows].
-inline void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses, Real* gradient) {
-  for (int b = 0; b < s.blocks; ++b) {
+template <class X>
+PYMETA_FN PYMETA_APART void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
+                                          Real* gradient) {
+  X::each_index(s.blocks, [&](int b) {
     const Vec scale = load(s.scale + b * kWidth);
     Vec value = zero();
     if (loss.kind == LossKind::cross_entropy) {
@@ -80,7 +84,7 @@ inline void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
         const Vec p = load(s.probability + s.at(o, b)) / sum;
         store(s.probability + s.at(o, b), p);
         Vec q = select(label == broadcast(Real(o)), row.own, zero());
-        if (smooth != 0) q = q + class_factor(loss.weight, o) * smooth;
+        if (smooth != 0) q = q + broadcast(class_factor(loss.weight, o) * smooth);
         value = value + select(q == Real(0), zero(), q * (log_sum - load(s.outputs + s.at(o, b))));
         if (gradient) store(gradient + s.at(o, b), s.kept(scale * (row.kappa * p - q), b));
       }
@@ -101,7 +105,8 @@ inline void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
           slope = select(error != error, error, slope);
         } else {
           const Vec positive = broadcast(loss.pos_weight ? Real(loss.pos_weight[o]) : Real(1));
-          const Vec k = (positive - Real(1)) * t + Real(1), c = class_factor(loss.weight, o);
+          const Vec k = (positive - Real(1)) * t + Real(1);
+          const Vec c = broadcast(class_factor(loss.weight, o));
           const Vec tail = exp(-absolute(y));
           const Vec soft = log1p(tail) + at_least(-y, zero());  // softplus(-y)
           const Vec p = select(y < Real(0), tail, broadcast(1)) / (tail + Real(1));
@@ -113,13 +118,14 @@ inline void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
       }
     }
     store(row_losses + b * kWidth, s.kept(scale * value, b));
-  }
+  });
 }
 
 // The Hessian of the loss times r [out, rows], into product [out, rows].
-inline void loss_hessian_product(const Loss& loss, const LossRows& s, const Real* r,
-                                 Real* product) {
-  for (int b = 0; b < s.blocks; ++b) {
+template <class X>
+PYMETA_FN PYMETA_APART void loss_hessian_product(const Loss& loss, const LossRows& s, const Real* r,
+                                                 Real* product) {
+  X::each_index(s.blocks, [&](int b) {
     const Vec scale = load(s.scale + b * kWidth);
     if (loss.kind == LossKind::cross_entropy) {
       const CrossEntropyRow row = cross_entropy_row(loss, s.out, load(s.targets + b * kWidth));
@@ -130,7 +136,7 @@ inline void loss_hessian_product(const Loss& loss, const LossRows& s, const Real
       for (int o = 0; o < s.out; ++o)
         store(product + s.at(o, b),
               s.kept(factor * load(s.probability + s.at(o, b)) * (load(r + s.at(o, b)) - mean), b));
-      continue;
+      return;
     }
     for (int o = 0; o < s.out; ++o) {
       Vec bend;
@@ -143,11 +149,11 @@ inline void loss_hessian_product(const Loss& loss, const LossRows& s, const Real
         const Vec positive = broadcast(loss.pos_weight ? Real(loss.pos_weight[o]) : Real(1));
         const Vec k = (positive - Real(1)) * load(s.targets + s.at(o, b)) + Real(1);
         const Vec p = load(s.probability + s.at(o, b));
-        bend = class_factor(loss.weight, o) * k * p * (Real(1) - p);
+        bend = broadcast(class_factor(loss.weight, o)) * k * p * (Real(1) - p);
       }
       store(product + s.at(o, b), s.kept(scale * bend * load(r + s.at(o, b)), b));
     }
-  }
+  });
 }
 
 PYMETA_KERNEL_END

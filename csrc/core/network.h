@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "portable.h"
+
 namespace pymeta {
 
 enum class LayerKind : std::uint8_t { linear, batch_norm, layer_norm, none };
@@ -48,21 +50,44 @@ struct Tensor {
   bool matrix = false;
 };
 
-constexpr int kMaxLayers = 128;
-constexpr int kMaxTensors = 2 * kMaxLayers;
-
+// A chain of layers that lie in somebody's memory.
 struct Network {
   int layer_count = 0;
   int tensor_count = 0;
-  Layer layers[kMaxLayers];
-  Tensor tensors[kMaxTensors];
+  const Layer* layers = nullptr;    // [layer_count]
+  const Tensor* tensors = nullptr;  // [tensor_count]
 
-  int in_features() const { return layers[0].in; }
-  int out_features() const { return layers[layer_count - 1].out; }
-  bool has_batch_norm() const {
+  PYMETA_FN int in_features() const { return layers[0].in; }
+  PYMETA_FN int out_features() const { return layers[layer_count - 1].out; }
+  PYMETA_FN bool has_batch_norm() const {
     for (int l = 0; l < layer_count; ++l)
       if (layers[l].kind == LayerKind::batch_norm) return true;
     return false;
+  }
+};
+
+constexpr int kMaxLayers = 128;
+constexpr int kMaxTensors = 2 * kMaxLayers;
+
+// One with its layers.
+struct OwnedNetwork {
+  Layer layers[kMaxLayers];
+  Tensor tensors[kMaxTensors];
+  Network network{0, 0, layers, tensors};
+
+  OwnedNetwork() = default;
+  explicit OwnedNetwork(const Network& from) { copy(from); }
+  OwnedNetwork(const OwnedNetwork& from) { copy(from.network); }
+  OwnedNetwork& operator=(const OwnedNetwork& from) {
+    if (this != &from) copy(from.network);
+    return *this;
+  }
+
+ private:
+  void copy(const Network& from) {
+    for (int l = 0; l < from.layer_count; ++l) layers[l] = from.layers[l];
+    for (int t = 0; t < from.tensor_count; ++t) tensors[t] = from.tensors[t];
+    network = {from.layer_count, from.tensor_count, layers, tensors};
   }
 };
 

@@ -20,8 +20,8 @@ struct Extent {
       keep;   // lanes: [rows, kWidth] all-ones where the task has the row; null when all have all
   Vec count;  // rows of each task
 
-  Vec masked(Vec v, int row) const {
-    return keep ? (Vec)((IntVec)v & (IntVec)load(keep + row * kWidth)) : v;
+  PYMETA_FN Vec masked(Vec v, int row) const {
+    return keep ? where_kept(v, keep + row * kWidth) : v;
   }
 };
 

@@ -21,6 +21,7 @@
 
 #include "machine.h"
 #include "tasks.h"
+#include "workspace.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -29,7 +30,7 @@ PYMETA_KERNEL_BEGIN
 class Rates {
  public:
   // `packed` is [lr.rows, parameters] in the executor's layout; only read when the rate is per element.
-  Rates(const Call<Real>& call, const Real* packed, std::size_t parameters)
+  PYMETA_FN Rates(const Call<Real>& call, const Real* packed, std::size_t parameters)
       : lr_(call.lr), packed_(packed), parameters_(parameters) {
     int first = 0;
     while (first < call.network->tensor_count && !call.adapted[first]) ++first;
@@ -37,18 +38,18 @@ class Rates {
     column_ = any && !lr_.per_element ? lr_.groups[first] : 0;
   }
 
-  int row(int step) const { return step < lr_.rows ? step : lr_.rows - 1; }
-  bool per_element() const { return lr_.per_element; }
-  int group(int tensor) const { return lr_.groups[tensor]; }
+  PYMETA_FN int row(int step) const { return step < lr_.rows ? step : lr_.rows - 1; }
+  PYMETA_FN bool per_element() const { return lr_.per_element; }
+  PYMETA_FN int group(int tensor) const { return lr_.groups[tensor]; }
   // Where one rate serves all adapted tensors (steps_scale_gradient in workspace.h).
-  Real uniform_rate(int step) const {
+  PYMETA_FN Real uniform_rate(int step) const {
     return lr_.values[static_cast<long>(row(step)) * lr_.columns + column_];
   }
-  Real rate(int step, int tensor) const {
+  PYMETA_FN Real rate(int step, int tensor) const {
     return lr_.values[static_cast<long>(row(step)) * lr_.columns + lr_.groups[tensor]];
   }
   // Of the scalars from `place` on, in the tensor's own array of rates; or one for all of them.
-  const Real* elements(int step, std::size_t place) const {
+  PYMETA_FN const Real* elements(int step, std::size_t place) const {
     return per_element() ? packed_ + row(step) * parameters_ + place : nullptr;
   }
 
@@ -72,14 +73,14 @@ struct GradientStep {
   static constexpr int kStates = 0;
   Real weight_decay;
 
-  explicit GradientStep(const Optimizer& o) : weight_decay(Real(o.weight_decay)) {}
-  Vec direction(Vec theta, Vec g, Vec*, const Correction&) const {
+  PYMETA_FN explicit GradientStep(const Optimizer& o) : weight_decay(Real(o.weight_decay)) {}
+  PYMETA_FN Vec direction(Vec theta, Vec g, Vec*, const Correction&) const {
     return fma(broadcast(weight_decay), theta, g);
   }
   // `d_direction` is the adjoint of d, `state` the one after the step, `d_state` its adjoint, turned into the one before.
   // Returns the adjoint of g; `d_theta` is that of theta.
-  Vec direction_vjp(Vec d_direction, Vec, Vec, const Vec*, Vec*, Vec& d_theta,
-                    const Correction&) const {
+  PYMETA_FN Vec direction_vjp(Vec d_direction, Vec, Vec, const Vec*, Vec*, Vec& d_theta,
+                              const Correction&) const {
     d_theta = d_direction * weight_decay;
     return d_direction;
   }
@@ -90,15 +91,15 @@ struct Momentum {
   Real momentum, weight_decay;
   bool nesterov;
 
-  explicit Momentum(const Optimizer& o)
+  PYMETA_FN explicit Momentum(const Optimizer& o)
       : momentum(Real(o.momentum)), weight_decay(Real(o.weight_decay)), nesterov(o.nesterov) {}
-  Vec direction(Vec theta, Vec g, Vec* state, const Correction&) const {
+  PYMETA_FN Vec direction(Vec theta, Vec g, Vec* state, const Correction&) const {
     g = fma(broadcast(weight_decay), theta, g);
     state[0] = fma(broadcast(momentum), state[0], g);
     return nesterov ? fma(broadcast(momentum), state[0], g) : state[0];
   }
-  Vec direction_vjp(Vec d_direction, Vec, Vec, const Vec*, Vec* d_state, Vec& d_theta,
-                    const Correction&) const {
+  PYMETA_FN Vec direction_vjp(Vec d_direction, Vec, Vec, const Vec*, Vec* d_state, Vec& d_theta,
+                              const Correction&) const {
     const Vec dm =
         nesterov ? fma(broadcast(momentum), d_direction, d_state[0]) : d_state[0] + d_direction;
     const Vec dg = nesterov ? dm + d_direction : dm;
@@ -112,22 +113,22 @@ struct Adam {
   static constexpr int kStates = 2;
   Real beta1, beta2, new1, new2, coupled, decoupled;
 
-  explicit Adam(const Optimizer& o)
+  PYMETA_FN explicit Adam(const Optimizer& o)
       : beta1(Real(o.beta1)),
         beta2(Real(o.beta2)),
         new1(Real(1 - o.beta1)),
         new2(Real(1 - o.beta2)),
         coupled(Real(o.decoupled ? 0 : o.weight_decay)),
         decoupled(Real(o.decoupled ? o.weight_decay : 0)) {}
-  Vec direction(Vec theta, Vec g, Vec* state, const Correction& c) const {
+  PYMETA_FN Vec direction(Vec theta, Vec g, Vec* state, const Correction& c) const {
     g = fma(broadcast(coupled), theta, g);
     state[0] = fma(broadcast(beta1), state[0], g * new1);
     state[1] = fma(broadcast(beta2), state[1], g * g * new2);
     const Vec step = state[0] * c.scale / (square_root(state[1]) + c.eps);
     return fma(broadcast(decoupled), theta, step);
   }
-  Vec direction_vjp(Vec d_direction, Vec theta, Vec g, const Vec* state, Vec* d_state, Vec& d_theta,
-                    const Correction& c) const {
+  PYMETA_FN Vec direction_vjp(Vec d_direction, Vec theta, Vec g, const Vec* state, Vec* d_state,
+                              Vec& d_theta, const Correction& c) const {
     g = fma(broadcast(coupled), theta, g);
     const Vec root = square_root(state[1]), below = root + c.eps;
     const Vec through_m = d_direction * c.scale / below;
@@ -143,7 +144,7 @@ struct Adam {
 };
 
 template <class Visitor>
-void with_rule(const Optimizer& optimizer, Visitor visit) {
+PYMETA_FN void with_rule(const Optimizer& optimizer, Visitor visit) {
   if (optimizer.kind == OptimizerKind::adam) return visit(Adam(optimizer));
   if (optimizer.momentum != 0) return visit(Momentum(optimizer));
   visit(GradientStep(optimizer));
@@ -172,19 +173,20 @@ struct StepCommon {
   bool all_active;
 };
 
-inline Vec clipped_gradient(const StepArrays& a, const StepCommon& common, std::size_t i) {
+PYMETA_FN inline Vec clipped_gradient(const StepArrays& a, const StepCommon& common,
+                                      std::size_t i) {
   Vec g = load(a.gradient + i);
   if (a.start) g = fma(common.anchor, load(a.theta + i) - load(a.start + i), g);
   return g * common.clip;
 }
-inline Vec rate_at(const StepArrays& a, std::size_t i) {
+PYMETA_FN inline Vec rate_at(const StepArrays& a, std::size_t i) {
   return a.rates ? load(a.rates + i) : broadcast(a.rate);
 }
 
-template <class Rule>
-void step(const Rule& rule, const StepArrays& a, const StepCommon& common, std::size_t size,
-          Real* theta_next) {
-  for (std::size_t i = 0; i < size; i += kWidth) {
+template <class X, class Rule>
+PYMETA_FN PYMETA_APART void step(const Rule& rule, const StepArrays& a, const StepCommon& common,
+                                 std::size_t size, Real* theta_next) {
+  X::each(size, [&](std::size_t i) {
     const Vec theta = load(a.theta + i);
     Vec state[kMaxStates];
     for (int s = 0; s < Rule::kStates; ++s)
@@ -199,32 +201,41 @@ void step(const Rule& rule, const StepArrays& a, const StepCommon& common, std::
     }
     store(theta_next + i, next);
     for (int s = 0; s < Rule::kStates; ++s) store(a.state[s] + i, after[s]);
-  }
+  });
+}
+
+// The gradient of the rate, -d v: element by element, or summed into one vector.
+template <class X, class Rule>
+PYMETA_FN PYMETA_APART void step_rate_gradient(const Rule& rule, const StepArrays& a,
+                                               const StepCommon& common, const PackedTensor& packed,
+                                               const Real* v, Real* lr_gradient) {
+  const auto share = [&](std::size_t i, Vec sum) {
+    Vec before[kMaxStates];
+    for (int s = 0; s < Rule::kStates; ++s)
+      before[s] = a.state_before[s] ? load(a.state_before[s] + i) : zero();
+    const Vec g = clipped_gradient(a, common, i);
+    const Vec d = rule.direction(load(a.theta + i), g, before, common.correction);
+    return fma(-select(common.active, d, zero()), load(v + i), sum);
+  };
+  if (a.rates)
+    X::each(packed.scalars(),
+            [&](std::size_t i) { store(lr_gradient + i, share(i, load(lr_gradient + i))); });
+  else
+    X::fold(packed, lr_gradient, share);
 }
 
 // Backwards through it: v becomes its direct part, u the adjoint of the clipped gradient, `d_state` that of the state
-// before. `lr_gradient`, where wanted, gets -d v: element by element, or summed into one vector.
-template <class Rule>
-void step_vjp(const Rule& rule, const StepArrays& a, const StepCommon& common, std::size_t size,
-              Real* v, Real* u, Real* const* d_state, Real* lr_gradient) {
-  Vec rate_sum = zero();
-  for (std::size_t i = 0; i < size; i += kWidth) {
+// before.
+template <class X, class Rule>
+PYMETA_FN PYMETA_APART void step_vjp(const Rule& rule, const StepArrays& a,
+                                     const StepCommon& common, std::size_t size, Real* v, Real* u,
+                                     Real* const* d_state) {
+  X::each(size, [&](std::size_t i) {
     const Vec theta = load(a.theta + i), g = clipped_gradient(a, common, i), dv = load(v + i);
     Vec after[kMaxStates], adjoint[kMaxStates];
     for (int s = 0; s < Rule::kStates; ++s) {
       after[s] = load(a.state[s] + i);
       adjoint[s] = load(d_state[s] + i);
-    }
-    if (lr_gradient) {
-      Vec before[kMaxStates];
-      for (int s = 0; s < Rule::kStates; ++s)
-        before[s] = a.state_before[s] ? load(a.state_before[s] + i) : zero();
-      const Vec d = rule.direction(theta, g, before, common.correction);
-      const Vec active_d = select(common.active, d, zero());
-      if (a.rates)
-        store(lr_gradient + i, fma(-active_d, dv, load(lr_gradient + i)));
-      else
-        rate_sum = fma(-active_d, dv, rate_sum);
     }
     Vec d_theta;
     const Vec dg = rule.direction_vjp(-(rate_at(a, i) * dv), theta, g, after, adjoint, d_theta,
@@ -233,8 +244,7 @@ void step_vjp(const Rule& rule, const StepArrays& a, const StepCommon& common, s
     store(u + i, select(common.active, dg, zero()));
     for (int s = 0; s < Rule::kStates; ++s)
       store(d_state[s] + i, select(common.active, adjoint[s], zero()));
-  }
-  if (lr_gradient && !a.rates) store(lr_gradient, load(lr_gradient) + rate_sum);
+  });
 }
 
 PYMETA_KERNEL_END

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "portable.h"
+
 namespace pymeta {
 
 enum class Purpose : std::uint64_t { epoch = 0, split = 1 };
@@ -22,24 +24,50 @@ struct PhiloxBlock {
   std::uint64_t word[4];
 };
 
-static inline PhiloxBlock philox(const Draw& draw, std::uint64_t block) {
-  using Wide = unsigned __int128;
+// The upper half of a product.
+PYMETA_FN static inline std::uint64_t high_word(std::uint64_t a, std::uint64_t b) {
+#ifdef __CUDA_ARCH__
+  return __umul64hi(a, b);
+#else
+  return static_cast<std::uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
+#endif
+}
+
+PYMETA_FN static inline PhiloxBlock philox(const Draw& draw, std::uint64_t block) {
   constexpr std::uint64_t multiplier[2] = {0xD2E7470EE14C6C93, 0xCA5A826395121157};
   constexpr std::uint64_t weyl[2] = {0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B};
   std::uint64_t key[2] = {draw.seed, draw.stream};
   PhiloxBlock c = {{block, draw.epoch, draw.task, static_cast<std::uint64_t>(draw.purpose)}};
   for (int round = 0; round < 10; ++round) {
-    const Wide a = static_cast<Wide>(multiplier[0]) * c.word[0];
-    const Wide b = static_cast<Wide>(multiplier[1]) * c.word[2];
-    c = {{static_cast<std::uint64_t>(b >> 64) ^ c.word[1] ^ key[0], static_cast<std::uint64_t>(b),
-          static_cast<std::uint64_t>(a >> 64) ^ c.word[3] ^ key[1], static_cast<std::uint64_t>(a)}};
+    c = {{high_word(multiplier[1], c.word[2]) ^ c.word[1] ^ key[0], multiplier[1] * c.word[2],
+          high_word(multiplier[0], c.word[0]) ^ c.word[3] ^ key[1], multiplier[0] * c.word[0]}};
     key[0] += weyl[0];
     key[1] += weyl[1];
   }
   return c;
 }
 
-// order [rows]: Fisher and Yates' shuffle of 0 .. rows - 1, the word r drawing the place r * (i + 1) / 2^64.
+// Fisher and Yates' shuffle of 0 .. rows - 1 exchanges, for i = rows - 1 .. 1, the places i and r (i + 1) / 2^64, where r is
+// the next word.
+
+PYMETA_FN static inline int place_of(std::uint64_t word, int i) {
+  return static_cast<int>(high_word(word, static_cast<std::uint64_t>(i) + 1));
+}
+
+// One exchange's place by itself, for those who draw them in any order.
+PYMETA_FN static inline int exchange_place(const Draw& draw, int rows, int i) {
+  const int word = rows - 1 - i;
+  return place_of(philox(draw, static_cast<std::uint64_t>(word / 4 + 1)).word[word % 4], i);
+}
+
+template <class Index>
+PYMETA_FN static inline void exchange(Index* order, int i, int j) {
+  const Index held = order[i];
+  order[i] = order[j];
+  order[j] = held;
+}
+
+// order [rows]
 template <class Index>
 static inline void shuffle(const Draw& draw, int rows, Index* order) {
   for (int i = 0; i < rows; ++i) order[i] = static_cast<Index>(i);
@@ -51,11 +79,7 @@ static inline void shuffle(const Draw& draw, int rows, Index* order) {
       block = philox(draw, ++number);
       used = 0;
     }
-    const std::uint64_t r = block.word[used++];
-    const int j = static_cast<int>((static_cast<unsigned __int128>(r) * (i + 1)) >> 64);
-    const Index held = order[i];
-    order[i] = order[j];
-    order[j] = held;
+    exchange(order, i, place_of(block.word[used++], i));
   }
 }
 

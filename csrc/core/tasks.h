@@ -10,6 +10,9 @@
 
 namespace pymeta {
 
+// What a call computes: the meta-gradient, adapted parameters (or Reptile's sum of them), outputs.
+enum class Job { meta, adapt, predict };
+
 template <class Real>
 struct RowSet {
   const Real* x = nullptr;  // [total rows, in]
@@ -20,9 +23,16 @@ struct RowSet {
   const std::int64_t* starts = nullptr;  // [T] first row of each task, or null: task * rows
   const std::int64_t* sizes = nullptr;   // [T] rows of each task, or null: rows
 
-  std::int64_t start(std::int64_t task) const { return starts ? starts[task] : task * rows; }
-  int size(std::int64_t task) const { return static_cast<int>(sizes ? sizes[task] : rows); }
+  PYMETA_FN std::int64_t start(std::int64_t task) const {
+    return starts ? starts[task] : task * rows;
+  }
+  PYMETA_FN int size(std::int64_t task) const {
+    return static_cast<int>(sizes ? sizes[task] : rows);
+  }
 };
+
+// More inner steps than anybody waits for; their number is an int.
+constexpr std::int64_t kMostSteps = std::int64_t{1} << 30;
 
 // The inner learning rate: `rows` x `columns` values; step k uses row min(k, rows - 1).
 template <class Real>
@@ -49,12 +59,12 @@ struct Optimizer {
   double anchor = 0;       // pull towards the start (L2-SP)
 
   // theta - lr g and nothing else
-  bool is_plain() const {
+  PYMETA_FN bool is_plain() const {
     return kind == OptimizerKind::sgd && momentum == 0 && weight_decay == 0 && clip_norm == 0 &&
            anchor == 0;
   }
   // Arrays of the parameters' size that it keeps from step to step.
-  int states() const { return kind == OptimizerKind::adam ? 2 : momentum != 0 ? 1 : 0; }
+  PYMETA_FN int states() const { return kind == OptimizerKind::adam ? 2 : momentum != 0 ? 1 : 0; }
 };
 
 // Which rows each inner step uses (minibatches.h).
@@ -63,8 +73,8 @@ struct Minibatches {
   std::uint64_t seed = 0, stream = 0;
   const std::int64_t* task_ids = nullptr;  // [T], or null: 0 for all
 
-  bool whole(int rows) const { return size <= 0 || rows <= size; }
-  int count(int rows) const { return whole(rows) ? rows > 0 : (rows + size - 1) / size; }
+  PYMETA_FN bool whole(int rows) const { return size <= 0 || rows <= size; }
+  PYMETA_FN int count(int rows) const { return whole(rows) ? rows > 0 : (rows + size - 1) / size; }
 };
 
 template <class Real>
@@ -113,20 +123,22 @@ struct Call {
   int max_validation = 0;
   const std::int64_t* order = nullptr;  // [T] tasks sorted by size, or null: as they come
 
-  bool wants_gradient() const {
+  PYMETA_FN bool wants_gradient() const {
     return !sums_differences && (gradients || lr_gradient || xs_gradient || xq_gradient);
   }
-  bool second_order() const { return wants_gradient() && !first_order && steps > 0; }
+  PYMETA_FN bool second_order() const { return wants_gradient() && !first_order && steps > 0; }
   // Does the meta-gradient go back through the steps?
-  bool reverses() const {
+  PYMETA_FN bool reverses() const {
     return wants_gradient() && steps > 0 &&
            (!first_order || lr_gradient || optimizer.weight_decay != 0);
   }
   // Does each task have a start of its own for this tensor?
-  bool starts_apart(int tensor) const { return parameter_per_task && parameter_per_task[tensor]; }
-  bool by_epochs() const { return epochs >= 0; }
+  PYMETA_FN bool starts_apart(int tensor) const {
+    return parameter_per_task && parameter_per_task[tensor];
+  }
+  PYMETA_FN bool by_epochs() const { return epochs >= 0; }
   // Inner steps of a task of so many rows.
-  std::int64_t steps_of(int rows) const {
+  PYMETA_FN std::int64_t steps_of(int rows) const {
     return by_epochs() ? static_cast<std::int64_t>(epochs) * batches.count(rows) : steps;
   }
 };

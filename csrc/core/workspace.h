@@ -7,40 +7,73 @@
 
 #include <cstddef>
 
+#include "activations.h"
 #include "machine.h"
 #include "operands.h"
 #include "tasks.h"
 
 PYMETA_KERNEL_BEGIN
 
-constexpr std::size_t kNowhere = ~std::size_t{0};
+constexpr Place kNowhere = ~Place{0};
 
-// Hands out consecutive, cache-line aligned places.
+// The memory of an item's arrays. Where a machine has a small fast one beside the large one (kTwoMemories), a place says
+// in which of the two it is.
+constexpr Place kFar = ~(kNowhere >> 1) >> 1;  // the bit of places in the large one
+
+struct Memory {
+  Real* near;
+  Real* far = nullptr;
+
+  PYMETA_FN Real* at(Place place) const {
+    if constexpr (kTwoMemories)
+      if (place & kFar) return far + (place & ~kFar);
+    return near + place;
+  }
+};
+
+// Hands out consecutive, cache-line aligned places: near ones while they last, first come, first served.
 struct Places {
-  std::size_t used = 0;  // scalars
-  std::size_t take(std::size_t scalars) {
+  std::size_t most = ~std::size_t{0};  // scalars of the near memory
+  std::size_t used = 0;                // of it
+  std::size_t used_far = 0;
+
+  static std::size_t lines(std::size_t scalars) {
     constexpr std::size_t line = 64 / sizeof(Real);
-    const std::size_t place = used;
-    used += (scalars + line - 1) / line * line;
-    return place;
+    return (scalars + line - 1) / line * line;
+  }
+  bool fits(std::size_t scalars) const { return lines(scalars) <= most - used; }
+  Place take(std::size_t scalars) {
+    return fits(scalars) ? take_from(used, scalars) : take_far(scalars);
+  }
+  Place take_far(std::size_t scalars) {
+    return kTwoMemories ? take_from(used_far, scalars) | kFar : take_from(used, scalars);
+  }
+
+ private:
+  static Place take_from(std::size_t& end, std::size_t scalars) {
+    const std::size_t place = end;
+    end += lines(scalars);
+    return static_cast<Place>(place);
   }
 };
 
 // A parameter tensor as the executor keeps it: a matrix [outer, inner] with padded rows. A linear weight is
 // [in, out] (torch: [out, in]) unless it is the narrow last layer's; a vector is [1, features].
 struct PackedTensor {
-  std::size_t place;
+  Place place;
   int outer, inner;
-  long row;  // scalars from one outer index to the next
+  int row;  // scalars from one outer index to the next
   bool transposed;
+
+  PYMETA_FN std::size_t scalars() const { return static_cast<std::size_t>(outer) * row; }
 };
 
 template <class X>
 struct ParameterLayout {
-  PackedTensor tensors[kMaxTensors];
+  PackedTensor tensors[2 * kMostLayers];
   std::size_t size = 0;                // scalars of all tensors
   std::size_t size_without_first = 0;  // the first layer's weight lies last (factored.h)
-  std::size_t transposed[kMaxLayers];  // place of each linear layer's W^T, or kNowhere
+  Place transposed[kMostLayers];       // of each linear layer's W^T, or kNowhere
   std::size_t transposed_size = 0;
   bool narrow = false;  // the last layer is a narrow one (executor.h)
 
@@ -59,7 +92,7 @@ struct ParameterLayout {
         t.transposed = linear && !is_narrow;
         t.outer = !linear ? 1 : is_narrow ? layer.out : layer.in;
         t.inner = is_narrow ? layer.in : layer.out;
-        t.row = X::stride(t.inner);
+        t.row = static_cast<int>(X::stride(t.inner));
         if (l > 0) t.place = places.take(scalars(layer.weight));
         if (X::kTransposes && t.transposed && (l > 0 || input_gradient))
           transposed[l] =
@@ -67,7 +100,7 @@ struct ParameterLayout {
       }
       if (layer.bias >= 0) {
         PackedTensor& t = tensors[layer.bias];
-        t = {0, 1, layer.out, X::stride(layer.out), false};
+        t = {0, 1, layer.out, static_cast<int>(X::stride(layer.out)), false};
         t.place = places.take(t.row);
       }
     }
@@ -78,13 +111,11 @@ struct ParameterLayout {
     transposed_size = transposed_places.used;
   }
 
-  std::size_t scalars(int tensor) const {
-    return static_cast<std::size_t>(tensors[tensor].outer) * tensors[tensor].row;
-  }
+  PYMETA_FN std::size_t scalars(int tensor) const { return tensors[tensor].scalars(); }
 
   // visit(index in torch's layout, place in the packed one) for every element of a tensor.
   template <class Visitor>
-  void elements(int tensor, Visitor visit) const {
+  PYMETA_FN void elements(int tensor, Visitor visit) const {
     const PackedTensor& t = tensors[tensor];
     constexpr int block = 16;  // both sides of a transposition stay in cache
     for (int p0 = 0; p0 < t.outer; p0 += block)
@@ -99,14 +130,14 @@ struct ParameterLayout {
 
 // One pass of a set through the network: what is kept for the passes that follow.
 struct TapeLayout {
-  std::size_t a[kMaxLayers];  // output
-  std::size_t z[kMaxLayers];  // input of the activation, where its slope needs it
-  std::size_t d[kMaxLayers];  // delta at z
-  std::size_t c[kMaxLayers];  // delta at a, where the activation is bent
-  std::size_t h[kMaxLayers];  // normalisations: NormState
-  std::size_t inverse[kMaxLayers];
-  std::size_t y, dy, probability;  // class-major outputs, their deltas, softmax or sigmoid
-  std::size_t row_losses;
+  Place a[kMostLayers];  // output
+  Place z[kMostLayers];  // input of the activation, where its slope needs it
+  Place d[kMostLayers];  // delta at z
+  Place c[kMostLayers];  // delta at a, where the activation is bent
+  Place h[kMostLayers];  // normalisations: NormState
+  Place inverse[kMostLayers];
+  Place y, dy, probability;  // class-major outputs, their deltas, softmax or sigmoid
+  Place row_losses;
   std::size_t size;
 
   template <class X>
@@ -136,12 +167,12 @@ struct TapeLayout {
 
 // The tangent pass over one support tape.
 struct TangentLayout {
-  std::size_t ra[kMaxLayers];
-  std::size_t rz[kMaxLayers];  // where the activation is bent
-  std::size_t rh[kMaxLayers];
-  std::size_t q[kMaxLayers];
-  std::size_t rd[2];  // deltas of a layer and the one below it, in turn
-  std::size_t ry, rdy;
+  Place ra[kMostLayers];
+  Place rz[kMostLayers];  // where the activation is bent
+  Place rh[kMostLayers];
+  Place q[kMostLayers];
+  Place rd[2];  // deltas of a layer and the one below it, in turn
+  Place ry, rdy;
   std::size_t size;
 
   template <class X>
@@ -171,9 +202,9 @@ struct TangentLayout {
 
 // The rows of one set of an item, as the executor reads them (Extent, Matrix, LossRows).
 struct SetLayout {
-  std::size_t x;  // kNowhere where the caller's own array is read
-  std::size_t targets, scale, keep;
-  std::size_t dx;  // dL/dx, where wanted
+  Place x;  // kNowhere where the caller's own array is read
+  Place targets, scale, keep;
+  Place dx;  // dL/dx, where wanted
 
   template <class X>
   void lay_out(Places& places, const Network& network, const Loss& loss, int rows, bool copy_input,
@@ -211,13 +242,13 @@ inline bool is_factorable(const Call<Real>& call) {
   return !call.starts_apart(first.weight);
 }
 // Of one task alone, so that its result does not depend on the others.
-inline bool is_factored(const Network& network, int support_rows) {
+PYMETA_FN inline bool is_factored(const Network& network, int support_rows) {
   return 4 * support_rows <= network.layers[0].in;
 }
 
 struct FactoredLayout {
-  std::size_t gram_support, gram_query;  // [rows, support rows] of the largest tasks
-  std::size_t e, mixed;
+  Place gram_support, gram_query;  // [rows, support rows] of the largest tasks
+  Place e, mixed;
 
   template <class X>
   void lay_out(Places& places, const Layer& layer, int support_rows, int query_rows) {
@@ -237,17 +268,19 @@ struct Workspace {
   TangentLayout tangent;
   SetLayout support_set, query_set, validation_set;
   bool keeps_steps;      // every step has its own parameters and tape
-  bool keeps_gradients;  // ... and its own inner gradient and optimiser state
+  bool saves_steps;      // ... not where they are used, but in `saved`, copied there and back
+  bool keeps_gradients;  // every step has its own inner gradient and optimiser state
   bool direction_is_v;   // the reverse sweep needs no u of its own (optimizers.h)
   bool sums_losses;      // the steps' losses are asked for
   bool factorable;
   FactoredLayout factored;
-  std::size_t accumulated, lr_accumulated;  // sums over the items of a chunk (Totals)
-  std::size_t start, start_transposed;      // the item's own start, where tasks have theirs
-  std::size_t theta, theta_transposed, gradients, states, best;
-  std::size_t v, u, u_transposed, state_adjoints, support, query, tangents;
-  std::size_t order;  // int32 [kTasks, largest support set]: the shuffled rows of an epoch
-  std::size_t size;   // scalars
+  Place accumulated, lr_accumulated;  // sums over the items of a chunk (Totals)
+  Place start, start_transposed;      // the item's own start, where tasks have theirs
+  Place theta, theta_transposed, gradients, states, best, saved;
+  Place v, u, u_transposed, state_adjoints, support, query, tangents;
+  Place order;       // int32 [kTasks kOrders, largest support set]: the shuffled rows of an epoch
+  std::size_t size;  // scalars
+  std::size_t size_far;
 
   std::size_t lr_scalars(const Call<Real>& call) const {
     return call.lr.rows * (call.lr.per_element
@@ -255,17 +288,19 @@ struct Workspace {
                                : static_cast<std::size_t>(call.lr.columns) * kWidth);
   }
 
-  explicit Workspace(const Call<Real>& call)
+  // `near`: scalars of the fast memory. What every product touches asks for its place there first.
+  explicit Workspace(const Call<Real>& call, std::size_t near = ~std::size_t{0})
       : parameters(*call.network, call.xs_gradient || call.xq_gradient) {
     const Network& network = *call.network;
     const bool second = call.second_order(), reverses = call.reverses();
     direction_is_v = steps_scale_gradient(call);
     keeps_gradients = reverses && (call.lr_gradient || !direction_is_v);
     const int kept = call.steps > 1 && reverses ? call.steps : 1;
-    keeps_steps = kept > 1;
     sums_losses = call.sums_differences || call.train_curves;
     const bool minibatches = call.batches.size > 0 && call.batches.size < call.max_support;
     const int step_rows = minibatches ? call.batches.size : call.max_support;
+    const int evaluated =
+        call.max_query > call.max_validation ? call.max_query : call.max_validation;
     const bool stores_gradient =
         keeps_gradients || call.lr.per_element || !call.optimizer.is_plain();
     const bool copy_input = !X::kReadsInputInPlace || network.layers[0].kind != LayerKind::linear ||
@@ -274,42 +309,48 @@ struct Workspace {
     for (int t = 0; t < network.tensor_count; ++t)
       starts_apart = starts_apart || call.starts_apart(t);
     const std::size_t states = call.optimizer.states() * parameters.size;
+    const std::size_t each_step = keeps_gradients ? call.steps : 1;
+    support_tape.lay_out<X>(network, step_rows, true, second);
+    query_tape.lay_out<X>(network, evaluated, call.wants_gradient(), false);
+    tangent.lay_out<X>(network, call.max_support);
+    factorable = X::kFactors && is_factorable(call);
 
-    Places places;
+    Places places{near};
     const auto take_if = [&](bool wanted, std::size_t scalars) {
       return wanted ? places.take(scalars) : kNowhere;
     };
-    accumulated = take_if((call.wants_gradient() || call.sums_differences) && X::kElement > 1,
-                          parameters.size);
-    lr_accumulated = take_if(call.lr_gradient, lr_scalars(call));
-    start = take_if(starts_apart, parameters.size);
-    start_transposed = take_if(starts_apart, parameters.transposed_size);
-    theta = places.take(parameters.size * kept);
-    theta_transposed = places.take(parameters.transposed_size * kept);
-    gradients = take_if(stores_gradient, parameters.size * (keeps_gradients ? call.steps : 1));
-    this->states = take_if(states > 0, states * (keeps_gradients ? call.steps : 1));
-    best = take_if(call.validation.x, parameters.size);
+    const std::size_t of_a_step = parameters.size + parameters.transposed_size + support_tape.size;
+    keeps_steps = kept > 1 && places.fits(of_a_step * kept);
+    saves_steps = kept > 1 && !keeps_steps;
+    const std::size_t slots = keeps_steps ? kept : 1;
+    support = places.take(support_tape.size * slots);
+    tangents = take_if(second, tangent.size);
+    theta = places.take(parameters.size * slots);
+    theta_transposed = places.take(parameters.transposed_size * slots);
     v = take_if(call.wants_gradient(), parameters.size);
     u = take_if(reverses && !direction_is_v, parameters.size);
     u_transposed = take_if(second, parameters.transposed_size);
-    state_adjoints = take_if(reverses && states > 0, states);
-    order = take_if(minibatches, static_cast<std::size_t>(X::kTasks) * call.max_support);
-    support_tape.lay_out<X>(network, step_rows, true, second);
-    const int evaluated =
-        call.max_query > call.max_validation ? call.max_query : call.max_validation;
-    query_tape.lay_out<X>(network, evaluated, call.wants_gradient(), false);
-    tangent.lay_out<X>(network, call.max_support);
     support_set.lay_out<X>(places, network, *call.loss, step_rows, copy_input || minibatches,
                            call.xs_gradient);
     query_set.lay_out<X>(places, network, *call.loss, call.max_query, copy_input, call.xq_gradient);
     validation_set.lay_out<X>(places, network, *call.loss, call.max_validation, copy_input, false);
-    factorable = X::kFactors && is_factorable(call);
+    query = places.take(query_tape.size);
+    order =
+        take_if(minibatches, static_cast<std::size_t>(X::kTasks) * X::kOrders * call.max_support);
+    start = take_if(starts_apart, parameters.size);
+    start_transposed = take_if(starts_apart, parameters.transposed_size);
     if (factorable)
       factored.lay_out<X>(places, network.layers[0], call.max_support, call.max_query);
-    support = places.take(support_tape.size * kept);
-    query = places.take(query_tape.size);
-    tangents = take_if(second, tangent.size);
+    gradients = take_if(stores_gradient, parameters.size * each_step);
+    this->states = take_if(states > 0, states * each_step);
+    state_adjoints = take_if(reverses && states > 0, states);
+    lr_accumulated = take_if(call.lr_gradient, lr_scalars(call));
+    best = take_if(call.validation.x, parameters.size);
+    accumulated = take_if((call.wants_gradient() || call.sums_differences) && X::kElement > 1,
+                          parameters.size);
+    saved = saves_steps ? places.take_far(of_a_step * kept) : kNowhere;
     size = places.used;
+    size_far = places.used_far;
   }
 };
 

@@ -15,6 +15,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "../cuda/device.h"
 #include "thread_pool.h"
 
 namespace pymeta {
@@ -76,7 +77,8 @@ std::size_t find_isa(const std::string& name) {
                               "'");
 }
 
-enum class Choice { automatic, rows, lanes };
+// `emulated` is for calls with a device (bind/module.cpp); calls without one choose for themselves.
+enum class Choice { automatic, rows, lanes, emulated };
 
 std::atomic<int> chosen_isa{-1};  // -1: the best
 std::atomic<Choice> chosen_executor{Choice::automatic};
@@ -227,8 +229,6 @@ std::vector<std::int64_t> sorted_tasks(const Call<Real>& call) {
   return order;
 }
 
-constexpr std::int64_t kMostSteps = std::int64_t{1} << 30;
-
 // Below this much work (about ten microseconds) waking a second thread costs more than it saves.
 constexpr double kSmallWork = 3e4;
 
@@ -244,7 +244,10 @@ void set_isa(const std::string& name) { chosen_isa = static_cast<int>(find_isa(n
 
 std::string executor() {
   const Choice choice = chosen_executor;
-  return choice == Choice::automatic ? "auto" : choice == Choice::rows ? "rows" : "lanes";
+  return choice == Choice::automatic ? "auto"
+         : choice == Choice::rows    ? "rows"
+         : choice == Choice::lanes   ? "lanes"
+                                     : "emulated";
 }
 void set_executor(const std::string& name) {
   if (name == "auto")
@@ -253,6 +256,8 @@ void set_executor(const std::string& name) {
     chosen_executor = Choice::rows;
   else if (name == "lanes")
     chosen_executor = Choice::lanes;
+  else if (name == "emulated" && emulates())
+    chosen_executor = Choice::emulated;
   else
     throw std::invalid_argument("executor: expected 'auto', 'rows' or 'lanes', got '" + name + "'");
 }
@@ -279,7 +284,8 @@ Report plan_with(const Kernels<Real>& table, const Call<Real>& call, Job job) {
   report.executor = choice == Choice::lanes ? ExecutorKind::lanes : ExecutorKind::rows;
   report.needs = table.needs(call, job, report.executor);
   // A factored task's bits must not depend on how many tasks come with it, so there lanes are no choice.
-  if (choice == Choice::automatic && call.tasks > 1 && !report.needs.factored) {
+  if ((choice == Choice::automatic || choice == Choice::emulated) && call.tasks > 1 &&
+      !report.needs.factored) {
     const Needs lanes = table.needs(call, job, ExecutorKind::lanes);
     if (lanes.cost < report.needs.cost) {
       report.executor = ExecutorKind::lanes;

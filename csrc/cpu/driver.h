@@ -6,11 +6,10 @@
 
 #include <string.h>
 
-#include "../core/inner_loop.h"
-#include "binding.h"
+#include "../core/job.h"
+#include "item_arrays.h"
 #include "kernels.h"
 #include "lanes.h"
-#include "minibatches.h"
 #include "rows.h"
 
 PYMETA_KERNEL_BEGIN
@@ -98,8 +97,6 @@ class Driver {
   }
 
  private:
-  using Adapted = typename InnerLoop<X>::Parameters;
-
   std::int64_t items() const { return (call_.tasks + X::kTasks - 1) / X::kTasks; }
   Item<X> item(std::int64_t index) const {
     Item<X> item{};
@@ -243,19 +240,6 @@ class Driver {
                from + static_cast<std::size_t>(p) * tensor.inner, sizeof(Real) * tensor.inner);
     }
   }
-  // The way back, from a tensor without lanes.
-  void unpack(int t, const Real* from, Real* to) const {
-    const PackedTensor& tensor = layout().tensors[t];
-    const long row = tensor.row / X::kElement;
-    if (tensor.transposed) {
-      transpose_matrix(tensor.outer, tensor.inner, from, row, to, tensor.outer);
-    } else {
-      for (int p = 0; p < tensor.outer; ++p)
-        memcpy(to + static_cast<std::size_t>(p) * tensor.inner, from + p * row,
-               sizeof(Real) * tensor.inner);
-    }
-  }
-
   void share(const Real* packed) {
     const Real* transposed = packed + layout().size;
     const Real* rates = transposed + layout().transposed_size;
@@ -301,7 +285,7 @@ class Driver {
       memset(totals.gradient + totals.clear, 0, sizeof(Real) * layout().scalars(first));
     }
     if (lr_sums() > 0) memset(totals.lr_gradient, 0, sizeof(Real) * workspace_.lr_scalars(call_));
-    InnerLoop<X> loop(call_, workspace_, shared_, memory);
+    InnerLoop<X> loop(call_, workspace_, shared_, Memory{memory});
     const std::int64_t end = (chunk + 1) * each < items() ? (chunk + 1) * each : items();
     for (std::int64_t index = chunk * each; index < end; ++index) {
       process(index, index - wave_begin, loop, memory, totals);
@@ -326,176 +310,10 @@ class Driver {
   void process(std::int64_t index, std::int64_t in_wave, InnerLoop<X>& loop, Real* memory,
                const Totals& totals) {
     const Item<X> work = item(index);
-    if (workspace_.start != kNowhere) bind_start(work, memory);
-    if (job_ == Job::predict) return write_predictions(work, loop, loop.start(), memory);
-    if (call_.by_epochs()) return fine_tune(work, loop, memory);
-    if (call_.batches.size > 0) {
-      ItemBatches<X> batches(binder_, workspace_, work, memory, shared_.corrections);
-      return write(work, loop, loop.adapt(batches), totals, memory);
-    }
-    const ItemSet support = binder_.bind(call_.support, workspace_.support_set, work, memory);
-    if constexpr (X::kFactors) {
-      if (workspace_.factorable && is_factored(*call_.network, support.extent.rows)) {
-        const Layer& layer = call_.network->layers[0];
-        FactoredLayer<X> first(layer, call_.adapted[layer.weight], workspace_.factored, memory,
-                               factors_of(in_wave));
-        loop.set_factored(&first);
-        loop.begin_factored(support);
-        adapt_or_learn(work, loop, support, totals, memory);
-        loop.set_factored(nullptr);
-        return;
-      }
-    }
-    adapt_or_learn(work, loop, support, totals, memory);
-  }
-
-  // The item's own start, and its transposes, where tasks have theirs.
-  void bind_start(const Item<X>& work, Real* memory) const {
-    Real* start = memory + workspace_.start;
-    for (int t = 0; t < call_.network->tensor_count; ++t) {
-      if (!call_.starts_apart(t)) continue;
-      memset(start + layout().tensors[t].place, 0,
-             sizeof(Real) * layout().scalars(t));  // the padding
-      layout().elements(t, [&](std::size_t from, std::size_t place) {
-        for (int lane = 0; lane < work.count; ++lane)
-          start[place + lane] = call_.parameters[t][work.task[lane] * tensor_elements(t) + from];
-      });
-    }
-    if (job_ == Job::predict) return;
-    for (int l = 0; l < call_.network->layer_count; ++l) {
-      const Layer& layer = call_.network->layers[l];
-      if (layout().transposed[l] == kNowhere || !call_.starts_apart(layer.weight)) continue;
-      X::transpose(layer, start + layout().tensors[layer.weight].place,
-                   memory + workspace_.start_transposed + layout().transposed[l]);
-    }
-  }
-
-  void adapt_or_learn(const Item<X>& work, InnerLoop<X>& loop, const ItemSet& support,
-                      const Totals& totals, Real* memory) {
-    if (job_ == Job::adapt) {
-      const WholeSet steps(support, shared_.corrections);
-      const auto theta = loop.adapt(steps);
-      loop.materialise(support);
-      return write(work, loop, theta, totals, memory);
-    }
-    const ItemSet query = binder_.bind(call_.query, workspace_.query_set, work, memory);
-    const Vec loss = loop.meta_gradient(support, query, totals);
-    for (int lane = 0; lane < work.count; ++lane) call_.losses[work.task[lane]] = loss[lane];
-    if (call_.predictions) write_predictions(work, query, loop.outputs());
-    if (call_.xs_gradient)
-      write_input_gradient(work, call_.support, support, call_.second_order(), call_.xs_gradient);
-    if (call_.xq_gradient) write_input_gradient(work, call_.query, query, true, call_.xq_gradient);
-  }
-
-  void fine_tune(const Item<X>& work, InnerLoop<X>& loop, Real* memory) {
-    ItemBatches<X> batches(binder_, workspace_, work, memory, shared_.corrections);
-    ItemSet validation{};
-    if (call_.validation.x)
-      validation = binder_.bind(call_.validation, workspace_.validation_set, work, memory);
-    Curves<X> curves{call_, work};
-    const auto theta = loop.fine_tune(batches, call_.validation.x ? &validation : nullptr, curves);
-    write(work, loop, theta, Totals{}, memory);
-  }
-
-  // All that is asked for of adapted parameters.
-  void write(const Item<X>& work, InnerLoop<X>& loop, const Adapted& theta, const Totals& totals,
-             Real* memory) {
-    if (wants_gradient()) loop.add_difference(theta, totals);
-    if (call_.losses) {
-      const Vec loss = loop.mean_step_loss();
-      for (int lane = 0; lane < work.count; ++lane) call_.losses[work.task[lane]] = loss[lane];
-    }
-    if (call_.status) write_status(work, theta);
-    for (int t = 0; t < call_.network->tensor_count; ++t)
-      if (wants_adapted(t)) write_adapted(work, t, theta.tensor(t));
-    if (call_.predictions) write_predictions(work, loop, theta, memory);
-  }
-
-  bool wants_adapted(int t) const {
-    return call_.adapted_parameters && call_.adapted[t] && call_.adapted_parameters[t];
-  }
-
-  void write_adapted(const Item<X>& work, int t, const Real* from) const {
-    const std::size_t elements = tensor_elements(t);
-    Real* const to = call_.adapted_parameters[t];
-    if constexpr (X::kElement == 1) {
-      unpack(t, from, to + work.task[0] * elements);
-    } else {
-      // As many elements of a lane's tensor as there are lanes, side by side in torch's layout.
-      const PackedTensor& tensor = layout().tensors[t];
-      const int lines = tensor.transposed ? tensor.inner : tensor.outer;
-      const int length = tensor.transposed ? tensor.outer : tensor.inner;
-      const long line_step = tensor.transposed ? X::kElement : tensor.row;
-      const long step = tensor.transposed ? tensor.row : X::kElement;
-      for (int line = 0; line < lines; ++line)
-        for (int first = 0; first < length; first += kWidth) {
-          const Real* at = from + line * line_step + first * step;
-          const int count = length - first < kWidth ? length - first : kWidth;
-          Vec block[kWidth];
-#pragma GCC unroll 16
-          for (int i = 0; i < kWidth; ++i) block[i] = i < count ? load(at + i * step) : zero();
-          transpose_block(block);
-          const std::size_t place = static_cast<std::size_t>(line) * length + first;
-          for (int lane = 0; lane < work.count; ++lane) {
-            Real* const own = to + work.task[lane] * elements + place;
-            if (count == kWidth)
-              store(own, block[lane]);
-            else
-              memcpy(own, &block[lane], sizeof(Real) * count);
-          }
-        }
-    }
-  }
-
-  // 1 where any adapted weight of a task is not finite.
-  void write_status(const Item<X>& work, const Adapted& theta) const {
-    IntVec bad{};
-    for (int t = 0; t < call_.network->tensor_count; ++t) {
-      if (!call_.adapted[t]) continue;
-      const PackedTensor& tensor = layout().tensors[t];
-      for (int p = 0; p < tensor.outer; ++p)
-        for (int c = 0; c < X::vectors(tensor.inner); ++c) {
-          const Vec value = load(theta.tensor(t) + p * tensor.row + static_cast<long>(c) * kWidth);
-          bad |= X::masked_columns(value - value, tensor.inner, c) != zero();
-        }
-    }
-    for (int lane = 0; lane < work.count; ++lane)
-      call_.status[work.task[lane]] = X::kTasks == 1 ? any_lane(bad) : bad[lane] != 0;
-  }
-
-  void write_predictions(const Item<X>& work, InnerLoop<X>& loop, const Adapted& theta,
-                         Real* memory) const {
-    const ItemSet query = binder_.bind(call_.query, workspace_.query_set, work, memory);
-    loop.evaluate(theta, query);
-    write_predictions(work, query, loop.outputs());
-  }
-
-  void write_predictions(const Item<X>& work, const ItemSet& query, const Real* y) const {
-    const int out = call_.network->out_features();
-    const long classes = X::class_stride(query.extent.rows);
-    for (int lane = 0; lane < work.count; ++lane) {
-      Real* to = call_.predictions + call_.query.start(work.task[lane]) * out;
-      for (int r = 0; r < call_.query.size(work.task[lane]); ++r)
-        for (int o = 0; o < out; ++o)
-          to[static_cast<long>(r) * out + o] =
-              y[o * classes + static_cast<long>(r) * X::kElement + lane];
-    }
-  }
-
-  // `computed` is false where no pass reached the inputs: the gradient is zero.
-  void write_input_gradient(const Item<X>& work, const RowSet<Real>& set, const ItemSet& bound,
-                            bool computed, Real* gradient) const {
-    const int in = call_.network->in_features();
-    const long row = X::stride(in);
-    for (int lane = 0; lane < work.count; ++lane) {
-      Real* to = gradient + set.start(work.task[lane]) * in;
-      for (int r = 0; r < set.size(work.task[lane]); ++r)
-        for (int c = 0; c < in; ++c)
-          to[static_cast<long>(r) * in + c] =
-              computed ? bound.dx[r * row + static_cast<long>(c) * X::kElement + lane] /
-                             Real(call_.tasks)
-                       : Real(0);
-    }
+    ItemArrays<X> arrays(binder_, workspace_, shared_, memory, job_, work, factors_of(in_wave));
+    ItemJob<X, ItemArrays<X>>(call_, job_, workspace_, shared_, Memory{memory}, loop, arrays,
+                              totals)
+        .run();
   }
 
   Real mean_loss() const {
@@ -597,7 +415,8 @@ class Driver {
     for (int t = 0; call_.gradients && t < call_.network->tensor_count; ++t) {
       if (!call_.gradients[t]) continue;
       const bool apart = first_size() > 0 && t == call_.network->layers[0].weight;
-      unpack(t, apart ? first_ : sums_ + layout().tensors[t].place / X::kElement,
+      const PackedTensor& tensor = layout().tensors[t];
+      unpack(tensor, apart ? first_ : sums_ + tensor.place / X::kElement, tensor.row / X::kElement,
              call_.gradients[t]);
     }
     if (call_.lr_gradient) write_rates(lr_sums_of(sums_));
@@ -620,7 +439,9 @@ class Driver {
     }
     for (int row = 0; row < call_.lr.rows; ++row)
       each_adapted([&](int t, std::size_t first) {
-        unpack(t, sums + (row * layout().size + layout().tensors[t].place) / X::kElement,
+        const PackedTensor& tensor = layout().tensors[t];
+        unpack(tensor, sums + (row * layout().size + tensor.place) / X::kElement,
+               tensor.row / X::kElement,
                call_.lr_gradient + static_cast<std::size_t>(row) * call_.lr.columns + first);
       });
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <stdexcept>
 
 #include "thread_pool.h"
 
@@ -11,18 +12,19 @@ namespace {
 
 // Epochs of a task of so many rows find Adam's corrections packed beside the start; longer ones pack their own.
 constexpr int kUsualRows = 1024;
+constexpr std::int64_t kUsualSteps = 1 << 16;
 
 }  // namespace
 
 template <class Real>
 Engine<Real>::Engine(const Call<Real>& recipe)
     : network_(*recipe.network), loss_(*recipe.loss), call_(recipe), table_(&kernels<Real>()) {
-  const std::size_t out = static_cast<std::size_t>(network_.out_features());
+  const std::size_t out = static_cast<std::size_t>(recipe.network->out_features());
   if (loss_.weight) weight_.assign(loss_.weight, loss_.weight + out);
   if (loss_.pos_weight) pos_weight_.assign(loss_.pos_weight, loss_.pos_weight + out);
   loss_.weight = weight_.empty() ? nullptr : weight_.data();
   loss_.pos_weight = pos_weight_.empty() ? nullptr : pos_weight_.data();
-  for (int t = 0; t < network_.tensor_count; ++t) {
+  for (int t = 0; t < recipe.network->tensor_count; ++t) {
     const Tensor& tensor = network_.tensors[t];
     const std::size_t size = static_cast<std::size_t>(tensor.rows) * tensor.columns;
     tensors_.emplace_back(recipe.parameters[t], recipe.parameters[t] + size);
@@ -31,10 +33,10 @@ Engine<Real>::Engine(const Call<Real>& recipe)
   rates_.assign(recipe.lr.values,
                 recipe.lr.values + static_cast<std::size_t>(recipe.lr.rows) * recipe.lr.columns);
   if (!recipe.lr.per_element)
-    groups_.assign(recipe.lr.groups, recipe.lr.groups + network_.tensor_count);
-  std::copy(recipe.adapted, recipe.adapted + network_.tensor_count, adapted_);
+    groups_.assign(recipe.lr.groups, recipe.lr.groups + recipe.network->tensor_count);
+  std::copy(recipe.adapted, recipe.adapted + recipe.network->tensor_count, adapted_);
 
-  call_.network = &network_;
+  call_.network = &network_.network;
   call_.loss = &loss_;
   call_.adapted = adapted_;
   call_.parameters = parameters_.data();
@@ -43,7 +45,11 @@ Engine<Real>::Engine(const Call<Real>& recipe)
   call_.tasks = 1;
   // Fixed steps on all rows are what a meta-learner's evaluation does; it factors a wide first layer.
   job_ = call_.by_epochs() || call_.batches.size > 0 ? Job::adapt : Job::meta;
+  if (call_.steps > kMostSteps) throw std::invalid_argument("steps: more than 2^30");
   call_.max_support = kUsualRows;
+  while (call_.max_support > 1 && call_.steps_of(call_.max_support) > kUsualSteps)
+    call_.max_support /= 2;
+  if (call_.steps_of(call_.max_support) > kUsualSteps) return;
   const Needs needs = table_->needs(call_, job_, ExecutorKind::rows);
   start_.resize(needs.start / sizeof(Real));
   table_->pack(call_, job_, ExecutorKind::rows, start_.data());

@@ -24,8 +24,8 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  int in_features() const { return network_.in_features(); }
-  int out_features() const { return network_.out_features(); }
+  int in_features() const { return network_.network.in_features(); }
+  int out_features() const { return network_.network.out_features(); }
   bool takes_labels() const { return loss_.kind == LossKind::cross_entropy; }
 
   // xs [rows, in], ys [rows, out] or int64 labels [rows], weights [rows] or null, xq [query_rows, in] ->
@@ -44,7 +44,7 @@ class Engine {
   void give(std::unique_ptr<Block> block) const;
 
   // What call_ points to.
-  Network network_;
+  OwnedNetwork network_;
   Loss loss_;
   std::vector<double> weight_, pos_weight_;
   std::vector<std::vector<Real>> tensors_;

@@ -16,6 +16,7 @@
 
 #include "../core/network.h"
 #include "../core/operands.h"
+#include "../core/workspace.h"
 #include "gemm.h"
 
 PYMETA_KERNEL_BEGIN
@@ -26,6 +27,7 @@ template <class Access>
 struct Executor {
   static constexpr int kElement = Access::kElement;
   static constexpr int kTasks = Access::kTasks;
+  static constexpr int kOrders = 1;  // arrays of row numbers that a task's shuffle takes
 
   static int vectors(int features) { return Access::vectors(features); }
   static long stride(int features) { return static_cast<long>(vectors(features)) * kWidth; }
@@ -37,6 +39,18 @@ struct Executor {
     if (to.gate) return visit(Gate{to.p, row, to.gate, extent.keep});
     const Real floor = to.relu ? Real(0) : -Real(__builtin_inf());
     visit(Store{to.p, row, broadcast(floor), extent.keep});
+  }
+
+  template <class Body>  // body(offset) for every vector of `size` scalars
+  static void each(std::size_t size, Body body) {
+    for (std::size_t i = 0; i < size; i += kWidth) body(i);
+  }
+  template <class Body>
+  static void each_index(int count, Body body) {
+    for (int i = 0; i < count; ++i) body(i);
+  }
+  static void copy(Real* to, const Real* from, std::size_t size) {
+    each(size, [=](std::size_t i) { store(to + i, load(from + i)); });
   }
 
   template <class Body>  // body(offset into the matrix, offset into a feature vector, row)
@@ -182,6 +196,25 @@ struct Executor {
   }
   static Vec masked_columns(Vec v, int features, int vector) {
     return Access::masked_columns(v, features, vector);
+  }
+
+  // total + the sum over a tensor's elements of value(offset), each row in the order of sum_features.
+  template <class Value>
+  static Vec sum_elements(const PackedTensor& packed, Vec total, Value value) {
+    for (int outer = 0; outer < packed.outer; ++outer)
+      total = total + sum_features(packed.inner, [&](int column) {
+                const std::size_t at = outer * static_cast<std::size_t>(packed.row) +
+                                       static_cast<std::size_t>(column) * kWidth;
+                return masked_columns(value(at), packed.inner, column);
+              });
+    return total;
+  }
+  // One vector of partial sums: sum = body(offset, sum) over a tensor's vectors. Its padding adds nothing.
+  template <class Body>
+  static void fold(const PackedTensor& packed, Real* into, Body body) {
+    Vec sum = load(into);
+    each(packed.scalars(), [&](std::size_t i) { sum = body(i, sum); });
+    store(into, sum);
   }
 
   // The sum over the rows of a class-major vector, in the order of the rows.

@@ -11,7 +11,6 @@
 
 namespace pymeta {
 
-enum class Job { meta, adapt, predict };
 enum class ExecutorKind { rows, lanes };
 
 // Runs body(context, index, worker) for index in [0, count) on up to `threads` workers.

@@ -6,6 +6,7 @@
 // depend on how the compiler inlined its formula, and the two executors agree to the last bit.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 #if defined(__x86_64__)
@@ -15,6 +16,7 @@
 #endif
 
 #include "../core/kernel_namespace.h"
+#include "../core/network.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -38,6 +40,11 @@ typedef Real Vec __attribute__((vector_size(kVectorBytes)));
 typedef Int IntVec __attribute__((vector_size(kVectorBytes)));
 typedef Real UnalignedVec
     __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
+
+// For core/workspace.h.
+using Place = std::size_t;
+constexpr bool kTwoMemories = false;
+constexpr int kMostLayers = kMaxLayers;
 
 inline Vec load(const Real* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(Real* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
@@ -115,6 +122,8 @@ inline Vec with_sign_of(Vec magnitude, Vec sign) {
   const IntVec bit = (IntVec)broadcast(Real(-0.0));
   return (Vec)(((IntVec)magnitude & ~bit) | ((IntVec)sign & bit));
 }
+// v where the mask that lies at `keep` is all ones, else 0.
+inline Vec where_kept(Vec v, const Real* keep) { return (Vec)((IntVec)v & (IntVec)load(keep)); }
 inline Vec minimum(Vec a, Vec b) { return select(b < a, b, a); }
 
 // Lane i + kShift of v, cyclically.

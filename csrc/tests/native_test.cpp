@@ -165,7 +165,9 @@ class Random {
 // ---- networks and problems ---------------------------------------------------------------------
 
 struct Chain {
-  Network network;
+  OwnedNetwork owned;
+
+  const Network& network() const { return owned.network; }
 
   Chain& linear(int in, int out, bool bias = true) {
     Layer& layer = append(LayerKind::linear, in, out);
@@ -181,7 +183,7 @@ struct Chain {
     return *this;
   }
   Chain& act(ActivationKind kind, double alpha = 0, double threshold = 0) {
-    Layer* last = &network.layers[network.layer_count - 1];
+    Layer* last = &owned.layers[network().layer_count - 1];
     if (last->activation.kind != ActivationKind::identity)
       last = &append(LayerKind::none, last->out, last->out);
     last->activation = {kind, alpha, threshold};
@@ -190,7 +192,7 @@ struct Chain {
 
  private:
   Layer& append(LayerKind kind, int in, int out) {
-    Layer& layer = network.layers[network.layer_count++];
+    Layer& layer = owned.layers[owned.network.layer_count++];
     layer = Layer{};
     layer.kind = kind;
     layer.in = in;
@@ -198,8 +200,8 @@ struct Chain {
     return layer;
   }
   int tensor(const Tensor& shape) {
-    network.tensors[network.tensor_count] = shape;
-    return network.tensor_count++;
+    owned.tensors[owned.network.tensor_count] = shape;
+    return owned.network.tensor_count++;
   }
 };
 
@@ -267,7 +269,7 @@ struct Data {
 };
 
 SideData make_side(const Setup& setup, int rows, Random& random) {
-  const Network& network = setup.chain.network;
+  const Network& network = setup.chain.network();
   SideData side;
   side.rows = rows;
   const bool batch_norm = network.has_batch_norm();
@@ -295,7 +297,7 @@ SideData make_side(const Setup& setup, int rows, Random& random) {
 
 Data make_data(const Setup& setup, std::uint64_t seed) {
   Random random(seed);
-  const Network& network = setup.chain.network;
+  const Network& network = setup.chain.network();
   Data data;
   std::size_t adapted = 0;
   for (int t = 0; t < network.tensor_count; ++t) {
@@ -393,7 +395,7 @@ class Problem {
  public:
   Problem(const Setup& setup, const Data& data)
       : setup_(setup),
-        network_(std::make_unique<Network>(setup.chain.network)),
+        network_(std::make_unique<OwnedNetwork>(setup.chain.network())),
         lr_(Exact<Real>::of(data.lr)),
         support(setup, data.support),
         query(setup, data.query),
@@ -403,7 +405,7 @@ class Problem {
     loss_.kind = setup.loss;
     loss_.label_smoothing = setup.loss == LossKind::cross_entropy ? 0.125 : 0;
     loss_.delta = 0.75;
-    for (int t = 0; t < network_->tensor_count; ++t) {
+    for (int t = 0; t < network_->network.tensor_count; ++t) {
       adapted_[t] = setup.adapts_all || t > 0;
       groups_[t] = setup.rates == Rates::groups ? t % 2 : 0;
     }
@@ -452,7 +454,7 @@ class Problem {
   bool engine_agrees(const Engine<Real>& engine, std::int64_t task,
                      const Results<Real>& wanted) const {
     const int rows = support.set.size(task), query_rows = query.set.size(task);
-    const int in = network_->in_features(), out = network_->out_features();
+    const int in = network_->network.in_features(), out = network_->network.out_features();
     const std::int64_t s = support.set.start(task), q = query.set.start(task);
     Exact<Real> got(static_cast<std::size_t>(query_rows) * out, Results<Real>::kUntouched);
     const void* ys = setup_.loss == LossKind::cross_entropy
@@ -473,7 +475,7 @@ class Problem {
     pointers_.clear();
     for (const auto& p : parameters_) pointers_.push_back(p.data());
     Call<Real> c;
-    c.network = network_.get();
+    c.network = &network_->network;
     c.loss = &loss_;
     c.adapted = adapted_;
     c.parameters = pointers_.data();
@@ -554,10 +556,10 @@ class Problem {
 
   static constexpr int kEpochs = 3;
   // All rows where a minibatch of one could not be normalised.
-  int batch() const { return network_->has_batch_norm() ? 0 : 4; }
+  int batch() const { return network_->network.has_batch_norm() ? 0 : 4; }
 
   const Setup& setup_;
-  std::unique_ptr<Network> network_;
+  std::unique_ptr<OwnedNetwork> network_;
   Exact<std::int64_t> task_ids_;
   Loss loss_;
   bool adapted_[kMaxTensors] = {};
@@ -759,7 +761,7 @@ void check_isolation(const Setup& setup, const std::string& name) {
   while (spoiled + 1 < setup.tasks && data.support.sizes[static_cast<std::size_t>(spoiled)] == 0)
     ++spoiled;
   const std::size_t first = static_cast<std::size_t>(problem.support_side().set.start(spoiled)) *
-                            static_cast<std::size_t>(setup.chain.network.in_features());
+                            static_cast<std::size_t>(setup.chain.network().in_features());
   if (first >= problem.support_side().x.size()) return;
   problem.support_side().x[first] = std::numeric_limits<Real>::quiet_NaN();
   const Results<Real> after = problem.results();

@@ -1,0 +1,110 @@
+// What is done with one item: bind its rows, adapt its weights or learn from them, write what is wanted.
+//
+// `Arrays` is an executor's way between an item and the caller's arrays (cpu/item_arrays.h, cuda/task_arrays.h):
+//   start()                        brings in the item's own start, where tasks have theirs
+//   set(rows, layout)              an ItemSet of all rows
+//   batches(), curves()            what InnerLoop::adapt and fine_tune take
+//   write_losses(loss)             one number for each task
+//   write_status(theta), write_adapted(tensor, from), write_predictions(set, outputs)
+//   write_input_gradient(rows, set, computed, to)
+//   factors()                      only where the executor has factored layers
+#pragma once
+
+#include "inner_loop.h"
+
+PYMETA_KERNEL_BEGIN
+
+template <class X, class Arrays>
+class ItemJob {
+ public:
+  PYMETA_FN ItemJob(const Call<Real>& call, Job job, const Workspace<X>& workspace,
+                    const Shared& shared, const Memory& memory, InnerLoop<X>& loop, Arrays& arrays,
+                    const Totals& totals)
+      : call_(call),
+        job_(job),
+        workspace_(workspace),
+        shared_(shared),
+        memory_(memory),
+        loop_(loop),
+        arrays_(arrays),
+        totals_(totals) {}
+
+  PYMETA_FN void run() {
+    if (workspace_.start != kNowhere) arrays_.start();
+    if (job_ == Job::predict) return write_predictions(loop_.start());
+    if (call_.by_epochs()) return fine_tune();
+    if (call_.batches.size > 0) {
+      auto batches = arrays_.batches();
+      return write(loop_.adapt(batches));
+    }
+    const ItemSet support = arrays_.set(call_.support, workspace_.support_set);
+    if constexpr (X::kFactors) {
+      if (workspace_.factorable && is_factored(*call_.network, support.extent.rows)) {
+        const Layer& layer = call_.network->layers[0];
+        FactoredLayer<X> first(layer, call_.adapted[layer.weight], workspace_.factored, memory_,
+                               arrays_.factors());
+        loop_.set_factored(&first);
+        loop_.begin_factored(support);
+        adapt_or_learn(support);
+        loop_.set_factored(nullptr);
+        return;
+      }
+    }
+    adapt_or_learn(support);
+  }
+
+ private:
+  using Parameters = typename InnerLoop<X>::Parameters;
+
+  PYMETA_FN void adapt_or_learn(const ItemSet& support) {
+    if (job_ == Job::adapt) {
+      const WholeSet steps(support, shared_.corrections);
+      const Parameters theta = loop_.adapt(steps);
+      loop_.materialise(support);
+      return write(theta);
+    }
+    const ItemSet query = arrays_.set(call_.query, workspace_.query_set);
+    arrays_.write_losses(loop_.meta_gradient(support, query, totals_));
+    if (call_.predictions) arrays_.write_predictions(query, loop_.outputs());
+    if (call_.xs_gradient)
+      arrays_.write_input_gradient(call_.support, support, call_.second_order(), call_.xs_gradient);
+    if (call_.xq_gradient)
+      arrays_.write_input_gradient(call_.query, query, true, call_.xq_gradient);
+  }
+
+  PYMETA_FN void fine_tune() {
+    auto batches = arrays_.batches();
+    auto curves = arrays_.curves();
+    ItemSet validation{};
+    if (call_.validation.x) validation = arrays_.set(call_.validation, workspace_.validation_set);
+    write(loop_.fine_tune(batches, call_.validation.x ? &validation : nullptr, curves));
+  }
+
+  // All that is asked for of adapted parameters.
+  PYMETA_FN void write(const Parameters& theta) {
+    if (call_.sums_differences && call_.gradients) loop_.add_difference(theta, totals_);
+    if (call_.losses) arrays_.write_losses(loop_.mean_step_loss());
+    if (call_.status) arrays_.write_status(theta);
+    for (int t = 0; t < call_.network->tensor_count; ++t)
+      if (call_.adapted_parameters && call_.adapted[t] && call_.adapted_parameters[t])
+        arrays_.write_adapted(t, theta.tensor(t));
+    if (call_.predictions) write_predictions(theta);
+  }
+
+  PYMETA_FN void write_predictions(const Parameters& theta) {
+    const ItemSet query = arrays_.set(call_.query, workspace_.query_set);
+    loop_.evaluate(theta, query);
+    arrays_.write_predictions(query, loop_.outputs());
+  }
+
+  const Call<Real>& call_;
+  const Job job_;
+  const Workspace<X>& workspace_;
+  const Shared& shared_;
+  const Memory& memory_;
+  InnerLoop<X>& loop_;
+  Arrays& arrays_;
+  const Totals& totals_;
+};
+
+PYMETA_KERNEL_END

@@ -1,0 +1,10 @@
+// What a function of core/ is marked with, so that it can run on a GPU too.
+#pragma once
+
+#ifdef __CUDACC__
+#define PYMETA_FN __host__ __device__
+#define PYMETA_APART __noinline__  // one copy of what many places call
+#else
+#define PYMETA_FN
+#define PYMETA_APART
+#endif

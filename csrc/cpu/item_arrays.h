@@ -1,0 +1,165 @@
+// The way between an item and the caller's arrays (core/job.h).
+#pragma once
+
+#include <string.h>
+
+#include "binding.h"
+#include "minibatches.h"
+
+PYMETA_KERNEL_BEGIN
+
+// A tensor without lanes, in torch's layout; `row` scalars lie from one outer index of `from` to the next.
+inline void unpack(const PackedTensor& tensor, const Real* from, long row, Real* to) {
+  if (tensor.transposed) {
+    transpose_matrix(tensor.outer, tensor.inner, from, row, to, tensor.outer);
+  } else {
+    for (int p = 0; p < tensor.outer; ++p)
+      memcpy(to + static_cast<std::size_t>(p) * tensor.inner, from + p * row,
+             sizeof(Real) * tensor.inner);
+  }
+}
+
+template <class X>
+class ItemArrays {
+ public:
+  using Parameters = typename InnerLoop<X>::Parameters;
+
+  ItemArrays(const Binder<X>& binder, const Workspace<X>& workspace, const Shared& shared,
+             Real* memory, Job job, const Item<X>& work, const Factors& factors)
+      : call_(binder.call()),
+        binder_(binder),
+        workspace_(workspace),
+        layout_(workspace.parameters),
+        shared_(shared),
+        memory_(memory),
+        job_(job),
+        work_(work),
+        factors_(factors) {}
+
+  ItemSet set(const RowSet<Real>& rows, const SetLayout& layout) const {
+    return binder_.bind(rows, layout, work_, memory_);
+  }
+  ItemBatches<X> batches() const {
+    return {binder_, workspace_, work_, memory_, shared_.corrections};
+  }
+  Curves<X> curves() const { return {call_, work_}; }
+  const Factors& factors() const { return factors_; }
+
+  // With its transposes.
+  void start() const {
+    Real* start = memory_ + workspace_.start;
+    for (int t = 0; t < call_.network->tensor_count; ++t) {
+      if (!call_.starts_apart(t)) continue;
+      memset(start + layout_.tensors[t].place, 0,
+             sizeof(Real) * layout_.scalars(t));  // the padding
+      layout_.elements(t, [&](std::size_t from, std::size_t place) {
+        for (int lane = 0; lane < work_.count; ++lane)
+          start[place + lane] = call_.parameters[t][work_.task[lane] * elements(t) + from];
+      });
+    }
+    if (job_ == Job::predict) return;
+    for (int l = 0; l < call_.network->layer_count; ++l) {
+      const Layer& layer = call_.network->layers[l];
+      if (layout_.transposed[l] == kNowhere || !call_.starts_apart(layer.weight)) continue;
+      X::transpose(layer, start + layout_.tensors[layer.weight].place,
+                   memory_ + workspace_.start_transposed + layout_.transposed[l]);
+    }
+  }
+
+  void write_losses(Vec loss) const {
+    for (int lane = 0; lane < work_.count; ++lane) call_.losses[work_.task[lane]] = loss[lane];
+  }
+
+  // 1 where any adapted weight of a task is not finite.
+  void write_status(const Parameters& theta) const {
+    IntVec bad{};
+    for (int t = 0; t < call_.network->tensor_count; ++t) {
+      if (!call_.adapted[t]) continue;
+      const PackedTensor& tensor = layout_.tensors[t];
+      for (int p = 0; p < tensor.outer; ++p)
+        for (int c = 0; c < X::vectors(tensor.inner); ++c) {
+          const Vec value = load(theta.tensor(t) + static_cast<long>(p) * tensor.row +
+                                 static_cast<long>(c) * kWidth);
+          bad |= X::masked_columns(value - value, tensor.inner, c) != zero();
+        }
+    }
+    for (int lane = 0; lane < work_.count; ++lane)
+      call_.status[work_.task[lane]] = X::kTasks == 1 ? any_lane(bad) : bad[lane] != 0;
+  }
+
+  void write_adapted(int t, const Real* from) const {
+    Real* const to = call_.adapted_parameters[t];
+    const PackedTensor& tensor = layout_.tensors[t];
+    if constexpr (X::kElement == 1) {
+      unpack(tensor, from, tensor.row, to + work_.task[0] * elements(t));
+    } else {
+      // As many elements of a lane's tensor as there are lanes, side by side in torch's layout.
+      const int lines = tensor.transposed ? tensor.inner : tensor.outer;
+      const int length = tensor.transposed ? tensor.outer : tensor.inner;
+      const long line_step = tensor.transposed ? X::kElement : tensor.row;
+      const long step = tensor.transposed ? tensor.row : X::kElement;
+      for (int line = 0; line < lines; ++line)
+        for (int first = 0; first < length; first += kWidth) {
+          const Real* at = from + line * line_step + first * step;
+          const int count = length - first < kWidth ? length - first : kWidth;
+          Vec block[kWidth];
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth; ++i) block[i] = i < count ? load(at + i * step) : zero();
+          transpose_block(block);
+          const std::size_t place = static_cast<std::size_t>(line) * length + first;
+          for (int lane = 0; lane < work_.count; ++lane) {
+            Real* const own = to + work_.task[lane] * elements(t) + place;
+            if (count == kWidth)
+              store(own, block[lane]);
+            else
+              memcpy(own, &block[lane], sizeof(Real) * count);
+          }
+        }
+    }
+  }
+
+  void write_predictions(const ItemSet& query, const Real* y) const {
+    const int out = call_.network->out_features();
+    const long classes = X::class_stride(query.extent.rows);
+    for (int lane = 0; lane < work_.count; ++lane) {
+      Real* to = call_.predictions + call_.query.start(work_.task[lane]) * out;
+      for (int r = 0; r < call_.query.size(work_.task[lane]); ++r)
+        for (int o = 0; o < out; ++o)
+          to[static_cast<long>(r) * out + o] =
+              y[o * classes + static_cast<long>(r) * X::kElement + lane];
+    }
+  }
+
+  // `computed` is false where no pass reached the inputs: the gradient is zero.
+  void write_input_gradient(const RowSet<Real>& rows, const ItemSet& bound, bool computed,
+                            Real* gradient) const {
+    const int in = call_.network->in_features();
+    const long row = X::stride(in);
+    for (int lane = 0; lane < work_.count; ++lane) {
+      Real* to = gradient + rows.start(work_.task[lane]) * in;
+      for (int r = 0; r < rows.size(work_.task[lane]); ++r)
+        for (int c = 0; c < in; ++c)
+          to[static_cast<long>(r) * in + c] =
+              computed ? bound.dx[r * row + static_cast<long>(c) * X::kElement + lane] /
+                             Real(call_.tasks)
+                       : Real(0);
+    }
+  }
+
+ private:
+  std::size_t elements(int t) const {
+    return static_cast<std::size_t>(layout_.tensors[t].outer) * layout_.tensors[t].inner;
+  }
+
+  const Call<Real>& call_;
+  const Binder<X>& binder_;
+  const Workspace<X>& workspace_;
+  const ParameterLayout<X>& layout_;
+  const Shared& shared_;
+  Real* memory_;
+  Job job_;
+  const Item<X>& work_;
+  Factors factors_;
+};
+
+PYMETA_KERNEL_END

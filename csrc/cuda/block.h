@@ -1,0 +1,278 @@
+// The `block` executor: one task at a time, its numbers shared out to the threads of a CUDA block.
+//
+// Every thread runs the algorithm of core/inner_loop.h; all take the same branches, and each operation here does a
+// thread's share and then waits for the others, so that the next one finds all of it done. What an operation returns (a
+// sum) is the same number in every thread. A matrix [rows, features] has rows of an odd number of quads (four numbers): each
+// begins at 16 bytes, and a column of quads meets all banks of shared memory. Padding holds anything and reaches nothing.
+// The order of every sum is fixed and does not depend on the number of threads.
+#pragma once
+
+#include "../core/operands.h"
+#include "../core/workspace.h"
+#include "product.h"
+
+PYMETA_KERNEL_BEGIN
+
+struct Block {
+  static constexpr int kElement = 1;
+  static constexpr int kTasks = 1;
+  static constexpr int kOrders = 2;  // minibatches: the order, and what was drawn for it
+  static constexpr bool kTransposes = false;
+  static constexpr bool kReadsInputInPlace = false;
+  static constexpr bool kFactors = false;
+  static constexpr int kScratch = 512;  // numbers at the beginning of shared memory
+
+  PYMETA_FN static int vectors(int features) { return features; }
+  PYMETA_FN static long stride(int features) { return 4 * ((features + 3) / 4 | 1); }
+  PYMETA_FN static int blocks(int rows) { return rows; }
+  PYMETA_FN static long class_stride(int rows) { return rows; }
+
+  PYMETA_FN static Real* scratch() { return reinterpret_cast<Real*>(shared_memory()); }
+
+  // ---- elements ------------------------------------------------------------------------------------------------
+
+  template <class Body>
+  PYMETA_FN static void each(std::size_t size, Body body) {
+    for (std::size_t i = thread_index(); i < size; i += thread_count()) body(i);
+    sync();
+  }
+  template <class Body>
+  PYMETA_FN static void each_index(int count, Body body) {
+    for (int i = thread_index(); i < count; i += thread_count()) body(i);
+    sync();
+  }
+  // Whole quads: `size` is a multiple of four, as the sizes of arrays in a workspace are.
+  PYMETA_FN PYMETA_APART static void copy(Real* to, const Real* from, std::size_t size) {
+    each(size / 4, [=](std::size_t i) { store_quad(to + 4 * i, load_quad(from + 4 * i)); });
+  }
+  template <class Body>  // body(offset into the matrix, feature, row)
+  PYMETA_FN static void map(const Extent& extent, int features, Body body) {
+    const int step_rows = thread_count() / features, step_columns = thread_count() % features;
+    int r = thread_index() / features, c = thread_index() % features;
+    while (r < extent.rows) {
+      body(r * stride(features) + c, static_cast<long>(c), r);
+      r += step_rows;
+      c += step_columns;
+      if (c >= features) {
+        c -= features;
+        ++r;
+      }
+    }
+    sync();
+  }
+  template <class Visitor>  // visit(emit(value, row, column))
+  PYMETA_FN static void with_epilogue(const Destination& to, long row, const Extent&,
+                                      Visitor visit) {
+    const Epilogue epilogue = destined(to, row);
+    visit([&](Vec v, int r, int c) { epilogue.emit(v, r, c); });
+  }
+
+  // ---- linear layers -------------------------------------------------------------------------------------------
+
+  PYMETA_FN PYMETA_APART static void apply(const Layer& layer, const Extent& extent,
+                                           const Term* terms, int count, const Real* bias,
+                                           const Destination& to) {
+    Product p{extent.rows, layer.out, {}, count, bias, destined(to, stride(layer.out))};
+    for (int i = 0; i < count; ++i)
+      p.pieces[i] = {terms[i].x.p, static_cast<int>(terms[i].x.row), terms[i].w,
+                     static_cast<int>(stride(layer.out)), layer.in};
+    multiply<Form::nn>(p);
+  }
+  PYMETA_FN PYMETA_APART static void apply_transposed(const Layer& layer, const Extent& extent,
+                                                      const Term* terms, int count,
+                                                      const Destination& to) {
+    Product p{extent.rows, layer.in, {}, count, nullptr, destined(to, stride(layer.in))};
+    for (int i = 0; i < count; ++i)
+      p.pieces[i] = {terms[i].x.p, static_cast<int>(terms[i].x.row), terms[i].w,
+                     static_cast<int>(stride(layer.out)), layer.out};
+    multiply<Form::nt>(p);
+  }
+  PYMETA_FN PYMETA_APART static void outer(int in, int out, const Extent& extent,
+                                           const Matrix (*pairs)[2], int count, const Sink& sink) {
+    if (!sink.out) return;
+    Product p{in, out, {}, count, nullptr, sunk(sink, stride(out))};
+    for (int i = 0; i < count; ++i)
+      p.pieces[i] = {pairs[i][0].p, static_cast<int>(pairs[i][0].row), pairs[i][1].p,
+                     static_cast<int>(pairs[i][1].row), extent.rows};
+    multiply<Form::tn>(p);
+  }
+  PYMETA_FN static void transpose(const Layer&, const Real*, Real*) {}
+
+  // body(offset into the matrix, feature), summed over the rows
+  template <class Body>
+  PYMETA_FN static void sum_rows(const Extent& extent, int features, const Sink& sink, Body body) {
+    if (!sink.out) return;
+    const Epilogue epilogue = sunk(sink, 0);
+    const long row = stride(features);
+    each_index(features, [&](int c) {
+      Real sum = 0;
+      for (int r = 0; r < extent.rows; ++r) sum += body(r * row + c, static_cast<long>(c));
+      epilogue.emit(sum, 0, c);
+    });
+  }
+
+  // The narrow last layer; its weight is [out, stride(in)], outputs and their deltas are class-major.
+
+  PYMETA_FN PYMETA_APART static void narrow_apply(const Layer& layer, const Extent& extent,
+                                                  const Term* terms, int count, const Real* bias,
+                                                  Real* y) {
+    const int rows = extent.rows;
+    sums(
+        rows * layer.out,
+        [&](int index, int part) {
+          const int o = index / rows, r = index % rows;
+          Real sum = 0;
+          for (int i = 0; i < count; ++i) {
+            const Real* x = terms[i].x.p + r * terms[i].x.row;
+            const Real* w = terms[i].w + o * stride(layer.in);
+            for (int k = 4 * part; k < layer.in; k += 4 * kParts)
+              for (int j = k; j < k + 4 && j < layer.in; ++j) sum = fma(x[j], w[j], sum);
+          }
+          return sum;
+        },
+        [&](int index, Real sum) { y[index] = sum + (bias ? bias[index / rows] : Real(0)); });
+  }
+  PYMETA_FN PYMETA_APART static void narrow_apply_transposed(const Layer& layer,
+                                                             const Extent& extent,
+                                                             const Term* terms, int count,
+                                                             const Destination& to) {
+    const Epilogue epilogue = destined(to, stride(layer.in));
+    const int rows = extent.rows;
+    map(extent, layer.in, [&](long, long c, int r) {
+      Real sum = 0;
+      for (int i = 0; i < count; ++i)
+        for (int o = 0; o < layer.out; ++o)
+          sum = fma(terms[i].x.p[o * rows + r], terms[i].w[o * stride(layer.in) + c], sum);
+      epilogue.emit(sum, r, static_cast<int>(c));
+    });
+  }
+  PYMETA_FN PYMETA_APART static void narrow_outer(int in, int out, const Extent& extent,
+                                                  const Matrix (*pairs)[2], int count,
+                                                  const Sink& sink) {
+    if (!sink.out) return;
+    const Epilogue epilogue = sunk(sink, stride(in));
+    const int rows = extent.rows;
+    map({out, nullptr, 0}, in, [&](long, long c, int o) {
+      Real sum = 0;
+      for (int i = 0; i < count; ++i)
+        for (int r = 0; r < rows; ++r)
+          sum = fma(pairs[i][1].p[o * rows + r], pairs[i][0].p[r * pairs[i][0].row + c], sum);
+      epilogue.emit(sum, o, static_cast<int>(c));
+    });
+  }
+  PYMETA_FN static void narrow_sum_rows(int out, const Extent& extent, const Real* dy,
+                                        const Sink& sink) {
+    if (!sink.out) return;
+    const Epilogue epilogue = sunk(sink, 0);
+    const int rows = extent.rows;
+    sums(
+        out,
+        [&](int o, int part) {
+          Real sum = 0;
+          for (int r = part; r < rows; r += kParts) sum += dy[o * rows + r];
+          return sum;
+        },
+        [&](int o, Real sum) { epilogue.emit(sum, 0, o); });
+  }
+
+  PYMETA_FN PYMETA_APART static void to_class_major(const Extent& extent, int out,
+                                                    const Real* matrix, Real* y) {
+    map(extent, out,
+        [=, rows = extent.rows](long at, long c, int r) { y[c * rows + r] = matrix[at]; });
+  }
+  PYMETA_FN PYMETA_APART static void from_class_major(const Extent& extent, int out, const Real* y,
+                                                      Real* matrix) {
+    map(extent, out,
+        [=, rows = extent.rows](long at, long c, int r) { matrix[at] = y[c * rows + r]; });
+  }
+
+  // ---- sums ----------------------------------------------------------------------------------------------------
+
+  // By one thread alone: body(feature) in four interleaved partial sums.
+  template <class Body>
+  PYMETA_FN static Vec sum_features(int features, Body body) {
+    Real sum[4] = {};
+    int i = 0;
+    for (; i + 4 <= features; i += 4)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[j] += body(i + j);
+    for (int j = 0; i < features; ++i, ++j) sum[j] += body(i);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  }
+  PYMETA_FN static Vec masked_columns(Vec v, int, int) { return v; }
+
+  // The rest by all threads, through the scratch.
+
+  PYMETA_FN static Vec sum_rows_in_order(const Extent& extent, const Real* values) {
+    Real sum = 0;
+    for (int r = 0; r < extent.rows; ++r) sum += values[r];
+    sync();
+    return sum;
+  }
+  // total + the sum of value(offset) over a tensor's elements.
+  template <class Value>
+  PYMETA_FN static Vec sum_elements(const PackedTensor& packed, Vec total, Value value) {
+    return total + sum_partials(packed, [&](std::size_t at, Real sum) { return sum + value(at); });
+  }
+  template <class Body>  // sum = body(offset, sum)
+  PYMETA_FN static void fold(const PackedTensor& packed, Real* into, Body body) {
+    const Real sum = sum_partials(packed, body);
+    if (thread_index() == 0) *into += sum;
+    sync();
+  }
+
+ private:
+  static constexpr int kParts = 8;       // of each of many sums
+  static constexpr int kPartials = 256;  // of one long sum
+  static constexpr int kGroups = 16;     // of those
+
+  PYMETA_FN static Epilogue destined(const Destination& to, long row) {
+    const Epilogue::Kind kind = to.gate   ? Epilogue::gate
+                                : to.relu ? Epilogue::relu
+                                          : Epilogue::plain;
+    return {kind, to.p, static_cast<int>(row), to.gate, nullptr, 1};
+  }
+  PYMETA_FN static Epilogue sunk(const Sink& sink, long row) {
+    return {Epilogue::accumulate, sink.out,  static_cast<int>(row), sink.base,
+            sink.extra,           sink.scale};
+  }
+
+  // emit(index, sum of part(index, p) over p < kParts) for each index; a part is a thread's work.
+  template <class Part, class Emit>
+  PYMETA_FN static void sums(int count, Part part, Emit emit) {
+    constexpr int together = kScratch / kParts;
+    Real* parts = scratch();
+    for (int first = 0; first < count; first += together) {
+      const int now = count - first < together ? count - first : together;
+      each_index(now * kParts, [&](int i) { parts[i] = part(first + i / kParts, i % kParts); });
+      each_index(now, [&](int i) {
+        const Real* p = parts + i * kParts;
+        emit(first + i, ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7])));
+      });
+    }
+  }
+
+  template <class Body>
+  PYMETA_FN static Real sum_partials(const PackedTensor& packed, Body body) {
+    Real* partials = scratch();
+    Real* groups = partials + kPartials;
+    const int elements = packed.outer * packed.inner;
+    each_index(kPartials, [&](int p) {
+      Real sum = 0;
+      for (int i = p; i < elements; i += kPartials)
+        sum = body(static_cast<std::size_t>(i / packed.inner) * packed.row + i % packed.inner, sum);
+      partials[p] = sum;
+    });
+    each_index(kGroups, [&](int g) {
+      Real sum = 0;
+      for (int p = g; p < kPartials; p += kGroups) sum += partials[p];
+      groups[g] = sum;
+    });
+    Real total = 0;
+    for (int g = 0; g < kGroups; ++g) total += groups[g];
+    sync();
+    return total;
+  }
+};
+
+PYMETA_KERNEL_END

@@ -1,0 +1,229 @@
+// One call on blocks: what a kernel is given, and the three kernels of a call.
+//
+//   pack_start    the start in the executor's layout, with rates and Adam's corrections
+//   run_tasks     every task, all steps, query loss and reverse sweep: a block takes a chunk of tasks after the other and
+//                 leaves the sum of their gradients for each chunk
+//   reduce_sums   the chunks' sums, added in a fixed order, and the mean loss
+// A chunk is a fixed run of tasks; how many there are depends on the call alone, and so does every bit of the result.
+// Everything that a kernel needs to know travels in its parameters: a call copies nothing to the device.
+#pragma once
+
+#include "task_arrays.h"
+
+PYMETA_KERNEL_BEGIN
+
+constexpr int kMostTensors = 2 * kMostLayers;
+
+// Pointers of `call` to what lies in the frame itself are set where it is read (Frame::settle).
+struct Frame {
+  Call<Real> call;
+  Network network;
+  Layer layers[kMostLayers];
+  Loss loss;
+  bool adapted[kMostTensors];
+  bool per_task[kMostTensors];
+  int groups[kMostTensors];
+  Workspace<Block> workspace;
+  Shared shared;
+  Job job;
+  Real* sums;  // [chunks, sums_size]: gradients, then those of the learning rate
+  std::size_t sums_size, gradient_sums, lr_sums;
+  std::int64_t chunks, each;  // tasks of a chunk
+  Real* far;                  // [blocks, workspace.size_far]
+
+  // What follows is read where it is; a block has its own copy of what comes before.
+  double weight[kBlockWeights], pos_weight[kBlockWeights];
+  const Real* parameters[kMostTensors];
+  Real* gradients[kMostTensors];
+  Real* adapted_parameters[kMostTensors];
+  Real* packed;  // the start, as `shared` points to it
+
+  Frame(const Call<Real>& described, std::size_t near) : workspace(described, near) {}
+
+  // `lies` is the frame as it was given: where the part that is not copied lies.
+  PYMETA_FN void settle(const Frame& lies) {
+    network.layers = layers;
+    if (loss.weight) loss.weight = lies.weight;
+    if (loss.pos_weight) loss.pos_weight = lies.pos_weight;
+    call.network = &network;
+    call.loss = &loss;
+    call.adapted = adapted;
+    call.lr.groups = groups;
+    call.parameters = lies.parameters;
+    if (call.parameter_per_task) call.parameter_per_task = per_task;
+    if (call.gradients) call.gradients = const_cast<Real* const*>(lies.gradients);
+    if (call.adapted_parameters)
+      call.adapted_parameters = const_cast<Real* const*>(lies.adapted_parameters);
+  }
+};
+
+constexpr std::size_t kFrameCopied = offsetof(Frame, weight);
+static_assert(kFrameCopied % sizeof(double) == 0, "copied in words");
+static_assert(sizeof(Frame) <= 8192, "a kernel's parameters");
+
+// Shared memory: the scratch, the block's frame, then the near memory of the workspace.
+constexpr std::size_t kFramePlace = sizeof(Real) * Block::kScratch;
+constexpr std::size_t kNearPlace = (kFramePlace + kFrameCopied + 63) / 64 * 64;
+
+PYMETA_FN inline Frame& own_frame(const Frame& given) {
+  Frame& own = *reinterpret_cast<Frame*>(shared_memory() + kFramePlace);
+  const double* from = reinterpret_cast<const double*>(&given);
+  double* to = reinterpret_cast<double*>(&own);
+  Block::each_index(static_cast<int>(kFrameCopied / sizeof(double)),
+                    [&](int i) { to[i] = from[i]; });
+  if (thread_index() == 0) own.settle(given);
+  sync();
+  return own;
+}
+
+PYMETA_FN inline void run_tasks(const Frame& given) {
+  const Frame& frame = own_frame(given);
+  const Call<Real>& call = frame.call;
+  const Workspace<Block>& workspace = frame.workspace;
+  const Memory memory{reinterpret_cast<Real*>(shared_memory() + kNearPlace),
+                      frame.far + block_index() * workspace.size_far};
+  for (std::int64_t chunk = block_index(); chunk < frame.chunks; chunk += block_count()) {
+    Real* sums = frame.sums + chunk * static_cast<std::int64_t>(frame.sums_size);
+    Totals totals{sums, sums + frame.gradient_sums, true, workspace.parameters.size};
+    Block::each(frame.lr_sums, [&](std::size_t i) { totals.lr_gradient[i] = 0; });
+    InnerLoop<Block> loop(call, workspace, frame.shared, memory);
+    const std::int64_t first = chunk * frame.each;
+    for (std::int64_t task = first; task < first + frame.each && task < call.tasks; ++task) {
+      TaskArrays arrays(call, workspace, frame.shared, memory, task);
+      ItemJob<Block, TaskArrays>(call, frame.job, workspace, frame.shared, memory, loop, arrays,
+                                 totals)
+          .run();
+      totals.fresh = false;
+      sync();  // before the next task's rows take the place of this one's
+    }
+  }
+}
+
+// ---- before and after ------------------------------------------------------------------------------------------
+
+// The element of torch's tensor that belongs at (outer, inner) of the packed one.
+PYMETA_FN inline std::size_t index_in_torch(const PackedTensor& p, int outer, int inner) {
+  return p.transposed ? static_cast<std::size_t>(inner) * p.outer + outer
+                      : static_cast<std::size_t>(outer) * p.inner + inner;
+}
+
+// visit(tensor, outer, inner) of a place among the packed parameters; nothing for padding.
+template <class Visitor>
+PYMETA_FN void at_place(const Frame& frame, std::size_t place, Visitor visit) {
+  for (int t = 0; t < frame.network.tensor_count; ++t) {
+    const PackedTensor& p = frame.workspace.parameters.tensors[t];
+    if (place < p.place || place >= p.place + p.scalars()) continue;
+    const int outer = static_cast<int>((place - p.place) / p.row),
+              inner = static_cast<int>((place - p.place) % p.row);
+    if (inner < p.inner) visit(t, p, outer, inner);
+    return;
+  }
+}
+// The first column of each tensor's own among the rates of all adapted elements.
+PYMETA_FN inline std::size_t first_rate(const Frame& frame, int tensor) {
+  std::size_t first = 0;
+  for (int t = 0; t < tensor; ++t) {
+    const PackedTensor& p = frame.workspace.parameters.tensors[t];
+    if (frame.adapted[t]) first += static_cast<std::size_t>(p.outer) * p.inner;
+  }
+  return first;
+}
+
+// packed: [parameters], [lr.rows, parameters] where rates are per element, [steps, 2] corrections
+PYMETA_FN inline std::size_t rates_size(const Call<Real>& call, const Workspace<Block>& workspace) {
+  return call.lr.per_element ? workspace.parameters.size * call.lr.rows : 0;
+}
+PYMETA_FN inline std::size_t correction_count(const Call<Real>& call) {
+  return call.optimizer.kind == OptimizerKind::adam
+             ? static_cast<std::size_t>(call.steps_of(call.max_support))
+             : 0;
+}
+
+PYMETA_FN inline void pack_start(const Frame& frame) {
+  const Call<Real>& call = frame.call;
+  const std::size_t size = frame.workspace.parameters.size;
+  const std::size_t rates = rates_size(call, frame.workspace);
+  const std::size_t all = size + rates + correction_count(call);
+  const std::size_t first =
+      static_cast<std::size_t>(block_index()) * thread_count() + thread_index();
+  const std::size_t threads = static_cast<std::size_t>(block_count()) * thread_count();
+  for (std::size_t i = first; i < all; i += threads) {
+    if (i >= size + rates) {
+      // As the CPU's driver.h has it, with the powers by themselves.
+      const std::size_t k = i - size - rates;
+      const double t = static_cast<double>(k + 1);
+      const double root = ::sqrt(1 - ::pow(call.optimizer.beta2, t));
+      Real* to = frame.packed + size + rates + 2 * k;
+      to[0] = Real(root / (1 - ::pow(call.optimizer.beta1, t)));
+      to[1] = Real(call.optimizer.eps * root);
+      continue;
+    }
+    Real value = 0;
+    at_place(frame, i % size, [&](int t, const PackedTensor& p, int outer, int inner) {
+      const std::size_t index = index_in_torch(p, outer, inner);
+      if (i < size)
+        value = call.parameter_per_task && frame.per_task[t] ? Real(0) : frame.parameters[t][index];
+      else if (frame.adapted[t])
+        value = call.lr.values[(i / size - 1) * call.lr.columns + first_rate(frame, t) + index];
+    });
+    frame.packed[i] = value;
+  }
+}
+
+constexpr int kReduceColumns = 32, kReduceGroups = 8;  // of a block of threads
+
+// A group of threads adds every eighth chunk of a column, then one adds the groups. The last block has the mean loss.
+PYMETA_FN inline void reduce_sums(const Frame& frame) {
+  const Call<Real>& call = frame.call;
+  double* partial = reinterpret_cast<double*>(shared_memory());
+  constexpr int all = kReduceColumns * kReduceGroups;
+  if (block_index() == block_count() - 1) {
+    if (!call.mean_loss) return;
+    Block::each_index(all, [&](int i) {
+      double sum = 0;
+      for (std::int64_t task = i; task < call.tasks; task += all)
+        sum += static_cast<double>(call.losses[task]);
+      partial[i] = sum;
+    });
+    if (thread_index() == 0) {
+      double sum = 0;
+      for (int i = 0; i < all; ++i) sum += partial[i];
+      *call.mean_loss = Real(sum / static_cast<double>(call.tasks > 0 ? call.tasks : 1));
+    }
+    return;
+  }
+  const std::size_t first = static_cast<std::size_t>(block_index()) * kReduceColumns;
+  Real* sums = reinterpret_cast<Real*>(partial);  // [groups, columns]
+  Block::each_index(all, [&](int i) {
+    const std::size_t column = first + i % kReduceColumns;
+    Real sum = 0;
+    for (std::int64_t chunk = i / kReduceColumns; chunk < frame.chunks && column < frame.sums_size;
+         chunk += kReduceGroups)
+      sum += frame.sums[chunk * static_cast<std::int64_t>(frame.sums_size) + column];
+    sums[i] = sum;
+  });
+  Block::each_index(kReduceColumns, [&](int c) {
+    const std::size_t column = first + c;
+    if (column >= frame.gradient_sums + frame.lr_sums) return;
+    Real sum = sums[c];
+    for (int g = 1; g < kReduceGroups; ++g) sum += sums[g * kReduceColumns + c];
+    sum = sum / Real(call.tasks > 0 ? call.tasks : 1);
+    if (column < frame.gradient_sums) {
+      at_place(frame, column, [&](int t, const PackedTensor& p, int outer, int inner) {
+        if (frame.gradients[t]) frame.gradients[t][index_in_torch(p, outer, inner)] = sum;
+      });
+    } else if (!call.lr.per_element) {
+      call.lr_gradient[column - frame.gradient_sums] = sum;
+    } else {
+      const std::size_t size = frame.workspace.parameters.size;
+      const std::size_t at = column - frame.gradient_sums;
+      at_place(frame, at % size, [&](int t, const PackedTensor& p, int outer, int inner) {
+        if (frame.adapted[t])
+          call.lr_gradient[at / size * call.lr.columns + first_rate(frame, t) +
+                           index_in_torch(p, outer, inner)] = sum;
+      });
+    }
+  });
+}
+
+PYMETA_KERNEL_END

@@ -1,0 +1,231 @@
+#include "device.h"
+
+#include "limits.h"
+
+#include <atomic>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+#ifdef PYMETA_HAS_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace pymeta {
+
+#ifdef PYMETA_HAS_CUDA
+extern const BlockKernels<float> cuda_blocks_float;
+extern const BlockKernels<double> cuda_blocks_double;
+#endif
+#ifdef PYMETA_HAS_EMULATOR
+extern const BlockKernels<float> emulated_blocks_float;
+extern const BlockKernels<double> emulated_blocks_double;
+#endif
+
+namespace {
+
+constexpr std::size_t kLargestTask = std::size_t{1} << 30;  // scalars: places are 30 bits
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+#ifdef PYMETA_HAS_CUDA
+
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+std::string find_cuda_reason() {
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no CUDA driver";
+  cudaRuntimeGetVersion(&runtime);
+  // Kernel parameters of more than 4 KiB came with 12.1.
+  constexpr int needed = 12010;
+  if (driver < needed)
+    return "the driver is too old: it has CUDA " + version(driver) + ", and " + version(needed) +
+           " is needed";
+  int count = 0;
+  const cudaError_t wrong = cudaGetDeviceCount(&count);
+  if (wrong == cudaErrorInsufficientDriver)
+    return "the driver is too old: it has CUDA " + version(driver) + ", this build is for " +
+           version(runtime);
+  if (wrong != cudaSuccess) return cudaGetErrorString(wrong);
+  return count > 0 ? "" : "there is no CUDA device";
+}
+
+int attribute(cudaDeviceAttr which, int ordinal) {
+  int value = 0;
+  cudaDeviceGetAttribute(&value, which, ordinal);
+  return value;
+}
+
+DeviceFacts find_facts(int ordinal) {
+  DeviceFacts facts;
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, ordinal) == cudaSuccess) facts.name = properties.name;
+  facts.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, ordinal) +
+                     attribute(cudaDevAttrComputeCapabilityMinor, ordinal);
+  facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, ordinal);
+  facts.most_threads = kBlockThreads;
+  facts.block_bytes =
+      static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal));
+  facts.multiprocessor_bytes =
+      static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, ordinal));
+  return facts;
+}
+
+// The device of a block of code, put back behind it.
+class OnDevice {
+ public:
+  explicit OnDevice(int ordinal) {
+    check(cudaGetDevice(&before_));
+    if (before_ != ordinal) check(cudaSetDevice(ordinal));
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  static void check(cudaError_t wrong) {
+    if (wrong != cudaSuccess) throw std::runtime_error(cudaGetErrorString(wrong));
+  }
+  int before_ = 0;
+};
+
+#else
+
+std::string find_cuda_reason() { return "this build of pymeta has no CUDA executor"; }
+
+#endif
+
+// Small, so that tests come upon everything that a GPU does with larger tasks.
+const DeviceFacts& emulated_facts() {
+  static const DeviceFacts facts{
+      "emulated", 0, 2, 4, std::size_t{96} << 10, std::size_t{192} << 10};
+  return facts;
+}
+
+std::atomic<int> chosen_threads{0};
+std::atomic<std::size_t> chosen_bytes{0};
+
+// The tables of a build, by device; device_facts() has seen to it that there is one.
+template <class Real>
+const BlockKernels<Real>& kernels_of(int ordinal) {
+  const std::pair<const BlockKernels<float>*, const BlockKernels<double>*> tables =
+#ifdef PYMETA_HAS_EMULATOR
+      ordinal == kEmulated ? std::pair(&emulated_blocks_float, &emulated_blocks_double) :
+#endif
+#ifdef PYMETA_HAS_CUDA
+                           std::pair(&cuda_blocks_float, &cuda_blocks_double);
+#else
+      std::pair<const BlockKernels<float>*, const BlockKernels<double>*>{};
+#endif
+  return *std::get<const BlockKernels<Real>*>(tables);
+}
+
+}  // namespace
+
+bool emulates() {
+#ifdef PYMETA_HAS_EMULATOR
+  return true;
+#else
+  return false;
+#endif
+}
+
+const std::string& cuda_reason() {
+  static const std::string reason = find_cuda_reason();
+  return reason;
+}
+
+int device_count() {
+  int count = 0;
+#ifdef PYMETA_HAS_CUDA
+  if (cuda_reason().empty()) cudaGetDeviceCount(&count);
+#endif
+  return count;
+}
+
+const DeviceFacts& device_facts(int ordinal) {
+  if (ordinal == kEmulated) {
+    if (!emulates()) refuse("device: this build of pymeta has no emulated device");
+    return emulated_facts();
+  }
+  if (!cuda_reason().empty()) refuse("device: " + cuda_reason());
+  if (ordinal < 0 || ordinal >= device_count())
+    refuse("device: there is no cuda:" + std::to_string(ordinal));
+#ifdef PYMETA_HAS_CUDA
+  static const std::vector<DeviceFacts>* const all = [] {
+    auto* found = new std::vector<DeviceFacts>;
+    for (int i = 0; i < device_count(); ++i) found->push_back(find_facts(i));
+    return found;
+  }();
+  return (*all)[static_cast<std::size_t>(ordinal)];
+#else
+  return emulated_facts();  // not reached
+#endif
+}
+
+std::string unfit_for_blocks(const Network& network, const Loss& loss) {
+  if (network.layer_count > kBlockLayers)
+    return "the model has " + std::to_string(network.layer_count) +
+           " layers (an activation counts to the layer before it); the CUDA executor takes " +
+           std::to_string(kBlockLayers);
+  if ((loss.weight || loss.pos_weight) && network.out_features() > kBlockWeights)
+    return "the loss has weights for " + std::to_string(network.out_features()) +
+           " outputs; the CUDA executor takes " + std::to_string(kBlockWeights);
+  return "";
+}
+
+BlockOptions block_options() { return {chosen_threads, chosen_bytes}; }
+void set_block_options(const BlockOptions& options) {
+  if (options.threads < 0 || options.threads > kBlockThreads)
+    refuse("block_threads: expected 0 (the planner's choice) to " + std::to_string(kBlockThreads) +
+           ", got " + std::to_string(options.threads));
+  chosen_threads = options.threads;
+  chosen_bytes = options.bytes;
+}
+
+template <class Real>
+BlockPlan plan_on(int ordinal, const Call<Real>& call, Job job) {
+  const DeviceFacts& facts = device_facts(ordinal);
+  if (ordinal != kEmulated && facts.capability < 80)
+    refuse("device: " + facts.name + " has compute capability " +
+           std::to_string(facts.capability / 10) + "." + std::to_string(facts.capability % 10) +
+           ", and 8.0 is needed");
+  const BlockOptions options = block_options();
+  if (ordinal != kEmulated && options.threads % 32 != 0)
+    refuse("block_threads: expected a multiple of 32 on a GPU, got " +
+           std::to_string(options.threads));
+  const BlockPlan plan =
+      kernels_of<Real>(ordinal).plan(call, job, facts, options.threads, options.bytes);
+  if (plan.far_scalars >= kLargestTask)
+    refuse("tasks: one of them needs " + std::to_string(plan.far_scalars * sizeof(Real) >> 30) +
+           " GiB of workspace on the device, more than " +
+           std::to_string(kLargestTask * sizeof(Real) >> 30));
+  return plan;
+}
+
+template <class Real>
+void run_on(int ordinal, std::uintptr_t stream, char* workspace, std::size_t bytes,
+            const Call<Real>& call, Job job) {
+  const BlockPlan plan = plan_on(ordinal, call, job);
+  if (bytes < plan.workspace_bytes)
+    refuse("workspace: expected " + std::to_string(plan.workspace_bytes) + " bytes, got " +
+           std::to_string(bytes));
+#ifdef PYMETA_HAS_CUDA
+  if (ordinal != kEmulated) {
+    const OnDevice guard(ordinal);
+    if (const char* wrong = kernels_of<Real>(ordinal).run(call, job, plan, stream, workspace))
+      throw std::runtime_error(wrong);
+    return;
+  }
+#endif
+  kernels_of<Real>(ordinal).run(call, job, plan, stream, workspace);
+}
+
+template BlockPlan plan_on(int, const Call<float>&, Job);
+template BlockPlan plan_on(int, const Call<double>&, Job);
+template void run_on(int, std::uintptr_t, char*, std::size_t, const Call<float>&, Job);
+template void run_on(int, std::uintptr_t, char*, std::size_t, const Call<double>&, Job);
+
+}  // namespace pymeta

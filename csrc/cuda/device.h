@@ -1,0 +1,73 @@
+// The block executor as the rest sees it: devices, plans and calls, in plain data.
+//
+// A device is a GPU by its number, or kEmulated: the same code on threads of the host (a build option, for tests).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../core/tasks.h"
+
+namespace pymeta {
+
+constexpr int kEmulated = -1;
+
+struct DeviceFacts {
+  std::string name;
+  int capability = 0;  // 90 for 9.0
+  int multiprocessors = 1;
+  int most_threads = 1;         // of a block, for these kernels
+  std::size_t block_bytes = 0;  // shared memory that a block can have
+  std::size_t multiprocessor_bytes = 0;
+};
+
+struct BlockPlan {
+  int threads;  // of a block, which is of a task
+  int blocks;   // at once
+  std::int64_t chunks;
+  std::size_t near_scalars;     // of a task, in shared memory
+  std::size_t block_bytes;      // shared memory of a block
+  std::size_t far_scalars;      // of a task, in the workspace
+  std::size_t workspace_bytes;  // of the call
+  bool saves;                   // the steps' tapes are copied to the workspace and back
+};
+
+// One instance for each machine and Real (blocks.h).
+template <class Real>
+struct BlockKernels {
+  BlockPlan (*plan)(const Call<Real>&, Job, const DeviceFacts&, int threads,
+                    std::size_t block_bytes);
+  // Null, or what went wrong.
+  const char* (*run)(const Call<Real>&, Job, const BlockPlan&, std::uintptr_t stream,
+                     char* workspace);
+};
+
+// Why the CUDA executor cannot run in this process; empty where it can.
+const std::string& cuda_reason();
+int device_count();
+bool emulates();
+// Throws std::invalid_argument where there is no such device.
+const DeviceFacts& device_facts(int ordinal);
+
+// Why blocks cannot run a network of this description; empty where they can.
+std::string unfit_for_blocks(const Network& network, const Loss& loss);
+
+// For tests and tuning: threads and shared memory of a block instead of the planner's choice; 0: its choice.
+struct BlockOptions {
+  int threads = 0;
+  std::size_t bytes = 0;
+};
+BlockOptions block_options();
+void set_block_options(const BlockOptions& options);  // throws std::invalid_argument
+
+// The call on a device; addresses in it are the device's. Call::max_support and its like are known, and what can be known
+// without looking at the device's data was checked.
+template <class Real>
+BlockPlan plan_on(int ordinal, const Call<Real>& call, Job job);
+template <class Real>
+void run_on(int ordinal, std::uintptr_t stream, char* workspace, std::size_t bytes,
+            const Call<Real>& call, Job job);  // throws std::runtime_error
+
+}  // namespace pymeta

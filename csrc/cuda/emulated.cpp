@@ -1,0 +1,39 @@
+// The block executor on the host: emulated blocks, for tests. Compiled once for each Real.
+
+#include "blocks.h"
+
+PYMETA_KERNEL_BEGIN
+
+struct Launcher {
+  // The kernels before and after do not care how many threads a block has.
+  static int few(int) { return 2; }
+  const char* pack(int, int threads, const Frame& frame) const {
+    emulation::launch(2, threads, 64, [&] { pack_start(frame); });
+    return nullptr;
+  }
+  const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame) const {
+    emulation::launch(blocks, threads, bytes, [&] { run_tasks(frame); });
+    return nullptr;
+  }
+  const char* reduce(int blocks, int threads, const Frame& frame) const {
+    emulation::launch(blocks, threads, sizeof(double) * kReduceColumns * kReduceGroups,
+                      [&] { reduce_sums(frame); });
+    return nullptr;
+  }
+};
+
+const char* run_blocks(const Call<Real>& call, Job job, const BlockPlan& plan, std::uintptr_t,
+                       char* workspace) {
+  return BlockCall(call, job).run(plan, Launcher{}, workspace);
+}
+
+PYMETA_KERNEL_END
+
+#define PYMETA_TABLE_(real) emulated_blocks_##real
+#define PYMETA_TABLE(real) PYMETA_TABLE_(real)
+
+namespace pymeta {
+extern const BlockKernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_REAL);
+const BlockKernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_REAL) = {PYMETA_ISA::plan_blocks,
+                                                             PYMETA_ISA::run_blocks};
+}  // namespace pymeta

@@ -1,0 +1,66 @@
+// The block executor on the GPU: its kernels and their launches. Compiled once for each Real.
+
+#include <cuda_runtime_api.h>
+
+#include "blocks.h"
+
+PYMETA_KERNEL_BEGIN
+
+__global__ void __launch_bounds__(kBlockThreads)
+    pack_start_kernel(const __grid_constant__ Frame frame) {
+  pack_start(frame);
+}
+__global__ void __launch_bounds__(kBlockThreads)
+    run_tasks_kernel(const __grid_constant__ Frame frame) {
+  run_tasks(frame);
+}
+__global__ void __launch_bounds__(kBlockThreads)
+    reduce_sums_kernel(const __grid_constant__ Frame frame) {
+  reduce_sums(frame);
+}
+
+struct Launcher {
+  cudaStream_t stream;
+
+  static int few(int threads) { return threads; }
+
+  const char* pack(int blocks, int threads, const Frame& frame) const {
+    return launch(pack_start_kernel, blocks, threads, 0, frame);
+  }
+  const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame) const {
+    const cudaError_t wrong = cudaFuncSetAttribute(
+        run_tasks_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (wrong != cudaSuccess) return cudaGetErrorString(wrong);
+    return launch(run_tasks_kernel, blocks, threads, bytes, frame);
+  }
+  const char* reduce(int blocks, int threads, const Frame& frame) const {
+    return launch(reduce_sums_kernel, blocks, threads,
+                  sizeof(double) * kReduceColumns * kReduceGroups, frame);
+  }
+
+ private:
+  template <class Kernel>
+  const char* launch(Kernel kernel, int blocks, int threads, std::size_t bytes,
+                     const Frame& frame) const {
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), bytes, stream>>>(frame);
+    const cudaError_t wrong = cudaGetLastError();
+    return wrong == cudaSuccess ? nullptr : cudaGetErrorString(wrong);
+  }
+};
+
+const char* run_blocks(const Call<Real>& call, Job job, const BlockPlan& plan,
+                       std::uintptr_t stream, char* workspace) {
+  return BlockCall(call, job).run(plan, Launcher{reinterpret_cast<cudaStream_t>(stream)},
+                                  workspace);
+}
+
+PYMETA_KERNEL_END
+
+#define PYMETA_TABLE_(real) cuda_blocks_##real
+#define PYMETA_TABLE(real) PYMETA_TABLE_(real)
+
+namespace pymeta {
+extern const BlockKernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_REAL);
+const BlockKernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_REAL) = {PYMETA_ISA::plan_blocks,
+                                                             PYMETA_ISA::run_blocks};
+}  // namespace pymeta

@@ -1,0 +1,146 @@
+// The machine of the block executor: a `Vec` is one number, and the threads of a block share an operation's numbers.
+//
+// Compiled three times: by nvcc for the GPU, by nvcc for the host (layouts and plans alone), and by the C++ compiler
+// with PYMETA_EMULATE, where a block's threads are threads of the host and its barrier is a real one. Contraction is off
+// here as on the CPU: a product is fused with a sum exactly where fma() is written.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "../core/kernel_namespace.h"
+#include "../core/network.h"
+#include "limits.h"
+#ifdef PYMETA_EMULATE
+#include "emulated.h"
+#endif
+
+PYMETA_KERNEL_BEGIN
+
+using Real = PYMETA_REAL;
+constexpr bool kDouble = sizeof(Real) == 8;
+constexpr int kWidth = 1;
+using Vec = Real;
+
+// For core/workspace.h: shared memory is the near one, the caller's workspace the far one.
+using Place = std::uint32_t;
+constexpr bool kTwoMemories = true;
+constexpr int kMostLayers = kBlockLayers;
+
+// What a comparison gives, with the operators of a vector's mask.
+struct IntVec {
+  bool on = false;
+
+  PYMETA_FN IntVec() {}
+  PYMETA_FN IntVec(bool b) : on(b) {}
+  PYMETA_FN friend IntVec operator&(IntVec a, IntVec b) { return a.on && b.on; }
+  PYMETA_FN friend IntVec operator|(IntVec a, IntVec b) { return a.on || b.on; }
+  PYMETA_FN friend IntVec operator~(IntVec a) { return !a.on; }
+};
+
+PYMETA_FN inline Vec load(const Real* p) { return *p; }
+PYMETA_FN inline void store(Real* p, Vec v) { *p = v; }
+PYMETA_FN inline Vec broadcast(Real s) { return s; }
+PYMETA_FN inline Vec zero() { return 0; }
+PYMETA_FN inline Vec select(IntVec mask, Vec yes, Vec no) { return mask.on ? yes : no; }
+PYMETA_FN inline bool any_lane(IntVec mask) { return mask.on; }
+PYMETA_FN inline bool all_lanes(IntVec mask) { return mask.on; }
+PYMETA_FN inline Vec where_kept(Vec v, const Real*) { return v; }  // a block has one task
+
+PYMETA_FN inline Vec fma(Vec a, Vec b, Vec c) {
+  if constexpr (kDouble)
+    return ::fma(a, b, c);
+  else
+    return ::fmaf(a, b, c);
+}
+PYMETA_FN inline Vec square_root(Vec v) {
+  if constexpr (kDouble)
+    return ::sqrt(v);
+  else
+    return ::sqrtf(v);
+}
+PYMETA_FN inline Vec at_least(Vec v, Vec floor) { return floor > v ? floor : v; }  // keeps a NaN
+PYMETA_FN inline Vec minimum(Vec a, Vec b) { return b < a ? b : a; }
+PYMETA_FN inline Vec absolute(Vec v) {
+  if constexpr (kDouble)
+    return ::fabs(v);
+  else
+    return ::fabsf(v);
+}
+PYMETA_FN inline Vec with_sign_of(Vec magnitude, Vec sign) {
+  if constexpr (kDouble)
+    return ::copysign(magnitude, sign);
+  else
+    return ::copysignf(magnitude, sign);
+}
+PYMETA_FN inline Vec exp(Vec v) {
+  if constexpr (kDouble)
+    return ::exp(v);
+  else
+    return ::expf(v);
+}
+PYMETA_FN inline Vec expm1(Vec v) {
+  if constexpr (kDouble)
+    return ::expm1(v);
+  else
+    return ::expm1f(v);
+}
+PYMETA_FN inline Vec log(Vec v) {
+  if constexpr (kDouble)
+    return ::log(v);
+  else
+    return ::logf(v);
+}
+PYMETA_FN inline Vec log1p(Vec v) {
+  if constexpr (kDouble)
+    return ::log1p(v);
+  else
+    return ::log1pf(v);
+}
+PYMETA_FN inline Vec tanh(Vec v) {
+  if constexpr (kDouble)
+    return ::tanh(v);
+  else
+    return ::tanhf(v);
+}
+PYMETA_FN inline Vec sigmoid(Vec v) { return Real(1) / (exp(-v) + Real(1)); }
+// erfc keeps the small values of the lower tail.
+PYMETA_FN inline Vec normal_cdf(Vec v) {
+  constexpr Real root_half = Real(0.70710678118654752440);
+  if constexpr (kDouble)
+    return Real(0.5) * ::erfc(-v * root_half);
+  else
+    return Real(0.5) * ::erfcf(-v * root_half);
+}
+
+// ---- the threads of a block ------------------------------------------------------------------------------------
+
+#if defined(__CUDA_ARCH__)
+PYMETA_FN inline int thread_index() { return static_cast<int>(threadIdx.x); }
+PYMETA_FN inline int thread_count() { return static_cast<int>(blockDim.x); }
+PYMETA_FN inline int block_index() { return static_cast<int>(blockIdx.x); }
+PYMETA_FN inline int block_count() { return static_cast<int>(gridDim.x); }
+PYMETA_FN inline void sync() { __syncthreads(); }
+// The block's shared memory, from its beginning.
+PYMETA_FN inline char* shared_memory() {
+  extern __shared__ __align__(16) char pymeta_shared_memory[];
+  return pymeta_shared_memory;
+}
+#elif defined(PYMETA_EMULATE)
+inline int thread_index() { return emulation::self.thread; }
+inline int thread_count() { return emulation::self.block->threads; }
+inline int block_index() { return emulation::self.block->index; }
+inline int block_count() { return emulation::self.block->count; }
+inline void sync() { emulation::self.block->barrier.wait(); }
+inline char* shared_memory() { return emulation::self.block->shared; }
+#else  // nvcc's host pass: device code that is never called
+PYMETA_FN inline int thread_index() { return 0; }
+PYMETA_FN inline int thread_count() { return 1; }
+PYMETA_FN inline int block_index() { return 0; }
+PYMETA_FN inline int block_count() { return 1; }
+PYMETA_FN inline void sync() {}
+PYMETA_FN inline char* shared_memory() { return nullptr; }
+#endif
+
+PYMETA_KERNEL_END

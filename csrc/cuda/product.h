@@ -1,0 +1,211 @@
+// Small matrix products by the threads of a block: C = bias + sum over pieces of A_s B_s, with the epilogue in the store.
+//
+// A thread computes tiles of kTileRows x 4 outputs in registers; tiles go round the threads, along a row first. Rows of all
+// matrices begin at multiples of 16 bytes (Block::stride), so operands are read four at a time:
+//   nn  A[m][k] B[k][n]   x W        a row of B serves neighbouring threads, an element of A the whole tile row
+//   nt  A[m][k] B[n][k]   d W^T      rows of B lie an odd number of quads apart: a quarter warp meets every bank once
+//   tn  A[k][m] B[k][n]   x^T d      both are read along their rows
+// Every output is one chain of fused multiply-adds in the order of k whatever the tile, so a task's bits do not depend
+// on how many threads it has. Tiles are as tall as leaves a tile for each thread: tall ones need fewer loads for each
+// multiply-add. Padding columns of the result are set to 0.
+#pragma once
+
+#include "machine.h"
+
+PYMETA_KERNEL_BEGIN
+
+struct alignas(16) Quad {
+  Real v[4];
+};
+PYMETA_FN inline Quad load_quad(const Real* p) { return *reinterpret_cast<const Quad*>(p); }
+PYMETA_FN inline void store_quad(Real* p, const Quad& q) { *reinterpret_cast<Quad*>(p) = q; }
+
+enum class Form { nn, nt, tn };
+
+struct Piece {
+  const Real* a;
+  int a_row;
+  const Real* b;
+  int b_row;
+  int depth;
+};
+
+// What happens to a finished number v on its way to `out`.
+struct Epilogue {
+  enum Kind { plain, relu, gate, accumulate } kind = plain;
+  Real* out = nullptr;
+  int row = 0;
+  const Real* other = nullptr;  // gate: the ReLU's output; accumulate: base
+  const Real* extra = nullptr;
+  Real scale = 1;
+
+  PYMETA_FN Real operator()(Real v, std::size_t at) const {
+    if (kind == relu) return at_least(v, 0);
+    if (kind == gate) return other[at] <= Real(0) ? Real(0) : v;
+    if (kind == accumulate) {
+      if (extra && other) return fma(scale, v, extra[at]) + other[at];
+      if (const Real* only = extra ? extra : other) return fma(scale, v, only[at]);
+      return v * scale;
+    }
+    return v;
+  }
+  PYMETA_FN void emit(Real v, int m, int n) const {
+    const std::size_t at = static_cast<std::size_t>(m) * row + n;
+    out[at] = (*this)(v, at);
+  }
+};
+
+struct Product {
+  int rows, columns;
+  Piece pieces[2];
+  int count;
+  const Real* bias;  // [columns], or null
+  Epilogue epilogue;
+};
+
+template <int kTileRows>
+struct Tile {
+  Real sum[kTileRows][4];
+
+  PYMETA_FN void add(Real a, const Quad& b, int m) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sum[m][c] = fma(a, b.v[c], sum[m][c]);
+  }
+};
+
+// A's rows past the last are those of the last: what they make is not stored.
+PYMETA_FN inline int within(int i, int count) { return i < count ? i : count - 1; }
+
+template <int kTileRows>
+PYMETA_FN void add_piece_nn(const Piece& p, int rows, int m0, int n0, Tile<kTileRows>& tile) {
+  const Real* a[kTileRows];
+#pragma unroll
+  for (int m = 0; m < kTileRows; ++m) a[m] = p.a + within(m0 + m, rows) * p.a_row;
+  const Real* b = p.b + n0;
+  int k = 0;
+  for (; k + 4 <= p.depth; k += 4) {
+    Quad left[kTileRows], right[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) right[j] = load_quad(b + (k + j) * p.b_row);
+#pragma unroll
+    for (int m = 0; m < kTileRows; ++m) left[m] = load_quad(a[m] + k);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int m = 0; m < kTileRows; ++m) tile.add(left[m].v[j], right[j], m);
+  }
+  for (; k < p.depth; ++k) {
+    const Quad right = load_quad(b + k * p.b_row);
+#pragma unroll
+    for (int m = 0; m < kTileRows; ++m) tile.add(a[m][k], right, m);
+  }
+}
+
+template <int kTileRows>
+PYMETA_FN void add_piece_nt(const Piece& p, int rows, int columns, int m0, int n0,
+                            Tile<kTileRows>& tile) {
+  const Real *a[kTileRows], *b[4];
+#pragma unroll
+  for (int m = 0; m < kTileRows; ++m) a[m] = p.a + within(m0 + m, rows) * p.a_row;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) b[c] = p.b + within(n0 + c, columns) * p.b_row;
+  int k = 0;
+  for (; k + 4 <= p.depth; k += 4) {
+    Quad left[kTileRows], right[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) right[c] = load_quad(b[c] + k);
+#pragma unroll
+    for (int m = 0; m < kTileRows; ++m) left[m] = load_quad(a[m] + k);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int m = 0; m < kTileRows; ++m)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          tile.sum[m][c] = fma(left[m].v[j], right[c].v[j], tile.sum[m][c]);
+  }
+  for (; k < p.depth; ++k)
+#pragma unroll
+    for (int m = 0; m < kTileRows; ++m)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) tile.sum[m][c] = fma(a[m][k], b[c][k], tile.sum[m][c]);
+}
+
+template <int kTileRows>
+PYMETA_FN void add_piece_tn(const Piece& p, int rows, int m0, int n0, Tile<kTileRows>& tile) {
+  const Real* a = p.a + m0;
+  const Real* b = p.b + n0;
+#pragma unroll 4
+  for (int k = 0; k < p.depth; ++k) {
+    const Quad right = load_quad(b + k * p.b_row);
+    if constexpr (kTileRows % 4 == 0) {
+#pragma unroll
+      for (int quad = 0; quad < kTileRows; quad += 4) {
+        const Quad left = load_quad(a + k * p.a_row + (m0 + quad < rows ? quad : 0));
+#pragma unroll
+        for (int m = 0; m < 4; ++m) tile.add(left.v[m], right, quad + m);
+      }
+    } else {
+#pragma unroll
+      for (int m = 0; m < kTileRows; ++m)
+        tile.add(a[k * p.a_row + within(m0 + m, rows) - m0], right, m);
+    }
+  }
+}
+
+template <int kTileRows>
+PYMETA_FN void finish_tile(const Product& p, int m0, int n0, const Tile<kTileRows>& tile) {
+#pragma unroll
+  for (int m = 0; m < kTileRows; ++m) {
+    if (m0 + m >= p.rows) break;
+    const std::size_t at = static_cast<std::size_t>(m0 + m) * p.epilogue.row + n0;
+    Quad result;
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      result.v[c] = n0 + c < p.columns ? p.epilogue(tile.sum[m][c], at + c) : Real(0);
+    store_quad(p.epilogue.out + at, result);
+  }
+}
+
+template <Form kForm, int kTileRows>
+PYMETA_FN PYMETA_APART void multiply_by_tiles(const Product& p) {
+  const int across = (p.columns + 3) / 4;
+  const int tiles = across * ((p.rows + kTileRows - 1) / kTileRows);
+  for (int t = thread_index(); t < tiles; t += thread_count()) {
+    const int m0 = t / across * kTileRows, n0 = t % across * 4;
+    Tile<kTileRows> tile;
+    const Quad bias = p.bias ? load_quad(p.bias + n0) : Quad{};
+#pragma unroll
+    for (int m = 0; m < kTileRows; ++m)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) tile.sum[m][c] = bias.v[c];
+    for (int s = 0; s < p.count; ++s) {
+      if constexpr (kForm == Form::nn)
+        add_piece_nn(p.pieces[s], p.rows, m0, n0, tile);
+      else if constexpr (kForm == Form::nt)
+        add_piece_nt(p.pieces[s], p.rows, p.columns, m0, n0, tile);
+      else
+        add_piece_tn(p.pieces[s], p.rows, m0, n0, tile);
+    }
+    finish_tile(p, m0, n0, tile);
+  }
+}
+
+template <Form kForm>
+PYMETA_FN void multiply(const Product& p) {
+  const int across = (p.columns + 3) / 4;
+  const auto enough = [&](int height) {
+    return across * ((p.rows + height - 1) / height) >= thread_count();
+  };
+  if (enough(8))
+    multiply_by_tiles<kForm, 8>(p);
+  else if (enough(4))
+    multiply_by_tiles<kForm, 4>(p);
+  else if (enough(2))
+    multiply_by_tiles<kForm, 2>(p);
+  else
+    multiply_by_tiles<kForm, 1>(p);
+  sync();
+}
+
+PYMETA_KERNEL_END

@@ -1,0 +1,294 @@
+// The way between a block's task and the caller's arrays (core/job.h): what cpu/item_arrays.h, binding.h and
+// minibatches.h are to the CPU's executors.
+//
+// Nobody has looked at labels and weights before, as the CPU's dispatch.cpp does: a row with a wrong one gets NaN for its
+// share of the loss, and so does everything that depends on it.
+#pragma once
+
+#include "../core/job.h"
+#include "../core/shuffle.h"
+#include "block.h"
+
+PYMETA_KERNEL_BEGIN
+
+// Some of a task's rows in an order of their own; null: all of them.
+struct TaskRows {
+  const std::int32_t* rows;
+  int count;
+};
+
+class TaskBinder {
+ public:
+  PYMETA_FN TaskBinder(const Call<Real>& call, std::int64_t task, const Memory& memory)
+      : call_(call), memory_(memory), task_(task) {}
+
+  PYMETA_FN PYMETA_APART ItemSet bind(const RowSet<Real>& set, const SetLayout& places,
+                                      const TaskRows* chosen = nullptr) const {
+    const Lot lot{set.start(task_), chosen ? chosen->rows : nullptr,
+                  chosen ? chosen->count : set.size(task_)};
+    const int in = call_.network->in_features();
+    const Extent extent{lot.count, nullptr, Real(lot.count)};
+    Real* x = memory_.at(places.x);
+    Block::map(extent, in, [&](long at, long c, int r) { x[at] = set.x[lot.row(r) * in + c]; });
+    ItemSet result{{x, Block::stride(in)},
+                   extent,
+                   nullptr,
+                   nullptr,
+                   places.dx == kNowhere ? nullptr : memory_.at(places.dx)};
+    if (set.y) {
+      result.targets = memory_.at(places.targets);
+      result.scale = memory_.at(places.scale);
+      bind_targets(set, lot, places);
+    }
+    return result;
+  }
+
+ private:
+  struct Lot {
+    std::int64_t first;
+    const std::int32_t* rows;
+    int count;
+    PYMETA_FN std::int64_t row(int r) const { return first + (rows ? rows[r] : r); }
+  };
+
+  // A row's share of the mean is its weight over the sum of what the rows count.
+  PYMETA_FN void bind_targets(const RowSet<Real>& set, const Lot& lot,
+                              const SetLayout& places) const {
+    const Loss& loss = *call_.loss;
+    const bool labels = loss.kind == LossKind::cross_entropy;
+    const int out = call_.network->out_features(), rows = lot.count;
+    Real* targets = memory_.at(places.targets);
+    Real* scale = memory_.at(places.scale);
+    Real* counted = memory_.at(places.keep);
+    const Extent extent{rows, nullptr, Real(rows)};
+    if (!labels)
+      Block::map(extent, out, [&](long, long o, int r) {
+        targets[o * rows + r] = static_cast<const Real*>(set.y)[lot.row(r) * out + o];
+      });
+    Block::each_index(rows, [&](int r) {
+      const std::int64_t row = lot.row(r);
+      Real weight = set.weights ? checked_weight(set.weights[row]) : Real(1);
+      Real counts = weight;
+      if (labels) {
+        const std::int64_t label = static_cast<const std::int64_t*>(set.y)[row];
+        const bool in_range = label >= 0 && label < out;
+        if (label == loss.ignore_index)
+          weight = counts = 0;
+        else if (!in_range)
+          weight = counts = Real(NAN);
+        else if (loss.weight)
+          counts = weight * Real(loss.weight[label]);
+        targets[r] = Real(in_range && weight == weight ? label : 0);
+      }
+      scale[r] = weight;
+      counted[r] = counts;
+    });
+    Real total = Block::sum_rows_in_order(extent, counted);
+    if (!labels) total *= Real(out);
+    // A set that weighs nothing has loss 0 and no gradient.
+    const Real share = total > 0 ? Real(1) / total : total == 0 ? Real(0) : total;
+    Block::each_index(rows, [&](int r) { scale[r] *= share; });
+  }
+  PYMETA_FN static Real checked_weight(Real weight) {
+    return weight >= 0 && weight - weight == 0 ? weight : Real(NAN);
+  }
+
+  const Call<Real>& call_;
+  const Memory& memory_;
+  std::int64_t task_;
+};
+
+// The task's minibatches, as cpu/minibatches.h has them for an item.
+class TaskBatches {
+ public:
+  PYMETA_FN TaskBatches(const Call<Real>& call, const Workspace<Block>& workspace,
+                        std::int64_t task, const Memory& memory, const Real* corrections)
+      : call_(call),
+        places_(workspace.support_set),
+        binder_(call, task, memory),
+        task_(task),
+        rows_(call.support.size(task)),
+        batches_(call.batches.count(rows_)),
+        corrections_(corrections) {
+    if (workspace.order != kNowhere && batches_ > 1)
+      order_ = reinterpret_cast<std::int32_t*>(memory.at(workspace.order));
+    else
+      set_ = binder_.bind(call.support, places_);
+  }
+
+  PYMETA_FN Vec rows() const { return Real(rows_); }
+  PYMETA_FN IntVec present() const { return rows_ > 0; }
+  PYMETA_FN int count() const { return batches_; }
+
+  PYMETA_FN Step step(int k) {
+    const int batches = batches_ > 0 ? batches_ : 1;
+    return make(k / batches, k % batches, present(), k > 0, k);
+  }
+  PYMETA_FN Step step(int epoch, int b, IntVec running) {
+    return make(epoch, b, running, epoch > 0 || b > 0, epoch * batches_ + b);
+  }
+
+ private:
+  PYMETA_FN Step make(int epoch, int batch, IntVec active, bool again, int t) {
+    if (order_ && active.on) select(epoch, batch);
+    const Correction correction =
+        corrections_ ? Correction{corrections_[2 * t], corrections_[2 * t + 1]} : Correction{};
+    return {&set_, active, active.on, again && !order_, correction};
+  }
+
+  PYMETA_FN void select(int epoch, int batch) {
+    if (epoch_ != epoch) {
+      epoch_ = epoch;
+      shuffle_rows(epoch);
+    }
+    const int first = batch * call_.batches.size, left = rows_ - first;
+    const TaskRows chosen{order_ + first, left < call_.batches.size ? left : call_.batches.size};
+    set_ = binder_.bind(call_.support, places_, &chosen);
+  }
+
+  // All threads draw, one exchanges.
+  PYMETA_FN void shuffle_rows(int epoch) {
+    const std::uint64_t id =
+        call_.batches.task_ids ? static_cast<std::uint64_t>(call_.batches.task_ids[task_]) : 0;
+    const Draw draw{call_.batches.seed, call_.batches.stream, id, static_cast<std::uint64_t>(epoch),
+                    Purpose::epoch};
+    std::int32_t* drawn = order_ + call_.max_support;
+    Block::each_index(rows_, [&](int i) {
+      order_[i] = i;
+      if (i > 0) drawn[i] = exchange_place(draw, rows_, i);
+    });
+    if (thread_index() == 0)
+      for (int i = rows_ - 1; i > 0; --i) exchange(order_, i, drawn[i]);
+    sync();
+  }
+
+  const Call<Real>& call_;
+  const SetLayout& places_;
+  TaskBinder binder_;
+  std::int64_t task_;
+  int rows_, batches_;
+  const Real* corrections_;
+  std::int32_t* order_ = nullptr;
+  int epoch_ = -1;  // that `order_` holds the order of
+  ItemSet set_{};
+};
+
+// Notes down what fine-tuning tells of its epochs.
+struct TaskCurves {
+  const Call<Real>& call;
+  std::int64_t task;
+
+  PYMETA_FN void train(int epoch, Vec loss, IntVec running) const {
+    put(call.train_curves, call.epochs, epoch, loss, running);
+  }
+  PYMETA_FN void validation(int epoch, Vec loss, IntVec running) const {
+    put(call.validation_curves, call.epochs + 1, epoch, loss, running);
+  }
+  PYMETA_FN void finish(Vec best_epoch, Vec epochs) const {
+    if (thread_index() != 0) return;
+    if (call.best_epochs) call.best_epochs[task] = static_cast<std::int64_t>(best_epoch);
+    if (call.epochs_run) call.epochs_run[task] = static_cast<std::int64_t>(epochs);
+  }
+
+ private:
+  PYMETA_FN void put(Real* curves, int length, int epoch, Vec loss, IntVec running) const {
+    if (curves && running.on && thread_index() == 0) curves[task * length + epoch] = loss;
+  }
+};
+
+class TaskArrays {
+ public:
+  using Parameters = InnerLoop<Block>::Parameters;
+
+  PYMETA_FN TaskArrays(const Call<Real>& call, const Workspace<Block>& workspace,
+                       const Shared& shared, const Memory& memory, std::int64_t task)
+      : call_(call),
+        workspace_(workspace),
+        layout_(workspace.parameters),
+        shared_(shared),
+        memory_(memory),
+        task_(task) {}
+
+  PYMETA_FN ItemSet set(const RowSet<Real>& rows, const SetLayout& layout) const {
+    return TaskBinder(call_, task_, memory_).bind(rows, layout);
+  }
+  PYMETA_FN TaskBatches batches() const {
+    return {call_, workspace_, task_, memory_, shared_.corrections};
+  }
+  PYMETA_FN TaskCurves curves() const { return {call_, task_}; }
+
+  PYMETA_FN void start() const {
+    Real* start = memory_.at(workspace_.start);
+    for (int t = 0; t < call_.network->tensor_count; ++t) {
+      if (!call_.starts_apart(t)) continue;
+      const Real* from = call_.parameters[t] + task_ * elements(t);
+      each_element(
+          t, [=](std::size_t index, std::size_t at) { start[at] = from[index]; },
+          layout_.tensors[t].place);
+    }
+  }
+
+  PYMETA_FN void write_losses(Vec loss) const {
+    if (thread_index() == 0) call_.losses[task_] = loss;
+  }
+  // 1 where any adapted weight is not finite.
+  PYMETA_FN void write_status(const Parameters& theta) const {
+    Real bad = 0;
+    for (int t = 0; t < call_.network->tensor_count; ++t) {
+      if (!call_.adapted[t]) continue;
+      const Real* own = theta.tensor(t);
+      bad = Block::sum_elements(layout_.tensors[t], bad, [=](std::size_t at) {
+        return own[at] - own[at] == 0 ? Real(0) : Real(1);
+      });
+    }
+    if (thread_index() == 0) call_.status[task_] = bad != 0;
+  }
+  PYMETA_FN void write_adapted(int t, const Real* from) const {
+    Real* to = call_.adapted_parameters[t] + task_ * elements(t);
+    each_element(t, [=](std::size_t index, std::size_t at) { to[index] = from[at]; }, 0);
+  }
+  PYMETA_FN void write_predictions(const ItemSet& query, const Real* y) const {
+    const int out = call_.network->out_features(), rows = query.extent.rows;
+    Real* to = call_.predictions + call_.query.start(task_) * out;
+    Block::map(query.extent, out, [=](long, long o, int r) {
+      to[static_cast<std::int64_t>(r) * out + o] = y[o * rows + r];
+    });
+  }
+  // `computed` is false where no pass reached the inputs: the gradient is zero.
+  PYMETA_FN void write_input_gradient(const RowSet<Real>& rows, const ItemSet& bound, bool computed,
+                                      Real* gradient) const {
+    const int in = call_.network->in_features();
+    const Real tasks = Real(call_.tasks);
+    Real* to = gradient + rows.start(task_) * in;
+    Block::map(bound.extent, in, [&](long at, long c, int r) {
+      to[static_cast<std::int64_t>(r) * in + c] = computed ? bound.dx[at] / tasks : Real(0);
+    });
+  }
+
+ private:
+  PYMETA_FN std::size_t elements(int t) const {
+    return static_cast<std::size_t>(layout_.tensors[t].outer) * layout_.tensors[t].inner;
+  }
+  // body(index in torch's layout, place in the packed one counted from `first`): neighbouring threads have neighbouring
+  // indices.
+  template <class Body>
+  PYMETA_FN void each_element(int t, Body body, std::size_t first) const {
+    const PackedTensor& p = layout_.tensors[t];
+    const int across = p.transposed ? p.outer : p.inner;
+    Block::each_index(p.outer * p.inner, [&](int index) {
+      const int line = index / across, column = index % across;
+      const int outer = p.transposed ? column : line, inner = p.transposed ? line : column;
+      body(static_cast<std::size_t>(index),
+           first + static_cast<std::size_t>(outer) * p.row + inner);
+    });
+  }
+
+  const Call<Real>& call_;
+  const Workspace<Block>& workspace_;
+  const ParameterLayout<Block>& layout_;
+  const Shared& shared_;
+  const Memory& memory_;
+  std::int64_t task_;
+};
+
+PYMETA_KERNEL_END
