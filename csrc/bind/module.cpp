@@ -7,10 +7,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -39,6 +41,28 @@ template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+// Lets other threads have the GIL meanwhile.
+//
+// A thread that wants it back while the interpreter exits never gets it: Python (before 3.14) ends the thread, which
+// unwinds its stack, and neither a destructor nor an object that is released without the GIL survives that. So such a
+// thread sleeps until the process is gone, as it does in later Pythons. py::gil_scoped_release would end the process.
+class ReleasedGil {
+ public:
+  ReleasedGil() : state_(PyEval_SaveThread()) {}
+  ~ReleasedGil() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  }
+  ReleasedGil(const ReleasedGil&) = delete;
+  ReleasedGil& operator=(const ReleasedGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 // ---- building the network ----------------------------------------------------------------------------------------
 
@@ -517,7 +541,7 @@ class Problem {
   template <class Real>
   static std::size_t execute(Call<Real>& call, Job job, const char* name,
                              const MaybeDevice& device) {
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     if (!device) {
       run(call, job);
       return 0;
@@ -650,7 +674,7 @@ class EngineHolder {
       w->expect_type(type, sizeof(Real), expected);
       w->expect_shape(rows, 0, true);
     }
-    const py::gil_scoped_release release;
+    const ReleasedGil released;
     engine.adapt_predict(static_cast<const Real*>(x.data()), y.data(),
                          w ? static_cast<const Real*>(w->data()) : nullptr, static_cast<int>(rows),
                          static_cast<const Real*>(q.data()), static_cast<int>(query_rows),
@@ -677,7 +701,7 @@ std::unique_ptr<EngineHolder> make_engine(const Problem& problem, int dtype,
 // out: [sum of sizes] int64, the tasks' orders one behind the other (core/shuffle.h).
 void shuffle_tasks(std::uint64_t seed, std::uint64_t stream, Address task_ids, std::uint64_t epoch,
                    std::uint64_t purpose, std::int64_t tasks, Address sizes, Address out) {
-  const py::gil_scoped_release release;
+  const ReleasedGil released;
   const std::int64_t* ids = pointer<std::int64_t>(task_ids);
   std::int64_t* to = pointer<std::int64_t>(out);
   for (std::int64_t task = 0; task < tasks; ++task) {
@@ -798,7 +822,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "fma_peak",
       [](const std::string& isa, int dtype, double seconds) {
-        const py::gil_scoped_release release;
+        const ReleasedGil released;
         return fma_peak(isa, dtype == 8, seconds);
       },
       py::arg("isa"), py::arg("dtype"), py::arg("seconds"));

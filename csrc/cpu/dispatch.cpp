@@ -16,6 +16,7 @@
 #include <stdexcept>
 
 #include "../cuda/device.h"
+#include "pages.h"
 #include "thread_pool.h"
 
 namespace pymeta {
@@ -100,7 +101,7 @@ class BlockCache {
   };
 
   Block take(std::size_t bytes) {
-    {
+    if (kKeepsPages) {
       std::lock_guard<std::mutex> lock(mutex_);
       auto best = free_.end();
       for (auto it = free_.begin(); it != free_.end(); ++it)
@@ -114,23 +115,24 @@ class BlockCache {
     constexpr std::size_t huge = std::size_t{2} << 20;
     const std::size_t alignment = bytes >= huge ? huge : 4096;
     Block block;
-    block.bytes = (bytes + alignment - 1) / alignment * alignment;
-    block.data = static_cast<char*>(std::aligned_alloc(alignment, block.bytes));
+    block.bytes = kKeepsPages ? (bytes + alignment - 1) / alignment * alignment : bytes;
+    block.data = take_pages(block.bytes, alignment);
     if (!block.data) throw std::bad_alloc();
 #if defined(__linux__)
-    if (alignment == huge) madvise(block.data, block.bytes, MADV_HUGEPAGE);
+    if (kKeepsPages && alignment == huge) madvise(block.data, block.bytes, MADV_HUGEPAGE);
 #endif
     return block;
   }
 
   // Keeps a few blocks, the largest ones.
   void give(Block block) {
+    if (!kKeepsPages) return give_pages(block.data, block.bytes);
     std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(block);
     if (free_.size() <= kKept) return;
     auto least = std::min_element(free_.begin(), free_.end(),
                                   [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
-    std::free(least->data);
+    give_pages(least->data, least->bytes);
     free_.erase(least);
   }
 

@@ -1,10 +1,10 @@
 #include "engine.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <new>
 #include <stdexcept>
 
+#include "pages.h"
 #include "thread_pool.h"
 
 namespace pymeta {
@@ -101,9 +101,11 @@ void Engine<Real>::adapt_predict(const Real* xs, const void* ys, const Real* wei
   if (block.rows != rows || block.query_rows != query_rows) {
     block.rows = -1;
     block.needs = table_->needs(call, job_, ExecutorKind::rows);
-    const std::size_t bytes = (block.needs.bytes(1) + 4095) / 4096 * 4096;
-    if (bytes > block.bytes) {
-      block.memory = {static_cast<char*>(std::aligned_alloc(4096, bytes)), std::free};
+    const std::size_t needed = block.needs.bytes(1);
+    const std::size_t bytes = kKeepsPages ? (needed + 4095) / 4096 * 4096 : needed;
+    if (kKeepsPages ? bytes > block.bytes : bytes != block.bytes) {
+      block.memory = {nullptr, {}};
+      block.memory = {take_pages(bytes, 4096), {bytes}};
       block.bytes = block.memory ? bytes : 0;
       if (!block.memory) throw std::bad_alloc();
     }

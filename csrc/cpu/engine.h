@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "pages.h"
 
 namespace pymeta {
 
@@ -34,11 +35,15 @@ class Engine {
                      int query_rows, Real* out) const;
 
  private:
+  struct FreesPages {
+    std::size_t bytes = 0;
+    void operator()(char* data) const { give_pages(data, bytes); }
+  };
   struct Block {
     int rows = -1, query_rows = -1;
     Needs needs{};
     std::size_t bytes = 0;
-    std::unique_ptr<char, void (*)(void*)> memory{nullptr, nullptr};
+    std::unique_ptr<char, FreesPages> memory;
   };
   std::unique_ptr<Block> take() const;
   void give(std::unique_ptr<Block> block) const;

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -71,11 +72,15 @@ class Pool {
   }
 
  private:
+  // A thread that cannot be had is done without: the caller's frames (the kernels) let no exception through.
   void grow(int helpers) {
-    while (static_cast<int>(threads_.size()) < helpers) {
-      const int worker = static_cast<int>(threads_.size()) + 1;
-      threads_.emplace_back([this, worker] { serve(worker); });
-      threads_.back().detach();
+    try {
+      while (static_cast<int>(threads_.size()) < helpers) {
+        const int worker = static_cast<int>(threads_.size()) + 1;
+        threads_.emplace_back([this, worker] { serve(worker); });
+        threads_.back().detach();
+      }
+    } catch (const std::exception&) {
     }
   }
 

@@ -127,6 +127,11 @@ PYMETA_FN inline char* shared_memory() {
   extern __shared__ __align__(16) char pymeta_shared_memory[];
   return pymeta_shared_memory;
 }
+// Shared and global memory.
+PYMETA_FN inline bool lies_near(const Real* p) { return __isShared(p); }
+PYMETA_FN inline bool lies_far(const Real* p) { return __isGlobal(p); }
+PYMETA_FN inline void assume_near(const Real* p) { __builtin_assume(__isShared(p)); }
+PYMETA_FN inline void assume_far(const Real* p) { __builtin_assume(__isGlobal(p)); }
 #elif defined(PYMETA_EMULATE)
 inline int thread_index() { return emulation::self.thread; }
 inline int thread_count() { return emulation::self.block->threads; }
@@ -141,6 +146,12 @@ PYMETA_FN inline int block_index() { return 0; }
 PYMETA_FN inline int block_count() { return 1; }
 PYMETA_FN inline void sync() {}
 PYMETA_FN inline char* shared_memory() { return nullptr; }
+#endif
+#if !defined(__CUDA_ARCH__)
+PYMETA_FN inline bool lies_near(const Real*) { return false; }
+PYMETA_FN inline bool lies_far(const Real*) { return false; }
+PYMETA_FN inline void assume_near(const Real*) {}
+PYMETA_FN inline void assume_far(const Real*) {}
 #endif
 
 PYMETA_KERNEL_END

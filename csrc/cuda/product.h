@@ -73,15 +73,34 @@ struct Tile {
   }
 };
 
+// Where a piece's operands lie. Known, they are read by the instructions of that memory.
+enum class Where { near, near_and_far, anywhere };
+
+PYMETA_FN inline Where where(const Piece& p) {
+  if (!lies_near(p.a)) return Where::anywhere;
+  return lies_near(p.b) ? Where::near : lies_far(p.b) ? Where::near_and_far : Where::anywhere;
+}
+
+template <Where kWhere>
+struct Operands {
+  const Real *a, *b;
+  PYMETA_FN explicit Operands(const Piece& p) : a(p.a), b(p.b) {
+    if constexpr (kWhere != Where::anywhere) assume_near(a);
+    if constexpr (kWhere == Where::near) assume_near(b);
+    if constexpr (kWhere == Where::near_and_far) assume_far(b);
+  }
+};
+
 // A's rows past the last are those of the last: what they make is not stored.
 PYMETA_FN inline int within(int i, int count) { return i < count ? i : count - 1; }
 
-template <int kTileRows>
+template <Where kWhere, int kTileRows>
 PYMETA_FN void add_piece_nn(const Piece& p, int rows, int m0, int n0, Tile<kTileRows>& tile) {
+  const Operands<kWhere> from(p);
   const Real* a[kTileRows];
 #pragma unroll
-  for (int m = 0; m < kTileRows; ++m) a[m] = p.a + within(m0 + m, rows) * p.a_row;
-  const Real* b = p.b + n0;
+  for (int m = 0; m < kTileRows; ++m) a[m] = from.a + within(m0 + m, rows) * p.a_row;
+  const Real* b = from.b + n0;
   int k = 0;
   for (; k + 4 <= p.depth; k += 4) {
     Quad left[kTileRows], right[4];
@@ -94,6 +113,7 @@ PYMETA_FN void add_piece_nn(const Piece& p, int rows, int m0, int n0, Tile<kTile
 #pragma unroll
       for (int m = 0; m < kTileRows; ++m) tile.add(left[m].v[j], right[j], m);
   }
+#pragma unroll 1
   for (; k < p.depth; ++k) {
     const Quad right = load_quad(b + k * p.b_row);
 #pragma unroll
@@ -101,14 +121,15 @@ PYMETA_FN void add_piece_nn(const Piece& p, int rows, int m0, int n0, Tile<kTile
   }
 }
 
-template <int kTileRows>
+template <Where kWhere, int kTileRows>
 PYMETA_FN void add_piece_nt(const Piece& p, int rows, int columns, int m0, int n0,
                             Tile<kTileRows>& tile) {
+  const Operands<kWhere> from(p);
   const Real *a[kTileRows], *b[4];
 #pragma unroll
-  for (int m = 0; m < kTileRows; ++m) a[m] = p.a + within(m0 + m, rows) * p.a_row;
+  for (int m = 0; m < kTileRows; ++m) a[m] = from.a + within(m0 + m, rows) * p.a_row;
 #pragma unroll
-  for (int c = 0; c < 4; ++c) b[c] = p.b + within(n0 + c, columns) * p.b_row;
+  for (int c = 0; c < 4; ++c) b[c] = from.b + within(n0 + c, columns) * p.b_row;
   int k = 0;
   for (; k + 4 <= p.depth; k += 4) {
     Quad left[kTileRows], right[4];
@@ -124,6 +145,7 @@ PYMETA_FN void add_piece_nt(const Piece& p, int rows, int columns, int m0, int n
         for (int c = 0; c < 4; ++c)
           tile.sum[m][c] = fma(left[m].v[j], right[c].v[j], tile.sum[m][c]);
   }
+#pragma unroll 1
   for (; k < p.depth; ++k)
 #pragma unroll
     for (int m = 0; m < kTileRows; ++m)
@@ -131,10 +153,11 @@ PYMETA_FN void add_piece_nt(const Piece& p, int rows, int columns, int m0, int n
       for (int c = 0; c < 4; ++c) tile.sum[m][c] = fma(a[m][k], b[c][k], tile.sum[m][c]);
 }
 
-template <int kTileRows>
+template <Where kWhere, int kTileRows>
 PYMETA_FN void add_piece_tn(const Piece& p, int rows, int m0, int n0, Tile<kTileRows>& tile) {
-  const Real* a = p.a + m0;
-  const Real* b = p.b + n0;
+  const Operands<kWhere> from(p);
+  const Real* a = from.a + m0;
+  const Real* b = from.b + n0;
 #pragma unroll 4
   for (int k = 0; k < p.depth; ++k) {
     const Quad right = load_quad(b + k * p.b_row);
@@ -167,6 +190,17 @@ PYMETA_FN void finish_tile(const Product& p, int m0, int n0, const Tile<kTileRow
   }
 }
 
+template <Form kForm, Where kWhere, int kTileRows>
+PYMETA_FN void add_piece(const Product& p, const Piece& piece, int m0, int n0,
+                         Tile<kTileRows>& tile) {
+  if constexpr (kForm == Form::nn)
+    add_piece_nn<kWhere>(piece, p.rows, m0, n0, tile);
+  else if constexpr (kForm == Form::nt)
+    add_piece_nt<kWhere>(piece, p.rows, p.columns, m0, n0, tile);
+  else
+    add_piece_tn<kWhere>(piece, p.rows, m0, n0, tile);
+}
+
 template <Form kForm, int kTileRows>
 PYMETA_FN PYMETA_APART void multiply_by_tiles(const Product& p) {
   const int across = (p.columns + 3) / 4;
@@ -180,12 +214,14 @@ PYMETA_FN PYMETA_APART void multiply_by_tiles(const Product& p) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) tile.sum[m][c] = bias.v[c];
     for (int s = 0; s < p.count; ++s) {
-      if constexpr (kForm == Form::nn)
-        add_piece_nn(p.pieces[s], p.rows, m0, n0, tile);
-      else if constexpr (kForm == Form::nt)
-        add_piece_nt(p.pieces[s], p.rows, p.columns, m0, n0, tile);
+      const Piece& piece = p.pieces[s];
+      const Where there = where(piece);
+      if (there == Where::near)
+        add_piece<kForm, Where::near>(p, piece, m0, n0, tile);
+      else if (there == Where::near_and_far)
+        add_piece<kForm, Where::near_and_far>(p, piece, m0, n0, tile);
       else
-        add_piece_tn(p.pieces[s], p.rows, m0, n0, tile);
+        add_piece<kForm, Where::anywhere>(p, piece, m0, n0, tile);
     }
     finish_tile(p, m0, n0, tile);
   }
@@ -205,7 +241,9 @@ PYMETA_FN void multiply(const Product& p) {
     multiply_by_tiles<kForm, 2>(p);
   else
     multiply_by_tiles<kForm, 1>(p);
+#ifndef PYMETA_PLANT_MISSING_BARRIER  // for the test that ThreadSanitizer sees it
   sync();
+#endif
 }
 
 PYMETA_KERNEL_END

@@ -11,7 +11,10 @@
 //   - the shuffle is numpy's Philox4x64 and Fisher and Yates';
 //   - a task with NaN leaves the others alone; no tasks give zeros; bad data is refused.
 // All inputs and outputs are heap arrays of exactly their size, so that AddressSanitizer sees a step over either end.
-// `native_test pool` runs the tests of the thread pool alone (make sanitize: under ThreadSanitizer).
+//   - an emulated block is near the CPU's executors in all of this, and its bits depend neither on its threads nor on how
+//     much shared memory it has.
+// `native_test pool` runs the tests of the thread pool alone, `native_test blocks` one pass of the emulated block (make
+// sanitize: both under ThreadSanitizer).
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -35,6 +38,7 @@
 #include "../cpu/dispatch.h"
 #include "../cpu/engine.h"
 #include "../cpu/thread_pool.h"
+#include "../cuda/device.h"
 
 // Counts what is allocated, for the promise that an Engine's calls of known sizes allocate nothing.
 static std::atomic<long> allocations{0};
@@ -373,6 +377,21 @@ struct Results {
       same = same && gradients[t].same_bits(other.gradients[t]) &&
              differences[t].same_bits(other.differences[t]);
     return same;
+  }
+  // visit(name, array) for all that are numbers.
+  template <class Visitor>
+  void numbers(Visitor visit) const {
+    visit("losses", losses), visit("predictions", predictions), visit("predicted", predicted);
+    visit("lr gradient", lr_gradient), visit("xs gradient", xs_gradient);
+    visit("xq gradient", xq_gradient), visit("step losses", step_losses);
+    visit("train curves", train_curves), visit("validation curves", validation_curves);
+    for (const auto* group : {&gradients, &adapted, &differences, &tuned})
+      for (std::size_t t = 0; t < group->size(); ++t)
+        visit(group == &gradients     ? "gradient"
+              : group == &adapted     ? "adapted"
+              : group == &differences ? "difference"
+                                      : "tuned",
+              (*group)[t]);
   }
   double loss() const {
     double sum = 0;
@@ -907,6 +926,89 @@ void check_refusals() {
   CHECK(refuses([] { set_num_threads(0); }), "no threads");
 }
 
+// ---- the tests of the block executor -----------------------------------------------------------
+
+#ifdef PYMETA_HAS_EMULATOR
+
+// On an emulated device, with memory of exactly the size asked for that holds NaN.
+template <class Real>
+void run_on_blocks(Call<Real>& call, Job job) {
+  const auto largest = [&](const RowSet<Real>& set) {
+    int most = 0;
+    for (std::int64_t t = 0; t < call.tasks; ++t) most = std::max(most, set.size(t));
+    return most;
+  };
+  call.max_support = job == Job::predict ? 0 : largest(call.support);
+  call.max_query = job == Job::adapt ? 0 : largest(call.query);
+  call.max_validation = call.validation.x ? largest(call.validation) : 0;
+  const std::size_t bytes = plan_on(kEmulated, call, job).workspace_bytes;
+  std::unique_ptr<char, decltype(&std::free)> memory(
+      static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64)), &std::free);
+  std::memset(memory.get(), 0xff, bytes);
+  run_on(kEmulated, 0, memory.get(), bytes, call, job);
+}
+
+// Loosely, as float is near double.
+template <class Real>
+void check_near_the_cpu(const Setup& setup, const std::string& name) {
+  const Data data = make_data(setup, 1);
+  const Results<Real> got = Problem<Real>(setup, data).results(run_on_blocks<Real>);
+  const Results<double> wanted = Problem<double>(setup, data).results();
+  std::vector<const Exact<double>*> all;
+  wanted.numbers([&](const char*, const Exact<double>& b) { all.push_back(&b); });
+  std::size_t next = 0;
+  got.numbers([&](const char* what, const Exact<Real>& a) {
+    const Exact<double>& b = *all[next++];
+    double largest = 0, error = 0;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      if (b[i] != Results<double>::kUntouched) largest = std::max(largest, std::fabs(b[i]));
+      const double off = std::fabs(static_cast<double>(a[i]) - b[i]);
+      error = off <= error ? error : off;  // keeps a NaN
+    }
+    CHECK(error <= 1000 * std::numeric_limits<Real>::epsilon() * largest,
+          name + ": " + what + " is off by " + std::to_string(error / largest));
+  });
+  CHECK(got.best_epochs.same_bits(wanted.best_epochs) &&
+            got.epochs_run.same_bits(wanted.epochs_run) && got.status.same_bits(wanted.status),
+        name + ": epochs or status");
+}
+
+// Neither the number of threads nor where arrays lie changes a bit; nor does running again.
+template <class Real>
+void check_block_bits(const Setup& setup, const std::string& name) {
+  const Data data = make_data(setup, 1);
+  const auto with = [&](int threads, std::size_t bytes) {
+    set_block_options({threads, bytes});
+    Results<Real> r = Problem<Real>(setup, data).results(run_on_blocks<Real>);
+    set_block_options({});
+    return r;
+  };
+  const Results<Real> wanted = with(0, 0);
+  for (const int threads : {1, 2, 3})
+    for (const std::size_t bytes : {std::size_t{0}, std::size_t{12000}, std::size_t{22000}}) {
+      if (threads == 2 && bytes == 0) continue;
+      const Results<Real> got = with(threads, bytes);
+      CHECK(got.same_tasks(wanted) && got.same_gradients(wanted),
+            name + ": other bits with " + std::to_string(threads) + " threads, " +
+                std::to_string(bytes) + " bytes of shared memory");
+    }
+}
+
+void test_blocks(bool all) {
+  for (Setup setup : setups()) {
+    setup.tasks = 3;
+    check_near_the_cpu<double>(setup, "block " + setup.name + " double");
+    if (!all) continue;
+    if (setup.smooth) check_near_the_cpu<float>(setup, "block " + setup.name + " float");
+    check_block_bits<float>(setup, "block " + setup.name + " float");
+    check_block_bits<double>(setup, "block " + setup.name + " double");
+  }
+}
+
+#else
+void test_blocks(bool) {}
+#endif
+
 void test_kernels() {
   for (const std::string& each : isas()) {
     set_isa(each);
@@ -1046,14 +1148,16 @@ void test_pool(bool may_fork) {
 }  // namespace
 }  // namespace pymeta
 
-// native_test [pool] [no-fork]: the pool alone; without forking, which user-mode emulators cannot do with threads.
+// native_test [pool] [blocks] [no-fork]: only these; without forking, which user-mode emulators cannot do with threads.
 int main(int argc, char** argv) {
   const auto given = [&](const char* word) {
     return std::any_of(argv + 1, argv + argc,
                        [&](const char* arg) { return std::strcmp(arg, word) == 0; });
   };
-  if (!given("pool")) pymeta::test_kernels();
-  pymeta::test_pool(!given("no-fork"));
+  const bool all = !given("pool") && !given("blocks");
+  if (all) pymeta::test_kernels();
+  if (all || given("blocks")) pymeta::test_blocks(all);
+  if (all || given("pool")) pymeta::test_pool(!given("no-fork"));
   std::printf("%ld checks passed\n", pymeta::passed.load());
   if (pymeta::failed > 0) std::fprintf(stderr, "%ld checks FAILED\n", pymeta::failed.load());
   return pymeta::failed > 0 ? 1 : 0;
