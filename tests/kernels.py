@@ -13,7 +13,9 @@ from pymeta import native
 
 DTYPES = (torch.float32, torch.float64)
 EXECUTORS = ("rows", "lanes")
-PATHS = list(itertools.product(native.isas(), EXECUTORS))
+CPU_PATHS = list(itertools.product(native.isas(), EXECUTORS))
+# and the CUDA executor's own code, its blocks emulated by threads of the host
+PATHS = CPU_PATHS + [(native.isa(), "emulated")] * native.emulates()
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 settings.register_profile(
@@ -25,6 +27,12 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )
 PROFILE = settings.get_profile("kernels")
+
+
+def takes(executor: str, learner) -> bool:
+    """Whether an executor can run a learner's model: blocks take no more than 16 layers."""
+    plan, _ = learner._current()
+    return executor != "emulated" or plan.problem.unfit_for_device() is None
 
 
 @contextmanager

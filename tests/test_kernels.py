@@ -32,6 +32,7 @@ from kernels import (
     largest,
     make_layer,
     same_bits,
+    takes,
     using,
 )
 from torch import nn
@@ -308,6 +309,8 @@ class Wanted:
         for dtype in dtypes:
             module = self.problem.module(dtype)
             for isa, executor in paths:
+                if not takes(executor, module):
+                    continue
                 with using(isa, executor):
                     got = self.problem.results(module)
                 wrong += [f"{isa} {executor} {dtype}: {d}" for d in self.differences(got, dtype)]
