@@ -37,17 +37,22 @@ def takes(executor: str, learner) -> bool:
 
 @contextmanager
 def using(isa=None, executor=None, threads=None):
-    """The native options of a block; they belong to the whole process and are put back."""
-    before = native.isa(), native.executor(), native.num_threads()
+    """The native options of a block; they belong to the whole process and are put back.
+
+    `threads` are those of a call on the CPU's executors, and those of a task on the emulated one.
+    """
+    before = native.isa(), native.executor(), native.num_threads(), native.block_threads()
     try:
         native.set_isa(isa or before[0])
         native.set_executor(executor or before[1])
         native.set_num_threads(threads or before[2])
+        native.set_block_threads(threads or before[3])
         yield
     finally:
         native.set_isa(before[0])
         native.set_executor(before[1])
         native.set_num_threads(before[2])
+        native.set_block_threads(before[3])
 
 
 # Inner optimisers, all of them, and each of their options with something to do. Adam divides by

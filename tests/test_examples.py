@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
+import source_tree
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(source_tree.need("examples") / "examples"))
 
 import _common
 import credit_data
 import demo
 import lending_club
 import omniglot
+import pandas as pd
 import reptile_omniglot
 import reptile_sine
 

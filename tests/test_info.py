@@ -19,17 +19,50 @@ def test_it_prints_the_facts_and_passes_its_self_test():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    for word in ("pymeta", "python", "torch", "native", "isa", "executor", "threads", "runs"):
+    words = ("pymeta", "python", "torch", "native", "isa", "executor", "threads", "cuda", "runs")
+    for word in words:
         assert any(line.split()[0] == word for line in lines), word
     assert any(line.startswith("threads     1 of") for line in lines)
     assert "PYMETA_NUM_THREADS=1" in lines
-    assert lines[-1].startswith("self-test   passed")
+    tests = [line for line in lines if line.startswith("self-test   passed")]
+    assert len(tests) == len(info.places())
+    assert lines[-1] == tests[-1]
+
+
+def test_it_says_what_there_is_of_cuda(monkeypatch):
+    monkeypatch.setattr(native, "emulates", lambda: True)
+    monkeypatch.setattr(native, "cuda_reason", lambda: "the driver is too old")
+    monkeypatch.setattr(native, "devices", list)
+    assert "cuda        none: the driver is too old" in info.report()
+    assert "emulated    yes: a build for development" in info.report()
+    assert info.places() == ["cpu", "emulated"]
+    device = {"ordinal": 0, "name": "G", "capability": "9.0", "multiprocessors": 3}
+    monkeypatch.setattr(native, "cuda_reason", lambda: None)
+    monkeypatch.setattr(native, "devices", lambda: [device])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    lines = info.report()
+    assert "cuda        0: G, compute capability 9.0, 3 multiprocessors" in lines
+    assert any(line.startswith("cuda        torch has none") for line in lines)
+    assert info.places() == ["cpu", "emulated"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert info.places() == ["cpu", "cuda:0", "emulated"]
 
 
 def test_the_self_test_can_fail(monkeypatch, capsys):
-    monkeypatch.setattr(info, "self_test", lambda: ("native-cpu", 1e-3))
+    monkeypatch.setattr(info, "places", lambda: ["cpu", "there", "cpu"])
+    monkeypatch.setattr(info, "self_test", lambda place: (place, 1e-3 if place == "there" else 0.0))
     assert info.main() == 1
-    assert "FAILED" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("passed") == 2 and out.count("FAILED") == 1
+
+
+def test_a_device_that_does_not_work_is_reported(monkeypatch, capsys):
+    def broken(place):
+        raise RuntimeError("cuda:0: meta_gradient: out of memory")
+
+    monkeypatch.setattr(info, "self_test", broken)
+    assert info.main() == 1
+    assert "self-test   failed: cuda:0: meta_gradient: out of memory" in capsys.readouterr().out
 
 
 def test_a_missing_extension_is_reported(monkeypatch, capsys):

@@ -980,7 +980,7 @@ def test_accuracy_of_activations(name, dtype):
     factor = 8 if dtype == torch.float32 else 16
     tiny = torch.finfo(dtype).tiny
     for isa, executor in PATHS:
-        with using(isa, executor):
+        with using(isa, executor, threads=1):
             got = native_derivatives(name, z)
         for order, (g, w, s) in enumerate(zip(got, wanted, scales, strict=True)):
             excess = (

@@ -4,9 +4,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import source_tree
+
+ROOT = source_tree.need("csrc", ".clang-format")
 FOLDERS = [name for name in ("pymeta", "tests", "bench", "examples") if (ROOT / name).is_dir()]
 
 

@@ -1,0 +1,210 @@
+"""A process that calls the native core on arrays at the ends of pages: see test_faults.py.
+
+python fault_guarded.py SEED COUNT [planted]: COUNT random calls, each on every instruction set and
+executor, once with every array at the end and once at the start of its pages. Before each call it
+prints what it calls, so that the last line names the one that died. With `planted` the first call
+reads one task more than there is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from typing import Any
+
+import numpy as np
+from guarded import Pages
+
+from pymeta import native
+
+ACTIVATIONS = (("relu",), ("tanh",), ("sigmoid",), ("silu",), ("gelu",), ("gelu_tanh",),
+               ("leaky_relu", 0.1), ("elu", 1.0), ("softplus", 1.0, 20.0))  # fmt: skip
+WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 70)
+OPTIMIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("sgd", {}),
+    ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    ("sgd", {"clip_norm": 0.5, "anchor": 0.1}),
+    ("adam", {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3}),
+)
+
+lib = native.extension()
+
+
+class Case:
+    """A network, a loss, a recipe and tasks, drawn at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = chance = random.Random(seed)
+        self.layers = list(self._layers())
+        self.network = lib.Network(self.layers)
+        self.sizes = self.network.parameter_sizes
+        self.inputs, self.out = self.network.in_features, self.network.out_features
+        self.loss = chance.choice(("mse", "huber", "cross_entropy", "bce_with_logits"))
+        self.optimizer = chance.choice(OPTIMIZERS)
+        self.per_element = chance.random() < 0.3
+        self.real = chance.choice((np.float32, np.float64))
+        self.tasks = chance.choice((1, 2, 5, 16, 17, 33))
+        norm = any(layer[0] == "batch_norm" for layer in self.layers)
+        self.rows = [chance.randint(2 if norm else 1, 19) for _ in range(3)]
+        self.ragged, self.weighted = chance.random() < 0.4 and not norm, chance.random() < 0.4
+        self.batch = 0 if norm else chance.choice((0, 0, 1, 3, 4))
+        self.steps = chance.randint(0, 3)
+        self.own = [chance.random() < 0.3 for _ in self.sizes]
+        self.wants = [chance.random() < 0.6 for _ in range(6)]
+        self.seed = seed
+
+    def _layers(self) -> Any:
+        chance, width = self.chance, self.chance.choice(WIDTHS)
+        for _ in range(chance.randint(1, 3)):
+            if chance.random() < 0.3:
+                kind = chance.choice(("layer_norm", "batch_norm"))
+                yield (kind, width, 1e-5, chance.random() < 0.7, chance.random() < 0.7)
+            out = chance.choice(WIDTHS)
+            yield ("linear", width, out, chance.random() < 0.8)
+            width = out
+            if chance.random() < 0.7:
+                yield chance.choice(ACTIVATIONS)
+
+    def problem(self) -> Any:
+        kind, options = self.optimizer
+        groups = None if self.per_element else [0] * len(self.sizes)
+        return lib.Problem(
+            self.network, lib.Loss(self.loss), [True] * len(self.sizes), groups,
+            lib.Optimizer(kind, **options),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}: {self.layers} {self.loss} {self.optimizer} {self.real.__name__}"
+
+
+class Call:
+    """A case's arrays, at the ends or the starts of pages."""
+
+    def __init__(self, case: Case, at: str) -> None:
+        self.case, self.pages = case, Pages(at)
+        self.random = np.random.default_rng(case.seed)
+        self.start = [self.array(self.normal(n)) for n in case.sizes]
+        columns = sum(case.sizes) if case.per_element else 1
+        self.lr = self.array(np.full((2, columns), 0.05))
+        self.support, self.query, self.validation = (self.rows(n) for n in case.rows)
+        self.rates = (address(self.lr), *self.lr.shape)
+
+    def normal(self, *shape: int) -> np.ndarray:
+        return self.random.normal(size=shape) * 0.3
+
+    def array(self, values: np.ndarray) -> np.ndarray:
+        return self.pages.array(values.astype(self.case.real))
+
+    def rows(self, rows: int) -> tuple[Any, ...]:
+        """x, y, weights, starts, sizes of one set; ragged ones are packed without a gap."""
+        case = self.case
+        sizes = starts = None
+        total = case.tasks * rows
+        if case.ragged:
+            counts = self.random.integers(0, rows + 1, case.tasks)
+            sizes = self.pages.array(counts.astype(np.int64))
+            starts = self.pages.array((np.cumsum(counts) - counts).astype(np.int64))
+            total = int(counts.sum())
+        x = self.array(self.normal(total, case.inputs))
+        if case.loss == "cross_entropy":
+            y = self.pages.array(self.random.integers(0, case.out, total).astype(np.int64))
+        else:
+            y = self.array((self.normal(total, case.out) > 0) * 1.0)
+        weights = self.array(self.random.random(total)) if case.weighted else None
+        return x, y, weights, rows, starts, sizes
+
+    def pointers(self, rows: tuple[Any, ...]) -> tuple[int, ...]:
+        return tuple(v if isinstance(v, int) else address(v) for v in rows)
+
+    def result(self, *shape: int) -> int:
+        return address(self.pages.room(shape, self.case.real))
+
+    def run(self, problem: Any, planted: bool) -> None:
+        case, none = self.case, [0] * len(self.case.sizes)
+        code, tasks = np.dtype(case.real).itemsize, case.tasks + planted
+        start = [address(p) for p in self.start]
+        support, query = self.pointers(self.support), self.pointers(self.query)
+        x_rows, q_rows = len(self.support[0]), len(self.query[0])
+        gradients = [self.result(n) for n in case.sizes] if case.wants[0] else None
+        predictions = self.result(q_rows, case.out)
+        print("  predict", flush=True)
+        problem.predict(code, start, [False] * len(none), tasks, query, predictions)
+        print("  meta_gradient", flush=True)
+        problem.meta_gradient(
+            code, start, *self.rates, case.steps, case.wants[1], tasks, support, query,
+            self.result(tasks), predictions, gradients,
+            self.result(*self.lr.shape) if case.wants[2] else 0,
+            self.result(x_rows, case.inputs) if case.wants[3] else 0,
+            self.result(q_rows, case.inputs) if case.wants[4] else 0,
+            self.result(1),
+        )  # fmt: skip
+        ids = address(self.pages.array(np.arange(tasks)))
+        by_steps = (case.steps, -1, case.batch, 7, 1, ids)
+        by_epochs = (-1, case.steps, case.batch, 7, 1, ids)
+        print("  reptile", flush=True)
+        problem.reptile(
+            code, start, *self.rates, by_steps, tasks, support, self.result(tasks),
+            self.result(1), gradients,
+        )  # fmt: skip
+        print("  adapt", flush=True)
+        own = [
+            address(self.array(self.normal(tasks, n))) if apart else s
+            for n, s, apart in zip(case.sizes, start, case.own, strict=True)
+        ]
+        adapted = [self.result(tasks, n) for n in case.sizes]
+        problem.adapt(
+            code, own, case.own, *self.rates, by_steps if case.wants[5] else by_epochs, tasks,
+            support, adapted,
+            validation=None if case.wants[5] else self.pointers(self.validation),
+            patience=-1 if case.wants[5] else 1,
+            status=address(self.pages.room(tasks, np.int8)),
+            train_curves=0 if case.wants[5] else self.result(tasks, case.steps),
+            validation_curves=0 if case.wants[5] else self.result(tasks, case.steps + 1),
+            best_epochs=0 if case.wants[5] else address(self.pages.room(tasks, np.int64)),
+            epochs_run=0 if case.wants[5] else address(self.pages.room(tasks, np.int64)),
+        )  # fmt: skip
+
+    def run_engine(self, problem: Any) -> None:
+        print("  Engine", flush=True)
+        case, code = self.case, np.dtype(self.case.real).itemsize
+        schedule = (case.steps, -1, 0, 0, 0, 0)
+        start = [address(p) for p in self.start]
+        engine = lib.Engine(problem, code, start, *self.rates, schedule)
+        rows, queries = case.rows[:2]
+        y = self.random.integers(0, case.out, rows).astype(np.int64)
+        if case.loss != "cross_entropy":
+            y = self.normal(rows, case.out).astype(case.real)
+        engine.adapt_predict(
+            self.array(self.normal(rows, case.inputs)),
+            self.pages.array(y),
+            self.array(self.normal(queries, case.inputs)),
+            self.pages.room((queries, case.out), case.real),
+            self.array(self.random.random(rows)) if case.weighted else None,
+        )
+
+
+def address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.__array_interface__["data"][0]
+
+
+def main() -> None:
+    first, count, planted = int(sys.argv[1]), int(sys.argv[2]), "planted" in sys.argv
+    paths = list(itertools.product(native.isas(), ("rows", "lanes"), ("end", "start")))
+    for seed in range(first, first + count):
+        case = Case(seed)
+        print(case, flush=True)
+        problem = case.problem()
+        for isa, executor, at in paths:
+            print(f" {isa} {executor} {at}", flush=True)
+            native.set_isa(isa)
+            native.set_executor(executor)
+            native.set_num_threads(1 + seed % 2)
+            call = Call(case, at)
+            call.run(problem, planted)
+            call.run_engine(problem)
+    print(f"{count * len(paths)} calls survived")
+
+
+if __name__ == "__main__":
+    main()

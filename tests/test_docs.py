@@ -1,0 +1,266 @@
+"""README.md and docs/: the Python runs as it stands, links lead somewhere, the site builds.
+
+The Python blocks of a page run one after the other in one namespace, in a folder of the page's
+own. What is written around a block says how it is tested:
+
+    ```python title="score.py"     a program: written to that file, run in a process of its own
+    ```text  right after a block   what the block prints: words exactly, numbers to 5 %
+    <!-- not run: REASON -->       above a block that is only compiled; NOT_RUN repeats the reason
+
+Blocks in other languages (console, diff, cpp, ...) are not run; those of diff are held against the
+source, line by line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import source_tree
+
+import pymeta
+
+ROOT = source_tree.need("README.md", "mkdocs.yml", "docs")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_RUN: dict[str, list[str]] = {}
+NEEDS = {"docs/sklearn.md": ("sklearn", "pandas")}
+LANGUAGES = {"python", "text", "console", "cpp", "diff", "json", "bibtex"}
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
+
+
+class Block(NamedTuple):
+    """One fenced block of a page."""
+
+    line: int  # of its first line of code, counted from 1
+    language: str
+    title: str | None
+    reason: str | None  # why it is not run
+    text: str
+    follows: bool  # directly the block before it
+
+    @property
+    def is_run(self) -> bool:
+        return self.language == "python" and self.reason is None
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The fenced blocks of a page in their order."""
+    found: list[Block] = []
+    reason, follows = None, False
+    fence: re.Match | None = None
+    lines: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if fence is not None:
+            if line == "```":
+                code = "".join(f"{each}\n" for each in lines)
+                start = number - len(lines)
+                found.append(Block(start, fence[1], fence[2], reason, code, follows))
+                fence, reason, follows, lines = None, None, True, []
+            else:
+                lines.append(line)
+            continue
+        assert "```" not in line or line.startswith("```"), f"line {number}: an indented fence"
+        if line.startswith("```"):
+            fence = re.fullmatch(r'```(\w*)(?: title="([\w.]+)")?', line)
+            assert fence, f"line {number}: an opening fence with more than a language: {line}"
+        elif marked := re.fullmatch(r"<!-- not run: (.+) -->", line):
+            reason, follows = marked[1], False
+        elif line.strip():
+            reason, follows = None, False
+    assert fence is None, "the last block has no end"
+    return found
+
+
+BLOCKS = {name_of(page): blocks_of(page.read_text()) for page in PAGES}
+RUN = [name for name, blocks in BLOCKS.items() if any(b.is_run for b in blocks)]
+
+
+def same_output(wanted: str, got: str) -> bool:
+    """Whether two texts are the same but for numbers that differ by a twentieth at most."""
+    if NUMBER.sub("#", wanted).split() != NUMBER.sub("#", got).split():
+        return False
+    pairs = zip(NUMBER.findall(wanted), NUMBER.findall(got), strict=True)
+    numbers = [(float(a.replace(",", "")), float(b.replace(",", ""))) for a, b in pairs]
+    return all(b == pytest.approx(a, rel=0.05, abs=1e-6) for a, b in numbers)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to run a page in; what a page sets for the whole process is put back."""
+    monkeypatch.chdir(tmp_path)
+    threads = pymeta.num_threads()
+    yield tmp_path
+    pymeta.set_num_threads(threads)
+
+
+def run_block(page: str, block: Block, names: dict) -> str:
+    """What a block prints; its errors name the page and the line."""
+    if block.title is not None:
+        Path(block.title).write_text(block.text)
+        here = {**os.environ, "PYTHONPATH": str(Path(pymeta.__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, block.title], capture_output=True, text=True, env=here, timeout=120
+        )
+        assert done.returncode == 0, f"{page}, {block.title}: {done.stderr}"
+        return done.stdout
+    printed = io.StringIO()
+    code = compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec")
+    with contextlib.redirect_stdout(printed):
+        exec(code, names)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("page", RUN)
+@pytest.mark.filterwarnings("error::UserWarning")  # a fallback nobody speaks of
+def test_the_python_of_a_page_runs(page: str, folder: Path):
+    for module in ("torch", *NEEDS.get(page, ())):
+        pytest.importorskip(module)
+    names: dict = {"__name__": "page"}
+    printed = ""
+    for block in BLOCKS[page]:
+        if block.is_run:
+            printed = run_block(page, block, names)
+        elif block.language == "python":
+            compile(block.text, page, "exec")
+        elif block.language == "text" and block.follows:
+            message = f"{page}, line {block.line}: printed\n{printed}"
+            assert same_output(block.text, printed), message
+
+
+def test_every_page_is_found():
+    assert {"README.md", "docs/maml.md", "docs/reptile.md", "docs/finetuning.md"} <= set(RUN)
+    assert sum(b.is_run for blocks in BLOCKS.values() for b in blocks) >= 30
+
+
+@pytest.mark.parametrize("page", BLOCKS)
+def test_blocks_are_of_known_kinds(page: str):
+    assert {b.language for b in BLOCKS[page]} <= LANGUAGES
+    unrun = [b.reason for b in BLOCKS[page] if b.reason is not None]
+    assert unrun == NOT_RUN.get(page, [])
+
+
+def test_blocks_are_found_as_they_are_marked():
+    page = "a\n```python\nx = 1\n```\n\n```text\n3\n```\n<!-- not run: no GPU -->\n```python\n```\n"
+    first, output, unrun = blocks_of(page + '```python title="a.py"\n```\n')[:3]
+    assert (first.line, first.text, first.is_run, first.follows) == (3, "x = 1\n", True, False)
+    assert (output.language, output.follows) == ("text", True)
+    assert unrun.reason == "no GPU" and not unrun.is_run
+    with pytest.raises(AssertionError, match="line 1"):
+        blocks_of("```python {.wide}\n```\n")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "got", "same"),
+    [
+        ("AUC 0.866", "AUC 0.870", True),
+        ("AUC 0.866", "AUC 0.736", False),
+        ("AUC 0.866", "KS 0.866", False),
+        ("1,000 rows", "1000 rows", True),
+        ("[0, 1]", "[0, 0]", False),
+        ("torch 2", "torch 2\n3", False),
+    ],
+)
+def test_outputs_are_compared(wanted: str, got: str, same: bool):
+    assert same_output(wanted, got) == same
+
+
+# ---- links --------------------------------------------------------------------------------------
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as Python-Markdown and GitHub make it of plain words."""
+    heading = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(page: Path) -> set[str]:
+    text = without_blocks(page.read_text())
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    documented = re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE)
+    return {slug(heading) for heading in headings} | set(documented)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path):
+    text = re.sub(r"`[^`\n]*`", "", without_blocks(page.read_text()))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.is_file(), f"{target} leads nowhere"
+        assert found.is_relative_to(ROOT)
+        if page.is_relative_to(ROOT / "docs"):
+            assert found.is_relative_to(ROOT / "docs"), f"{target} is not part of the site"
+        assert not anchor or anchor in anchors_of(found), f"no heading is {target}"
+
+
+# ---- the site -----------------------------------------------------------------------------------
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(p.read_text() for p in (ROOT / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE))
+    wanted = {f"pymeta.{name}" for name in pymeta.__all__}
+    wanted |= {"pymeta.sklearn.MetaClassifier", "pymeta.sklearn.MetaRegressor"}
+    assert wanted <= shown, wanted - shown
+
+
+def test_diffs_are_of_the_source_as_it_is():
+    """Of each hunk, what stands there already is found in its file, line by line."""
+    hunks = 0
+    for page, blocks in BLOCKS.items():
+        for block in (b for b in blocks if b.language == "diff"):
+            path: Path | None = None
+            for hunk in re.split(r"^@@.*\n", block.text, flags=re.MULTILINE):
+                if named := re.search(r"^--- (\S+)$", hunk, flags=re.MULTILINE):
+                    assert hunk == named[0] + "\n" or path is None
+                    path = ROOT / named[1]
+                    continue
+                assert path is not None, f"{page}, line {block.line}: no --- before the hunk"
+                lines = [line for line in hunk.splitlines() if not line.startswith("+")]
+                old = "".join(f"{line[1:]}\n" for line in lines)
+                assert old and old in path.read_text(), f"{page}: not in {path.name}:\n{old}"
+                hunks += 1
+    assert hunks >= 5
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    if any(map(_is_missing, ("mkdocs", "material", "mkdocstrings_handlers"))):
+        pytest.skip("needs mkdocs-material and mkdocstrings: pip install 'pymeta[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 20
+    for page in pages:  # a reader's browser asks nobody else for anything
+        fetched = re.findall(
+            r'<(?:script|img|link)[^>]*(?:src|href)="(https?:[^"]*)"', page.read_text()
+        )
+        assert not fetched, f"{page.name} fetches {fetched}"
+
+
+def _is_missing(module: str) -> bool:
+    return importlib.util.find_spec(module) is None
