@@ -2,20 +2,22 @@ from collections.abc import Sequence
 from typing import Any
 
 # x, y, weights: pointers; rows per task; starts, sizes: pointers to int64 [T], or 0
-Rows = tuple[int, int, int, int, int, int]
+_Rows = tuple[int, int, int, int, int, int]
 
 # steps, epochs (one of them -1), batch size (0: all rows), seed, stream, pointer to int64 [T] or 0
-Schedule = tuple[int, int, int, int, int, int]
+_Schedule = tuple[int, int, int, int, int, int]
 
 # ordinal (-1: the emulated one), stream, address and bytes of the workspace. Calls with a device take addresses on it and
 # return the workspace bytes that they need; with fewer they do nothing else.
-Device = tuple[int, int, int, int]
+_Device = tuple[int, int, int, int]
 
-Buffer = Any  # a C-contiguous array
+_Buffer = Any  # a C-contiguous array
+
+class _Type(type): ...  # pybind11's
 
 __version__: str
 
-class Network:
+class Network(metaclass=_Type):
     def __init__(self, layers: Sequence[tuple[Any, ...]]) -> None: ...
     @property
     def in_features(self) -> int: ...
@@ -24,7 +26,7 @@ class Network:
     @property
     def parameter_sizes(self) -> list[int]: ...
 
-class Loss:
+class Loss(metaclass=_Type):
     def __init__(
         self,
         kind: str,
@@ -36,7 +38,7 @@ class Loss:
         pos_weight: Sequence[float] = (),
     ) -> None: ...
 
-class Optimizer:
+class Optimizer(metaclass=_Type):
     def __init__(
         self,
         kind: str,
@@ -52,7 +54,7 @@ class Optimizer:
         anchor: float = 0.0,
     ) -> None: ...
 
-class Problem:
+class Problem(metaclass=_Type):
     def __init__(
         self,
         network: Network,
@@ -71,8 +73,8 @@ class Problem:
         steps: int,
         first_order: bool,
         tasks: int,
-        support: Rows,
-        query: Rows,
+        support: _Rows,
+        query: _Rows,
         losses: int,
         predictions: int,
         gradients: Sequence[int] | None,
@@ -80,7 +82,7 @@ class Problem:
         xs_gradient: int = 0,
         xq_gradient: int = 0,
         mean_loss: int = 0,
-        device: Device | None = None,
+        device: _Device | None = None,
     ) -> int: ...
     def adapt(
         self,
@@ -90,19 +92,19 @@ class Problem:
         lr: int,
         lr_rows: int,
         lr_columns: int,
-        schedule: Schedule,
+        schedule: _Schedule,
         tasks: int,
-        support: Rows,
+        support: _Rows,
         adapted: Sequence[int],
         *,
-        validation: Rows | None = None,
+        validation: _Rows | None = None,
         patience: int = -1,
         status: int = 0,
         train_curves: int = 0,
         validation_curves: int = 0,
         best_epochs: int = 0,
         epochs_run: int = 0,
-        device: Device | None = None,
+        device: _Device | None = None,
     ) -> int: ...
     def reptile(
         self,
@@ -111,13 +113,13 @@ class Problem:
         lr: int,
         lr_rows: int,
         lr_columns: int,
-        schedule: Schedule,
+        schedule: _Schedule,
         tasks: int,
-        support: Rows,
+        support: _Rows,
         losses: int,
         mean_loss: int,
         gradients: Sequence[int] | None,
-        device: Device | None = None,
+        device: _Device | None = None,
     ) -> int: ...
     def predict(
         self,
@@ -125,15 +127,15 @@ class Problem:
         parameters: Sequence[int],
         per_task: Sequence[bool],
         tasks: int,
-        query: Rows,
+        query: _Rows,
         predictions: int,
-        device: Device | None = None,
+        device: _Device | None = None,
     ) -> int: ...
     def plan(
         self,
         dtype: int,
         job: str,
-        schedule: Schedule,
+        schedule: _Schedule,
         tasks: int,
         support_rows: int,
         query_rows: int = 0,
@@ -143,7 +145,7 @@ class Problem:
     ) -> dict[str, Any]: ...
     def unfit_for_device(self) -> str | None: ...
 
-class Engine:
+class Engine(metaclass=_Type):
     def __init__(
         self,
         problem: Problem,
@@ -152,10 +154,10 @@ class Engine:
         lr: int,
         lr_rows: int,
         lr_columns: int,
-        schedule: Schedule,
+        schedule: _Schedule,
     ) -> None: ...
     def adapt_predict(
-        self, xs: Buffer, ys: Buffer, xq: Buffer, out: Buffer, weights: Buffer | None = None
+        self, xs: _Buffer, ys: _Buffer, xq: _Buffer, out: _Buffer, weights: _Buffer | None = None
     ) -> None: ...
 
 def shuffle(

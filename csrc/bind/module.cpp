@@ -732,7 +732,9 @@ py::list describe_devices() {
 }  // namespace
 }  // namespace pymeta
 
-PYBIND11_MODULE(_native, m) {
+// Without a GIL (CPython 3.14t) the module is as safe as it is while it has let go of it: problems, networks and engines
+// do not change once made, the settings are atomics, the tables are built once, the pool and the block cache have locks.
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   using namespace pymeta;
   m.doc() = "pymeta's native core; use it through the pymeta package.";
   m.attr("__version__") = PYMETA_VERSION;

@@ -1,6 +1,5 @@
 #include "dispatch.h"
 
-#include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -16,6 +15,7 @@
 #include <stdexcept>
 
 #include "../cuda/device.h"
+#include "fork.h"
 #include "pages.h"
 #include "thread_pool.h"
 
@@ -149,8 +149,8 @@ BlockCache& block_cache() {
       new BlockCache;  // never destroyed: calls may outlive static objects
   // A fork waits until nobody is inside the cache, so that the child finds it whole.
   static const int registered =
-      pthread_atfork([] { block_cache().mutex().lock(); }, [] { block_cache().mutex().unlock(); },
-                     [] { block_cache().mutex().unlock(); });
+      at_fork([] { block_cache().mutex().lock(); }, [] { block_cache().mutex().unlock(); },
+              [] { block_cache().mutex().unlock(); });
   (void)registered;
   return *cache;
 }

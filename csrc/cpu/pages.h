@@ -9,6 +9,9 @@
 #include <cstddef>
 #include <cstdlib>
 
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
 #if defined(PYMETA_GUARD)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -64,9 +67,19 @@ constexpr bool kKeepsPages = true;
 
 // `bytes` is a multiple of `alignment`. Null where there is no memory.
 inline char* take_pages(std::size_t bytes, std::size_t alignment) {
+#if defined(_WIN32)
+  return static_cast<char*>(_aligned_malloc(bytes, alignment));
+#else
   return static_cast<char*>(std::aligned_alloc(alignment, bytes));
+#endif
 }
-inline void give_pages(char* data, std::size_t) { std::free(data); }
+inline void give_pages(char* data, std::size_t) {
+#if defined(_WIN32)
+  _aligned_free(data);
+#else
+  std::free(data);
+#endif
+}
 
 #endif
 

@@ -1,6 +1,6 @@
 #include "thread_pool.h"
 
-#include <pthread.h>
+#include "fork.h"
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -134,7 +134,7 @@ std::atomic<Pool*> pool{nullptr};
 Pool& shared_pool() {
   // A child has its parent's pool without the threads in it: it starts anew, and the copy is left alone, since its
   // locks may be held by threads that do not exist here.
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+  static const int registered = at_fork(nullptr, nullptr, [] { pool.store(nullptr); });
   (void)registered;
   Pool* current = pool.load();
   if (current) return *current;
