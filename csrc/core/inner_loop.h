@@ -207,24 +207,27 @@ class InnerLoop {
   }
   PYMETA_FN const Real* outputs() const { return memory_.at(ws_.query) + ws_.query_tape.y; }
 
-  // Everything: returns the query loss of each task, adds the meta-gradient to `totals` (all of it, with each item).
-  PYMETA_FN Vec meta_gradient(const ItemSet& support, const ItemSet& query, const Totals& totals) {
+  // MAML in two halves. The first adapts and returns the query loss of each task; outputs() are those of the query set
+  // until the second adds the meta-gradient to `totals` (all of it, with each item).
+  PYMETA_FN Vec meta_loss(const ItemSet& support, const ItemSet& query) {
     const WholeSet steps(support, shared_.corrections);
-    const Parameters theta = adapt(steps);
+    adapted_ = adapt(steps);
     if constexpr (X::kFactors)
       if (factored_) factored_->begin_query(query.x, query.extent, support.x);
-    const Vec loss = evaluate(theta, query);
-    if (!call_.wants_gradient()) return loss;
+    return evaluate(adapted_, query);
+  }
+  PYMETA_FN void meta_gradient(const ItemSet& support, const ItemSet& query, const Totals& totals) {
     const bool keep_v = call_.reverses();
     const Tape tape{this, &ws_.query_tape, memory_.at(ws_.query)};
     Real* v = memory_.at(ws_.v);
-    backward(theta, query, tape, [&](int t) {
+    backward(adapted_, query, tape, [&](int t) {
       const std::size_t place = layout_.tensors[t].place;
       return keep_v ? Sink{v + place} : Sink{totals.gradient + place, totals.base(place)};
     });
     if constexpr (X::kFactors)
       if (factored_) factored_->begin_reverse(tape.d(0));
     if (keep_v) {
+      const WholeSet steps(support, shared_.corrections);
       clear_state_adjoints();
       for (int k = call_.steps - 1; k >= 0; --k) reverse_step(k, steps.step(k), totals);
     }
@@ -235,7 +238,6 @@ class InnerLoop {
         store(totals.gradient + i, base ? load(base) + load(v + i) : load(v + i));
       });
     }
-    return loss;
   }
 
  private:
@@ -824,6 +826,7 @@ class InnerLoop {
   Memory memory_;
   Rates rates_;
   FactoredLayer<X>* factored_ = nullptr;
+  Parameters adapted_{};   // by meta_loss
   int lowest_;             // the lowest layer that the inner loop changes
   Vec loss_sum_ = zero();  // of the steps so far, or of the epoch's
 };

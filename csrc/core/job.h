@@ -64,8 +64,10 @@ class ItemJob {
       return write(theta);
     }
     const ItemSet query = arrays_.set(call_.query, workspace_.query_set);
-    arrays_.write_losses(loop_.meta_gradient(support, query, totals_));
+    arrays_.write_losses(loop_.meta_loss(support, query));
     if (call_.predictions) arrays_.write_predictions(query, loop_.outputs());
+    if (!call_.wants_gradient()) return;
+    loop_.meta_gradient(support, query, totals_);
     if (call_.xs_gradient)
       arrays_.write_input_gradient(call_.support, support, call_.second_order(), call_.xs_gradient);
     if (call_.xq_gradient)

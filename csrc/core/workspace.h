@@ -324,7 +324,9 @@ struct Workspace {
     saves_steps = kept > 1 && !keeps_steps;
     const std::size_t slots = keeps_steps ? kept : 1;
     support = places.take(support_tape.size * slots);
-    tangents = take_if(second, tangent.size);
+    // The query set's tape is read for the last time before the first tangent is written.
+    query = places.take(second && tangent.size > query_tape.size ? tangent.size : query_tape.size);
+    tangents = second ? query : kNowhere;
     theta = places.take(parameters.size * slots);
     theta_transposed = places.take(parameters.transposed_size * slots);
     v = take_if(call.wants_gradient(), parameters.size);
@@ -334,7 +336,6 @@ struct Workspace {
                            call.xs_gradient);
     query_set.lay_out<X>(places, network, *call.loss, call.max_query, copy_input, call.xq_gradient);
     validation_set.lay_out<X>(places, network, *call.loss, call.max_validation, copy_input, false);
-    query = places.take(query_tape.size);
     order =
         take_if(minibatches, static_cast<std::size_t>(X::kTasks) * X::kOrders * call.max_support);
     start = take_if(starts_apart, parameters.size);

@@ -20,7 +20,7 @@ struct Block {
   static constexpr bool kTransposes = false;
   static constexpr bool kReadsInputInPlace = false;
   static constexpr bool kFactors = false;
-  static constexpr int kScratch = 512;  // numbers at the beginning of shared memory
+  static constexpr int kScratch = 320;  // numbers at the beginning of shared memory
 
   PYMETA_FN static int vectors(int features) { return features; }
   PYMETA_FN static long stride(int features) { return 4 * ((features + 3) / 4 | 1); }
@@ -33,7 +33,8 @@ struct Block {
 
   template <class Body>
   PYMETA_FN static void each(std::size_t size, Body body) {
-    for (std::size_t i = thread_index(); i < size; i += thread_count()) body(i);
+    const unsigned all = static_cast<unsigned>(size);  // a task's arrays are no larger
+    for (unsigned i = thread_index(); i < all; i += thread_count()) body(i);
     sync();
   }
   template <class Body>

@@ -14,6 +14,7 @@ PYMETA_KERNEL_BEGIN
 
 constexpr int kWarp = 32;
 constexpr int kWarps = 16;              // that keep a multiprocessor busy
+constexpr int kFewWarps = 8;            // that do not
 constexpr std::int64_t kChunks = 2048;  // at most: more than any device runs at once
 constexpr std::size_t kSumsBytes = std::size_t{256} << 20;
 constexpr std::size_t kReserved = 1024;  // shared memory that the system takes of each block
@@ -28,16 +29,15 @@ class BlockCall {
     p.threads = threads ? threads : wanted_threads(device);
     p.near_scalars = near_scalars(device, most, p.threads);
     const Workspace<Block> workspace(call_, p.near_scalars);
-    p.near_scalars = workspace.size;
     p.far_scalars = workspace.size_far;
     p.block_bytes = kNearPlace + sizeof(Real) * workspace.size;
     p.saves = workspace.saves_steps;
     p.chunks = chunks(workspace);
-    const std::size_t fit = device.multiprocessor_bytes / (p.block_bytes + kReserved);
-    const std::int64_t resident = static_cast<std::int64_t>(fit < 1    ? 1
-                                                            : fit > 32 ? 32
-                                                                       : fit) *
-                                  device.multiprocessors;
+    // Few tasks at once leave warps to spare.
+    const std::int64_t fit = fitting(device, p.block_bytes);
+    while (!threads && fit * p.threads < kFewWarps * kWarp && 2 * p.threads <= device.most_threads)
+      p.threads *= 2;
+    const std::int64_t resident = fit * device.multiprocessors;
     p.blocks = static_cast<int>(p.chunks < resident ? p.chunks : resident);
     p.workspace_bytes = sizeof(Real) * (packed_size(workspace) + sums_size(workspace) * p.chunks +
                                         workspace.size_far * p.blocks);
@@ -69,6 +69,11 @@ class BlockCall {
   }
 
  private:
+  static std::int64_t fitting(const DeviceFacts& device, std::size_t block_bytes) {
+    const std::size_t fit = device.multiprocessor_bytes / (block_bytes + kReserved);
+    return fit < 1 ? 1 : fit > 32 ? 32 : static_cast<std::int64_t>(fit);
+  }
+
   bool wants_gradient() const {
     return job_ == Job::meta ? call_.wants_gradient() : call_.sums_differences && call_.gradients;
   }
@@ -129,7 +134,7 @@ class BlockCall {
     return best < whole ? best : whole;
   }
   static bool is_near(const Workspace<Block>& workspace) {
-    for (const Place place : {workspace.support, workspace.tangents, workspace.theta, workspace.v})
+    for (const Place place : {workspace.support, workspace.query, workspace.theta, workspace.v})
       if (place != kNowhere && (place & kFar)) return false;
     return true;
   }
