@@ -562,7 +562,7 @@ class Problem {
   template <class Real>
   static void assume_largest(Call<Real>& call, Job job) {
     const auto largest = [](const RowSet<Real>& set) {
-      if (set.rows < 0 || set.rows > (1 << 24))
+      if (0 > set.rows || set.rows > (1 << 24))
         refuse("rows: expected 0 to 2^24, got " + std::to_string(set.rows));
       return static_cast<int>(set.rows);
     };

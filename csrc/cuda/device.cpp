@@ -109,7 +109,7 @@ std::atomic<std::size_t> chosen_bytes{0};
 
 // The tables of a build, by device; device_facts() has seen to it that there is one.
 template <class Real>
-const BlockKernels<Real>& kernels_of(int ordinal) {
+const BlockKernels<Real>& kernels_of([[maybe_unused]] int ordinal) {
   const std::pair<const BlockKernels<float>*, const BlockKernels<double>*> tables =
 #ifdef PYMETA_HAS_EMULATOR
       ordinal == kEmulated ? std::pair(&emulated_blocks_float, &emulated_blocks_double) :

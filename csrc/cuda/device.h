@@ -27,9 +27,9 @@ struct BlockPlan {
   int threads;  // of a block, which is of a task
   int blocks;   // at once
   std::int64_t chunks;
-  std::size_t near_scalars;     // that a task may have in shared memory: what lies there depends on it
-  std::size_t block_bytes;      // shared memory of a block
-  std::size_t far_scalars;      // of a task, in the workspace
+  std::size_t near_scalars;  // that a task may have in shared memory: what lies there depends on it
+  std::size_t block_bytes;   // shared memory of a block
+  std::size_t far_scalars;   // of a task, in the workspace
   std::size_t workspace_bytes;  // of the call
   bool saves;                   // the steps' tapes are copied to the workspace and back
 };

@@ -83,7 +83,8 @@ class TaskBinder {
       scale[r] = weight;
       counted[r] = counts;
     });
-    Real total = Block::sum_rows_in_order(extent, counted);
+    const bool alike = !labels && !set.weights;
+    Real total = alike ? Real(rows) : Block::sum_rows_in_order(extent, counted);
     if (!labels) total *= Real(out);
     // A set that weighs nothing has loss 0 and no gradient.
     const Real share = total > 0 ? Real(1) / total : total == 0 ? Real(0) : total;
