@@ -7,8 +7,8 @@ _Rows = tuple[int, int, int, int, int, int]
 # steps, epochs (one of them -1), batch size (0: all rows), seed, stream, pointer to int64 [T] or 0
 _Schedule = tuple[int, int, int, int, int, int]
 
-# ordinal (-1: the emulated one), stream, address and bytes of the workspace. Calls with a device take addresses on it and
-# return the workspace bytes that they need; with fewer they do nothing else.
+# ordinal (-1: the emulated one), stream, address and bytes of the workspace. Calls with a device
+# take addresses on it and return the workspace bytes that they need; with fewer they do nothing.
 _Device = tuple[int, int, int, int]
 
 _Buffer = Any  # a C-contiguous array

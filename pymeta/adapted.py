@@ -87,7 +87,8 @@ class Adapted(Stacked[Tensor]):
     Attributes:
         parameters: {name: [T, ...]}, the layout of `torch.func.stack_module_state`; those that
             were not adapted are expanded views of one tensor. `from_stacked` is the way back.
-        status: [T] int8, 0 where a task's own weights are finite, 1 where it diverged.
+        status: [T] int8, 0 where a task's own weights are finite, 1 where it diverged. It and
+            the history are on the parameters' device.
         loss: a description of the loss they were adapted by.
         history: the learning curves (`pymeta.History`), where they were asked for.
     """
@@ -145,7 +146,8 @@ class Adapted(Stacked[Tensor]):
         """The models of a file that `save` (or `AdaptedArrays.save`) wrote, memory-mapped.
 
         Nothing but the header is read before it is needed. Writing into the parameters changes
-        neither the file nor what others see of it.
+        neither the file nor what others see of it. For a model on another device than the CPU
+        all is read and copied there.
 
         Args:
             path: of the file.
@@ -169,7 +171,7 @@ class Adapted(Stacked[Tensor]):
         def tensors(raws: Mapping[str, Raw]) -> dict[str, Tensor]:
             return {name: _tensor(raw).to(device) for name, raw in raws.items()}
 
-        history = {name: _tensor(raw) for name, raw in saved.history.items()}
+        history = tensors(saved.history)
         return cls(
             model,
             plan,
@@ -177,7 +179,7 @@ class Adapted(Stacked[Tensor]):
             tensors(saved.shared),
             saved.tasks,
             _chosen(plan),
-            _tensor(saved.status),
+            _tensor(saved.status).to(device),
             History.of(history) if history else None,
         )
 
@@ -210,6 +212,8 @@ class Adapted(Stacked[Tensor]):
             TypeError: `task` is none of these.
             IndexError: there is no such task, or the mask is not of T bools.
         """
+        if isinstance(task, Tensor):
+            task = task.cpu()
         where = positions(task, self._tasks)
         if not isinstance(where, int):
             return self._at(where)
@@ -323,7 +327,13 @@ class Adapted(Stacked[Tensor]):
         mine, its = self._architecture(), other._architecture()
         if mine != its or (mine is None and str(self._model) != str(other._model)):
             return f"its model is {other._model if its is None else its}"
+        if other._device() != self._device():
+            return f"its parameters are on {other._device()}"
         return super()._difference(other)
+
+    def _device(self) -> torch.device:
+        held = [*self._stacked.values(), *self._shared.values()]
+        return held[0].device if held else torch.device("cpu")
 
     @staticmethod
     def _index(where: np.ndarray) -> Tensor:
@@ -347,10 +357,12 @@ class Adapted(Stacked[Tensor]):
 
     @staticmethod
     def _not_finite(values: Iterable[Tensor], tasks: int) -> Tensor:
-        status = torch.zeros(tasks, dtype=torch.int8, device="cpu")
+        values = list(values)
+        device = values[0].device if values else torch.device("cpu")
+        status = torch.zeros(tasks, dtype=torch.int8, device=device)
         for value in values:
             finite = value.isfinite().flatten(1).all(1) if value.ndim > 1 else value.isfinite()
-            status[~finite.cpu()] = 1
+            status[~finite] = 1
         return status
 
     @staticmethod

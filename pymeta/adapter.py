@@ -230,7 +230,7 @@ class Adapter:
         if weights is not None:
             need_array("weights", weights)
         if out is None:
-            out = np.empty((*xq.shape[:1], self.out_features), self.dtype)
+            out = np.empty((*np.shape(xq)[:1], self.out_features), self.dtype)
         if self.class_weights is not None:
             weights = self._weighted(self._one(xs, ys, weights)).weights
             weights = None if weights is None else weights[0]
@@ -375,13 +375,13 @@ def from_learner(learner: Learner) -> Adapter:
             "number of epochs with a FineTune that does, and deploy one with that number"
         )
     plan, tensors = learner._current()
-    if plan.reason is not None:
-        raise ValueError(f"adapter: the native core cannot run this learner: {plan.reason}")
+    if plan.core_reason is not None:  # an adapter runs on the CPU, wherever the learner does
+        raise ValueError(f"adapter: the native core cannot run this learner: {plan.core_reason}")
     chain = architecture(plan)
     assert chain is not None
 
     def array(tensor: torch.Tensor) -> np.ndarray:
-        return dense_tensor(tensor.detach().to(plan.expected.dtype)).numpy()
+        return dense_tensor(tensor.detach().to("cpu", plan.expected.dtype)).numpy()
 
     optimizer = learner.optimizer
     learned = isinstance(optimizer.lr, LearnableLR)

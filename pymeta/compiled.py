@@ -3,32 +3,40 @@
 Eager calls never come here (they go straight to the binding). While torch.compile traces, the
 call becomes the operator `pymeta::meta_gradient`, which names its MAML module by a handle, does
 at run time what an eager call does, and returns the gradients next to the loss; its registered
-backward only scales them. What the native core cannot run is left to eager mode, at the price of
-a graph break (an error under fullgraph=True).
+backward only scales them. The operator is registered once for all devices, and so is its fake: it
+makes its results where xs is. What the native core cannot run there is left to eager mode, at the
+price of a graph break (an error under fullgraph=True).
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pymeta import fused, native
+from pymeta.learner import Function, outside_graphs
 from pymeta.tasks import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
 
 if TYPE_CHECKING:
     from pymeta.maml import MAML, Outcome
 
-_modules: weakref.WeakValueDictionary[int, MAML] = weakref.WeakValueDictionary()
+_modules: weakref.WeakValueDictionary[str, MAML] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
 
+Side: TypeAlias = tuple[Any, Any, Any, Any]  # one side's x, y, sizes and weights, in some order
 
-def register(maml: MAML) -> int:
-    """A handle by which the operator finds `maml`, for as long as that lives."""
-    handle = next(_handles)
+
+def register(maml: MAML) -> str:
+    """A handle by which the operator finds `maml`, for as long as that lives.
+
+    It is a string, because torch.compile before 2.7 takes an integer that differs from module to
+    module for a variable.
+    """
+    handle = f"maml-{next(_handles)}"
     _modules[handle] = maml
     return handle
 
@@ -55,9 +63,18 @@ def _side(
     return task_set(names, lists[0], lists[1], None, lists[2], expected)
 
 
-@torch.library.custom_op("pymeta::meta_gradient", mutates_args=())
+# Written out, because torch 2.4 cannot infer it from annotations that are strings.
+_SCHEMA = (
+    "(str handle, Tensor[] parameters, Tensor? lr, Tensor xs, Tensor ys, "
+    "Tensor? support_weights, Tensor? support_sizes, Tensor xq, Tensor yq, "
+    "Tensor? query_weights, Tensor? query_sizes, bool[] packed, SymInt steps, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("pymeta::meta_gradient", mutates_args=(), schema=_SCHEMA)
 def meta_gradient(
-    handle: int,
+    handle: str,
     parameters: list[Tensor],
     lr: Tensor | None,
     xs: Tensor,
@@ -113,31 +130,39 @@ def _in_given_order(call: fused.Call, flat: Tensor, lr: Tensor | None) -> Tensor
     first = layout.parameter_total
     part = flat[first : first + lr.numel()].view(lr.shape)
     restored = torch.empty_like(part)
-    restored[..., order] = part
+    restored.index_copy_(-1, order, part)
     return torch.cat([flat[:first], restored.flatten(), flat[first + lr.numel() :]])
 
 
 @meta_gradient.register_fake
 def _(
-    handle, parameters, lr, xs, ys, support_weights, support_sizes, xq, yq, query_weights,
-    query_sizes, packed, steps, wanted,
-):  # fmt: skip
+    handle: str, parameters: list[Tensor], lr: Tensor | None, xs: Tensor, ys: Tensor,
+    support_weights: Tensor | None, support_sizes: Tensor | None, xq: Tensor, yq: Tensor,
+    query_weights: Tensor | None, query_sizes: Tensor | None, packed: list[bool], steps: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan, _ = _modules[handle]._current()
     dtype = plan.expected.dtype
-    tasks = query_sizes.shape[0] if packed[1] else xq.shape[0]
     lead = xq.shape[:1] if packed[1] else xq.shape[:2]
+    tasks: int | torch.SymInt = xq.shape[0]
+    if packed[1]:
+        assert query_sizes is not None
+        tasks = query_sizes.shape[0]
     total = plan.total if wanted[0] else 0
     for value, is_wanted in zip((lr, xs, xq), wanted[1:], strict=True):
-        total = total + (value.numel() if is_wanted else 0)
+        if is_wanted and value is not None:
+            total = total + value.numel()
+    out = plan.expected.out_features
+    assert out is not None
     return (
         xs.new_empty((), dtype=dtype),
         xs.new_empty((tasks,), dtype=dtype),
-        xs.new_empty((*lead, plan.expected.out_features), dtype=dtype),
+        xs.new_empty((*lead, out), dtype=dtype),
         xs.new_empty((total,), dtype=dtype),
     )
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (_, parameters, lr, xs, _, _, _, xq, _, _, _, _, _, wanted) = inputs
     ctx.save_for_backward(output[3])
     ctx.set_materialize_grads(False)
@@ -148,7 +173,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.shapes += [v.shape for v, w in zip((lr, xs, xq), wanted[1:], strict=True) if w]
 
 
-def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple:
+def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
     parameters: list[Tensor | None] = [None] * len(ctx.trains)
     extras: list[Tensor | None] = [None, None, None]
     if gradient is not None:
@@ -168,8 +193,15 @@ meta_gradient.register_autograd(_backward, setup_context=_setup)
 # ---- what torch.compile traces ----------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
-def _runs_native(handle: int) -> bool:
+def _constant(function: Function) -> Function:
+    """`function` for torch.compile: called while it traces, and its result taken as it is."""
+    assume: Any = torch.compiler.assume_constant_result
+    assumed: Function = assume(function)
+    return assumed
+
+
+@_constant
+def _runs_native(handle: str) -> bool:
     maml = _modules[handle]
     return maml.backend != "torch" and maml._current()[0].reason is None
 
@@ -183,7 +215,7 @@ def _rows(values: Any, lengths: list[int]) -> Tensor | None:
     return torch.cat(list(values))
 
 
-def _traced_side(x: Any, y: Any, sizes: Any, weights: Any) -> tuple[tuple, list[int] | None]:
+def _traced_side(x: Any, y: Any, sizes: Any, weights: Any) -> tuple[Side, list[int] | None]:
     """One side's arguments as tensors (x, y, weights, sizes), and the lengths of lists."""
     if isinstance(x, (list, tuple)):
         lengths = [v.shape[0] for v in x]
@@ -194,14 +226,14 @@ def _traced_side(x: Any, y: Any, sizes: Any, weights: Any) -> tuple[tuple, list[
     return (x, y, weights, sizes), None
 
 
-@torch.compiler.disable
-def _eagerly(maml: MAML, support: tuple, query: tuple, steps: int | None) -> Outcome:
+@outside_graphs
+def _eagerly(maml: MAML, support: Side, query: Side, steps: int | None) -> Outcome:
     names = ("support_sizes", "support_weights", "query_sizes", "query_weights")
     options = dict(zip(names, (*support[2:], *query[2:]), strict=True))
     return maml.forward(*support[:2], *query[:2], steps=steps, **options)
 
 
-def forward(maml: MAML, support: tuple, query: tuple, steps: int | None) -> Outcome:
+def forward(maml: MAML, support: Side, query: Side, steps: int | None) -> Outcome:
     """`MAML.forward` while torch.compile traces; sides are (x, y, sizes, weights)."""
     from pymeta.maml import Outcome
 

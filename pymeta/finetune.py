@@ -6,7 +6,8 @@ data sets honest: frozen parameters, a pull towards the start (L2-SP; Li, Grandv
 arXiv:1802.01483), weight decay, class weights, and held out rows with early stopping.
 
 A run goes through the tasks in chunks. What a chunk needs besides inputs and outputs (copies of
-rows where some are held out, weights of classes) is gone before the next one begins.
+rows where some are held out, weights of classes) is gone before the next one begins. The chunks of
+a device are larger: it takes many tasks to fill it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from pymeta import fused
 from pymeta.adapted import Adapted
 from pymeta.class_weights import check_class_count, check_class_weights
-from pymeta.learner import Learner, Weights, check_minibatches, check_patterns
+from pymeta.learner import Learner, Weights, check_minibatches, check_patterns, outside_graphs
 from pymeta.optimizers import Optimizer, check_number
 from pymeta.plan import Plan
 from pymeta.reference import Adaptation
@@ -57,7 +58,10 @@ _VALIDATION = Names(
     "validation_data[0]", "validation_data[1]", "validation_data's sizes", "validation_data[2]"
 )
 _CHUNK_WORK = 4e10  # multiplications and additions of a chunk: some tenths of a second
+_DEVICE_CHUNK_WORK = 1e12  # likewise
 _LARGEST_CHUNK = 4096
+_LARGEST_DEVICE_CHUNK = 65536
+_LARGEST_TORCH_CHUNK = 512
 _PATIENCE_OF_THE_USER = 2.0  # seconds
 
 
@@ -234,7 +238,7 @@ class FineTune(Learner):
                 tasks of equal sizes are shuffled alike.
             curves: whether the models get a `history` of the epochs' losses.
             progress: True for a bar on stderr; None for one if the run turns out to be long and
-                stderr is a terminal.
+                stderr is a terminal. For CUDA tensors it counts what was queued.
 
         Returns:
             T models; `status` tells which of them have weights that are not finite.
@@ -246,7 +250,7 @@ class FineTune(Learner):
                 running statistics; with backend="native" also whatever only torch could run.
         """
         data = {"sizes": sizes, "weights": weights, "validation_data": validation_data}
-        options = {"start": start, **data, "task_ids": task_ids, "curves": curves}
+        options: dict[str, Any] = {"start": start, **data, "task_ids": task_ids, "curves": curves}
         if torch.compiler.is_compiling():
             return _eagerly(self, xs, ys, progress, options)
         return self._tuned(xs, ys, progress, 7, **options)
@@ -445,10 +449,15 @@ class FineTune(Learner):
         self, plan: Plan, tasks: int, rows: int, in_torch: bool
     ) -> Iterator[tuple[int, int]]:
         """First and last task of each chunk of `tasks` tasks with `rows` rows in all."""
+        most_work, most_tasks = _CHUNK_WORK, _LARGEST_CHUNK
+        if in_torch:
+            most_tasks = _LARGEST_TORCH_CHUNK
+        elif plan.device is not None:
+            most_work, most_tasks = _DEVICE_CHUNK_WORK, _LARGEST_DEVICE_CHUNK
         weights = sum(p.numel() for p in plan.parameters)
         work = 6 * weights * self.epochs * rows / max(tasks, 1)
-        size = int(_CHUNK_WORK / max(work, 1.0)) // 16 * 16
-        size = min(max(size, 16), 512 if in_torch else _LARGEST_CHUNK)
+        size = int(most_work / max(work, 1.0)) // 16 * 16
+        size = min(max(size, 16), most_tasks)
         for first in range(0, tasks, size):
             yield first, min(first + size, tasks)
 
@@ -456,7 +465,7 @@ class FineTune(Learner):
 # ---- pieces -----------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
+@outside_graphs
 def _eagerly(learner: FineTune, xs: Any, ys: Any, progress: Any, options: Any) -> Adapted:
     """The call while torch.compile traces: left to eager mode."""
     return learner.forward(xs, ys, progress=progress, **options)

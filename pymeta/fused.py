@@ -7,13 +7,16 @@ neither a node nor a buffer, and the core does not run its reverse sweep.
 
 A small meta-batch takes the core a few microseconds, less than it takes to look its tensors over.
 So what follows from shapes is worked out once, in a `Call`, which `repeat.py` uses again.
+
+The same code serves CUDA tensors. What differs for them is in `device.py`; here it shows in
+`Plan.core`, which calls the core there, in `_ready`, and in whose memory may be used again.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -23,7 +26,7 @@ from torch import Tensor
 from pymeta import native, reference
 from pymeta.plan import Plan
 from pymeta.stacked import History
-from pymeta.tasks import TaskSet, dense
+from pymeta.tasks import TaskSet, check_sizes, check_values, dense
 
 if TYPE_CHECKING:
     from pymeta.reference import Adaptation, InnerLoop
@@ -35,12 +38,17 @@ Results: TypeAlias = tuple[Tensor, Tensor, Tensor]  # loss [], losses [T], predi
 
 
 class Gradients:
-    """Memory for the wanted gradients: flat, as tensors of their shapes, and as pointers."""
+    """Memory for the wanted gradients: flat, as tensors of their shapes, and as pointers.
 
-    __slots__ = ("flat", "of_inputs", "of_parameters", "tensors")
+    It may be used again on the `stream` it was made on, which is 0 on the CPU; where that is None,
+    it may not.
+    """
 
-    def __init__(self, layout: Layout) -> None:
+    __slots__ = ("flat", "of_inputs", "of_parameters", "stream", "tensors")
+
+    def __init__(self, layout: Layout, stream: int | None = 0) -> None:
         """Allocate it, without values."""
+        self.stream = stream
         with torch.inference_mode(False):  # it may outlive that
             flat = layout.scalar.new_empty(layout.total)
         base = flat.data_ptr()
@@ -68,6 +76,7 @@ class Layout:
         self.trains = plan.trains
         self.parameters_only = wanted == (True, False, False, False) and all(plan.trains)
         self.scalar = plan.scalar
+        self.device = plan.device
         self.shapes = list(plan.shapes) if wanted[0] else []
         self.offsets = plan.offsets if wanted[0] else [-1] * len(plan.chain)
         self.parameter_total = end = plan.total if wanted[0] else 0
@@ -86,10 +95,10 @@ class Layout:
         """The plan's layout for what is wanted; None where nothing is."""
         if True not in wanted:
             return None
-        key: tuple = wanted
+        key: tuple[Any, ...] = wanted
         if True in wanted[1:]:
             key = wanted, *(t.shape for t, w in zip(extras, wanted[1:], strict=True) if w)
-        layout = plan.layouts.get(key)
+        layout: Layout | None = plan.layouts.get(key)
         if layout is None:
             if len(plan.layouts) >= _LAYOUTS_KEPT:
                 plan.layouts.clear()
@@ -97,11 +106,17 @@ class Layout:
         return layout
 
     def memory(self) -> Gradients:
-        """Memory that no graph uses."""
+        """Memory that no graph uses, to write to on the current stream."""
+        stream = 0
+        if self.device is not None:
+            if self.device.capturing():
+                return Gradients(self, None)
+            stream = self.device.stream()
         try:
-            return self.idle.pop()
+            gradients = self.idle.pop()
         except IndexError:
-            return Gradients(self)
+            return Gradients(self, stream)
+        return gradients if gradients.stream == stream else Gradients(self, stream)
 
     def inputs(self, parameters: list[Tensor], lr: Tensor, xs: Tensor, xq: Tensor) -> list[Tensor]:
         """The tensors whose gradients are wanted, in the order of the buffer."""
@@ -127,7 +142,8 @@ class _Lease:
         self.idle = idle
 
     def __del__(self) -> None:
-        self.idle.append(self.gradients)
+        if self.gradients.stream is not None:
+            self.idle.append(self.gradients)
 
 
 class Call:
@@ -163,6 +179,7 @@ class Call:
         self.layout = Layout.of(plan, wanted, (lr, support.x, query.x))
         second_order = self.layout is not None and not first_order
         self.last = (support.tasks, support.rows, query.rows, steps, second_order)
+        self.core = plan.core("meta_gradient", self.last, wanted, self.lr_rows)
 
     def memory(self) -> Gradients | None:
         """Where `run` may put the gradients; None where none are wanted."""
@@ -199,7 +216,7 @@ class Call:
         predictions = make(*self.predicted)
         if self.tasks == 0:
             return loss.zero_(), losses, predictions
-        self.plan.problem.meta_gradient(
+        self.core(
             self.dtype_code,
             [p.data_ptr() for p in parameters],
             lr.data_ptr(),
@@ -245,9 +262,9 @@ class Call:
 _LARGE = 32768
 
 
-def _scaled(tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+def _scaled(tensors: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
     """The tensors times a scalar, on this thread alone."""
-    if all(tensor.numel() < _LARGE for tensor in tensors):
+    if not factor.is_cpu or all(tensor.numel() < _LARGE for tensor in tensors):
         return torch._foreach_mul(tensors, factor)
     number = factor.detach().numpy()
     return [torch.from_numpy(np.multiply(tensor.numpy(), number)) for tensor in tensors]
@@ -271,19 +288,20 @@ class _MetaGradient(torch.autograd.Function):
         except RuntimeError:  # is_grads_batched=True: vmap has no rule for it
             parts = [tensor * gradient for tensor in tensors]
         if torch.is_grad_enabled():  # create_graph=True: somebody may differentiate these
-            parts = [_Once.apply(part.detach().requires_grad_()) for part in parts]
+            parts = [_once(part.detach().requires_grad_()) for part in parts]
         return None, *parts
 
 
 # Function.apply without its preparations for torch.func, which take as long as all the rest of it.
-_apply = super(torch.autograd.Function, _MetaGradient).apply
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _MetaGradient).apply
+_apply_prepared: Callable[..., Tensor] = _MetaGradient.apply
 
 
 def _with_graph(lease: _Lease, loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     try:
         return _apply((lease, loss), *inputs)
     except RuntimeError:  # under a transform of torch.func: have it say what it lacks
-        return _MetaGradient.apply((lease, loss), *inputs)
+        return _apply_prepared((lease, loss), *inputs)
 
 
 class _Once(torch.autograd.Function):
@@ -303,11 +321,14 @@ class _Once(torch.autograd.Function):
         )
 
 
+_once: Callable[..., Tensor] = _Once.apply
+
+
 def _native_lr(plan: Plan, lr: Tensor) -> Tensor:
     if lr.dtype is not plan.expected.dtype:
         lr = lr.to(plan.expected.dtype)
     if plan.lr_order is not None:
-        lr = lr[..., plan.lr_order]
+        lr = lr.index_select(-1, plan.lr_order)
     return lr if lr.is_contiguous() else lr.contiguous()
 
 
@@ -318,12 +339,24 @@ def chained(plan: Plan, parameters: list[Tensor]) -> list[Tensor]:
     return parameters if plan.dense else [dense(p) for p in parameters]
 
 
-def _contiguous(s: TaskSet) -> TaskSet:
+def _ready(plan: Plan, s: TaskSet) -> TaskSet:
+    """The set as the core reads it: contiguous; for a device also checked, with its sizes there."""
     s.x = dense(s.x)
     if s.y is not None:
         s.y = dense(s.y)
     if s.weights is not None:
         s.weights = dense(s.weights)
+    device = plan.device
+    if device is None:
+        return s
+    if native.checking_values and not device.capturing():
+        check_values(s, plan.expected)
+    else:
+        check_sizes(s, plan.expected)
+    if s.sizes is not None:
+        parts = [s.sizes] if s.starts is None else [s.sizes, s.starts]
+        sizes, *starts = device.upload(f"sizes of the tasks of {s.names.x}", torch.stack(parts))
+        s.there = (starts[0] if starts else None), sizes
     return s
 
 
@@ -343,11 +376,11 @@ def prepared(
     query: TaskSet,
     wanted: Wanted | None = None,
 ) -> tuple[Call, Tensor]:
-    """A `Call`, and lr as it takes it; the sets are made contiguous.
+    """A `Call`, and lr as it takes it; the sets are made ready for it.
 
     `wanted` left out means all that require grad, if grad is enabled.
     """
-    lr, support, query = _native_lr(plan, lr), _contiguous(support), _contiguous(query)
+    lr, support, query = _native_lr(plan, lr), _ready(plan, support), _ready(plan, query)
     if wanted is None:
         requires = support.x.requires_grad, query.x.requires_grad
         wanted = (bool(plan.trainable), lr.requires_grad, *requires)
@@ -358,6 +391,13 @@ def prepared(
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _ids_there(plan: Plan, task_ids: Tensor | None) -> Tensor | None:
+    """The tasks' ids where the core reads them."""
+    if task_ids is None or plan.device is None:
+        return task_ids
+    return plan.device.upload("task_ids", task_ids)
 
 
 def _lr_arguments(lr: Tensor) -> tuple[int, int, int]:
@@ -372,11 +412,12 @@ def memory(
     curves: bool,
     validated: bool,
 ) -> Adaptation:
-    """Memory for what becomes of T tasks; the curves of it are NaN."""
+    """Memory for what becomes of T tasks, on the parameters' device; the curves of it are NaN."""
     named = dict(zip(plan.names, parameters, strict=True))
+    device = plan.expected.device
     history = None
     if curves and schedule.epochs is not None:
-        ran, best = torch.zeros(2, tasks, dtype=torch.int64, device="cpu")
+        ran, best = torch.zeros(2, tasks, dtype=torch.int64, device=device)
         history = History(
             train=plan.scalar.new_full((tasks, schedule.epochs), math.nan),
             validation=(
@@ -387,7 +428,7 @@ def memory(
         )
     return reference.Adaptation(
         {n: named[n].new_empty(tasks, *named[n].shape) for n in plan.adapted},
-        torch.zeros(tasks, dtype=torch.int8, device="cpu"),
+        torch.zeros(tasks, dtype=torch.int8, device=device),
         history,
     )
 
@@ -421,7 +462,9 @@ def adapt(
         task_ids: [T] int64.
         out: contiguous memory for the result; made where left out.
     """
-    lr, s = _native_lr(plan, lr), _contiguous(support)
+    lr, s = _native_lr(plan, lr), _ready(plan, support)
+    watched = None if validation is None else _ready(plan, validation)
+    ids = _ids_there(plan, task_ids)
     start = {} if start is None else {n: dense(p) for n, p in start.items()}
     shared = chained(plan, parameters)
     names = [plan.names[i] for i in plan.chain]
@@ -431,16 +474,19 @@ def adapt(
     history = out.history
 
     if s.tasks > 0:
-        plan.problem.adapt(
+        schedule = inner.schedule
+        shapes = s.tasks, s.rows, None if watched is None else watched.rows, lr.shape
+        call = plan.core("adapt", shapes, schedule.for_native()[:3], *start)
+        call(
             plan.dtype_code,
             [start.get(n, p).data_ptr() for n, p in zip(names, shared, strict=True)],
             [n in start for n in names],
             *_lr_arguments(lr),
-            inner.schedule.for_native(_address(task_ids)),
+            schedule.for_native(_address(ids)),
             s.tasks,
             native.rows(s),
             [_address(out.parameters.get(n) if n in plan.adapted else None) for n in names],
-            validation=None if validation is None else native.rows(_contiguous(validation)),
+            validation=None if watched is None else native.rows(watched),
             patience=-1 if patience is None else patience,
             status=out.status.data_ptr(),
             train_curves=0 if history is None else _address(history.train),
@@ -461,7 +507,8 @@ def reptile(
     task_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The native twin of `reference.reptile`: (loss [], task losses [T])."""
-    lr, s = _native_lr(plan, lr), _contiguous(support)
+    lr, s = _native_lr(plan, lr), _ready(plan, support)
+    ids = _ids_there(plan, task_ids)
     wanted = torch.is_grad_enabled() and bool(plan.trainable)
     layout = Layout.of(plan, (wanted, False, False, False), (lr, s.x, s.x))
     gradients = None if layout is None else layout.memory()
@@ -472,11 +519,13 @@ def reptile(
         if gradients is not None:
             gradients.flat.zero_()
     else:
-        plan.problem.reptile(
+        schedule = inner.schedule
+        call = plan.core("reptile", s.tasks, s.rows, schedule.for_native()[:3], wanted)
+        call(
             plan.dtype_code,
             [p.data_ptr() for p in chained(plan, parameters)],
             *_lr_arguments(lr),
-            inner.schedule.for_native(_address(task_ids)),
+            schedule.for_native(_address(ids)),
             s.tasks,
             native.rows(s),
             losses.data_ptr(),
@@ -494,12 +543,12 @@ def predict(
 ) -> Tensor:
     """The native twin of `reference.predict`; [sum of rows, out] where the query is packed."""
     names = [plan.names[i] for i in plan.chain]
-    q = _contiguous(query)
+    q = _ready(plan, query)
     tensors = [dense(stacked[n] if n in stacked else shared[n]) for n in names]
     # the core leaves rows that only pad untouched
     make = q.x.new_zeros if q.padded else q.x.new_empty
     predictions = make(_predicted(plan, q))
-    plan.problem.predict(
+    plan.core("predict", q.tasks, q.rows, *stacked)(
         plan.dtype_code,
         [t.data_ptr() for t in tensors],
         [n in stacked for n in names],

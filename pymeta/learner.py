@@ -2,16 +2,17 @@
 
 The life of a call is the same for all three: the inputs are checked and packed (`tasks.py`), the
 model is compared with the plan made of it (`plan.py`), and then either the native core is called
-(`fused.py`) or the same is done in torch (`reference.py`).
+(`fused.py`), on the CPU or on the device where the tensors are (`device.py`), or the same is done
+in torch (`reference.py`).
 """
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from pymeta import fused, native, reference
 from pymeta.adapted import Adapted
 from pymeta.losses import describe_loss
+from pymeta.network import Description
 from pymeta.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
 from pymeta.plan import Plan, check_statistics
 from pymeta.reference import Adaptation, InnerLoop
 from pymeta.schedule import Schedule
+from pymeta.stacked import History
 from pymeta.tasks import (
     SUPPORT,
     Expected,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from pymeta.adapter import Adapter
 
 Weights: TypeAlias = Rows | None
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _one_optimizer(lr: Any, optimizer: Any, learnable: bool) -> Optimizer:
@@ -54,7 +58,8 @@ def _one_optimizer(lr: Any, optimizer: Any, learnable: bool) -> Optimizer:
     if isinstance(optimizer.lr, LearnableLR) and not learnable:
         name = "lr" if lr is not None else "optimizer.lr"
         raise TypeError(f"{name}: expected a number, got a LearnableLR, which only MAML can learn")
-    return optimizer
+    kept: Optimizer = optimizer
+    return kept
 
 
 def check_patterns(name: str, patterns: Any) -> tuple[str, ...] | None:
@@ -72,7 +77,7 @@ def check_patterns(name: str, patterns: Any) -> tuple[str, ...] | None:
     return tuple(patterns)
 
 
-def check_minibatches(plan: Plan, counts: Sequence[int], schedule: Schedule) -> None:
+def check_minibatches(plan: Plan, counts: Sequence[int] | TaskSet, schedule: Schedule) -> None:
     """Raise ValueError where a minibatch would be one row, which cannot be normalised.
 
     `counts` are the rows of the tasks.
@@ -80,12 +85,27 @@ def check_minibatches(plan: Plan, counts: Sequence[int], schedule: Schedule) -> 
     size = schedule.batch_size
     if size is None or not plan.expected.batch_norm:
         return
-    for t, rows in enumerate(counts):
+    for t, rows in enumerate(counts.counts if isinstance(counts, TaskSet) else counts):
         if rows > size and (size == 1 or rows % size == 1):
             raise ValueError(
                 f"batch_size: {size} leaves a minibatch of one row of the {rows} rows of task "
                 f"{t}, which batch normalisation cannot normalise"
             )
+
+
+def outside_graphs(function: Function) -> Function:
+    """`function` for torch.compile: not traced, but called in eager mode."""
+    disable: Any = torch.compiler.disable
+    disabled: Function = disable(function)
+    return disabled
+
+
+def _all_on(device: torch.device, done: Adaptation) -> Adaptation:
+    """An adaptation with its status and its history where its parameters are."""
+    history = done.history and History.of(
+        {name: values.to(device) for name, values in done.history.values().items()}
+    )
+    return Adaptation(done.parameters, done.status.to(device), history)
 
 
 class NativeCall(NamedTuple):
@@ -98,6 +118,23 @@ class NativeCall(NamedTuple):
     query_rows: int = 0
     validation_rows: int = 0
     second_order: bool = False
+
+
+def _planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
+    """The executor of a call, and how the call was cut, in words."""
+    s = call.schedule
+    turns = f"{s.steps} steps" if s.epochs is None else f"{s.epochs} epochs"
+    arguments = (plan.dtype_code, call.job, s.for_native(), *call[2:])
+    if plan.device is None:
+        p = plan.problem.plan(*arguments)
+        how = f"{p['threads']} threads, {p['workspace_bytes']} bytes of workspace each"
+    else:
+        p = plan.problem.plan(*arguments, device=plan.device.ordinal)
+        how = (
+            f"{p['threads']} threads a task, {p['blocks']} blocks at once, "
+            f"{p['workspace_bytes']} bytes of workspace"
+        )
+    return p["executor"], f"{call.tasks} tasks, {turns}, {how}"
 
 
 class Learner(nn.Module, ABC):
@@ -215,8 +252,7 @@ class Learner(nn.Module, ABC):
             plan, parameters = self._current()
             support = task_set(SUPPORT, xs, ys, sizes, weights, plan.expected)
             ids = check_task_ids(task_ids, support.tasks)
-            if schedule.batch_size is not None:
-                check_minibatches(plan, support.counts, schedule)
+            check_minibatches(plan, support, schedule)
             reason = self._reason(plan, support)
             in_torch = reason is not None
             if reason is not None:
@@ -233,6 +269,8 @@ class Learner(nn.Module, ABC):
         in_torch: bool,
     ) -> Adapted:
         """The models that an adaptation made."""
+        if in_torch:
+            done = _all_on(plan.expected.device, done)
         shared = {
             name: p.detach().clone()
             for name, p in zip(plan.names, parameters, strict=True)
@@ -364,19 +402,18 @@ class Learner(nn.Module, ABC):
             return 'torch: backend="torch" was asked for'
         if plan.reason is not None:
             return f"torch: {plan.reason}"
-        chain = " ".join(str(layer[0]) for layer in plan.description.layers)  # type: ignore
-        text = f"native-cpu {native.isa()}"
+        assert isinstance(plan.description, Description)
+        chain = " ".join(str(layer[0]) for layer in plan.description.layers)
         last = self._last_call(plan)
-        if last is None:
-            text += f" {native.executor()}: {chain}"
+        if plan.device is None:
+            on, executor = f"native-cpu {native.isa()}", native.executor()
         else:
-            s = last.schedule
-            turns = f"{s.steps} steps" if s.epochs is None else f"{s.epochs} epochs"
-            p = plan.problem.plan(plan.dtype_code, last.job, s.for_native(), *last[2:])
-            text += (
-                f" {p['executor']}: {chain}; the last call had {last.tasks} tasks, {turns}, "
-                f"{p['threads']} threads, {p['workspace_bytes']} bytes of workspace each"
-            )
+            on, executor = f"native-cuda {plan.device.name}", "block"
+        if last is None:
+            text = f"{on} {executor}: {chain}"
+        else:
+            executor, what = _planned(plan, last)
+            text = f"{on} {executor}: {chain}; the last call had {what}"
         if self._fallback_reason is not None:
             text += f"; some calls ran in torch: {self._fallback_reason}"
         return text

@@ -5,12 +5,13 @@ Finn, Abbeel, Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of 
 Meta-SGD and LSLR (`LearnableLR`). What is computed is written down in `pymeta/reference.py`.
 
 A call goes the way that `learner.py` describes. A native call like the one before it skips all of
-that but the core (`repeat.py`).
+that but the core (`repeat.py`). Calls with CUDA tensors of equal numbers of rows read no value, so
+that, after a first one, they can be captured in a `torch.cuda.CUDAGraph`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +154,8 @@ class MAML(Learner):
             ValueError: a wrong shape or device, a label, size or weight out of range, a set of
                 one row under batch normalisation, a normalisation layer that would use running
                 statistics; with backend="native" also whatever only torch could run.
+                CUDA tensors are not waited for: a label or weight out of range makes the loss
+                of its task NaN, and all that depends on it (PYMETA_CHECK_VALUES=1 raises).
         """
         if torch.compiler.is_compiling():
             return self._compiled(
@@ -160,7 +163,13 @@ class MAML(Learner):
                 (xq, yq, query_sizes, query_weights),
                 steps,
             )
-        plain = steps is support_sizes is query_sizes is support_weights is query_weights is None
+        plain = (
+            steps is None
+            and support_sizes is None
+            and query_sizes is None
+            and support_weights is None
+            and query_weights is None
+        )
         if plain:
             repeat = self._repeats.get(torch.is_grad_enabled())
             results = None if repeat is None else repeat(self.__dict__, xs, ys, xq, yq)
@@ -207,7 +216,7 @@ class MAML(Learner):
             support_weights: as in `forward`.
 
         Returns:
-            T models: `models(xq)`, `models[t]`, `models.parameters`.
+            T models, to be used as `models(xq)`, `models[t]`, `models.parameters`.
 
         Raises:
             TypeError, ValueError: as `forward`.
@@ -266,7 +275,9 @@ class MAML(Learner):
 
     # ---- torch.compile, copies ----------------------------------------------------------------
 
-    def _compiled(self, support: tuple, query: tuple, steps: int | None) -> Outcome:
+    def _compiled(
+        self, support: tuple[Any, ...], query: tuple[Any, ...], steps: int | None
+    ) -> Outcome:
         from pymeta import compiled
 
         return compiled.forward(self, support, query, steps)
@@ -277,11 +288,12 @@ class MAML(Learner):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""
-        super().__setstate__(state)
+        restore: Callable[[dict[str, Any]], None] = super().__setstate__
+        restore(state)
         self._handle = _register(self)
 
 
-def _register(maml: MAML) -> int:
+def _register(maml: MAML) -> str:
     from pymeta import compiled
 
     return compiled.register(maml)

@@ -3,8 +3,13 @@
 Environment variables, read once when this module is imported:
 
     PYMETA_ISA          the instruction set, one of `isas()`; default the best of this machine
-    PYMETA_EXECUTOR     "rows", "lanes", or "auto" (default: chosen from the shapes)
+    PYMETA_EXECUTOR     "rows", "lanes", "auto" (default: chosen from the shapes), or in builds for
+                        development "emulated": tensors on the CPU go the way of CUDA tensors, to
+                        the CUDA executor's code on threads of the host
     PYMETA_NUM_THREADS  how many threads one call may use; default all cores
+    PYMETA_BLOCK_THREADS  threads of a block of the CUDA executor; default chosen from the shapes
+    PYMETA_CHECK_VALUES 1: each call with CUDA tensors waits for them and checks labels and weights,
+                        as calls on the CPU do; default 0: a wrong one makes its task's results NaN
 
 and PYMETA_BACKEND ("native", "torch" or "auto"), read when a learner is made: it decides
 wherever `backend="auto"` leaves the choice open. This module does not import torch.
@@ -13,6 +18,7 @@ wherever `backend="auto"` leaves the choice open. This module does not import to
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,8 +30,11 @@ BACKENDS = ("auto", "native", "torch")
 
 _native: Any = None
 _missing: str | None = None
+
+emulating = False  # whether the executor is "emulated"; read by every call
+checking_values = False  # whether calls on a device check labels and weights first
 try:
-    from pymeta import _native  # type: ignore[no-redef]
+    from pymeta import _native
 except ImportError as error:  # a source tree without a build, or a foreign platform
     _missing = f"the native extension cannot be imported ({error})"
 
@@ -44,7 +53,7 @@ def extension() -> Any:
 
 def num_threads() -> int:
     """How many threads a call may use."""
-    return extension().num_threads()
+    return int(extension().num_threads())
 
 
 def set_num_threads(n: int) -> None:
@@ -58,12 +67,12 @@ def set_num_threads(n: int) -> None:
 
 def isas() -> list[str]:
     """The instruction sets that this machine can run, slowest first."""
-    return extension().isas()
+    return list(extension().isas())
 
 
 def isa() -> str:
     """The instruction set in use."""
-    return extension().isa()
+    return str(extension().isa())
 
 
 def set_isa(name: str) -> None:
@@ -72,13 +81,85 @@ def set_isa(name: str) -> None:
 
 
 def executor() -> str:
-    """The executor in use: "auto", "rows" or "lanes"."""
-    return extension().executor()
+    """The executor in use: "auto", "rows", "lanes" or "emulated"."""
+    return str(extension().executor())
 
 
 def set_executor(name: str) -> None:
-    """Use one executor for everything, or "auto"; ValueError where it is unknown."""
+    """Use one executor for everything on the CPU, or "auto"; ValueError where it is unknown."""
+    global emulating
     extension().set_executor(name)
+    emulating = name == "emulated"
+
+
+# ---- CUDA -------------------------------------------------------------------------------------
+
+
+def cuda_reason() -> str | None:
+    """Why the CUDA executor cannot run here; None where it can."""
+    if _missing is not None:
+        return _missing
+    reason: str | None = extension().cuda_reason()
+    return reason
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CUDA devices, in the order of their ordinals.
+
+    Each is {"ordinal", "name", "capability": "9.0", "multiprocessors", "shared_bytes"}; none where
+    `cuda_reason()` says why.
+    """
+    return list(extension().devices())
+
+
+def emulates() -> bool:
+    """Whether this build has the emulated device: the executor "emulated"."""
+    return bool(extension().emulates())
+
+
+def block_threads() -> int:
+    """Threads of a block of the CUDA executor; 0: chosen from the shapes."""
+    return int(extension().block_threads())
+
+
+def set_block_threads(n: int) -> None:
+    """Set the threads of a block: a multiple of 32 on a GPU, 0 to have them chosen.
+
+    Raises:
+        TypeError: `n` is no integer.
+        ValueError: it is not in 0..256.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n: expected an integer in 0..256, got {type(n).__name__}")
+    extension().set_block_threads(n)
+
+
+def block_bytes() -> int:
+    """Bytes of shared memory that a block may use; 0: chosen from the device and the shapes."""
+    return int(extension().block_bytes())
+
+
+def set_block_bytes(n: int) -> None:
+    """Set the shared memory of a block, 0 to have it chosen; what exceeds it is kept elsewhere.
+
+    Raises:
+        TypeError: `n` is no integer.
+        ValueError: it is negative, or more than there can be.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n: expected an integer >= 0, got {type(n).__name__}")
+    extension().set_block_bytes(n)
+
+
+def set_check_values(check: bool) -> None:
+    """Whether calls on a device wait for their labels and weights and check them first."""
+    global checking_values
+    if not isinstance(check, bool):
+        raise TypeError(f"check: expected a bool, got {type(check).__name__}")
+    checking_values = check
+
+
+# ---- choices ----------------------------------------------------------------------------------
 
 
 def backend(argument: str) -> str:
@@ -93,22 +174,31 @@ def backend(argument: str) -> str:
     return forced
 
 
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(f"expected 0 or 1, got {text!r}")
+    return text == "1"
+
+
+_SETTINGS: tuple[tuple[str, Callable[[str], None]], ...] = (
+    ("PYMETA_ISA", set_isa),
+    ("PYMETA_EXECUTOR", set_executor),
+    ("PYMETA_NUM_THREADS", lambda text: set_num_threads(int(text))),
+    ("PYMETA_BLOCK_THREADS", lambda text: set_block_threads(int(text))),
+    ("PYMETA_CHECK_VALUES", lambda text: set_check_values(_switch(text))),
+)
+
+
 def _read_environment() -> None:
-    try:
-        if os.environ.get("PYMETA_ISA"):
-            set_isa(os.environ["PYMETA_ISA"])
-    except ValueError as error:
-        raise ValueError(f"PYMETA_ISA: {error}") from None
-    try:
-        if os.environ.get("PYMETA_EXECUTOR"):
-            set_executor(os.environ["PYMETA_EXECUTOR"])
-    except ValueError as error:
-        raise ValueError(f"PYMETA_EXECUTOR: {error}") from None
-    try:
-        if os.environ.get("PYMETA_NUM_THREADS"):
-            set_num_threads(int(os.environ["PYMETA_NUM_THREADS"]))
-    except ValueError as error:
-        raise ValueError(f"PYMETA_NUM_THREADS: {error}") from None
+    for name, use in _SETTINGS:
+        try:
+            if os.environ.get(name):
+                use(os.environ[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+# ---- what calls are made of -------------------------------------------------------------------
 
 
 def loss(description: Loss) -> Any:
@@ -152,13 +242,14 @@ def rows(s: TaskSet) -> tuple[int, int, int, int, int, int]:
 
     The caller keeps the tensors alive, and has made them contiguous.
     """
+    starts, sizes = (s.starts, s.sizes) if s.there is None else s.there
     return (
         s.x.data_ptr(),
         0 if s.y is None else s.y.data_ptr(),
         0 if s.weights is None else s.weights.data_ptr(),
         s.rows,
-        0 if s.starts is None else s.starts.data_ptr(),
-        0 if s.sizes is None else s.sizes.data_ptr(),
+        0 if starts is None else starts.data_ptr(),
+        0 if sizes is None else sizes.data_ptr(),
     )
 
 

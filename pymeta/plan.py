@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from pymeta import native, reference
+from pymeta.device import Device, unusable
 from pymeta.losses import Loss, check_width
 from pymeta.network import Description, Unsupported, describe
 from pymeta.optimizers import Rates, rates
@@ -70,15 +72,13 @@ def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
 
 
 def _unfit(parameters: Mapping[str, Tensor]) -> str | None:
-    """Why the native core cannot read these parameters, if it cannot."""
+    """Why the native core cannot read these parameters wherever they are, if it cannot."""
     dtypes = {p.dtype for p in parameters.values()}
     if len(dtypes) > 1:
         return f"parameters of different dtypes ({', '.join(sorted(map(str, dtypes)))})"
     for name, p in parameters.items():
         if p.dtype not in DTYPE_CODES:
             return f"parameter {name} is {p.dtype}; the native core has float32 and float64"
-        if p.device.type != "cpu":
-            return f"the parameters are on {p.device}; the native core runs on the CPU"
         if type(p) not in _PARAMETER_TYPES or p.layout is not torch.strided:
             return f"parameter {name} is no plain dense tensor ({type(p).__name__})"
     return None
@@ -92,10 +92,13 @@ class Plan:
         adapted: those the inner loop changes.
         rates: how lr values are laid out.
         expected: what inputs must be like.
-        reason: why the native core cannot run this; None where it can.
-        problem: the native Problem, where it can.
+        core_reason: why the native core cannot run this on any device; None where it can.
+        reason: why it cannot where the parameters are; None where it can.
+        device: what native calls run on; None for the CPU's own executors.
+        problem: the native Problem, where there is no `core_reason`.
         chain: for each parameter of the chain, in its order, the index into `names`.
-        lr_order: permutes a row of per-element lr values into the chain's order, where needed.
+        lr_order: permutes a row of per-element lr values into the chain's order, where needed;
+            an index on the parameters' device.
         last: (tasks, support rows, query rows, steps, second order) of the last native call.
     """
 
@@ -128,12 +131,15 @@ class Plan:
         self.expected = self._expected(loss, named)
         self.problem: Any = None
         self.chain: list[int] = []
-        self.lr_order: list[int] | None = None
+        self.lr_order: Tensor | None = None
         self.last: tuple[int, int, int, int, bool] | None = None
-        self.lrs: dict[float, Tensor] = {}
+        self.lrs: dict[tuple[float, int], Tensor] = {}
         self.optimizer = optimizer
         self.anchor = anchor
-        self.reason = self._make_problem(loss, named)
+        self.emulates = native.emulating
+        self.device = Device.of(self.expected.device)
+        self.core_reason = self._make_problem(loss, named)
+        self.reason = self.core_reason or self._unfit_there()
         self._lay_out_gradients(named)
 
     def _expected(self, loss: Loss, named: Mapping[str, Tensor]) -> Expected:
@@ -174,13 +180,30 @@ class Plan:
         self.chain = [self.names.index(n) for n in chain]
         return None
 
+    def _unfit_there(self) -> str | None:
+        """Why the native core cannot run the problem where the parameters are, if it cannot."""
+        reason = unusable(self.expected.device)
+        if reason is None and self.device is not None:
+            reason = self.problem.unfit_for_device()
+        return reason
+
+    def core(self, name: str, *key: Hashable) -> Callable[..., Any]:
+        """The Problem's method `name`, to be called where the parameters are.
+
+        Which bytes of workspace a device needs for it has to follow from `key`.
+        """
+        method: Callable[..., Any] = getattr(self.problem, name)
+        return method if self.device is None else partial(self.device.run, method, key)
+
     def _lr_groups(self, chain: Sequence[str], named: Mapping[str, Tensor]) -> list[int] | None:
         """Each chain parameter's column; None, and `lr_order` set, where elements have theirs."""
         if self.rates.groups is not None:
             return [self.rates.groups.get(n, 0) for n in chain]
         spans = [self.rates.spans[n] for n in chain if n in self.rates.spans]
         if spans != sorted(spans):
-            self.lr_order = [column for first, end in spans for column in range(first, end)]
+            order = [column for first, end in spans for column in range(first, end)]
+            with torch.inference_mode(False):  # it outlives that
+                self.lr_order = torch.tensor(order, device=self.expected.device)
         return None
 
     def _lay_out_gradients(self, named: Mapping[str, Tensor]) -> None:
@@ -206,6 +229,8 @@ class Plan:
 
         None also while the torch backend, in another thread, has other tensors put in.
         """
+        if self.emulates is not native.emulating:
+            return None
         try:
             parameters = [owner[key] for owner, key in self.owners]
             if not all(map(operator.is_, parameters, self.parameters)):
@@ -218,13 +243,17 @@ class Plan:
 
     def lr_tensor(self, value: float) -> Tensor:
         """A plain float lr as a [1] tensor of the parameters' dtype and device."""
-        tensor = self.lrs.get(value)
+        if self.device is None:
+            stream = 0
+        elif self.device.capturing():  # pymeta/device.py says why
+            return self.scalar.new_full((1,), value)
+        else:
+            stream = self.device.stream()
+        tensor = self.lrs.get((value, stream))
         if tensor is None:
             with torch.inference_mode(False):  # it outlives that
-                tensor = torch.tensor(
-                    [value], dtype=self.expected.dtype, device=self.expected.device
-                )
-            self.lrs = {value: tensor}
+                tensor = self.scalar.new_full((1,), value)
+            self.lrs = {(value, stream): tensor}
         return tensor
 
 

@@ -3,7 +3,8 @@
 Everything that the checks of a call ask of its tensors and of the model, other than values, shows
 in a few attributes. A `Repeat` holds those of a native call that passed the checks. Where all are
 the same it makes the call again; where any differs it does nothing, and the checks have to say what
-to make of it. Values (labels, weights, sizes) are not its business: the core checks them itself.
+to make of it. Values (labels, weights, sizes) are not its business: the core checks them itself,
+or, on a device, nobody does (where somebody is to, there are no repeats).
 """
 
 from __future__ import annotations
@@ -13,18 +14,26 @@ from typing import Any
 
 from torch import Tensor
 
+from pymeta import native
+from pymeta.device import Device
 from pymeta.fused import Call, Results
 from pymeta.tasks import TaskSet
 
 
-def _settings(owner: Mapping[str, Any]) -> tuple:
+def _settings(owner: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a call depends on besides its arguments and the model, from a MAML's attributes."""
-    return owner["steps"], owner["first_order"], owner["backend"], owner.get("lr")
+    emulating = native.emulating
+    return owner["steps"], owner["first_order"], owner["backend"], owner.get("lr"), emulating
 
 
-def _forms(tensors: Sequence[Tensor]) -> list[tuple]:
-    """All about some tensors but their values."""
+def _forms(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """All about some tensors but their values; of their devices, whether it is the CPU."""
     return [(t.shape, t.dtype, t.is_cpu, t.requires_grad, t.is_contiguous()) for t in tensors]
+
+
+def _forms_there(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """As `_forms`, with the devices themselves, which takes longer."""
+    return [(t.shape, t.dtype, t.device, t.requires_grad, t.is_contiguous()) for t in tensors]
 
 
 def _as_it_came(given: Any, used: Tensor | None) -> bool:
@@ -62,7 +71,10 @@ class Repeat:
         self.fixed = list(call.plan.parameters)
         if self.learnable is not None:
             self.fixed.append(lr)
-        self.forms = _forms([*self.fixed, *data])
+        self.device = call.plan.device
+        self.stream = None if self.device is None else self.device.stream()
+        self.forms_of = _forms if self.device is None else _forms_there
+        self.forms = self.forms_of([*self.fixed, *data])
         self.rows = call.last[1:3]
 
     @classmethod
@@ -75,11 +87,21 @@ class Repeat:
         lr: Tensor,
         owner: Mapping[str, Any],
     ) -> Repeat | None:
-        """One for a call that was made, if its tensors went to the core as they came."""
+        """One for a call that was made, if its tensors went to the core as they came.
+
+        None in the capture of a CUDA graph, where all memory is the graph's.
+        """
+        device = call.plan.device
+        if device is not None and device.capturing():
+            return None
         used = (support.x, support.y, query.x, query.y)
         if not all(map(_as_it_came, data, used)) or call.plan.lr_order is not None:
             return None
         return cls(call, data, lr, owner)
+
+    def _may_be_made_there(self, device: Device) -> bool:
+        """Whether nobody is to check values, and `lr` is one of the stream and no graph's."""
+        return not (native.checking_values or device.stream() != self.stream or device.capturing())
 
     def __call__(
         self, owner: Mapping[str, Any], xs: Any, ys: Any, xq: Any, yq: Any
@@ -93,10 +115,11 @@ class Repeat:
             and _settings(owner) == self.settings
             and owner["_parameters"].get("lr") is self.learnable
             and self.is_current()
+            and (self.device is None or self._may_be_made_there(self.device))
         ):
             return None
         try:
-            if _forms([*self.fixed, xs, ys, xq, yq]) != self.forms:
+            if self.forms_of([*self.fixed, xs, ys, xq, yq]) != self.forms:
                 return None
             support_rows, query_rows = self.rows
             support = (xs.data_ptr(), ys.data_ptr(), 0, support_rows, 0, 0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pymeta import fused, reference
 from pymeta.adapted import Adapted
-from pymeta.learner import Learner, NativeCall, Weights, check_minibatches
+from pymeta.learner import Learner, NativeCall, Weights, check_minibatches, outside_graphs
 from pymeta.optimizers import Optimizer
 from pymeta.schedule import LARGEST_SEED, Schedule, check_count
 from pymeta.tasks import SUPPORT, Rows, Sizes, check_task_ids, task_set
@@ -46,7 +46,8 @@ class Reptile(Learner):
 
     Its parameters are the model's own. With a `batch_size` every call with grad enabled draws
     its minibatches anew, from a numbered stream of random numbers; the number is part of
-    `state_dict()`, so that a run that is resumed goes on as it would have.
+    `state_dict()`, so that a run that is resumed goes on as it would have. A call captured in a
+    CUDA graph draws the same ones at every replay.
 
     Args:
         model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
@@ -124,6 +125,7 @@ class Reptile(Learner):
             ValueError: a wrong shape or device, a label, size or weight out of range, a batch
                 of one row under batch normalisation, a normalisation layer that would use
                 running statistics; with backend="native" also whatever only torch could run.
+                CUDA tensors are not waited for, as in `MAML.forward`.
         """
         if torch.compiler.is_compiling():
             return _eagerly(self, xs, ys, steps, support_sizes, support_weights, task_ids)
@@ -132,7 +134,7 @@ class Reptile(Learner):
         schedule = self._scheduled(steps, self._stream if trains else _OF_ADAPT)
         support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
         ids = check_task_ids(task_ids, support.tasks)
-        check_minibatches(plan, support.counts, schedule)
+        check_minibatches(plan, support, schedule)
         inner = self._inner(plan, schedule)
         reason = self._reason(plan, support)
         if reason is None:
@@ -141,7 +143,8 @@ class Reptile(Learner):
         else:
             self._to_torch(plan, reason, 5, support)
             named = dict(zip(plan.names, parameters, strict=True))
-            outcome = reference.reptile(self.model, named, plan.adapted, inner, support, ids)
+            numbers = None if ids is None else ids.tolist()
+            outcome = reference.reptile(self.model, named, plan.adapted, inner, support, numbers)
         if trains:
             self._stream += 1
         return ReptileOutcome(*outcome)
@@ -169,7 +172,7 @@ class Reptile(Learner):
             task_ids: as in `forward`.
 
         Returns:
-            T models: `models(xq)`, `models[t]`, `models.parameters`.
+            T models, to be used as `models(xq)`, `models[t]`, `models.parameters`.
 
         Raises:
             TypeError, ValueError: as `forward`.
@@ -194,8 +197,10 @@ class Reptile(Learner):
         self._stream = check_count("stream", state["stream"], most=LARGEST_SEED)
 
 
-@torch.compiler.disable
-def _eagerly(learner: Reptile, xs, ys, steps, sizes, weights, task_ids) -> ReptileOutcome:
+@outside_graphs
+def _eagerly(
+    learner: Reptile, xs: Any, ys: Any, steps: Any, sizes: Any, weights: Any, task_ids: Any
+) -> ReptileOutcome:
     """The call while torch.compile traces: left to eager mode."""
     return learner.forward(
         xs, ys, steps=steps, support_sizes=sizes, support_weights=weights, task_ids=task_ids

@@ -28,13 +28,13 @@ class _Rows(NamedTuple):
         sizes: [T] int64, rows of each task.
         task: [n], whose it is.
         number: [n], which of its task's rows it is.
-        index: [n], where it lies in the flattened rows of the set's tensors.
+        place: [n], where it lies in the flattened rows of the set's tensors.
     """
 
     sizes: Tensor
     task: Tensor
     number: Tensor
-    index: Tensor
+    place: Tensor
 
     @staticmethod
     def of(s: TaskSet) -> _Rows:
@@ -52,7 +52,7 @@ class _Rows(NamedTuple):
 def _classes(s: TaskSet, rows: _Rows, loss: Loss, out: int | None = None) -> np.ndarray:
     """Each row's class, as `classes_of` has it."""
     assert s.y is not None
-    y = s.y.detach().reshape(-1).cpu()[rows.index]
+    y = s.y.detach().reshape(-1).cpu()[rows.place]
     y = y if loss.takes_classes else y.double()
     return classes_of(s.names.y, y.numpy(), rows.task.numpy(), rows.number.numpy(), loss, out)
 
@@ -81,7 +81,7 @@ def weighted(s: TaskSet, table: np.ndarray, expected: Expected) -> TaskSet:
     found = _classes(s, rows, expected.loss, expected.out_features)
     lead = s.x.shape[: 1 if s.starts is not None else 2]
     values = torch.ones(math.prod(lead), dtype=torch.float64, device="cpu")
-    values[rows.index] = torch.from_numpy(row_factors(found, rows.task.numpy(), table))
+    values[rows.place] = torch.from_numpy(row_factors(found, rows.task.numpy(), table))
     values = values.view(lead).to(expected.device, expected.dtype)
     return replace(s, weights=values if s.weights is None else s.weights * values)
 
@@ -99,9 +99,9 @@ def _orders(sizes: Tensor, seed: int, task_ids: Tensor | None) -> Tensor:
     """A permutation of each task's rows, one behind the other: int64 [sum of sizes]."""
     if native.missing() is None:
         out = torch.empty(int(sizes.sum()), dtype=torch.int64, device="cpu")
-        ids = 0 if task_ids is None else task_ids.data_ptr()
+        address = 0 if task_ids is None else task_ids.data_ptr()
         arguments = (len(sizes), sizes.data_ptr(), out.data_ptr())
-        native.extension().shuffle(seed, 0, ids, 0, SPLIT, *arguments)
+        native.extension().shuffle(seed, 0, address, 0, SPLIT, *arguments)
         return out
     ids = [0] * len(sizes) if task_ids is None else task_ids.tolist()
     each = [
@@ -149,9 +149,9 @@ def hold_out(
     if last:
         is_held = rows.number >= (rows.sizes - held)[rows.task]
     else:
-        is_held = torch.zeros(len(rows.index), dtype=torch.bool, device="cpu")
+        is_held = torch.zeros(len(rows.place), dtype=torch.bool, device="cpu")
         order = _orders(rows.sizes, seed, task_ids)
         first = (rows.sizes.cumsum(0) - rows.sizes)[rows.task]
         is_held[(first + order)[rows.number < held[rows.task]]] = True
-    train = _chosen(s, rows.sizes - held, rows.index[~is_held])
-    return train, _chosen(s, held, rows.index[is_held])
+    train = _chosen(s, rows.sizes - held, rows.place[~is_held])
+    return train, _chosen(s, held, rows.place[is_held])

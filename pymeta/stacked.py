@@ -21,7 +21,7 @@ from pymeta.file import Contents, Fields, Path, Raw, errors_about, read, write
 from pymeta.losses import Loss, check_width, read_loss
 
 Array = TypeVar("Array")  # torch.Tensor or np.ndarray
-Self = TypeVar("Self", bound="Stacked")
+Self = TypeVar("Self", bound="Stacked[Any]")
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,14 @@ class Stacked(ABC, Generic[Array]):
         tensors = {**self._stacked, **self._shared, **own}
         write(path, "models", described, {name: self._to_raw(v) for name, v in tensors.items()})
 
-    def _like(self: Self, stacked, shared, tasks, status, history) -> Self:  # type: ignore[no-untyped-def]
+    def _like(
+        self: Self,
+        stacked: dict[str, Array],
+        shared: dict[str, Array],
+        tasks: int,
+        status: Array | None,
+        history: History | None,
+    ) -> Self:
         """An object of the same structure that holds these."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)

@@ -8,8 +8,13 @@ A `TaskSet` is the support side or the query side of all T tasks, in one of thre
 
 Lists become uniform where all sizes are equal and packed otherwise. A numpy array is taken for the
 tensor that shares its memory. Nothing here looks at the values of a tensor, so a call costs no pass
-over the data: values (labels, weights, sizes) are checked by the native core as it reads them, and
-for the torch backend by `check_values`.
+over the data. The values (labels, weights, sizes) are checked
+
+    on the CPU        by the native core, as it reads them;
+    on a device       sizes by `check_sizes`, on the host, where they are kept; labels and weights
+                      not at all, which would mean to wait for them: a wrong one makes all that
+                      depends on it NaN. PYMETA_CHECK_VALUES=1 has `check_values` look first;
+    for torch         by `check_values`.
 """
 
 from __future__ import annotations
@@ -28,8 +33,8 @@ Rows: TypeAlias = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
 Sizes: TypeAlias = Tensor | np.ndarray | Sequence[int] | None
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
-_INTEGERS += (torch.uint64, torch.uint32, torch.uint16, torch.uint8)
+_SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
+_INTEGERS = (*_SIGNED, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 
 
 class Names(NamedTuple):
@@ -72,6 +77,7 @@ class TaskSet:
     sizes: Tensor | None = None
     lengths: list[int] | None = None  # of the list that came, where one came
     reason: str | None = None  # why the native core cannot take this set, where it cannot
+    there: tuple[Tensor | None, Tensor] | None = None  # starts, sizes on the device of a call
 
     @property
     def uniform(self) -> bool:
@@ -117,6 +123,7 @@ class TaskSet:
                 starts=self.starts[first:last] - begin,
                 sizes=self.sizes[first:last],
                 lengths=None,
+                there=None,
             )
         return replace(
             self,
@@ -126,6 +133,7 @@ class TaskSet:
             tasks=last - first,
             sizes=None if self.sizes is None else self.sizes[first:last],
             lengths=None,
+            there=None,
         )
 
     def valid(self) -> Tensor | None:
@@ -292,7 +300,8 @@ def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
         raise TypeError(f"{name}: expected integers, got {sizes.dtype}")
     if sizes.shape != (tasks,):
         raise ValueError(f"{name}: expected shape [{tasks}], got {_shape(sizes)}")
-    return sizes.to("cpu", torch.int64).contiguous()
+    checked: Tensor = sizes
+    return checked.to("cpu", torch.int64).contiguous()
 
 
 def _from_tensors(names: Names, x: Tensor, y: Any, sizes: Any, weights: Any) -> TaskSet:
@@ -480,11 +489,11 @@ def _check_weight_values(s: TaskSet) -> None:
         )
 
 
-def check_values(s: TaskSet, expected: Expected) -> None:
-    """The checks that read the data, for the torch backend (the native core has its own).
+def check_sizes(s: TaskSet, expected: Expected) -> None:
+    """The checks that read sizes alone, which are on the CPU wherever the data are.
 
     Raises:
-        ValueError: sizes, labels or weights out of range, or one row under BatchNorm.
+        ValueError: a size is out of range, or there is one row under BatchNorm.
     """
     if s.sizes is not None and s.starts is None:
         wrong = (s.sizes < 0) | (s.sizes > s.rows)
@@ -493,11 +502,20 @@ def check_values(s: TaskSet, expected: Expected) -> None:
             raise ValueError(
                 f"{s.names.sizes}: task {task}: size {int(s.sizes[task])} is not in 0..{s.rows}"
             )
-    if expected.batch_norm and 1 in s.counts:
+    if expected.batch_norm and (1 in s.counts if s.sizes is not None else s.rows == 1 and s.tasks):
         raise ValueError(
             f"{s.names.x}: task {s.counts.index(1)} has one row, which batch normalisation "
             f"cannot normalise: expected none or at least two"
         )
+
+
+def check_values(s: TaskSet, expected: Expected) -> None:
+    """The checks that read the data, for what does not do so itself; they wait for the data.
+
+    Raises:
+        ValueError: sizes, labels or weights out of range, or one row under BatchNorm.
+    """
+    check_sizes(s, expected)
     if s.weights is not None:
         _check_weight_values(s)
     if s.y is not None and expected.loss.takes_classes and expected.out_features is not None:

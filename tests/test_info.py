@@ -39,13 +39,26 @@ def test_it_says_what_there_is_of_cuda(monkeypatch):
     device = {"ordinal": 0, "name": "G", "capability": "9.0", "multiprocessors": 3}
     monkeypatch.setattr(native, "cuda_reason", lambda: None)
     monkeypatch.setattr(native, "devices", lambda: [device])
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(info, "_torch_has_cuda", lambda: False)
     lines = info.report()
     assert "cuda        0: G, compute capability 9.0, 3 multiprocessors" in lines
     assert any(line.startswith("cuda        torch has none") for line in lines)
     assert info.places() == ["cpu", "emulated"]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(info, "_torch_has_cuda", lambda: True)
     assert info.places() == ["cpu", "cuda:0", "emulated"]
+
+
+def test_it_runs_without_torch():
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        "runpy.run_module('pymeta.info', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("torch       not installed") for line in lines)
+    assert any(line.startswith("cuda        ") for line in lines)
+    assert "an adapter, in numpy" in lines[-2] and lines[-1].startswith("self-test   passed")
 
 
 def test_the_self_test_can_fail(monkeypatch, capsys):
