@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import latency, many, rounding, sklearn_rival, torch_rivals, verify
-from bench.cases import CASES, LATENCY, Case
-from bench.torch_rivals import vmap
+from pymeta.bench import latency, many, rounding, sklearn_rival, torch_rivals, verify
+from pymeta.bench.cases import CASES, LATENCY, Case, chosen, pool
+from pymeta.bench.contestants import on_host
+from pymeta.bench.torch_rivals import vmap
 
 SMALL = ["W1 T=25 K=1", "W1 T=1 K=5", "W2 no BN T=32 K=1", "W2 BN T=32 K=1", "W3 T=64 K=5"]
 REPTILE = CASES["W4 Reptile T=32 K=32"]
@@ -18,7 +19,7 @@ FINETUNE = replace(CASES["W5 fine-tuning T=1000 K=20"], tasks=60)
 
 def answer(case: Case, data, kind=vmap) -> tuple[float | None, list[np.ndarray]]:
     loss, gradients = kind(case, data)()
-    return None if loss is None else loss.item(), [g.detach().numpy() for g in gradients]
+    return None if loss is None else loss.item(), [on_host(g) for g in gradients]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -35,7 +36,7 @@ def test_right_answers_pass_and_near_ones_do_not(name):
         "another loss": (loss * 1.01, gradients),
     }
     for what, (bad_loss, bad_gradients) in wrong.items():
-        with pytest.raises(AssertionError, match=re.escape(case.name)):
+        with pytest.raises(verify.WrongAnswer, match=re.escape(case.name)):
             verify.check(case, reference, f"torch, {what}", bad_loss, bad_gradients)
 
 
@@ -61,7 +62,7 @@ def test_right_adaptations_pass_and_near_ones_do_not(case):
         wrong["the last task's answer is the first one's"] = (None, mixed)
         wrong["a task is missing"] = (None, [a[:-1] for a in arrays])
     for what, (bad_loss, bad_arrays) in wrong.items():
-        with pytest.raises(AssertionError):
+        with pytest.raises(verify.WrongAnswer):
             verify.check(case, reference, f"torch, {what}", bad_loss, bad_arrays)
 
 
@@ -72,10 +73,10 @@ def test_rounding_draws_no_errors_when_told_so(case):
     reference = verify.make_reference(case, data)
     losses, ends = rounding.adapted(case, data, size=0.0)
     if case.job == "reptile":
-        arrays = [p - e.numpy().mean(0) for p, e in zip(data.parameters, ends, strict=True)]
-        assert verify.error(reference, losses.mean().item(), arrays) < 1e-9
+        arrays = [p - e.mean(0) for p, e in zip(data.parameters, ends, strict=True)]
+        assert verify.error(reference, float(losses.mean()), arrays) < 1e-9
     else:
-        assert verify.error(reference, None, [e.numpy() for e in ends]) < 1e-9
+        assert verify.error(reference, None, ends) < 1e-9
 
 
 @pytest.mark.parametrize("case", [REPTILE, FINETUNE], ids=lambda case: case.name)
@@ -88,7 +89,7 @@ def test_drawn_errors_are_larger_than_float32s(case):
 
     def distance(arrays) -> float:
         pairs = zip(arrays, exact, strict=True)
-        squares = sum(verify._task_norms(np.asarray(a) - e.numpy()) ** 2 for a, e in pairs)
+        squares = sum(verify._task_norms(np.asarray(a) - e) ** 2 for a, e in pairs)
         return float(np.median(np.sqrt(squares)))
 
     drawn = distance(rounding.adapted(case, data, size=1.0, seed=5)[1])
@@ -106,7 +107,7 @@ def test_loops_over_some_tasks_are_right(monkeypatch):
     verify.check(FINETUNE, reference, "torch loop", loss, arrays)
     run, read = sklearn_rival.loop(FINETUNE, data)
     verify.check(FINETUNE, reference, "scikit-learn", *read(run()))
-    with pytest.raises(AssertionError, match="shape"):
+    with pytest.raises(verify.WrongAnswer, match="shape"):
         verify.check(FINETUNE, reference, "torch vmap", loss, arrays)
 
 
@@ -172,6 +173,12 @@ def test_chosen_tasks_keep_their_distance_from_kinks():
     data = verify.make_data(case).astype(np.float64)
     distances = [verify.kink_distance(case, data.of([t])) for t in range(case.tasks)]
     assert len(data.xs) == case.tasks and min(distances) > case.margin > 0
+
+
+@pytest.mark.parametrize("case", [c for c in (*CASES.values(), LATENCY) if c.margin], ids=str)
+def test_the_kept_choice_is_what_selecting_gives(case):
+    many = pool(case)
+    assert chosen(case, many) == verify.select(case, many)
 
 
 @pytest.mark.parametrize("case", [REPTILE, FINETUNE, LATENCY], ids=lambda case: case.name)

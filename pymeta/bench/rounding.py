@@ -16,15 +16,18 @@ their bound. Each xi is the same for all tasks, as a systematic error's sign wou
 tasks does not average it away.
 
 Without errors the same lines are an independent implementation of the inner loop, which
-`bench/test_verify.py` holds against pymeta's reference.
+`bench/test_verify.py` holds against pymeta's reference, and which answers are compared with where
+there is no torch. It is all numpy.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from bench.cases import Case, Data
+from pymeta.bench.cases import Case, Data
+
+Array = NDArray[np.float64]
 
 U = 2.0**-24  # the largest relative error of one rounding to float32
 FEW = 8  # roundings, in units of the last place, that a function of one number may err by
@@ -38,69 +41,82 @@ class Errors:
     def __init__(self, size: float, seed: int) -> None:
         """The errors of equal seeds are equal, whatever the number of tasks."""
         self.size = size
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = np.random.default_rng(seed)
 
-    def moved(self, value: Tensor, bound: Tensor, roundings: float) -> Tensor:
+    def moved(self, value: Array, bound: Array, roundings: float) -> Array:
         """`value` [T, ...], moved by xi * roundings * U * bound."""
         if not self.size:
             return value
-        shape = value.shape[1:]
-        xi = 2 * torch.rand(shape, generator=self.generator, dtype=torch.float64) - 1
-        return value + self.size * U * roundings * xi * bound
+        xi = 2 * self.generator.random(value.shape[1:]) - 1
+        found: Array = value + self.size * U * roundings * xi * bound
+        return found
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
+    def product(self, a: Array, b: Array) -> Array:
         """The matrix products a @ b, [T, rows, n] and [T, n, columns]."""
-        found = a @ b
+        found: Array = a @ b
         if not self.size:
             return found
-        return self.moved(found, a.abs() @ b.abs(), a.shape[-1])
+        return self.moved(found, np.abs(a) @ np.abs(b), a.shape[-1])
 
-    def few(self, value: Tensor) -> Tensor:
+    def few(self, value: Array) -> Array:
         """The value of a function of one number."""
-        return self.moved(value, value.abs(), FEW)
+        return self.moved(value, np.abs(value), FEW) if self.size else value
 
 
-def _loss(case: Case, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(case: Case, z: Array, y: Array) -> tuple[Array, Array]:
     """Each task's mean loss [T], and its derivative by z [T, rows, 1]."""
     rows = z.shape[1]
     if case.loss == "mse":
-        return (z - y).square().mean((1, 2)), 2 * (z - y) / rows
-    assert case.loss == "bce_with_logits", case.loss
-    values = torch.nn.functional.softplus(z) - z * y
-    return values.mean((1, 2)), (torch.sigmoid(z) - y) / rows
+        return np.square(z - y).mean((1, 2)), 2 * (z - y) / rows
+    if case.loss != "bce_with_logits":
+        raise ValueError(f"{case.name}: no {case.loss} here")
+    small = np.exp(-np.abs(z))  # in (0, 1]: neither form overflows
+    values = np.maximum(z, 0) + np.log1p(small) - z * y
+    sigmoid = np.where(z >= 0, 1.0, small) / (1 + small)
+    return values.mean((1, 2)), (sigmoid - y) / rows
 
 
-def _gradients(
-    case: Case, weights: list[Tensor], x: Tensor, y: Tensor, errors: Errors
-) -> tuple[Tensor, list[Tensor]]:
-    """Losses [T], and the gradients of every task's weights [T, out, in], biases [T, 1, out]."""
+def forward(case: Case, weights: list[Array], x: Array, errors: Errors) -> list[Array]:
+    """The inputs of every layer, [T, rows, in], and behind them the network's outputs."""
     inputs, depth = [x], len(weights) // 2
     for i in range(depth):
         w, b = weights[2 * i : 2 * i + 2]
-        z = errors.few(errors.product(inputs[-1], w.mT) + b)
+        z = errors.few(errors.product(inputs[-1], w.swapaxes(-1, -2)) + b)
         if i < depth - 1:
-            z = z.relu() if case.activation == "relu" else errors.few(z.tanh())
+            z = np.maximum(z, 0) if case.activation == "relu" else errors.few(np.tanh(z))
         inputs.append(z)
+    return inputs
+
+
+def _gradients(
+    case: Case, weights: list[Array], x: Array, y: Array, errors: Errors
+) -> tuple[Array, list[Array]]:
+    """Losses [T], and the gradients of every task's weights [T, out, in], biases [T, 1, out]."""
+    inputs = forward(case, weights, x, errors)
     losses, delta = _loss(case, inputs.pop(), y)
     delta = errors.few(delta)
-    found: list[Tensor] = []
-    for i in reversed(range(depth)):
-        ones = delta.new_ones(1, 1, delta.shape[1]).expand(len(delta), -1, -1)
-        found = [errors.product(delta.mT, inputs[i]), errors.product(ones, delta), *found]
+    found: list[Array] = []
+    for i in reversed(range(len(inputs))):
+        ones = np.broadcast_to(1.0, (len(delta), 1, delta.shape[1]))
+        columns = delta.swapaxes(-1, -2)
+        found = [errors.product(columns, inputs[i]), errors.product(ones, delta), *found]
         if i:
-            slope = (inputs[i] > 0) if case.activation == "relu" else 1 - inputs[i].square()
+            slope = (inputs[i] > 0) if case.activation == "relu" else 1 - np.square(inputs[i])
             delta = errors.few(errors.product(delta, weights[2 * i]) * slope)
     return losses, found
 
 
-def _adapt(case: Case, data: Data, errors: Errors) -> tuple[Tensor, list[Tensor]]:
+def _adapt(case: Case, data: Data, errors: Errors) -> tuple[Array, list[Array]]:
     """The mean over steps of each task's loss [T], and its adapted weights in torch's shapes."""
-    x, y = torch.from_numpy(data.xs).double(), torch.from_numpy(data.ys).double()
-    flat = [torch.from_numpy(p).double() for p in data.parameters]
-    weights = [p.reshape(-1, p.shape[-1]).expand(len(x), -1, -1) for p in flat]
-    first = [torch.zeros_like(w) for w in weights]
-    second = [torch.zeros_like(w) for w in weights]
-    total = x.new_zeros(len(x))
+    x, y = data.xs.astype(np.float64), data.ys.astype(np.float64)
+    flat = [p.astype(np.float64) for p in data.parameters]
+    weights: list[Array] = []
+    for p in flat:
+        matrix = p.reshape(-1, p.shape[-1])
+        weights.append(np.broadcast_to(matrix, (len(x), *matrix.shape)))
+    first = [np.zeros_like(w) for w in weights]
+    second = [np.zeros_like(w) for w in weights]
+    total = np.zeros(len(x))
     for step in range(1, case.steps + 1):
         losses, gradients = _gradients(case, weights, x, y, errors)
         total = total + losses
@@ -109,18 +125,16 @@ def _adapt(case: Case, data: Data, errors: Errors) -> tuple[Tensor, list[Tensor]
             first = [b1 * m + (1 - b1) * g for m, g in zip(first, gradients, strict=True)]
             second = [b2 * s + (1 - b2) * g * g for s, g in zip(second, gradients, strict=True)]
             gradients = [
-                m / (1 - b1**step) / (s.sqrt() / (1 - b2**step) ** 0.5 + EPS)
+                m / (1 - b1**step) / (np.sqrt(s) / (1 - b2**step) ** 0.5 + EPS)
                 for m, s in zip(first, second, strict=True)
             ]
         moves = [case.lr * errors.few(g) for g in gradients]
-        weights = [errors.moved(w - d, w.abs(), 1) for w, d in zip(weights, moves, strict=True)]
+        weights = [errors.moved(w - d, np.abs(w), 1) for w, d in zip(weights, moves, strict=True)]
     shaped = [w.reshape(-1, *p.shape) for w, p in zip(weights, flat, strict=True)]
     return total / case.steps, shaped
 
 
-def adapted(
-    case: Case, data: Data, size: float = 1.0, seed: int = 0
-) -> tuple[Tensor, list[Tensor]]:
+def adapted(case: Case, data: Data, size: float = 1.0, seed: int = 0) -> tuple[Array, list[Array]]:
     """Adapt every task of a case in float64 with errors drawn.
 
     Args:
@@ -135,5 +149,5 @@ def adapted(
     """
     starts = range(0, len(data.xs), CHUNK)
     parts = [_adapt(case, data.of(slice(t, t + CHUNK)), Errors(size, seed)) for t in starts]
-    losses = torch.cat([p[0] for p in parts])
-    return losses, [torch.cat(ps) for ps in zip(*(p[1] for p in parts), strict=True)]
+    losses = np.concatenate([p[0] for p in parts])
+    return losses, [np.concatenate(ps) for ps in zip(*(p[1] for p in parts), strict=True)]

@@ -1,4 +1,4 @@
-"""A hundred thousand fine-tuned models: `python -m bench.many`.
+"""A hundred thousand fine-tuned models: `python -m pymeta.bench.many`.
 
 Tasks of W5's kind (24-64-64-1 ReLU, 50 rows, 20 epochs of full-batch Adam) through
 `FineTune.stream`, 1,000 at a time, whose results are dropped once looked at; and through one call,
@@ -7,10 +7,10 @@ cores; its peak resident memory is the kernel's count (VmHWM), and next to it st
 resident before the first task, with torch loaded and the data in place.
 
 The data are W5's thousand tasks, over and over. So every run can be checked: the first thousand
-results are compared with float64 as in `python -m bench`, and all later ones must be equal to them
-bit by bit, wherever in the stream they stand. The checks are not in the time.
+results are compared with float64 as in `python -m pymeta.bench`, and all later ones must be equal
+to them bit by bit, wherever in the stream they stand. The checks are not in the time.
 
-Writes results/many.{md,json}.
+Writes pymeta-many.{md,json} in the current folder, or what `--out` says. Needs Linux and torch.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.cases import CASES, Data
+from pymeta.bench.cases import CASES, Data
 
-RESULTS = Path(__file__).parent / "results"
 CASE = CASES["W5 fine-tuning T=1000 K=20"]
 RUNS = (("stream", 1_000), ("stream", 10_000), ("stream", 100_000), ("call", 100_000))
 MODEL_BYTES = 4 * sum(i * o + o for i, o in CASE.layers)
@@ -76,21 +75,21 @@ def child(form: str, tasks: int, folder: Path) -> dict[str, Any]:
     import torch
 
     import pymeta
-    from bench import native_calls
-    from bench.torch_rivals import inner_optimizer, make_model
+    from pymeta.bench import ours
+    from pymeta.bench.torch_rivals import make_model
 
     torch.set_num_threads(1)  # pymeta has its own threads
     data = Data.load(folder / "data.npz")
     tune = pymeta.FineTune(
         make_model(CASE, data),
         loss=CASE.loss,
-        optimizer=inner_optimizer(CASE),
+        optimizer=ours.inner_optimizer(CASE),
         epochs=CASE.steps,
         backend="native",
     )
     xs, ys = torch.from_numpy(data.xs), torch.from_numpy(data.ys)
     answers = Answers()
-    peak = native_calls.peak(0.2)
+    peak = ours.peak(0.2)
 
     def single() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return itertools.islice(itertools.cycle(zip(xs, ys, strict=True)), tasks)
@@ -126,7 +125,7 @@ def child(form: str, tasks: int, folder: Path) -> dict[str, Any]:
 
 def write(path: Path, rows: list[dict[str, Any]], error: float) -> str:
     """Write `path`.json and `path`.md; the latter's text."""
-    from bench import report
+    from pymeta.bench import report
 
     machine = report.machine()
     lines = []
@@ -158,9 +157,15 @@ are within {error:.2g} tolerances of float64, all others equal to them bit by bi
 
 def main() -> None:
     """Run all of `RUNS`, each in a process, or be one of these."""
-    parser = argparse.ArgumentParser(prog="python -m bench.many", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pymeta.bench.many", description=__doc__)
     parser.add_argument("--most", type=int, default=100_000, help="leave larger runs out")
-    parser.add_argument("--out", type=Path, default=RESULTS / "many", help="without suffix")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("pymeta-many.json"),
+        metavar="FILE",
+        help="Markdown goes beside it",
+    )
     parser.add_argument("--child", nargs=3, metavar=("FORM", "TASKS", "FOLDER"), help="internal")
     options = parser.parse_args()
     if options.child:
@@ -170,7 +175,7 @@ def main() -> None:
 
     import torch
 
-    from bench import verify
+    from pymeta.bench import verify
 
     torch.set_num_threads(1)
     data = verify.make_data(CASE)
@@ -183,12 +188,11 @@ def main() -> None:
             if tasks > options.most:
                 continue
             done = subprocess.run(
-                [sys.executable, "-m", "bench.many", "--child", form, str(tasks), folder],
+                [sys.executable, "-m", "pymeta.bench.many", "--child", form, str(tasks), folder],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-                cwd=Path(__file__).parents[1],
             )
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             with np.load(Path(folder) / "first.npz") as stored:

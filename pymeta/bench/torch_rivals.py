@@ -8,27 +8,29 @@ parameters), as `Case.job` says.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import pymeta
-from bench.cases import Case, Data
+from pymeta.bench import devices
+from pymeta.bench.cases import LOOP_TASKS, Case, Data
 
-LOSSES = {
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": F.mse_loss,
     "cross_entropy": F.cross_entropy,
     "bce_with_logits": F.binary_cross_entropy_with_logits,
 }
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
-LOOP_TASKS = 50  # a loop over fine-tuning tasks takes so many, each as long as the others
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 Result = tuple[Tensor | None, list[Tensor]]
+Params = dict[str, Tensor]
+Job = tuple[Callable[..., tuple[Params, Tensor]], tuple[Any, ...]]
 
 
-def make_model(case: Case, data: Data) -> nn.Sequential:
-    """The case's network as a torch module, in the dtype of the data."""
+def make_model(case: Case, data: Data, device: devices.Device | None = None) -> nn.Sequential:
+    """The case's network as a torch module, in the dtype of the data, on the device."""
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(case.layers):
         layers.append(nn.Linear(inputs, outputs))
@@ -40,29 +42,33 @@ def make_model(case: Case, data: Data) -> nn.Sequential:
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), data.parameters, strict=True):
             parameter.copy_(torch.from_numpy(value))
-    return model
+    like = (device or devices.Cpu()).tensor(data.parameters[0])
+    return model.to(like.device)
 
 
-def inner_optimizer(case: Case) -> pymeta.SGD | pymeta.Adam:
-    """The optimiser of a case's inner loop as pymeta describes it."""
-    return {"sgd": pymeta.SGD, "adam": pymeta.Adam}[case.optimizer](case.lr)
+def tensors(
+    data: Data, device: devices.Device | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """xs, ys, xq, yq as tensors; on the CPU they share the arrays' memory."""
+    here = device or devices.Cpu()
+    return (
+        here.tensor(data.xs),
+        here.tensor(data.ys),
+        here.tensor(data.xq),
+        here.tensor(data.yq),
+    )
 
 
-def tensors(data: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """xs, ys, xq, yq as tensors that share the arrays' memory."""
-    return tuple(torch.from_numpy(a) for a in (data.xs, data.ys, data.xq, data.yq))  # type: ignore
-
-
-def _meta_gradient(case: Case, data: Data) -> tuple[Callable, tuple]:
+def _meta_gradient(case: Case, data: Data, device: devices.Device | None) -> Job:
     """f(parameters, xs, ys, xq, yq) -> (gradients, loss) in torch.func, and its arguments."""
-    model = make_model(case, data)
+    model = make_model(case, data, device)
     loss_of = LOSSES[case.loss]
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
-    def loss(params: dict, x: Tensor, y: Tensor) -> Tensor:
+    def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
         return loss_of(torch.func.functional_call(model, params, (x,)), y)
 
-    def task(params: dict, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
+    def task(params: Params, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
         for _ in range(case.steps):
             step = torch.func.grad(loss)(params, xs, ys)
             if case.first_order:
@@ -70,23 +76,23 @@ def _meta_gradient(case: Case, data: Data) -> tuple[Callable, tuple]:
             params = {name: p - case.lr * step[name] for name, p in params.items()}
         return loss(params, xq, yq)
 
-    def mean_loss(params: dict, *sets: Tensor) -> Tensor:
+    def mean_loss(params: Params, *sets: Tensor) -> Tensor:
         return torch.func.vmap(task, in_dims=(None, 0, 0, 0, 0))(params, *sets).mean()
 
-    return torch.func.grad_and_value(mean_loss), (parameters, *tensors(data))
+    return torch.func.grad_and_value(mean_loss), (parameters, *tensors(data, device))
 
 
-def _adaptation(case: Case, data: Data) -> tuple[Callable, tuple]:
+def _adaptation(case: Case, data: Data, device: devices.Device | None) -> Job:
     """f(parameters, xs, ys) -> (result by name, mean loss) for the jobs of first order."""
-    model = make_model(case, data)
+    model = make_model(case, data, device)
     loss_of = LOSSES[case.loss]
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     b1, b2, eps = 0.9, 0.999, 1e-8
 
-    def loss(params: dict, x: Tensor, y: Tensor) -> Tensor:
+    def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
         return loss_of(torch.func.functional_call(model, params, (x,)), y)
 
-    def task(params: dict, xs: Tensor, ys: Tensor) -> tuple[dict, Tensor]:
+    def task(params: Params, xs: Tensor, ys: Tensor) -> tuple[Params, Tensor]:
         first = {name: torch.zeros_like(p) for name, p in params.items()}
         second, values = first, []
         for t in range(1, case.steps + 1):
@@ -100,20 +106,22 @@ def _adaptation(case: Case, data: Data) -> tuple[Callable, tuple]:
             params = {n: p - case.lr * g[n] for n, p in params.items()}
         return params, torch.stack(values).mean()
 
-    def function(params: dict, xs: Tensor, ys: Tensor) -> tuple[dict, Tensor]:
+    def function(params: Params, xs: Tensor, ys: Tensor) -> tuple[Params, Tensor]:
         ends, values = torch.func.vmap(task, in_dims=(None, 0, 0))(params, xs, ys)
         if case.job == "reptile":
             ends = {n: params[n] - end.mean(0) for n, end in ends.items()}
         return ends, values.mean()
 
-    return function, (parameters, *tensors(data)[:2])
+    return function, (parameters, *tensors(data, device)[:2])
 
 
-def _job(case: Case, data: Data) -> tuple[Callable, tuple]:
-    return (_meta_gradient if case.job == "maml" else _adaptation)(case, data)
+def _job(case: Case, data: Data, device: devices.Device | None) -> Job:
+    return (_meta_gradient if case.job == "maml" else _adaptation)(case, data, device)
 
 
-def _runner(case: Case, function: Callable, arguments: tuple) -> Callable[[], Result]:
+def _runner(
+    case: Case, function: Callable[..., tuple[Params, Tensor]], arguments: tuple[Any, ...]
+) -> Callable[[], Result]:
     def run() -> Result:
         found, loss = function(*arguments)
         return None if case.job == "finetune" else loss, list(found.values())
@@ -121,18 +129,32 @@ def _runner(case: Case, function: Callable, arguments: tuple) -> Callable[[], Re
     return run
 
 
-def vmap(case: Case, data: Data) -> Callable[[], Result]:
+def vmap(case: Case, data: Data, device: devices.Device | None = None) -> Callable[[], Result]:
     """Eager torch.func: vmap over tasks; for meta-gradients, grad of grad."""
-    return _runner(case, *_job(case, data))
+    return _runner(case, *_job(case, data, device))
 
 
-def compiled(case: Case, data: Data) -> Callable[[], Result]:
+def compiled(case: Case, data: Data, device: devices.Device | None = None) -> Callable[[], Result]:
     """torch.compile of `vmap`'s function as one graph, for these shapes."""
+    import torch._inductor.config as inductor
+
     torch._dynamo.reset()
     # Loops ask for their threads at run time: both counts that are tried share one compilation.
-    torch._inductor.config.cpp.dynamic_threads = True
-    function, arguments = _job(case, data)
+    inductor.cpp.dynamic_threads = True
+    function, arguments = _job(case, data, device)
     return _runner(case, torch.compile(function, fullgraph=True, dynamic=False), arguments)
+
+
+def captured(run: Callable[[], Result], device: devices.Device) -> Callable[[], Result]:
+    """The same work in a graph that the device replays."""
+    replay, result = device.capture(run)
+
+    def again() -> Result:
+        replay()
+        found: Result = result
+        return found
+
+    return again
 
 
 def loop(case: Case, data: Data) -> Callable[[], Result]:
@@ -160,7 +182,7 @@ def _optimizer_loop(case: Case, data: Data) -> Callable[[], Result]:
             optimizer = make(parameters, case.lr, fused=True)
             for _ in range(case.steps):
                 optimizer.zero_grad()
-                loss = loss_of(model(xs[t]), ys[t])
+                loss: Any = loss_of(model(xs[t]), ys[t])
                 loss.backward()
                 optimizer.step()
                 total += loss.detach()
@@ -180,7 +202,7 @@ def _meta_gradient_loop(case: Case, data: Data) -> Callable[[], Result]:
     names = [name for name, _ in model.named_parameters()]
     tasks = list(zip(*tensors(data), strict=True))
 
-    def forward(values: list[Tensor], x: Tensor) -> Tensor:
+    def forward(values: list[Tensor], x: Tensor) -> Any:
         return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
 
     def run() -> Result:
@@ -188,22 +210,22 @@ def _meta_gradient_loop(case: Case, data: Data) -> Callable[[], Result]:
             p.grad = None
         total = torch.zeros(())
         for xs, ys, xq, yq in tasks:
-            values = list(model.parameters())
+            values: list[Tensor] = list(model.parameters())
             for _ in range(case.steps):
                 inner = loss_of(forward(values, xs), ys)
                 step = torch.autograd.grad(inner, values, create_graph=not case.first_order)
                 values = [v - case.lr * g for v, g in zip(values, step, strict=True)]
-            outer = loss_of(forward(values, xq), yq) / case.tasks
+            outer: Any = loss_of(forward(values, xq), yq) / case.tasks
             outer.backward()  # adds up in .grad, and frees this task's graph
             total += outer.detach()
-        return total, [p.grad for p in model.parameters()]
+        return total, [p.grad for p in model.parameters() if p.grad is not None]
 
     return run
 
 
 def higher(case: Case, data: Data) -> Callable[[], Result]:
     """The `higher` library (Grefenstette et al. 2019), its loop over tasks as its README has it."""
-    from higher import innerloop_ctx
+    innerloop_ctx: Any = import_module("higher").innerloop_ctx
 
     model = make_model(case, data)
     loss_of = LOSSES[case.loss]
@@ -219,7 +241,7 @@ def higher(case: Case, data: Data) -> Callable[[], Result]:
             with innerloop_ctx(model, optimizer, **options) as (fast, inner):
                 for _ in range(case.steps):
                     inner.step(loss_of(fast(xs), ys))
-                outer = loss_of(fast(xq), yq) / case.tasks
+                outer: Any = loss_of(fast(xq), yq) / case.tasks
                 if case.first_order:  # an untracked copy keeps its gradients to itself
                     found = torch.autograd.grad(outer, list(fast.parameters()))
                     for p, g in zip(model.parameters(), found, strict=True):
@@ -227,6 +249,6 @@ def higher(case: Case, data: Data) -> Callable[[], Result]:
                 else:
                     outer.backward()
                 total += outer.detach()
-        return total, [p.grad for p in model.parameters()]
+        return total, [p.grad for p in model.parameters() if p.grad is not None]
 
     return run

@@ -3,30 +3,33 @@
 Meta-gradients come from `jax.value_and_grad` of the vmapped inner loop, inner gradients from
 `jax.grad`; Adam is written out by torch's formula, which XLA fuses. Weights lie as [in, out], so
 that a layer is `x @ w` without a transpose. Inputs are on the device before the clock starts. The
-flags that set the number of devices and threads must be in the environment before JAX is imported:
-`bench/worker.py` gives each configuration its own process.
+flags that set the platform and the number of devices and threads must be in the environment before
+JAX is imported: `contestants.py` says which, and each configuration has its own process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bench.cases import Case, Data
-
-jax.block_until_ready(jnp.zeros(1) + 1)  # starts the backend, which is no case's compile time
+from pymeta.bench.cases import Array, Case, Data
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
+Function = Callable[..., Any]
+psum: Function = lax.psum
+wait: Function = jax.block_until_ready
+Spec: Function = PartitionSpec
+wait(jnp.zeros(1) + 1)  # starts the backend, which is no case's compile time
 Layers = list[tuple[jax.Array, ...]]  # per linear layer: w [in, out], b, and batch norm's two
 
 
-def _losses(kind: str) -> Callable:
+def _losses(kind: str) -> Function:
     def mse(z: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.mean((z - y) ** 2)
 
@@ -40,7 +43,7 @@ def _losses(kind: str) -> Callable:
     return {"mse": mse, "cross_entropy": cross_entropy, "bce_with_logits": bce_with_logits}[kind]
 
 
-def _forward(layers: Layers, x: jax.Array, activation: Callable = jax.nn.relu) -> jax.Array:
+def _forward(layers: Layers, x: jax.Array, activation: Function = jax.nn.relu) -> jax.Array:
     for w, b, *norm in layers[:-1]:
         x = x @ w + b
         if norm:
@@ -51,14 +54,14 @@ def _forward(layers: Layers, x: jax.Array, activation: Callable = jax.nn.relu) -
     return x @ w + b
 
 
-def _mean_loss(case: Case, scan: bool) -> Callable:
+def _mean_loss(case: Case, scan: bool) -> Function:
     """f(layers, weights, xs, ys, xq, yq): the weighted sum of the tasks' query losses."""
     loss_of = _losses(case.loss)
 
-    def loss(layers: Layers, x: jax.Array, y: jax.Array) -> jax.Array:
+    def loss(layers: Layers, x: jax.Array, y: jax.Array) -> Any:
         return loss_of(_forward(layers, x), y)
 
-    def task(layers: Layers, xs: jax.Array, ys: jax.Array, xq: jax.Array, yq: jax.Array):
+    def task(layers: Layers, xs: jax.Array, ys: jax.Array, xq: jax.Array, yq: jax.Array) -> Any:
         def step(layers: Layers, _: None) -> tuple[Layers, None]:
             found = jax.grad(loss)(layers, xs, ys)
             if case.first_order:
@@ -72,28 +75,32 @@ def _mean_loss(case: Case, scan: bool) -> Callable:
                 layers, _ = step(layers, None)
         return loss(layers, xq, yq)
 
-    def total(layers: Layers, weights: jax.Array, *sets: jax.Array) -> jax.Array:
+    def total(layers: Layers, weights: jax.Array, *sets: jax.Array) -> Any:
         return weights @ jax.vmap(task, in_axes=(None, 0, 0, 0, 0))(layers, *sets)
 
     return total
 
 
-def _adaptation(case: Case, scan: bool, batched: bool = True) -> Callable:
+def _adaptation(case: Case, scan: bool, batched: bool = True) -> Function:
     """f(layers, xs, ys): the mean of the steps' losses, and the adapted layers, for each task."""
     loss_of = _losses(case.loss)
     activation = ACTIVATIONS[case.activation]
     b1, b2, eps = 0.9, 0.999, 1e-8
 
-    def loss(layers: Layers, x: jax.Array, y: jax.Array) -> jax.Array:
+    def loss(layers: Layers, x: jax.Array, y: jax.Array) -> Any:
         return loss_of(_forward(layers, x, activation), y)
 
     t = np.arange(1.0, case.steps + 1)  # in float64: 1 - b2**t cancels
     corrections = np.stack([case.lr / (1 - b1**t), (1 - b2**t) ** -0.5], 1).astype(np.float32)
 
-    def sgd(layers: Layers, gradients: Layers, _state: tuple, _corrections: jax.Array) -> tuple:
+    def sgd(
+        layers: Layers, gradients: Layers, _state: tuple[Any, ...], _corrections: jax.Array
+    ) -> tuple[Any, ...]:
         return jax.tree.map(lambda p, g: p - case.lr * g, layers, gradients), _state
 
-    def adam(layers: Layers, gradients: Layers, state: tuple, corrections: jax.Array) -> tuple:
+    def adam(
+        layers: Layers, gradients: Layers, state: tuple[Any, ...], corrections: jax.Array
+    ) -> tuple[Any, ...]:
         rate, root = corrections
         m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state[0], gradients)
         s = jax.tree.map(lambda s, g: b2 * s + (1 - b2) * g * g, state[1], gradients)
@@ -105,31 +112,32 @@ def _adaptation(case: Case, scan: bool, batched: bool = True) -> Callable:
 
     def task(layers: Layers, xs: jax.Array, ys: jax.Array) -> tuple[jax.Array, Layers]:
         zeros = jax.tree.map(jnp.zeros_like, layers)
-        state = (zeros, zeros) if case.optimizer == "adam" else ()
+        state: tuple[Any, ...] = (zeros, zeros) if case.optimizer == "adam" else ()
 
-        def step(carry: tuple, now: jax.Array) -> tuple[tuple, jax.Array]:
+        def step(carry: tuple[Any, ...], now: Any) -> tuple[tuple[Any, ...], jax.Array]:
             value, gradients = jax.value_and_grad(loss)(carry[0], xs, ys)
             return update(carry[0], gradients, carry[1], now), value
 
-        carry = (layers, state)
+        carry: tuple[Any, ...] = (layers, state)
         if scan:
-            carry, values = lax.scan(step, carry, corrections)
-        else:
-            values = []
-            for now in corrections:
-                carry, value = step(carry, now)
-                values.append(value)
-            values = jnp.stack(values)
-        return values.mean(), carry[0]
+            carry, values = lax.scan(step, carry, jnp.asarray(corrections))
+            return values.mean(), carry[0]
+        each: list[jax.Array] = []
+        for now in corrections:
+            carry, value = step(carry, now)
+            each.append(value)
+        return jnp.stack(each).mean(), carry[0]
 
     return jax.vmap(task, in_axes=(None, 0, 0)) if batched else task
 
 
-def _reptile(case: Case, scan: bool) -> Callable:
+def _reptile(case: Case, scan: bool) -> Function:
     """f(layers, weights, xs, ys): the mean loss, and theta minus the mean theta'."""
     adapt = _adaptation(case, scan)
 
-    def function(layers: Layers, weights: jax.Array, xs: jax.Array, ys: jax.Array) -> tuple:
+    def function(
+        layers: Layers, weights: jax.Array, xs: jax.Array, ys: jax.Array
+    ) -> tuple[Any, ...]:
         values, ends = adapt(layers, xs, ys)
         moved = jax.tree.map(
             lambda p, e: weights.sum() * p - jnp.tensordot(weights, e, 1), layers, ends
@@ -139,13 +147,13 @@ def _reptile(case: Case, scan: bool) -> Callable:
     return function
 
 
-def _finetune(case: Case, scan: bool) -> Callable:
+def _finetune(case: Case, scan: bool) -> Function:
     """f(layers, weights, xs, ys): every task's adapted layers."""
     adapt = _adaptation(case, scan)
     return lambda layers, _, xs, ys: adapt(layers, xs, ys)[1]
 
 
-def predictor(case: Case, data: Data) -> tuple[Callable, Layers]:
+def predictor(case: Case, data: Data) -> tuple[Function, Layers]:
     """f(layers, xs, ys, xq) of one task: its adapted model's outputs; and the layers."""
     adapt = _adaptation(case, scan=False, batched=False)
     activation = ACTIVATIONS[case.activation]
@@ -156,10 +164,10 @@ def predictor(case: Case, data: Data) -> tuple[Callable, Layers]:
     return function, jax.device_put(_arguments(case, data, 1)[0])
 
 
-def _stacked(function: Callable, chunk: int) -> Callable:
+def _stacked(function: Function, chunk: int) -> Function:
     """The same function, its tasks taken so many at a time (see `_chunked`)."""
 
-    def outer(layers: Layers, *arrays: jax.Array):
+    def outer(layers: Layers, *arrays: jax.Array) -> Any:
         parts = [a.reshape(-1, chunk, *a.shape[1:]) for a in arrays]
         found = lax.map(lambda part: function(layers, *part), parts)
         return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), found)
@@ -167,15 +175,15 @@ def _stacked(function: Callable, chunk: int) -> Callable:
     return outer
 
 
-def _chunked(gradient: Callable, chunk: int) -> Callable:
+def _chunked(gradient: Function, chunk: int) -> Function:
     """f(layers, weights, *sets) -> (loss, gradients), the tasks taken so many at a time.
 
     A vmap over all tasks streams every task's weights through memory at each operation; some tasks
     at a time stay in the cache. On large networks this is JAX's fastest form.
     """
 
-    def function(layers: Layers, *arrays: jax.Array):
-        def body(sums, part):
+    def function(layers: Layers, *arrays: jax.Array) -> Any:
+        def body(sums: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, gradient(layers, *part)), None
 
         parts = [a.reshape(-1, chunk, *a.shape[1:]) for a in arrays]
@@ -185,7 +193,7 @@ def _chunked(gradient: Callable, chunk: int) -> Callable:
     return function
 
 
-def _arguments(case: Case, data: Data, multiple: int) -> tuple[Layers, tuple[np.ndarray, ...]]:
+def _arguments(case: Case, data: Data, multiple: int) -> tuple[Any, tuple[Array, ...]]:
     """Layers, and task weights 1/T with the sets; tasks of weight 0 fill up to a multiple."""
     per_layer = 4 if case.batch_norm else 2
     flat = list(data.parameters)
@@ -197,7 +205,7 @@ def _arguments(case: Case, data: Data, multiple: int) -> tuple[Layers, tuple[np.
     extra = -case.tasks % multiple
     weights = np.full(case.tasks, 1.0 / case.tasks, np.float32)
 
-    def fill(a: np.ndarray) -> np.ndarray:
+    def fill(a: Array) -> Array:
         return np.concatenate([a, a[:1].repeat(extra, 0)])
 
     ys, yq = (y.astype(np.int32) if y.dtype == np.int64 else y for y in (data.ys, data.yq))
@@ -206,17 +214,17 @@ def _arguments(case: Case, data: Data, multiple: int) -> tuple[Layers, tuple[np.
     return layers, (np.concatenate([weights, np.zeros(extra, np.float32)]), *sets)
 
 
-def _read(out: tuple) -> tuple[np.ndarray, list[np.ndarray]]:
-    loss, layers = out
-    gradients = []
+def _flat(layers: Layers) -> list[jax.Array]:
+    """In the order and shapes of `Data.parameters`."""
+    found: list[jax.Array] = []
     for w, *rest in layers:
-        gradients += [np.asarray(w).swapaxes(-1, -2), *map(np.asarray, rest)]
-    return np.asarray(loss), gradients
+        found += [w.swapaxes(-1, -2), *rest]
+    return found
 
 
-def forms(case: Case, shard: bool) -> dict[str, dict]:
+def forms(case: Case, shard: bool) -> dict[str, dict[str, Any]]:
     """The ways of writing it that are tried, as arguments of `make`; which wins varies."""
-    found = {"vmap": {"scan": False, "chunk": None}}
+    found: dict[str, dict[str, Any]] = {"vmap": {"scan": False, "chunk": None}}
     if case.steps > 1:
         found["vmap, scanned steps"] = {"scan": True, "chunk": None}
     each = case.tasks // (len(jax.devices()) if shard else 1)
@@ -230,8 +238,8 @@ def forms(case: Case, shard: bool) -> dict[str, dict]:
 
 def make(
     case: Case, data: Data, shard: bool, scan: bool, chunk: int | None
-) -> tuple[Callable, Callable]:
-    """(run, read): run() waits for the result on the device, read(result) gives numpy arrays."""
+) -> tuple[Function, Function]:
+    """(run, read): run() asks for the result without waiting for it; read(it) says where it is."""
     devices = jax.devices() if shard else jax.devices()[:1]
     layers, sets = _arguments(case, data, len(devices) * (chunk or 1))
     summed = case.job != "finetune"  # over tasks; or each task has its own result
@@ -244,32 +252,31 @@ def make(
     if shard:
         mesh = Mesh(np.array(devices), ("tasks",))
 
-        def part(*arguments):
+        def part(*arguments: Any) -> Any:
             found = gradient(*arguments)
-            return jax.tree.map(lambda v: lax.psum(v, "tasks"), found) if summed else found
+            return jax.tree.map(lambda v: psum(v, "tasks"), found) if summed else found
 
         function = jax.jit(
             jax.shard_map(
                 part,
                 mesh=mesh,
-                in_specs=(P(), *[P("tasks")] * len(sets)),
-                out_specs=P() if summed else P("tasks"),
+                in_specs=(Spec(), *[Spec("tasks")] * len(sets)),
+                out_specs=Spec() if summed else Spec("tasks"),
                 check_vma=False,
             )
         )
-        layers = jax.device_put(layers, NamedSharding(mesh, P()))
-        sets = jax.device_put(sets, NamedSharding(mesh, P("tasks")))
+        layers = jax.device_put(layers, NamedSharding(mesh, Spec()))
+        sets = jax.device_put(sets, NamedSharding(mesh, Spec("tasks")))
     else:
         function = jax.jit(gradient)
         layers, sets = jax.device_put((layers, sets), devices[0])
 
-    def run():
-        return jax.block_until_ready(function(layers, *sets))
+    def run() -> Any:
+        return function(layers, *sets)
 
-    def read(out):
+    def read(out: Any) -> tuple[Any, list[jax.Array]]:
         if summed:
-            return _read(out)
-        _, found = _read((0.0, out))
-        return None, [a[: case.tasks] for a in found]
+            return out[0], _flat(out[1])
+        return None, [a[: case.tasks] for a in _flat(out)]
 
     return run, read

@@ -1,4 +1,4 @@
-"""How long one small adaptation takes: `python -m bench.latency`.
+"""How long one small adaptation takes: `python -m pymeta.bench.latency`.
 
 W6: one task, 24-64-64-1 ReLU, binary cross-entropy, 20 rows, 5 steps of gradient descent, then the
 prediction of one more row; numpy arrays in, numpy arrays out. Every contestant has a process that
@@ -9,7 +9,7 @@ once with the other cores idle and once with a neighbour on the first core, whic
 matrices and copies memory without pause. The reading of the clock itself is reported, not
 subtracted.
 
-Writes results/latency.{md,json}.
+Writes pymeta-latency.{md,json} in the current folder, or what `--out` says.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.cases import LATENCY, Case, Data
+from pymeta.bench.cases import LATENCY, Array, Case, Data
 
-RESULTS = Path(__file__).parent / "results"
 QUANTILES = {"p50": 50.0, "p99": 99.0, "p99.9": 99.9}
 WARM_UP = 0.5  # seconds of calls before those that count
 LEAST_CALLS = 10_000  # however slow they are: a p99.9 needs some beyond it
 
-Call = Callable[[NDArray, NDArray, NDArray], NDArray]  # xs [S, in], ys [S, 1], xq [Q, in]
+Call = Callable[[Array, Array, Array], Array]  # xs [S, in], ys [S, 1], xq [Q, in]
 
 
 # ---- the contestants, each in its own process ----------------------------------------------------
@@ -50,7 +49,7 @@ def pymeta_call(case: Case, data: Data, adapter: Path) -> Call:
     loaded = pymeta.Adapter.load(adapter)
     out = np.empty((case.query, case.sizes[-1]), np.float32)
 
-    def call(xs: NDArray, ys: NDArray, xq: NDArray) -> NDArray:
+    def call(xs: Array, ys: Array, xq: Array) -> Array:
         loaded.adapt_predict(xs, ys, xq, out=out)
         return out
 
@@ -64,15 +63,16 @@ def pymeta_torch_call(case: Case, data: Data, adapter: Path) -> Call:
     import torch
 
     import pymeta
-    from bench.torch_rivals import make_model
+    from pymeta.bench.torch_rivals import make_model
 
     torch.set_num_threads(1)
     model = make_model(case, data)
     maml = pymeta.MAML(model, loss=case.loss, lr=case.lr, steps=case.steps, backend="native")
 
-    def call(xs: NDArray, ys: NDArray, xq: NDArray) -> NDArray:
+    def call(xs: Array, ys: Array, xq: Array) -> Array:
         xs_, ys_, xq_ = (torch.from_numpy(a).unsqueeze(0) for a in (xs, ys, xq))
-        return maml.adapt(xs_, ys_)(xq_)[0].numpy()
+        found: Array = maml.adapt(xs_, ys_)(xq_)[0].numpy()
+        return found
 
     return call
 
@@ -87,7 +87,7 @@ def numpy_call(case: Case, data: Data, adapter: Path) -> Call:
     deltas = [np.empty_like(h) for h in hidden]
     answers = [np.empty((case.query, n), np.float32) for n in case.sizes[1:]]
 
-    def forward(x: NDArray, into: list[NDArray]) -> NDArray:
+    def forward(x: Array, into: list[Array]) -> Array:
         for i in range(depth):
             x = np.matmul(x, theta[2 * i], out=into[i])
             x += theta[2 * i + 1]
@@ -95,7 +95,7 @@ def numpy_call(case: Case, data: Data, adapter: Path) -> Call:
                 np.maximum(x, 0, out=x)
         return x
 
-    def call(xs: NDArray, ys: NDArray, xq: NDArray) -> NDArray:
+    def call(xs: Array, ys: Array, xq: Array) -> Array:
         for p, p0 in zip(theta, start, strict=True):
             np.copyto(p, p0)
         inputs = [xs, *hidden]
@@ -124,13 +124,13 @@ def jax_call(case: Case, data: Data, adapter: Path) -> Call:
     """`jax.jit` of the unrolled loop; weights are its arguments and lie on the device."""
     import jax
 
-    from bench.jax_rivals import predictor
+    from pymeta.bench.jax_rivals import predictor
 
     function, layers = predictor(case, data)
-    function = jax.jit(function)
+    compiled: Any = jax.jit(function)
 
-    def call(xs: NDArray, ys: NDArray, xq: NDArray) -> NDArray:
-        return np.asarray(function(layers, xs, ys, xq))
+    def call(xs: Array, ys: Array, xq: Array) -> Array:
+        return np.asarray(compiled(layers, xs, ys, xq))
 
     return call
 
@@ -143,12 +143,12 @@ def torch_call(case: Case, data: Data, adapter: Path) -> Call:
     torch.set_num_threads(1)
     start = [torch.from_numpy(p) for p in data.parameters]
 
-    def forward(theta: list, x: Any) -> Any:
+    def forward(theta: list[Any], x: Any) -> Any:
         for i in range(0, len(theta) - 2, 2):
             x = F.relu(F.linear(x, theta[i], theta[i + 1]))
         return F.linear(x, theta[-2], theta[-1])
 
-    def call(xs: NDArray, ys: NDArray, xq: NDArray) -> NDArray:
+    def call(xs: Array, ys: Array, xq: Array) -> Array:
         x, y, q = torch.from_numpy(xs), torch.from_numpy(ys), torch.from_numpy(xq)
         theta = [p.detach().requires_grad_() for p in start]
         for _ in range(case.steps):
@@ -160,7 +160,8 @@ def torch_call(case: Case, data: Data, adapter: Path) -> Call:
                     for p, g in zip(theta, gradients, strict=True)
                 ]
         with torch.no_grad():
-            return forward(theta, q).numpy()
+            found: Array = forward(theta, q).numpy()
+        return found
 
     return call
 
@@ -175,11 +176,14 @@ CONTESTANTS: dict[str, Callable[[Case, Data, Path], Call]] = {
 
 
 def environment() -> dict[str, str]:
-    """One thread for every library, and a heap that keeps what it has (as in `bench.worker`)."""
-    from bench.worker import environment
+    """One thread for every library, and a heap that keeps what it has (as in `contestants`)."""
+    from pymeta.bench import contestants
 
     one = ("OMP", "OPENBLAS", "MKL", "PYMETA")
-    return {**environment("jax 1 thread"), **{f"{name}_NUM_THREADS": "1" for name in one}}
+    return {
+        **contestants.environment("jax 1 thread", "cpu"),
+        **{f"{name}_NUM_THREADS": "1" for name in one},
+    }
 
 
 def clock_overhead() -> float:
@@ -242,11 +246,10 @@ def neighbour(core: int | None) -> Iterator[None]:
         yield
         return
     noise = subprocess.Popen(
-        [sys.executable, "-m", "bench.latency", "--noise", str(core)],
+        [sys.executable, "-m", "pymeta.bench.latency", "--noise", str(core)],
         stdout=subprocess.PIPE,
         text=True,
         env=environment(),
-        cwd=Path(__file__).parents[1],
     )
     try:
         assert noise.stdout and noise.stdout.readline() == "ready\n"
@@ -261,10 +264,9 @@ def measure(name: str, folder: Path, core: int, calls: int, seconds: float) -> d
     command = ["--child", name, "--folder", str(folder), "--core", str(core)]
     command += ["--calls", str(calls), "--seconds", str(seconds)]
     subprocess.run(
-        [sys.executable, "-m", "bench.latency", *command],
+        [sys.executable, "-m", "pymeta.bench.latency", *command],
         check=True,
         env=environment(),
-        cwd=Path(__file__).parents[1],
     )
     found = json.loads((folder / "found.json").read_text())
     return {
@@ -303,7 +305,7 @@ def summary(times: NDArray[np.int64]) -> dict[str, float]:
 
 def write(path: Path, result: dict[str, Any]) -> str:
     """Write `path`.json and `path`.md; the latter's text."""
-    from bench import report
+    from pymeta.bench import report
 
     head = ["", "calls", *QUANTILES, "max", "p50 in flop limits", "error / tolerance"]
     limit = result["flop_limit_us"]
@@ -342,11 +344,11 @@ Imports, medians:
     return text
 
 
-def prepare(folder: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def prepare(folder: Path) -> tuple[Array, Array]:
     """Write data and adapter; the right predictions [tasks, Q, out], and what they may err by."""
     import pymeta
-    from bench import verify
-    from bench.torch_rivals import make_model
+    from pymeta.bench import verify
+    from pymeta.bench.torch_rivals import make_model
 
     data = verify.make_data(LATENCY)
     data.save(folder / "data.npz")
@@ -359,13 +361,19 @@ def prepare(folder: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def main() -> None:
     """Measure the contestants, or be one of the processes that this takes."""
-    parser = argparse.ArgumentParser(prog="python -m bench.latency", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pymeta.bench.latency", description=__doc__)
     add = parser.add_argument
     add("--calls", type=int, default=100_000)
     add("--seconds", type=float, default=30.0, help="at most, of slow contestants; 10,000 calls")
     add("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     add("--imports", type=int, default=10, help="fresh processes for each import")
-    add("--out", type=Path, default=RESULTS / "latency", help="without suffix")
+    add(
+        "--out",
+        type=Path,
+        default=Path("pymeta-latency.json"),
+        metavar="FILE",
+        help="Markdown goes beside it",
+    )
     add("--child", choices=CONTESTANTS, help=argparse.SUPPRESS)
     add("--noise", type=int, help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
@@ -377,7 +385,7 @@ def main() -> None:
     if options.noise is not None:
         make_noise(options.noise)
 
-    from bench import report
+    from pymeta.bench import report
 
     cores = sorted(os.sched_getaffinity(0))
     conditions: dict[str, int | None] = {"The other cores idle": None}

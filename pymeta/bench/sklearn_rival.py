@@ -12,18 +12,18 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from bench.cases import Case, Data
-from bench.torch_rivals import LOOP_TASKS
+from pymeta.bench.cases import LOOP_TASKS, Array, Case, Data
 
 EPSILON = 1e-8 * (1 - 0.999) ** 0.5
 
 
-def loop(case: Case, data: Data) -> tuple[Callable, Callable]:
+def loop(case: Case, data: Data) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """(run, read) for the first `LOOP_TASKS` tasks of a case with one output and Adam."""
     weights = [np.ascontiguousarray(w.T) for w in data.parameters[::2]]
     biases = data.parameters[1::2]
@@ -44,7 +44,7 @@ def loop(case: Case, data: Data) -> tuple[Callable, Callable]:
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
     template.fit(data.xs[0], labels[0])
 
-    def run() -> list[MLPClassifier]:
+    def run() -> list[Any]:
         fitted = []
         for x, y in zip(data.xs, labels, strict=False):
             model = copy.deepcopy(template)
@@ -53,7 +53,7 @@ def loop(case: Case, data: Data) -> tuple[Callable, Callable]:
             fitted.append(model.fit(x, y))
         return fitted
 
-    def read(fitted: list[MLPClassifier]) -> tuple[None, list[np.ndarray]]:
+    def read(fitted: list[Any]) -> tuple[None, list[Array]]:
         found = []
         for i in range(len(weights)):
             found.append(np.stack([m.coefs_[i].T for m in fitted]))

@@ -1,1 +1,0 @@
-"""pymeta's benchmarks: `python -m bench` (see bench/README.md)."""

@@ -1,0 +1,244 @@
+"""pymeta's own forms: the whole Python round trip, and the bare native call under it.
+
+Torch is imported only by the round trips that take tensors: the native call and `Adapter.adapt`
+run on numpy arrays, with or without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pymeta import native
+from pymeta.architecture import Architecture
+from pymeta.bench.cases import Array, Case, Data
+from pymeta.losses import Loss
+from pymeta.optimizers import SGD, Adam
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pymeta.bench.devices import Device
+
+Run = Callable[[], Any]
+# of what `run` returned: the mean loss or None, and the results in the order of `Data.parameters`,
+# wherever they lie (`contestants.on_host` fetches them)
+Read = Callable[[Any], tuple[Any, list[Any]]]
+
+
+def inner_optimizer(case: Case) -> SGD | Adam:
+    """The optimiser of a case's inner loop as pymeta describes it."""
+    return Adam(case.lr) if case.optimizer == "adam" else SGD(case.lr)
+
+
+# ---- without torch -------------------------------------------------------------------------------
+
+
+def architecture(case: Case) -> Architecture:
+    """The case's network as the native core takes it, its parameters in the order of `Data`."""
+    layers: list[tuple[Any, ...]] = []
+    names: list[str] = []
+    for i, (inputs, outputs) in enumerate(case.layers):
+        names += [f"{len(layers)}.weight", f"{len(layers)}.bias"]
+        layers.append(("linear", inputs, outputs, True))
+        if i < len(case.layers) - 1:
+            if case.batch_norm:
+                names += [f"{len(layers)}.weight", f"{len(layers)}.bias"]
+                layers.append(("batch_norm", outputs, 1e-5, True, True))
+            layers.append((case.activation,))
+    return Architecture(tuple(layers), tuple(names), tuple(names), False)
+
+
+def _problem(case: Case) -> Any:
+    network = architecture(case).network()
+    count = len(network.parameter_sizes)
+    return native.extension().Problem(
+        network,
+        native.loss(Loss(case.loss)),
+        [True] * count,
+        [0] * count,
+        native.optimizer(inner_optimizer(case)),
+    )
+
+
+def _pointer(array: Array) -> int:
+    return array.ctypes.data
+
+
+def kernel(case: Case, data: Data) -> tuple[Run, Read]:
+    """One call of the native code with ready-made buffers: what the kernels take."""
+    problem = _problem(case)
+    lr, mean = np.array([case.lr], np.float32), np.empty(1, np.float32)
+    losses = np.empty(case.tasks, np.float32)
+    predictions = np.empty((case.tasks, case.query, case.sizes[-1]), np.float32)
+    stacked = (case.tasks,) if case.job == "finetune" else ()
+    results = [np.empty((*stacked, *p.shape), np.float32) for p in data.parameters]
+    pointers, made = [_pointer(p) for p in data.parameters], [_pointer(r) for r in results]
+    support = (_pointer(data.xs), _pointer(data.ys), 0, case.support, 0, 0)
+    query = (_pointer(data.xq), _pointer(data.yq), 0, case.query, 0, 0)
+    rate, schedule = (_pointer(lr), 1, 1), (case.steps, -1, 0, 0, 0, 0)
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "maml": (
+            problem.meta_gradient,
+            (4, pointers, *rate, case.steps, case.first_order, case.tasks, support, query)
+            + (_pointer(losses), _pointer(predictions), made, 0, 0, 0, _pointer(mean)),
+        ),
+        "reptile": (
+            problem.reptile,
+            (4, pointers, *rate, schedule, case.tasks, support, _pointer(losses), _pointer(mean))
+            + (made,),
+        ),
+        "finetune": (
+            problem.adapt,
+            (4, pointers, [False] * len(pointers), *rate, schedule, case.tasks, support, made),
+        ),
+    }
+    function, arguments = calls[case.job]
+    # the arrays are a default argument so that they live as long as the function
+    alive = (data, lr, losses, mean, predictions)
+
+    def run(alive: tuple[Any, ...] = alive) -> tuple[Array | None, list[Array]]:
+        function(*arguments)
+        return None if case.job == "finetune" else mean, results
+
+    return run, _as_it_is
+
+
+def adapter_trip(case: Case, data: Data) -> tuple[Run, Read]:
+    """Fine-tuning without torch: `Adapter.adapt`, from numpy to numpy."""
+    import pymeta
+
+    chain = architecture(case)
+    adapter = pymeta.Adapter(
+        chain,
+        dict(zip(chain.names, data.parameters, strict=True)),
+        adapted=chain.names,
+        loss=Loss(case.loss),
+        optimizer=inner_optimizer(case),
+        schedule=pymeta.Schedule(epochs=case.steps),
+    )
+
+    return lambda: adapter.adapt(data.xs, data.ys), _read_adapted
+
+
+def executor(case: Case) -> str:
+    """Which executor and instruction set the planner chooses, e.g. "lanes avx512"."""
+    job = {"maml": "meta", "reptile": "reptile", "finetune": "adapt"}[case.job]
+    schedule = (case.steps, -1, 0, 0, 0, 0)
+    exact = case.job == "maml" and not case.first_order
+    p = _problem(case).plan(
+        4, job, schedule, case.tasks, case.support, case.query, second_order=exact
+    )
+    return f"{p['executor']} {p['isa']}"
+
+
+def peak(seconds: float) -> float:
+    """FLOP/s of one core by fused multiply-adds in float32, in the instruction set in use."""
+    lib = native.extension()
+    return float(lib.fma_peak(lib.isa(), 4, seconds))
+
+
+# ---- with torch ----------------------------------------------------------------------------------
+
+
+def learner(case: Case, model: nn.Module, backend: str) -> Any:
+    """The case's job as a user writes it: a `MAML`, `Reptile` or `FineTune` of the model."""
+    import pymeta
+
+    inner = inner_optimizer(case)
+    if case.job == "maml":
+        return pymeta.MAML(
+            model,
+            loss=case.loss,
+            optimizer=inner,
+            steps=case.steps,
+            first_order=case.first_order,
+            backend=backend,
+        )
+    if case.job == "reptile":
+        return pymeta.Reptile(
+            model, loss=case.loss, optimizer=inner, steps=case.steps, backend=backend
+        )
+    return pymeta.FineTune(
+        model, loss=case.loss, optimizer=inner, epochs=case.steps, backend=backend
+    )
+
+
+def round_trip(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:
+    """What a user runs, from tensors to tensors; and which path it takes.
+
+    learner(...), backward(), and the gradients dropped as an optimiser's zero_grad does;
+    fine-tuning is one call.
+    """
+    from pymeta.bench.torch_rivals import make_model, tensors
+
+    made = learner(case, make_model(case, data, device), "native")
+    sets = tensors(data, device)[: 4 if case.job == "maml" else 2]
+    if case.job == "finetune":
+        made(*sets, progress=False)
+        return lambda: made(*sets, progress=False), _read_adapted, _path(made)
+    parameters = list(made.parameters())
+
+    def run() -> tuple[Any, list[torch.Tensor]]:
+        for p in parameters:
+            p.grad = None
+        out = made(*sets)
+        out.loss.backward()
+        return out.loss.detach(), [p.grad for p in parameters if p.grad is not None]
+
+    run()
+    return run, _as_it_is, _path(made)
+
+
+def captured(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:
+    """The same in a graph that the device replays: the meta-gradient by `torch.autograd.grad`."""
+    import torch
+
+    from pymeta.bench.torch_rivals import make_model, tensors
+
+    made = learner(case, make_model(case, data, device), "native")
+    sets = tensors(data, device)[: 4 if case.job == "maml" else 2]
+    parameters = list(made.parameters())
+
+    def once() -> tuple[Any, list[torch.Tensor]]:
+        if case.job == "finetune":
+            return None, list(made(*sets, progress=False).parameters.values())
+        out = made(*sets)
+        return out.loss.detach(), list(torch.autograd.grad(out.loss, parameters))
+
+    replay, result = device.capture(once)
+
+    def run() -> Any:
+        replay()
+        return result
+
+    return run, _as_it_is, _path(made)
+
+
+def _path(learner: Any) -> str:
+    """What ran the last call, e.g. "native-cpu avx512 lanes"."""
+    return str(learner.explain()).split(":")[0]
+
+
+def _as_it_is(out: Any) -> tuple[Any, list[Any]]:
+    loss, results = out
+    return loss, results
+
+
+def _read_adapted(models: Any) -> tuple[None, list[Any]]:
+    return None, list(models.parameters.values())
+
+
+def set_block_threads(count: int) -> None:
+    """Threads of a block of the CUDA executor; 0 leaves it to the planner.
+
+    Raises:
+        RuntimeError: this build has no such executor.
+    """
+    lib = native.extension()
+    if not hasattr(lib, "set_block_threads"):
+        raise RuntimeError("this build of pymeta has no block executor")
+    lib.set_block_threads(count)
