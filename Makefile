@@ -1,8 +1,15 @@
 # make test      install into .venv and run the test suite
 # make demo      meta-train on handwritten digits and sinusoids; prints a table, writes a figure
 # make bench     time every case against its rivals; writes bench/results/latest.{json,md}
+# make docs      build the documentation, warnings as errors; it ends up in build/site
 # make lint / format    check / rewrite the style of Python and C++
-# make sanitize  native tests under Address- and UndefinedBehaviorSanitizer, the pool under ThreadSanitizer
+# make typing    mypy --strict over pymeta/, and the stub of the native module against the module
+# make wheel     build the sdist and from it the wheel, repair and test both; they end up in dist/
+# make test-torch TORCH=2.8.0    the tests on another torch, in an environment of their own (slow: a large download)
+# make sanitize  native and Python tests under Address- and UndefinedBehaviorSanitizer; pool and blocks under ThreadSanitizer
+# make guard     native tests and kernel tests with working memory between pages that nobody may touch
+# make fuzz      coverage-guided fuzzing of the file reader and of the native module's arguments, SECONDS=600 each
+# make soak      random cases and recipes against the reference, other ones each time, for SECONDS=3600
 # make arm64     cross compile for 64-bit ARM and run the native tests in an emulator, where there is one
 # make clean     remove what was built (make distclean: .venv too)
 #
@@ -19,17 +26,21 @@ CMAKE := $(BIN)/cmake
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 # One recipe for each purpose; a target's stamp says that its packages are in .venv.
-.PHONY: test demo bench lint format sanitize arm64 clean distclean
+.PHONY: test demo bench docs lint format typing wheel test-wheel test-torch arm64 clean distclean \
+  sanitize sanitize-native sanitize-python guard fuzz soak
 .DELETE_ON_ERROR:
 
-test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples
+test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs
 	$(BIN)/python -m pytest
 
 demo: $(STAMP)/pymeta $(STAMP)/examples
 	$(BIN)/python examples/demo.py
 
 bench: $(STAMP)/pymeta $(STAMP)/bench
-	$(BIN)/python -m bench
+	$(BIN)/python -m pymeta.bench --out bench/results/latest.json
+
+docs: $(STAMP)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(STAMP)/test
 	$(BIN)/python -m pytest tests/test_style.py
@@ -39,15 +50,101 @@ format: $(STAMP)/test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-NATIVE := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPYMETA_BUILD_PYTHON=OFF -DPYMETA_BUILD_TESTS=ON
+typing: $(STAMP)/pymeta $(STAMP)/test
+	$(BIN)/python -m pytest tests/test_typing.py
 
-sanitize: $(STAMP)/build
+# Both are built in environments that hold the build requirements alone, the wheel from the sdist: what the sdist lacks,
+# or what is taken from the source tree, shows. The time in the archives is the commit's: the same source, the same bytes.
+wheel: $(STAMP)/wheel
+	rm -rf dist build/dist
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 946684800)} \
+	  PIP_CONSTRAINT=$(abspath constraints.txt) $(BIN)/pyproject-build --outdir build/dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist/
+	$(MAKE) test-wheel
+
+# In fresh environments outside the source tree: with torch the whole suite, without it the part that is deployed.
+WHEEL ?= dist/*.whl
+test-wheel: $(STAMP)/venv
+	PYMETA_DIST=$(abspath dist) $(BIN)/python tests/installed.py $(WHEEL)
+	PYMETA_DIST=$(abspath dist) $(BIN)/python tests/installed.py $(WHEEL) --torch $(shell sed -n 's/^torch==//p' constraints.txt)
+
+test-torch: $(STAMP)/venv
+	@test -n "$(TORCH)" || { echo "make test-torch: name a version, as in: make test-torch TORCH=2.8.0"; exit 1; }
+	@ls $(WHEEL) >/dev/null 2>&1 || { echo "make test-torch: no wheel in dist/: run make wheel first"; exit 1; }
+	$(BIN)/python tests/installed.py $(WHEEL) --torch $(TORCH)
+
+NATIVE := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPYMETA_BUILD_PYTHON=OFF -DPYMETA_BUILD_TESTS=ON \
+  -DPYMETA_EMULATE=ON
+
+sanitize: sanitize-native sanitize-python
+
+# Last of all a race that was planted in the emulated block: a ThreadSanitizer that does not see it proves nothing.
+sanitize-native: $(STAMP)/build
 	$(CMAKE) -S . -B build/address $(NATIVE) -DPYMETA_SANITIZE=address
 	$(CMAKE) --build build/address
 	ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 build/address/native_test
 	$(CMAKE) -S . -B build/thread $(NATIVE) -DPYMETA_SANITIZE=thread
 	$(CMAKE) --build build/thread
-	TSAN_OPTIONS=halt_on_error=1 build/thread/native_test pool
+	TSAN_OPTIONS=halt_on_error=1 build/thread/native_test pool blocks
+	! TSAN_OPTIONS=halt_on_error=1 build/thread/planted_test blocks >build/thread/planted.log 2>&1
+	grep -q "data race" build/thread/planted.log
+
+# The Python files once more, in build/$(1), beside the module of another build, with an interpreter that sees this copy
+# and all of .venv but its pymeta.
+define beside
+	rm -rf build/$(1) && mkdir -p build/$(1)
+	$(BIN)/python -m venv --without-pip build/$(1)/venv
+	printf '%s\n' $(abspath build/$(1)) $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  > $$(build/$(1)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	cp -r pymeta tests pyproject.toml build/$(1)/ && rm -f build/$(1)/pymeta/*.so
+	cp build/$(1)-objects/_native*.so build/$(1)/pymeta/
+endef
+MODULE := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPYMETA_EMULATE=ON
+ONE_THREAD := OMP_NUM_THREADS=1 PYMETA_NUM_THREADS=2
+
+# A module with a sanitizer needs its runtime in the process before Python, and libstdc++ beside it, or its hook of
+# throw finds nothing to call. Leaks are not looked for: Python and torch keep what they have until the process ends.
+# SUITE= names tests/FILES to run; all of them take a quarter of an hour on one core.
+SUITE ?= tests
+sanitize-python: $(STAMP)/build $(STAMP)/torch $(STAMP)/test
+	$(CMAKE) -S . -B build/sanitized-objects $(MODULE) -DCMAKE_CXX_COMPILER=g++ -DPYMETA_SANITIZE=address
+	$(CMAKE) --build build/sanitized-objects --target _native
+	$(call beside,sanitized)
+	cd build/sanitized && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH=$(abspath build/sanitized) $(ONE_THREAD) \
+	  venv/bin/python -m pytest -p no:cacheprovider $(SUITE)
+
+guard: $(STAMP)/build $(STAMP)/torch $(STAMP)/test
+	$(CMAKE) -S . -B build/guarded-objects $(MODULE) -DPYMETA_GUARD=ON -DPYMETA_BUILD_TESTS=ON
+	$(CMAKE) --build build/guarded-objects --target _native native_test
+	$(call beside,guarded)
+	for at in end start; do \
+	  export PYMETA_GUARD_AT=$$at; build/guarded-objects/native_test && (cd build/guarded && \
+	  PYTHONPATH=$(abspath build/guarded) $(ONE_THREAD) venv/bin/python -m pytest -p no:cacheprovider \
+	  tests/test_kernels.py tests/test_recipes.py tests/test_adapter.py tests/test_faults.py) || exit 1; \
+	done
+
+# libFuzzer comes with atheris, the instrumentation from clang++.
+SECONDS ?= 600
+CLANGXX ?= $(firstword $(shell for n in '' -20 -19 -18 -17 -16 -15; do command -v clang++$$n || true; done))
+fuzz: $(STAMP)/build $(STAMP)/torch $(STAMP)/fuzz
+	@test -n "$(CLANGXX)" || { echo "make fuzz: no clang++. On Debian: apt-get install clang"; exit 1; }
+	$(CMAKE) -S . -B build/fuzzed-objects $(MODULE) -DCMAKE_CXX_COMPILER=$(CLANGXX) -DPYMETA_SANITIZE=fuzzer
+	$(CMAKE) --build build/fuzzed-objects --target _native
+	$(call beside,fuzzed)
+	for target in file binding; do \
+	  LD_PRELOAD=$$($(BIN)/python -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	  PYTHONPATH=$(abspath build/fuzzed) PYMETA_FUZZ_FOUND=$(abspath build/fuzz) $(ONE_THREAD) \
+	  build/fuzzed/venv/bin/python build/fuzzed/tests/fuzz/run.py $$target $(SECONDS) || exit 1; \
+	done
+
+soak: SECONDS = 3600
+soak: $(STAMP)/pymeta $(STAMP)/test
+	$(BIN)/python tests/soak.py $(SECONDS)
 
 arm64: $(STAMP)/build
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { \
@@ -59,7 +156,7 @@ arm64: $(STAMP)/build
 	else echo "make arm64: compiled, NOT run: no qemu-aarch64 (on Debian: apt-get install qemu-user)"; fi
 
 clean:
-	rm -rf build dist $(STAMP)/pymeta .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist $(STAMP)/pymeta .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
@@ -82,7 +179,8 @@ $(STAMP)/venv:
 # torch first and by itself, so that nothing below ever pulls another one in.
 $(STAMP)/torch: $(STAMP)/venv constraints.txt
 	$(PIP) install -c constraints.txt torch
-	$(call needed,["dependencies"])
+	$(call needed,["project"]["dependencies"])
+	$(call needed,["project"]["optional-dependencies"]["torch"])
 	@touch $@
 
 $(STAMP)/build: $(STAMP)/venv constraints.txt
@@ -91,15 +189,24 @@ $(STAMP)/build: $(STAMP)/venv constraints.txt
 
 # The lists of packages stand in pyproject.toml alone; $(1) says where.
 needed = $(PIP) install -c constraints.txt $(shell $(PYTHON) -c 'import tomllib; \
-  print(*(repr(r) for r in tomllib.load(open("pyproject.toml", "rb"))["project"]$(1)))')
+  print(*(repr(r) for r in tomllib.load(open("pyproject.toml", "rb"))$(1)))')
 
-$(STAMP)/test $(STAMP)/bench $(STAMP)/examples: $(STAMP)/torch pyproject.toml
-	$(call needed,["optional-dependencies"]["$(notdir $@)"])
+$(STAMP)/test $(STAMP)/bench $(STAMP)/docs $(STAMP)/examples: $(STAMP)/torch pyproject.toml
+	$(call needed,["project"]["optional-dependencies"]["$(notdir $@)"])
+	@touch $@
+
+$(STAMP)/fuzz: $(STAMP)/venv constraints.txt
+	$(PIP) install -c constraints.txt atheris
+	@touch $@
+
+$(STAMP)/wheel: $(STAMP)/venv constraints.txt pyproject.toml
+	$(call needed,["dependency-groups"]["wheel"])
 	@touch $@
 
 # An editable install: Python files are used where they lie, and a changed C++ file is compiled again
 # (only that one: the object files stay in build/).
-SOURCES := $(shell find csrc -type f -name '*.h' -o -name '*.cpp' 2>/dev/null)
+# PYMETA_EMULATE: with the CUDA executor's code on host threads, which the tests run.
+SOURCES := $(shell find csrc -type f -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 $(STAMP)/pymeta: $(STAMP)/torch $(STAMP)/build CMakeLists.txt pyproject.toml $(SOURCES)
-	$(PIP) install --no-build-isolation --no-deps -e .
+	$(PIP) install --no-build-isolation --no-deps -C cmake.define.PYMETA_EMULATE=ON -e .
 	@touch $@

@@ -52,13 +52,14 @@ class Architecture:
     @property
     def in_features(self) -> int:
         """Columns of the input."""
-        return next(layer[1] for layer in self.layers if "n" in _FORMS[layer[0]])
+        first: Layer = next(layer for layer in self.layers if "n" in _FORMS[layer[0]])
+        return int(first[1])
 
     @property
     def out_features(self) -> int:
         """Columns of the output."""
         last = [layer for layer in self.layers if "n" in _FORMS[layer[0]]][-1]
-        return last[2] if last[0] == "linear" else last[1]
+        return int(last[2] if last[0] == "linear" else last[1])
 
     @property
     def batch_norm(self) -> bool:

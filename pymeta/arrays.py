@@ -24,7 +24,7 @@ Rows: TypeAlias = "np.ndarray | Sequence[np.ndarray]"
 Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # `Rows` of _native.pyi
 
 DTYPE_CODES = {np.dtype(np.float32): 4, np.dtype(np.float64): 8}
-_RAW_DTYPES = {
+_RAW_DTYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.float64): "F64",
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
@@ -76,14 +76,15 @@ class Gathered(NamedTuple):
             address(self.sizes),
         )
 
-    def room(self, out: Any, columns: int) -> np.ndarray:
-        """Memory for `columns` values for each row: `out`, where that is given and fits."""
+    def room(self, given: Any, columns: int) -> np.ndarray:
+        """Memory for `columns` values for each row: what is `given` as out, where that fits."""
         shape = (*self.x.shape[:-1], columns)
-        if out is None:
+        if given is None:
             return np.empty(shape, self.x.dtype)
         if self.lengths is not None:
             raise ValueError("out: expected None where the arrays come in a list")
-        if need_array("out", out).dtype != self.x.dtype:
+        out = need_array("out", given)
+        if out.dtype != self.x.dtype:
             raise TypeError(f"out: expected {self.x.dtype}, got {out.dtype}")
         if out.shape != shape or not out.flags.carray:
             raise ValueError(
@@ -216,7 +217,7 @@ def gather(names: Names, x: Any, y: Any, weights: Any, expected: Expected) -> Ga
         found = _alike(names, names.weights, weights, lengths)
         weights = _check_weights(names.weights, found, expected, lead)
     if lengths is None:
-        return Gathered(x, y, weights, *lead, None, None, None)
+        return Gathered(x, y, weights, lead[0], lead[1], None, None, None)
     if min(lengths) == max(lengths):
         shape = (len(lengths), lengths[0])
         x, y, weights = (
@@ -488,7 +489,7 @@ def _predictor(architecture: Architecture, loss: Loss) -> Any:
 def softmax(z: np.ndarray) -> np.ndarray:
     """Softmax over the last axis: the largest exponent is 0, so none overflows."""
     with np.errstate(invalid="ignore"):  # infinite outputs give NaN, as in torch
-        p = np.exp(z - z.max(axis=-1, keepdims=True))
+        p: np.ndarray = np.exp(z - z.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
     return p
 
@@ -496,4 +497,5 @@ def softmax(z: np.ndarray) -> np.ndarray:
 def sigmoid(z: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-z)), by exponents that are never above 0."""
     e = np.exp(-np.abs(z))
-    return np.where(z < 0, e, np.ones_like(e)) / (1 + e)
+    p: np.ndarray = np.where(z < 0, e, np.ones_like(e)) / (1 + e)
+    return p

@@ -120,7 +120,7 @@ def write(path: Path, kind: str, described: Mapping[str, Any], tensors: Mapping[
     header, ordered = _header(metadata, tensors)
     checksum = 0
     for raw in ordered:
-        checksum = zlib.crc32(raw.data, checksum)
+        checksum = zlib.crc32(raw.data.data, checksum)
     header["__metadata__"]["data_checksum"] = f"{checksum:08x}"
     header["__metadata__"]["checksum"] = _header_checksum(header)
     text = json.dumps(header).encode()
@@ -132,7 +132,7 @@ def write(path: Path, kind: str, described: Mapping[str, Any], tensors: Mapping[
         with open(unfinished, "xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for raw in ordered:
-                file.write(raw.data)
+                file.write(raw.data.data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -248,7 +248,7 @@ def read(path: Path, kind: str, *, verify: bool) -> Contents:
         if size > start:
             data = np.asarray(np.memmap(file, np.uint8, "c", start, (size - start,)))
         metadata = header.pop("__metadata__")
-        if verify and f"{zlib.crc32(data):08x}" != metadata.get("data_checksum"):
+        if verify and f"{zlib.crc32(data.data):08x}" != metadata.get("data_checksum"):
             raise ValueError("the tensors do not have their checksum: the file is damaged")
         own = ("format", "kind", "version", "checksum", "data_checksum")
         described = {n: _parsed(n, text) for n, text in metadata.items() if n not in own}
@@ -286,11 +286,11 @@ class Fields:
 
     def boolean(self, name: str) -> bool:
         """A bool."""
-        return self.take(name, bool, "true or false")
+        return bool(self.take(name, bool, "true or false"))
 
     def integer(self, name: str, low: int, high: int = 2**63 - 1) -> int:
         """A whole number in low..high."""
-        value = self.take(name, int, "a whole number")
+        value: int = self.take(name, int, "a whole number")
         if not low <= value <= high:
             raise ValueError(f"{self.what}: {name}: {_brief(value)} is not in {low}..{high}")
         return value
@@ -301,7 +301,7 @@ class Fields:
 
     def text(self, name: str) -> str:
         """A string."""
-        return self.take(name, str, "a string")
+        return str(self.take(name, str, "a string"))
 
     def list_of(self, name: str, kind: type) -> tuple[Any, ...]:
         """A list of which every element has one type."""

@@ -87,7 +87,7 @@ class _State:
         """Note the layers of the chain, and the modules that hold them."""
         layers = list({id(m): m for m in leaves}.values())
         holders = list(containers)
-        found: list[tuple[dict, str]] = []
+        found: list[tuple[dict[str, Any], str]] = []
         for m in layers:
             found += [(m.__dict__, name) for name in _MODULES[type(m)].reads]
             found += [(d, k) for d in (m._parameters, m._buffers) for k in d if k in _SLOTS]
@@ -307,7 +307,11 @@ class _Tracer(fx.Tracer):
         return threading.get_ident() == self._thread
 
     def call_module(
-        self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         if not self._is_mine():
             return forward(*args, **kwargs)

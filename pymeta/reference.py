@@ -34,7 +34,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +63,11 @@ def _new_lock() -> None:
     _lock = threading.RLock()  # the thread that held the old one did not survive the fork
 
 
-os.register_at_fork(after_in_child=_new_lock)
+if hasattr(os, "register_at_fork"):  # where there are forks
+    os.register_at_fork(after_in_child=_new_lock)
 
 
-def one_at_a_time() -> AbstractContextManager:
+def one_at_a_time() -> AbstractContextManager[Any]:
     """The lock that is held while `functional_call` has other tensors put into a module.
 
     Whoever reads a module's parameters under it reads the module's own.
@@ -147,10 +148,13 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequen
 
 
 def _batch_norm(
-    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):  # fmt: skip
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
     channels = (1, -1, *[1] * (x.ndim - 2))
     if not training:
+        assert running_mean is not None and running_var is not None, "torch asks for both"
         scaled = (x - running_mean.reshape(channels)) * torch.rsqrt(running_var + eps).reshape(
             channels
         )
@@ -164,16 +168,20 @@ def _batch_norm(
 
 
 def _instance_norm(
-    x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True,
-    momentum=0.1, eps=1e-5,
-):  # fmt: skip
+    x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
     channels = (1, -1, *[1] * (x.ndim - 2))
     if not use_input_stats:
         return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     return _affine(_normalised(x, tuple(range(2, x.ndim)), eps), weight, bias, channels)
 
 
-def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
     axes = tuple(range(-len(normalized_shape), 0))
     return _affine(_normalised(x, axes, eps), weight, bias, tuple(normalized_shape))
 
@@ -185,7 +193,7 @@ class _PlainNormalisation(TorchFunctionMode):
     pytorch/functorch#534), and a meta-gradient is a double backward.
     """
 
-    written_out = {  # noqa: RUF012
+    written_out: ClassVar[dict[Callable[..., Any], Callable[..., Tensor]]] = {
         F.batch_norm: _batch_norm,
         F.instance_norm: _instance_norm,
         F.layer_norm: _layer_norm,
@@ -200,8 +208,15 @@ class _PlainNormalisation(TorchFunctionMode):
         ),
     }
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return self.written_out.get(function, function)(*args, **(kwargs or {}))
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        chosen: Callable[..., Any] = self.written_out.get(function, function)
+        return chosen(*args, **(kwargs or {}))
 
 
 def _held(model: nn.Module) -> Parameters:
@@ -221,6 +236,16 @@ def _held(model: nn.Module) -> Parameters:
 
 
 @contextmanager
+def _differentiable() -> Iterator[None]:
+    """Leave inference_mode, under which torch.func.grad is 0 in torch up to 2.6 (silently)."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def applied(model: nn.Module) -> Iterator[Apply]:
     """`apply(parameters, x) -> outputs` for a model, free of side effects on the model."""
     names: dict[str, str] = {}  # where parameters are held -> what `named_parameters` calls them
@@ -234,7 +259,8 @@ def applied(model: nn.Module) -> Iterator[Apply]:
 
     # of torch's attention kernels only the plain one can be differentiated twice
     plain_attention = sdpa_kernel([SDPBackend.MATH])
-    with one_at_a_time(), _own_statistics(model), _PlainNormalisation(), plain_attention:
+    plain = _PlainNormalisation()
+    with one_at_a_time(), _differentiable(), _own_statistics(model), plain, plain_attention:
         called = {id(p): name for name, p in model.named_parameters()}
         names |= {at: called[id(p)] for at, p in _held(model).items() if id(p) in called}
         yield apply
@@ -336,10 +362,10 @@ def adapt_task(
     for step, batch in enumerate(inner.schedule.batches(support[0].shape[0], task_id)):
         x, y, weights = _rows(support, batch)
 
-        def batch_loss(parameters: Parameters, x=x, y=y, weights=weights) -> Tensor:
-            return task_loss(inner.loss, apply({**fixed, **parameters}, x), y, weights)
+        def batch_loss(parameters: Parameters, x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
+            return task_loss(inner.loss, apply({**fixed, **parameters}, x), y, w)
 
-        gradient, loss = torch.func.grad_and_value(batch_loss)(theta)
+        gradient, loss = torch.func.grad_and_value(batch_loss)(theta, x, y, weights)
         losses.append(loss)
         if inner.first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
@@ -410,13 +436,13 @@ class _Validation:
 # ---- all tasks --------------------------------------------------------------------------------
 
 
-def _loop(one: Callable, sets: Sequence[TaskSet], tasks: int) -> list:
+def _loop(one: Callable[..., Any], sets: Sequence[TaskSet], tasks: int) -> list[Any]:
     return [one(*(s.of_task(t) for s in sets)) for t in range(tasks)]
 
 
 def _vmapped(
-    one: Callable, sets: Sequence[TaskSet], own: Parameters | None = None
-) -> object | None:
+    one: Callable[..., Any], sets: Sequence[TaskSet], own: Parameters | None = None
+) -> Any:
     """`one` over all tasks at once, or None where that cannot be done.
 
     vmap refuses modules that branch on values; looped, they are fine.
@@ -424,8 +450,8 @@ def _vmapped(
     """
     if not all(s.uniform for s in sets):
         return None
-    arguments: tuple = tuple((s.x, s.y, s.weights) for s in sets)
-    dims: tuple = tuple(tuple(None if v is None else 0 for v in a) for a in arguments)
+    arguments: tuple[Any, ...] = tuple((s.x, s.y, s.weights) for s in sets)
+    dims: tuple[Any, ...] = tuple(tuple(None if v is None else 0 for v in a) for a in arguments)
     if own is not None:
         arguments, dims = (*arguments, own), (*dims, 0 if own else None)
     try:
@@ -548,9 +574,9 @@ def _adapt_tasks(
         for t in range(tasks):
             mine = {name: values[t] for name, values in own.items()}
             task_id = 0 if task_ids is None else int(task_ids[t])
-            watched = None if validation is None else validation.of_task(t)
+            watched = None if validation is None else cast(Set, validation.of_task(t))
             whole = {**parameters, **mine}
-            support_set = support.of_task(t)
+            support_set = cast(Set, support.of_task(t))  # support sets have targets
             each.append(
                 _adapt_one(apply, inner, names, whole, support_set, task_id, watched, patience)
             )
@@ -638,13 +664,13 @@ class _Towards(torch.autograd.Function):
     """A loss whose gradient by given parameters is set."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: Sequence[Tensor], *_: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *_: Tensor) -> Tensor:
         """The loss."""
         ctx.gradients = gradients
         return loss
 
     @staticmethod
-    def backward(ctx, scale: Tensor):
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients, times the incoming scalar."""
         return None, None, *(scale * g for g in ctx.gradients)
 
@@ -682,7 +708,9 @@ def reptile(
         moved = {name: torch.zeros_like(p) for name, p in at.items()}
         if support.tasks:
             moved |= {name: at[name] - p.mean(0) for name, p in tasks.parameters.items()}
-    return _Towards.apply(mean, tuple(moved.values()), *parameters.values()), losses
+    directions = tuple(moved.values())
+    towards = cast(Callable[..., Tensor], _Towards.apply)  # torch has no annotation for it
+    return towards(mean, directions, *parameters.values()), losses
 
 
 def predict(

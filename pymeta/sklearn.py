@@ -28,7 +28,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     import torch
 
 Array = NDArray[Any]
+Tensors: TypeAlias = "list[torch.Tensor]"
 
 METHODS = ("maml", "reptile", "pooled")
 ACTIVATIONS = {"relu": "ReLU", "tanh": "Tanh", "elu": "ELU", "gelu": "GELU", "silu": "SiLU"}
@@ -81,7 +82,7 @@ def _integer(name: str, value: Any, least: int) -> None:
 def _real(name: str, value: Any, below: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not 0 <= value < below:
+    if not 0 <= float(value) < below:
         limit = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
         raise ValueError(f"{name}: expected a number {limit}, got {value}")
 
@@ -113,7 +114,7 @@ class _Rows(NamedTuple):
         w = None if self.weights is None else torch.from_numpy(self.weights[index])
         return torch.from_numpy(self.x[index]), torch.from_numpy(self.y[index]), w
 
-    def lists(self, members: Sequence[Array]) -> tuple[list, list, list | None]:
+    def lists(self, members: Sequence[Array]) -> tuple[Tensors, Tensors, Tensors | None]:
         """One tensor for each set of rows: xs, ys and (where there are any) weights."""
         xs, ys, ws = zip(*map(self.take, members), strict=True)
         return list(xs), list(ys), None if self.weights is None else list(ws)
@@ -128,7 +129,7 @@ def _is_missing(label: Any) -> bool:
 
 def _labels(groups: Any, X: Any) -> Array:
     """`groups` as an array [rows] of labels that can be told apart; missing ones are refused."""
-    labels = column_or_1d(groups, dtype=None)
+    labels: Array = column_or_1d(groups, dtype=None)
     check_consistent_length(X, labels)
     missing = [g for g in labels.tolist() if _is_missing(g)] if labels.dtype.kind in "fO" else []
     if missing:
@@ -214,7 +215,10 @@ class _Form(NamedTuple):
 
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(self.widths):
-            linear = nn.utils.skip_init(nn.Linear, n_in, n_out, dtype=getattr(torch, self.dtype))
+            dtype = getattr(torch, self.dtype)
+            linear: nn.Module = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+                nn.Linear, n_in, n_out, dtype=dtype
+            )
             layers += [linear, getattr(nn, ACTIVATIONS[self.activation])()]
         network = nn.Sequential(*layers[:-1])
         network.load_state_dict({n: torch.from_numpy(p) for n, p in parameters.items()})
@@ -222,7 +226,7 @@ class _Form(NamedTuple):
 
     def architecture(self) -> Architecture:
         """The network as plain data."""
-        layers: list[tuple] = []
+        layers: list[tuple[Any, ...]] = []
         for n_in, n_out in itertools.pairwise(self.widths):
             layers += [("linear", n_in, n_out, True), (self.activation,)]
         names = [f"{2 * i}.{p}" for i in range(len(self.widths) - 1) for p in ("weight", "bias")]
@@ -370,7 +374,7 @@ class _MetaEstimator(BaseEstimator):
         """The rows' weights as they enter the loss, float64 [rows]; None for all ones."""
         if sample_weight is None:
             return None
-        weights = column_or_1d(sample_weight, dtype=np.float64)
+        weights: Array = column_or_1d(sample_weight, dtype=np.float64)
         check_consistent_length(X, weights)
         if not (np.isfinite(weights) & (weights >= 0)).all():
             raise ValueError("sample_weight: expected finite weights >= 0")
@@ -427,7 +431,7 @@ class _MetaEstimator(BaseEstimator):
         )
         xs, ys, ws = rows.lists([np.arange(len(rows.x))])
         models = train(xs, ys, weights=ws, curves=True, progress=bool(self.verbose))
-        curve = models.history.train[0].tolist()
+        curve: list[float] = models.history.train[0].tolist()
         with torch.no_grad():
             for name, p in network.named_parameters():
                 p.copy_(models.parameters[name][0])
@@ -452,7 +456,7 @@ class _MetaEstimator(BaseEstimator):
             for i in range(self.iterations):
                 loss = one()
                 outer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 outer.step()
                 curve.append(loss.item())
                 if not math.isfinite(curve[-1]):
@@ -480,7 +484,8 @@ class _MetaEstimator(BaseEstimator):
             support, query = draw.episode()
             xs, ys, ws = draw.rows.lists(support)
             xq, yq, wq = draw.rows.lists(query)
-            return maml(xs, ys, xq, yq, support_weights=ws, query_weights=wq).loss
+            outcome: pymeta.Outcome = maml(xs, ys, xq, yq, support_weights=ws, query_weights=wq)
+            return outcome.loss
 
         return loss
 
@@ -501,7 +506,8 @@ class _MetaEstimator(BaseEstimator):
 
         def loss() -> torch.Tensor:
             xs, ys, ws = draw.rows.lists(draw.groups())
-            return reptile(xs, ys, support_weights=ws).loss
+            outcome: pymeta.ReptileOutcome = reptile(xs, ys, support_weights=ws)
+            return outcome.loss
 
         return loss
 
@@ -559,7 +565,7 @@ class _MetaEstimator(BaseEstimator):
         own = {n: p.numpy()[fine] for n, p in models.parameters.items() if self._form.adapts(n)}
         self._keep(set(names.tolist()), names[fine].tolist(), own)
 
-    def _keep(self, seen: set, adapted: list, own: dict[str, Array]) -> None:
+    def _keep(self, seen: set[Any], adapted: list[Any], own: dict[str, Array]) -> None:
         """Put the adapted groups' own parameters in the place of what the groups seen had."""
         others = [label for label in self._places if label not in seen]
         kept = self.models_[[0, *(self._places[label] for label in others)]]
@@ -644,7 +650,8 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         classes_: [C], the class labels.
         adapted_groups_: labels of the groups that have a model.
         models_: the models as a `pymeta.AdaptedArrays`: the shared start, then theirs in order.
-        n_features_in_, feature_names_in_: as in scikit-learn.
+        n_features_in_: as in scikit-learn.
+        feature_names_in_: as in scikit-learn.
         n_iter_: iterations, or epochs of pooled training.
         loss_curve_: the loss of each of them.
 
@@ -820,7 +827,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> float:
         """The accuracy of `predict(X, groups)`."""
-        return accuracy_score(y, self.predict(X, groups), sample_weight=sample_weight)
+        return float(accuracy_score(y, self.predict(X, groups), sample_weight=sample_weight))
 
     def _loss_name(self) -> str:
         return "bce_with_logits" if len(self.classes_) == 2 else "cross_entropy"
@@ -836,7 +843,7 @@ class MetaClassifier(ClassifierMixin, _MetaEstimator):
         weights = super()._row_weights(X, y, sample_weight)
         if self._class_weights is None:
             return weights
-        of_class = self._class_weights[np.searchsorted(self.classes_, y)]
+        of_class: Array = self._class_weights[np.searchsorted(self.classes_, y)]
         return of_class if weights is None else weights * of_class
 
 
@@ -847,18 +854,14 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
     (weighted) rows, the networks see the quotients, also in `adapt`, and predictions are scaled
     back. Losses and `loss_curve_` are in those units.
 
+    All arguments but the loss are those of `MetaClassifier`, and so are all other attributes.
+
     Args:
         loss: "mse", or "huber": quadratic up to one standard deviation, then linear.
-        method, hidden, activation, inner_optimizer, inner_lr, inner_steps, inner_batch_size,
-        first_order, head_only, meta_lr, weight_decay, iterations, tasks_per_batch, draw,
-        task_rows, support, shuffle, epochs, batch_size, pretrain_epochs, adapt_lr, adapt_epochs,
-        anchor, adapt_validation, adapt_patience, adapt_on_fit, dtype, random_state, verbose:
-            as in `MetaClassifier`.
 
     Attributes:
-        y_mean_, y_scale_: what targets are standardised with.
-        adapted_groups_, models_, n_features_in_, feature_names_in_, n_iter_, loss_curve_:
-            as in `MetaClassifier`.
+        y_mean_: what is subtracted from targets.
+        y_scale_: what they are then divided by.
 
     Raises:
         TypeError, ValueError: in `fit`, where a parameter is not as described.
@@ -990,7 +993,7 @@ class MetaRegressor(RegressorMixin, _MetaEstimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> float:
         """The R^2 of `predict(X, groups)`."""
-        return r2_score(y, self.predict(X, groups), sample_weight=sample_weight)
+        return float(r2_score(y, self.predict(X, groups), sample_weight=sample_weight))
 
     def _loss_name(self) -> str:
         return self.loss

@@ -24,10 +24,15 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     return torch.where(empty, 0.0, values.sum() / torch.where(empty, 1.0, total))
 
 
+def _constants(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """A tensor of numbers. (Not `new_tensor`, which torch.func.grad of torch 2.4 cannot do.)"""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
 def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Cross-entropy of logits [rows, C] and class indices [rows]."""
     classes = outputs.shape[-1]
-    class_weights = outputs.new_tensor(loss.weight) if loss.weight else outputs.new_ones(classes)
+    class_weights = _constants(loss.weight, outputs) if loss.weight else outputs.new_ones(classes)
     log_p = F.log_softmax(outputs, dim=-1)
     kept = targets != loss.ignore_index
     labels = torch.where(kept, targets, 0).unsqueeze(-1)
@@ -43,14 +48,14 @@ def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor
 def _elementwise(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """The loss of each element, in the shape of `outputs` [rows, ...]."""
     if loss.kind == "mse":
-        return F.mse_loss(outputs, targets, reduction="none")
+        return (outputs - targets).square()  # mse_loss has no bfloat16 up to torch 2.5
     if loss.kind == "huber":
         return F.huber_loss(outputs, targets, reduction="none", delta=loss.delta)
     return F.binary_cross_entropy_with_logits(
         outputs,
         targets,
-        weight=outputs.new_tensor(loss.weight) if loss.weight else None,
-        pos_weight=outputs.new_tensor(loss.pos_weight) if loss.pos_weight else None,
+        weight=_constants(loss.weight, outputs) if loss.weight else None,
+        pos_weight=_constants(loss.pos_weight, outputs) if loss.pos_weight else None,
         reduction="none",
     )
 

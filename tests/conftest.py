@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-# helpers and kernels import torch
-_IMPORTS_TORCH = re.compile(
-    r"^(from|import) (torch|helpers|kernels|pymeta\.sklearn)\b", re.MULTILINE
-)
+_IMPORTS = re.compile(r"^(?:from|import) ([\w.]+)", re.MULTILINE)
+
+
+@cache
+def _imports_torch(path: Path) -> bool:
+    """Whether a module of tests/ does at its top level, itself or by another one of tests/."""
+    names = _IMPORTS.findall(path.read_text())
+    if "pymeta.sklearn" in names or any(name.split(".")[0] == "torch" for name in names):
+        return True
+    places = [folder / f"{name}.py" for name in names for folder in {HERE, path.parent}]
+    return any(_imports_torch(place) for place in places if place.exists())
+
 
 collect_ignore = [
-    path.name
-    for path in sorted(Path(__file__).parent.glob("test_*.py"))
-    if not HAS_TORCH and _IMPORTS_TORCH.search(path.read_text())
+    str(path.relative_to(HERE))
+    for path in sorted(HERE.rglob("test_*.py"))
+    if not HAS_TORCH and _imports_torch(path)
 ]
 
 
@@ -43,3 +54,11 @@ def _same_start():
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(request):
+    """torch.compile gives up on a function after eight compilations in one process."""
+    yield
+    if "compile" in request.node.name and "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

@@ -8,7 +8,9 @@ import sysconfig
 import source_tree
 
 ROOT = source_tree.need("csrc", ".clang-format")
-FOLDERS = [name for name in ("pymeta", "tests", "bench", "examples") if (ROOT / name).is_dir()]
+FOLDERS = [
+    name for name in ("pymeta", "tests", "bench", "docs", "examples") if (ROOT / name).is_dir()
+]
 
 
 def tool(name: str) -> str:

@@ -105,7 +105,7 @@ def test_the_stubs_signatures_are_the_native_modules(name):
         ("mean_loss: int = 0", "mean: int = 0"),
         ("mean_loss: int = 0", "mean_loss: int = 1"),
         ("delta: float = 1.0", "delta: float"),
-        ("weights: Buffer | None = None", "*, weights: Buffer | None = None"),
+        ("weights: _Buffer | None = None", "*, weights: _Buffer | None = None"),
     ],
 )
 def test_a_wrong_stub_is_noticed(old, new):

@@ -1,8 +1,9 @@
 """What is shipped: the extension's links and exports, what the wheel and the sdist hold.
 
 The extension that is imported here is always looked at. The archives are those in the folder that
-PYMETA_DIST names (`make wheel` sets it); each check of an archive is first made to fail on a
-doctored copy of one that is put together from the installed files.
+PYMETA_DIST names, and PYMETA_SOURCE is where they were built from (`make wheel` sets both). Each
+check of an archive is first made to fail on a doctored copy of one that is put together from the
+installed files.
 """
 
 from __future__ import annotations
@@ -27,22 +28,23 @@ from pymeta import native
 
 VERSION = pymeta.__version__
 PACKAGE = Path(pymeta.__file__).parent
-SOURCE = Path(__file__).resolve().parents[1]
+SOURCE = Path(os.environ.get("PYMETA_SOURCE", Path(__file__).resolve().parents[1]))
 INFO = f"pymeta-{VERSION}.dist-info"
 LIMIT = 20_000_000  # bytes of an archive
 
 elf = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
 
-# The C library and the loader: neither torch, CUDA or Python, nor the C++ runtime (linked in).
-SYSTEM = re.compile(r"(libc|libm|libpthread|libdl|librt)\.so\.\d+|ld-linux[-\w]*\.so\.\d+")
+# The C library, the unwinder (glibc loads it too) and the loader: neither torch, CUDA or Python,
+# nor the C++ runtime, which is linked in.
+SYSTEM = re.compile(r"(libc|libm|libgcc_s|libpthread|libdl|librt)\.so\.\d+|ld-linux[-\w]*\.so\.\d+")
 IN_WHEEL = re.compile(
-    rf"pymeta/(bench/)?\w+\.py|pymeta/py\.typed|pymeta/_native\.pyi|pymeta/_native\.[\w-]+\.(so|pyd)"
+    rf"pymeta/(bench/)?\w+\.py|pymeta/bench/chosen\.json|pymeta/py\.typed|pymeta/_native\.pyi|pymeta/_native\.[\w-]+\.(so|pyd)"
     rf"|{re.escape(INFO)}/(METADATA|WHEEL|RECORD|licenses/LICENSE|sboms/[\w.-]+\.json)"
 )
 IN_SDIST = re.compile(
     r"PKG-INFO|pyproject\.toml|CMakeLists\.txt|LICENSE|README\.md|CHANGELOG\.md"
     r"|cmake/[\w-]+\.(cmake|map)|csrc/README\.md|csrc/(\w+/)+\w+\.(h|cpp|cu|cuh)"
-    r"|pymeta/(bench/)?\w+\.pyi?|pymeta/py\.typed|tests/(\w+/)*[\w.-]+"
+    r"|pymeta/(bench/)?\w+\.pyi?|pymeta/bench/chosen\.json|pymeta/py\.typed|tests/(\w+/)*[\w.-]+"
 )
 
 
@@ -336,7 +338,8 @@ def test_the_wheel(tmp_path):
     for path in built("*.whl"):
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None
-            files = {info.filename: archive.read(info) for info in archive.infolist()}
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            files = {info.filename: archive.read(info) for info in members}
         assert wheel_problems(files, path.stat().st_size) == []
         assert same_as_source(files, ("pymeta",)) == []
         interpreter, abi, platforms = path.stem.split("-")[2:]
