@@ -1,9 +1,10 @@
 """A process that calls the native core on arrays at the ends of pages: see test_faults.py.
 
-python fault_guarded.py SEED COUNT [planted]: COUNT random calls, each on every instruction set and
-executor, once with every array at the end and once at the start of its pages. Before each call it
-prints what it calls, so that the last line names the one that died. With `planted` the first call
-reads one task more than there is.
+python fault_guarded.py SEED COUNT [planted]: COUNT random cases, each on every instruction set and
+executor, once with every array at the end and once at the start of its pages; on the emulated
+device, where the build has one, the workspace as well. Before each call it prints what it calls,
+so that the last line names the one that died. With `planted` the first call reads one task more
+than there is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,8 +83,8 @@ class Case:
 class Call:
     """A case's arrays, at the ends or the starts of pages."""
 
-    def __init__(self, case: Case, at: str) -> None:
-        self.case, self.pages = case, Pages(at)
+    def __init__(self, case: Case, at: str, on_device: bool) -> None:
+        self.case, self.pages, self.on_device = case, Pages(at), on_device
         self.random = np.random.default_rng(case.seed)
         self.start = [self.array(self.normal(n)) for n in case.sizes]
         columns = sum(case.sizes) if case.per_element else 1
@@ -120,20 +122,28 @@ class Call:
     def result(self, *shape: int) -> int:
         return address(self.pages.room(shape, self.case.real))
 
+    def made(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """A call, here or on the emulated device with a workspace of what it asks for."""
+        print(f"  {call.__name__}", flush=True)
+        if not self.on_device:
+            call(*arguments, **options)
+            return
+        needed = call(*arguments, **options, device=(-1, 0, 0, 0))
+        room = self.pages.room(needed, np.uint8)
+        assert call(*arguments, **options, device=(-1, 0, address(room), needed)) == needed
+
     def run(self, problem: Any, planted: bool) -> None:
-        case, none = self.case, [0] * len(self.case.sizes)
+        case, none = self.case, [False] * len(self.case.sizes)
         code, tasks = np.dtype(case.real).itemsize, case.tasks + planted
         start = [address(p) for p in self.start]
         support, query = self.pointers(self.support), self.pointers(self.query)
         x_rows, q_rows = len(self.support[0]), len(self.query[0])
         gradients = [self.result(n) for n in case.sizes] if case.wants[0] else None
         predictions = self.result(q_rows, case.out)
-        print("  predict", flush=True)
-        problem.predict(code, start, [False] * len(none), tasks, query, predictions)
-        print("  meta_gradient", flush=True)
-        problem.meta_gradient(
-            code, start, *self.rates, case.steps, case.wants[1], tasks, support, query,
-            self.result(tasks), predictions, gradients,
+        self.made(problem.predict, code, start, none, tasks, query, predictions)
+        self.made(
+            problem.meta_gradient, code, start, *self.rates, case.steps, case.wants[1], tasks,
+            support, query, self.result(tasks), predictions, gradients,
             self.result(*self.lr.shape) if case.wants[2] else 0,
             self.result(x_rows, case.inputs) if case.wants[3] else 0,
             self.result(q_rows, case.inputs) if case.wants[4] else 0,
@@ -142,20 +152,18 @@ class Call:
         ids = address(self.pages.array(np.arange(tasks)))
         by_steps = (case.steps, -1, case.batch, 7, 1, ids)
         by_epochs = (-1, case.steps, case.batch, 7, 1, ids)
-        print("  reptile", flush=True)
-        problem.reptile(
-            code, start, *self.rates, by_steps, tasks, support, self.result(tasks),
+        self.made(
+            problem.reptile, code, start, *self.rates, by_steps, tasks, support, self.result(tasks),
             self.result(1), gradients,
         )  # fmt: skip
-        print("  adapt", flush=True)
         own = [
             address(self.array(self.normal(tasks, n))) if apart else s
             for n, s, apart in zip(case.sizes, start, case.own, strict=True)
         ]
         adapted = [self.result(tasks, n) for n in case.sizes]
-        problem.adapt(
-            code, own, case.own, *self.rates, by_steps if case.wants[5] else by_epochs, tasks,
-            support, adapted,
+        self.made(
+            problem.adapt, code, own, case.own, *self.rates,
+            by_steps if case.wants[5] else by_epochs, tasks, support, adapted,
             validation=None if case.wants[5] else self.pointers(self.validation),
             patience=-1 if case.wants[5] else 1,
             status=address(self.pages.room(tasks, np.int8)),
@@ -191,6 +199,8 @@ def address(array: np.ndarray | None) -> int:
 def main() -> None:
     first, count, planted = int(sys.argv[1]), int(sys.argv[2]), "planted" in sys.argv
     paths = list(itertools.product(native.isas(), ("rows", "lanes"), ("end", "start")))
+    if lib.emulates():
+        paths += [(native.isa(), "emulated", "end"), (native.isa(), "emulated", "start")]
     for seed in range(first, first + count):
         case = Case(seed)
         print(case, flush=True)
@@ -198,11 +208,13 @@ def main() -> None:
         for isa, executor, at in paths:
             print(f" {isa} {executor} {at}", flush=True)
             native.set_isa(isa)
-            native.set_executor(executor)
+            native.set_executor("auto" if executor == "emulated" else executor)
             native.set_num_threads(1 + seed % 2)
-            call = Call(case, at)
-            call.run(problem, planted)
-            call.run_engine(problem)
+            call = Call(case, at, executor == "emulated")
+            if not call.on_device or problem.unfit_for_device() is None:
+                call.run(problem, planted)
+            if not call.on_device:
+                call.run_engine(problem)
     print(f"{count * len(paths)} calls survived")
 
 

@@ -31,7 +31,7 @@ import pymeta
 
 ROOT = source_tree.need("README.md", "mkdocs.yml", "docs")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NOT_RUN: dict[str, list[str]] = {}
+NOT_RUN = {"docs/gpu.md": ["needs a CUDA device"]}
 NEEDS = {"docs/sklearn.md": ("sklearn", "pandas")}
 LANGUAGES = {"python", "text", "console", "cpp", "diff", "json", "bibtex"}
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")

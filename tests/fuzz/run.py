@@ -1,7 +1,8 @@
 """Fuzz one target, guided by coverage: python tests/fuzz/run.py file|binding [SECONDS] [ARG...]
 
 Needs atheris (pip install atheris). Further arguments go to libFuzzer. Inputs that were new go to
-`build/fuzz/TARGET`; an input that broke something is written to `build/fuzz/TARGET-crash-...`.
+`build/fuzz/TARGET` (in PYMETA_FUZZ_FOUND, where that is set); an input that broke something is
+written to `build/fuzz/TARGET-crash-...`.
 Once what it broke is repaired, it belongs into `tests/fuzz/corpus/TARGET`, which the ordinary
 tests replay (test_corpus.py).
 
@@ -85,7 +86,7 @@ def main() -> None:
     with atheris.instrument_imports(include=["pymeta", f"target_{name}", "source"]):
         sys.path[:0] = [str(ROOT), str(HERE)]
         target = __import__(f"target_{name}")
-    found = ROOT / "build" / "fuzz" / name
+    found = Path(os.environ.get("PYMETA_FUZZ_FOUND", ROOT / "build" / "fuzz")) / name
     found.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"custom_mutator": mutate_file} if name == "file" else {}
     arguments = [
@@ -99,4 +100,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("PYMETA_NUM_THREADS", "2")
+    os.fsync = lambda descriptor: None  # nobody needs these files after a crash
     main()

@@ -110,7 +110,7 @@ class Source:
 
     def _form(self, array: np.ndarray) -> Any:
         """The same values lying in memory in another way, or behind another type."""
-        if not self.chance(64):
+        if not self.chance(64) or max(array.shape, default=0) > 1000:
             return array
         form = self.below(10)
         if form == 0:

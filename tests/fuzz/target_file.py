@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-import pymeta
+from pymeta.adapter import Adapter  # not as pymeta.Adapter: imported, and instrumented, now
+from pymeta.arrays import AdaptedArrays
 from pymeta.file import _header_checksum
 
 MOST_WORK = 1 << 16  # steps x parameters that a call may cost
@@ -66,13 +67,13 @@ def seed_of(file: bytes) -> bytes:
     return b"\1" + json.dumps(header).encode() + b"\n" + file[end:]
 
 
-def cheap(adapter: pymeta.Adapter, rows: int) -> bool:
+def cheap(adapter: Adapter, rows: int) -> bool:
     schedule = adapter.schedule
     steps = schedule.steps if schedule.epochs is None else schedule.epochs * rows
     return (steps + 1) * sum(p.size for p in adapter.parameters.values()) < MOST_WORK
 
 
-def use_adapter(adapter: pymeta.Adapter) -> None:
+def use_adapter(adapter: Adapter) -> None:
     rows = 4
     x = np.linspace(-1, 1, rows * adapter.in_features, dtype=adapter.dtype)
     y = np.zeros(rows, np.int64)
@@ -86,7 +87,7 @@ def use_adapter(adapter: pymeta.Adapter) -> None:
         assert len(adapter.adapt(x[None], y[None])) == 1
     adapter.save(AGAIN)
     first = adapter._parts()
-    again = pymeta.Adapter.load(AGAIN)._parts()
+    again = Adapter.load(AGAIN)._parts()
     for parts in (first, again):
         lr, start = parts.pop("lr"), parts.pop("parameters")
         parts["arrays"] = {n: a.tobytes() for n, a in start.items()}
@@ -94,7 +95,7 @@ def use_adapter(adapter: pymeta.Adapter) -> None:
     assert first == again
 
 
-def use_models(models: pymeta.AdaptedArrays) -> None:
+def use_models(models: AdaptedArrays) -> None:
     repr(models)
     tasks = len(models)
     x = np.ones((tasks, 2, models.architecture.in_features), models.dtype)
@@ -104,7 +105,7 @@ def use_models(models: pymeta.AdaptedArrays) -> None:
         models.state_dict(0)
         models[:1]
     models.save(AGAIN)
-    assert len(pymeta.AdaptedArrays.load(AGAIN, verify=True)) == tasks
+    assert len(AdaptedArrays.load(AGAIN, verify=True)) == tasks
 
 
 def one_input(data: bytes) -> None:
@@ -112,9 +113,9 @@ def one_input(data: bytes) -> None:
     with open(PATH, "wb") as file:
         file.write(content(data))
     for load, use in (
-        (pymeta.Adapter.load, use_adapter),
-        (lambda p: pymeta.AdaptedArrays.load(p, verify=False), None),
-        (lambda p: pymeta.AdaptedArrays.load(p, verify=True), use_models),
+        (Adapter.load, use_adapter),
+        (lambda p: AdaptedArrays.load(p, verify=False), None),
+        (lambda p: AdaptedArrays.load(p, verify=True), use_models),
     ):
         try:
             found = load(PATH)

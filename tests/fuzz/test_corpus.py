@@ -86,7 +86,7 @@ def test_the_targets_can_fail(monkeypatch):
     monkeypatch.setattr(target_binding, "a_problem", broken)
     with pytest.raises(RuntimeError, match="planted"):
         target_binding.one_input(b"\0" * 20)
-    monkeypatch.setattr(target_file.pymeta.Adapter, "load", broken)
+    monkeypatch.setattr(target_file.Adapter, "load", broken)
     with pytest.raises(RuntimeError, match="planted"):
         target_file.one_input(b"\0")
 
