@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
 #include "blocks.h"
 
 PYMETA_KERNEL_BEGIN
@@ -28,9 +30,7 @@ struct Launcher {
     return launch(pack_start_kernel, blocks, threads, 0, frame);
   }
   const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame) const {
-    const cudaError_t wrong = cudaFuncSetAttribute(
-        run_tasks_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (wrong != cudaSuccess) return cudaGetErrorString(wrong);
+    if (const char* wrong = allow_shared_memory()) return wrong;
     return launch(run_tasks_kernel, blocks, threads, bytes, frame);
   }
   const char* reduce(int blocks, int threads, const Frame& frame) const {
@@ -39,6 +39,22 @@ struct Launcher {
   }
 
  private:
+  // As much as the device has, once: a launch must not find it lowered by another thread's.
+  static const char* allow_shared_memory() {
+    constexpr int most_devices = 64;
+    static std::atomic<bool> allowed[most_devices];
+    int device = 0, bytes = 0;
+    cudaError_t wrong = cudaGetDevice(&device);
+    if (wrong != cudaSuccess) return cudaGetErrorString(wrong);
+    if (device < most_devices && allowed[device].load(std::memory_order_acquire)) return nullptr;
+    wrong = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (wrong == cudaSuccess)
+      wrong = cudaFuncSetAttribute(run_tasks_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   bytes);
+    if (wrong != cudaSuccess) return cudaGetErrorString(wrong);
+    if (device < most_devices) allowed[device].store(true, std::memory_order_release);
+    return nullptr;
+  }
   template <class Kernel>
   const char* launch(Kernel kernel, int blocks, int threads, std::size_t bytes,
                      const Frame& frame) const {
