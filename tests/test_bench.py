@@ -150,7 +150,7 @@ def test_its_json_says_what_was_measured_where_and_how(results):
         (["--out", "found.txt"], "--out: expected a file that ends in .json, got found.txt"),
         (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
         (["--block-threads", "64"], "--block-threads: needs --device cuda"),
-        (["--device", "cuda", "--block-threads", "2048"], "1 to 1024, got 2048"),
+        (["--device", "cuda", "--block-threads", "512"], "1 to 256, got 512"),
         (["--plot", "a.png", "--cases", "W1"], "leave --cases out"),
         (["--plot", "a.nothing"], "--plot: no kind of figure ends in '.nothing'"),
         (["--compare", "a.json"], "--compare: expected 2 arguments"),

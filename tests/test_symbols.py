@@ -15,8 +15,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import source_tree
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = source_tree.need("csrc", "CMakeLists.txt")
 FOLDER = re.compile(r"pymeta_kernels_(?P<isa>[a-z0-9]+)_(?P<real>float|double)\.dir$")
 # Registers that an instruction set does not have: AVX-512's zmm (and masks) in AVX2, ymm in SSE2.
 FORBIDDEN = {"baseline": r"%[yz]mm\d|%k[0-7]\b", "avx2": r"%zmm\d|%k[0-7]\b"}
