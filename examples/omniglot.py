@@ -199,7 +199,7 @@ def learner(args: argparse.Namespace) -> pymeta.MAML:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the defaults are the recipe that the README reports."""
+    """The command line; the defaults are the recipe that docs/results.md reports."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
