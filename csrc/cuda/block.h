@@ -74,18 +74,14 @@ struct Block {
                                            const Term* terms, int count, const Real* bias,
                                            const Destination& to) {
     Product p{extent.rows, layer.out, {}, count, bias, destined(to, stride(layer.out))};
-    for (int i = 0; i < count; ++i)
-      p.pieces[i] = {terms[i].x.p, static_cast<int>(terms[i].x.row), terms[i].w,
-                     static_cast<int>(stride(layer.out)), layer.in};
+    put_terms(terms, count, layer, layer.in, p);
     multiply<Form::nn>(p);
   }
   PYMETA_FN PYMETA_APART static void apply_transposed(const Layer& layer, const Extent& extent,
                                                       const Term* terms, int count,
                                                       const Destination& to) {
     Product p{extent.rows, layer.in, {}, count, nullptr, destined(to, stride(layer.in))};
-    for (int i = 0; i < count; ++i)
-      p.pieces[i] = {terms[i].x.p, static_cast<int>(terms[i].x.row), terms[i].w,
-                     static_cast<int>(stride(layer.out)), layer.out};
+    put_terms(terms, count, layer, layer.out, p);
     multiply<Form::nt>(p);
   }
   PYMETA_FN PYMETA_APART static void outer(int in, int out, const Extent& extent,
@@ -227,6 +223,12 @@ struct Block {
   static constexpr int kPartials = 256;  // of one long sum
   static constexpr int kGroups = 16;     // of those
 
+  PYMETA_FN static void put_terms(const Term* terms, int count, const Layer& layer, int depth,
+                                  Product& p) {
+    for (int i = 0; i < count; ++i)
+      p.pieces[i] = {terms[i].x.p, static_cast<int>(terms[i].x.row), terms[i].w,
+                     static_cast<int>(stride(layer.out)), depth};
+  }
   PYMETA_FN static Epilogue destined(const Destination& to, long row) {
     const Epilogue::Kind kind = to.gate   ? Epilogue::gate
                                 : to.relu ? Epilogue::relu

@@ -174,3 +174,13 @@ inline BlockPlan plan_blocks(const Call<Real>& call, Job job, const DeviceFacts&
 }
 
 PYMETA_KERNEL_END
+
+// Exports the table of this machine and Real under the name by which device.cpp knows it; behind run_blocks.
+#define PYMETA_BLOCKS_NAME_(machine, real) machine##_blocks_##real
+#define PYMETA_BLOCKS_NAME(machine, real) PYMETA_BLOCKS_NAME_(machine, real)
+#define PYMETA_EXPORT_BLOCKS(machine)                                              \
+  namespace pymeta {                                                               \
+  extern const BlockKernels<PYMETA_REAL> PYMETA_BLOCKS_NAME(machine, PYMETA_REAL); \
+  const BlockKernels<PYMETA_REAL> PYMETA_BLOCKS_NAME(machine, PYMETA_REAL) = {     \
+      PYMETA_ISA::plan_blocks, PYMETA_ISA::run_blocks};                            \
+  }

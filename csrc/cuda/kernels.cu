@@ -72,11 +72,4 @@ const char* run_blocks(const Call<Real>& call, Job job, const BlockPlan& plan,
 
 PYMETA_KERNEL_END
 
-#define PYMETA_TABLE_(real) cuda_blocks_##real
-#define PYMETA_TABLE(real) PYMETA_TABLE_(real)
-
-namespace pymeta {
-extern const BlockKernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_REAL);
-const BlockKernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_REAL) = {PYMETA_ISA::plan_blocks,
-                                                             PYMETA_ISA::run_blocks};
-}  // namespace pymeta
+PYMETA_EXPORT_BLOCKS(cuda)
