@@ -90,13 +90,15 @@ last_words() {
   said=${said//|//}
   echo "${said:0:120}" | sed 's/^ *//; s/ *$//'
 }
+# A shell has its background commands ignore SIGINT; env undoes that.
+heeding_interrupts=(env --default-signal=INT)
+"${heeding_interrupts[@]}" true 2>/dev/null || heeding_interrupts=()
 # within SECONDS COMMAND...: interrupted when they are over, so that it can still write its report.
 within() {
   local seconds
   seconds=$(left "$1")
   shift
-  # A shell has its background commands ignore SIGINT; env undoes that.
-  timeout --signal=INT --kill-after=10 "$seconds" env --default-signal=INT "$@"
+  timeout --signal=INT --kill-after=10 "$seconds" "${heeding_interrupts[@]}" "$@"
 }
 # Whether there is time for another part.
 begin() {
@@ -206,7 +208,12 @@ kernels() {
     in_run within 60 "$python" kernel_report.py "${log[@]}" --json "$work/results/kernels.json"
 }
 
-info() { in_run within 60 "$python" -m pymeta.info; }
+info() {
+  # Not another pymeta that this Python may have.
+  in_run "$python" -c 'import pymeta._native, sys; print("module     ", pymeta._native.__file__)
+sys.exit(not pymeta._native.__file__.startswith(sys.argv[1]))' "$site" || return 1
+  in_run within 60 "$python" -m pymeta.info
+}
 
 # pytest SECONDS TESTS [OPTIONS...]; on several processes where pytest-xdist is there. A skipped module is no pass.
 pytest_of() {
@@ -229,9 +236,7 @@ sanitize() {
   local tool=$1 port=$2 log code only=()
   command -v compute-sanitizer >/dev/null || { echo "gpu.sh: no compute-sanitizer"; return 77; }
   # initcheck has to see who writes what, torch's kernels too.
-  if [[ $tool != initcheck ]] && compute-sanitizer --help 2>&1 | grep -q -- '--kernel-name '; then
-    only=(--kernel-name kns=pymeta)
-  fi
+  [[ $tool != initcheck && $(compute-sanitizer --help 2>&1) == *"--kernel-name "* ]] && only=(--kernel-name kns=pymeta)
   log=$(mktemp)
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 in_run within 200 compute-sanitizer --tool "$tool" --port "$port" \
     --error-exitcode 9 --report-api-errors no --print-limit 20 "${only[@]}" "$python" gpu_calls.py sanitize 2>&1 | tee "$log"
@@ -334,7 +339,8 @@ fi
 finish
 # From here on nothing else runs: times are taken.
 wanted bench && run bench bench 180 --budget 120 --out "$work/results/bench.json"
-wanted sweep && run sweep bench 60 --only pymeta --cases "W1 T=25 K=1" "W1 T=4096 K=1" "W3 T=1024" "W5" \
+wanted sweep && run sweep bench 60 --only pymeta --cases "W1 T=25 K=1" "W1 T=4096 K=1" "W3 T=1024 K=5" \
+  "W5 fine-tuning T=1000 K=20" \
   --block-threads 32 64 128 256 --out "$work/results/sweep.json"
 wanted ncu && run ncu profile
 exit 0

@@ -240,3 +240,15 @@ def test_sections_of_an_elf_file():
     assert found[".text"] > 0 and ".dynamic" in found
     with pytest.raises(report.Unusable):
         report.sections(b"#!/bin/sh\n" + bytes(100))
+
+
+# ---- bench/gpu.sh -------------------------------------------------------------------------------
+
+
+def test_gpu_script_is_bash_and_refuses_unknown_parts(tmp_path):
+    script = str(ROOT / "bench" / "gpu.sh")
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    folder = tmp_path / "results"
+    done = subprocess.run(["bash", script, str(folder), "flash"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no part 'flash'" in done.stderr
+    assert not folder.exists()

@@ -30,6 +30,7 @@ def test_it_prints_the_facts_and_passes_its_self_test():
 
 
 def test_it_says_what_there_is_of_cuda(monkeypatch):
+    pytest.importorskip("torch")
     monkeypatch.setattr(native, "emulates", lambda: True)
     monkeypatch.setattr(native, "cuda_reason", lambda: "the driver is too old")
     monkeypatch.setattr(native, "devices", list)
@@ -79,6 +80,7 @@ def test_a_device_that_does_not_work_is_reported(monkeypatch, capsys):
 
 
 def test_a_missing_extension_is_reported(monkeypatch, capsys):
+    pytest.importorskip("torch")
     monkeypatch.setattr(native, "_missing", "it was never built")
     assert info.main() == 1
     out = capsys.readouterr().out
@@ -87,7 +89,7 @@ def test_a_missing_extension_is_reported(monkeypatch, capsys):
 
 
 def test_a_missing_extension_makes_auto_fall_back(monkeypatch):
-    import torch
+    torch = pytest.importorskip("torch")
 
     import pymeta
 

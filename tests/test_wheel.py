@@ -245,7 +245,7 @@ DAMAGE = {
     "stray csrc/core/layers.h": adding("csrc/core/layers.h"),
     "no pymeta/py.typed": without("pymeta/py.typed"),
     "no pymeta/_native.pyi": without("pymeta/_native.pyi"),
-    "not one extension": adding("pymeta/_native.cpython-312-x86_64-linux-gnu.so"),
+    "not one extension": adding("pymeta/_native.cp39-win_amd64.pyd"),
     "not in RECORD: pymeta/odd.py": lambda files: {**files, "pymeta/odd.py": b""},
     "RECORD is wrong about pymeta/maml.py": lambda files: {**files, "pymeta/maml.py": b"changed"},
     "requires numpy>=1.24, safetensors>=0.4.3, torch>=2.4": replacing(

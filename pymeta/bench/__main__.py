@@ -60,8 +60,8 @@ def _count(text: str) -> int:
 
 def _block(text: str) -> int:
     value = int(text)
-    if not 1 <= value <= 1024:
-        raise argparse.ArgumentTypeError(f"expected threads of a block, 1 to 1024, got {text}")
+    if not 1 <= value <= 256:
+        raise argparse.ArgumentTypeError(f"expected threads of a block, 1 to 256, got {text}")
     return value
 
 

@@ -4,9 +4,10 @@ For each case everyone prepares (compiles), everyone's numbers are checked again
 then rounds of timing begin, in which everyone has a turn, so that a slow moment of the machine hits
 all of them alike. Nothing runs while a contestant is timed.
 
-On a CUDA device compilers would take most of a short lease. So there are two passes: first all
-cases without the contestants that compile (`Contestant.slow`), then these, several cases at a time:
-they compile side by side, and are timed when all of them are done, together with pymeta once more.
+On a CUDA device compilers would take most of a short lease. So it goes through the cases some at a
+time: first without the contestants that compile (`Contestant.slow`), which get ready side by side;
+then these compile for all of the cases side by side, and are timed when all of them are done,
+together with pymeta once more.
 """
 
 from __future__ import annotations
@@ -270,12 +271,16 @@ class Session:
 
     def measure(self, case: Case, names: Sequence[str]) -> Row:
         """Prepare, check and time one case; its row of the results."""
-        workers: dict[str, Worker] = {}
+        names = [name for name in names if case.job in self.known[name].jobs]
+        workers = {name: self.worker(name) for name in names}
         entries: Row = {}
-        for name in names:
-            if case.job in self.known[name].jobs:
-                workers[name] = worker = self.worker(name)
+        # On a CPU a preparation tries forms by the clock, and so has the machine to itself.
+        at_once = 1 if self.settings.kind == "cpu" else max(len(names), 1)
+        for start in range(0, len(names), at_once):
+            some = [workers[name] for name in names[start : start + at_once]]
+            for worker in some:
                 self.ask_to_prepare(case, worker)
+            for worker in some:
                 entries |= self.checked(case, worker, self.settings.patience)
         peak = self.time(entries, workers)
         return {
@@ -307,15 +312,15 @@ class Session:
             return
         quick = [n for n in names if not self.known[n].slow]
         slow = [n for n in names if self.known[n].slow]
-        rows: dict[str, Row] = {}
-        for case in cases:
-            rows[case.name] = row = self.measure(case, quick)
-            yield row
-        if slow:
-            again = [n for n in quick if not self.known[n].rival]
-            at_once = max(1, contestants.cores() // (2 * len(slow)))
-            for start in range(0, len(cases), at_once):
-                yield from self._compiled(cases[start : start + at_once], slow, again, rows)
+        again = [n for n in quick if not self.known[n].rival]
+        at_once = max(1, contestants.cores() // (2 * max(len(slow), 1)))
+        for start in range(0, len(cases), at_once):
+            some, rows = cases[start : start + at_once], {}
+            for case in some:
+                rows[case.name] = row = self.measure(case, quick)
+                yield row
+            if slow:
+                yield from self._compiled(some, slow, again, rows)
 
     def _compiled(
         self, cases: Sequence[Case], slow: list[str], again: list[str], rows: dict[str, Row]
