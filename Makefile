@@ -55,10 +55,10 @@ typing: $(STAMP)/pymeta $(STAMP)/test
 
 # Both are built in environments that hold the build requirements alone, the wheel from the sdist: what the sdist lacks,
 # or what is taken from the source tree, shows. The time in the archives is the commit's: the same source, the same bytes.
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 946684800)
 wheel: $(STAMP)/wheel
 	rm -rf dist build/dist
-	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 946684800)} \
-	  PIP_CONSTRAINT=$(abspath constraints.txt) $(BIN)/pyproject-build --outdir build/dist
+	PIP_CONSTRAINT=$(abspath constraints.txt) $(BIN)/pyproject-build --outdir build/dist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl
 	mv build/dist/*.tar.gz dist/
 	$(MAKE) test-wheel

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--torch", metavar="VERSION")
     parser.add_argument("tests", nargs="*", help="of tests/, for example test_maml.py; default all")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     wheel = options.wheel.resolve(strict=True)
     needs = NEEDS + (NEEDS_WITH_TORCH if options.torch else [])
     with tempfile.TemporaryDirectory(prefix="pymeta-") as temporary:

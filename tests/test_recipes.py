@@ -30,6 +30,7 @@ from kernels import (
 )
 from torch import nn
 
+import pymeta
 from pymeta import fused, native, reference
 from pymeta.losses import describe_loss
 from pymeta.plan import Plan
@@ -173,7 +174,7 @@ def recipes(draw):
         anchor=draw(st.sampled_from([0.0, 0.0, 0.5])),
         frozen=draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
         own_starts=draw(st.sampled_from([0, 0, 1, 2, 9])),
-        tasks=draw(st.sampled_from([1, 2, 5, 17, 20])),
+        tasks=draw(st.sampled_from([1, 2, 5, 17, 20, 140])),
         rows=draw(st.sampled_from([6, 9])) if batch_norm else draw(st.integers(1, 9)),
         weights=draw(st.booleans()),
         validates=validates,
@@ -274,6 +275,39 @@ def test_validation_rows_that_weigh_nothing_judge_nothing(loss):
         assert torch.equal(got["epochs"], wanted["epochs"])
         assert torch.equal(got["best"], wanted["best"])
         assert torch.equal(got["validation"].isnan(), wanted["validation"].isnan())
+
+
+@pytest.mark.parametrize("epochs", [None, 2])
+def test_more_tasks_than_chunks(epochs):
+    """A chunk's tasks follow one another in the same memory: nothing of one is left in the next."""
+    chain = (("linear", 2, 3, True), ("tanh",), ("linear", 3, 1, True))
+    steps = 3 if epochs is None else None
+    recipe = Recipe(chain, steps=steps, epochs=epochs, batch_size=2, tasks=140, rows=5)
+    assert compare(recipe)
+
+
+@pytest.mark.skipif(not native.emulates(), reason="this build has no emulated device")
+def test_more_tasks_than_chunks_of_blocks():
+    """Blocks have 2,048 chunks where there are as many tasks."""
+    tasks = 4500
+    net = nn.Sequential(nn.Linear(1, 1)).double()
+    x, y, xq, yq = (torch.randn(tasks, 2, 1, dtype=torch.float64) for _ in range(4))
+    maml = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")
+    reptile = pymeta.Reptile(net, loss="mse", lr=0.1, steps=2, backend="native")
+
+    def results():
+        found = []
+        for out in (maml(x, y, xq, yq), reptile(x, y)):
+            gradients = torch.autograd.grad(out.loss, list(net.parameters()))
+            found += [out.loss.detach(), out.task_losses, *gradients]
+        return found
+
+    wanted = results()
+    with using(executor="emulated", threads=1):
+        got = results()
+    bound = 64 * EPS[torch.float64] * math.sqrt(tasks)
+    for g, w in zip(got, wanted, strict=True):
+        assert largest(g - w) <= bound * (1 + largest(w))
 
 
 # ---- the same to the last bit -------------------------------------------------------------------

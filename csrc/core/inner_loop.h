@@ -126,6 +126,7 @@ class InnerLoop {
   template <class Batches>
   PYMETA_FN Parameters adapt(Batches& batches) {
     Parameters theta = start();
+    loss_sum_ = zero();
     for (int k = 0; k < call_.steps; ++k) theta = inner_step(k, theta, batches.step(k));
     return theta;
   }

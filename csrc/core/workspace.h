@@ -25,6 +25,7 @@ struct Memory {
   Real* far = nullptr;
 
   PYMETA_FN Real* at(Place place) const {
+    if (place == kNowhere) return nullptr;
     if constexpr (kTwoMemories)
       if (place & kFar) return far + (place & ~kFar);
     return near + place;

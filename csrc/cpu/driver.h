@@ -111,7 +111,7 @@ class Driver {
   }
   // Adam's, for as many steps as any task makes.
   std::size_t corrections() const {
-    return call_.optimizer.kind == OptimizerKind::adam
+    return call_.tasks > 0 && call_.optimizer.kind == OptimizerKind::adam
                ? static_cast<std::size_t>(call_.steps_of(call_.max_support))
                : 0;
   }
@@ -275,9 +275,10 @@ class Driver {
   void work_through(std::int64_t chunk, std::int64_t each, std::int64_t wave_begin, int worker) {
     Real* memory = workspaces_ + worker * workspace_.size;
     Real* sums = sums_ + chunk * sums_size();
+    const Memory places{memory};
     const bool folded = workspace_.accumulated != kNowhere;
-    Totals totals{folded ? memory + workspace_.accumulated : sums,
-                  memory + workspace_.lr_accumulated, true, layout().size};
+    Totals totals{folded ? places.at(workspace_.accumulated) : sums,
+                  places.at(workspace_.lr_accumulated), true, layout().size};
     if (has_factors() && wants_gradient() && !all_factored()) {
       // Only the tasks that are not factored add to the first layer's sums here.
       const int first = call_.network->layers[0].weight;

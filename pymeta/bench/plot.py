@@ -28,7 +28,7 @@ def missing() -> str | None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        return f"needs matplotlib ({error}): pip install 'pymeta[bench]'"
+        return f"needs matplotlib ({error}): pip install matplotlib"
     return None
 
 
