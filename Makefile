@@ -10,6 +10,7 @@
 # make guard     native tests and kernel tests with working memory between pages that nobody may touch
 # make fuzz      coverage-guided fuzzing of the file reader and of the native module's arguments, SECONDS=600 each
 # make soak      random cases and recipes against the reference, other ones each time, for SECONDS=3600
+# make cuda      the CUDA kernels for all architectures (needs nvcc, no GPU): a report of each kernel, and their checks
 # make arm64     cross compile for 64-bit ARM and run the native tests in an emulator, where there is one
 # make clean     remove what was built (make distclean: .venv too)
 #
@@ -26,7 +27,7 @@ CMAKE := $(BIN)/cmake
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 # One recipe for each purpose; a target's stamp says that its packages are in .venv.
-.PHONY: test demo bench docs lint format typing wheel test-wheel test-torch arm64 clean distclean \
+.PHONY: test demo bench docs lint format typing wheel test-wheel test-torch cuda arm64 clean distclean \
   sanitize sanitize-native sanitize-python guard fuzz soak
 .DELETE_ON_ERROR:
 
@@ -145,6 +146,14 @@ fuzz: $(STAMP)/build $(STAMP)/torch $(STAMP)/fuzz
 soak: SECONDS = 3600
 soak: $(STAMP)/pymeta $(STAMP)/test
 	$(BIN)/python tests/soak.py $(SECONDS)
+
+cuda: $(STAMP)/build $(STAMP)/test
+	$(CMAKE) -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPYMETA_CUDA=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_CUDA_FLAGS=-Xptxas=-v
+	$(CMAKE) --build build/cuda --target _native >build/cuda/log.txt 2>&1 || { tail -50 build/cuda/log.txt; exit 1; }
+	$(BIN)/python bench/kernel_report.py --log build/cuda/log.txt --json build/cuda/kernels.json
+	PYMETA_TEST_MODULE=$$(ls build/cuda/_native*.so) PYMETA_TEST_CUDA="float double 80 90 100 120" \
+	  $(BIN)/python -m pytest tests/test_cuda_build.py
 
 arm64: $(STAMP)/build
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { \

@@ -211,7 +211,10 @@ kernels() {
 info() {
   # Not another pymeta that this Python may have.
   in_run "$python" -c 'import pymeta._native, sys; print("module     ", pymeta._native.__file__)
-sys.exit(not pymeta._native.__file__.startswith(sys.argv[1]))' "$site" || return 1
+sys.exit(not pymeta._native.__file__.startswith(sys.argv[1]))' "$site" || {
+    echo "gpu.sh: $python has a pymeta of its own (an editable install?), which would be tested in place of this one"
+    return 1
+  }
   in_run within 60 "$python" -m pymeta.info
 }
 

@@ -25,10 +25,8 @@ import argparse
 import json
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -98,7 +96,11 @@ def read_log(text: str) -> Kernels:
 
 # ---- what lies in a file ------------------------------------------------------------------------
 
+_ARCH = re.compile(r"^arch = (\w+)", re.MULTILINE)
+_ARCH_OF_CUBIN = re.compile(r"^64-bit ELF: .*\bsm=(\d+)", re.MULTILINE)
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+# A line of a table of sections: index, offset, size, entry size, alignment (hexadecimal), type, ...
+_CODE = re.compile(r"^ *\w+ +\w+ +([0-9a-f]+) +\w+ +\w+ +PROGBITS .*\s\.text\.(\S+)$", re.MULTILINE)
 _RESERVED = 1024  # shared memory of each block that the system takes from sm_90 on
 
 
@@ -110,16 +112,16 @@ def program(name: str) -> str:
     return found
 
 
-def output_of(*command: str, folder: str | None = None) -> str:
+def output_of(*command: str) -> str:
     """What a program prints; Unusable where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise Unusable(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
 def read_usage(text: str, arch: str) -> Kernels:
-    """The kernels in the output of `cuobjdump -res-usage` of one cubin."""
+    """The kernels of one architecture in the output of `cuobjdump -res-usage`."""
     kernels: Kernels = {}
     for symbol, registers, stack, shared in _USAGE.findall(text):
         own = int(shared)
@@ -135,42 +137,29 @@ def read_usage(text: str, arch: str) -> Kernels:
     return kernels
 
 
-def sections(elf: bytes) -> dict[str, int]:
-    """{name: size} of the sections of a 64-bit ELF file."""
-    if elf[:5] != b"\x7fELF\x02":
-        raise Unusable("not a 64-bit ELF file")
-    (table,) = struct.unpack_from("<Q", elf, 40)
-    size, count, names = struct.unpack_from("<HHH", elf, 58)
-    headers = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
-    start = headers[names][4]
-
-    def name(offset: int) -> str:
-        begin = start + offset
-        return elf[begin : elf.index(b"\0", begin)].decode()
-
-    return {name(header[0]): header[5] for header in headers}
-
-
-def read_cubin(path: Path, arch: str) -> Kernels:
-    """The kernels of a cubin."""
-    kernels = read_usage(output_of(program("cuobjdump"), "-res-usage", str(path)), arch)
-    for name, size in sections(path.read_bytes()).items():
-        kernel = kernels.get((arch, name.removeprefix(".text.")))
-        if kernel and name.startswith(".text."):
-            kernel.code_bytes = size
-    return kernels
+def by_architecture(text: str, whole: str | None) -> list[tuple[str, str]]:
+    """(architecture, what cuobjdump says of it) in turn; `whole` is that of a cubin."""
+    if whole is not None:
+        return [(whole, text)]
+    _, *parts = _ARCH.split(text)
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def read_file(path: Path) -> Kernels:
     """The kernels of a cubin, an object file, a library or a program."""
     if not path.is_file():
         raise Unusable(f"{path}: no such file")
+    usage = output_of(program("cuobjdump"), "-res-usage", str(path))
+    elf = output_of(program("cuobjdump"), "-elf", str(path))
+    cubin = None if _ARCH.search(usage) else _ARCH_OF_CUBIN.search(elf)
+    arch = f"sm_{cubin[1]}" if cubin else None
     kernels: Kernels = {}
-    with tempfile.TemporaryDirectory() as folder:
-        output_of(program("cuobjdump"), "-xelf", "all", str(path.resolve()), folder=folder)
-        for cubin in sorted(Path(folder).glob("*.cubin")):
-            arch = re.findall(r"sm_\w+", cubin.name.replace(".", " "))[-1]
-            kernels |= read_cubin(cubin, arch)
+    for name, said in by_architecture(usage, arch):
+        kernels |= read_usage(said, name)
+    for name, said in by_architecture(elf, arch):
+        for size, symbol in _CODE.findall(said):
+            if (name, symbol) in kernels:
+                kernels[name, symbol].code_bytes = int(size, 16)
     return kernels
 
 

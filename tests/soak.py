@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import secrets
 import sys
 import time
@@ -27,13 +28,15 @@ import test_recipes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DTYPES, PROFILE
+from kernels import DTYPES, PROFILE, flat, largest
+from torch import nn
 
 import pymeta
-from pymeta import native
+from pymeta import native, reference
 
-TASKS = st.sampled_from((1, 2, 4, 8, 16, 31, 33, 65))
+TASKS = st.sampled_from((1, 2, 4, 8, 16, 31, 33, 65, 140))
 ROWS = st.integers(2, 70)
+SKIPPED: list[test_recipes.Recipe] = []
 ISAS = st.sampled_from(native.isas())
 DTYPE = st.sampled_from(DTYPES)
 
@@ -50,8 +53,45 @@ def large_recipes(draw):
     recipe = draw(test_recipes.recipes())
     rows = draw(ROWS)
     if any(layer[0] == "batch_norm" for layer in recipe.chain):
-        rows = 3 * rows  # no minibatch of one row
+        rows += -rows % 3  # no minibatch of one row
     return replace(recipe, tasks=draw(TASKS), rows=rows)
+
+
+def steepest(problem: test_recipes.Adaptations) -> float:
+    """The largest |mean| / std that a normalisation of the start meets (test_kernels.Wanted)."""
+    net, found = copy.deepcopy(problem.net).double(), [1.0]
+
+    def look(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        axis = 0 if isinstance(module, nn.BatchNorm1d) else 1
+        z = arguments[0]
+        std = (z.var(axis, unbiased=False) + module.eps).sqrt()
+        found.append(float((z.mean(axis).abs() / std).max()))
+
+    for module in net:
+        if isinstance(module, (nn.BatchNorm1d, nn.LayerNorm)):
+            module.register_forward_pre_hook(look)
+    with torch.no_grad():
+        for x, _, _ in problem.support:
+            if len(x):
+                net(x.double())
+    return max(found)
+
+
+def compare_recipe(recipe: test_recipes.Recipe) -> None:
+    """`test_recipes.compare`, where its bound holds; where it cannot, the recipe is skipped.
+
+    Its bound rests on what the reference loses in float32. That says too little where a
+    normalisation subtracts a mean much larger than what is left (constant features), and nothing
+    where it has grown to the size of the results: hundreds of steps through BatchNorm over three
+    rows can be chaotic, and one ulp at the start is then another result, in the reference too.
+    """
+    problem = test_recipes.Adaptations(recipe)
+    wanted, single = (problem.follow(reference, d)["weights"] for d in (torch.float64, DTYPES[0]))
+    chaotic = largest(flat(single) - flat(wanted)) > 0.01 * largest(wanted)
+    if chaotic or steepest(problem) > 30:
+        SKIPPED.append(recipe)
+    else:
+        test_recipes.compare(recipe)
 
 
 def inner(test: Any) -> Callable[..., Any]:
@@ -62,9 +102,9 @@ def inner(test: Any) -> Callable[..., Any]:
 # name: what is checked, of what, and how many examples make a round
 ROUNDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
     "cases": (test_kernels.compare, (test_kernels.cases(),), 20),
-    "recipes": (test_recipes.compare, (test_recipes.recipes(),), 20),
+    "recipes": (compare_recipe, (test_recipes.recipes(),), 20),
     "large cases": (test_kernels.compare, (large_cases(),), 8),
-    "large recipes": (test_recipes.compare, (large_recipes(),), 6),
+    "large recipes": (compare_recipe, (large_recipes(),), 6),
     "factored": (test_kernels.compare, (test_kernels.factored_cases(),), 8),
     "bits": (
         inner(test_kernels.test_a_tasks_bits_are_its_own),
@@ -134,7 +174,7 @@ class Soak:
         each = ", ".join(f"{name} {count}" for name, count in self.examples.items())
         print(
             f"{now - self.begin:6.0f} s  {sum(self.examples.values())} examples ({each}), "
-            f"{len(self.failed)} rounds failed",
+            f"{len(SKIPPED)} skipped, {len(self.failed)} rounds failed",
             flush=True,
         )
 

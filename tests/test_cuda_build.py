@@ -123,7 +123,7 @@ def built_module() -> Path | None:
     if found is None or found.origin is None or sys.platform != "linux":
         return None
     path = Path(found.origin)
-    return path if ".nv_fatbin" in report.sections(path.read_bytes()) else None
+    return path if b".nv_fatbin" in path.read_bytes() else None
 
 
 MODULE = built_module()
@@ -232,14 +232,6 @@ def test_report_is_not_content_with_nothing(tmp_path, capsys):
         kernel.spill_store_bytes = None
     with pytest.raises(report.Unusable, match="nothing is known of the spills"):
         report.spilling(list(known.values()), 0)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
-def test_sections_of_an_elf_file():
-    found = report.sections(Path(sys.executable).resolve().read_bytes())
-    assert found[".text"] > 0 and ".dynamic" in found
-    with pytest.raises(report.Unusable):
-        report.sections(b"#!/bin/sh\n" + bytes(100))
 
 
 # ---- bench/gpu.sh -------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from pymeta.bench.cases import (
 )
 from pymeta.bench.session import Row, Settings, say, session
 
-# On a CUDA device, where time is lent: seconds after which no compiler begins, and seconds that any
+# On a CUDA device: seconds after which no compiler begins, and seconds that any
 # contestant may take to prepare a case.
 BUDGET = 240.0
 PATIENCE = 120.0
