@@ -6,7 +6,9 @@ is not drawn: the core trusts them, because the Python layer makes them of array
 so here they are addresses of arrays of the size that goes with them. What those hold, labels,
 weights, sizes and NaN among it, is drawn.
 
-Everything wrong must be a ValueError, TypeError, OverflowError or MemoryError.
+Everything wrong must be a ValueError, TypeError, OverflowError or MemoryError. An argument may
+raise an error of its own while it is read as a sequence: of those drawn here, a memoryview of
+several axes does, NotImplementedError.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from source import Source
 
 from pymeta import native
 
-ALLOWED = (ValueError, TypeError, OverflowError, MemoryError)
+ALLOWED = (ValueError, TypeError, OverflowError, MemoryError, NotImplementedError)
 ACTIVATIONS = (("relu",), ("tanh",), ("sigmoid",), ("silu",), ("gelu",), ("gelu_tanh",),
                ("leaky_relu", 0.1), ("elu", 1.0), ("softplus", 1.0, 20.0))  # fmt: skip
 LOSSES = ("mse", "huber", "cross_entropy", "bce_with_logits")
