@@ -4,7 +4,7 @@
 // wants at least kWarps warps, from as many tasks as its shared memory holds; and what a product touches in each step (tape,
 // tangents, weights, v) should lie in shared memory. Where all steps of a reverse sweep fit there too, they stay; else
 // each is copied to the workspace behind the step and back before its reverse.
-// Included by kernels.cu and emulated.cpp, which bring `launch<kernel>(blocks, threads, shared bytes, stream, frame)`.
+// Included by kernels.cu and emulated.cpp, which bring a Launcher for the three kernels and export the table.
 #pragma once
 
 #include "call.h"
