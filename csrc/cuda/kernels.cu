@@ -51,6 +51,9 @@ struct Launcher {
     if (wrong == cudaSuccess)
       wrong = cudaFuncSetAttribute(run_tasks_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    bytes);
+    if (wrong == cudaSuccess)  // as many tasks at once as the planner counts on, not more of L1
+      wrong = cudaFuncSetAttribute(run_tasks_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
     if (wrong != cudaSuccess) return cudaGetErrorString(wrong);
     if (device < most_devices) allowed[device].store(true, std::memory_order_release);
     return nullptr;
