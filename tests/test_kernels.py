@@ -674,7 +674,9 @@ def test_a_factored_tasks_bits_are_its_own(case, dtype, isa):
         with using(isa, executor, threads):
             got = problem.results(module)
         assert same_bits(of_tasks(got, every), of_tasks(wanted, every))
-        assert same_bits(meta_gradient(got), meta_gradient(wanted))
+        # the sum over tasks is the executor's, and an unfactored case may go to the other one
+        if executor == "rows" or is_factored(problem, case.support):
+            assert same_bits(meta_gradient(got), meta_gradient(wanted))
 
 
 @settings(PROFILE, max_examples=40)

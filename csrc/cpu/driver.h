@@ -74,6 +74,7 @@ class Driver {
 
   // The start as run() packs it: needs().start bytes, which calls of the same network and recipe may share.
   void pack_shared(Real* memory) const {
+    if (shared_size() == 0) return;  // and `memory` may be null
     memset(memory, 0, sizeof(Real) * shared_size());
     Real* transposed = memory + layout().size;
     Real* rates = transposed + layout().transposed_size;
