@@ -548,10 +548,11 @@ class Problem {
     }
     const auto& [ordinal, stream, workspace, bytes] = *device;
     assume_largest(call, job);
-    const std::size_t needed = plan_on(ordinal, call, job).workspace_bytes;
+    const BlockPlan plan = plan_on(ordinal, call, job);
+    const std::size_t needed = plan.workspace_bytes;
     if (workspace == 0 || bytes < needed) return needed;
     try {
-      run_on(ordinal, stream, pointer<char>(workspace), bytes, call, job);
+      run_on(ordinal, stream, pointer<char>(workspace), plan, call, job);
     } catch (const std::runtime_error& error) {
       throw std::runtime_error("cuda:" + std::to_string(ordinal) + ": " + name + ": " +
                                error.what());

@@ -84,7 +84,7 @@ class ItemJob {
 
   // All that is asked for of adapted parameters.
   PYMETA_FN void write(const Parameters& theta) {
-    if (call_.sums_differences && call_.gradients) loop_.add_difference(theta, totals_);
+    if (call_.sums_gradients(job_)) loop_.add_difference(theta, totals_);
     if (call_.losses) arrays_.write_losses(loop_.mean_step_loss());
     if (call_.status) arrays_.write_status(theta);
     for (int t = 0; t < call_.network->tensor_count; ++t)

@@ -68,6 +68,11 @@ constexpr int kMaxStates = 2;
 struct Correction {
   Vec scale, eps;
 };
+// As they lie in memory: `to` [2], given beta1^t and sqrt(1 - beta2^t).
+PYMETA_FN inline void put_correction(const Optimizer& o, double power1, double root, Real* to) {
+  to[0] = Real(root / (1 - power1));
+  to[1] = Real(o.eps * root);
+}
 
 struct GradientStep {
   static constexpr int kStates = 0;

@@ -4,6 +4,7 @@
 // `sizes`) and ragged ones packed one after the other (with `starts` and `sizes`).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "network.h"
@@ -137,6 +138,16 @@ struct Call {
     return parameter_per_task && parameter_per_task[tensor];
   }
   PYMETA_FN bool by_epochs() const { return epochs >= 0; }
+  // Are gradients wanted that are summed over tasks?
+  PYMETA_FN bool sums_gradients(Job job) const {
+    return job == Job::meta ? wants_gradient() : sums_differences && gradients;
+  }
+  // Adam's corrections: one for each step of the task that makes the most; 0 for other optimisers.
+  PYMETA_FN std::size_t corrections() const {
+    return tasks > 0 && optimizer.kind == OptimizerKind::adam
+               ? static_cast<std::size_t>(steps_of(max_support))
+               : 0;
+  }
   // Inner steps of a task of so many rows.
   PYMETA_FN std::int64_t steps_of(int rows) const {
     return by_epochs() ? static_cast<std::int64_t>(epochs) * batches.count(rows) : steps;

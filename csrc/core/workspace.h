@@ -67,6 +67,7 @@ struct PackedTensor {
   bool transposed;
 
   PYMETA_FN std::size_t scalars() const { return static_cast<std::size_t>(outer) * row; }
+  PYMETA_FN std::size_t elements() const { return static_cast<std::size_t>(outer) * inner; }
 };
 
 template <class X>
@@ -283,6 +284,10 @@ struct Workspace {
   std::size_t size;  // scalars
   std::size_t size_far;
 
+  // The packed rates of all elements; none where rates are not per element.
+  PYMETA_FN std::size_t rate_scalars(const Call<Real>& call) const {
+    return call.lr.per_element ? parameters.size * call.lr.rows : 0;
+  }
   std::size_t lr_scalars(const Call<Real>& call) const {
     return call.lr.rows * (call.lr.per_element
                                ? parameters.size

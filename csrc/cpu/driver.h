@@ -94,7 +94,7 @@ class Driver {
       each_adapted(
           [&](int t, std::size_t first) { pack(t, from + first, rates + row * layout().size); });
     }
-    if (corrections() > 0) fill_corrections(rates + rates_size());
+    if (call_.corrections() > 0) fill_corrections(rates + workspace_.rate_scalars(call_));
   }
 
  private:
@@ -107,23 +107,13 @@ class Driver {
   }
 
   const ParameterLayout<X>& layout() const { return workspace_.parameters; }
-  std::size_t rates_size() const {
-    return call_.lr.per_element ? layout().size * call_.lr.rows : 0;
-  }
-  // Adam's, for as many steps as any task makes.
-  std::size_t corrections() const {
-    return call_.tasks > 0 && call_.optimizer.kind == OptimizerKind::adam
-               ? static_cast<std::size_t>(call_.steps_of(call_.max_support))
-               : 0;
-  }
   std::size_t shared_size() const {
     Places places;
-    places.take(layout().size + layout().transposed_size + rates_size() + 2 * corrections());
+    places.take(layout().size + layout().transposed_size + workspace_.rate_scalars(call_) +
+                2 * call_.corrections());
     return places.used;
   }
-  bool wants_gradient() const {
-    return job_ == Job::meta ? call_.wants_gradient() : call_.sums_differences && call_.gradients;
-  }
+  bool wants_gradient() const { return call_.sums_gradients(job_); }
 
   // What a chunk leaves: its gradient sums and those of the learning rate, a scalar for each element (no lanes).
   std::size_t gradient_sums() const {
@@ -221,10 +211,6 @@ class Driver {
 
   // ---- parameters ----------------------------------------------------------------------------------------------
 
-  std::size_t tensor_elements(int t) const {
-    return static_cast<std::size_t>(layout().tensors[t].outer) * layout().tensors[t].inner;
-  }
-
   // Spreads a tensor in torch's layout over the packed one: the same for all lanes.
   void pack(int t, const Real* from, Real* to) const {
     const PackedTensor& tensor = layout().tensors[t];
@@ -245,18 +231,16 @@ class Driver {
     const Real* transposed = packed + layout().size;
     const Real* rates = transposed + layout().transposed_size;
     shared_ = {packed, transposed, call_.lr.per_element ? rates : nullptr,
-               corrections() > 0 ? rates + rates_size() : nullptr};
+               call_.corrections() > 0 ? rates + workspace_.rate_scalars(call_) : nullptr};
   }
 
   // For step t (from 1) Adam's scale = sqrt(1 - b2^t) / (1 - b1^t) and eps sqrt(1 - b2^t).
   void fill_corrections(Real* to) const {
     double power1 = 1, power2 = 1;
-    for (std::size_t t = 0; t < corrections(); ++t, to += 2) {
+    for (std::size_t t = 0; t < call_.corrections(); ++t, to += 2) {
       power1 *= call_.optimizer.beta1;
       power2 *= call_.optimizer.beta2;
-      const double root = __builtin_sqrt(1 - power2);
-      to[0] = Real(root / (1 - power1));
-      to[1] = Real(call_.optimizer.eps * root);
+      put_correction(call_.optimizer, power1, __builtin_sqrt(1 - power2), to);
     }
   }
 
@@ -267,7 +251,7 @@ class Driver {
     for (int t = 0; t < call_.network->tensor_count; ++t) {
       if (!call_.adapted[t]) continue;
       body(t, first);
-      first += tensor_elements(t);
+      first += layout().tensors[t].elements();
     }
   }
 

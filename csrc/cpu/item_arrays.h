@@ -54,7 +54,8 @@ class ItemArrays {
              sizeof(Real) * layout_.scalars(t));  // the padding
       layout_.elements(t, [&](std::size_t from, std::size_t place) {
         for (int lane = 0; lane < work_.count; ++lane)
-          start[place + lane] = call_.parameters[t][work_.task[lane] * elements(t) + from];
+          start[place + lane] =
+              call_.parameters[t][work_.task[lane] * layout_.tensors[t].elements() + from];
       });
     }
     if (job_ == Job::predict) return;
@@ -91,7 +92,7 @@ class ItemArrays {
     Real* const to = call_.adapted_parameters[t];
     const PackedTensor& tensor = layout_.tensors[t];
     if constexpr (X::kElement == 1) {
-      unpack(tensor, from, tensor.row, to + work_.task[0] * elements(t));
+      unpack(tensor, from, tensor.row, to + work_.task[0] * layout_.tensors[t].elements());
     } else {
       // As many elements of a lane's tensor as there are lanes, side by side in torch's layout.
       const int lines = tensor.transposed ? tensor.inner : tensor.outer;
@@ -108,7 +109,7 @@ class ItemArrays {
           transpose_block(block);
           const std::size_t place = static_cast<std::size_t>(line) * length + first;
           for (int lane = 0; lane < work_.count; ++lane) {
-            Real* const own = to + work_.task[lane] * elements(t) + place;
+            Real* const own = to + work_.task[lane] * layout_.tensors[t].elements() + place;
             if (count == kWidth)
               store(own, block[lane]);
             else
@@ -147,10 +148,6 @@ class ItemArrays {
   }
 
  private:
-  std::size_t elements(int t) const {
-    return static_cast<std::size_t>(layout_.tensors[t].outer) * layout_.tensors[t].inner;
-  }
-
   const Call<Real>& call_;
   const Binder<X>& binder_;
   const Workspace<X>& workspace_;

@@ -259,7 +259,7 @@ struct Block {
   PYMETA_FN static Real sum_partials(const PackedTensor& packed, Body body) {
     Real* partials = scratch();
     Real* groups = partials + kPartials;
-    const int elements = packed.outer * packed.inner;
+    const int elements = static_cast<int>(packed.elements());
     each_index(kPartials, [&](int p) {
       Real sum = 0;
       for (int i = p; i < elements; i += kPartials)

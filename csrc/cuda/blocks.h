@@ -55,7 +55,7 @@ class BlockCall {
     frame.each = plan.chunks ? (call_.tasks + plan.chunks - 1) / plan.chunks : 0;
     const Real* rates = frame.packed + frame.workspace.parameters.size;
     frame.shared = {frame.packed, nullptr, call_.lr.per_element ? rates : nullptr,
-                    correction_count(call_) ? rates + rates_size(call_, frame.workspace) : nullptr};
+                    call_.corrections() ? rates + frame.workspace.rate_scalars(call_) : nullptr};
     const std::size_t packed = packed_size(frame.workspace);
     if (const char* wrong =
             launcher.pack(static_cast<int>((packed + 255) / 256), launcher.few(256), frame))
@@ -74,15 +74,12 @@ class BlockCall {
     return fit < 1 ? 1 : fit > 32 ? 32 : static_cast<std::int64_t>(fit);
   }
 
-  bool wants_gradient() const {
-    return job_ == Job::meta ? call_.wants_gradient() : call_.sums_differences && call_.gradients;
-  }
   std::size_t packed_size(const Workspace<Block>& workspace) const {
-    return Places::lines(workspace.parameters.size + rates_size(call_, workspace) +
-                         2 * correction_count(call_));
+    return Places::lines(workspace.parameters.size + workspace.rate_scalars(call_) +
+                         2 * call_.corrections());
   }
   std::size_t gradient_sums(const Workspace<Block>& workspace) const {
-    return wants_gradient() ? workspace.parameters.size : 0;
+    return call_.sums_gradients(job_) ? workspace.parameters.size : 0;
   }
   std::size_t lr_sums(const Workspace<Block>& workspace) const {
     return call_.lr_gradient ? workspace.lr_scalars(call_) : 0;

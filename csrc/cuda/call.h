@@ -124,38 +124,28 @@ PYMETA_FN inline std::size_t first_rate(const Frame& frame, int tensor) {
   std::size_t first = 0;
   for (int t = 0; t < tensor; ++t) {
     const PackedTensor& p = frame.workspace.parameters.tensors[t];
-    if (frame.adapted[t]) first += static_cast<std::size_t>(p.outer) * p.inner;
+    if (frame.adapted[t]) first += p.elements();
   }
   return first;
 }
 
 // packed: [parameters], [lr.rows, parameters] where rates are per element, [steps, 2] corrections
-PYMETA_FN inline std::size_t rates_size(const Call<Real>& call, const Workspace<Block>& workspace) {
-  return call.lr.per_element ? workspace.parameters.size * call.lr.rows : 0;
-}
-PYMETA_FN inline std::size_t correction_count(const Call<Real>& call) {
-  return call.optimizer.kind == OptimizerKind::adam
-             ? static_cast<std::size_t>(call.steps_of(call.max_support))
-             : 0;
-}
-
 PYMETA_FN inline void pack_start(const Frame& frame) {
   const Call<Real>& call = frame.call;
   const std::size_t size = frame.workspace.parameters.size;
-  const std::size_t rates = rates_size(call, frame.workspace);
-  const std::size_t all = size + rates + correction_count(call);
+  const std::size_t rates = frame.workspace.rate_scalars(call);
+  const std::size_t all = size + rates + call.corrections();
   const std::size_t first =
       static_cast<std::size_t>(block_index()) * thread_count() + thread_index();
   const std::size_t threads = static_cast<std::size_t>(block_count()) * thread_count();
   for (std::size_t i = first; i < all; i += threads) {
     if (i >= size + rates) {
-      // As the CPU's driver.h has it, with the powers by themselves.
+      // Each by itself: the CPU multiplies its way up.
       const std::size_t k = i - size - rates;
       const double t = static_cast<double>(k + 1);
-      const double root = ::sqrt(1 - ::pow(call.optimizer.beta2, t));
-      Real* to = frame.packed + size + rates + 2 * k;
-      to[0] = Real(root / (1 - ::pow(call.optimizer.beta1, t)));
-      to[1] = Real(call.optimizer.eps * root);
+      put_correction(call.optimizer, ::pow(call.optimizer.beta1, t),
+                     ::sqrt(1 - ::pow(call.optimizer.beta2, t)),
+                     frame.packed + size + rates + 2 * k);
       continue;
     }
     Real value = 0;

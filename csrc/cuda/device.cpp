@@ -206,12 +206,8 @@ BlockPlan plan_on(int ordinal, const Call<Real>& call, Job job) {
 }
 
 template <class Real>
-void run_on(int ordinal, std::uintptr_t stream, char* workspace, std::size_t bytes,
+void run_on(int ordinal, std::uintptr_t stream, char* workspace, const BlockPlan& plan,
             const Call<Real>& call, Job job) {
-  const BlockPlan plan = plan_on(ordinal, call, job);
-  if (bytes < plan.workspace_bytes)
-    refuse("workspace: expected " + std::to_string(plan.workspace_bytes) + " bytes, got " +
-           std::to_string(bytes));
 #ifdef PYMETA_HAS_CUDA
   if (ordinal != kEmulated) {
     const OnDevice guard(ordinal);
@@ -225,7 +221,7 @@ void run_on(int ordinal, std::uintptr_t stream, char* workspace, std::size_t byt
 
 template BlockPlan plan_on(int, const Call<float>&, Job);
 template BlockPlan plan_on(int, const Call<double>&, Job);
-template void run_on(int, std::uintptr_t, char*, std::size_t, const Call<float>&, Job);
-template void run_on(int, std::uintptr_t, char*, std::size_t, const Call<double>&, Job);
+template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<float>&, Job);
+template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<double>&, Job);
 
 }  // namespace pymeta

@@ -67,7 +67,7 @@ void set_block_options(const BlockOptions& options);  // throws std::invalid_arg
 template <class Real>
 BlockPlan plan_on(int ordinal, const Call<Real>& call, Job job);
 template <class Real>
-void run_on(int ordinal, std::uintptr_t stream, char* workspace, std::size_t bytes,
+void run_on(int ordinal, std::uintptr_t stream, char* workspace, const BlockPlan& plan,
             const Call<Real>& call, Job job);  // throws std::runtime_error
 
 }  // namespace pymeta

@@ -222,7 +222,7 @@ class TaskArrays {
     Real* start = memory_.at(workspace_.start);
     for (int t = 0; t < call_.network->tensor_count; ++t) {
       if (!call_.starts_apart(t)) continue;
-      const Real* from = call_.parameters[t] + task_ * elements(t);
+      const Real* from = call_.parameters[t] + task_ * layout_.tensors[t].elements();
       each_element(
           t, [=](std::size_t index, std::size_t at) { start[at] = from[index]; },
           layout_.tensors[t].place);
@@ -245,7 +245,7 @@ class TaskArrays {
     if (thread_index() == 0) call_.status[task_] = bad != 0;
   }
   PYMETA_FN void write_adapted(int t, const Real* from) const {
-    Real* to = call_.adapted_parameters[t] + task_ * elements(t);
+    Real* to = call_.adapted_parameters[t] + task_ * layout_.tensors[t].elements();
     each_element(t, [=](std::size_t index, std::size_t at) { to[index] = from[at]; }, 0);
   }
   PYMETA_FN void write_predictions(const ItemSet& query, const Real* y) const {
@@ -267,9 +267,6 @@ class TaskArrays {
   }
 
  private:
-  PYMETA_FN std::size_t elements(int t) const {
-    return static_cast<std::size_t>(layout_.tensors[t].outer) * layout_.tensors[t].inner;
-  }
   // body(index in torch's layout, place in the packed one counted from `first`): neighbouring threads have neighbouring
   // indices.
   template <class Body>

@@ -940,11 +940,12 @@ void check_refusals() {
 template <class Real>
 void run_on_blocks(Call<Real>& call, Job job) {
   find_largest(call, job);
-  const std::size_t bytes = plan_on(kEmulated, call, job).workspace_bytes;
+  const BlockPlan plan = plan_on(kEmulated, call, job);
+  const std::size_t bytes = plan.workspace_bytes;
   std::unique_ptr<char, decltype(&std::free)> memory(
       static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64)), &std::free);
   std::memset(memory.get(), 0xff, bytes);
-  run_on(kEmulated, 0, memory.get(), bytes, call, job);
+  run_on(kEmulated, 0, memory.get(), plan, call, job);
 }
 
 // Loosely, as float is near double.
