@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pymeta import fused, native
 from pymeta.learner import Function, outside_graphs
+from pymeta.once import NATIVE, once
 from pymeta.tasks import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
 
 if TYPE_CHECKING:
@@ -165,12 +166,13 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (_, parameters, lr, xs, _, _, _, xq, _, _, _, _, _, wanted) = inputs
     ctx.save_for_backward(output[3])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.wanted = wanted
     trains = _modules[inputs[0]]._current()[0].trains if wanted[0] else [False] * len(parameters)
     ctx.trains = trains
-    ctx.shapes = [p.shape for p, t in zip(parameters, trains, strict=True) if t]
-    ctx.shapes += [v.shape for v, w in zip((lr, xs, xq), wanted[1:], strict=True) if w]
+    ctx.by = [p for p, t in zip(parameters, trains, strict=True) if t]
+    ctx.by += [v for v, w in zip((lr, xs, xq), wanted[1:], strict=True) if w]
 
 
 def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -178,9 +180,9 @@ def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
     extras: list[Tensor | None] = [None, None, None]
     if gradient is not None:
         (flat,) = ctx.saved_tensors
-        sizes = [shape.numel() for shape in ctx.shapes]
-        parts = (flat * gradient).split_with_sizes(sizes)
-        views = iter([p.view(s) for p, s in zip(parts, ctx.shapes, strict=True)])
+        parts = (flat * gradient).split_with_sizes([by.numel() for by in ctx.by])
+        shaped = [part.view(by.shape) for part, by in zip(parts, ctx.by, strict=True)]
+        views = iter(once(NATIVE, shaped, (gradient, *ctx.by)))
         parameters = [next(views) if trains else None for trains in ctx.trains]
         extras = [next(views) if wanted else None for wanted in ctx.wanted[1:]]
     lr, xs, xq = extras

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pymeta import native, reference
+from pymeta.once import NATIVE, REPTILE, once
 from pymeta.plan import Plan
 from pymeta.stacked import History
 from pymeta.tasks import TaskSet, check_sizes, check_values, dense
@@ -253,7 +254,7 @@ class Call:
         )
         if layout is not None and gradients is not None:
             inputs = layout.inputs(parameters, lr, xs, xq)
-            loss = _with_graph(_Lease(gradients, layout.idle), loss, inputs)
+            loss = _with_graph(_Lease(gradients, layout.idle), loss, inputs, NATIVE)
         return loss, losses, predictions
 
 
@@ -274,9 +275,10 @@ class _MetaGradient(torch.autograd.Function):
     """The mean query loss as a function of parameters, lr, xs and xq."""
 
     @staticmethod
-    def forward(ctx: Any, computed: tuple[_Lease, Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, computed: tuple[_Lease, Tensor, str], *inputs: Tensor) -> Tensor:
         """Keep the gradients that were computed with the loss."""
-        ctx.lease, loss = computed
+        ctx.lease, loss, ctx.why_once = computed
+        ctx.inputs = inputs
         return loss
 
     @staticmethod
@@ -287,9 +289,8 @@ class _MetaGradient(torch.autograd.Function):
             parts = _scaled(tensors, gradient)
         except RuntimeError:  # is_grads_batched=True: vmap has no rule for it
             parts = [tensor * gradient for tensor in tensors]
-        if torch.is_grad_enabled():  # create_graph=True: somebody may differentiate these
-            parts = [_once(part.detach().requires_grad_()) for part in parts]
-        return None, *parts
+        # create_graph=True: somebody may differentiate these
+        return None, *once(ctx.why_once, parts, (gradient, *ctx.inputs))
 
 
 # Function.apply without its preparations for torch.func, which take as long as all the rest of it.
@@ -297,31 +298,13 @@ _apply: Callable[..., Tensor] = super(torch.autograd.Function, _MetaGradient).ap
 _apply_prepared: Callable[..., Tensor] = _MetaGradient.apply
 
 
-def _with_graph(lease: _Lease, loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def _with_graph(lease: _Lease, loss: Tensor, inputs: Sequence[Tensor], why_once: str) -> Tensor:
+    """The loss with its node; `why_once` says why the gradients have no derivative."""
+    computed = lease, loss, why_once
     try:
-        return _apply((lease, loss), *inputs)
+        return _apply(computed, *inputs)
     except RuntimeError:  # under a transform of torch.func: have it say what it lacks
-        return _apply_prepared((lease, loss), *inputs)
-
-
-class _Once(torch.autograd.Function):
-    """The identity, whose derivative is an error: a constant would be silently wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Pass the gradient through."""
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        """Refuse."""
-        raise RuntimeError(
-            "the native meta-gradient cannot be differentiated again; "
-            'pymeta.MAML(..., backend="torch") can'
-        )
-
-
-_once: Callable[..., Tensor] = _Once.apply
+        return _apply_prepared(computed, *inputs)
 
 
 def _native_lr(plan: Plan, lr: Tensor) -> Tensor:
@@ -534,7 +517,7 @@ def reptile(
         )
     if layout is not None and gradients is not None:
         inputs = layout.inputs(parameters, lr, s.x, s.x)
-        loss = _with_graph(_Lease(gradients, layout.idle), loss, inputs)
+        loss = _with_graph(_Lease(gradients, layout.idle), loss, inputs, REPTILE)
     return loss, losses
 
 

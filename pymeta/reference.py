@@ -44,6 +44,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from pymeta.losses import Loss
+from pymeta.once import REPTILE, once
 from pymeta.optimizers import SGD, Adam, Optimizer, Rates
 from pymeta.schedule import Batch, Schedule
 from pymeta.stacked import History
@@ -664,15 +665,16 @@ class _Towards(torch.autograd.Function):
     """A loss whose gradient by given parameters is set."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *_: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *by: Tensor) -> Tensor:
         """The loss."""
-        ctx.gradients = gradients
+        ctx.gradients, ctx.by = gradients, by
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients, times the incoming scalar."""
-        return None, None, *(scale * g for g in ctx.gradients)
+        scaled = [scale * g for g in ctx.gradients]
+        return None, None, *once(REPTILE, scaled, (scale, *ctx.by))
 
 
 def reptile(

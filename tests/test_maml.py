@@ -160,13 +160,59 @@ def test_gradients_are_scaled_accumulated_and_kept():
     assert_close(gradients(out.loss, *net.parameters()), once)
 
 
-def test_a_second_differentiation_raises():
-    net, data = mlp(2, 4, 2), batch()
+def square_of_gradient(loss, parameters):
+    """A loss with the norm of its gradient, as a penalty on sharpness has it."""
+    found = torch.autograd.grad(loss, parameters, create_graph=True)
+    return loss + 0.5 * sum(g.square().sum() for g in found)
+
+
+SECOND_DIFFERENTIATIONS = {
+    "backward": lambda total, p, w: total.backward(),
+    "backward to some": lambda total, p, w: total.backward(inputs=[p[0]]),
+    "grad": lambda total, p, w: torch.autograd.grad(total, p),
+    "grad of one": lambda total, p, w: torch.autograd.grad(total, p[-1]),
+    "grad by a factor": lambda total, p, w: torch.autograd.grad(total, w),
+}
+
+
+@pytest.mark.parametrize("way", SECOND_DIFFERENTIATIONS)
+@pytest.mark.parametrize("width", [4, 300])  # the gradients of large layers are scaled in numpy
+def test_a_second_differentiation_raises(way, width):
+    net, data = mlp(2, width, 300, 2), batch()
+    parameters = list(net.parameters())
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
     loss = both(net)[0](*data).loss
     (first,) = torch.autograd.grad(loss, [net[0].weight], create_graph=True)
     assert_close(first.detach(), gradients(loss, net[0].weight)[0])
+    total = square_of_gradient(factor * loss, parameters)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        (loss + first.square().sum()).backward()
+        SECOND_DIFFERENTIATIONS[way](total, parameters, factor)
+
+
+def test_a_second_differentiation_by_what_is_below_raises():
+    """Parameters and inputs may be made of other tensors, which are differentiated by."""
+    encoder, data = nn.Linear(2, 2).double(), batch()
+    xs, ys, xq, yq = data
+    loss = both(mlp(2, 4, 2))[0](encoder(xs), ys, encoder(xq), yq).loss
+    total = square_of_gradient(loss, list(encoder.parameters()))
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(total, encoder.weight)
+
+
+def test_torch_differentiates_again():
+    """What the native backend refuses: against finite differences of the first gradient."""
+    net, data = mlp(2, 3, 2), batch()
+    weight, parameters = net[0].weight, list(net.parameters())
+    module = both(net)[1]
+    (found,) = torch.autograd.grad(square_of_gradient(module(*data).loss, parameters), weight)
+    direction, step, values = torch.randn_like(weight), 1e-6, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            weight += sign * step * direction
+        values.append(square_of_gradient(module(*data).loss, parameters).item())
+    slope = (values[0] - values[1]) / (2 * step)
+    # truncation is step^2 times a third derivative, rounding eps / step: both below 1e-9
+    assert abs(slope - (found * direction).sum().item()) < 1e-7 * max(1, abs(slope))
 
 
 def test_only_the_loss_carries_a_graph_and_no_grad_none():

@@ -130,6 +130,17 @@ def test_gradients_are_scaled_and_accumulated(backend):
     assert_close([p.grad for p in net.parameters()], [4 * g for g in once])
 
 
+@pytest.mark.parametrize("way", ["backward", "grad"])
+def test_the_direction_cannot_be_differentiated(way, backend):
+    net, (xs, ys, *_) = mlp(2, 4, 2), batch()
+    parameters = list(net.parameters())
+    loss = reptile(backend, net)(xs, ys).loss
+    found = torch.autograd.grad(loss, parameters, create_graph=True)
+    total = loss + sum(f.square().sum() for f in found)
+    with pytest.raises(RuntimeError, match="Reptile's direction cannot be differentiated"):
+        total.backward() if way == "backward" else torch.autograd.grad(total, parameters)
+
+
 def test_frozen_and_unadapted_parameters_stay(backend):
     net, (xs, ys, *_) = mlp(2, 4, 2), batch()
     net[0].bias.requires_grad_(False)

@@ -217,6 +217,18 @@ def test_compile_a_chain_used_in_another_order_than_its_parameters():
     compiled_agrees(module, *batch())
 
 
+@pytest.mark.parametrize("way", ["backward", "grad"])
+def test_compile_does_not_differentiate_twice(way):
+    net, data = mlp(2, 4, 2), batch()
+    parameters = list(net.parameters())
+    loss = torch.compile(make(net), fullgraph=True, backend="eager")(*data).loss
+    found = torch.autograd.grad(loss, parameters, create_graph=True)
+    assert_close([f.detach() for f in found], gradients(make(net)(*data).loss, *parameters))
+    total = loss + sum(f.square().sum() for f in found)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        total.backward() if way == "backward" else torch.autograd.grad(total, parameters)
+
+
 @pytest.mark.parametrize("learnable", [False, True])
 def test_opcheck(learnable):
     module = make(mlp(2, 3, 2), lr=pymeta.LearnableLR(0.1, "layer") if learnable else 0.1)
