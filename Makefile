@@ -216,6 +216,11 @@ $(STAMP)/wheel: $(STAMP)/venv constraints.txt pyproject.toml
 # (only that one: the object files stay in build/).
 # PYMETA_EMULATE: with the CUDA executor's code on host threads, which the tests run.
 SOURCES := $(shell find csrc -type f -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-$(STAMP)/pymeta: $(STAMP)/torch $(STAMP)/build CMakeLists.txt pyproject.toml $(SOURCES)
+# The install knows the Python files by their names, so it is made again where one is new, moved or gone.
+NAMES := $(STAMP)/names-$(firstword $(shell find pymeta -name '*.py' | sort | cksum))
+$(NAMES): $(STAMP)/venv
+	@rm -f $(STAMP)/names-*
+	@touch $@
+$(STAMP)/pymeta: $(STAMP)/torch $(STAMP)/build $(NAMES) CMakeLists.txt pyproject.toml $(SOURCES)
 	$(PIP) install --no-build-isolation --no-deps -C cmake.define.PYMETA_EMULATE=ON -e .
 	@touch $@

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pymeta import fused, native
 from pymeta.learner import Function, outside_graphs
-from pymeta.once import NATIVE, once
+from pymeta.reference.once import NATIVE, once
 from pymeta.tasks import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
 
 if TYPE_CHECKING:

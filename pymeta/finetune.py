@@ -1,7 +1,7 @@
 """FineTune: T data sets, one start, and every one of the T models trained in the same call.
 
 Nothing is meta-learned here. Each task is trained for some epochs by SGD or Adam (what they do is
-written down in `pymeta/reference.py`), from a shared start or one of its own, with what keeps small
+written down in `pymeta/reference`), from a shared start or one of its own, with what keeps small
 data sets honest: frozen parameters, a pull towards the start (L2-SP; Li, Grandvalet, Davoine 2018,
 arXiv:1802.01483), weight decay, class weights, and held out rows with early stopping.
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from pymeta import native, reference
-from pymeta.once import NATIVE, REPTILE, once
 from pymeta.plan import Plan
+from pymeta.reference.once import NATIVE, REPTILE, once
 from pymeta.stacked import History
 from pymeta.tasks import TaskSet, check_sizes, check_values, dense
 

@@ -3,7 +3,7 @@
 The life of a call is the same for all three: the inputs are checked and packed (`tasks.py`), the
 model is compared with the plan made of it (`plan.py`), and then either the native core is called
 (`fused.py`), on the CPU or on the device where the tensors are (`device.py`), or the same is done
-in torch (`reference.py`).
+in torch (`pymeta/reference`).
 """
 
 from __future__ import annotations

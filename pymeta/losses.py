@@ -2,7 +2,7 @@
 
 A `Loss` holds numbers only (no tensors), so that it can be hashed, pickled, written to a file and
 handed to the native core. `describe_loss` makes one from a name or from the matching `torch.nn`
-module. What each of them means is defined in `pymeta/task_loss.py`.
+module. What each of them means is defined in `pymeta/reference/loss.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Finn, Abbeel, Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks"
 (arXiv:1703.03400), with exact second order gradients (or first order ones), ANIL (`adapt=`),
-Meta-SGD and LSLR (`LearnableLR`). What is computed is written down in `pymeta/reference.py`.
+Meta-SGD and LSLR (`LearnableLR`). What is computed is written down in `pymeta/reference`.
 
 A call goes the way that `learner.py` describes. A native call like the one before it skips all of
 that but the core (`repeat.py`). Calls with CUDA tensors of equal numbers of rows read no value, so
@@ -240,7 +240,7 @@ class MAML(Learner):
         query: TaskSet,
         reason: str,
     ) -> Outcome:
-        """The call by `reference.py`."""
+        """The call by `pymeta/reference`."""
         expected = self._to_torch(plan, reason, 6, support, query)
         named = dict(zip(plan.names, parameters, strict=True))
         inner = self._inner(plan, Schedule(steps), self.first_order)

@@ -1,8 +1,8 @@
 """Inner-loop optimisers and learnable step sizes, as plain descriptions.
 
-`SGD(...)`, `Adam(...)` and `LearnableLR(...)` only say what is meant; `reference.py` defines what
-the optimisers do. `Rates` is the layout of the lr values they stand for: a row for each step (the
-last row is reused by all later steps), and in a row one value for the whole network, for each
+`SGD(...)`, `Adam(...)` and `LearnableLR(...)` only say what is meant; `pymeta/reference` defines
+what the optimisers do. `Rates` is the layout of the lr values they stand for: a row for each step
+(the last row is reused by all later steps), and in a row one value for the whole network, for each
 layer, or for each element of the adapted parameters.
 """
 

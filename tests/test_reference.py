@@ -10,8 +10,8 @@ import pymeta
 from pymeta import reference
 from pymeta.losses import Loss, describe_loss
 from pymeta.optimizers import rates
+from pymeta.reference.loss import task_loss
 from pymeta.schedule import Schedule
-from pymeta.task_loss import task_loss
 from pymeta.tasks import SUPPORT, Expected, task_set
 
 

@@ -1,0 +1,44 @@
+"""What pymeta computes, in plain torch.func: the fallback for any module, and the oracle.
+
+For each task t, starting at the shared parameters theta (or at ones of its own), the inner loop is
+
+    theta_0   = theta
+    g_k       = grad L(theta_k; batch k of support_t)              k = 0 .. steps-1
+    theta_k+1 = theta_k - lr_k * direction(g_0 .. g_k)
+
+with the batches of `pymeta/schedule.py` (all rows, where there are none) and the direction of SGD
+or Adam (`task.py`). Three algorithms use it:
+
+    MAML       loss = mean over t of L(theta_steps; query_t)       Finn et al. 2017, 1703.03400
+    Reptile    gradient = theta - mean over t of theta_steps       Nichol et al. 2018, 1803.02999
+    FineTune   g_k += anchor * (theta_k - theta_0), and validation after every epoch
+
+MAML's gradient by theta, lr and the inputs is what autograd makes of exactly these lines: inner
+gradients are differentiated through (second order), or grad L is taken as constant where
+`first_order` is set. Only the adapted parameters change in the inner loop.
+
+Tasks of equal sizes run under `torch.func.vmap`; ragged ones, and modules that vmap cannot
+express, run one by one, as do tasks that are validated or have shuffles of their own. Any
+`nn.Module`, device and dtype will do.
+
+Two rules on normalisation layers and empty sets make every task a function of its own data:
+batch normalisation uses the set's own statistics and leaves running ones alone, and a set without
+rows has loss 0 and gradient 0, so a task without support rows is not adapted.
+"""
+
+from pymeta.reference.batch import Adaptation, adapt, meta_loss, not_finite, predict, reptile
+from pymeta.reference.modules import one_at_a_time, output_shape, uses_running_statistics
+from pymeta.reference.task import InnerLoop
+
+__all__ = [
+    "Adaptation",
+    "InnerLoop",
+    "adapt",
+    "meta_loss",
+    "not_finite",
+    "one_at_a_time",
+    "output_shape",
+    "predict",
+    "reptile",
+    "uses_running_statistics",
+]

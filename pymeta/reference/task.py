@@ -1,0 +1,174 @@
+"""One task: the inner loop as the papers have it, in differentiable torch operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pymeta.losses import Loss
+from pymeta.optimizers import SGD, Adam, Optimizer, Rates
+from pymeta.reference.loss import task_loss
+from pymeta.reference.modules import Apply, Parameters
+from pymeta.schedule import Batch, Schedule
+
+Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # one task's x, y, row weights
+
+_PLAIN = SGD(1.0)
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """How one task is adapted.
+
+    Attributes:
+        loss: what is made small.
+        lr: [columns] or [rows, columns] values laid out by `rates`.
+        rates: their layout.
+        schedule: how many steps, and on which rows.
+        first_order: take the gradients of the loss as constants.
+        optimizer: the rule of a step; its lr is not looked at, `lr` takes its place.
+        anchor: pulls towards the start, by the penalty anchor/2 |theta - start|^2.
+    """
+
+    loss: Loss
+    lr: Tensor
+    rates: Rates
+    schedule: Schedule
+    first_order: bool = False
+    optimizer: Optimizer = _PLAIN
+    anchor: float = 0.0
+
+
+# ---- one step ---------------------------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """What an optimiser remembers of the gradients: running means, and Adam's of squares."""
+
+    first: Parameters
+    second: Parameters
+
+
+def _root(square: Tensor) -> Tensor:
+    """The square root, whose derivative at 0 is taken as 0.
+
+    A dead unit's gradients are exactly 0, where autograd alone would make NaN of it.
+    """
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def _clipped(gradient: Parameters, norm: float | None) -> Parameters:
+    """As `torch.nn.utils.clip_grad_norm_`."""
+    if norm is None or not gradient:
+        return gradient
+    total = _root(torch.stack([g.square().sum() for g in gradient.values()]).sum())
+    factor = (norm / (total + 1e-6)).clamp(max=1.0)
+    return {name: g * factor for name, g in gradient.items()}
+
+
+def _direction(
+    rule: Optimizer, step: int, theta: Parameters, gradient: Parameters, moments: Moments
+) -> tuple[Parameters, Moments]:
+    """The direction d of theta <- theta - lr d, as torch.optim.SGD, Adam and AdamW have it."""
+    g, (first, second) = _clipped(gradient, rule.clip_norm), moments
+    decoupled = isinstance(rule, Adam) and rule.decoupled
+    if rule.weight_decay and not decoupled:
+        g = {n: g[n] + rule.weight_decay * p for n, p in theta.items()}
+    if isinstance(rule, SGD):
+        if not rule.momentum:
+            return g, moments
+        first = {n: rule.momentum * m + g[n] for n, m in first.items()}
+        ahead = {n: g[n] + rule.momentum * m for n, m in first.items()} if rule.nesterov else first
+        return ahead, Moments(first, second)
+    beta1, beta2 = rule.betas
+    first = {n: beta1 * m + (1 - beta1) * g[n] for n, m in first.items()}
+    second = {n: beta2 * s + (1 - beta2) * g[n].square() for n, s in second.items()}
+    unbias1, unbias2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
+    d = {
+        n: m / unbias1 / (_root(second[n]) / math.sqrt(unbias2) + rule.eps)
+        for n, m in first.items()
+    }
+    if decoupled:
+        d = {n: d[n] + rule.weight_decay * p for n, p in theta.items()}
+    return d, Moments(first, second)
+
+
+# ---- one task ---------------------------------------------------------------------------------
+
+
+def _rows(task: Set, batch: Batch) -> Set:
+    """A batch's rows of a task."""
+    if batch.rows is None:
+        return task
+    x, y, weights = task
+    index = torch.from_numpy(batch.rows).to(x.device)
+    return x[index], y[index], None if weights is None else weights[index]
+
+
+def adapt_task(
+    apply: Apply,
+    inner: InnerLoop,
+    start: Parameters,
+    fixed: Parameters,
+    support: Set,
+    task_id: int = 0,
+    watch: Callable[[Parameters], bool] | None = None,
+) -> tuple[Parameters, list[Tensor]]:
+    """The inner loop.
+
+    Args:
+        apply: the model.
+        inner: how to adapt.
+        start: the parameters to adapt.
+        fixed: all others.
+        support: the task's rows.
+        task_id: tells the task's shuffles from others'.
+        watch: is shown the parameters after each epoch; ends the loop by returning True.
+
+    Returns:
+        The adapted parameters, and the loss of each step's batch before that step.
+    """
+    theta, losses = start, []
+    zeros = {name: torch.zeros_like(p) for name, p in start.items()}
+    moments = Moments(zeros, zeros)
+    for step, batch in enumerate(inner.schedule.batches(support[0].shape[0], task_id)):
+        x, y, weights = _rows(support, batch)
+
+        def batch_loss(parameters: Parameters, x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
+            return task_loss(inner.loss, apply({**fixed, **parameters}, x), y, w)
+
+        gradient, loss = torch.func.grad_and_value(batch_loss)(theta, x, y, weights)
+        losses.append(loss)
+        if inner.first_order:
+            gradient = {name: g.detach() for name, g in gradient.items()}
+        if inner.anchor:
+            gradient = {n: g + inner.anchor * (theta[n] - start[n]) for n, g in gradient.items()}
+        direction, moments = _direction(inner.optimizer, step, theta, gradient, moments)
+        theta = {
+            name: p - inner.rates.of(inner.lr, step, name, p.shape) * direction[name]
+            for name, p in theta.items()
+        }
+        if batch.ends_epoch and watch is not None and watch(theta):
+            break
+    return theta, losses
+
+
+def task_outcome(
+    apply: Apply,
+    inner: InnerLoop,
+    adapted: Parameters,
+    fixed: Parameters,
+    support: Set,
+    query: Set,
+) -> tuple[Tensor, Tensor]:
+    """One task: adapt on the support set; (loss on the query set [], outputs [rows, out])."""
+    adapted, _ = adapt_task(apply, inner, adapted, fixed, support)
+    x, y, weights = query
+    outputs = apply({**fixed, **adapted}, x)
+    return task_loss(inner.loss, outputs, y, weights), outputs
