@@ -38,13 +38,13 @@ elf = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
 # nor the C++ runtime, which is linked in.
 SYSTEM = re.compile(r"(libc|libm|libgcc_s|libpthread|libdl|librt)\.so\.\d+|ld-linux[-\w]*\.so\.\d+")
 IN_WHEEL = re.compile(
-    rf"pymeta/(bench/)?\w+\.py|pymeta/bench/chosen\.json|pymeta/py\.typed|pymeta/_native\.pyi|pymeta/_native\.[\w-]+\.(so|pyd)"
+    rf"pymeta/(\w+/)*\w+\.py|pymeta/bench/chosen\.json|pymeta/py\.typed|pymeta/_native\.pyi|pymeta/_native\.[\w-]+\.(so|pyd)"
     rf"|{re.escape(INFO)}/(METADATA|WHEEL|RECORD|licenses/LICENSE|sboms/[\w.-]+\.json)"
 )
 IN_SDIST = re.compile(
     r"PKG-INFO|pyproject\.toml|CMakeLists\.txt|LICENSE|README\.md|CHANGELOG\.md"
     r"|cmake/[\w-]+\.(cmake|map)|csrc/README\.md|csrc/(\w+/)+\w+\.(h|cpp|cu|cuh)"
-    r"|pymeta/(bench/)?\w+\.pyi?|pymeta/bench/chosen\.json|pymeta/py\.typed|tests/(\w+/)*[\w.-]+"
+    r"|pymeta/(\w+/)*\w+\.pyi?|pymeta/bench/chosen\.json|pymeta/py\.typed|tests/(\w+/)*[\w.-]+"
 )
 
 
