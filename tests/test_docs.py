@@ -4,7 +4,9 @@ The Python blocks of a page run one after the other in one namespace, in a folde
 own. What is written around a block says how it is tested:
 
     ```python title="score.py"     a program: written to that file, run in a process of its own
-    ```text  right after a block   what the block prints: words exactly, numbers to 5 %
+    ```text  right after a block   what the block prints, words and numbers
+    <!-- to 40 % -->               above such a text: figures of a training, which another processor
+                                   rounds another way, and each step after it makes more of that
     <!-- not run: REASON -->       above a block that is only compiled; NOT_RUN repeats the reason
 
 Blocks in other languages (console, diff, cpp, ...) are not run; those of diff are held against the
@@ -46,6 +48,7 @@ class Block(NamedTuple):
     reason: str | None  # why it is not run
     text: str
     follows: bool  # directly the block before it
+    tolerance: float = 0.0  # by which its numbers may differ, relative to them
 
     @property
     def is_run(self) -> bool:
@@ -59,7 +62,7 @@ def name_of(page: Path) -> str:
 def blocks_of(text: str) -> list[Block]:
     """The fenced blocks of a page in their order."""
     found: list[Block] = []
-    reason, follows = None, False
+    reason, follows, tolerance = None, False, 0.0
     fence: re.Match | None = None
     lines: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -67,8 +70,8 @@ def blocks_of(text: str) -> list[Block]:
             if line == "```":
                 code = "".join(f"{each}\n" for each in lines)
                 start = number - len(lines)
-                found.append(Block(start, fence[1], fence[2], reason, code, follows))
-                fence, reason, follows, lines = None, None, True, []
+                found.append(Block(start, fence[1], fence[2], reason, code, follows, tolerance))
+                fence, reason, follows, tolerance, lines = None, None, True, 0.0, []
             else:
                 lines.append(line)
             continue
@@ -78,6 +81,8 @@ def blocks_of(text: str) -> list[Block]:
             assert fence, f"line {number}: an opening fence with more than a language: {line}"
         elif marked := re.fullmatch(r"<!-- not run: (.+) -->", line):
             reason, follows = marked[1], False
+        elif marked := re.fullmatch(r"<!-- to (\d+) % -->", line):
+            tolerance = int(marked[1]) / 100
         elif line.strip():
             reason, follows = None, False
     assert fence is None, "the last block has no end"
@@ -88,13 +93,13 @@ BLOCKS = {name_of(page): blocks_of(page.read_text()) for page in PAGES}
 RUN = [name for name, blocks in BLOCKS.items() if any(b.is_run for b in blocks)]
 
 
-def same_output(wanted: str, got: str) -> bool:
-    """Whether two texts are the same but for numbers that differ by a twentieth at most."""
+def same_output(wanted: str, got: str, tolerance: float = 0.0) -> bool:
+    """Whether two texts are the same but for numbers that differ by the tolerance at most."""
     if NUMBER.sub("#", wanted).split() != NUMBER.sub("#", got).split():
         return False
     pairs = zip(NUMBER.findall(wanted), NUMBER.findall(got), strict=True)
     numbers = [(float(a.replace(",", "")), float(b.replace(",", ""))) for a, b in pairs]
-    return all(b == pytest.approx(a, rel=0.05, abs=1e-6) for a, b in numbers)
+    return all(abs(a - b) <= tolerance * abs(a) for a, b in numbers)
 
 
 @pytest.fixture
@@ -137,7 +142,7 @@ def test_the_python_of_a_page_runs(page: str, folder: Path):
             compile(block.text, page, "exec")
         elif block.language == "text" and block.follows:
             message = f"{page}, line {block.line}: printed\n{printed}"
-            assert same_output(block.text, printed), message
+            assert same_output(block.text, printed, block.tolerance), message
 
 
 def test_every_page_is_found():
@@ -153,10 +158,13 @@ def test_blocks_are_of_known_kinds(page: str):
 
 
 def test_blocks_are_found_as_they_are_marked():
-    page = "a\n```python\nx = 1\n```\n\n```text\n3\n```\n<!-- not run: no GPU -->\n```python\n```\n"
+    page = (
+        "a\n```python\nx = 1\n```\n\n<!-- to 20 % -->\n```text\n3\n```\n"
+        "<!-- not run: no GPU -->\n```python\n```\n"
+    )
     first, output, unrun = blocks_of(page + '```python title="a.py"\n```\n')[:3]
     assert (first.line, first.text, first.is_run, first.follows) == (3, "x = 1\n", True, False)
-    assert (output.language, output.follows) == ("text", True)
+    assert (output.language, output.follows, output.tolerance) == ("text", True, 0.2)
     assert unrun.reason == "no GPU" and not unrun.is_run
     with pytest.raises(AssertionError, match="line 1"):
         blocks_of("```python {.wide}\n```\n")
@@ -165,7 +173,7 @@ def test_blocks_are_found_as_they_are_marked():
 @pytest.mark.parametrize(
     ("wanted", "got", "same"),
     [
-        ("AUC 0.866", "AUC 0.870", True),
+        ("AUC 0.866", "AUC 0.770", True),
         ("AUC 0.866", "AUC 0.736", False),
         ("AUC 0.866", "KS 0.866", False),
         ("1,000 rows", "1000 rows", True),
@@ -174,7 +182,8 @@ def test_blocks_are_found_as_they_are_marked():
     ],
 )
 def test_outputs_are_compared(wanted: str, got: str, same: bool):
-    assert same_output(wanted, got) == same
+    assert same_output(wanted, got, 0.12) == same
+    assert same_output(wanted, got) == (wanted.replace(",", "") == got)
 
 
 # ---- links --------------------------------------------------------------------------------------
