@@ -578,6 +578,8 @@ def test_the_figure_is_drawn(tmp_path):
     axes = {axis: swept([2.0, 0.5], [1, 4]) for axis in sweep(False)}
     plot.draw(tmp_path / "times.png", content, axes)
     assert (tmp_path / "times.png").read_bytes()[:4] == b"\x89PNG"
+    plot.draw(tmp_path / "times.svg", content, axes)
+    assert (tmp_path / "times.svg").read_text().count("<!-- crossover at 2 -->") == len(axes)
 
 
 def test_plot_measures_its_sweep_and_draws_it(local, monkeypatch, tmp_path):
@@ -589,8 +591,12 @@ def test_plot_measures_its_sweep_and_draws_it(local, monkeypatch, tmp_path):
     status, found = run_in_process(
         tmp_path, "--plot", str(figure), "--only", "pymeta", "torch vmap"
     )
-    assert status == 0 and "crossover" not in figure.read_text()
-    assert figure.read_text().startswith("<?xml")
+    assert status == 0 and figure.read_text().startswith("<?xml")
+    rows = {row["case"]: row for row in found["cases"]}
+    measured = [[(x, rows[f"sweep {axis}={x}"]) for x, _ in two[axis]] for axis in two]
+    # who wins is the machine's affair, and that it is drawn is ours
+    crossed = sum(len(plot.crossings(points)) for points in measured)
+    assert figure.read_text().count("<!-- crossover at") == crossed
     assert [row["case"] for row in found["cases"]] == [
         "sweep tasks=1", "sweep tasks=4", "sweep tasks=16", "sweep width=8", "sweep width=16"
     ]  # fmt: skip

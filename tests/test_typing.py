@@ -17,13 +17,15 @@ from pymeta import native
 ROOT = source_tree.need("pymeta", "csrc")
 
 
-def mypy(*arguments: str, module: str = "mypy", folder=ROOT) -> subprocess.CompletedProcess:
+def mypy(
+    *arguments: str, module: str = "mypy", folder=ROOT, **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, "MYPY_FORCE_COLOR": "0", "COLUMNS": "200"},
+        env={**os.environ, "MYPY_FORCE_COLOR": "0", "COLUMNS": "200", **environment},
     )
 
 
@@ -51,10 +53,29 @@ def test_mypy_sees_a_users_mistakes(tmp_path):
     assert said == wanted, done.stdout + done.stderr
 
 
+STUB = Path(pymeta.__file__).with_name("_native.pyi").read_text()
+
+
+def stubtest(folder: Path, stub: str) -> subprocess.CompletedProcess:
+    """A stub against the module, in a package of its own: in ours mypy would read torch as well."""
+    alone = folder / "pymeta"
+    alone.mkdir()
+    (alone / "__init__.pyi").touch()
+    (alone / "_native.pyi").write_text(stub)
+    arguments = "pymeta._native", "--concise"
+    return mypy(*arguments, module="mypy.stubtest", folder=folder, MYPYPATH=str(folder))
+
+
 @pytest.mark.skipif(native.missing() is not None, reason="no extension")
-def test_the_stub_is_the_native_module():
-    done = mypy("pymeta._native", "--concise", module="mypy.stubtest")
+def test_the_stub_is_the_native_module(tmp_path):
+    done = stubtest(tmp_path, STUB)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="no extension")
+def test_a_stub_of_what_is_not_there_is_noticed(tmp_path):
+    done = stubtest(tmp_path, f"{STUB}\ndef planted() -> None: ...\n")
+    assert done.returncode == 1 and "planted" in done.stdout
 
 
 # ---- signatures, which mypy's stubtest cannot see in a compiled function ------------------------
@@ -87,9 +108,6 @@ def compiled(name: str) -> Signature:
     text = operator.attrgetter(name)(native.extension()).__doc__.splitlines()[0]
     (function,) = ast.parse(f"def {text}: ...").body
     return signature(function)
-
-
-STUB = Path(pymeta.__file__).with_name("_native.pyi").read_text()
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="no extension")
