@@ -10,6 +10,7 @@
 # make guard     native tests and kernel tests with working memory between pages that nobody may touch
 # make fuzz      coverage-guided fuzzing of the file reader and of the native module's arguments, SECONDS=600 each
 # make soak      random cases and recipes against the reference, other ones each time, for SECONDS=3600
+# make arrangements    the tests as other machines run them: other instruction sets, threads, cores, roundings, order
 # make cuda      the CUDA kernels for all architectures (needs nvcc, no GPU): a report of each kernel, and their checks
 # make arm64     cross compile for 64-bit ARM and run the native tests in an emulator, where there is one
 # make clean     remove what was built (make distclean: .venv too)
@@ -28,7 +29,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 # One recipe for each purpose; a target's stamp says that its packages are in .venv.
 .PHONY: test demo bench docs lint format typing wheel test-wheel test-torch cuda arm64 clean distclean \
-  sanitize sanitize-native sanitize-python guard fuzz soak
+  sanitize sanitize-native sanitize-python guard fuzz soak arrangements
 .DELETE_ON_ERROR:
 
 test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs
@@ -146,6 +147,10 @@ fuzz: $(STAMP)/build $(STAMP)/torch $(STAMP)/fuzz
 soak: SECONDS = 3600
 soak: $(STAMP)/pymeta $(STAMP)/test
 	$(BIN)/python tests/soak.py $(SECONDS)
+
+# NAMES="'isa avx2' 'one core'" runs these alone; the whole takes an hour.
+arrangements: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs
+	$(BIN)/python tests/arrangements.py $(NAMES)
 
 cuda: $(STAMP)/build $(STAMP)/test
 	$(CMAKE) -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPYMETA_CUDA=ON \

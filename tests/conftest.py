@@ -6,13 +6,19 @@ Where torch is not installed, the modules that import it are left out; the repor
 from __future__ import annotations
 
 import importlib.util
+import os
+import random
 import re
+import secrets
 import sys
 from functools import cache
 from pathlib import Path
 
+import draws
+import numpy as np
 import pytest
 
+draws.same_everywhere()
 HERE = Path(__file__).parent
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 _IMPORTS = re.compile(r"^(?:from|import) ([\w.]+)", re.MULTILINE)
@@ -42,8 +48,23 @@ def pytest_report_header() -> str | None:
     return f"no torch: {len(collect_ignore)} modules left out ({', '.join(collect_ignore)})"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With PYMETA_TEST_ORDER=random, or a seed: modules in any order, and the tests in each."""
+    order = os.environ.get("PYMETA_TEST_ORDER")
+    if not order:
+        return
+    seed = secrets.randbits(32) if order == "random" else int(order)
+    print(f"the order is that of PYMETA_TEST_ORDER={seed}")
+    chance = random.Random(seed)
+    place = {path: chance.random() for path in sorted({item.path for item in items})}
+    chance.shuffle(items)
+    items.sort(key=lambda item: place[item.path])  # a module's fixtures are made once
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
+    random.seed(0)
+    np.random.seed(0)
     if not HAS_TORCH:
         yield
         return
@@ -54,6 +75,19 @@ def _same_start():
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _other_rounding(request):
+    """With PYMETA_TEST_ROUNDING=1: torch's roundings are those of no machine (rounding.py)."""
+    wanted = HAS_TORCH and os.environ.get("PYMETA_TEST_ROUNDING", "0") == "1"
+    if not wanted or "compile" in request.node.name:  # a compiler has modes of its own
+        yield
+        return
+    from rounding import OtherRounding
+
+    with OtherRounding():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -96,3 +96,17 @@ def torch_loss(name: str):
         "cross_entropy": f.cross_entropy,
         "bce_with_logits": f.binary_cross_entropy_with_logits,
     }[name]
+
+
+def assert_promised(got, wanted, backend: str, terms: int = 1000) -> None:
+    """The same bits where they are our own, and as close as rounding where torch computed them.
+
+    The native path promises bits; torch promises none, not even for the same call twice.
+    """
+    if backend != "native":
+        assert_close(got, wanted, terms)
+        return
+    got, wanted = ([v] if isinstance(v, Tensor) else list(v) for v in (got, wanted))
+    assert len(got) == len(wanted) > 0
+    for g, w in zip(got, wanted, strict=True):
+        assert torch.equal(g, w), f"other bits: {g} is not {w}"

@@ -28,7 +28,7 @@ import test_recipes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DTYPES, PROFILE, flat, largest
+from kernels import DTYPES, ISAS, PROFILE, flat, largest
 from torch import nn
 
 import pymeta
@@ -37,7 +37,6 @@ from pymeta import native, reference
 TASKS = st.sampled_from((1, 2, 4, 8, 16, 31, 33, 65, 140))
 ROWS = st.integers(2, 70)
 SKIPPED: list[test_recipes.Recipe] = []
-ISAS = st.sampled_from(native.isas())
 DTYPE = st.sampled_from(DTYPES)
 
 

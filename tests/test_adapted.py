@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, batch, mlp, targets, torch_loss
+from helpers import assert_close, assert_promised, batch, mlp, targets, torch_loss
 from torch import nn
 
 import pymeta
@@ -77,7 +77,7 @@ def test_one_tasks_model(backend):
     with torch.no_grad():
         model[2].weight.zero_()
         net[0].weight.zero_()  # neither that copy nor the meta-learned model is this object's
-    assert torch.equal(models(xq), before)
+    assert_promised(models(xq), before, backend)
     for wrong in (3, -4):
         with pytest.raises(IndexError, match=f"{wrong} is not one of 3 tasks"):
             models[wrong]
@@ -103,9 +103,9 @@ def test_copies_and_pickles(copier, backend):
     net = mlp(2, 4, 2)
     models = make(net, backend, adapt=["0.*"]).adapt(xs, ys)
     twin = copier(models)
-    assert torch.equal(twin(xq), models(xq))
+    assert_promised(twin(xq), models(xq), backend)
     twin.parameters["0.weight"].zero_()
-    assert not torch.equal(twin(xq), models(xq))
+    assert (twin(xq) - models(xq)).abs().max() > 1e-3
 
 
 def test_a_pickled_slice_holds_its_own_tasks_alone(backend):
@@ -280,11 +280,12 @@ def test_concatenation(backend):
     joined = pymeta.Adapted.concatenate(parts)
     assert len(joined) == 5
     for name, value in joined.parameters.items():
-        assert torch.equal(value, whole.parameters[name])
+        assert_promised(value, whole.parameters[name], backend)
     assert joined.parameters["0.weight"].stride(0) == 0
-    assert torch.equal(joined(xq), whole(xq)) and torch.equal(joined.status, whole.status)
+    assert_promised(joined(xq), whole(xq), backend)
+    assert torch.equal(joined.status, whole.status)
     again = pymeta.Adapted.concatenate(joined[t : t + 1] for t in range(5))
-    assert torch.equal(again(xq), whole(xq))
+    assert_promised(again(xq), whole(xq), backend)
 
 
 def test_what_is_shared_no_longer_is_each_tasks_own():
@@ -459,7 +460,7 @@ def test_probabilities(loss, backend):
     wanted = z.softmax(-1) if loss == "cross_entropy" else 1 / (1 + (-z).exp())
     assert_close(p, wanted)
     padded = models.predict_proba(xq, [4, 1, 0])
-    assert torch.equal(padded[0], p[0]) and torch.equal(padded[1, :1], p[1, :1])
+    assert_close([padded[0], padded[1, :1]], [p[0], p[1, :1]])  # torch's softmax on both paths
     assert not padded[1, 1:].any() and not padded[2].any()
     listed = models.predict_proba([xq[0], xq[1, :2], xq[2, :0]])
     assert [tuple(v.shape) for v in listed] == [(4, 3), (2, 3), (0, 3)]

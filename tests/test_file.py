@@ -36,7 +36,8 @@ NAMES = ("0.weight", "0.bias", "2.weight", "2.bias", "3.weight")
 CHAIN = Architecture(LAYERS, NAMES, NAMES, False)
 
 SLOW = settings(
-    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 import sys
@@ -10,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, batch, mlp, targets, torch_loss
+from helpers import assert_close, assert_promised, batch, mlp, targets, torch_loss
 from torch import nn
 
 import pymeta
@@ -257,8 +258,7 @@ def test_a_fraction_of_no_row_holds_nothing_out(sizes, backend):
     net, (xs, ys, _) = mlp(2, 5, 3), ragged(sizes=sizes)
     models = tuner(backend, net, validation=0.2, patience=1)(xs, ys, curves=True)
     plain = tuner(backend, net)(xs, ys, curves=True)
-    for name, values in plain.parameters.items():
-        assert torch.equal(models.parameters[name], values)
+    assert_promised(models.parameters.values(), plain.parameters.values(), backend)
     assert models.history.validation.isnan().all()
     assert torch.equal(models.history.best_epochs, plain.history.epochs)
 
@@ -284,7 +284,7 @@ def test_validation_data(backend):
     assert models.history.epochs[2] == 10  # nothing to validate on
     plain = tuner(backend, net, lr=0.4, epochs=10)(xs, ys)
     for name, values in models.parameters.items():
-        assert torch.equal(values[2], plain.parameters[name][2])
+        assert_promised(values[2], plain.parameters[name][2], backend)
 
 
 def test_a_validation_loss_of_nan_is_never_the_best(backend):
@@ -310,13 +310,14 @@ def test_random_rows_depend_on_seed_and_task_id(backend):
 
     def first_losses(**options):
         module = tuner(backend, net, validation=0.4, epochs=1, seed=options.pop("seed", 0))
-        return module(xs, ys, curves=True, **options).history.validation[:, 0].tolist()
+        return list(module(xs, ys, curves=True, **options).history.validation[:, 0])
 
-    a, b, c = first_losses()
-    assert a == b == c
-    a2, b2, c2 = first_losses(task_ids=[0, 1, 2])
-    assert len({a2, b2, c2}) == 3 and a2 == a
-    assert first_losses(seed=1)[0] not in (a, b2, c2)
+    alike = first_losses()
+    assert_promised(alike[1:], [alike[0], alike[0]], backend)
+    own = first_losses(task_ids=[0, 1, 2])
+    assert_promised(own[0], alike[0], backend)
+    other = [*own, first_losses(seed=1)[0]]
+    assert all(abs(a - b) > 1e-6 * b for a, b in itertools.combinations(other, 2))
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce_with_logits"])
@@ -412,24 +413,31 @@ def test_going_on_from_an_earlier_result(backend):
         net[0].weight.zero_()  # of no importance: the frozen ones come from the start as well
     got = half(xs, ys, start=half_way)
     for name, values in wanted.parameters.items():
-        assert torch.equal(got.parameters[name], values)
+        assert_promised(got.parameters[name], values, backend)
         assert got.parameters[name].stride(0) == values.stride(0)
 
 
 # ---- many tasks -------------------------------------------------------------------------------
 
 
-def equal(a, b):
-    """Bitwise, history and status included."""
+def equal(a, b, backend):
+    """As equal as the backend promises (`assert_promised`), history and status included."""
     assert len(a) == len(b) > 0
+    assert a.parameters.keys() == b.parameters.keys()
+    whole = torch.nan_to_num  # of a task that diverged
     for name, values in a.parameters.items():
-        assert torch.equal(values, b.parameters[name])
+        assert_promised(whole(values), whole(b.parameters[name]), backend, 10**6)
     assert torch.equal(a.status, b.status)
     assert (a.history is None) == (b.history is None)
     if a.history is not None:
         mine, its = a.history.values(), b.history.values()
         assert mine.keys() == its.keys()
-        assert all(torch.equal(mine[n].nan_to_num(-1.0), its[n].nan_to_num(-1.0)) for n in mine)
+        for name, values in mine.items():
+            if values.is_floating_point():
+                assert torch.equal(values.isnan(), its[name].isnan())
+                assert_promised(whole(values), whole(its[name]), backend, 10**6)
+            else:  # epochs
+                assert torch.equal(values, its[name])
 
 
 def many(backend, net, **options):
@@ -451,8 +459,8 @@ def test_results_do_not_depend_on_the_chunks(form, backend, monkeypatch):
     again = module(xs, ys, weights=ws, start=start, validation_data=None, **options)
     monkeypatch.setattr(finetune, "_CHUNK_WORK", 1.0)  # chunks as small as they get
     assert [b - a for a, b in module._chunks(module._current()[0], 19, 99, False)] == [16, 3]
-    equal(module(xs, ys, weights=ws, **options), whole)
-    equal(module(xs, ys, weights=ws, start=start, **options), again)
+    equal(module(xs, ys, weights=ws, **options), whole, backend)
+    equal(module(xs, ys, weights=ws, start=start, **options), again, backend)
     if backend == "native":
         assert "the last call had 19 tasks" in module.explain()
 
@@ -462,10 +470,10 @@ def test_a_tasks_result_does_not_depend_on_its_neighbours(backend):
     module = many(backend, net)
     whole = module(xs, ys, curves=True)
     order = [3, 0, 5, 2]
-    equal(module([xs[t] for t in order], [ys[t] for t in order], curves=True), whole[order])
+    moved = module([xs[t] for t in order], [ys[t] for t in order], curves=True)
+    equal(moved, whole[order], backend)
     alone = module(xs[2:3], ys[2:3], curves=True)
-    for name, values in alone.parameters.items():
-        assert torch.equal(values[0], whole.parameters[name][2])
+    equal(alone, whole[2:3], backend)
 
 
 def test_a_task_that_diverges_is_reported_and_harms_no_other(backend):
@@ -475,7 +483,7 @@ def test_a_task_that_diverges_is_reported_and_harms_no_other(backend):
     xs[1][3, 0], ys[2][1, 1] = math.nan, math.inf
     models = module(xs, ys, curves=True)
     assert models.status.tolist() == [0, 1, 1, 0] and models.status.dtype == torch.int8
-    equal(models[[0, 3]], clean[[0, 3]])
+    equal(models[[0, 3]], clean[[0, 3]], backend)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -497,7 +505,7 @@ def test_a_stream_is_one_call(weighted, backend):
         parts.append(models)
         assert len(taken) == min(5 * len(parts), 18)  # no more than is at hand
     assert [len(p) for p in parts] == [5, 5, 5, 3]
-    equal(pymeta.Adapted.concatenate(parts), whole)
+    equal(pymeta.Adapted.concatenate(parts), whole, backend)
     assert list(module.stream([])) == []
 
 
@@ -574,7 +582,7 @@ def test_the_model_stays_as_it_is(backend):
     assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
     assert not any(p.requires_grad for p in models.parameters.values())
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        equal(twin(xs, ys), models)
+        equal(twin(xs, ys), models, backend)
     with torch.no_grad():
         net[0].weight.zero_()
     assert models[1][0].weight.any()
@@ -585,7 +593,7 @@ def test_numpy_in(backend):
     module = tuner(backend, net)
     wanted = module(xs, ys, weights=ws, validation_data=(xs, ys))
     x, y, w = ([v.numpy() for v in values] for values in (xs, ys, ws))
-    equal(module(x, y, weights=w, validation_data=(x, y)), wanted)
+    equal(module(x, y, weights=w, validation_data=(x, y)), wanted, backend)
 
 
 def test_a_model_that_is_no_chain_runs_in_torch():
@@ -621,7 +629,7 @@ def test_under_torch_compile(backend):
     net, (xs, ys, *_) = mlp(2, 4, 2), batch()
     module = tuner(backend, net, batch_size=2)
     compiled = torch.compile(module, backend="eager")
-    equal(compiled(xs, ys, curves=True), module(xs, ys, curves=True))
+    equal(compiled(xs, ys, curves=True), module(xs, ys, curves=True), backend)
 
 
 def test_explain_and_repr():

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers import batch, gradients, mlp
+from helpers import assert_promised, batch, gradients, mlp
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -40,8 +40,8 @@ def test_data_loader_workers(backend):
     wanted = [items[i] for i in range(6)]  # the parent has used its pool before it forks
     fork = multiprocessing.get_context("fork")
     loader = DataLoader(items, num_workers=2, batch_size=None, multiprocessing_context=fork)
-    assert all(torch.equal(a, b) for a, b in zip(loader, wanted, strict=True))
-    assert torch.equal(items[3], wanted[3])
+    assert_promised(list(loader), wanted, backend)
+    assert_promised(items[3], wanted[3], backend)
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -62,9 +62,7 @@ def test_concurrent_threads_share_a_module(backend):
         try:
             start.wait()
             for _ in range(20 if backend == "native" else 3):
-                got = result(many[i])
-                if not all(torch.equal(a, b) for a, b in zip(got, wanted[i], strict=True)):
-                    wrong.append(i)
+                assert_promised(result(many[i]), wanted[i], backend)
         except Exception as error:
             wrong.append(error)
 

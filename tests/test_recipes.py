@@ -24,8 +24,10 @@ from kernels import (
     chains,
     flat,
     largest,
+    lost,
     make_layer,
     same_bits,
+    shaken,
     using,
 )
 from torch import nn
@@ -195,14 +197,16 @@ def compare(recipe: Recipe) -> bool:
     """One recipe on every path, in float64; whether the tasks stayed finite, so that it counts.
 
     As in test_kernels.py, the error that an honest kernel may have is the machine epsilon times a
-    condition number, for which what the reference loses in float32 stands, and has as its floor
-    the rounding of sums of as many terms as there are.
+    condition number, for which what the reference loses in float32 or `shaken` stands, and has as
+    its floor the rounding of sums of as many terms as there are.
     """
     problem = Adaptations(recipe)
     wanted = problem.follow(reference, torch.float64)
     single = problem.follow(reference, torch.float32)
     if wanted["status"].any() or single["status"].any():
         return False
+    with shaken(problem.net):
+        others = single, problem.follow(reference, torch.float64)
     steps = recipe.steps if recipe.epochs is None else recipe.epochs * recipe.rows
     widths = sum(max(layer[1], layer[2]) for layer in recipe.chain if len(layer) > 2)
     terms = math.sqrt((widths + recipe.rows) * (steps + 1))
@@ -214,9 +218,8 @@ def compare(recipe: Recipe) -> bool:
             if name in NUMBERS:
                 assert torch.equal(got[name], value), f"{isa} {executor} {name}: {recipe}"
                 continue
-            lost = largest(torch.nan_to_num(flat(single[name]) - flat(value)))
             whole = largest(torch.nan_to_num(flat(value)))
-            bound = 64 * EPS[torch.float64] * (lost / EPS[torch.float32] + terms * whole + terms)
+            bound = 64 * EPS[torch.float64] * (lost(name, others, wanted) + terms * whole + terms)
             error = largest(without_nan(got[name]) - without_nan(value))
             assert error <= bound, f"{isa} {executor} {name}: {error} > {bound}: {recipe}"
     return True

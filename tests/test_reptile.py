@@ -1,6 +1,7 @@
 """pymeta.Reptile on both backends, against loops over torch.optim and closed forms."""
 
 import copy
+import itertools
 import math
 import pickle
 import warnings
@@ -8,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import LOSSES, assert_close, batch, gradients, mlp, torch_loss
+from helpers import LOSSES, assert_close, assert_promised, batch, gradients, mlp, torch_loss
 from torch import nn
 
 import pymeta
@@ -94,7 +95,10 @@ def test_no_steps_are_no_gradient(loss, backend):
     net, (xs, ys, *_) = mlp(2, 4, 3), batch(loss, out=3)
     out = reptile(backend, net, loss=loss, steps=0)(xs, ys)
     assert out.loss.item() == 0 and not out.task_losses.any()
-    assert not any(g.any() for g in gradients(out.loss, *net.parameters()))
+    for g, p in zip(gradients(out.loss, *net.parameters()), net.parameters(), strict=True):
+        # the mean of three times the same number may be off by a rounding in torch
+        off = 0.0 if backend == "native" else 2 * torch.finfo(p.dtype).eps
+        assert (g.abs() <= off * p.detach().abs()).all()
 
 
 def test_one_step_of_a_linear_model_has_its_closed_form(backend):
@@ -170,7 +174,7 @@ def test_ragged_tasks_are_the_tasks_one_by_one(form, backend):
             x, y, w = (v[t].unsqueeze(0) for v in cut)
             alone = module.adapt(x, y, support_weights=w)
             for name, values in models.parameters.items():
-                assert torch.equal(alone.parameters[name][0], values[t])
+                assert_promised(alone.parameters[name][0], values[t], backend, 10**6)
             assert_close(module(x, y, support_weights=w).loss, losses[t])
     assert torch.equal(models.parameters["0.weight"][1], net[0].weight)
     assert losses[1] == 0
@@ -179,24 +183,32 @@ def test_ragged_tasks_are_the_tasks_one_by_one(form, backend):
 def test_steps_of_a_call(backend):
     net, (xs, ys, *_) = mlp(2, 4, 2), batch()
     longer, module = reptile(backend, net, steps=6), reptile(backend, net)
-    assert torch.equal(module(xs, ys, steps=6).loss, longer(xs, ys).loss)
+    assert_promised(module(xs, ys, steps=6).loss, longer(xs, ys).loss, backend)
     got, wanted = module.adapt(xs, ys, steps=6), longer.adapt(xs, ys)
-    assert torch.equal(got.parameters["0.bias"], wanted.parameters["0.bias"])
-    assert not torch.equal(module.adapt(xs, ys).parameters["0.bias"], wanted.parameters["0.bias"])
+    assert_promised(got.parameters["0.bias"], wanted.parameters["0.bias"], backend)
+    fewer = module.adapt(xs, ys).parameters["0.bias"]
+    assert (fewer - wanted.parameters["0.bias"]).abs().max() > 1e-3
 
 
 def test_training_calls_draw_anew_and_others_do_not(backend):
     net, (xs, ys, *_) = mlp(2, 4, 2), batch()
     module = reptile(backend, net, batch_size=2)
-    losses = [module(xs, ys).loss.item() for _ in range(3)]
-    assert len(set(losses)) == 3
+    losses = torch.stack([module(xs, ys).loss.detach() for _ in range(3)])
+    assert all(apart(a, b) for a, b in itertools.combinations(losses, 2))
     with torch.no_grad():
-        quiet = [module(xs, ys).loss.item() for _ in range(2)]
-        assert quiet[0] == quiet[1] and not module(xs, ys).loss.requires_grad
-    assert torch.equal(*(module.adapt(xs, ys).parameters["0.bias"] for _ in range(2)))
+        quiet = [module(xs, ys).loss for _ in range(2)]
+        assert_promised(quiet[0], quiet[1], backend)
+        assert not module(xs, ys).loss.requires_grad
+    assert_promised(*(module.adapt(xs, ys).parameters["0.bias"] for _ in range(2)), backend)
     again = reptile(backend, net, batch_size=2)
-    assert [again(xs, ys).loss.item() for _ in range(3)] == losses
-    assert reptile(backend, net, batch_size=2, seed=1)(xs, ys).loss.item() not in losses
+    assert_promised(torch.stack([again(xs, ys).loss for _ in range(3)]), losses, backend)
+    other = reptile(backend, net, batch_size=2, seed=1)(xs, ys).loss.detach()
+    assert all(apart(other, loss) for loss in losses)
+
+
+def apart(a, b) -> bool:
+    """Whether two numbers differ by more than rounding ever makes them."""
+    return bool((a - b).abs().max() > 1e-6 * b.abs().max())
 
 
 def test_task_ids_set_shuffles_apart(backend):
@@ -204,13 +216,14 @@ def test_task_ids_set_shuffles_apart(backend):
     xs, ys = xs[:1].expand(3, -1, -1), ys[:1].expand(3, -1, -1)
     module = reptile(backend, net, batch_size=2)
     alike = module.adapt(xs, ys).parameters["0.weight"]
-    assert torch.equal(alike[0], alike[1])
-    apart = module.adapt(xs, ys, task_ids=[0, 7, 0]).parameters["0.weight"]
-    assert torch.equal(apart[0], alike[0]) and torch.equal(apart[2], alike[0])
-    assert not torch.equal(apart[1], alike[0])
+    assert_promised(alike[0], alike[1], backend)
+    moved = module.adapt(xs, ys, task_ids=[0, 7, 0]).parameters["0.weight"]
+    assert_promised(moved[[0, 2]], alike[[0, 2]], backend)
+    assert apart(moved[1], alike[0])
     with torch.no_grad():
         losses = module(xs, ys, task_ids=np.array([0, 7, 0])).task_losses
-    assert losses[0] == losses[2] != losses[1]
+    assert_promised(losses[0], losses[2], backend)
+    assert apart(losses[1], losses[0])
 
 
 def test_a_resumed_run_goes_on_as_it_would_have(backend, tmp_path):
@@ -224,7 +237,7 @@ def test_a_resumed_run_goes_on_as_it_would_have(backend, tmp_path):
     twins = [other, copy.deepcopy(one), pickle.loads(pickle.dumps(one))]
     wanted = [one(xs, ys).loss for _ in range(2)]
     for twin in twins:
-        assert torch.equal(torch.stack([twin(xs, ys).loss for _ in range(2)]), torch.stack(wanted))
+        assert_promised([twin(xs, ys).loss for _ in range(2)], wanted, backend)
     with pytest.raises(ValueError, match=r"state: expected the stream"):
         one.set_extra_state({})
     with pytest.raises(ValueError, match=r"stream: expected an integer >= 0, got -1"):
@@ -270,7 +283,7 @@ def test_a_task_that_diverges_is_reported(backend):
     models = module.adapt(xs, ys)
     assert models.status.tolist() == [0, 1, 0] and not clean.status.any()
     for name, values in models.parameters.items():
-        assert torch.equal(values[[0, 2]], clean.parameters[name][[0, 2]])
+        assert_promised(values[[0, 2]], clean.parameters[name][[0, 2]], backend)
     losses = module(xs, ys).task_losses
     assert losses.isnan().tolist() == [False, True, False]
 
