@@ -122,14 +122,14 @@ PYMETA_FN void add_piece_nn(const Piece& p, int rows, int m0, int n0, Tile<kTile
 }
 
 template <Where kWhere, int kTileRows>
-PYMETA_FN void add_piece_nt(const Piece& p, int rows, int columns, int m0, int n0,
+PYMETA_FN void add_piece_nt(const Piece& p, int rows, int columns, int step, int m0, int n0,
                             Tile<kTileRows>& tile) {
   const Operands<kWhere> from(p);
   const Real *a[kTileRows], *b[4];
 #pragma unroll
   for (int m = 0; m < kTileRows; ++m) a[m] = from.a + within(m0 + m, rows) * p.a_row;
 #pragma unroll
-  for (int c = 0; c < 4; ++c) b[c] = from.b + within(n0 + c, columns) * p.b_row;
+  for (int c = 0; c < 4; ++c) b[c] = from.b + within(n0 + c * step, columns) * p.b_row;
   int k = 0;
   for (; k + 4 <= p.depth; k += 4) {
     Quad left[kTileRows], right[4];
@@ -176,54 +176,129 @@ PYMETA_FN void add_piece_tn(const Piece& p, int rows, int m0, int n0, Tile<kTile
   }
 }
 
-template <int kTileRows>
-PYMETA_FN void finish_tile(const Product& p, int m0, int n0, const Tile<kTileRows>& tile) {
+// value(sum, m, c, at): columns of a thread's tile are kStep apart.
+template <bool kStrided, int kTileRows, class Value>
+PYMETA_FN void store_tile(const Epilogue& e, int rows, int columns, int step, int m0, int n0,
+                          const Tile<kTileRows>& tile, Value value) {
 #pragma unroll
   for (int m = 0; m < kTileRows; ++m) {
-    if (m0 + m >= p.rows) break;
-    const std::size_t at = static_cast<std::size_t>(m0 + m) * p.epilogue.row + n0;
-    Quad result;
+    if (m0 + m < rows) {
+      const int at = (m0 + m) * e.row + n0;
+      if constexpr (kStrided) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c)
-      result.v[c] = n0 + c < p.columns ? p.epilogue(tile.sum[m][c], at + c) : Real(0);
-    store_quad(p.epilogue.out + at, result);
+        for (int c = 0; c < 4; ++c)
+          e.out[at + c * step] =
+              n0 + c * step < columns ? value.one(tile.sum[m][c], at + c * step) : Real(0);
+      } else {
+        const Quad found = value.quad(tile.sum[m], at);
+        Quad result;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) result.v[c] = n0 + c < columns ? found.v[c] : Real(0);
+        store_quad(e.out + at, result);
+      }
+    }
   }
+}
+struct PlainValue {
+  PYMETA_FN Real one(Real v, int) const { return v; }
+  PYMETA_FN Quad quad(const Real* v, int) const { return {{v[0], v[1], v[2], v[3]}}; }
+};
+struct ReluValue {
+  PYMETA_FN Real one(Real v, int) const { return at_least(v, 0); }
+  PYMETA_FN Quad quad(const Real* v, int) const {
+    return {{at_least(v[0], 0), at_least(v[1], 0), at_least(v[2], 0), at_least(v[3], 0)}};
+  }
+};
+struct GateValue {
+  const Real* gate;
+  PYMETA_FN static Real through(Real g, Real v) { return g <= Real(0) ? Real(0) : v; }
+  PYMETA_FN Real one(Real v, int at) const { return through(gate[at], v); }
+  PYMETA_FN Quad quad(const Real* v, int at) const {
+    const Quad g = load_quad(gate + at);
+    return {{through(g.v[0], v[0]), through(g.v[1], v[1]), through(g.v[2], v[2]),
+             through(g.v[3], v[3])}};
+  }
+};
+template <int kHow>  // 0: scale, 1: one more, 2: two
+struct SumValue {
+  const Real *first, *second;
+  Real scale;
+  PYMETA_FN Real one(Real v, int at) const {
+    if (kHow == 0) return v * scale;
+    const Real sum = fma(scale, v, first[at]);
+    return kHow == 1 ? sum : sum + second[at];
+  }
+  PYMETA_FN Quad quad(const Real* v, int at) const {
+    if (kHow == 0) return {{v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale}};
+    const Quad a = load_quad(first + at);
+    Quad r{{fma(scale, v[0], a.v[0]), fma(scale, v[1], a.v[1]), fma(scale, v[2], a.v[2]),
+            fma(scale, v[3], a.v[3])}};
+    if (kHow == 2) {
+      const Quad b = load_quad(second + at);
+      for (int c = 0; c < 4; ++c) r.v[c] = r.v[c] + b.v[c];
+    }
+    return r;
+  }
+};
+template <bool kStrided, int kTileRows>
+PYMETA_FN void finish_tile(const Epilogue& e, int rows, int columns, int step, int m0, int n0,
+                           const Tile<kTileRows>& tile) {
+  if (e.kind == Epilogue::relu)
+    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile, ReluValue{});
+  else if (e.kind == Epilogue::gate)
+    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile, GateValue{e.other});
+  else if (e.kind == Epilogue::plain)
+    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile, PlainValue{});
+  else if (e.extra && e.other)
+    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile,
+                         SumValue<2>{e.extra, e.other, e.scale});
+  else if (e.extra || e.other)
+    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile,
+                         SumValue<1>{e.extra ? e.extra : e.other, nullptr, e.scale});
+  else
+    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile,
+                         SumValue<0>{nullptr, nullptr, e.scale});
 }
 
 template <Form kForm, Where kWhere, int kTileRows>
-PYMETA_FN void add_piece(const Product& p, const Piece& piece, int m0, int n0,
+PYMETA_FN void add_piece(int rows, int columns, int step, const Piece& piece, int m0, int n0,
                          Tile<kTileRows>& tile) {
   if constexpr (kForm == Form::nn)
-    add_piece_nn<kWhere>(piece, p.rows, m0, n0, tile);
+    add_piece_nn<kWhere>(piece, rows, m0, n0, tile);
   else if constexpr (kForm == Form::nt)
-    add_piece_nt<kWhere>(piece, p.rows, p.columns, m0, n0, tile);
+    add_piece_nt<kWhere>(piece, rows, columns, step, m0, n0, tile);
   else
-    add_piece_tn<kWhere>(piece, p.rows, m0, n0, tile);
+    add_piece_tn<kWhere>(piece, rows, m0, n0, tile);
 }
 
 template <Form kForm, int kTileRows>
-PYMETA_FN PYMETA_APART void multiply_by_tiles(const Product& p) {
-  const int across = (p.columns + 3) / 4;
-  const int tiles = across * ((p.rows + kTileRows - 1) / kTileRows);
+PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
+  constexpr bool strided = kForm == Form::nt;
+  const Epilogue epilogue = given.epilogue;
+  const int rows = given.rows, columns = given.columns, count = given.count;
+  const Real* const biases = given.bias;
+  const int across = (columns + 3) / 4;
+  const int tiles = across * ((rows + kTileRows - 1) / kTileRows);
   for (int t = thread_index(); t < tiles; t += thread_count()) {
-    const int m0 = t / across * kTileRows, n0 = t % across * 4;
+    const int m0 = t / across * kTileRows, n0 = strided ? t % across : t % across * 4;
     Tile<kTileRows> tile;
-    const Quad bias = p.bias ? load_quad(p.bias + n0) : Quad{};
+    const Quad bias = !strided && biases ? load_quad(biases + n0) : Quad{};
 #pragma unroll
     for (int m = 0; m < kTileRows; ++m)
 #pragma unroll
       for (int c = 0; c < 4; ++c) tile.sum[m][c] = bias.v[c];
-    for (int s = 0; s < p.count; ++s) {
-      const Piece& piece = p.pieces[s];
+#pragma unroll 1
+    for (int s = 0; s < count; ++s) {
+      const Piece piece = given.pieces[s];
       const Where there = where(piece);
       if (there == Where::near)
-        add_piece<kForm, Where::near>(p, piece, m0, n0, tile);
+        add_piece<kForm, Where::near>(rows, columns, across, piece, m0, n0, tile);
       else if (there == Where::near_and_far)
-        add_piece<kForm, Where::near_and_far>(p, piece, m0, n0, tile);
+        add_piece<kForm, Where::near_and_far>(rows, columns, across, piece, m0, n0, tile);
       else
-        add_piece<kForm, Where::anywhere>(p, piece, m0, n0, tile);
+        add_piece<kForm, Where::anywhere>(rows, columns, across, piece, m0, n0, tile);
     }
-    finish_tile(p, m0, n0, tile);
+    finish_tile<strided>(epilogue, rows, columns, across, m0, n0, tile);
   }
 }
 
