@@ -16,10 +16,12 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/losses/registry.h"
 #include "../core/shuffle.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/engine.h"
 #include "../cuda/device.h"
+#include "network.h"
 
 namespace py = pybind11;
 
@@ -64,120 +66,6 @@ class ReleasedGil {
   PyThreadState* state_;
 };
 
-// ---- building the network ----------------------------------------------------------------------------------------
-
-struct ActivationName {
-  const char* name;
-  ActivationKind kind;
-  int parameters;
-};
-constexpr ActivationName kActivations[] = {
-    {"relu", ActivationKind::relu, 0},         {"leaky_relu", ActivationKind::leaky_relu, 1},
-    {"elu", ActivationKind::elu, 1},           {"tanh", ActivationKind::tanh, 0},
-    {"sigmoid", ActivationKind::sigmoid, 0},   {"silu", ActivationKind::silu, 0},
-    {"gelu", ActivationKind::gelu, 0},         {"gelu_tanh", ActivationKind::gelu_tanh, 0},
-    {"softplus", ActivationKind::softplus, 2},
-};
-
-class NetworkBuilder {
- public:
-  explicit NetworkBuilder(OwnedNetwork& owned) : owned_(owned), network_(owned.network) {}
-
-  void add(const py::tuple& spec) {
-    if (spec.empty()) refuse("layers: an empty tuple");
-    const std::string name = value<std::string>(spec, 0);
-    const std::size_t given = spec.size() - 1;
-    const auto expect = [&](std::size_t wanted) {
-      if (given != wanted)
-        refuse("layers: '" + name + "' takes " + std::to_string(wanted) + " values, got " +
-               std::to_string(given));
-    };
-    if (name == "linear") {
-      expect(3);
-      Layer& layer = append(LayerKind::linear, value<int>(spec, 1), value<int>(spec, 2));
-      layer.weight = tensor({layer.out, layer.in, true});
-      if (value<bool>(spec, 3)) layer.bias = tensor({1, layer.out, false});
-    } else if (name == "batch_norm" || name == "layer_norm") {
-      expect(4);
-      const int features = value<int>(spec, 1);
-      Layer& layer = append(name == "batch_norm" ? LayerKind::batch_norm : LayerKind::layer_norm,
-                            features, features);
-      layer.eps = value<double>(spec, 2);
-      if (value<bool>(spec, 3)) layer.weight = tensor({1, features, false});
-      if (value<bool>(spec, 4)) layer.bias = tensor({1, features, false});
-    } else {
-      for (const ActivationName& each : kActivations) {
-        if (name != each.name) continue;
-        expect(static_cast<std::size_t>(each.parameters));
-        add_activation({each.kind, each.parameters > 0 ? value<double>(spec, 1) : 0,
-                        each.parameters > 1 ? value<double>(spec, 2) : 0});
-        return;
-      }
-      refuse("layers: unknown layer '" + name + "'");
-    }
-  }
-
- private:
-  template <class T>
-  static T value(const py::tuple& spec, std::size_t i) {
-    try {
-      return spec[i].cast<T>();
-    } catch (const py::cast_error&) {
-      throw py::type_error("layers: value " + std::to_string(i) + " of a layer is of a wrong type");
-    }
-  }
-
-  Layer& append(LayerKind kind, int in, int out) {
-    if (in < 1 || out < 1)
-      refuse("layers: a layer needs at least one input and one output feature");
-    if (in > (1 << 24) || out > (1 << 24)) refuse("layers: a layer of more than 2^24 features");
-    if (network_.layer_count > 0 && network_.out_features() != in)
-      refuse("layers: layer " + std::to_string(network_.layer_count) + " takes " +
-             std::to_string(in) + " features, the one before it gives " +
-             std::to_string(network_.out_features()));
-    if (network_.layer_count == kMaxLayers)
-      refuse("more than " + std::to_string(kMaxLayers) + " layers");
-    Layer& layer = owned_.layers[network_.layer_count++];
-    layer = Layer{};
-    layer.kind = kind;
-    layer.in = in;
-    layer.out = out;
-    return layer;
-  }
-
-  // Into the layer before it where that has none yet, else as a layer of its own.
-  void add_activation(const Activation& activation) {
-    if (activation.kind == ActivationKind::leaky_relu && !(activation.alpha >= 0))
-      refuse("layers: leaky_relu: negative_slope must be >= 0");
-    if (activation.kind == ActivationKind::elu && !(activation.alpha > 0))
-      refuse("layers: elu: alpha must be > 0");
-    if (activation.kind == ActivationKind::softplus && !(activation.alpha > 0))
-      refuse("layers: softplus: beta must be > 0");
-    if (network_.layer_count == 0)
-      refuse("layers: the first layer must be linear or a normalisation");
-    Layer* last = &owned_.layers[network_.layer_count - 1];
-    if (last->activation.kind != ActivationKind::identity)
-      last = &append(LayerKind::none, last->out, last->out);
-    last->activation = activation;
-  }
-
-  int tensor(const Tensor& shape) {
-    owned_.tensors[network_.tensor_count] = shape;
-    return network_.tensor_count++;
-  }
-
-  OwnedNetwork& owned_;
-  Network& network_;
-};
-
-std::unique_ptr<OwnedNetwork> make_network(const std::vector<py::tuple>& layers) {
-  auto owned = std::make_unique<OwnedNetwork>();
-  NetworkBuilder builder(*owned);
-  for (const py::tuple& spec : layers) builder.add(spec);
-  if (owned->network.layer_count == 0) refuse("layers: expected at least one");
-  return owned;
-}
-
 std::vector<std::int64_t> parameter_sizes(const Network& network) {
   std::vector<std::int64_t> sizes;
   for (int t = 0; t < network.tensor_count; ++t)
@@ -198,16 +86,13 @@ std::unique_ptr<LossHolder> make_loss(const std::string& kind, double delta, dou
                                       std::vector<double> pos_weight) {
   auto holder = std::make_unique<LossHolder>();
   Loss& loss = holder->loss;
-  if (kind == "mse")
-    loss.kind = LossKind::mse;
-  else if (kind == "huber")
-    loss.kind = LossKind::huber;
-  else if (kind == "cross_entropy")
-    loss.kind = LossKind::cross_entropy;
-  else if (kind == "bce_with_logits")
-    loss.kind = LossKind::bce_with_logits;
-  else
-    refuse("loss: unknown kind '" + kind + "'");
+  bool found = false;
+  for_each_loss_spec([&](LossKind known, auto spec) {
+    if (kind != spec.kName) return;
+    loss.kind = known;
+    found = true;
+  });
+  if (!found) refuse("loss: unknown kind '" + kind + "'");
   if (!(delta > 0)) refuse("loss: delta must be > 0");
   if (!(label_smoothing >= 0 && label_smoothing <= 1))
     refuse("loss: label_smoothing must be in 0..1");
@@ -272,7 +157,7 @@ class Problem {
     per_element_ = !lr_groups;
     if (lr_groups) groups_ = *lr_groups;
     if (loss_.pos_weight.size() == 1) loss_.pos_weight.assign(out, loss_.pos_weight[0]);
-    if (loss_.weight.size() == 1 && loss_.loss.kind == LossKind::bce_with_logits)
+    if (loss_.weight.size() == 1 && !takes_labels(loss_.loss))
       loss_.weight.assign(out, loss_.weight[0]);
     for (const auto* values : {&loss_.weight, &loss_.pos_weight})
       if (!values->empty() && values->size() != out)

@@ -1,18 +1,57 @@
 // Activations, each with its value, slope and curvature (zeroth, first and second derivative) side by side.
 //
 // `z` is the activation's input and `a` its output. Where slope and curvature follow from the output
-// (`kFromOutput`), z is never stored. `kBent` says whether the curvature is anything but zero: only then do the
+// (`kFromOutput`), z is never stored. `kHasCurvature` says whether the curvature is anything but zero: only then do the
 // tangent passes need the delta before the activation and the tangent of z. `kMovesZero`: its value at 0 is not 0, so
 // that padding has to be cleared behind it. At a kink the derivative is torch's,
 // and comparisons are written so that a NaN passes through. The elementary functions come from the machine's own
 // vector type V (cpu/simd.h).
 //
-// A new activation: a name in ActivationKind (network.h), a Rule here, a line in with_activation(), its torch
-// module in pymeta/network.py. Nothing else.
+// A new activation: a line in PYMETA_ACTIVATIONS and a Rule here. Its torch module has its line in pymeta/spec.
 #pragma once
 
-#include "machine.h"
 #include "network.h"
+
+// ACTIVATION(kind, number of parameters: `alpha`, then `threshold`, the condition on alpha, and how messages put it)
+#define PYMETA_ACTIVATIONS(ACTIVATION)                                 \
+  ACTIVATION(identity, 0, true, "")                                    \
+  ACTIVATION(relu, 0, true, "")                                        \
+  ACTIVATION(leaky_relu, 1, alpha >= 0, "negative_slope must be >= 0") \
+  ACTIVATION(elu, 1, alpha > 0, "alpha must be > 0")                   \
+  ACTIVATION(tanh, 0, true, "")                                        \
+  ACTIVATION(sigmoid, 0, true, "")                                     \
+  ACTIVATION(silu, 0, true, "")                                        \
+  ACTIVATION(gelu, 0, true, "")                                        \
+  ACTIVATION(gelu_tanh, 0, true, "")                                   \
+  ACTIVATION(softplus, 2, alpha > 0, "beta must be > 0")
+
+namespace pymeta {
+
+enum class ActivationKind : std::uint8_t {
+#define PYMETA_KIND(kind, parameters, condition, message) kind,
+  PYMETA_ACTIVATIONS(PYMETA_KIND)
+#undef PYMETA_KIND
+};
+
+// How a network's description spells an activation, and what its parameters must be.
+struct ActivationSpelling {
+  const char* name;
+  ActivationKind kind;
+  int parameters;
+  bool (*accepts)(double alpha);
+  const char* condition;
+};
+constexpr ActivationSpelling kActivations[] = {
+#define PYMETA_SPELLING(kind, parameters, condition, message) \
+  {#kind, ActivationKind::kind, parameters,                   \
+   [](double alpha) { return static_cast<void>(alpha), (condition); }, message},
+    PYMETA_ACTIVATIONS(PYMETA_SPELLING)
+#undef PYMETA_SPELLING
+};
+
+}  // namespace pymeta
+
+#ifdef PYMETA_MACHINE
 
 PYMETA_KERNEL_BEGIN
 
@@ -21,7 +60,7 @@ struct Rule;
 
 template <>
 struct Rule<ActivationKind::identity> {
-  static constexpr bool kFromOutput = true, kBent = false, kMovesZero = false;
+  static constexpr bool kFromOutput = true, kHasCurvature = false, kMovesZero = false;
   template <class V>
   PYMETA_FN static V value(V z, const Activation&) {
     return z;
@@ -38,7 +77,7 @@ struct Rule<ActivationKind::identity> {
 
 template <>
 struct Rule<ActivationKind::relu> {
-  static constexpr bool kFromOutput = true, kBent = false, kMovesZero = false;
+  static constexpr bool kFromOutput = true, kHasCurvature = false, kMovesZero = false;
   template <class V>
   PYMETA_FN static V value(V z, const Activation&) {
     return select(z < Real(0), V{}, z);
@@ -53,10 +92,10 @@ struct Rule<ActivationKind::relu> {
   }
 };
 
-// The slope for negative z is at least 0 (network.py sees to it), so that the sign of the output is that of z.
+// The slope for negative z is at least 0 (PYMETA_ACTIVATIONS sees to it), so that the sign of the output is that of z.
 template <>
 struct Rule<ActivationKind::leaky_relu> {
-  static constexpr bool kFromOutput = true, kBent = false, kMovesZero = false;
+  static constexpr bool kFromOutput = true, kHasCurvature = false, kMovesZero = false;
   template <class V>
   PYMETA_FN static V value(V z, const Activation& p) {
     return select(z > Real(0), z, z * Real(p.alpha));
@@ -73,7 +112,7 @@ struct Rule<ActivationKind::leaky_relu> {
 
 template <>
 struct Rule<ActivationKind::elu> {
-  static constexpr bool kFromOutput = true, kBent = true, kMovesZero = false;
+  static constexpr bool kFromOutput = true, kHasCurvature = true, kMovesZero = false;
   template <class V>
   PYMETA_FN static V value(V z, const Activation& p) {
     return select(z > Real(0), z, expm1(z) * Real(p.alpha));
@@ -90,7 +129,7 @@ struct Rule<ActivationKind::elu> {
 
 template <>
 struct Rule<ActivationKind::tanh> {
-  static constexpr bool kFromOutput = true, kBent = true, kMovesZero = false;
+  static constexpr bool kFromOutput = true, kHasCurvature = true, kMovesZero = false;
   template <class V>
   PYMETA_FN static V value(V z, const Activation&) {
     return tanh(z);
@@ -107,7 +146,7 @@ struct Rule<ActivationKind::tanh> {
 
 template <>
 struct Rule<ActivationKind::sigmoid> {
-  static constexpr bool kFromOutput = true, kBent = true, kMovesZero = true;
+  static constexpr bool kFromOutput = true, kHasCurvature = true, kMovesZero = true;
   template <class V>
   PYMETA_FN static V value(V z, const Activation&) {
     return sigmoid(z);
@@ -124,7 +163,7 @@ struct Rule<ActivationKind::sigmoid> {
 
 template <>
 struct Rule<ActivationKind::silu> {
-  static constexpr bool kFromOutput = false, kBent = true, kMovesZero = false;
+  static constexpr bool kFromOutput = false, kHasCurvature = true, kMovesZero = false;
   template <class V>
   PYMETA_FN static V value(V z, const Activation&) {
     return z * sigmoid(z);
@@ -144,7 +183,7 @@ struct Rule<ActivationKind::silu> {
 // z Phi(z), with phi = Phi' the normal density and phi' = -z phi.
 template <>
 struct Rule<ActivationKind::gelu> {
-  static constexpr bool kFromOutput = false, kBent = true, kMovesZero = false;
+  static constexpr bool kFromOutput = false, kHasCurvature = true, kMovesZero = false;
   template <class V>
   PYMETA_FN static V density(V z) {
     return exp(z * z * Real(-0.5)) * Real(0.39894228040143267794);
@@ -167,7 +206,7 @@ struct Rule<ActivationKind::gelu> {
 // 0 * infinity out of its derivatives.
 template <>
 struct Rule<ActivationKind::gelu_tanh> {
-  static constexpr bool kFromOutput = false, kBent = true, kMovesZero = false;
+  static constexpr bool kFromOutput = false, kHasCurvature = true, kMovesZero = false;
   static constexpr Real k = Real(0.79788456080286535588), c = Real(0.044715);
   template <class V>
   PYMETA_FN static V held(V z) {
@@ -198,7 +237,7 @@ struct Rule<ActivationKind::gelu_tanh> {
 
 template <>
 struct Rule<ActivationKind::softplus> {
-  static constexpr bool kFromOutput = false, kBent = true, kMovesZero = true;
+  static constexpr bool kFromOutput = false, kHasCurvature = true, kMovesZero = true;
   template <class V>
   PYMETA_FN static V value(V z, const Activation& p) {
     const V u = z * Real(p.alpha);
@@ -221,26 +260,11 @@ struct Rule<ActivationKind::softplus> {
 template <class Visitor>
 PYMETA_FN void with_activation(ActivationKind kind, Visitor visit) {
   switch (kind) {
-    case ActivationKind::identity:
-      return visit(Rule<ActivationKind::identity>{});
-    case ActivationKind::relu:
-      return visit(Rule<ActivationKind::relu>{});
-    case ActivationKind::leaky_relu:
-      return visit(Rule<ActivationKind::leaky_relu>{});
-    case ActivationKind::elu:
-      return visit(Rule<ActivationKind::elu>{});
-    case ActivationKind::tanh:
-      return visit(Rule<ActivationKind::tanh>{});
-    case ActivationKind::sigmoid:
-      return visit(Rule<ActivationKind::sigmoid>{});
-    case ActivationKind::silu:
-      return visit(Rule<ActivationKind::silu>{});
-    case ActivationKind::gelu:
-      return visit(Rule<ActivationKind::gelu>{});
-    case ActivationKind::gelu_tanh:
-      return visit(Rule<ActivationKind::gelu_tanh>{});
-    case ActivationKind::softplus:
-      return visit(Rule<ActivationKind::softplus>{});
+#define PYMETA_CASE(name, parameters, condition, message) \
+  case ActivationKind::name:                              \
+    return visit(Rule<ActivationKind::name>{});
+    PYMETA_ACTIVATIONS(PYMETA_CASE)
+#undef PYMETA_CASE
   }
 }
 
@@ -250,9 +274,9 @@ PYMETA_FN inline bool slope_needs_input(ActivationKind kind) {
   with_activation(kind, [&](auto rule) { needed = !decltype(rule)::kFromOutput; });
   return needed;
 }
-PYMETA_FN inline bool is_bent(ActivationKind kind) {
+PYMETA_FN inline bool has_curvature(ActivationKind kind) {
   bool bent = false;
-  with_activation(kind, [&](auto rule) { bent = decltype(rule)::kBent; });
+  with_activation(kind, [&](auto rule) { bent = decltype(rule)::kHasCurvature; });
   return bent;
 }
 // Identity and ReLU are done in the store of the product before them.
@@ -261,3 +285,5 @@ PYMETA_FN inline bool is_fused(ActivationKind kind) {
 }
 
 PYMETA_KERNEL_END
+
+#endif  // PYMETA_MACHINE

@@ -1,7 +1,7 @@
 // The network as plain data: a chain of layers, each followed by an activation.
 //
 // An nn.Sequential of Linear, normalisation and activation modules becomes `layers`: an activation module is
-// folded into the layer before it, or stands alone as a `LayerKind::none` layer where there is none. Parameter
+// folded into the layer before it, or is a layer of its own where that has one already. Parameter
 // tensors are numbered in torch's order (for each layer the weight, then the bias). True on every machine; no
 // executor, no SIMD, no Python.
 #pragma once
@@ -12,32 +12,30 @@
 
 namespace pymeta {
 
-enum class LayerKind : std::uint8_t { linear, batch_norm, layer_norm, none };
-
-enum class ActivationKind : std::uint8_t {
-  identity,
-  relu,
-  leaky_relu,
-  elu,
-  tanh,
-  sigmoid,
-  silu,
-  gelu,
-  gelu_tanh,
-  softplus,
-};
+enum class LayerKind : std::uint8_t;       // layers/registry.h
+enum class ActivationKind : std::uint8_t;  // activations.h
+enum class LossKind : std::uint8_t;        // losses/registry.h
 
 struct Activation {
-  ActivationKind kind = ActivationKind::identity;
-  double alpha = 0;      // leaky_relu: negative slope; elu: alpha; softplus: beta
-  double threshold = 0;  // softplus: linear where beta * z exceeds it
+  ActivationKind kind{};  // identity
+  double alpha = 0;       // leaky_relu: negative slope; elu: alpha; softplus: beta
+  double threshold = 0;   // softplus: linear where beta * z exceeds it
+};
+
+// One row of a layer's input or output: a vector of features is 1 x 1 x channels.
+struct Shape {
+  int height = 1, width = 1, channels = 0;
+
+  PYMETA_FN int features() const { return height * width * channels; }
+  bool operator!=(const Shape& other) const {
+    return height != other.height || width != other.width || channels != other.channels;
+  }
 };
 
 struct Layer {
-  LayerKind kind = LayerKind::none;
+  LayerKind kind{};
   Activation activation;
-  int in = 0;  // features; in == out except for linear layers
-  int out = 0;
+  Shape in, out;
   double eps = 0;   // of the normalisations
   int weight = -1;  // number of the parameter tensor, -1 where the layer has none
   int bias = -1;
@@ -57,13 +55,8 @@ struct Network {
   const Layer* layers = nullptr;    // [layer_count]
   const Tensor* tensors = nullptr;  // [tensor_count]
 
-  PYMETA_FN int in_features() const { return layers[0].in; }
-  PYMETA_FN int out_features() const { return layers[layer_count - 1].out; }
-  PYMETA_FN bool has_batch_norm() const {
-    for (int l = 0; l < layer_count; ++l)
-      if (layers[l].kind == LayerKind::batch_norm) return true;
-    return false;
-  }
+  PYMETA_FN int in_features() const { return layers[0].in.features(); }
+  PYMETA_FN int out_features() const { return layers[layer_count - 1].out.features(); }
 };
 
 constexpr int kMaxLayers = 128;
@@ -91,11 +84,9 @@ struct OwnedNetwork {
   }
 };
 
-enum class LossKind : std::uint8_t { mse, huber, cross_entropy, bce_with_logits };
-
-// A row's loss, before the weighted mean over the rows of a set (losses.h).
+// A row's loss, before the weighted mean over the rows of a set (losses/).
 struct Loss {
-  LossKind kind = LossKind::mse;
+  LossKind kind{};                   // mse
   double delta = 1;                  // huber
   double label_smoothing = 0;        // cross_entropy
   std::int64_t ignore_index = -100;  // cross_entropy: rows with this label weigh nothing

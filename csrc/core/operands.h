@@ -1,12 +1,7 @@
 // The operands that the algorithm hands to an executor.
 #pragma once
 
-#include "machine.h"
-
 PYMETA_KERNEL_BEGIN
-
-// A last layer of at most this many outputs and no activation is computed as dot products (cpu/executor.h).
-constexpr int kNarrow = 4;
 
 struct Matrix {
   const Real* p;
@@ -48,7 +43,7 @@ struct Term {
   const Real* w_transposed = nullptr;  // rows only: [out, stride(in)]
 };
 
-// One term of a sum of products of a small coefficient matrix with a matrix of features (factored.h).
+// One term of a sum of products of a small coefficient matrix with a matrix of features (layers/factored_linear.h).
 struct Mix {
   const Real* coefficients;  // element (row, k) at row * row_stride + k * depth_stride
   long row_stride, depth_stride;

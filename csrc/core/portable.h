@@ -3,8 +3,8 @@
 
 #ifdef __CUDACC__
 #define PYMETA_FN __host__ __device__
-#define PYMETA_APART __noinline__  // one copy of what many places call
+#define PYMETA_NOINLINE __noinline__  // one copy of what many places call
 #else
 #define PYMETA_FN
-#define PYMETA_APART
+#define PYMETA_NOINLINE
 #endif

@@ -46,7 +46,7 @@ struct LearningRate {
   const int* groups = nullptr;  // [tensors] column of each tensor, when not per_element
 };
 
-// The inner optimiser (optimizers.h has the formulas).
+// The inner optimiser (optimizers/ has the formulas).
 enum class OptimizerKind : std::uint8_t { sgd, adam };
 
 struct Optimizer {

@@ -8,101 +8,45 @@
 #include <cstddef>
 
 #include "activations.h"
-#include "machine.h"
-#include "operands.h"
+#include "layers/factored_linear.h"
+#include "layers/registry.h"
+#include "losses/registry.h"
+#include "optimizers/rates.h"
+#include "places.h"
 #include "tasks.h"
 
 PYMETA_KERNEL_BEGIN
 
-constexpr Place kNowhere = ~Place{0};
-
-// The memory of an item's arrays. Where a machine has a small fast one beside the large one (kTwoMemories), a place says
-// in which of the two it is.
-constexpr Place kFar = ~(kNowhere >> 1) >> 1;  // the bit of places in the large one
-
-struct Memory {
-  Real* near;
-  Real* far = nullptr;
-
-  PYMETA_FN Real* at(Place place) const {
-    if (place == kNowhere) return nullptr;
-    if constexpr (kTwoMemories)
-      if (place & kFar) return far + (place & ~kFar);
-    return near + place;
-  }
-};
-
-// Hands out consecutive, cache-line aligned places: near ones while they last, first come, first served.
-struct Places {
-  std::size_t most = ~std::size_t{0};  // scalars of the near memory
-  std::size_t used = 0;                // of it
-  std::size_t used_far = 0;
-
-  static std::size_t lines(std::size_t scalars) {
-    constexpr std::size_t line = 64 / sizeof(Real);
-    return (scalars + line - 1) / line * line;
-  }
-  bool fits(std::size_t scalars) const { return lines(scalars) <= most - used; }
-  Place take(std::size_t scalars) {
-    return fits(scalars) ? take_from(used, scalars) : take_far(scalars);
-  }
-  Place take_far(std::size_t scalars) {
-    return kTwoMemories ? take_from(used_far, scalars) | kFar : take_from(used, scalars);
-  }
-
- private:
-  static Place take_from(std::size_t& end, std::size_t scalars) {
-    const std::size_t place = end;
-    end += lines(scalars);
-    return static_cast<Place>(place);
-  }
-};
-
-// A parameter tensor as the executor keeps it: a matrix [outer, inner] with padded rows. A linear weight is
-// [in, out] (torch: [out, in]) unless it is the narrow last layer's; a vector is [1, features].
-struct PackedTensor {
-  Place place;
-  int outer, inner;
-  int row;  // scalars from one outer index to the next
-  bool transposed;
-
-  PYMETA_FN std::size_t scalars() const { return static_cast<std::size_t>(outer) * row; }
-  PYMETA_FN std::size_t elements() const { return static_cast<std::size_t>(outer) * inner; }
-};
-
 template <class X>
 struct ParameterLayout {
   PackedTensor tensors[2 * kMostLayers];
-  std::size_t size = 0;                // scalars of all tensors
-  std::size_t size_without_first = 0;  // the first layer's weight lies last (factored.h)
-  Place transposed[kMostLayers];       // of each linear layer's W^T, or kNowhere
+  std::size_t size = 0;  // scalars of all tensors
+  std::size_t size_without_first =
+      0;                          // the first layer's weight lies last (layers/factored_linear.h)
+  Place transposed[kMostLayers];  // of each layer's transposed weight, or kNowhere
   std::size_t transposed_size = 0;
-  bool narrow = false;  // the last layer is a narrow one (executor.h)
+  bool narrow;  // the last layer is a NarrowLinear
 
-  ParameterLayout(const Network& network, bool input_gradient) {
-    const Layer& last = network.layers[network.layer_count - 1];
-    narrow = last.kind == LayerKind::linear && last.activation.kind == ActivationKind::identity &&
-             last.out <= kNarrow;
+  ParameterLayout(const Network& network, bool input_gradient) : narrow(is_last_narrow(network)) {
     Places places, transposed_places;
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
       transposed[l] = kNowhere;
       if (layer.weight >= 0) {
         PackedTensor& t = tensors[layer.weight];
-        const bool linear = layer.kind == LayerKind::linear;
-        const bool is_narrow = narrow && l == network.layer_count - 1;
-        t.transposed = linear && !is_narrow;
-        t.outer = !linear ? 1 : is_narrow ? layer.out : layer.in;
-        t.inner = is_narrow ? layer.in : layer.out;
-        t.row = static_cast<int>(X::stride(t.inner));
-        if (l > 0) t.place = places.take(scalars(layer.weight));
-        if (X::kTransposes && t.transposed && (l > 0 || input_gradient))
+        bool transposes = false;
+        with_variant<X>(network, l, narrow, [&](auto rules) {
+          t = rules.packed_weight(layer);
+          transposes = X::kTransposes && rules.kTransposesWeight;
+        });
+        if (l > 0) t.place = places.take(t.scalars());
+        if (transposes && (l > 0 || input_gradient))
           transposed[l] =
-              transposed_places.take(static_cast<std::size_t>(layer.out) * X::stride(layer.in));
+              transposed_places.take(static_cast<std::size_t>(t.inner) * X::stride(t.outer));
       }
       if (layer.bias >= 0) {
         PackedTensor& t = tensors[layer.bias];
-        t = {0, 1, layer.out, static_cast<int>(X::stride(layer.out)), false};
+        t = packed_vector<X>(layer.out.channels);
         t.place = places.take(t.row);
       }
     }
@@ -130,14 +74,18 @@ struct ParameterLayout {
   }
 };
 
-// One pass of a set through the network: what is kept for the passes that follow.
+// What a layer keeps of a pass for the passes that follow.
+struct LayerTape {
+  Place a;               // output
+  Place z;               // input of the activation, where its slope needs it
+  Place d;               // delta at z
+  Place c;               // delta at a, where the activation has a curvature
+  Place kept[kMaxKept];  // the layer's own arrays
+};
+
+// One pass of a set through the network.
 struct TapeLayout {
-  Place a[kMostLayers];  // output
-  Place z[kMostLayers];  // input of the activation, where its slope needs it
-  Place d[kMostLayers];  // delta at z
-  Place c[kMostLayers];  // delta at a, where the activation is bent
-  Place h[kMostLayers];  // normalisations: NormState
-  Place inverse[kMostLayers];
+  LayerTape layers[kMostLayers];
   Place y, dy, probability;  // class-major outputs, their deltas, softmax or sigmoid
   Place row_losses;
   std::size_t size;
@@ -147,32 +95,43 @@ struct TapeLayout {
     Places places;
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
-      const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(layer.out);
-      const bool norm = layer.kind == LayerKind::batch_norm || layer.kind == LayerKind::layer_norm;
-      const std::size_t slices = layer.kind == LayerKind::batch_norm ? X::vectors(layer.out) : rows;
-      a[l] = places.take(matrix);
-      z[l] = slope_needs_input(layer.activation.kind) ? places.take(matrix) : kNowhere;
-      d[l] = with_deltas ? places.take(matrix) : kNowhere;
-      c[l] = with_tangents && is_bent(layer.activation.kind) ? places.take(matrix) : kNowhere;
-      h[l] = norm ? places.take(matrix) : kNowhere;
-      inverse[l] = norm ? places.take(slices * kWidth) : kNowhere;
+      const ActivationKind activation = layer.activation.kind;
+      const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(layer.out.features());
+      LayerTape& tape = layers[l];
+      tape.a = places.take(matrix);
+      tape.z = places.take_if(slope_needs_input(activation), matrix);
+      tape.d = places.take_if(with_deltas, matrix);
+      tape.c = places.take_if(with_tangents && has_curvature(activation), matrix);
+      take_kept<X>(places, layer, rows, tape.kept);
     }
     const std::size_t classes =
         static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
     y = places.take(classes);
-    dy = with_deltas ? places.take(classes) : kNowhere;
+    dy = places.take_if(with_deltas, classes);
     probability = places.take(classes);
     row_losses = places.take(X::class_stride(rows));
     size = places.used;
   }
+
+  template <class X>
+  static void take_kept(Places& places, const Layer& layer, int rows, Place* kept) {
+    with_layer<X>(layer.kind, [&](auto rules) {
+      for (int i = 0; i < kMaxKept; ++i) {
+        const std::size_t scalars = rules.kept_scalars(layer, rows, i);
+        kept[i] = places.take_if(scalars > 0, scalars);
+      }
+    });
+  }
 };
 
 // The tangent pass over one support tape.
+struct LayerTangents {
+  Place ra;
+  Place rz;  // where the activation has a curvature
+  Place kept[kMaxKept];
+};
 struct TangentLayout {
-  Place ra[kMostLayers];
-  Place rz[kMostLayers];  // where the activation is bent
-  Place rh[kMostLayers];
-  Place q[kMostLayers];
+  LayerTangents layers[kMostLayers];
   Place rd[2];  // deltas of a layer and the one below it, in turn
   Place ry, rdy;
   std::size_t size;
@@ -183,14 +142,11 @@ struct TangentLayout {
     std::size_t widest = static_cast<std::size_t>(rows) * X::stride(network.in_features());
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
-      const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(layer.out);
-      const bool norm = layer.kind == LayerKind::batch_norm || layer.kind == LayerKind::layer_norm;
-      const std::size_t slices = layer.kind == LayerKind::batch_norm ? X::vectors(layer.out) : rows;
+      const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(layer.out.features());
       widest = widest < matrix ? matrix : widest;
-      ra[l] = places.take(matrix);
-      rz[l] = is_bent(layer.activation.kind) ? places.take(matrix) : kNowhere;
-      rh[l] = norm ? places.take(matrix) : kNowhere;
-      q[l] = norm ? places.take(slices * kWidth) : kNowhere;
+      layers[l].ra = places.take(matrix);
+      layers[l].rz = places.take_if(has_curvature(layer.activation.kind), matrix);
+      TapeLayout::take_kept<X>(places, layer, rows, layers[l].kept);
     }
     rd[0] = places.take(widest);
     rd[1] = places.take(widest);
@@ -212,53 +168,12 @@ struct SetLayout {
   void lay_out(Places& places, const Network& network, const Loss& loss, int rows, bool copy_input,
                bool input_gradient) {
     const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(network.in_features());
-    const int target_columns = loss.kind == LossKind::cross_entropy ? 1 : network.out_features();
+    const int target_columns = takes_labels(loss) ? 1 : network.out_features();
     x = copy_input ? places.take(matrix) : kNowhere;
     targets = places.take(static_cast<std::size_t>(target_columns) * X::class_stride(rows));
     scale = places.take(X::class_stride(rows));
     keep = places.take(static_cast<std::size_t>(rows) * kWidth);
     dx = input_gradient ? places.take(matrix) : kNowhere;
-  }
-};
-
-// Is every step theta - lr g, with one rate for all adapted tensors?
-inline bool steps_scale_gradient(const Call<Real>& call) {
-  if (!call.optimizer.is_plain() || call.lr.per_element) return false;
-  int group = -1;
-  for (int t = 0; t < call.network->tensor_count; ++t) {
-    if (!call.adapted[t]) continue;
-    if (group >= 0 && call.lr.groups[t] != group) return false;
-    group = call.lr.groups[t];
-  }
-  return true;
-}
-
-// A first layer that is never materialised (factored.h): when, and what it keeps.
-
-// Can this call's first layer be factored at all? A property of the network and the recipe.
-inline bool is_factorable(const Call<Real>& call) {
-  const Layer& first = call.network->layers[0];
-  if (first.kind != LayerKind::linear || first.in < 64 || first.out < 16) return false;
-  if (call.xs_gradient || call.xq_gradient || !steps_scale_gradient(call)) return false;
-  if (call.sums_differences || call.by_epochs() || call.batches.size > 0) return false;
-  return !call.starts_apart(first.weight);
-}
-// Of one task alone, so that its result does not depend on the others.
-PYMETA_FN inline bool is_factored(const Network& network, int support_rows) {
-  return 4 * support_rows <= network.layers[0].in;
-}
-
-struct FactoredLayout {
-  Place gram_support, gram_query;  // [rows, support rows] of the largest tasks
-  Place e, mixed;
-
-  template <class X>
-  void lay_out(Places& places, const Layer& layer, int support_rows, int query_rows) {
-    const std::size_t row = X::stride(layer.out);
-    gram_support = places.take(static_cast<std::size_t>(support_rows) * support_rows);
-    gram_query = places.take(static_cast<std::size_t>(query_rows) * support_rows);
-    e = places.take(support_rows * row);
-    mixed = places.take(support_rows * row);
   }
 };
 
@@ -272,7 +187,7 @@ struct Workspace {
   bool keeps_steps;      // every step has its own parameters and tape
   bool saves_steps;      // ... not where they are used, but in `saved`, copied there and back
   bool keeps_gradients;  // every step has its own inner gradient and optimiser state
-  bool direction_is_v;   // the reverse sweep needs no u of its own (optimizers.h)
+  bool direction_is_v;   // the reverse sweep needs no u of its own (optimizers/step.h)
   bool sums_losses;      // the steps' losses are asked for
   bool factorable;
   FactoredLayout factored;
@@ -309,8 +224,11 @@ struct Workspace {
         call.max_query > call.max_validation ? call.max_query : call.max_validation;
     const bool stores_gradient =
         keeps_gradients || call.lr.per_element || !call.optimizer.is_plain();
-    const bool copy_input = !X::kReadsInputInPlace || network.layers[0].kind != LayerKind::linear ||
-                            (network.layer_count == 1 && parameters.narrow);
+    bool in_place = false;  // products read the caller's own rows
+    with_variant<X>(network, 0, parameters.narrow, [&](auto rules) {
+      in_place = X::kReadsInputInPlace && rules.kReadsRowsInPlace;
+    });
+    const bool copy_input = !in_place;
     bool starts_apart = false;
     for (int t = 0; t < network.tensor_count; ++t)
       starts_apart = starts_apart || call.starts_apart(t);
@@ -323,7 +241,7 @@ struct Workspace {
 
     Places places{near};
     const auto take_if = [&](bool wanted, std::size_t scalars) {
-      return wanted ? places.take(scalars) : kNowhere;
+      return places.take_if(wanted, scalars);
     };
     const std::size_t of_a_step = parameters.size + parameters.transposed_size + support_tape.size;
     keeps_steps = kept > 1 && places.fits(of_a_step * kept);

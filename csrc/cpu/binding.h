@@ -7,7 +7,7 @@
 
 #include <string.h>
 
-#include "../core/inner_loop.h"
+#include "../core/algorithms/state.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -130,7 +130,7 @@ class Binder {
   void bind_targets(const Lots& lots, const Extent& extent, Real* targets, Real* scale) const {
     const RowSet<Real>& set = lots.set;
     const Loss& loss = *call_.loss;
-    const bool labels = loss.kind == LossKind::cross_entropy;
+    const bool labels = takes_labels(loss);
     const int out = call_.network->out_features();
     const long classes = X::class_stride(extent.rows);
     if (X::kTasks == 1 || extent.keep) {

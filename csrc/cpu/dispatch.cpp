@@ -1,5 +1,8 @@
 #include "dispatch.h"
 
+#include "../core/layers/registry.h"
+#include "../core/losses/registry.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -188,8 +191,8 @@ constexpr SetNames kValidation{"xv", "yv", "validation_sizes", "validation_weigh
 template <class Real>
 int check_set(const Call<Real>& call, const RowSet<Real>& set, const SetNames& names) {
   const Network& network = *call.network;
-  const bool batch_norm = network.has_batch_norm();
-  const bool labels = call.loss && call.loss->kind == LossKind::cross_entropy && set.y;
+  const bool batch_norm = mixes_rows(network);
+  const bool labels = call.loss && takes_labels(*call.loss) && set.y;
   const int out = network.out_features();
   std::int64_t largest = 0;
   for (std::int64_t task = 0; task < call.tasks; ++task) {
@@ -322,7 +325,7 @@ Report plan(const Call<Real>& call, Job job) {
 template <class Real>
 void check_minibatches(const Call<Real>& call) {
   const int size = call.batches.size;
-  if (size == 0 || !call.network->has_batch_norm()) return;
+  if (size == 0 || !mixes_rows(*call.network)) return;
   for (std::int64_t task = 0; task < call.tasks; ++task) {
     const int rows = call.support.size(task);
     if (!call.batches.whole(rows) && (size == 1 || rows % size == 1))

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-#include "../core/job.h"
+#include "../core/algorithms/job.h"
 #include "item_arrays.h"
 #include "kernels.h"
 #include "lanes.h"
@@ -82,12 +82,13 @@ class Driver {
     for (int t = 0; t < network.tensor_count; ++t)
       if (!call_.starts_apart(t)) pack(t, call_.parameters[t], memory);
     for (int l = 0; l < network.layer_count; ++l) {
-      const Layer& layer = network.layers[l];
-      if (layout().transposed[l] == kNowhere || call_.starts_apart(layer.weight)) continue;
-      for (int o = 0; o < layer.out; ++o)  // torch's own layout, with padded rows
-        memcpy(transposed + layout().transposed[l] + o * X::stride(layer.in),
-               call_.parameters[layer.weight] + static_cast<std::size_t>(o) * layer.in,
-               sizeof(Real) * layer.in);
+      const int t = network.layers[l].weight;
+      if (layout().transposed[l] == kNowhere || call_.starts_apart(t)) continue;
+      const PackedTensor& packed = layout().tensors[t];
+      for (int q = 0; q < packed.inner; ++q)  // torch's own layout, with padded rows
+        memcpy(transposed + layout().transposed[l] + q * X::stride(packed.outer),
+               call_.parameters[t] + static_cast<std::size_t>(q) * packed.outer,
+               sizeof(Real) * packed.outer);
     }
     for (int row = 0; call_.lr.per_element && row < call_.lr.rows; ++row) {
       const Real* from = call_.lr.values + static_cast<std::size_t>(row) * call_.lr.columns;
@@ -138,7 +139,7 @@ class Driver {
     return sums + places.used;
   }
 
-  // The factored first layer (core/factored.h): the tasks' Factors of a wave, and the gradient they make.
+  // The factored first layer (core/layers/factored_linear.h): the tasks' Factors of a wave, and the gradient they make.
   bool has_factors() const { return workspace_.factorable && job_ != Job::predict; }
   bool all_factored() const { return is_factored(*call_.network, call_.max_support); }
   std::size_t first_size() const {
@@ -147,7 +148,7 @@ class Driver {
   }
   std::size_t task_factors() const {
     return static_cast<std::size_t>(call_.max_query + call_.max_support) *
-           X::stride(call_.network->layers[0].out);
+           X::stride(call_.network->layers[0].out.channels);
   }
   // A wave is a bounded number of items, in whole chunks.
   std::int64_t items_in_wave(std::int64_t each) const {
@@ -166,7 +167,7 @@ class Driver {
   }
   Factors factors_of(std::int64_t in_wave) const {
     Real* place = factors_ + in_wave * task_factors();
-    return {place, place + call_.max_query * X::stride(call_.network->layers[0].out)};
+    return {place, place + call_.max_query * X::stride(call_.network->layers[0].out.channels)};
   }
 
   // Estimated cycles of one item: vector operations at a rate typical of the executor, plus a little for each call.
@@ -183,18 +184,9 @@ class Driver {
         call_.max_query + static_cast<double>(call_.max_validation) * (call_.epochs + 1);
     double work = 0;
     for (int l = 0; l < call_.network->layer_count; ++l) {
-      const Layer& layer = call_.network->layers[l];
-      if (layer.kind != LayerKind::linear) {
-        work += 20.0 * (support_rows * (second ? 4 : 2) + query_rows * 2) * X::vectors(layer.out);
-        continue;
-      }
-      const bool narrow = layout().narrow && l == call_.network->layer_count - 1;
-      const double outputs = narrow ? layer.out : X::vectors(layer.out);
-      const double forward =
-          outputs * ((narrow ? X::vectors(layer.in) : layer.in) + X::kRowOverhead);
-      const double passes = l > 0 ? 3 : 2, tangents = l > 0 ? 6 : 2;
-      work += forward * (support_rows * (passes + (second ? tangents : 0)) +
-                         query_rows * (gradient ? passes : 1));
+      const Effort effort{support_rows, query_rows, l == 0, gradient, second};
+      with_variant<X>(*call_.network, l, layout().narrow,
+                      [&](auto rules) { work += rules.work(call_.network->layers[l], effort); });
     }
     if (X::kTransposes)
       work += steps * kTransposeCost * (second ? 2 : 1) *
@@ -315,7 +307,9 @@ class Driver {
   void project_inputs(const Team& team, std::int64_t begin, std::int64_t end) {
     if constexpr (X::kFactors) {
       constexpr std::int64_t together = 8;
-      const Layer& layer = call_.network->layers[0];
+      const int weight = call_.network->layers[0].weight;
+      const int in = call_.network->layers[0].in.channels;
+      const int out = call_.network->layers[0].out.channels;
       parallel(team, (end - begin + together - 1) / together, [&](std::int64_t index, int) {
         typename X::Projection sets[2 * together];
         int used = 0;
@@ -324,39 +318,40 @@ class Driver {
           const std::int64_t task = begin + i;
           if (!is_factored(*call_.network, call_.support.size(task))) continue;
           const Factors factors = factors_of(i);
-          sets[used++] = {{call_.support.x + call_.support.start(task) * layer.in, layer.in},
+          sets[used++] = {{call_.support.x + call_.support.start(task) * in, in},
                           call_.support.size(task),
                           factors.support};
           if (job_ == Job::meta)
-            sets[used++] = {{call_.query.x + call_.query.start(task) * layer.in, layer.in},
+            sets[used++] = {{call_.query.x + call_.query.start(task) * in, in},
                             call_.query.size(task),
                             factors.query};
         }
-        X::project(layer, sets, used, shared_.theta + layout().tensors[layer.weight].place);
+        X::project(in, out, sets, used, shared_.theta + layout().tensors[weight].place);
       });
     }
   }
 
   // After it: the first layer's gradient, Xq^T Dq + Xs^T F over the rows of all its tasks.
   void sum_factors(const Team& team, std::int64_t begin, std::int64_t end) {
-    const Layer& layer = call_.network->layers[0];
-    const long row = X::stride(layer.out);
+    const int in = call_.network->layers[0].in.channels;
+    const int out = call_.network->layers[0].out.channels;
+    const long row = X::stride(out);
     Segment* segments = reinterpret_cast<Segment*>(factors_ + (end - begin) * task_factors());
     int used = 0;
     for (std::int64_t task = begin; task < end; ++task) {
       if (!is_factored(*call_.network, call_.support.size(task))) continue;
       const Factors factors = factors_of(task - begin);
-      segments[used++] = {call_.query.x + call_.query.start(task) * layer.in,
+      segments[used++] = {call_.query.x + call_.query.start(task) * in,
                           1,
-                          layer.in,
+                          in,
                           factors.query,
                           row,
                           kWidth,
                           call_.query.size(task)};
       if (call_.second_order())
-        segments[used++] = {call_.support.x + call_.support.start(task) * layer.in,
+        segments[used++] = {call_.support.x + call_.support.start(task) * in,
                             1,
-                            layer.in,
+                            in,
                             factors.support,
                             row,
                             kWidth,
@@ -364,12 +359,12 @@ class Driver {
     }
     // Some input features and a few tasks at a time: the tasks' deltas fit the first-level cache, their inputs the second.
     constexpr int features = 192, together = 8;
-    parallel(team, (layer.in + features - 1) / features, [&](std::int64_t index, int) {
+    parallel(team, (in + features - 1) / features, [&](std::int64_t index, int) {
       const int first = static_cast<int>(index) * features;
-      const int count = layer.in - first < features ? layer.in - first : features;
+      const int count = in - first < features ? in - first : features;
       if (begin == 0) memset(first_ + first * row, 0, sizeof(Real) * count * row);
       for (int s = 0; s < used; s += together) {
-        const Product product{count,        X::vectors(layer.out),
+        const Product product{count,        X::vectors(out),
                               segments + s, used - s < together ? used - s : together,
                               nullptr,      0,
                               first};

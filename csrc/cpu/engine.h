@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "../core/losses/registry.h"
 #include "dispatch.h"
 #include "pages.h"
 
@@ -27,7 +28,7 @@ class Engine {
 
   int in_features() const { return network_.network.in_features(); }
   int out_features() const { return network_.network.out_features(); }
-  bool takes_labels() const { return loss_.kind == LossKind::cross_entropy; }
+  bool takes_labels() const { return pymeta::takes_labels(loss_); }
 
   // xs [rows, in], ys [rows, out] or int64 labels [rows], weights [rows] or null, xq [query_rows, in] ->
   // out [query_rows, out]. Throws std::invalid_argument for labels or weights out of range; std::bad_alloc.

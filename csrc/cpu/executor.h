@@ -62,24 +62,23 @@ struct Executor {
   }
 
   // x W (+ x' W') + bias
-  static void apply(const Layer& layer, const Extent& extent, const Term* terms, int count,
+  static void apply(int in, int out, const Extent& extent, const Term* terms, int count,
                     const Real* bias, const Destination& to) {
     Segment segments[2];
     for (int i = 0; i < count; ++i)
-      segments[i] = {terms[i].x.p,      terms[i].x.row, kElement, terms[i].w,
-                     stride(layer.out), kWidth,         layer.in};
-    const Product product{extent.rows, vectors(layer.out), segments, count, bias, 0};
-    with_epilogue(to, stride(layer.out), extent,
+      segments[i] = {terms[i].x.p, terms[i].x.row, kElement, terms[i].w, stride(out), kWidth, in};
+    const Product product{extent.rows, vectors(out), segments, count, bias, 0};
+    with_epilogue(to, stride(out), extent,
                   [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
   }
 
   // d W^T (+ d' W'^T)
-  static void apply_transposed(const Layer& layer, const Extent& extent, const Term* terms,
-                               int count, const Destination& to) {
+  static void apply_transposed(int in, int out, const Extent& extent, const Term* terms, int count,
+                               const Destination& to) {
     Segment segments[2];
-    for (int i = 0; i < count; ++i) segments[i] = Access::transposed_segment(layer, terms[i]);
-    const Product product{extent.rows, vectors(layer.in), segments, count};
-    with_epilogue(to, stride(layer.in), extent,
+    for (int i = 0; i < count; ++i) segments[i] = Access::transposed_segment(in, out, terms[i]);
+    const Product product{extent.rows, vectors(in), segments, count};
+    with_epilogue(to, stride(in), extent,
                   [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
   }
 
@@ -115,28 +114,27 @@ struct Executor {
 
   // The narrow last layer; outputs and their deltas are class-major.
 
-  static void narrow_apply(const Layer& layer, const Extent& extent, const Term* terms, int count,
+  static void narrow_apply(int in, int out, const Extent& extent, const Term* terms, int count,
                            const Real* bias, Real* y) {
     const long classes = class_stride(extent.rows);
     for (int r = 0; r < extent.rows; ++r)
-      for (int o = 0; o < layer.out; ++o) {
+      for (int o = 0; o < out; ++o) {
         typename Access::Partials sum;
         for (int i = 0; i < count; ++i)
-          sum.dot(terms[i].x.p + r * terms[i].x.row, terms[i].w + o * stride(layer.in), layer.in);
+          sum.dot(terms[i].x.p + r * terms[i].x.row, terms[i].w + o * stride(in), in);
         Access::store_element(y + o * classes + static_cast<long>(r) * kElement,
                               sum.total() + (bias ? Access::load_a(bias + o * kElement) : zero()));
       }
   }
 
-  static void narrow_apply_transposed(const Layer& layer, const Extent& extent, const Term* terms,
+  static void narrow_apply_transposed(int in, int out, const Extent& extent, const Term* terms,
                                       int count, const Destination& to) {
     Segment segments[2];
     const long classes = class_stride(extent.rows);
     for (int i = 0; i < count; ++i)
-      segments[i] = {terms[i].x.p,     kElement, classes,  terms[i].w,
-                     stride(layer.in), kWidth,   layer.out};
-    const Product product{extent.rows, vectors(layer.in), segments, count};
-    with_epilogue(to, stride(layer.in), extent,
+      segments[i] = {terms[i].x.p, kElement, classes, terms[i].w, stride(in), kWidth, out};
+    const Product product{extent.rows, vectors(in), segments, count};
+    with_epilogue(to, stride(in), extent,
                   [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
   }
 

@@ -1,4 +1,4 @@
-// The way between an item and the caller's arrays (core/job.h).
+// The way between an item and the caller's arrays (core/algorithms/job.h).
 #pragma once
 
 #include <string.h>
@@ -60,9 +60,10 @@ class ItemArrays {
     }
     if (job_ == Job::predict) return;
     for (int l = 0; l < call_.network->layer_count; ++l) {
-      const Layer& layer = call_.network->layers[l];
-      if (layout_.transposed[l] == kNowhere || !call_.starts_apart(layer.weight)) continue;
-      X::transpose(layer, start + layout_.tensors[layer.weight].place,
+      const int t = call_.network->layers[l].weight;
+      if (layout_.transposed[l] == kNowhere || !call_.starts_apart(t)) continue;
+      const PackedTensor& packed = layout_.tensors[t];
+      X::transpose(packed.outer, packed.inner, start + packed.place,
                    memory_ + workspace_.start_transposed + layout_.transposed[l]);
     }
   }

@@ -1,8 +1,10 @@
 // All kernels of one instruction set and one Real; compiled once for each pair (CMakeLists.txt).
 
-#include "kernels.h"
+// The machine first: what core/ has for every machine is compiled for this one.
+#include "simd.h"
 
 #include "driver.h"
+#include "kernels.h"
 
 PYMETA_KERNEL_BEGIN
 

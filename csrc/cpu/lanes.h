@@ -14,9 +14,8 @@ struct Lanes : Lane {
   static int vectors(int features) { return features; }
   static int blocks(int rows) { return rows; }
 
-  static Segment transposed_segment(const Layer& layer, const Term& term) {
-    return {term.x.p, term.x.row, kWidth, term.w, kWidth, static_cast<long>(layer.out) * kWidth,
-            layer.out};
+  static Segment transposed_segment(int, int out, const Term& term) {
+    return {term.x.p, term.x.row, kWidth, term.w, kWidth, static_cast<long>(out) * kWidth, out};
   }
   static void store_element(Real* p, Vec v) { store(p, v); }
   static void copy_element(Real* to, const Real* from) { store(to, load(from)); }
@@ -65,7 +64,7 @@ struct LanesExecutor : Executor<Lanes> {
   static constexpr bool kReadsInputInPlace = false;
   static constexpr bool kFactors = false;  // a wide first layer is for the rows executor
   static constexpr double kRate = 1.15, kCrowdedRate = 1.0, kRowOverhead = 4;  // as in rows.h
-  static void transpose(const Layer&, const Real*, Real*) {}
+  static void transpose(int, int, const Real*, Real*) {}
 };
 
 PYMETA_KERNEL_END

@@ -14,9 +14,9 @@ struct Rows : Broadcast {
   static int vectors(int features) { return (features + kWidth - 1) / kWidth; }
   static int blocks(int rows) { return (rows + kWidth - 1) / kWidth; }
 
-  static Segment transposed_segment(const Layer& layer, const Term& term) {
-    const long row = static_cast<long>(vectors(layer.in)) * kWidth;
-    return {term.x.p, term.x.row, 1, term.w_transposed, row, kWidth, layer.out};
+  static Segment transposed_segment(int in, int out, const Term& term) {
+    const long row = static_cast<long>(vectors(in)) * kWidth;
+    return {term.x.p, term.x.row, 1, term.w_transposed, row, kWidth, out};
   }
   static void store_element(Real* p, Vec v) { *p = v[0]; }
   static void copy_element(Real* to, const Real* from) { *to = *from; }
@@ -67,14 +67,14 @@ struct RowsExecutor : Executor<Rows> {
   static constexpr double kRate = 1.5, kCrowdedRate = 1.5, kRowOverhead = 10;
 
   // W [in, stride(out)] to W^T [out, stride(in)], padding cleared.
-  static void transpose(const Layer& layer, const Real* w, Real* w_transposed) {
-    const long row = stride(layer.in);
-    transpose_matrix(layer.in, layer.out, w, stride(layer.out), w_transposed, row);
-    for (int o = 0; o < layer.out; ++o)
-      for (long i = layer.in; i < row; ++i) w_transposed[o * row + i] = 0;
+  static void transpose(int in, int out, const Real* w, Real* w_transposed) {
+    const long row = stride(in);
+    transpose_matrix(in, out, w, stride(out), w_transposed, row);
+    for (int o = 0; o < out; ++o)
+      for (long i = in; i < row; ++i) w_transposed[o * row + i] = 0;
   }
 
-  // The factored first layer (core/factored.h).
+  // The factored first layer (core/layers/factored_linear.h).
 
   // x W for several sets of rows, in slices of the depth and panels of columns: a piece of W that fits the
   // first-level cache serves all sets.
@@ -83,14 +83,14 @@ struct RowsExecutor : Executor<Rows> {
     int rows;
     Real* out;  // [rows, stride(out)]
   };
-  static void project(const Layer& layer, const Projection* sets, int count, const Real* w) {
+  static void project(int in, int out, const Projection* sets, int count, const Real* w) {
     constexpr int slice = 128;
-    const long row = stride(layer.out);
-    for (int k = 0; k < layer.in; k += slice)
-      for (int column = 0; column < vectors(layer.out); column += kMaxColumns)
+    const long row = stride(out);
+    for (int k = 0; k < in; k += slice)
+      for (int column = 0; column < vectors(out); column += kMaxColumns)
         for (int s = 0; s < count; ++s) {
-          const int depth = layer.in - k < slice ? layer.in - k : slice;
-          const int left = vectors(layer.out) - column;
+          const int depth = in - k < slice ? in - k : slice;
+          const int left = vectors(out) - column;
           Real* out = sets[s].out + column * kWidth;
           const Segment segment{
               sets[s].x.p + k, sets[s].x.row, 1, w + k * row + column * kWidth, row, kWidth, depth};

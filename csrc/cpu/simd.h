@@ -15,6 +15,7 @@
 #include <arm_neon.h>
 #endif
 
+#define PYMETA_MACHINE  // core/ is compiled for it from here on
 #include "../core/kernel_namespace.h"
 #include "../core/network.h"
 

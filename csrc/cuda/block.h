@@ -1,6 +1,6 @@
 // The `block` executor: one task at a time, its numbers shared out to the threads of a CUDA block.
 //
-// Every thread runs the algorithm of core/inner_loop.h; all take the same branches, and each operation here does a
+// Every thread runs the algorithm of core/algorithms; all take the same branches, and each operation here does a
 // thread's share and then waits for the others, so that the next one finds all of it done. What an operation returns (a
 // sum) is the same number in every thread. A matrix [rows, features] has rows of an odd number of quads (four numbers): each
 // begins at 16 bytes, and a column of quads meets all banks of shared memory. Padding holds anything and reaches nothing.
@@ -43,7 +43,7 @@ struct Block {
     sync();
   }
   // Whole quads: `size` is a multiple of four, as the sizes of arrays in a workspace are.
-  PYMETA_FN PYMETA_APART static void copy(Real* to, const Real* from, std::size_t size) {
+  PYMETA_FN PYMETA_NOINLINE static void copy(Real* to, const Real* from, std::size_t size) {
     each(size / 4, [=](std::size_t i) { store_quad(to + 4 * i, load_quad(from + 4 * i)); });
   }
   template <class Body>  // body(offset into the matrix, feature, row)
@@ -70,22 +70,23 @@ struct Block {
 
   // ---- linear layers -------------------------------------------------------------------------------------------
 
-  PYMETA_FN PYMETA_APART static void apply(const Layer& layer, const Extent& extent,
-                                           const Term* terms, int count, const Real* bias,
-                                           const Destination& to) {
-    Product p{extent.rows, layer.out, {}, count, bias, destined(to, stride(layer.out))};
-    put_terms(terms, count, layer, layer.in, p);
+  PYMETA_FN PYMETA_NOINLINE static void apply(int in, int out, const Extent& extent,
+                                              const Term* terms, int count, const Real* bias,
+                                              const Destination& to) {
+    Product p{extent.rows, out, {}, count, bias, destined(to, stride(out))};
+    put_terms(terms, count, out, in, p);
     multiply<Form::nn>(p);
   }
-  PYMETA_FN PYMETA_APART static void apply_transposed(const Layer& layer, const Extent& extent,
-                                                      const Term* terms, int count,
-                                                      const Destination& to) {
-    Product p{extent.rows, layer.in, {}, count, nullptr, destined(to, stride(layer.in))};
-    put_terms(terms, count, layer, layer.out, p);
+  PYMETA_FN PYMETA_NOINLINE static void apply_transposed(int in, int out, const Extent& extent,
+                                                         const Term* terms, int count,
+                                                         const Destination& to) {
+    Product p{extent.rows, in, {}, count, nullptr, destined(to, stride(in))};
+    put_terms(terms, count, out, out, p);
     multiply<Form::nt>(p);
   }
-  PYMETA_FN PYMETA_APART static void outer(int in, int out, const Extent& extent,
-                                           const Matrix (*pairs)[2], int count, const Sink& sink) {
+  PYMETA_FN PYMETA_NOINLINE static void outer(int in, int out, const Extent& extent,
+                                              const Matrix (*pairs)[2], int count,
+                                              const Sink& sink) {
     if (!sink.out) return;
     Product p{in, out, {}, count, nullptr, sunk(sink, stride(out))};
     for (int i = 0; i < count; ++i)
@@ -93,7 +94,7 @@ struct Block {
                      static_cast<int>(pairs[i][1].row), extent.rows};
     multiply<Form::tn>(p);
   }
-  PYMETA_FN static void transpose(const Layer&, const Real*, Real*) {}
+  PYMETA_FN static void transpose(int, int, const Real*, Real*) {}
 
   // body(offset into the matrix, feature), summed over the rows
   template <class Body>
@@ -110,42 +111,42 @@ struct Block {
 
   // The narrow last layer; its weight is [out, stride(in)], outputs and their deltas are class-major.
 
-  PYMETA_FN PYMETA_APART static void narrow_apply(const Layer& layer, const Extent& extent,
-                                                  const Term* terms, int count, const Real* bias,
-                                                  Real* y) {
+  PYMETA_FN PYMETA_NOINLINE static void narrow_apply(int in, int out, const Extent& extent,
+                                                     const Term* terms, int count, const Real* bias,
+                                                     Real* y) {
     const int rows = extent.rows;
     sums(
-        rows * layer.out,
+        rows * out,
         [&](int index, int part) {
           const int o = index / rows, r = index % rows;
           Real sum = 0;
           for (int i = 0; i < count; ++i) {
             const Real* x = terms[i].x.p + r * terms[i].x.row;
-            const Real* w = terms[i].w + o * stride(layer.in);
-            for (int k = 4 * part; k < layer.in; k += 4 * kParts)
-              for (int j = k; j < k + 4 && j < layer.in; ++j) sum = fma(x[j], w[j], sum);
+            const Real* w = terms[i].w + o * stride(in);
+            for (int k = 4 * part; k < in; k += 4 * kParts)
+              for (int j = k; j < k + 4 && j < in; ++j) sum = fma(x[j], w[j], sum);
           }
           return sum;
         },
         [&](int index, Real sum) { y[index] = sum + (bias ? bias[index / rows] : Real(0)); });
   }
-  PYMETA_FN PYMETA_APART static void narrow_apply_transposed(const Layer& layer,
-                                                             const Extent& extent,
-                                                             const Term* terms, int count,
-                                                             const Destination& to) {
-    const Epilogue epilogue = destined(to, stride(layer.in));
+  PYMETA_FN PYMETA_NOINLINE static void narrow_apply_transposed(int in, int out,
+                                                                const Extent& extent,
+                                                                const Term* terms, int count,
+                                                                const Destination& to) {
+    const Epilogue epilogue = destined(to, stride(in));
     const int rows = extent.rows;
-    map(extent, layer.in, [&](long, long c, int r) {
+    map(extent, in, [&](long, long c, int r) {
       Real sum = 0;
       for (int i = 0; i < count; ++i)
-        for (int o = 0; o < layer.out; ++o)
-          sum = fma(terms[i].x.p[o * rows + r], terms[i].w[o * stride(layer.in) + c], sum);
+        for (int o = 0; o < out; ++o)
+          sum = fma(terms[i].x.p[o * rows + r], terms[i].w[o * stride(in) + c], sum);
       epilogue.emit(sum, r, static_cast<int>(c));
     });
   }
-  PYMETA_FN PYMETA_APART static void narrow_outer(int in, int out, const Extent& extent,
-                                                  const Matrix (*pairs)[2], int count,
-                                                  const Sink& sink) {
+  PYMETA_FN PYMETA_NOINLINE static void narrow_outer(int in, int out, const Extent& extent,
+                                                     const Matrix (*pairs)[2], int count,
+                                                     const Sink& sink) {
     if (!sink.out) return;
     const Epilogue epilogue = sunk(sink, stride(in));
     const int rows = extent.rows;
@@ -172,13 +173,13 @@ struct Block {
         [&](int o, Real sum) { epilogue.emit(sum, 0, o); });
   }
 
-  PYMETA_FN PYMETA_APART static void to_class_major(const Extent& extent, int out,
-                                                    const Real* matrix, Real* y) {
+  PYMETA_FN PYMETA_NOINLINE static void to_class_major(const Extent& extent, int out,
+                                                       const Real* matrix, Real* y) {
     map(extent, out,
         [=, rows = extent.rows](long at, long c, int r) { y[c * rows + r] = matrix[at]; });
   }
-  PYMETA_FN PYMETA_APART static void from_class_major(const Extent& extent, int out, const Real* y,
-                                                      Real* matrix) {
+  PYMETA_FN PYMETA_NOINLINE static void from_class_major(const Extent& extent, int out,
+                                                         const Real* y, Real* matrix) {
     map(extent, out,
         [=, rows = extent.rows](long at, long c, int r) { matrix[at] = y[c * rows + r]; });
   }
@@ -223,11 +224,10 @@ struct Block {
   static constexpr int kPartials = 256;  // of one long sum
   static constexpr int kGroups = 16;     // of those
 
-  PYMETA_FN static void put_terms(const Term* terms, int count, const Layer& layer, int depth,
-                                  Product& p) {
+  PYMETA_FN static void put_terms(const Term* terms, int count, int out, int depth, Product& p) {
     for (int i = 0; i < count; ++i)
       p.pieces[i] = {terms[i].x.p, static_cast<int>(terms[i].x.row), terms[i].w,
-                     static_cast<int>(stride(layer.out)), depth};
+                     static_cast<int>(stride(out)), depth};
   }
   PYMETA_FN static Epilogue destined(const Destination& to, long row) {
     const Epilogue::Kind kind = to.gate   ? Epilogue::gate

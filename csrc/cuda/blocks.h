@@ -101,7 +101,8 @@ class BlockCall {
     std::int64_t tiles = 1;
     for (int l = 0; l < call_.network->layer_count; ++l) {
       const Layer& layer = call_.network->layers[l];
-      const std::int64_t own = static_cast<std::int64_t>((rows + 3) / 4) * ((layer.out + 3) / 4);
+      const std::int64_t own =
+          static_cast<std::int64_t>((rows + 3) / 4) * ((layer.out.features() + 3) / 4);
       tiles = own > tiles ? own : tiles;
     }
     if (call_.tasks < 2 * device.multiprocessors) tiles *= 4;

@@ -1,5 +1,7 @@
 // The block executor on the host: emulated blocks, for tests. Compiled once for each Real.
 
+#include "machine.h"
+
 #include "blocks.h"
 
 PYMETA_KERNEL_BEGIN

@@ -4,6 +4,8 @@
 
 #include <atomic>
 
+#include "machine.h"
+
 #include "blocks.h"
 
 PYMETA_KERNEL_BEGIN
@@ -12,7 +14,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     pack_start_kernel(const __grid_constant__ Frame frame) {
   pack_start(frame);
 }
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kDouble ? 1 : 2)
     run_tasks_kernel(const __grid_constant__ Frame frame) {
   run_tasks(frame);
 }

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#define PYMETA_MACHINE  // core/ is compiled for it from here on
 #include "../core/kernel_namespace.h"
 #include "../core/network.h"
 #include "limits.h"

@@ -1,11 +1,11 @@
-// The way between a block's task and the caller's arrays (core/job.h): what cpu/item_arrays.h, binding.h and
+// The way between a block's task and the caller's arrays (core/algorithms/job.h): what cpu/item_arrays.h, binding.h and
 // minibatches.h are to the CPU's executors.
 //
 // Nobody has looked at labels and weights before, as the CPU's dispatch.cpp does: a row with a wrong one gets NaN for its
 // share of the loss, and so does everything that depends on it.
 #pragma once
 
-#include "../core/job.h"
+#include "../core/algorithms/job.h"
 #include "../core/shuffle.h"
 #include "block.h"
 
@@ -22,8 +22,8 @@ class TaskBinder {
   PYMETA_FN TaskBinder(const Call<Real>& call, std::int64_t task, const Memory& memory)
       : call_(call), memory_(memory), task_(task) {}
 
-  PYMETA_FN PYMETA_APART ItemSet bind(const RowSet<Real>& set, const SetLayout& places,
-                                      const TaskRows* chosen = nullptr) const {
+  PYMETA_FN PYMETA_NOINLINE ItemSet bind(const RowSet<Real>& set, const SetLayout& places,
+                                         const TaskRows* chosen = nullptr) const {
     const Lot lot{set.start(task_), chosen ? chosen->rows : nullptr,
                   chosen ? chosen->count : set.size(task_)};
     const int in = call_.network->in_features();
@@ -55,7 +55,7 @@ class TaskBinder {
   PYMETA_FN void bind_targets(const RowSet<Real>& set, const Lot& lot,
                               const SetLayout& places) const {
     const Loss& loss = *call_.loss;
-    const bool labels = loss.kind == LossKind::cross_entropy;
+    const bool labels = takes_labels(loss);
     const int out = call_.network->out_features(), rows = lot.count;
     Real* targets = memory_.at(places.targets);
     Real* scale = memory_.at(places.scale);

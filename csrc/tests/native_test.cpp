@@ -35,6 +35,8 @@
 #include <vector>
 
 #include "../core/shuffle.h"
+#include "../core/layers/registry.h"
+#include "../core/losses/registry.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/engine.h"
 #include "../cpu/thread_pool.h"
@@ -189,7 +191,7 @@ struct Chain {
   Chain& act(ActivationKind kind, double alpha = 0, double threshold = 0) {
     Layer* last = &owned.layers[network().layer_count - 1];
     if (last->activation.kind != ActivationKind::identity)
-      last = &append(LayerKind::none, last->out, last->out);
+      last = &append(LayerKind::lone_activation, last->out.channels, last->out.channels);
     last->activation = {kind, alpha, threshold};
     return *this;
   }
@@ -199,8 +201,8 @@ struct Chain {
     Layer& layer = owned.layers[owned.network.layer_count++];
     layer = Layer{};
     layer.kind = kind;
-    layer.in = in;
-    layer.out = out;
+    layer.in.channels = in;
+    layer.out.channels = out;
     return layer;
   }
   int tensor(const Tensor& shape) {
@@ -276,7 +278,7 @@ SideData make_side(const Setup& setup, int rows, Random& random) {
   const Network& network = setup.chain.network();
   SideData side;
   side.rows = rows;
-  const bool batch_norm = network.has_batch_norm();
+  const bool batch_norm = mixes_rows(network);
   std::int64_t total = 0;
   for (int t = 0; t < setup.tasks; ++t) {
     std::int64_t size = setup.form == Form::uniform ? rows : random.below(rows + 1);
@@ -575,7 +577,7 @@ class Problem {
 
   static constexpr int kEpochs = 3;
   // All rows where a minibatch of one could not be normalised.
-  int batch() const { return network_->network.has_batch_norm() ? 0 : 4; }
+  int batch() const { return mixes_rows(network_->network) ? 0 : 4; }
 
   const Setup& setup_;
   std::unique_ptr<OwnedNetwork> network_;

@@ -10,7 +10,8 @@
 //   factors()                      only where the executor has factored layers
 #pragma once
 
-#include "inner_loop.h"
+#include "fine_tune.h"
+#include "meta_gradient.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -32,7 +33,7 @@ class ItemJob {
   PYMETA_FN void run() {
     if (workspace_.start != kNowhere) arrays_.start();
     if (job_ == Job::predict) return write_predictions(loop_.start());
-    if (call_.by_epochs()) return fine_tune();
+    if (call_.by_epochs()) return run_epochs();
     if (call_.batches.size > 0) {
       auto batches = arrays_.batches();
       return write(loop_.adapt(batches));
@@ -41,10 +42,10 @@ class ItemJob {
     if constexpr (X::kFactors) {
       if (workspace_.factorable && is_factored(*call_.network, support.extent.rows)) {
         const Layer& layer = call_.network->layers[0];
-        FactoredLayer<X> first(layer, call_.adapted[layer.weight], workspace_.factored, memory_,
-                               arrays_.factors());
+        FactoredLinear<X> first(layer, call_.adapted[layer.weight], workspace_.factored, memory_,
+                                arrays_.factors());
         loop_.set_factored(&first);
-        loop_.begin_factored(support);
+        first.begin(support.x, support.extent);
         adapt_or_learn(support);
         loop_.set_factored(nullptr);
         return;
@@ -60,26 +61,38 @@ class ItemJob {
     if (job_ == Job::adapt) {
       const WholeSet steps(support, shared_.corrections);
       const Parameters theta = loop_.adapt(steps);
-      loop_.materialise(support);
+      materialise(support);
       return write(theta);
     }
     const ItemSet query = arrays_.set(call_.query, workspace_.query_set);
-    arrays_.write_losses(loop_.meta_loss(support, query));
+    MetaGradient<X> gradient(loop_, support, query, totals_);
+    arrays_.write_losses(gradient.loss());
     if (call_.predictions) arrays_.write_predictions(query, loop_.outputs());
     if (!call_.wants_gradient()) return;
-    loop_.meta_gradient(support, query, totals_);
+    gradient.add();
     if (call_.xs_gradient)
       arrays_.write_input_gradient(call_.support, support, call_.second_order(), call_.xs_gradient);
     if (call_.xq_gradient)
       arrays_.write_input_gradient(call_.query, query, true, call_.xq_gradient);
   }
 
-  PYMETA_FN void fine_tune() {
+  // The weights of a factored first layer after all steps, for those who want to keep them.
+  PYMETA_FN void materialise(const ItemSet& support) const {
+    if constexpr (X::kFactors) {
+      const State<X>& s = loop_.state();
+      const int t = call_.network->layers[0].weight;
+      if (s.factored && call_.adapted[t] && call_.steps > 0)
+        s.factored->materialise(support.x, loop_.start().tensor(t),
+                                memory_.at(workspace_.theta) + s.layout.tensors[t].place);
+    }
+  }
+
+  PYMETA_FN void run_epochs() {
     auto batches = arrays_.batches();
     auto curves = arrays_.curves();
     ItemSet validation{};
     if (call_.validation.x) validation = arrays_.set(call_.validation, workspace_.validation_set);
-    write(loop_.fine_tune(batches, call_.validation.x ? &validation : nullptr, curves));
+    write(fine_tune(loop_, batches, call_.validation.x ? &validation : nullptr, curves));
   }
 
   // All that is asked for of adapted parameters.

@@ -12,10 +12,39 @@
 // differs. Worth it where the support has far fewer rows than the layer has inputs.
 #pragma once
 
-#include "layers.h"
-#include "workspace.h"
+#include "../optimizers/rates.h"
+#include "registry.h"
 
 PYMETA_KERNEL_BEGIN
+
+// Can this call's first layer be factored at all? A property of the network and the recipe.
+inline bool is_factorable(const Call<Real>& call) {
+  const Layer& first = call.network->layers[0];
+  if (first.kind != LayerKind::linear || first.in.channels < 64 || first.out.channels < 16)
+    return false;
+  if (call.xs_gradient || call.xq_gradient || !steps_scale_gradient(call)) return false;
+  if (call.sums_differences || call.by_epochs() || call.batches.size > 0) return false;
+  return !call.starts_apart(first.weight);
+}
+// Of one task alone, so that its result does not depend on the others.
+PYMETA_FN inline bool is_factored(const Network& network, int support_rows) {
+  return 4 * support_rows <= network.layers[0].in.channels;
+}
+
+// What it keeps.
+struct FactoredLayout {
+  Place gram_support, gram_query;  // [rows, support rows] of the largest tasks
+  Place e, mixed;
+
+  template <class X>
+  void lay_out(Places& places, const Layer& layer, int support_rows, int query_rows) {
+    const std::size_t row = X::stride(layer.out.channels);
+    gram_support = places.take(static_cast<std::size_t>(support_rows) * support_rows);
+    gram_query = places.take(static_cast<std::size_t>(query_rows) * support_rows);
+    e = places.take(support_rows * row);
+    mixed = places.take(support_rows * row);
+  }
+};
 
 // What a task shares with the products over many tasks: it finds X W0 here and leaves Dq and F in its place.
 struct Factors {
@@ -24,33 +53,33 @@ struct Factors {
 };
 
 template <class X>
-class FactoredLayer {
+class FactoredLinear {
  public:
   // `adapted`: whether the inner loop changes W.
-  PYMETA_FN FactoredLayer(const Layer& layer, bool adapted, const FactoredLayout& layout,
-                          const Memory& memory, const Factors& factors)
+  PYMETA_FN FactoredLinear(const Layer& layer, bool adapted, const FactoredLayout& layout,
+                           const Memory& memory, const Factors& factors)
       : layer_(layer),
         adapted_(adapted),
         layout_(layout),
         memory_(memory),
         factors_(factors),
-        row_(X::stride(layer.out)) {}
+        row_(X::stride(layer.out.channels)) {}
 
   PYMETA_FN void begin(const Matrix& x, const Extent& support) {
     support_ = support;
-    X::gram(x, support.rows, x, support.rows, layer_.in, at(layout_.gram_support));
+    X::gram(x, support.rows, x, support.rows, layer_.in.channels, at(layout_.gram_support));
     clear(at(layout_.e));
   }
   PYMETA_FN void begin_query(const Matrix& x, const Extent& query, const Matrix& xs) {
     query_ = query;
-    X::gram(x, query.rows, xs, support_.rows, layer_.in, at(layout_.gram_query));
+    X::gram(x, query.rows, xs, support_.rows, layer_.in.channels, at(layout_.gram_query));
   }
 
   // Xs W[k] + bias, Xq W[K] + bias
   PYMETA_FN void apply(bool to_query, const Real* bias, const Destination& to) const {
     const Real* gram = at(to_query ? layout_.gram_query : layout_.gram_support);
     const Mix term{gram, support_.rows, 1, at(layout_.e), support_.rows};
-    X::mix(to_query ? query_ : support_, layer_.out, &term, adapted_ ? 1 : 0,
+    X::mix(to_query ? query_ : support_, layer_.out.channels, &term, adapted_ ? 1 : 0,
            to_query ? factors_.query : factors_.support, bias, to);
   }
 
@@ -61,7 +90,7 @@ class FactoredLayer {
   // W[K] from W0, for those who want to keep it.
   PYMETA_FN void materialise(const Matrix& x, const Real* w0, Real* w) const {
     const Matrix pair[1][2] = {{x, {at(layout_.e), row_}}};
-    X::outer(layer_.in, layer_.out, support_, pair, 1, Sink{w, w0});
+    X::outer(layer_.in.channels, layer_.out.channels, support_, pair, 1, Sink{w, w0});
   }
 
   // The reverse sweep begins with the query delta.
@@ -74,7 +103,7 @@ class FactoredLayer {
     const Mix terms[2] = {
         {at(layout_.gram_query), 1, support_.rows, factors_.query, query_.rows},
         {at(layout_.gram_support), support_.rows, 1, factors_.support, support_.rows}};
-    X::mix(support_, layer_.out, terms, adapted_ ? 2 : 0, nullptr, bias, to);
+    X::mix(support_, layer_.out.channels, terms, adapted_ ? 2 : 0, nullptr, bias, to);
   }
   // v += scale Xs^T rd
   PYMETA_FN void accumulate(const Real* rd, Real scale) const { add(rd, scale, factors_.support); }
@@ -107,6 +136,32 @@ class FactoredLayer {
   Factors factors_;
   long row_;
   Extent support_{}, query_{};
+};
+
+// It stands in for the first Linear of an item, in all passes (layer.h). Nobody asks for the delta at its input.
+template <class X>
+struct FactoredLinearRules {
+  const FactoredLinear<X>& factored;
+  bool is_query;  // the set of the pass
+
+  PYMETA_FN void forward(const LayerPass& p, const Destination& to) const {
+    factored.apply(is_query, p.bias, to);
+  }
+  PYMETA_FN void backward(const LayerPass&, const Destination&) const {}
+  PYMETA_FN void gradient(const LayerPass& p, const Sink&, const Sink& bias) const {
+    sum_delta<X>(p.extent, p.layer.out.channels, p.d, bias);
+  }
+  PYMETA_FN void tangent_forward(const LayerPass&, const LayerTangent& t,
+                                 const Destination& to) const {
+    factored.apply_direction(t.bias, to);
+  }
+  PYMETA_FN void tangent_backward(const LayerPass&, const LayerTangent&, const Destination&) const {
+  }
+  PYMETA_FN void tangent_gradient(const LayerPass& p, const LayerTangent& t, const Sink& weight,
+                                  const Sink& bias) const {
+    factored.accumulate(t.rd, weight.scale);
+    sum_delta<X>(p.extent, p.layer.out.channels, t.rd, bias);
+  }
 };
 
 PYMETA_KERNEL_END

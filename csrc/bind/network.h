@@ -1,0 +1,132 @@
+// From a description, a list of tuples like ("linear", 4, 8, True) or ("relu",), to a Network (core/network.h).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../core/layers/registry.h"
+
+namespace pymeta {
+
+class NetworkBuilder {
+ public:
+  explicit NetworkBuilder(OwnedNetwork& owned) : owned_(owned), network_(owned.network) {}
+
+  void add(const pybind11::tuple& given) {
+    if (given.empty()) refuse("an empty tuple");
+    const std::string name = given[0].cast<std::string>();
+    bool found = false;
+    for_each_layer_spec([&](LayerKind kind, auto spec) {
+      if (found || !spec.kName || name != spec.kName) return;
+      found = true;
+      kind_ = kind;
+      double values[kMostArguments];
+      read(given, name, spec.kArguments, values);
+      spec.add(*this, values);
+    });
+    for (const ActivationSpelling& spelling : kActivations)
+      if (!found && name == spelling.name) {
+        found = true;
+        double values[2] = {0, 0};
+        read(given, name,
+             spelling.parameters == 0   ? ""
+             : spelling.parameters == 1 ? "d"
+                                        : "dd",
+             values);
+        if (!spelling.accepts(values[0])) refuse(name + ": " + spelling.condition);
+        add_activation({spelling.kind, values[0], values[1]});
+      }
+    if (!found) refuse("unknown layer '" + name + "'");
+  }
+
+  // What layers are added by (core/layers/layer.h).
+
+  Layer& append(const Shape& in, const Shape& out) {
+    for (const Shape& shape : {in, out}) {
+      if (shape.height < 1 || shape.width < 1 || shape.channels < 1)
+        refuse("a layer needs at least one input and one output feature");
+      const std::int64_t features =
+          static_cast<std::int64_t>(shape.height) * shape.width * shape.channels;
+      if (features > (1 << 24)) refuse("a layer of more than 2^24 features");
+    }
+    const int last = network_.layer_count - 1;
+    if (last >= 0 && network_.layers[last].out != in)
+      refuse("layer " + std::to_string(network_.layer_count) + " takes " + text(in) +
+             " features, the one before it gives " + text(network_.layers[last].out));
+    if (network_.layer_count == kMaxLayers)
+      throw std::invalid_argument("more than " + std::to_string(kMaxLayers) + " layers");
+    Layer& layer = owned_.layers[network_.layer_count++];
+    layer = Layer{};
+    layer.kind = kind_;
+    layer.in = in;
+    layer.out = out;
+    return layer;
+  }
+  int tensor(const Tensor& shape) {
+    owned_.tensors[network_.tensor_count] = shape;
+    return network_.tensor_count++;
+  }
+
+ private:
+  static constexpr int kMostArguments = 16;
+
+  [[noreturn]] static void refuse(const std::string& message) {
+    throw std::invalid_argument("layers: " + message);
+  }
+  static std::string text(const Shape& shape) {
+    if (shape.height == 1 && shape.width == 1) return std::to_string(shape.channels);
+    return std::to_string(shape.height) + " x " + std::to_string(shape.width) + " x " +
+           std::to_string(shape.channels);
+  }
+
+  // `types` has a letter for each value: 'i' integer, 'd' number, 'b' flag.
+  static void read(const pybind11::tuple& given, const std::string& name, const char* types,
+                   double* values) {
+    const std::size_t wanted = std::strlen(types);
+    if (given.size() - 1 != wanted)
+      refuse("'" + name + "' takes " + std::to_string(wanted) + " values, got " +
+             std::to_string(given.size() - 1));
+    for (std::size_t i = 0; i < wanted; ++i) {
+      const pybind11::object value = given[i + 1];
+      try {
+        values[i] = types[i] == 'i'   ? value.cast<int>()
+                    : types[i] == 'b' ? value.cast<bool>()
+                                      : value.cast<double>();
+      } catch (const pybind11::cast_error&) {
+        throw pybind11::type_error("layers: value " + std::to_string(i + 1) +
+                                   " of a layer is of a wrong type");
+      }
+    }
+  }
+
+  // Into the layer before it where that has none yet, else as a layer of its own.
+  void add_activation(const Activation& activation) {
+    if (network_.layer_count == 0) refuse("the first layer must be linear or a normalisation");
+    Layer* last = &owned_.layers[network_.layer_count - 1];
+    if (last->activation.kind != ActivationKind::identity) {
+      kind_ = LayerKind::lone_activation;
+      const Shape shape = last->out;
+      last = &append(shape, shape);
+    }
+    last->activation = activation;
+  }
+
+  OwnedNetwork& owned_;
+  Network& network_;
+  LayerKind kind_{};  // of the layer that is being added
+};
+
+inline std::unique_ptr<OwnedNetwork> make_network(const std::vector<pybind11::tuple>& layers) {
+  auto owned = std::make_unique<OwnedNetwork>();
+  NetworkBuilder builder(*owned);
+  for (const pybind11::tuple& layer : layers) builder.add(layer);
+  if (owned->network.layer_count == 0) throw std::invalid_argument("layers: expected at least one");
+  return owned;
+}
+
+}  // namespace pymeta

@@ -1,0 +1,155 @@
+// The inner loop: adapt a start to a support set.
+//
+// MAML (Finn, Abbeel, Levine 2017, algorithm 1), for one item of an executor X:
+//
+//   theta[0] = start;  theta[k+1] = theta[k] - lr[k] d[k],  d[k] = g[k] = dL_support/dtheta at theta[k] in plain SGD,
+//                      and what the optimiser's rule makes of it in general (optimizers/step.h)
+//
+// Reptile (Nichol, Achiam, Schulman 2018) is the same, and keeps theta[0] - theta[K]; fine_tune.h goes on by epochs, and
+// meta_gradient.h goes the way back.
+#pragma once
+
+#include "passes.h"
+
+PYMETA_KERNEL_BEGIN
+
+template <class X>
+class InnerLoop {
+ public:
+  using Parameters = typename State<X>::Parameters;
+  using Tape = typename State<X>::Tape;
+
+  PYMETA_FN InnerLoop(const Call<Real>& call, const Workspace<X>& workspace, const Shared& shared,
+                      const Memory& memory)
+      : state_(call, workspace, shared, memory) {}
+
+  PYMETA_FN const State<X>& state() const { return state_; }
+  PYMETA_FN Parameters start() const { return state_.start(); }
+
+  // The item's first layer, where it is a factored one; null otherwise.
+  PYMETA_FN void set_factored(FactoredLinear<X>* layer) { state_.factored = layer; }
+
+  // K inner steps; returns theta[K]. batches.step(k) says what step k works on.
+  template <class Batches>
+  PYMETA_FN Parameters adapt(Batches& batches) {
+    Parameters theta = start();
+    loss_sum_ = zero();
+    for (int k = 0; k < state_.call.steps; ++k) theta = step(k, theta, batches.step(k));
+    return theta;
+  }
+  // The mean over the steps of each task's loss while they ran.
+  PYMETA_FN Vec mean_step_loss() const {
+    const int steps = state_.call.steps;
+    return steps > 0 ? loss_sum_ / broadcast(Real(steps)) : zero();
+  }
+
+  // The summed losses of the steps since the last reset: the mean of an epoch is over rows, so there each step's counts as
+  // many times as it has rows.
+  PYMETA_FN void reset_losses() { loss_sum_ = zero(); }
+  PYMETA_FN Vec loss_sum() const { return loss_sum_; }
+
+  PYMETA_FN PYMETA_NOINLINE Parameters step(int k, const Parameters& theta, const Step& now) {
+    const State<X>& s = state_;
+    const ItemSet& support = *now.set;
+    const Tape tape = s.support_tape(k);
+    const Passes<X> passes(s, support, tape, /*is_query=*/false);
+    // Layers below the lowest that changes see the same rows with the same weights again.
+    const bool same_below = now.same_rows && !s.ws.keeps_steps;
+    passes.forward(theta, same_below ? s.lowest_adapted : 0);
+    if (s.ws.sums_losses) add_loss(now, tape);
+    const Parameters next = s.adapted(k + 1);
+    Real* own = const_cast<Real*>(next.own);
+    const bool fused =
+        s.call.optimizer.is_plain() && !s.rates.per_element() && !s.ws.keeps_gradients;
+    passes.backward(
+        theta,
+        [&](int t) {
+          if (!s.call.adapted[t]) return Sink{};
+          const std::size_t place = s.layout.tensors[t].place;
+          if (fused) return Sink{own + place, theta.tensor(t), nullptr, -s.rates.rate(k, t)};
+          return Sink{s.gradient(k) + place};
+        },
+        /*input_delta=*/false, s.call.second_order() ? 0 : s.lowest_adapted);
+    if constexpr (X::kFactors)
+      if (s.factored) s.factored->step(tape.d(0), s.rates.uniform_rate(k));
+    if (!fused) {
+      const StepCommon common = s.step_common(k, theta, now);
+      with_rule(s.call.optimizer, [&](const auto& rule) {
+        s.for_adapted([&](int t, std::size_t place, std::size_t size) {
+          if (!s.is_factored_tensor(t))
+            take_step<X>(rule, s.step_arrays(k, t, theta), common, size, own + place);
+        });
+      });
+    }
+    s.transpose(own, const_cast<Real*>(next.own_transposed));
+    if (s.ws.saves_steps) save(k, next);
+    return next;
+  }
+
+  // Where steps are kept elsewhere than they are used: theta[k] and the tape of step k, back where they are used.
+  PYMETA_FN PYMETA_NOINLINE void restore(int k) const {
+    const State<X>& s = state_;
+    if (k > 0) {
+      X::copy(s.memory.at(s.ws.theta), saved(k - 1), s.layout.size);
+      X::copy(s.memory.at(s.ws.theta_transposed), saved(k - 1) + s.layout.size,
+              s.layout.transposed_size);
+    }
+    if (k < s.call.steps - 1)
+      X::copy(s.memory.at(s.ws.support), saved(k) + s.layout.size + s.layout.transposed_size,
+              s.ws.support_tape.size);
+  }
+
+  // Adds start - theta to the totals.
+  PYMETA_FN void add_difference(const Parameters& theta, const Totals& totals) const {
+    const State<X>& s = state_;
+    for (int t = 0; t < s.network.tensor_count; ++t) {
+      const std::size_t place = s.layout.tensors[t].place;
+      const Real *from = start().tensor(t), *to = theta.tensor(t);
+      X::each(s.layout.scalars(t), [&](std::size_t i) {
+        const Real* base = totals.base(place + i);
+        const Vec difference = load(from + i) - load(to + i);
+        store(totals.gradient + place + i, base ? load(base) + difference : difference);
+      });
+    }
+  }
+
+  // Forward pass: outputs() holds the raw outputs, class-major; returns the loss of each task, if there are targets.
+  PYMETA_FN PYMETA_NOINLINE Vec evaluate(const Parameters& theta, const ItemSet& query) const {
+    const Tape tape = state_.query_tape();
+    Passes<X>(state_, query, tape, /*is_query=*/true).forward(theta);
+    return query.targets ? X::sum_rows_in_order(query.extent, tape.at(tape.layout->row_losses))
+                         : zero();
+  }
+  PYMETA_FN const Real* outputs() const {
+    return state_.memory.at(state_.ws.query) + state_.ws.query_tape.y;
+  }
+
+ private:
+  PYMETA_FN void add_loss(const Step& now, const Tape& tape) {
+    const Extent& extent = now.set->extent;
+    const Vec loss = X::sum_rows_in_order(extent, tape.at(tape.layout->row_losses));
+    loss_sum_ = loss_sum_ +
+                (state_.call.by_epochs() ? select(now.active, loss * extent.count, zero()) : loss);
+  }
+
+  // theta[k + 1] and the tape of step k; the reverse sweep begins with the last tape as it is.
+  PYMETA_FN PYMETA_NOINLINE void save(int k, const Parameters& next) const {
+    const State<X>& s = state_;
+    if (k == s.call.steps - 1) return;
+    Real* to = saved(k);
+    X::copy(to, next.own, s.layout.size);
+    X::copy(to + s.layout.size, next.own_transposed, s.layout.transposed_size);
+    X::copy(to + s.layout.size + s.layout.transposed_size, s.support_tape(k).base,
+            s.ws.support_tape.size);
+  }
+  PYMETA_FN Real* saved(int k) const {
+    const State<X>& s = state_;
+    return s.memory.at(s.ws.saved) +
+           k * (s.layout.size + s.layout.transposed_size + s.ws.support_tape.size);
+  }
+
+  State<X> state_;
+  Vec loss_sum_ = zero();
+};
+
+PYMETA_KERNEL_END

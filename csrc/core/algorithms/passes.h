@@ -1,0 +1,263 @@
+// The four passes of a set through the network: forward, backward, and the tangents of both.
+//
+// Each is a loop over the layers, whose rules have their files in ../layers; what is done here is what every layer has: its
+// activation, and the way from one layer's arrays to the next one's. An identity or ReLU is done in the store of the layer
+// before it (Destination); the others are maps of their own:
+//   a = act(z)    d = act'(z) c    ra = act'(z) rz    rd = act'(z) rc + act''(z) c rz
+#pragma once
+
+#include "state.h"
+
+PYMETA_KERNEL_BEGIN
+
+// ---- activations -----------------------------------------------------------------------------------------------
+
+template <class X>
+PYMETA_FN PYMETA_NOINLINE void activate(const Layer& layer, const Extent& extent, const Real* z,
+                                        Real* a) {
+  const int features = layer.out.features();
+  with_activation(layer.activation.kind, [&](auto rule) {
+    X::map(extent, features, [&](long at, long column, int) {
+      Vec value = rule.value(load(z + at), layer.activation);
+      if constexpr (rule.kMovesZero)
+        value = X::masked_columns(value, features, static_cast<int>(column / kWidth));
+      store(a + at, value);
+    });
+  });
+}
+
+// out = slope * v: the backward pass and the tangent of the forward pass. z is only read where it was kept.
+template <class X>
+PYMETA_FN PYMETA_NOINLINE void through_slope(const Layer& layer, const Extent& extent,
+                                             const Real* z, const Real* a, const Real* v,
+                                             Real* out) {
+  with_activation(layer.activation.kind, [&](auto rule) {
+    X::map(extent, layer.out.features(), [&](long at, long, int) {
+      const Vec input = rule.kFromOutput ? zero() : load(z + at);
+      store(out + at, rule.slope(input, load(a + at), layer.activation) * load(v + at));
+    });
+  });
+}
+
+// rd = slope * rc + curvature * c * rz: the tangent of the backward pass.
+template <class X>
+PYMETA_FN PYMETA_NOINLINE void through_slope_tangent(const Layer& layer, const Extent& extent,
+                                                     const Real* z, const Real* a, const Real* c,
+                                                     const Real* rz, const Real* rc, Real* rd) {
+  with_activation(layer.activation.kind, [&](auto rule) {
+    X::map(extent, layer.out.features(), [&](long at, long, int) {
+      const Vec input = rule.kFromOutput ? zero() : load(z + at), output = load(a + at);
+      Vec v = rule.slope(input, output, layer.activation) * load(rc + at);
+      if constexpr (rule.kHasCurvature) {
+        if (rz)
+          v = fma(rule.curvature(input, output, layer.activation) * load(c + at), load(rz + at), v);
+      }
+      store(rd + at, v);
+    });
+  });
+}
+
+// ---- the passes ------------------------------------------------------------------------------------------------
+
+template <class X>
+class Passes {
+ public:
+  using Parameters = typename State<X>::Parameters;
+  using Direction = typename State<X>::Direction;
+  using Tape = typename State<X>::Tape;
+
+  // One set and its tape. `is_query`: which of the item's sets it is.
+  PYMETA_FN Passes(const State<X>& state, const ItemSet& set, const Tape& tape, bool is_query)
+      : state_(state),
+        network_(state.network),
+        set_(set),
+        tape_(tape),
+        last_(state.network.layer_count - 1),
+        is_query_(is_query) {}
+
+  // From layer `from` on; what lies below is on the tape already.
+  PYMETA_FN PYMETA_NOINLINE void forward(const Parameters& theta, int from = 0) const {
+    for (int l = from; l <= last_; ++l) {
+      const Layer& layer = network_.layers[l];
+      const ActivationKind kind = layer.activation.kind;
+      Real* z = tape_.at(tape_.layout->layers[l].z);
+      Real* raw = is_class_major(l) ? outputs() : is_fused(kind) || !z ? tape_.a(l) : z;
+      with_rules(l, [&](const auto& rules) {
+        rules.forward(pass(l, theta), Destination{raw, kind == ActivationKind::relu});
+      });
+      if (!is_fused(kind)) activate<X>(layer, set_.extent, raw, tape_.a(l));
+    }
+    if (!state_.layout.narrow)
+      X::to_class_major(set_.extent, network_.out_features(), tape_.a(last_), outputs());
+    if (set_.targets)
+      loss_gradient<X>(*state_.call.loss, tape_.loss_rows(set_), tape_.at(tape_.layout->row_losses),
+                       tape_.at(tape_.layout->dy));
+  }
+
+  // Down to layer `lowest`, whose parameters are the last that want a gradient. sinks(tensor) says where it goes.
+  template <class Sinks>
+  PYMETA_FN PYMETA_NOINLINE void backward(const Parameters& theta, Sinks sinks,
+                                          bool input_delta = true, int lowest = 0) const {
+    if (!state_.layout.narrow) {
+      const Real* dy = tape_.at(tape_.layout->dy);
+      Real* top = tape_.output_delta(last_);
+      X::from_class_major(set_.extent, network_.out_features(), dy, top);
+      if (is_relu(last_))
+        pass_on<X>(set_.extent, network_.out_features(), top, gated(last_, tape_.d(last_)));
+      finish_delta(last_);
+    }
+    for (int l = last_; l >= lowest; --l) {
+      const Layer& layer = network_.layers[l];
+      with_rules(l, [&](const auto& rules) {
+        const LayerPass p = pass(l, theta, delta(l));
+        if (l > lowest || (input_delta && set_.dx)) {
+          rules.backward(p, l > 0 ? gated(l - 1, tape_.output_delta(l - 1)) : Destination{set_.dx});
+          if (l > 0) finish_delta(l - 1);
+        }
+        rules.gradient(p, sink(sinks, layer.weight), sink(sinks, layer.bias));
+      });
+    }
+  }
+
+  PYMETA_FN PYMETA_NOINLINE void tangent_forward(const Parameters& theta,
+                                                 const Direction& u) const {
+    Real* ry = tangent(state_.ws.tangent.ry);
+    for (int l = 0; l <= last_; ++l) {
+      const Layer& layer = network_.layers[l];
+      Real* ra = tangent(tangents(l).ra);
+      Real* rz = tangent(tangents(l).rz);
+      Real* raw = is_class_major(l) ? ry : rz ? rz : ra;
+      with_rules(l, [&](const auto& rules) {
+        rules.tangent_forward(pass(l, theta), pass_tangent(l, u), gated(l, raw));
+      });
+      if (!is_fused(layer.activation.kind))
+        through_slope<X>(layer, set_.extent, activation_input(l), tape_.a(l), raw, ra);
+    }
+    if (!state_.layout.narrow)
+      X::to_class_major(set_.extent, network_.out_features(), tangent(tangents(last_).ra), ry);
+    loss_hessian_product<X>(*state_.call.loss, tape_.loss_rows(set_), ry,
+                            tangent(state_.ws.tangent.rdy));
+  }
+
+  // The tangent of the delta at the input, times `scale`, is put to set.dx or added to what is there.
+  template <class Sinks>
+  PYMETA_FN PYMETA_NOINLINE void tangent_backward(const Parameters& theta, const Direction& u,
+                                                  bool first_to_input, Real scale,
+                                                  Sinks sinks) const {
+    const Real* rdy = tangent(state_.ws.tangent.rdy);
+    Real* rd = tangent(state_.ws.tangent.rd[0]);
+    Real* rd_below = tangent(state_.ws.tangent.rd[1]);
+    if (!state_.layout.narrow) {
+      X::from_class_major(set_.extent, network_.out_features(), rdy, rd);
+      if (is_relu(last_)) pass_on<X>(set_.extent, network_.out_features(), rd, gated(last_, rd));
+      finish_delta_tangent(last_, rd);
+    }
+    for (int l = last_; l >= 0; --l) {
+      const Layer& layer = network_.layers[l];
+      with_rules(l, [&](const auto& rules) {
+        const LayerPass p = pass(l, theta, delta(l));
+        const LayerTangent t = pass_tangent(l, u, is_class_major(l) ? rdy : rd);
+        if (l > 0 || set_.dx) {
+          rules.tangent_backward(p, t, l > 0 ? gated(l - 1, rd_below) : Destination{rd_below});
+          if (l > 0)
+            finish_delta_tangent(l - 1, rd_below);
+          else
+            add_to_input_delta(rd_below, first_to_input, scale);
+        }
+        rules.tangent_gradient(p, t, sink(sinks, layer.weight), sink(sinks, layer.bias));
+      });
+      Real* swap = rd;
+      rd = rd_below;
+      rd_below = swap;
+    }
+  }
+
+ private:
+  // visit(the rules that layer l has here): its own, or those of what stands in for it.
+  template <class Visitor>
+  PYMETA_FN void with_rules(int l, Visitor visit) const {
+    if constexpr (X::kFactors)
+      if (l == 0 && state_.factored)
+        return visit(FactoredLinearRules<X>{*state_.factored, is_query_});
+    with_variant<X>(network_, l, state_.layout.narrow, visit);
+  }
+
+  PYMETA_FN LayerPass pass(int l, const Parameters& theta, const Real* d = nullptr) const {
+    const Layer& layer = network_.layers[l];
+    LayerPass p{layer,
+                set_.extent,
+                tape_.input(l, set_),
+                theta.tensor(layer.weight),
+                theta.tensor(layer.bias),
+                theta.transposed(l),
+                {},
+                d};
+    for (int i = 0; i < kMaxKept; ++i) p.kept[i] = tape_.kept(l, i);
+    return p;
+  }
+  PYMETA_FN LayerTangent pass_tangent(int l, const Direction& u, const Real* rd = nullptr) const {
+    const Layer& layer = network_.layers[l];
+    // The tangent of the first layer's input is zero.
+    LayerTangent t{{l == 0 ? nullptr : tangent(tangents(l - 1).ra), X::stride(layer.in.features())},
+                   u.tensor(layer.weight),
+                   u.tensor(layer.bias),
+                   u.transposed(l),
+                   {},
+                   rd};
+    for (int i = 0; i < kMaxKept; ++i) t.kept[i] = tangent(tangents(l).kept[i]);
+    return t;
+  }
+
+  PYMETA_FN bool is_relu(int l) const {
+    return network_.layers[l].activation.kind == ActivationKind::relu;
+  }
+  // A narrow last layer's outputs and deltas are class-major from the beginning.
+  PYMETA_FN bool is_class_major(int l) const { return state_.layout.narrow && l == last_; }
+  PYMETA_FN Real* outputs() const { return tape_.at(tape_.layout->y); }
+  PYMETA_FN const Real* delta(int l) const {
+    return is_class_major(l) ? tape_.at(tape_.layout->dy) : tape_.d(l);
+  }
+  PYMETA_FN Real* tangent(Place place) const { return state_.tangent(place); }
+  PYMETA_FN const LayerTangents& tangents(int l) const { return state_.ws.tangent.layers[l]; }
+  // What the activation of layer l was applied to, where that is kept.
+  PYMETA_FN const Real* activation_input(int l) const {
+    return tape_.at(tape_.layout->layers[l].z);
+  }
+  template <class Sinks>
+  PYMETA_FN static Sink sink(const Sinks& sinks, int tensor) {
+    return tensor >= 0 ? sinks(tensor) : Sink{};
+  }
+
+  // A destination at layer l's output: through the gate of its ReLU.
+  PYMETA_FN Destination gated(int l, Real* to) const {
+    return {to, false, is_relu(l) ? tape_.a(l) : nullptr};
+  }
+  PYMETA_FN void finish_delta(int l) const {
+    const Layer& layer = network_.layers[l];
+    if (is_fused(layer.activation.kind)) return;
+    through_slope<X>(layer, set_.extent, activation_input(l), tape_.a(l), tape_.output_delta(l),
+                     tape_.d(l));
+  }
+  PYMETA_FN void finish_delta_tangent(int l, Real* rd) const {
+    const Layer& layer = network_.layers[l];
+    if (is_fused(layer.activation.kind)) return;
+    through_slope_tangent<X>(layer, set_.extent, activation_input(l), tape_.a(l),
+                             tape_.at(tape_.layout->layers[l].c), tangent(tangents(l).rz), rd, rd);
+  }
+  PYMETA_FN void add_to_input_delta(const Real* rdx, bool first, Real scale) const {
+    Real* dx = set_.dx;
+    X::map(set_.extent, network_.in_features(), [=](long at, long, int) {
+      const Vec before = first ? zero() : load(dx + at);
+      store(dx + at, fma(broadcast(scale), load(rdx + at), before));
+    });
+  }
+
+  const State<X>& state_;
+  const Network& network_;
+  const ItemSet& set_;
+  const Tape tape_;
+  const int last_;
+  const bool is_query_;
+};
+
+PYMETA_KERNEL_END

@@ -1,0 +1,60 @@
+// A layer that does nothing but its activation, where that could not be folded into the layer before it: z = x.
+#pragma once
+
+#include "layer.h"
+
+namespace pymeta {
+
+// A network's description names the activation, not the layer: the builder appends one where it is needed.
+struct LoneActivationSpec {
+  static constexpr const char* kName = nullptr;
+  static constexpr const char* kArguments = "";
+  static constexpr bool kMixesRows = false;
+
+  template <class Builder>
+  static void add(Builder&, const double*) {}
+};
+
+}  // namespace pymeta
+
+#ifdef PYMETA_MACHINE
+
+PYMETA_KERNEL_BEGIN
+
+template <class X>
+struct LoneActivation {
+  static constexpr bool kTransposesWeight = false;
+  static constexpr bool kReadsRowsInPlace = false;
+
+  static PackedTensor packed_weight(const Layer&) { return {}; }
+  static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
+
+  PYMETA_FN static void forward(const LayerPass& p, const Destination& to) {
+    pass_on<X>(p.extent, p.layer.in.features(), p.x.p, to);
+  }
+  PYMETA_FN static void backward(const LayerPass& p, const Destination& below) {
+    pass_on<X>(p.extent, p.layer.in.features(), p.d, below);
+  }
+  PYMETA_FN static void gradient(const LayerPass&, const Sink&, const Sink&) {}
+
+  PYMETA_FN static void tangent_forward(const LayerPass& p, const LayerTangent& t,
+                                        const Destination& to) {
+    if (t.rx.p) return pass_on<X>(p.extent, p.layer.in.features(), t.rx.p, to);
+    Real* rz = to.p;
+    X::map(p.extent, p.layer.out.features(), [&](long at, long, int) { store(rz + at, zero()); });
+  }
+  PYMETA_FN static void tangent_backward(const LayerPass& p, const LayerTangent& t,
+                                         const Destination& below) {
+    pass_on<X>(p.extent, p.layer.in.features(), t.rd, below);
+  }
+  PYMETA_FN static void tangent_gradient(const LayerPass&, const LayerTangent&, const Sink&,
+                                         const Sink&) {}
+
+  static double work(const Layer& layer, const Effort& effort) {
+    return elementwise_work<X>(layer, effort);
+  }
+};
+
+PYMETA_KERNEL_END
+
+#endif  // PYMETA_MACHINE

@@ -1,0 +1,214 @@
+// What the normalisations share: each normalises slices of the matrix [rows, features] by themselves. A slice is a
+// column (BatchNorm, each task and set by itself) or a row (LayerNorm). Over a slice of n numbers
+//   h = (x - mean) / sqrt(var + eps),  z = gamma h + beta
+//   dx  = s (e - mean e - h mean(e h)),  e = gamma d,  s = 1 / sqrt(var + eps)
+//   rh  = s (rx - mean rx) - h q,        q = s mean(h rx)
+//   rdx = s (re - mean re - rh mean(e h) - h mean(re h + e rh)) - q dx,  re = gamma rd + rgamma d
+#pragma once
+
+#include "layer.h"
+
+namespace pymeta {
+
+// (features, eps, gamma, beta)
+template <class Builder>
+void add_normalisation(Builder& builder, const double* arguments) {
+  const int features = static_cast<int>(arguments[0]);
+  Layer& layer = builder.append({1, 1, features}, {1, 1, features});
+  layer.eps = arguments[1];
+  if (arguments[2] != 0) layer.weight = builder.tensor({1, features, false});
+  if (arguments[3] != 0) layer.bias = builder.tensor({1, features, false});
+}
+
+}  // namespace pymeta
+
+#ifdef PYMETA_MACHINE
+
+PYMETA_KERNEL_BEGIN
+
+// How the slices lie: down the columns, or along the rows.
+template <class X, bool kOverRows>
+struct Slices {
+  const Extent& extent;
+  int features;
+
+  PYMETA_FN int count() const { return kOverRows ? X::vectors(features) : extent.rows; }
+  PYMETA_FN int length() const { return kOverRows ? extent.rows : X::vectors(features); }
+  PYMETA_FN int row(int slice, int i) const { return kOverRows ? i : slice; }
+  PYMETA_FN int column(int slice, int i) const { return kOverRows ? slice : i; }  // in vectors
+  PYMETA_FN long at(int slice, int i) const {
+    return row(slice, i) * X::stride(features) + static_cast<long>(column(slice, i)) * kWidth;
+  }
+  // Zero outside the slice: rows that a shorter task lacks, columns that are padding.
+  PYMETA_FN Vec masked(Vec v, int slice, int i) const {
+    if (!kOverRows) v = X::masked_columns(v, features, column(slice, i));
+    return extent.masked(v, row(slice, i));
+  }
+  template <class Body>
+  PYMETA_FN Vec mean(int slice, Body body) const {
+    if constexpr (kOverRows) {
+      Vec sum = zero();
+      for (int i = 0; i < extent.rows; ++i) sum = sum + extent.masked(body(i), i);
+      return sum / extent.count;
+    } else {
+      return X::sum_features(features, [&](int i) { return masked(body(i), slice, i); }) /
+             broadcast(Real(features));
+    }
+  }
+};
+
+// One of gamma, beta or their directions at a column of vectors.
+PYMETA_FN inline Vec feature(const Real* vector, int column, Real otherwise) {
+  return vector ? load(vector + static_cast<long>(column) * kWidth) : broadcast(otherwise);
+}
+
+// s (e - mean e - h mean(e h)), given its two means.
+PYMETA_FN inline Vec norm_delta(Vec inverse, Vec e, Vec mean_e, Vec h, Vec mean_eh) {
+  return inverse * (e - mean_e - h * mean_eh);
+}
+
+// Its own arrays: h [rows, features] and s [slices, kWidth] on a tape, rh and q in a tangent pass.
+template <class X, bool kOverRows>
+struct Normalisation {
+  static constexpr bool kTransposesWeight = false;
+  static constexpr bool kReadsRowsInPlace = false;
+
+  static PackedTensor packed_weight(const Layer& layer) {
+    return packed_vector<X>(layer.out.features());
+  }
+  static std::size_t kept_scalars(const Layer& layer, int rows, int i) {
+    const int features = layer.out.features();
+    if (i == 0) return static_cast<std::size_t>(rows) * X::stride(features);
+    return static_cast<std::size_t>(kOverRows ? X::vectors(features) : rows) * kWidth;
+  }
+
+  PYMETA_FN PYMETA_NOINLINE static void forward(const LayerPass& p, const Destination& to) {
+    const Slices<X, kOverRows> s{p.extent, p.layer.out.features()};
+    const Real *x = p.x.p, *gamma = p.weight, *beta = p.bias;
+    Real *kept_h = p.kept[0], *kept_inverse = p.kept[1];
+    const Real eps = Real(p.layer.eps);
+    X::with_epilogue(to, X::stride(s.features), p.extent, [&](const auto& emit) {
+      X::each_index(s.count(), [&](int slice) {
+        // Centred twice: what the rounded mean left over would spoil the backward formulas, which rely on mean h = 0.
+        const auto in = [&](int i) { return load(x + s.at(slice, i)); };
+        const Vec mean = s.mean(slice, in);
+        const Vec rest = s.mean(slice, [&](int i) { return in(i) - mean; });
+        const auto centred = [&](int i) { return (in(i) - mean) - rest; };
+        const Vec variance = s.mean(slice, [&](int i) { return centred(i) * centred(i); });
+        const Vec inverse = Real(1) / square_root(variance + eps);
+        store(kept_inverse + static_cast<long>(slice) * kWidth, inverse);
+        for (int i = 0; i < s.length(); ++i) {
+          const Vec h = s.masked(centred(i) * inverse, slice, i);
+          store(kept_h + s.at(slice, i), h);
+          const int column = s.column(slice, i);
+          emit(fma(h, feature(gamma, column, 1), feature(beta, column, 0)), s.row(slice, i),
+               column);
+        }
+      });
+    });
+  }
+
+  PYMETA_FN PYMETA_NOINLINE static void backward(const LayerPass& p, const Destination& below) {
+    const Slices<X, kOverRows> s{p.extent, p.layer.out.features()};
+    const Real *d = p.d, *gamma = p.weight, *kept_h = p.kept[0], *kept_inverse = p.kept[1];
+    X::with_epilogue(below, X::stride(s.features), p.extent, [&](const auto& emit) {
+      X::each_index(s.count(), [&](int slice) {
+        const auto h = [&](int i) { return load(kept_h + s.at(slice, i)); };
+        const auto e = [&](int i) {
+          return load(d + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1);
+        };
+        const Vec inverse = load(kept_inverse + static_cast<long>(slice) * kWidth);
+        const Vec mean_e = s.mean(slice, e);
+        const Vec mean_eh = s.mean(slice, [&](int i) { return e(i) * h(i); });
+        for (int i = 0; i < s.length(); ++i)
+          emit(s.masked(norm_delta(inverse, e(i), mean_e, h(i), mean_eh), slice, i),
+               s.row(slice, i), s.column(slice, i));
+      });
+    });
+  }
+
+  PYMETA_FN PYMETA_NOINLINE static void gradient(const LayerPass& p, const Sink& weight,
+                                                 const Sink& bias) {
+    const int features = p.layer.out.features();
+    const Real *d = p.d, *h = p.kept[0];
+    X::sum_rows(p.extent, features, weight,
+                [&](long at, long) { return load(d + at) * load(h + at); });
+    sum_delta<X>(p.extent, features, d, bias);
+  }
+
+  PYMETA_FN PYMETA_NOINLINE static void tangent_forward(const LayerPass& p, const LayerTangent& t,
+                                                        const Destination& to) {
+    const Slices<X, kOverRows> s{p.extent, p.layer.out.features()};
+    const Real *rx = t.rx.p, *gamma = p.weight, *rgamma = t.weight, *rbeta = t.bias;
+    const Real *kept_h = p.kept[0], *kept_inverse = p.kept[1];
+    Real *kept_rh = t.kept[0], *kept_q = t.kept[1];
+    X::with_epilogue(to, X::stride(s.features), p.extent, [&](const auto& emit) {
+      X::each_index(s.count(), [&](int slice) {
+        const auto h = [&](int i) { return load(kept_h + s.at(slice, i)); };
+        const auto in = [&](int i) { return rx ? load(rx + s.at(slice, i)) : zero(); };
+        const Vec inverse = load(kept_inverse + static_cast<long>(slice) * kWidth);
+        const Vec mean = rx ? s.mean(slice, in) : zero();
+        const Vec q = rx ? inverse * s.mean(slice, [&](int i) { return h(i) * in(i); }) : zero();
+        store(kept_q + static_cast<long>(slice) * kWidth, q);
+        for (int i = 0; i < s.length(); ++i) {
+          const Vec rh = s.masked((in(i) - mean) * inverse - h(i) * q, slice, i);
+          store(kept_rh + s.at(slice, i), rh);
+          const int column = s.column(slice, i);
+          Vec rz = fma(rh, feature(gamma, column, 1), feature(rbeta, column, 0));
+          if (rgamma) rz = fma(h(i), feature(rgamma, column, 0), rz);
+          emit(rz, s.row(slice, i), column);
+        }
+      });
+    });
+  }
+
+  PYMETA_FN PYMETA_NOINLINE static void tangent_backward(const LayerPass& p, const LayerTangent& t,
+                                                         const Destination& below) {
+    const Slices<X, kOverRows> s{p.extent, p.layer.out.features()};
+    const Real *d = p.d, *rd = t.rd, *gamma = p.weight, *rgamma = t.weight;
+    const Real *kept_h = p.kept[0], *kept_inverse = p.kept[1], *kept_rh = t.kept[0],
+               *kept_q = t.kept[1];
+    X::with_epilogue(below, X::stride(s.features), p.extent, [&](const auto& emit) {
+      X::each_index(s.count(), [&](int slice) {
+        const auto h = [&](int i) { return load(kept_h + s.at(slice, i)); };
+        const auto rh = [&](int i) { return load(kept_rh + s.at(slice, i)); };
+        const auto e = [&](int i) {
+          return load(d + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1);
+        };
+        const auto re = [&](int i) {
+          const Vec own = load(rd + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1);
+          return rgamma ? fma(load(d + s.at(slice, i)), feature(rgamma, s.column(slice, i), 0), own)
+                        : own;
+        };
+        const Vec inverse = load(kept_inverse + static_cast<long>(slice) * kWidth);
+        const Vec q = load(kept_q + static_cast<long>(slice) * kWidth);
+        const Vec mean_e = s.mean(slice, e), mean_re = s.mean(slice, re);
+        const Vec mean_eh = s.mean(slice, [&](int i) { return e(i) * h(i); });
+        const Vec mean_r = s.mean(slice, [&](int i) { return re(i) * h(i) + e(i) * rh(i); });
+        for (int i = 0; i < s.length(); ++i) {
+          const Vec dx = norm_delta(inverse, e(i), mean_e, h(i), mean_eh);
+          const Vec rdx = inverse * (re(i) - mean_re - rh(i) * mean_eh - h(i) * mean_r) - q * dx;
+          emit(s.masked(rdx, slice, i), s.row(slice, i), s.column(slice, i));
+        }
+      });
+    });
+  }
+
+  PYMETA_FN PYMETA_NOINLINE static void tangent_gradient(const LayerPass& p, const LayerTangent& t,
+                                                         const Sink& weight, const Sink& bias) {
+    const int features = p.layer.out.features();
+    const Real *d = p.d, *rd = t.rd, *h = p.kept[0], *rh = t.kept[0];
+    X::sum_rows(p.extent, features, weight, [&](long at, long) {
+      return fma(load(rd + at), load(h + at), load(d + at) * load(rh + at));
+    });
+    sum_delta<X>(p.extent, features, rd, bias);
+  }
+
+  static double work(const Layer& layer, const Effort& effort) {
+    return elementwise_work<X>(layer, effort);
+  }
+};
+
+PYMETA_KERNEL_END
+
+#endif  // PYMETA_MACHINE

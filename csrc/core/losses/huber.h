@@ -1,0 +1,40 @@
+// torch.nn.HuberLoss:  (y - t)^2 / 2 where |y - t| < delta, else delta (|y - t| - delta / 2);
+// slope clamp(y - t, -delta, delta), curvature 1 inside and 0 outside.
+#pragma once
+
+#include "loss.h"
+
+namespace pymeta {
+
+struct HuberSpec {
+  static constexpr const char* kName = "huber";
+  static constexpr bool kLabels = false;
+};
+
+}  // namespace pymeta
+
+#ifdef PYMETA_MACHINE
+
+PYMETA_KERNEL_BEGIN
+
+struct HuberElement {
+  Real delta;
+
+  PYMETA_FN HuberElement(const Loss& loss, int) : delta(Real(loss.delta)) {}
+
+  PYMETA_FN Vec add_value(Vec y, Vec t, Vec sum, Vec& slope, Real*) const {
+    const Vec error = y - t, size = absolute(error), edge = broadcast(delta);
+    const IntVec inside = size < edge;
+    slope = select(inside, error, with_sign_of(edge, error));
+    slope = select(error != error, error, slope);
+    return sum + select(inside, error * error * Real(0.5), edge * (size - edge * Real(0.5)));
+  }
+  PYMETA_FN Vec curvature(Vec y, Vec t, const Real*) const {
+    return select(absolute(y - t) < broadcast(delta), broadcast(1), zero());
+  }
+};
+using Huber = Elementwise<HuberElement>;
+
+PYMETA_KERNEL_END
+
+#endif  // PYMETA_MACHINE

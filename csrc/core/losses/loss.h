@@ -1,0 +1,79 @@
+// What a loss is: the interface of the files beside this one.
+//
+// Everything here is class-major ([out, rows], cpu/executor.h), so that a vector holds rows or tasks and never
+// classes. `scale` [rows] is the row's share of the mean (its weight over the sum of weights, with 1 / out for the
+// losses that are means over outputs), 0 for padding. `probability` [out, rows] is kept for the tangent: softmax
+// or sigmoid of the outputs. Each file has a description, true on every machine,
+//
+//   struct HuberSpec    kName      how it is spelled
+//                       kLabels    are targets class labels, and the loss one number a row rather than a mean over outputs?
+// and its rules on one vector of rows,
+//   struct Huber
+//     value(loss, rows, block, gradient)        the rows' losses before `scale`; where `gradient` [out, rows] is wanted, the
+//                                               gradient with respect to the outputs, times scale
+//     hessian_product(loss, rows, block, r, product)    the Hessian times r [out, rows], times scale
+// A loss that is a sum over outputs gives `Elementwise` the value, slope and curvature of one element instead.
+// A new loss is one such file, a line in registry.h, its torch form in pymeta/reference (the oracle), and a line in the tests.
+#pragma once
+
+#include "../network.h"
+
+#ifdef PYMETA_MACHINE
+
+PYMETA_KERNEL_BEGIN
+
+struct LossRows {
+  int out;
+  int blocks;           // vectors of rows in a class
+  const Real* outputs;  // [out, rows]
+  const Real* targets;  // [out, rows], or [rows] labels as numbers for cross-entropy
+  const Real* scale;    // [rows]
+  Real* probability;    // [out, rows]
+  const Real* keep;  // lanes: all-ones where the task has the row; null when all have all (Extent)
+
+  // Zero in rows that a task lacks, whatever its parameters made of them.
+  PYMETA_FN Vec kept(Vec v, int block) const {
+    return keep ? where_kept(v, keep + block * kWidth) : v;
+  }
+  PYMETA_FN long at(int o, int block) const {
+    return (static_cast<long>(o) * blocks + block) * kWidth;
+  }
+};
+
+PYMETA_FN inline Real class_factor(const double* weights, int o) {
+  return weights ? Real(weights[o]) : Real(1);
+}
+
+// Losses that are sums over outputs of a function of one output y and its target t. Element has
+//   Element(loss, o)                              what it knows of output o
+//   add_value(y, t, sum, slope, probability)      sum + its value; gives its slope, and may keep a probability
+//   curvature(y, t, probability)
+template <class Element>
+struct Elementwise {
+  PYMETA_FN static Vec value(const Loss& loss, const LossRows& s, int b, Real* gradient) {
+    const Vec scale = load(s.scale + b * kWidth);
+    Vec sum = zero();
+    for (int o = 0; o < s.out; ++o) {
+      const Element element(loss, o);
+      const Vec y = load(s.outputs + s.at(o, b)), t = load(s.targets + s.at(o, b));
+      Vec slope;
+      sum = element.add_value(y, t, sum, slope, s.probability + s.at(o, b));
+      if (gradient) store(gradient + s.at(o, b), s.kept(scale * slope, b));
+    }
+    return sum;
+  }
+  PYMETA_FN static void hessian_product(const Loss& loss, const LossRows& s, int b, const Real* r,
+                                        Real* product) {
+    const Vec scale = load(s.scale + b * kWidth);
+    for (int o = 0; o < s.out; ++o) {
+      const Element element(loss, o);
+      const Vec curvature = element.curvature(
+          load(s.outputs + s.at(o, b)), load(s.targets + s.at(o, b)), s.probability + s.at(o, b));
+      store(product + s.at(o, b), s.kept(scale * curvature * load(r + s.at(o, b)), b));
+    }
+  }
+};
+
+PYMETA_KERNEL_END
+
+#endif  // PYMETA_MACHINE

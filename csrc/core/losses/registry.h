@@ -1,0 +1,82 @@
+// All losses: a new one has its include and its line here.
+#pragma once
+
+#include "bce_with_logits.h"
+#include "cross_entropy.h"
+#include "huber.h"
+#include "mse.h"
+
+// LOSS(kind, rules); the description is rulesSpec. The first is what a Loss is before it is told.
+#define PYMETA_LOSSES(LOSS)         \
+  LOSS(mse, Mse)                    \
+  LOSS(huber, Huber)                \
+  LOSS(cross_entropy, CrossEntropy) \
+  LOSS(bce_with_logits, BceWithLogits)
+
+namespace pymeta {
+
+enum class LossKind : std::uint8_t {
+#define PYMETA_KIND(kind, rules) kind,
+  PYMETA_LOSSES(PYMETA_KIND)
+#undef PYMETA_KIND
+};
+
+// Calls visit(description) of each loss, with its kind.
+template <class Visitor>
+PYMETA_FN void for_each_loss_spec(Visitor visit) {
+#define PYMETA_VISIT(kind, rules) visit(LossKind::kind, rules##Spec{});
+  PYMETA_LOSSES(PYMETA_VISIT)
+#undef PYMETA_VISIT
+}
+
+// Are targets class labels?
+PYMETA_FN inline bool takes_labels(const Loss& loss) {
+  bool labels = false;
+  for_each_loss_spec([&](LossKind kind, auto spec) {
+    labels = labels || (kind == loss.kind && decltype(spec)::kLabels);
+  });
+  return labels;
+}
+
+}  // namespace pymeta
+
+#ifdef PYMETA_MACHINE
+
+PYMETA_KERNEL_BEGIN
+
+// Calls visit(rules) of the kind that is known only at run time.
+template <class Visitor>
+PYMETA_FN void with_loss(const Loss& loss, Visitor visit) {
+  switch (loss.kind) {
+#define PYMETA_CASE(name, rules) \
+  case LossKind::name:           \
+    return visit(rules{});
+    PYMETA_LOSSES(PYMETA_CASE)
+#undef PYMETA_CASE
+  }
+}
+
+// row_losses [rows] and, where wanted, gradient [out, rows].
+template <class X>
+PYMETA_FN PYMETA_NOINLINE void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
+                                             Real* gradient) {
+  with_loss(loss, [&](auto rules) {
+    X::each_index(s.blocks, [&](int b) {
+      const Vec value = rules.value(loss, s, b, gradient);
+      store(row_losses + b * kWidth, s.kept(load(s.scale + b * kWidth) * value, b));
+    });
+  });
+}
+
+// The Hessian of the loss times r [out, rows], into product [out, rows].
+template <class X>
+PYMETA_FN PYMETA_NOINLINE void loss_hessian_product(const Loss& loss, const LossRows& s,
+                                                    const Real* r, Real* product) {
+  with_loss(loss, [&](auto rules) {
+    X::each_index(s.blocks, [&](int b) { rules.hessian_product(loss, s, b, r, product); });
+  });
+}
+
+PYMETA_KERNEL_END
+
+#endif  // PYMETA_MACHINE
