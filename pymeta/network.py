@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -367,13 +368,34 @@ def _called(node: fx.Node, name: str, current: fx.Node) -> Layer:
         raise _Refused(f"{name}: {target} with arguments the native core lacks") from None
 
 
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """A block in which the forward may run without a trace: it is no call of the user's.
+
+    What it assigns to modules is put back, and it sees copies of the buffers.
+    """
+    parts = list(module.modules())
+    attributes = [(m.__dict__, dict(m.__dict__)) for m in parts]
+    buffers = [(m._buffers, dict(m._buffers)) for m in parts]
+    try:
+        for own, kept in buffers:
+            own.update({n: b if b is None else b.clone() for n, b in kept.items()})
+        yield
+    finally:
+        for now, before in (*attributes, *buffers):
+            for added in now.keys() - before.keys():
+                del now[added]
+            now.update(before)
+
+
 def _traced(module: nn.Module, name: str) -> Iterator[_Step]:
     """The layers of a module whose forward is found, by tracing it, to be a chain."""
     label = name or type(module).__name__
     if "forward" in module.__dict__:  # tracing would look at the class's
         raise _Refused(f"{label} has a forward of its own")
     try:
-        graph = _Tracer().trace(module)
+        with _untouched(module):
+            graph = _Tracer().trace(module)
     except Exception as error:  # a stranger's forward may raise anything when traced
         raise _Refused(
             f"the forward of {label} cannot be traced ({type(error).__name__})"

@@ -219,3 +219,27 @@ def test_an_unsupported_model_is_looked_at_again_when_it_changes():
     net.eval()
     assert not found.is_current()
     assert isinstance(describe(net), Description)
+
+
+def test_looking_at_a_model_leaves_it_as_it_was():
+    """Tracing runs the forward, with what it assigns and counts."""
+
+    class Noting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(2, 2), 0
+            self.register_buffer("count", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x):
+            self.calls += 1
+            self.count += 1
+            self.mean = x.mean(0)
+            self.last = x
+            return self.layer(x)
+
+    model = Noting()
+    mean = model.mean
+    describe(model)
+    assert model.calls == 0 and model.count == 0 and model.mean is mean
+    assert not hasattr(model, "last")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta.reference.loss import task_loss
-from pymeta.reference.modules import Apply, Parameters, applied
+from pymeta.reference.modules import Applied, Parameters, applied
 from pymeta.reference.once import REPTILE, once
 from pymeta.reference.task import InnerLoop, Set, adapt_task, task_outcome
 from pymeta.reference.validation import Validation, weighs
@@ -41,12 +41,11 @@ def _loop(one: Callable[..., Any], sets: Sequence[TaskSet], tasks: int) -> list[
     return [one(*(s.of_task(t) for s in sets)) for t in range(tasks)]
 
 
-def _vmapped(
-    one: Callable[..., Any], sets: Sequence[TaskSet], own: Parameters | None = None
+def _together(
+    model: Applied, one: Callable[..., Any], sets: Sequence[TaskSet], own: Parameters | None = None
 ) -> Any:
     """`one` over all tasks at once, or None where that cannot be done.
 
-    vmap refuses modules that branch on values; looped, they are fine.
     `own` is {name: [T, ...]}, a last argument of `one`, where it has one.
     """
     if not all(s.uniform for s in sets):
@@ -55,10 +54,7 @@ def _vmapped(
     dims: tuple[Any, ...] = tuple(tuple(None if v is None else 0 for v in a) for a in arguments)
     if own is not None:
         arguments, dims = (*arguments, own), (*dims, 0 if own else None)
-    try:
-        return torch.func.vmap(one, in_dims=dims, randomness="different")(*arguments)
-    except RuntimeError:
-        return None
+    return model.together(one, dims, *arguments)
 
 
 def _connected_zero(parameters: Mapping[str, Tensor], lr: Tensor, *inputs: Tensor) -> Tensor:
@@ -94,16 +90,17 @@ def meta_loss(
         The loss [], task losses [T] and predictions: [T, rows, out] where all tasks have equal
         sizes, otherwise a list of T tensors [rows_t, out].
     """
-    adapted, fixed = _split(parameters, names)
     if support.tasks == 0:
         zero = _connected_zero(parameters, inner.lr, support.x, query.x)
         return zero, inner.lr.new_zeros(0), []
-    with applied(model) as apply:
+    with applied(model) as use:
 
         def one(support_set: Set, query_set: Set) -> tuple[Tensor, Tensor]:
-            return task_outcome(apply, inner, adapted, fixed, support_set, query_set)
+            called, start = use.of_a_task(dict(parameters))
+            adapted, fixed = _split(start, names)
+            return task_outcome(called, inner, adapted, fixed, support_set, query_set)
 
-        done = _vmapped(one, (support, query))
+        done = _together(use, one, (support, query))
         if done is not None:
             each_loss, predictions = cast(tuple[Tensor, Tensor], done)
             return each_loss.mean(), each_loss, predictions
@@ -121,7 +118,7 @@ class _Tasks(NamedTuple):
 
 
 def _adapt_one(
-    apply: Apply,
+    model: Applied,
     inner: InnerLoop,
     names: Sequence[str],
     parameters: Parameters,
@@ -131,16 +128,17 @@ def _adapt_one(
     patience: int | None = None,
 ) -> tuple[Parameters, Tensor, Validation | None]:
     """One task's adapted parameters, losses of its steps [steps], and validation."""
+    called, parameters = model.of_a_task(parameters)
     start, fixed = _split(parameters, names)
     watch = None
     if validation is not None and weighs(inner.loss, validation):
         x, y, weights = validation
 
         def validation_loss(theta: Parameters) -> Tensor:
-            return task_loss(inner.loss, apply({**fixed, **theta}, x), y, weights)
+            return task_loss(inner.loss, called({**fixed, **theta}, x), y, weights)
 
         watch = Validation(validation_loss, start, patience)
-    theta, losses = adapt_task(apply, inner, start, fixed, support, task_id, watch)
+    theta, losses = adapt_task(called, inner, start, fixed, support, task_id, watch)
     if watch is not None:
         theta = watch.best
     # vmap wants every output to be a new tensor, also after no step at all
@@ -161,13 +159,13 @@ def _adapt_tasks(
 ) -> _Tasks:
     """Adapt to every task; `own` is {name: [T, ...]} of what they do not share."""
     tasks = support.tasks
-    with applied(model) as apply:
+    with applied(model) as use:
 
         def one(support_set: Set, mine: Parameters) -> tuple[Parameters, Tensor]:
-            return _adapt_one(apply, inner, names, {**parameters, **mine}, support_set)[:2]
+            return _adapt_one(use, inner, names, {**parameters, **mine}, support_set)[:2]
 
         alike = validation is None and task_ids is None and tasks > 0
-        done = _vmapped(one, (support,), own) if alike else None
+        done = _together(use, one, (support,), own) if alike else None
         if done is not None:
             stacked, losses = cast(tuple[Parameters, Tensor], done)
             return _Tasks(stacked, losses.unbind(0), [None] * tasks)
@@ -179,7 +177,7 @@ def _adapt_tasks(
             whole = {**parameters, **mine}
             support_set = cast(Set, support.of_task(t))  # support sets have targets
             each.append(
-                _adapt_one(apply, inner, names, whole, support_set, task_id, watched, patience)
+                _adapt_one(use, inner, names, whole, support_set, task_id, watched, patience)
             )
     stacked = {name: parameters[name].new_empty(0, *parameters[name].shape) for name in names}
     if tasks:
@@ -331,16 +329,17 @@ def predict(
     """
     if query.tasks == 0:
         return []
-    with applied(model) as apply:
+    with applied(model) as use:
 
         def one(own: Parameters, x: Tensor) -> Tensor:
-            return apply({**shared, **own}, x)
+            called, parameters = use.of_a_task({**shared, **own})
+            return called(parameters, x)
 
+        done = None
         if query.uniform:
-            try:
-                return torch.func.vmap(one, randomness="different")(dict(stacked), query.x)
-            except RuntimeError:
-                pass  # as in _vmapped
+            done = use.together(one, (0 if stacked else None, 0), dict(stacked), query.x)
+        if done is not None:
+            return cast(Tensor, done)
         return [
             one({n: p[t] for n, p in stacked.items()}, query.of_task(t)[0])
             for t in range(query.tasks)

@@ -28,7 +28,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 Parameters: TypeAlias = dict[str, Tensor]
-Apply: TypeAlias = Callable[[Parameters, Tensor], Tensor]
 
 _lock = threading.RLock()
 
@@ -60,17 +59,26 @@ def uses_running_statistics(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def _own_statistics(model: nn.Module) -> Iterator[None]:
-    """Let every batch normalisation use its input's statistics, and keep none, in this block."""
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Let batch normalisation use its input's statistics, and put back what calls replace.
+
+    Running statistics are out of the way in this block. Tensors that a module holds as plain
+    attributes are those of before at its end: the weight that torch.nn.utils.weight_norm works
+    out for each call, say.
+    """
+    held: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (holder, {name: v for name, v in holder.items() if isinstance(v, Tensor)})
+        for holder in (module.__dict__ for module in model.modules())
+    ]
     layers = [m for m in model.modules() if isinstance(m, _NormBase)]
-    buffers = [dict(m._buffers) for m in layers]
+    held += [(layer._buffers, dict(layer._buffers)) for layer in layers]
     try:
         for layer in layers:
             layer._buffers.update(dict.fromkeys(layer._buffers))
         yield
     finally:
-        for layer, kept in zip(layers, buffers, strict=True):
-            layer._buffers.update(kept)
+        for holder, kept in held:
+            holder.update(kept)
 
 
 def _normalised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
@@ -123,11 +131,39 @@ def _layer_norm(
     return _affine(_normalised(x, axes, eps), weight, bias, tuple(normalized_shape))
 
 
-class _PlainNormalisation(TorchFunctionMode):
-    """Normalisations written out in differentiable operations.
+class NotTogetherError(RuntimeError):
+    """`torch.vmap` would silently compute something else than for each task by itself."""
 
-    torch's fused ones have a double backward that is wrong under vmap (silently; seen in 2.13,
-    pytorch/functorch#534), and a meta-gradient is a double backward.
+
+def _check_embedding(
+    x: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> None:  # fmt: skip
+    """F.embedding: vmap keeps padding_idx for the first task only, and counts over all tasks."""
+    if padding_idx is not None or max_norm is not None or scale_grad_by_freq:
+        raise NotTogetherError("embedding with padding_idx, max_norm or scale_grad_by_freq")
+
+
+def _check_embedding_core(
+    weight: Any, x: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> None:  # fmt: skip
+    """torch.embedding, likewise; -1 is no padding here."""
+    _check_embedding(
+        x, weight, None if padding_idx < 0 else padding_idx, None, 2.0, scale_grad_by_freq
+    )
+
+
+class _Rewritten(TorchFunctionMode):
+    """Functions of torch that are not what they should be here.
+
+    Normalisations are written out in differentiable operations: torch's fused ones have a double
+    backward that is wrong under vmap (silently; seen in 2.13, pytorch/functorch#534), and a
+    meta-gradient is a double backward.
+
+    Attributes:
+        together: whether a vmap over tasks is going on, in which case what that gets wrong
+            raises NotTogetherError.
     """
 
     written_out: ClassVar[dict[Callable[..., Any], Callable[..., Tensor]]] = {
@@ -144,6 +180,14 @@ class _PlainNormalisation(TorchFunctionMode):
             _layer_norm(x, shape, weight, bias, eps)
         ),
     }
+    checked: ClassVar[dict[Callable[..., Any], Callable[..., None]]] = {
+        F.embedding: _check_embedding,
+        torch.embedding: _check_embedding_core,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.together = False
 
     def __torch_function__(
         self,
@@ -152,8 +196,11 @@ class _PlainNormalisation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
+        if self.together and function in self.checked:
+            self.checked[function](*args, **kwargs)
         chosen: Callable[..., Any] = self.written_out.get(function, function)
-        return chosen(*args, **(kwargs or {}))
+        return chosen(*args, **kwargs)
 
 
 def _held(model: nn.Module) -> Parameters:
@@ -182,25 +229,84 @@ def _differentiable() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def applied(model: nn.Module) -> Iterator[Apply]:
-    """`apply(parameters, x) -> outputs` for a model, free of side effects on the model."""
-    names: dict[str, str] = {}  # where parameters are held -> what `named_parameters` calls them
+def _renormalised(model: nn.Module) -> set[int]:
+    """The ids of parameters that a call changes in place: those of embeddings with max_norm."""
+    bounded = [m for m in model.modules() if getattr(m, "max_norm", None) is not None]
+    return {id(p) for m in bounded for p in m._parameters.values() if p is not None}
 
-    def apply(parameters: Parameters, x: Tensor) -> Tensor:
-        values = {place: parameters[name] for place, name in names.items()}
-        outputs = torch.func.functional_call(model, values, (x,), tie_weights=False)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(f"model: expected it to return a tensor, got {type(outputs).__name__}")
+
+class Called:
+    """A model as one task calls it; what a call changes in place is the task's own."""
+
+    def __init__(self, model: nn.Module, places: Mapping[str, str], buffers: Parameters) -> None:
+        """Hold what `Applied.of_a_task` gives."""
+        self._model, self._places = model, places
+        self.buffers = buffers
+
+    def __call__(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """The outputs for rows x, with the task's buffers."""
+        outputs, self.buffers = self.with_buffers(parameters, self.buffers, x)
         return outputs
 
+    def with_buffers(
+        self, parameters: Parameters, buffers: Parameters, x: Tensor
+    ) -> tuple[Tensor, Parameters]:
+        """The outputs, and the buffers after the call: a function without a state.
+
+        torch.func wants buffers among the arguments of a function that changes them.
+        """
+        values = {at: parameters[name] for at, name in self._places.items()} | buffers
+        outputs = torch.func.functional_call(self._model, values, (x,), tie_weights=False)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"model: expected it to return a tensor, got {type(outputs).__name__}")
+        return outputs, {at: values[at] for at in buffers}
+
+
+class Applied:
+    """A model in the block of `applied`, to be called for one task after another."""
+
+    def __init__(self, model: nn.Module, mode: _Rewritten) -> None:
+        """Find what the model holds."""
+        self._model, self._mode = model, mode
+        names = {id(p): name for name, p in model.named_parameters()}
+        held = _held(model)
+        # where parameters are held -> what `named_parameters` calls them
+        self._places = {at: names[id(p)] for at, p in held.items() if id(p) in names}
+        self._buffers = {at: tensor for at, tensor in held.items() if at not in self._places}
+        self._changed = {names[i] for i in _renormalised(model) if i in names}
+
+    def of_a_task(self, parameters: Parameters) -> tuple[Called, Parameters]:
+        """The model as one task calls it, and the parameters that the task begins with.
+
+        Both are the given ones, but copies where a call would change them.
+        """
+        buffers = {at: buffer.clone() for at, buffer in self._buffers.items()}
+        start = {n: p.clone() if n in self._changed else p for n, p in parameters.items()}
+        return Called(self._model, self._places, buffers), start
+
+    def together(self, one: Callable[..., Any], dims: tuple[Any, ...], *arguments: Any) -> Any:
+        """`one` over all tasks at once by vmap, or None where that cannot be done.
+
+        vmap refuses modules that branch on values or change what the tasks share, and is wrong
+        about some others; task by task, they are fine.
+        """
+        self._mode.together = True
+        try:
+            return torch.func.vmap(one, in_dims=dims, randomness="different")(*arguments)
+        except RuntimeError:  # and so NotTogetherError
+            return None
+        finally:
+            self._mode.together = False
+
+
+@contextmanager
+def applied(model: nn.Module) -> Iterator[Applied]:
+    """A block in which the model can be called as a function, free of side effects on it."""
     # of torch's attention kernels only the plain one can be differentiated twice
     plain_attention = sdpa_kernel([SDPBackend.MATH])
-    plain = _PlainNormalisation()
-    with one_at_a_time(), _differentiable(), _own_statistics(model), plain, plain_attention:
-        called = {id(p): name for name, p in model.named_parameters()}
-        names |= {at: called[id(p)] for at, p in _held(model).items() if id(p) in called}
-        yield apply
+    mode = _Rewritten()
+    with one_at_a_time(), _differentiable(), _left_as_it_was(model), mode, plain_attention:
+        yield Applied(model, mode)
 
 
 def output_shape(

@@ -13,7 +13,7 @@ from torch import Tensor
 from pymeta.losses import Loss
 from pymeta.optimizers import SGD, Adam, Optimizer, Rates
 from pymeta.reference.loss import task_loss
-from pymeta.reference.modules import Apply, Parameters
+from pymeta.reference.modules import Called, Parameters
 from pymeta.schedule import Batch, Schedule
 
 Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # one task's x, y, row weights
@@ -112,7 +112,7 @@ def _rows(task: Set, batch: Batch) -> Set:
 
 
 def adapt_task(
-    apply: Apply,
+    model: Called,
     inner: InnerLoop,
     start: Parameters,
     fixed: Parameters,
@@ -123,7 +123,7 @@ def adapt_task(
     """The inner loop.
 
     Args:
-        apply: the model.
+        model: as the task calls it.
         inner: how to adapt.
         start: the parameters to adapt.
         fixed: all others.
@@ -140,10 +140,15 @@ def adapt_task(
     for step, batch in enumerate(inner.schedule.batches(support[0].shape[0], task_id)):
         x, y, weights = _rows(support, batch)
 
-        def batch_loss(parameters: Parameters, x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
-            return task_loss(inner.loss, apply({**fixed, **parameters}, x), y, w)
+        def batch_loss(
+            adapted: Parameters, buffers: Parameters, x: Tensor, y: Tensor, w: Tensor | None
+        ) -> tuple[Tensor, Parameters]:
+            outputs, buffers = model.with_buffers({**fixed, **adapted}, buffers, x)
+            return task_loss(inner.loss, outputs, y, w), buffers
 
-        gradient, loss = torch.func.grad_and_value(batch_loss)(theta, x, y, weights)
+        gradient, (loss, model.buffers) = torch.func.grad_and_value(batch_loss, has_aux=True)(
+            theta, model.buffers, x, y, weights
+        )
         losses.append(loss)
         if inner.first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
@@ -160,7 +165,7 @@ def adapt_task(
 
 
 def task_outcome(
-    apply: Apply,
+    model: Called,
     inner: InnerLoop,
     adapted: Parameters,
     fixed: Parameters,
@@ -168,7 +173,7 @@ def task_outcome(
     query: Set,
 ) -> tuple[Tensor, Tensor]:
     """One task: adapt on the support set; (loss on the query set [], outputs [rows, out])."""
-    adapted, _ = adapt_task(apply, inner, adapted, fixed, support)
+    adapted, _ = adapt_task(model, inner, adapted, fixed, support)
     x, y, weights = query
-    outputs = apply({**fixed, **adapted}, x)
+    outputs = model({**fixed, **adapted}, x)
     return task_loss(inner.loss, outputs, y, weights), outputs
