@@ -132,8 +132,8 @@ class FineTune(Learner):
             which the row's one has `count` rows. For cross_entropy, and for bce_with_logits with
             one output (classes 0 and 1). They count in validation as well.
         validation: the fraction of each task's rows that is held out, rounded down. After each
-            epoch the loss on them is looked at, and the weights (or the start) that had the
-            lowest are the result. A task with none held out, or only rows of weight 0, is trained
+            epoch the loss on them is measured, in eval mode (without dropout), and the weights
+            (or the start) that had the lowest are the result. A task with none held out, or only rows of weight 0, is trained
             for all epochs.
         validation_rows: "random", or "last" for the last rows of each task, as for rows in the
             order of time.

@@ -269,6 +269,24 @@ def test_fractions_are_rounded_down():
     assert held_out_counts(sizes, 0.999).tolist() == [99, 9, 8, 2, 0]
 
 
+def test_validation_drops_nothing():
+    """Without a step the curve is the loss of the start in eval mode, whatever training draws."""
+    net = nn.Sequential(
+        nn.Linear(2, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 3)
+    ).double()
+    net[2].eval()  # a mode of one layer alone is kept, too
+    xs, ys, xq, yq = batch(out=3)
+    module = tuner("torch", net, lr=0.0)
+    calm = module(xs, ys, validation_data=(xq, yq), curves=True).history
+    net[2].train()
+    models = module(xs, ys, validation_data=(xq, yq), curves=True)
+    assert all(m.training for m in net.modules())
+    assert_close(models.history.validation, calm.validation)
+    assert_close(calm.validation, calm.validation[:, :1].expand(3, 5))
+    assert (models.history.train.std(1) > 0.01).all()  # training does drop
+    assert models.history.best_epochs.tolist() == [0, 0, 0]
+
+
 def test_validation_data(backend):
     net, (xs, ys, _), (xv, yv, wv) = mlp(2, 5, 3), ragged(), ragged(sizes=[3, 4, 0, 5, 2, 1])
     module = tuner(backend, net, lr=0.4, epochs=10, patience=1)

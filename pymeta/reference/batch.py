@@ -135,7 +135,9 @@ def _adapt_one(
         x, y, weights = validation
 
         def validation_loss(theta: Parameters) -> Tensor:
-            return task_loss(inner.loss, called({**fixed, **theta}, x), y, weights)
+            with model.evaluating():
+                outputs = called({**fixed, **theta}, x)
+            return task_loss(inner.loss, outputs, y, weights)
 
         watch = Validation(validation_loss, start, patience)
     theta, losses = adapt_task(called, inner, start, fixed, support, task_id, watch)

@@ -3,7 +3,8 @@
 `applied(model)` is a block in which the model can be called with any tensors in the place of its
 parameters. There
 
-    batch and instance normalisation use the statistics of their input and leave running ones alone;
+    batch and instance normalisation use the statistics of their input and leave running ones
+    alone, in eval mode too;
     what has a wrong double backward in torch is written out in other operations (`_Rewritten`);
     what `torch.vmap` gets wrong, silently, raises under it, so that tasks are run one by one;
     buffers that a call changes (the vectors of spectral_norm) are a copy for each task, and what
@@ -283,6 +284,18 @@ class Applied:
         buffers = {at: buffer.clone() for at, buffer in self._buffers.items()}
         start = {n: p.clone() if n in self._changed else p for n, p in parameters.items()}
         return Called(self._model, self._places, buffers), start
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A block in which the model is in eval mode: nothing is dropped."""
+        modes = [(module, module.training) for module in self._model.modules()]
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def together(self, one: Callable[..., Any], dims: tuple[Any, ...], *arguments: Any) -> Any:
         """`one` over all tasks at once by vmap, or None where that cannot be done.
