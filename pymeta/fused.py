@@ -312,7 +312,7 @@ def _native_lr(plan: Plan, lr: Tensor) -> Tensor:
         lr = lr.to(plan.expected.dtype)
     if plan.lr_order is not None:
         lr = lr.index_select(-1, plan.lr_order)
-    return lr if lr.is_contiguous() else lr.contiguous()
+    return dense(lr)
 
 
 def chained(plan: Plan, parameters: list[Tensor]) -> list[Tensor]:

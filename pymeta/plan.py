@@ -33,7 +33,10 @@ _PARAMETER_TYPES = (nn.Parameter, Tensor)
 
 def _signatures(parameters: Iterable[Tensor]) -> list[tuple[Any, ...]]:
     """What a plan depends on besides which tensors they are."""
-    return [(p.shape, p.dtype, p.device, p.requires_grad, p.is_contiguous()) for p in parameters]
+    return [
+        (p.shape, p.dtype, p.device, p.requires_grad, p.is_contiguous(), p.is_neg())
+        for p in parameters
+    ]
 
 
 def matching(patterns: Sequence[str] | None, names: Sequence[str]) -> frozenset[str]:

@@ -28,20 +28,25 @@ def _settings(owner: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _forms(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """All about some tensors but their values; of their devices, whether it is the CPU."""
-    return [(t.shape, t.dtype, t.is_cpu, t.requires_grad, t.is_contiguous()) for t in tensors]
+    return [
+        (t.shape, t.dtype, t.is_cpu, t.requires_grad, t.is_contiguous(), t.is_neg())
+        for t in tensors
+    ]
 
 
 def _forms_there(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """As `_forms`, with the devices themselves, which takes longer."""
-    return [(t.shape, t.dtype, t.device, t.requires_grad, t.is_contiguous()) for t in tensors]
+    return [
+        (t.shape, t.dtype, t.device, t.requires_grad, t.is_contiguous(), t.is_neg())
+        for t in tensors
+    ]
 
 
 def _as_it_came(given: Any, used: Tensor | None) -> bool:
     """Whether the core can read the tensor `given`, as it did when that had become `used`."""
     if type(given) is not Tensor or not given.is_contiguous():
         return False
-    # Of one element, a lazily negated tensor may be contiguous; of more it never is.
-    if used is None or given.numel() < 2 or given.is_neg():
+    if used is None or given.is_neg():
         return False
     if used is given:
         return True

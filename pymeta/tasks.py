@@ -301,7 +301,7 @@ def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
     if sizes.shape != (tasks,):
         raise ValueError(f"{name}: expected shape [{tasks}], got {_shape(sizes)}")
     checked: Tensor = sizes
-    return checked.to("cpu", torch.int64).contiguous()
+    return dense(checked.to("cpu", torch.int64))
 
 
 def _from_tensors(names: Names, x: Tensor, y: Any, sizes: Any, weights: Any) -> TaskSet:

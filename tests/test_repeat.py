@@ -82,6 +82,8 @@ CHANGES = {
     "a subclass": lambda d: (nn.Parameter(d[0], requires_grad=False), *d[1:]),
     "expanded": lambda d: (d[0], d[1][:1].expand(3, 5, 2), *d[2:]),
     "negated": lambda d: (torch.complex(d[0], d[0]).conj().imag, *d[1:]),
+    "negated but contiguous": lambda d: (torch._neg_view(d[0]), *d[1:]),
+    "negated targets": lambda d: (*d[:3], torch._neg_view(d[3])),
 }
 
 
@@ -139,6 +141,9 @@ def test_a_changed_model_is_none(repeats):
         "in place transposed": lambda: setattr(
             net[0].weight, "data", net[0].weight.data.t().contiguous().t()
         ),
+        "in place negated": lambda: setattr(
+            net[0].weight, "data", torch._neg_view(net[0].weight.data)
+        ),
         "setting": lambda: setattr(net[2], "alpha", 0.5),
         "training": lambda: net.eval(),
         "layer": lambda: net.__setitem__(2, nn.Tanh()),
@@ -173,6 +178,23 @@ def test_changed_settings_are_none(repeats):
     module.backend = "torch"
     module(*data)
     assert not repeats[-1]
+
+
+def test_a_tensor_of_one_element_that_is_negated():
+    net, one = mlp(1, 3, 1), [torch.randn(1, 1, 1).double() for _ in range(4)]
+    module = make(net)
+    module(*one)
+    assert_close(module(*one).loss, make(net)(*one).loss)
+    negated = (torch._neg_view(one[0]), *one[1:])
+    assert_close(module(*negated).loss, make(net)(-one[0], *one[1:]).loss)
+
+
+def test_negated_sizes_and_learnable_rates_are_read_as_they_are():
+    net, data = mlp(2, 4, 2), batch()
+    sizes, module = torch.tensor([5, 0, 3]), make(net, lr=pymeta.LearnableLR(0.1))
+    wanted = module(*data, support_sizes=sizes).loss
+    module.lr.data = torch._neg_view(-module.lr.data)
+    assert_close(module(*data, support_sizes=torch._neg_view(-sizes)).loss, wanted)
 
 
 def test_graphs_do_not_share_memory():
