@@ -133,8 +133,8 @@ class FineTune(Learner):
             one output (classes 0 and 1). They count in validation as well.
         validation: the fraction of each task's rows that is held out, rounded down. After each
             epoch the loss on them is measured, in eval mode (without dropout), and the weights
-            (or the start) that had the lowest are the result. A task with none held out, or only rows of weight 0, is trained
-            for all epochs.
+            (or the start) that had the lowest are the result. A task with none held out, or only
+            rows of weight 0, is trained for all epochs.
         validation_rows: "random", or "last" for the last rows of each task, as for rows in the
             order of time.
         patience: stop a task after so many epochs in a row without a lower validation loss.
