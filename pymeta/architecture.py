@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from pymeta import native
@@ -15,22 +15,6 @@ from pymeta.file import Fields
 
 Layer: TypeAlias = tuple[Any, ...]
 Shape: TypeAlias = tuple[int, ...]
-
-# What follows a layer's name: n a number of features, b a bool, x a number.
-_FORMS = {
-    "linear": "nnb",
-    "batch_norm": "nxbb",
-    "layer_norm": "nxbb",
-    "relu": "",
-    "leaky_relu": "x",
-    "elu": "x",
-    "tanh": "",
-    "sigmoid": "",
-    "silu": "",
-    "gelu": "",
-    "gelu_tanh": "",
-    "softplus": "xx",
-}
 
 
 @dataclass(frozen=True)
@@ -49,26 +33,24 @@ class Architecture:
     chain: tuple[str, ...]
     flattens: bool
 
-    @property
+    @cached_property
     def in_features(self) -> int:
         """Columns of the input."""
-        first: Layer = next(layer for layer in self.layers if "n" in _FORMS[layer[0]])
-        return int(first[1])
+        return int(self.network().in_features)
 
-    @property
+    @cached_property
     def out_features(self) -> int:
         """Columns of the output."""
-        last = [layer for layer in self.layers if "n" in _FORMS[layer[0]]][-1]
-        return int(last[2] if last[0] == "linear" else last[1])
+        return int(self.network().out_features)
 
-    @property
+    @cached_property
     def batch_norm(self) -> bool:
         """Whether a layer normalises over rows."""
-        return any(layer[0] == "batch_norm" for layer in self.layers)
+        return bool(self.network().mixes_rows)
 
     def shapes(self) -> dict[str, Shape]:
         """{name: shape} of the parameters, in the order of `names`."""
-        shapes = dict(zip(self.chain, _shapes(self.layers), strict=True))
+        shapes = dict(zip(self.chain, self.network().parameter_shapes, strict=True))
         return {name: shapes[name] for name in self.names}
 
     def network(self) -> Any:
@@ -90,29 +72,22 @@ class Architecture:
 
 
 def _line(layer: Layer) -> str:
-    form = _FORMS[layer[0]]
+    form = _form(layer[0]) or ""
     shown = [v for v, kind in zip(layer[1:], form, strict=True) if kind != "b"]
     return " ".join(map(str, (layer[0], *shown)))
 
 
-def _shapes(layers: tuple[Layer, ...]) -> Iterator[Shape]:
-    """The shapes of the chain's parameters, in its order."""
-    for layer in layers:
-        if layer[0] == "linear":
-            _, inputs, outputs, bias = layer
-            yield (outputs, inputs)
-            if bias:
-                yield (outputs,)
-        elif layer[0] in ("batch_norm", "layer_norm"):
-            _, features, _, weight, bias = layer
-            yield from [(features,)] * (weight + bias)
+def _form(name: str) -> str | None:
+    """What follows a layer's name: n a number of features, b a bool, x a number."""
+    forms: dict[str, str] = native.extension().layer_forms()
+    return forms.get(name)
 
 
 def _read_layer(index: int, value: Any) -> Layer:
     what = f"architecture: layer {index}"
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
         raise ValueError(f"{what}: expected a list that begins with a name")
-    form = _FORMS.get(value[0])
+    form = _form(value[0])
     if form is None:
         raise ValueError(f"{what}: unknown kind of layer {value[0][:60]!r}")
     if len(value) - 1 != len(form):
@@ -133,15 +108,14 @@ def read_architecture(value: Any) -> Architecture:
         fields.boolean("flattens"),
     )
     fields.end()
-    tensors = len(list(_shapes(found.layers)))
+    try:
+        tensors = len(found.network().parameter_shapes)
+    except ValueError as error:
+        raise ValueError(f"architecture: {error}") from None
     if len(found.chain) != tensors:
         raise ValueError(
             f"architecture: {tensors} parameters in the layers, {len(found.chain)} in chain"
         )
     if len(set(found.names)) != len(found.names) or sorted(found.names) != sorted(found.chain):
         raise ValueError("architecture: names and chain are not the same names in two orders")
-    try:
-        found.network()
-    except ValueError as error:
-        raise ValueError(f"architecture: {error}") from None
     return found

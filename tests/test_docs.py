@@ -20,6 +20,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -232,23 +233,51 @@ def test_the_reference_has_every_public_name():
     assert wanted <= shown, wanted - shown
 
 
-def test_diffs_are_of_the_source_as_it_is():
-    """Of each hunk, what stands there already is found in its file, line by line."""
-    hunks = 0
-    for page, blocks in BLOCKS.items():
-        for block in (b for b in blocks if b.language == "diff"):
-            path: Path | None = None
-            for hunk in re.split(r"^@@.*\n", block.text, flags=re.MULTILINE):
-                if named := re.search(r"^--- (\S+)$", hunk, flags=re.MULTILINE):
-                    assert hunk == named[0] + "\n" or path is None
-                    path = ROOT / named[1]
-                    continue
-                assert path is not None, f"{page}, line {block.line}: no --- before the hunk"
-                lines = [line for line in hunk.splitlines() if not line.startswith("+")]
-                old = "".join(f"{line[1:]}\n" for line in lines)
-                assert old and old in path.read_text(), f"{page}: not in {path.name}:\n{old}"
-                hunks += 1
-    assert hunks >= 5
+def patched(page: str, into: Path) -> list[str]:
+    """Applies a page's diffs to the copy of the source in `into`; returns the files touched."""
+    touched = []
+    for block in (b for b in BLOCKS[page] if b.language == "diff"):
+        first, *hunks = re.split(r"^@@.*\n", block.text, flags=re.MULTILINE)
+        named = re.match(r"--- (\S+)\n", first)
+        assert named, f"{page}, line {block.line}: a diff begins with --- and its file"
+        path = into / named[1]
+        touched.append(named[1])
+        if added := first[named.end() :]:  # a new file
+            assert not path.exists() and not hunks, f"{page}: {named[1]} is there already"
+            assert all(line.startswith("+") for line in added.splitlines())
+            path.write_text("".join(f"{line[1:]}\n" for line in added.splitlines()))
+            continue
+        for hunk in hunks:
+            lines = hunk.splitlines()
+            old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
+            new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
+            text = path.read_text()
+            assert old and text.count(old) == 1, f"{page}: not once in {named[1]}:\n{old}"
+            path.write_text(text.replace(old, new))
+    return touched
+
+
+def test_the_patches_of_adding_a_layer_apply_and_compile(tmp_path: Path):
+    for folder_ in ("csrc", "pymeta", "tests"):
+        keep = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / folder_, tmp_path / folder_, ignore=keep)
+    touched = patched("docs/adding-a-layer.md", tmp_path)
+    # An activation touches at most three files and a layer with parameters four, tests included.
+    activation, layer = touched[:3], touched[3:]
+    assert len(set(activation)) == 3 and len(set(layer)) == 4
+    for name in touched:
+        if name.endswith(".py"):
+            compile((tmp_path / name).read_text(), name, "exec")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    done = subprocess.run(
+        [compiler, "-std=gnu++17", "-fsyntax-only", "-DPYMETA_ISA=baseline", "-DPYMETA_REAL=float",
+         "-Wall", "-Wextra", "-Wno-psabi", "-Werror", str(tmp_path / "csrc/cpu/kernels.cpp")],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path):

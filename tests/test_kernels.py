@@ -32,6 +32,7 @@ from kernels import (
     flat,
     largest,
     lost,
+    magnitudes,
     make_layer,
     same_bits,
     shaken,
@@ -894,53 +895,6 @@ def grid(dtype: torch.dtype) -> torch.Tensor:
     ]
     values = torch.cat(parts).to(dtype)
     return torch.cat([values, torch.full((4096 - len(values),), 0.5, dtype=dtype)])
-
-
-CAP = (
-    80.0  # beyond it sigmoid and the normal distribution are 0 or 1 to the last bit of both dtypes
-)
-
-
-def gelu_tanh_inner(z):
-    k, c = math.sqrt(2 / math.pi), 0.044715
-    h = z.clamp(-20, 20)
-    return h, k * (1 + 3 * c * h * h), 6 * c * k * h
-
-
-def magnitudes(name: str, z: torch.Tensor, value: torch.Tensor) -> tuple:
-    """For value, slope and curvature: the sum of the magnitudes that the formula adds up.
-
-    This is what its rounding is relative to. Where the formula only multiplies, it is the result
-    itself; a rounded exponent x makes exp(x) err by |x| eps.
-    """
-    one = torch.ones_like(z)
-    sigmoid = torch.sigmoid(z)
-    if name == "tanh":
-        return value.abs(), one, 4 * one
-    if name == "sigmoid":
-        return value, one, 3 * one
-    if name in ("elu", "elu_2"):
-        alpha = 2.0 if name == "elu_2" else 1.0
-        return value.abs(), alpha * one, alpha * one
-    if name == "silu":
-        reach = z.abs().clamp(max=CAP)
-        return value.abs(), sigmoid * (1 + reach), sigmoid * (2 + reach)
-    if name == "gelu":
-        square = (z * z).clamp(max=CAP * 20)
-        density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        cdf = 0.5 * torch.special.erfc(-z / math.sqrt(2))
-        tail = torch.where(z < 0, 1 + square, one)
-        first = cdf * tail + z.abs() * density * (1 + square)
-        return value.abs() * tail, first, density * (2 + square) * (1 + square)
-    if name == "gelu_tanh":
-        h, du, ddu = gelu_tanh_inner(z)
-        return z.abs(), 1 + h.abs() * du, du + h.abs() * (ddu.abs() + 2 * du * du) / 2
-    if name in ("softplus", "softplus_3"):
-        beta = 3.0 if name == "softplus_3" else 1.0
-        exponent = 1 + (beta * z).abs() if beta != 1 else one  # 3 z is rounded, z is not
-        slope = torch.sigmoid(beta * z) * exponent
-        return value.abs() * exponent, slope, beta * slope
-    return value.abs(), one, one  # relu, leaky_relu
 
 
 def wanted_derivatives(name: str, z: torch.Tensor) -> list[torch.Tensor]:

@@ -625,6 +625,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "pymeta's native core; use it through the pymeta package.";
   m.attr("__version__") = PYMETA_VERSION;
 
+  m.def("layer_forms", &layer_forms);
   py::class_<OwnedNetwork, std::shared_ptr<OwnedNetwork>>(m, "Network")
       .def(py::init([](const std::vector<py::tuple>& layers) {
              return std::shared_ptr<OwnedNetwork>(make_network(layers));
@@ -634,6 +635,10 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
                              [](const OwnedNetwork& n) { return n.network.in_features(); })
       .def_property_readonly("out_features",
                              [](const OwnedNetwork& n) { return n.network.out_features(); })
+      .def_property_readonly("mixes_rows",
+                             [](const OwnedNetwork& n) { return mixes_rows(n.network); })
+      .def_property_readonly("parameter_shapes",
+                             [](const OwnedNetwork& n) { return parameter_shapes(n.network); })
       .def_property_readonly("parameter_sizes",
                              [](const OwnedNetwork& n) { return parameter_sizes(n.network); });
 

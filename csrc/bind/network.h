@@ -13,6 +13,10 @@
 
 namespace pymeta {
 
+inline const char* arguments_of(const ActivationSpelling& spelling) {
+  return spelling.parameters == 0 ? "" : spelling.parameters == 1 ? "x" : "xx";
+}
+
 class NetworkBuilder {
  public:
   explicit NetworkBuilder(OwnedNetwork& owned) : owned_(owned), network_(owned.network) {}
@@ -30,7 +34,7 @@ class NetworkBuilder {
       spec.add(*this, values);
     });
     for (const ActivationSpelling& spelling : kActivations)
-      if (!found && name == spelling.name) {
+      if (!found && name == spelling.name && spelling.kind != ActivationKind::identity) {
         found = true;
         double values[2] = {0, 0};
         read(given, name,
@@ -84,7 +88,7 @@ class NetworkBuilder {
            std::to_string(shape.channels);
   }
 
-  // `types` has a letter for each value: 'i' integer, 'd' number, 'b' flag.
+  // `types` has a letter for each value: 'n' size, 'x' number, 'b' flag.
   static void read(const pybind11::tuple& given, const std::string& name, const char* types,
                    double* values) {
     const std::size_t wanted = std::strlen(types);
@@ -94,7 +98,7 @@ class NetworkBuilder {
     for (std::size_t i = 0; i < wanted; ++i) {
       const pybind11::object value = given[i + 1];
       try {
-        values[i] = types[i] == 'i'   ? value.cast<int>()
+        values[i] = types[i] == 'n'   ? value.cast<int>()
                     : types[i] == 'b' ? value.cast<bool>()
                                       : value.cast<double>();
       } catch (const pybind11::cast_error&) {
@@ -127,6 +131,30 @@ inline std::unique_ptr<OwnedNetwork> make_network(const std::vector<pybind11::tu
   for (const pybind11::tuple& layer : layers) builder.add(layer);
   if (owned->network.layer_count == 0) throw std::invalid_argument("layers: expected at least one");
   return owned;
+}
+
+// {name: a letter for each value behind it} of every layer and activation that a description may name.
+inline pybind11::dict layer_forms() {
+  pybind11::dict forms;
+  for_each_layer_spec([&](LayerKind, auto spec) {
+    if (spec.kName) forms[spec.kName] = spec.kArguments;
+  });
+  for (const ActivationSpelling& spelling : kActivations)
+    if (spelling.kind != ActivationKind::identity) forms[spelling.name] = arguments_of(spelling);
+  return forms;
+}
+
+// Of the parameters, in the order of the layers.
+inline pybind11::list parameter_shapes(const Network& network) {
+  pybind11::list shapes;
+  for (int t = 0; t < network.tensor_count; ++t) {
+    const Tensor& tensor = network.tensors[t];
+    if (tensor.matrix)
+      shapes.append(pybind11::make_tuple(tensor.rows, tensor.columns));
+    else
+      shapes.append(pybind11::make_tuple(tensor.columns));
+  }
+  return shapes;
 }
 
 }  // namespace pymeta

@@ -7,7 +7,7 @@ namespace pymeta {
 
 struct BatchNormSpec {
   static constexpr const char* kName = "batch_norm";
-  static constexpr const char* kArguments = "idbb";  // features, eps, gamma, beta
+  static constexpr const char* kArguments = "nxbb";  // features, eps, gamma, beta
   static constexpr bool kMixesRows = true;
 
   template <class Builder>

@@ -7,7 +7,7 @@ namespace pymeta {
 
 struct LayerNormSpec {
   static constexpr const char* kName = "layer_norm";
-  static constexpr const char* kArguments = "idbb";  // features, eps, gamma, beta
+  static constexpr const char* kArguments = "nxbb";  // features, eps, gamma, beta
   static constexpr bool kMixesRows = false;
 
   template <class Builder>

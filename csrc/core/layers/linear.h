@@ -13,7 +13,7 @@ constexpr int kNarrow = 4;
 
 struct LinearSpec {
   static constexpr const char* kName = "linear";
-  static constexpr const char* kArguments = "iib";  // in, out, bias
+  static constexpr const char* kArguments = "nnb";  // in, out, bias
   static constexpr bool kMixesRows = false;
 
   template <class Builder>
