@@ -6,6 +6,7 @@ import doctest
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -22,7 +23,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import pymeta
 from pymeta import AdaptedArrays
-from pymeta.sklearn import METHODS, MetaClassifier, MetaRegressor, _Draw, _Rows
+from pymeta.sklearn import METHODS, MetaClassifier, MetaRegressor
+from pymeta.sklearn.episodes import Draw, Rows
 
 # ---- scikit-learn's checks ----------------------------------------------------------------------
 
@@ -206,9 +208,9 @@ def test_all_groups_of_one_row():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_episodes_split_groups(fitted, shuffle):
     members = [np.arange(10), np.arange(10, 11), np.arange(11, 100)]
-    rows = _Rows(np.zeros((100, 2)), np.zeros(100), None)
+    rows = Rows(np.zeros((100, 2)), np.zeros(100), None)
     estimator = quick(shuffle=shuffle, task_rows=20, support=0.3, tasks_per_batch=3)
-    draw = _Draw(estimator, rows, members, np.random.RandomState(0))
+    draw = Draw(estimator, rows, members, np.random.RandomState(0))
     seen = set()
     for _ in range(200):
         support, query = draw.episode()
@@ -225,10 +227,10 @@ def test_episodes_split_groups(fitted, shuffle):
 
 def test_draws_in_proportion_to_rows():
     members = [np.arange(90), np.arange(90, 100)]
-    rows = _Rows(np.zeros((100, 2)), np.zeros(100), None)
+    rows = Rows(np.zeros((100, 2)), np.zeros(100), None)
     for kind, share in (("rows", 0.9), ("groups", 0.5)):
         estimator = quick(draw=kind, tasks_per_batch=1)
-        draw = _Draw(estimator, rows, members, np.random.RandomState(0))
+        draw = Draw(estimator, rows, members, np.random.RandomState(0))
         first = np.mean([draw.groups()[0][0] < 90 for _ in range(2000)])
         assert abs(first - share) < 5 * np.sqrt(share * (1 - share) / 2000)
 
@@ -501,27 +503,86 @@ def pandas_labels(g):
     return pd.Series(g).astype("Int64").mask(g == 3)
 
 
-def test_bad_groups(fitted):
+BAD_GROUPS = {
+    "too few": (lambda g: g[:-1], r"expected a label for each row of X, shape \[600\], got .*599"),
+    "two columns": (lambda g: np.stack([g, g], axis=1), r"got shape \[600, 2\]"),
+    "a table": (lambda g: [[i, i] for i in g], r"got shape \[600, 2\]"),
+    "one string": (lambda g: "a", "got the str 'a'"),
+    "one number": (lambda g: 3, "got the int '3'"),
+    "NaN": (lambda g: np.where(np.arange(len(g)) == 7, np.nan, g), r"1 rows have no group \(nan\)"),
+    "NaN in a list": (lambda g: [float("nan") if i == 3 else f"g{i}" for i in g], r"30 .*\(nan\)"),
+    "NaN in a tuple": (lambda g: tuple(np.nan if i == 3 else f"g{i}" for i in g), r"30 .*\(nan\)"),
+    "None": (lambda g: [None if i == 3 else str(i) for i in g], r"30 rows have no group \(None\)"),
+    "None in an array": (
+        lambda g: np.array([None if i == 3 else str(i) for i in g], dtype=object),
+        r"30 rows have no group \(None\)",
+    ),
+    "NaT": (
+        lambda g: np.where(g == 3, np.datetime64("NaT"), np.datetime64("2020-01-01")),
+        "30 rows have no group",
+    ),
+    "pandas": (pandas_labels, "30 rows have no group"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+def test_bad_groups(case, fitted):
     X, y, g = opposites()
-    for call in (fitted.adapt, quick().fit):
-        with pytest.raises(ValueError, match="inconsistent numbers of samples"):
-            call(X, y, groups=g[:-1])
-        with pytest.raises(ValueError, match="1d array"):
-            call(X, y, groups=np.stack([g, g], axis=1))
-        with pytest.raises(ValueError, match=r"groups: 1 rows have no group \(nan\)"):
-            call(X, y, groups=np.where(np.arange(len(g)) == 7, np.nan, g))
-        with pytest.raises(ValueError, match=r"groups: 30 rows have no group \(None\)"):
-            call(X, y, groups=[None if i == 3 else str(i) for i in g])
-        with pytest.raises(ValueError, match="groups: 30 rows have no group"):
-            call(X, y, groups=pandas_labels(g))
-        with pytest.raises(TypeError, match="groups: expected labels of one kind"):
-            call(X, y, groups=np.array([i if i == 3 else str(i) for i in g], dtype=object))
-    for call in (fitted.predict, fitted.predict_proba, fitted.decision_function):
-        with pytest.raises(ValueError, match="inconsistent numbers of samples"):
-            call(X, groups=g[:-1])
+    make, message = BAD_GROUPS[case]
+    groups = make(g)
+    calls = [lambda c=call: c(X, y, groups=groups) for call in (fitted.adapt, quick().fit)]
+    predicting = (fitted.predict, fitted.predict_proba, fitted.decision_function)
+    calls += [lambda c=call: c(X, groups=groups) for call in predicting]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^groups: .*{message}"):
+            call()
+    assert len(fitted.adapted_groups_) == 0
+
+
+def test_groups_of_several_kinds(fitted):
+    X, y, g = opposites()
+    mixed = [i if i == 3 else str(i) for i in g]
+    for groups in (mixed, np.array(mixed, dtype=object)):
+        for call in (fitted.adapt, quick().fit, lambda X, y, groups: fitted.predict(X, groups)):
+            with pytest.raises(
+                TypeError, match=r"groups: expected labels of one kind, got .*and str"
+            ):
+                call(X, y, groups=groups)
     with pytest.raises(TypeError, match="groups"):
         fitted.adapt(X, y)
-    assert len(fitted.adapted_groups_) == 0
+
+
+def test_strangers_are_named_once(fitted):
+    model = pickle.loads(pickle.dumps(fitted))
+    X, y, g = opposites()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.predict(X)
+        model.adapt(X[g < 4], y[g < 4], groups=g[g < 4]).predict(X[g < 4], groups=g[g < 4])
+    with pytest.warns(
+        UserWarning, match=r"groups: 16 were never adapted to .* 10, 11, 12, 13, 14, \.\.\."
+    ):
+        model.predict(X, groups=g)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.predict(X, groups=g)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_predicting_copies_no_more_than_some_models(step):
+    """600 models of 17 kB: all of them, one after another, and every other one."""
+    X, y, g = opposites(groups=600, rows=2)
+    model = quick(hidden=(64, 64), iterations=1).fit(X, y, groups=g).adapt(X, y, groups=g)
+    some = g % step == 0
+    X, g = X[some], g[some]
+    wanted = np.concatenate([model.predict_proba(X[g == i], groups=g[g == i]) for i in g[::2]])
+    tracemalloc.start()
+    got = model.predict_proba(X, groups=g)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(got, wanted)
+    size = sum(v.nbytes for v in model.models_.parameters.values())
+    assert peak < size * (0.1 if step == 1 else 0.48)  # 256 of 601 models, and what the rows take
 
 
 def test_bad_rows(fitted):
@@ -640,7 +701,7 @@ print("torch" in sys.modules)
 
 
 def test_the_example_of_the_docstring():
-    done = doctest.testmod(pymeta.sklearn)
+    done = doctest.testmod(sys.modules[MetaClassifier.__module__])
     assert done.attempted > 5 and done.failed == 0
 
 

@@ -1,0 +1,213 @@
+"""What the classifier and the regressor do alike: learn a start, adapt it to groups, predict."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import (
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
+
+from pymeta.arrays import AdaptedArrays
+from pymeta.sklearn.episodes import Draw, Rows
+from pymeta.sklearn.groups import Array, labels_of, members_of
+from pymeta.sklearn.network import Form, inner_optimizer
+from pymeta.sklearn.parameters import Parameters
+from pymeta.sklearn.training import count, meta_train, pooled
+
+_COPIED = 256  # models at a time
+
+
+def _seed(rng: Any) -> int:
+    return int(rng.randint(np.iinfo(np.int32).max))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class MetaEstimator(Parameters):
+    """What the classifier and the regressor share; see `MetaClassifier` for the parameters."""
+
+    # ---- what the subclasses know ----------------------------------------------------------------
+
+    def _loss_name(self) -> str:
+        raise NotImplementedError
+
+    def _outputs(self) -> int:
+        """The width of the output."""
+        raise NotImplementedError
+
+    def _target(self, y: Array, dtype: Any) -> Array:
+        """Y ready for the loss."""
+        raise NotImplementedError
+
+    # ---- checks ---------------------------------------------------------------------------------
+
+    def _rows(self, X: Array, y: Array, sample_weight: Any) -> tuple[Rows, Array]:
+        """The rows to train on, and which of X's they are: rows of weight 0 are left out."""
+        weights = self._row_weights(X, y, sample_weight)
+        kept = np.arange(len(X)) if weights is None else np.flatnonzero(weights > 0)
+        target = self._target(y, X.dtype)
+        if weights is None:
+            return Rows(X, target, None), kept
+        return Rows(X[kept], target[kept], weights[kept].astype(X.dtype)), kept
+
+    def _row_weights(self, X: Array, y: Array, sample_weight: Any) -> Array | None:
+        """The rows' weights as they enter the loss, float64 [rows]; None for all ones."""
+        if sample_weight is None:
+            return None
+        weights: Array = column_or_1d(sample_weight, dtype=np.float64)
+        check_consistent_length(X, weights)
+        if not (np.isfinite(weights) & (weights >= 0)).all():
+            raise ValueError("sample_weight: expected finite weights >= 0")
+        return weights
+
+    # ---- fit ------------------------------------------------------------------------------------
+
+    def _fit(self, X: Array, y: Array, groups: Any, sample_weight: Any) -> None:
+        """Learn the shared start; y is as `_target` takes it."""
+        rng = check_random_state(self.random_state)
+        labels = None if groups is None else labels_of(groups, X)
+        rows, kept = self._rows(X, y, sample_weight)
+        if len(kept) == 0:
+            raise ValueError("sample_weight: all weights are zero, there is nothing to learn from")
+        members = [] if labels is None else members_of(labels[kept])[1]
+        widths = (X.shape[1], *(int(w) for w in self.hidden), self._outputs())
+        self._form = Form(
+            widths, self.activation, self.dtype, self._loss_name(), bool(self.head_only)
+        )
+        network = self._form.network(self._form.initial(rng))
+        meta = self.method != "pooled" and len(members) > 1
+        epochs = self.pretrain_epochs if meta else self.epochs
+        curve = pooled(self, self._form, network, rows, epochs, _seed(rng)) if epochs else []
+        if meta:
+            curve = meta_train(
+                self, self._form, network, Draw(self, rows, members, rng), _seed(rng)
+            )
+        start = {n: p.detach().numpy().copy() for n, p in network.named_parameters()}
+        if not all(np.isfinite(p).all() for p in start.values()):
+            raise ValueError(
+                f"meta_lr, inner_lr: training diverged with {self.meta_lr} and {self.inner_lr}"
+            )
+        self.loss_curve_, self.n_iter_ = curve, len(curve)
+        self._seed = _seed(rng)
+        self._keep_start(start)
+        if labels is not None and self.adapt_on_fit:
+            self._adapt(X, y, labels, sample_weight)
+
+    # ---- adapt ----------------------------------------------------------------------------------
+
+    def _keep_start(self, start: dict[str, Array]) -> None:
+        """Begin without groups: model 0 is the start, and what no group adapts is shared."""
+        own = {n: p[None] for n, p in start.items() if self._form.adapts(n)}
+        self.models_ = self._form.models(own, {n: p for n, p in start.items() if n not in own})
+        self._places: dict[Any, int] = {}
+        self._seen: set[Any] = set()
+        self._warned = False
+        self.adapted_groups_ = np.empty(0, dtype=object)
+
+    def _fine_tuner(self) -> Any:
+        """What adapts the start to groups: the inner loop's optimiser, with rows and epochs."""
+        import pymeta
+
+        lr = self.inner_lr if self.adapt_lr is None else self.adapt_lr
+        start = self.models_.state_dict(0)
+        return pymeta.FineTune(
+            self._form.network(start),
+            loss=self._form.loss,
+            optimizer=inner_optimizer(self.inner_optimizer, lr),
+            epochs=count(self.adapt_epochs) or int(self.inner_steps),
+            batch_size=count(self.inner_batch_size),
+            anchor=float(self.anchor),
+            freeze=[n for n in start if not self._form.adapts(n)] or None,
+            validation=float(self.adapt_validation),
+            validation_rows="random" if self.shuffle else "last",
+            patience=count(self.adapt_patience),
+            seed=self._seed,
+        )
+
+    def _adapt(self, X: Array, y: Array, labels: Array, sample_weight: Any) -> None:
+        """Fine-tune the start to the rows of every label, all in one call, and keep the models."""
+        rows, kept = self._rows(X, y, sample_weight)
+        names, members = members_of(labels)
+        # Where rows were left out, the others move up; a group without any makes no step.
+        place = np.full(len(X), -1)
+        place[kept] = np.arange(len(kept))
+        xs, ys, ws = rows.lists([place[m][place[m] >= 0] for m in members])
+        models = self._fine_tuner()(xs, ys, weights=ws, progress=bool(self.verbose))
+        fine = models.status.numpy() == 0
+        if not fine.all():
+            lost = names[~fine].tolist()
+            warnings.warn(
+                f"adapt_lr: adaptation diverged for {len(lost)} of {len(names)} groups, which "
+                f"keep the shared start: {', '.join(map(repr, lost[:5]))}",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        own = {n: p.numpy()[fine] for n, p in models.parameters.items() if self._form.adapts(n)}
+        self._keep(set(names.tolist()), names[fine].tolist(), own)
+
+    def _keep(self, seen: set[Any], adapted: list[Any], own: dict[str, Array]) -> None:
+        """Put the adapted groups' own parameters in the place of what the groups seen had."""
+        self._seen |= seen
+        others = [label for label in self._places if label not in seen]
+        kept = self.models_[[0, *(self._places[label] for label in others)]]
+        start = self.models_.state_dict(0)
+        shared = {n: p for n, p in start.items() if n not in own}
+        self.models_ = AdaptedArrays.concatenate([kept, self._form.models(own, shared)])
+        self._places = {label: i for i, label in enumerate(others + adapted, start=1)}
+        self.adapted_groups_ = np.array([*self._places, None], dtype=object)[:-1]
+
+    # ---- predict --------------------------------------------------------------------------------
+
+    def _raw(self, X: Any, groups: Any) -> Array:
+        """The network's outputs [rows, out], every row's by the model of its group."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=self._form.dtype, order="C", reset=False)
+        labels = [] if groups is None else labels_of(groups, X).tolist()
+        self._name_strangers(labels)
+        places = np.array([self._places.get(label, 0) for label in labels] or [0] * len(X))
+        order = np.argsort(places, kind="stable")
+        used, counts = np.unique(places, return_counts=True)
+        xs = np.split(X[order], np.cumsum(counts)[:-1])
+        raw = np.empty((len(X), self._form.widths[-1]))
+        raw[order] = np.concatenate(_outputs_of(self.models_, used, xs))
+        return raw
+
+    def _name_strangers(self, labels: list[Any]) -> None:
+        """Warn, once, where groups are asked for that `adapt` was never given."""
+        if self._warned or not labels:
+            return
+        strangers = sorted({label for label in labels if label not in self._seen}, key=repr)
+        if strangers:
+            self._warned = True
+            shown = ", ".join(map(repr, strangers[:5]))
+            warnings.warn(
+                f"groups: {len(strangers)} were never adapted to and get the shared start: "
+                f"{shown}{', ...' if len(strangers) > 5 else ''} (this is said once)",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _outputs_of(models: AdaptedArrays, used: Array, xs: list[Array]) -> list[Array]:
+    """The outputs of the `used` models, in order, each on its own rows.
+
+    Models that lie one after another are used where they lie; others are copied, but only
+    some at a time.
+    """
+    if used[-1] - used[0] + 1 == len(used):
+        outputs: list[Array] = models[int(used[0]) : int(used[-1]) + 1](xs)
+        return outputs
+    if len(used) <= _COPIED:
+        outputs = models[used](xs)
+        return outputs
+    chunks = range(0, len(used), _COPIED)
+    parts = [slice(first, first + _COPIED) for first in chunks]
+    return [out for part in parts for out in _outputs_of(models, used[part], xs[part])]

@@ -1,0 +1,69 @@
+"""Groups: the labels of rows, told apart and gathered."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+
+
+def _is_missing(label: Any) -> bool:
+    try:
+        return label is None or bool(label != label)
+    except TypeError:  # pandas' NA is neither equal to itself nor not
+        return True
+
+
+def _as_array(groups: Any) -> Array:
+    """`groups` as an array, of objects where numpy would make strings of what is none."""
+    if hasattr(groups, "__array__"):
+        return np.asarray(groups)
+    if isinstance(groups, (str, bytes)) or not hasattr(groups, "__len__"):
+        raise ValueError(
+            f"groups: expected a label for each row of X, got the {type(groups).__name__} "
+            f"{str(groups)[:60]!r}"
+        )
+    labels = list(groups)
+    if any(np.ndim(label) for label in labels):  # a table, for its shape to be refused
+        return np.asarray(labels, dtype=object)
+    objects = np.empty(len(labels), dtype=object)
+    objects[:] = labels
+    return objects
+
+
+def _of_one_kind(labels: Array) -> Array:
+    """Labels that are objects as numbers or strings, if all of them are."""
+    kinds = {"str" if isinstance(g, str) else type(g).__name__ for g in labels}
+    if "str" in kinds and len(kinds) > 1:
+        raise TypeError(f"groups: expected labels of one kind, got {' and '.join(sorted(kinds))}")
+    return np.asarray(labels.tolist()) if kinds else labels
+
+
+def labels_of(groups: Any, X: Any) -> Array:
+    """`groups` as an array [rows] of labels that can be told apart; missing ones are refused."""
+    labels = _as_array(groups)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != (len(X),):
+        raise ValueError(
+            f"groups: expected a label for each row of X, shape [{len(X)}], "
+            f"got shape {list(labels.shape)}"
+        )
+    if labels.dtype.kind in "mM":
+        missing = labels[np.isnat(labels)].tolist()
+    else:
+        missing = [g for g in labels.tolist() if labels.dtype.kind in "fO" and _is_missing(g)]
+    if missing:
+        raise ValueError(f"groups: {len(missing)} rows have no group ({missing[0]!r})")
+    return _of_one_kind(labels) if labels.dtype.kind == "O" else labels
+
+
+def members_of(labels: Array) -> tuple[Array, list[Array]]:
+    """The distinct labels in order, and for each of them its rows in their order."""
+    names, codes = np.unique(labels, return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
+    return names, np.split(order, ends[:-1])

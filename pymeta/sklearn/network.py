@@ -1,0 +1,78 @@
+"""The networks of an estimator: their form as plain data, in torch, and as adapted arrays."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pymeta.architecture import Architecture
+from pymeta.arrays import AdaptedArrays
+from pymeta.losses import describe_loss
+from pymeta.sklearn.groups import Array
+from pymeta.sklearn.parameters import ACTIVATIONS
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Form(NamedTuple):
+    """What the networks of a fitted estimator are, whatever its parameters are set to later."""
+
+    widths: tuple[int, ...]  # of the input, the hidden layers and the output
+    activation: str
+    dtype: str
+    loss: str
+    head_only: bool
+
+    def initial(self, rng: Any) -> dict[str, Array]:
+        """What `torch.nn.Linear` starts with, drawn by `rng`: uniform within 1 / sqrt(inputs)."""
+        start = {}
+        for i, (n_in, n_out) in enumerate(itertools.pairwise(self.widths)):
+            bound = 1 / math.sqrt(n_in)
+            start[f"{2 * i}.weight"] = rng.uniform(-bound, bound, (n_out, n_in)).astype(self.dtype)
+            start[f"{2 * i}.bias"] = rng.uniform(-bound, bound, n_out).astype(self.dtype)
+        return start
+
+    def network(self, parameters: dict[str, Array]) -> torch.nn.Sequential:
+        """The torch network with these parameters, in memory of its own."""
+        import torch
+        from torch import nn
+
+        layers: list[nn.Module] = []
+        for n_in, n_out in itertools.pairwise(self.widths):
+            dtype = getattr(torch, self.dtype)
+            linear: nn.Module = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+                nn.Linear, n_in, n_out, dtype=dtype
+            )
+            layers += [linear, getattr(nn, ACTIVATIONS[self.activation])()]
+        network = nn.Sequential(*layers[:-1])
+        network.load_state_dict({n: torch.from_numpy(p) for n, p in parameters.items()})
+        return network
+
+    def architecture(self) -> Architecture:
+        """The network as plain data."""
+        layers: list[tuple[Any, ...]] = []
+        for n_in, n_out in itertools.pairwise(self.widths):
+            layers += [("linear", n_in, n_out, True), (self.activation,)]
+        names = [f"{2 * i}.{p}" for i in range(len(self.widths) - 1) for p in ("weight", "bias")]
+        return Architecture(tuple(layers[:-1]), tuple(names), tuple(names), False)
+
+    def adapts(self, name: str) -> bool:
+        """Whether groups have this parameter of their own."""
+        return not self.head_only or name.startswith(f"{2 * (len(self.widths) - 2)}.")
+
+    def models(self, own: dict[str, Array], shared: dict[str, Array]) -> AdaptedArrays:
+        """The models with parameters of their `own` [T, ...]; all others are `shared`."""
+        tasks = len(next(iter(own.values())))
+        return AdaptedArrays(self.architecture(), describe_loss(self.loss), own, shared, tasks)
+
+
+def inner_optimizer(name: str, lr: float) -> Any:
+    """The optimiser of the inner loop that the parameter names."""
+    import pymeta
+
+    lr = float(lr)
+    if name == "adam":
+        return pymeta.Adam(lr)
+    return pymeta.SGD(lr, momentum=0.9) if name == "momentum" else pymeta.SGD(lr)

@@ -1,0 +1,119 @@
+"""The parameters that the classifier and the regressor share, and their checks."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator
+
+METHODS = ("maml", "reptile", "pooled")
+ACTIVATIONS = {"relu": "ReLU", "tanh": "Tanh", "elu": "ELU", "gelu": "GELU", "silu": "SiLU"}
+OPTIMIZERS = ("sgd", "momentum", "adam")
+
+
+def one_of(name: str, value: Any, among: Iterable[str]) -> None:
+    """ValueError, naming the parameter, unless the value is `among` what it may be."""
+    if value not in tuple(among):
+        raise ValueError(f"{name}: expected one of {', '.join(among)}, got {value!r}")
+
+
+def flag(name: str, value: Any) -> None:
+    """TypeError unless the value is a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def integer(name: str, value: Any, least: int) -> None:
+    """TypeError or ValueError unless the value is an integer >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+
+
+def real(name: str, value: Any, below: float = math.inf) -> None:
+    """TypeError or ValueError unless the value is a finite number >= 0 and < `below`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= float(value) < below:
+        limit = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
+        raise ValueError(f"{name}: expected a number {limit}, got {value}")
+
+
+def _check_support(value: Any) -> None:
+    """`support` is a number of rows, or a fraction of them."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        integer("support", value, 1)
+        return
+    real("support", value, 1.0)
+    if value == 0:
+        raise ValueError("support: expected a fraction in (0, 1), or a number of rows, got 0.0")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Parameters(BaseEstimator):
+    """What `MetaClassifier` describes; scikit-learn finds it in the signature of `__init__`."""
+
+    method: str = field(default="maml", kw_only=False)
+    hidden: tuple[int, ...] = (64, 64)
+    activation: str = "relu"
+    inner_optimizer: str = "sgd"
+    inner_lr: float = 0.05
+    inner_steps: int = 5
+    inner_batch_size: int | None = None
+    first_order: bool = False
+    head_only: bool = False
+    meta_lr: float = 1e-3
+    weight_decay: float = 0.0
+    iterations: int = 1000
+    tasks_per_batch: int = 16
+    draw: str = "groups"
+    task_rows: int | None = 256
+    support: float = 0.5
+    shuffle: bool = True
+    epochs: int = 100
+    batch_size: int | None = 128
+    pretrain_epochs: int = 0
+    adapt_lr: float | None = None
+    adapt_epochs: int | None = None
+    anchor: float = 0.0
+    adapt_validation: float = 0.0
+    adapt_patience: int | None = None
+    adapt_on_fit: bool = False
+    dtype: str = "float32"
+    random_state: Any = None
+    verbose: bool = False
+
+    def _check_parameters(self) -> None:
+        """Raise TypeError or ValueError, naming it, where a parameter is not as documented."""
+        one_of("method", self.method, METHODS)
+        one_of("activation", self.activation, ACTIVATIONS)
+        one_of("inner_optimizer", self.inner_optimizer, OPTIMIZERS)
+        one_of("draw", self.draw, ("groups", "rows"))
+        one_of("dtype", self.dtype, ("float32", "float64"))
+        if not isinstance(self.hidden, (tuple, list)):
+            raise TypeError(f"hidden: expected a tuple of widths, got {self.hidden!r}")
+        for width in self.hidden:
+            integer("hidden", width, 1)
+        _check_support(self.support)
+        for name in ("first_order", "head_only", "shuffle", "adapt_on_fit"):
+            flag(name, getattr(self, name))
+        least = {"inner_steps": 1, "iterations": 1, "epochs": 1, "tasks_per_batch": 1}
+        for name, value in {**least, "pretrain_epochs": 0}.items():
+            integer(name, getattr(self, name), value)
+        optional = {"task_rows": 1, "batch_size": 1, "adapt_epochs": 1}
+        for name, value in {**optional, "inner_batch_size": 1, "adapt_patience": 1}.items():
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), value)
+        for name in ("inner_lr", "meta_lr", "weight_decay", "anchor"):
+            real(name, getattr(self, name))
+        if self.adapt_lr is not None:
+            real("adapt_lr", self.adapt_lr)
+        real("adapt_validation", self.adapt_validation, 1.0)
+        if self.adapt_patience is not None and self.adapt_validation == 0:
+            raise ValueError("adapt_patience: there are no rows to look at: adapt_validation is 0")
