@@ -130,7 +130,7 @@ class Adapted(Stacked[Tensor]):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        plan = Plan(model, describe_loss(loss), None, "network")
+        plan = Plan(model, describe_loss(loss), None, "network", adapts=False)
         tasks = _check_stacked(dict(model.named_parameters()), parameters)
         stacked, shared = {}, {}
         for name in plan.names:
@@ -164,7 +164,7 @@ class Adapted(Stacked[Tensor]):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         saved = load(path, verify)
         with errors_about(os.fspath(path)):
-            plan = Plan(model, saved.loss, None, "network")
+            plan = Plan(model, saved.loss, None, "network", adapts=False)
             _check_structure(saved, model, plan)
         device = plan.expected.device
 
@@ -187,7 +187,7 @@ class Adapted(Stacked[Tensor]):
     def _plan(self) -> Plan:
         """The plan of the model; made anew in a copy, which must not be of another shape."""
         if self._made is None:
-            plan = Plan(self._model, self.loss, None, "network")
+            plan = Plan(self._model, self.loss, None, "network", adapts=False)
             own = {n: p.shape[1:] for n, p in self.parameters.items()}
             if own != {n: p.shape for n, p in self._model.named_parameters()} or any(
                 p.dtype != plan.expected.dtype for p in self.parameters.values()
@@ -205,8 +205,9 @@ class Adapted(Stacked[Tensor]):
 
         Args:
             task: an integer for a module: a copy of the meta-learned one with the task's
-                weights. A slice (a view), or integers or a mask of T bools as a list, array or
-                tensor (a copy), for an `Adapted`.
+                weights. Its batch and instance normalisation use their input's statistics in
+                eval mode too, as the models do here. A slice (a view), or integers or a mask of
+                T bools as a list, array or tensor (a copy), for an `Adapted`.
 
         Raises:
             TypeError: `task` is none of these.
@@ -219,6 +220,7 @@ class Adapted(Stacked[Tensor]):
             return self._at(where)
         with reference.one_at_a_time():
             model = copy.deepcopy(self._model)
+        reference.drop_running_statistics(model)
         own = self._of_task(where)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -232,6 +234,9 @@ class Adapted(Stacked[Tensor]):
 
     def state_dict(self, task: int) -> dict[str, Tensor]:
         """One task's state for `module.load_state_dict`: copies of its parameters and the rest.
+
+        Running statistics are there as the model has them; adaptation does not learn any, so that
+        a module with them has to be used in train mode. `models[task]` has none.
 
         Raises:
             TypeError: `task` is no integer.

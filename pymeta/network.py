@@ -51,6 +51,7 @@ class Description:
         out_features: columns of the output.
         flattens: whether the chain begins with Flatten, so that rows may have any shape.
         batch_norm: whether a layer normalises over rows.
+        running: the layer that would use running statistics in the mode it is in, where one is.
     """
 
     layers: tuple[Layer, ...]
@@ -59,6 +60,7 @@ class Description:
     out_features: int
     flattens: bool
     batch_norm: bool
+    running: str | None
     state: _State = field(repr=False, compare=False)
 
     def is_current(self) -> bool:
@@ -142,8 +144,6 @@ def _linear(m: nn.Linear) -> Layer:
 
 
 def _batch_norm(m: nn.BatchNorm1d) -> Layer:
-    if not m.training and m.running_mean is not None:
-        raise _Refused("BatchNorm1d in eval mode would use running statistics")
     return ("batch_norm", m.num_features, m.eps, *_affine(m))
 
 
@@ -241,9 +241,12 @@ _METHODS: dict[str, Callable[..., Layer]] = {
 }
 
 
+def _label(name: str, module: nn.Module) -> str:
+    return f"layer {name} ({type(module).__name__})" if name else type(module).__name__
+
+
 def _layer(name: str, module: nn.Module) -> Layer:
-    known = _MODULES.get(type(module))
-    label = f"layer {name} ({type(module).__name__})" if name else type(module).__name__
+    known, label = _MODULES.get(type(module)), _label(name, module)
     if known is None:
         raise _Refused(f"{label} has no native kernel")
     if _hooked(module):
@@ -464,6 +467,15 @@ def _widths(layers: list[Layer]) -> tuple[int, int]:
     return first, width
 
 
+def _running(steps: list[_Step]) -> str | None:
+    """The first layer in eval mode that has running statistics."""
+    for step in steps:
+        m = step.module
+        if isinstance(m, nn.BatchNorm1d) and not m.training and m.running_mean is not None:
+            return _label(step.name, m)
+    return None
+
+
 _SETTINGS = (bool, int, float, str, type(None))
 
 
@@ -487,6 +499,7 @@ def _described(model: nn.Module) -> Description:
         out_features=out_features,
         flattens=bool(kinds) and kinds[0] == FLATTEN,
         batch_norm=any(layer[0] == "batch_norm" for layer in layers),
+        running=_running(steps),
         state=_State(
             [s.module for s in steps if s.module is not None],
             [m for m in model.modules() if type(m) not in _MODULES],

@@ -113,10 +113,13 @@ class Plan:
         per: str,
         optimizer: SGD | Adam | None = None,
         anchor: float = 0.0,
+        adapts: bool = True,
     ) -> None:
         """Look at the model; raises TypeError or ValueError where no backend can run it.
 
-        `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by.
+        `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by;
+        where it only predicts with adapted weights, `adapts` is False, and a normalisation
+        layer's mode does not matter: each set is normalised by its own statistics.
         """
         with reference.one_at_a_time():
             named = dict(model.named_parameters())
@@ -139,6 +142,7 @@ class Plan:
         self.lrs: dict[tuple[float, int], Tensor] = {}
         self.optimizer = optimizer
         self.anchor = anchor
+        self.adapts = adapts
         self.emulates = native.emulating
         self.device = Device.of(self.expected.device)
         self.core_reason = self._make_problem(loss, named)
@@ -165,6 +169,8 @@ class Plan:
         if reason is not None:
             return reason
         assert isinstance(self.description, Description)
+        if self.adapts and self.description.running is not None:
+            return f"{self.description.running}: in eval mode it would use running statistics"
         lib = native.extension()
         chain = self.description.names
         try:

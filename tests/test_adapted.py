@@ -85,6 +85,47 @@ def test_one_tasks_model(backend):
         models["0"]
 
 
+NORMS = {
+    "batch": lambda: nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ELU(), nn.Linear(4, 2)),
+    "images": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 1, 2)), nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Flatten(),
+        nn.Linear(8, 2),
+    ),
+    "instance": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2)), nn.Conv1d(1, 4, 1),
+        nn.InstanceNorm1d(4, affine=True, track_running_stats=True), nn.Flatten(), nn.Linear(8, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_tasks_model_computes_the_same_in_both_modes(norm):
+    """It has no running statistics, which nothing here would have learned."""
+    net, (xs, ys, xq, _) = NORMS[norm]().double(), batch()
+    before = copy.deepcopy(net.state_dict())
+    models = make(net, "native" if norm == "batch" else "torch").adapt(xs, ys)
+    wanted = models(xq)
+    for mode in (True, False):
+        net.train(mode)
+        assert_close(models(xq), wanted)
+        for t, model in enumerate(models):
+            for own_mode in (True, False):
+                assert_close(model.train(own_mode)(xq[t]).detach(), wanted[t])
+    assert all(map(torch.equal, net.state_dict().values(), before.values()))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_in_eval_mode_loads_and_predicts(tmp_path):
+    net, (xs, ys, xq, _) = NORMS["batch"]().double(), batch()
+    models = make(net, "native").adapt(xs, ys)
+    models.save(tmp_path / "models")
+    wanted = models(xq)
+    loaded = pymeta.Adapted.load(tmp_path / "models", net.eval())
+    stacked = pymeta.Adapted.from_stacked(net, models.parameters, loss="mse")
+    for found in (loaded, stacked, copy.deepcopy(loaded), pickle.loads(pickle.dumps(models))):
+        assert torch.equal(found(xq), wanted)
+
+
 def test_parameters_have_the_layout_of_stack_module_state(backend):
     xs, ys, _, _ = batch()
     net = mlp(2, 4, 2)

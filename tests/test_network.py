@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import pymeta
 from pymeta.network import Description, Unsupported, describe
 
 KNOWN = [
@@ -135,7 +136,6 @@ REFUSED = {
     "elu": (nn.Sequential(nn.Linear(2, 2), nn.ELU(0)), r"ELU with alpha 0"),
     "softplus": (nn.Sequential(nn.Linear(2, 2), nn.Softplus(-1)), r"Softplus with beta -1"),
     "norm shape": (nn.Sequential(nn.LayerNorm((2, 3))), r"LayerNorm over the shape \(2, 3\)"),
-    "eval norm": (nn.BatchNorm1d(2).eval(), r"running statistics"),
     "flatten": (nn.Sequential(nn.Flatten(0), nn.Linear(2, 2)), r"Flatten from dimension 0"),
     "lstm": (nn.LSTM(2, 2), r"LSTM has no native kernel"),
     "no layer": (nn.Sequential(nn.ReLU()), r"no layer with a number of features"),
@@ -185,6 +185,15 @@ def test_tied_weights_are_refused():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net[1].weight = net[0].weight
     assert "used more than once" in describe(net).reason
+
+
+def test_a_layer_that_would_use_running_statistics_is_named():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
+    net.append(nn.BatchNorm1d(2))
+    assert describe(net).running is None
+    assert describe(net.eval()).running == "layer 2 (BatchNorm1d)"
+    with pytest.raises(ValueError, match=r"layer 2 \(BatchNorm1d\): .*running statistics"):
+        pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend="native")
 
 
 def test_what_makes_a_description_stale():

@@ -27,13 +27,19 @@ rows has loss 0 and gradient 0, so a task without support rows is not adapted.
 """
 
 from pymeta.reference.batch import Adaptation, adapt, meta_loss, not_finite, predict, reptile
-from pymeta.reference.modules import one_at_a_time, output_shape, uses_running_statistics
+from pymeta.reference.modules import (
+    drop_running_statistics,
+    one_at_a_time,
+    output_shape,
+    uses_running_statistics,
+)
 from pymeta.reference.task import InnerLoop
 
 __all__ = [
     "Adaptation",
     "InnerLoop",
     "adapt",
+    "drop_running_statistics",
     "meta_loss",
     "not_finite",
     "one_at_a_time",

@@ -59,6 +59,14 @@ def uses_running_statistics(model: nn.Module) -> str | None:
     return None
 
 
+def drop_running_statistics(model: nn.Module) -> None:
+    """Let every normalisation of a module use its input's statistics, in eval mode too."""
+    for layer in model.modules():
+        if isinstance(layer, _NormBase):
+            layer.track_running_stats = False
+            layer._buffers.update(dict.fromkeys(layer._buffers))
+
+
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Let batch normalisation use its input's statistics, and put back what calls replace.
@@ -119,7 +127,7 @@ def _instance_norm(
     momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     channels = (1, -1, *[1] * (x.ndim - 2))
-    if not use_input_stats:
+    if not use_input_stats and running_mean is not None:  # which here only a function has
         return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     return _affine(_normalised(x, tuple(range(2, x.ndim)), eps), weight, bias, channels)
 
