@@ -367,7 +367,8 @@ class Problem {
             pointer<Real>(weights),
             count,
             pointer<std::int64_t>(starts),
-            pointer<std::int64_t>(sizes)};
+            pointer<std::int64_t>(sizes),
+            false};
   }
 
   template <class Real>
@@ -452,6 +453,10 @@ class Problem {
         refuse("rows: expected 0 to 2^24, got " + std::to_string(set.rows));
       return static_cast<int>(set.rows);
     };
+    // Nor has anybody looked for rows that weigh nothing: the kernel does, where there may be some.
+    const bool labels = takes_labels(*call.loss);
+    for (RowSet<Real>* set : {&call.support, &call.query, &call.validation})
+      set->has_weightless = set->weights || (labels && set->y);
     call.max_support = job == Job::predict ? 0 : largest(call.support);
     call.max_query = job == Job::adapt && !call.predictions ? 0 : largest(call.query);
     call.max_validation = call.validation.x ? largest(call.validation) : 0;

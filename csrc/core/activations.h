@@ -269,18 +269,18 @@ PYMETA_FN void with_activation(ActivationKind kind, Visitor visit) {
 }
 
 // What an activation needs saved, for the workspace.
-PYMETA_FN inline bool slope_needs_input(ActivationKind kind) {
+PYMETA_MEMBER inline bool slope_needs_input(ActivationKind kind) {
   bool needed = false;
   with_activation(kind, [&](auto rule) { needed = !decltype(rule)::kFromOutput; });
   return needed;
 }
-PYMETA_FN inline bool has_curvature(ActivationKind kind) {
+PYMETA_MEMBER inline bool has_curvature(ActivationKind kind) {
   bool bent = false;
   with_activation(kind, [&](auto rule) { bent = decltype(rule)::kHasCurvature; });
   return bent;
 }
 // Identity and ReLU are done in the store of the product before them.
-PYMETA_FN inline bool is_fused(ActivationKind kind) {
+PYMETA_MEMBER inline bool is_fused(ActivationKind kind) {
   return kind == ActivationKind::identity || kind == ActivationKind::relu;
 }
 

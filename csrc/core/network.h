@@ -26,7 +26,7 @@ struct Activation {
 struct Shape {
   int height = 1, width = 1, channels = 0;
 
-  PYMETA_FN int features() const { return height * width * channels; }
+  PYMETA_MEMBER int features() const { return height * width * channels; }
   bool operator!=(const Shape& other) const {
     return height != other.height || width != other.width || channels != other.channels;
   }
@@ -55,8 +55,8 @@ struct Network {
   const Layer* layers = nullptr;    // [layer_count]
   const Tensor* tensors = nullptr;  // [tensor_count]
 
-  PYMETA_FN int in_features() const { return layers[0].in.features(); }
-  PYMETA_FN int out_features() const { return layers[layer_count - 1].out.features(); }
+  PYMETA_MEMBER int in_features() const { return layers[0].in.features(); }
+  PYMETA_MEMBER int out_features() const { return layers[layer_count - 1].out.features(); }
 };
 
 constexpr int kMaxLayers = 128;

@@ -13,10 +13,15 @@ struct Extent {
   int rows;  // of the longest task in the item
   const Real*
       keep;   // lanes: [rows, kWidth] all-ones where the task has the row; null when all have all
-  Vec count;  // rows of each task
+  Vec count;  // rows of each task that count
+  // [rows, kWidth] all-ones where the row counts in statistics over rows; null: wherever the task has one
+  const Real* counting = nullptr;
 
   PYMETA_FN Vec masked(Vec v, int row) const {
     return keep ? where_kept(v, keep + row * kWidth) : v;
+  }
+  PYMETA_FN Vec counted(Vec v, int row) const {
+    return counting ? where_kept(v, counting + row * kWidth) : masked(v, row);
   }
 };
 

@@ -8,3 +8,7 @@
 #define PYMETA_FN
 #define PYMETA_NOINLINE
 #endif
+
+// A function of what all instruction sets share (network.h, tasks.h, registries): inlined always, since a copy compiled for one of them
+// could be linked into another's code.
+#define PYMETA_MEMBER PYMETA_FN __attribute__((always_inline))

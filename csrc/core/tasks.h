@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "network.h"
+#include "losses/registry.h"
 
 namespace pymeta {
 
@@ -23,11 +23,12 @@ struct RowSet {
   std::int64_t rows = 0;          // rows from one task to the next (and in each, without `sizes`)
   const std::int64_t* starts = nullptr;  // [T] first row of each task, or null: task * rows
   const std::int64_t* sizes = nullptr;   // [T] rows of each task, or null: rows
+  bool has_weightless = false;           // some rows may weigh nothing (Call::weighs)
 
-  PYMETA_FN std::int64_t start(std::int64_t task) const {
+  PYMETA_MEMBER std::int64_t start(std::int64_t task) const {
     return starts ? starts[task] : task * rows;
   }
-  PYMETA_FN int size(std::int64_t task) const {
+  PYMETA_MEMBER int size(std::int64_t task) const {
     return static_cast<int>(sizes ? sizes[task] : rows);
   }
 };
@@ -60,12 +61,14 @@ struct Optimizer {
   double anchor = 0;       // pull towards the start (L2-SP)
 
   // theta - lr g and nothing else
-  PYMETA_FN bool is_plain() const {
+  PYMETA_MEMBER bool is_plain() const {
     return kind == OptimizerKind::sgd && momentum == 0 && weight_decay == 0 && clip_norm == 0 &&
            anchor == 0;
   }
   // Arrays of the parameters' size that it keeps from step to step.
-  PYMETA_FN int states() const { return kind == OptimizerKind::adam ? 2 : momentum != 0 ? 1 : 0; }
+  PYMETA_MEMBER int states() const {
+    return kind == OptimizerKind::adam ? 2 : momentum != 0 ? 1 : 0;
+  }
 };
 
 // Which rows each inner step uses (minibatches.h).
@@ -74,8 +77,10 @@ struct Minibatches {
   std::uint64_t seed = 0, stream = 0;
   const std::int64_t* task_ids = nullptr;  // [T], or null: 0 for all
 
-  PYMETA_FN bool whole(int rows) const { return size <= 0 || rows <= size; }
-  PYMETA_FN int count(int rows) const { return whole(rows) ? rows > 0 : (rows + size - 1) / size; }
+  PYMETA_MEMBER bool whole(int rows) const { return size <= 0 || rows <= size; }
+  PYMETA_MEMBER int count(int rows) const {
+    return whole(rows) ? rows > 0 : (rows + size - 1) / size;
+  }
 };
 
 template <class Real>
@@ -124,32 +129,45 @@ struct Call {
   int max_validation = 0;
   const std::int64_t* order = nullptr;  // [T] tasks sorted by size, or null: as they come
 
-  PYMETA_FN bool wants_gradient() const {
+  PYMETA_MEMBER bool wants_gradient() const {
     return !sums_differences && (gradients || lr_gradient || xs_gradient || xq_gradient);
   }
-  PYMETA_FN bool second_order() const { return wants_gradient() && !first_order && steps > 0; }
+  PYMETA_MEMBER bool second_order() const { return wants_gradient() && !first_order && steps > 0; }
   // Does the meta-gradient go back through the steps?
-  PYMETA_FN bool reverses() const {
+  PYMETA_MEMBER bool reverses() const {
     return wants_gradient() && steps > 0 &&
            (!first_order || lr_gradient || optimizer.weight_decay != 0);
   }
+  // Does a row of a set count? One of weight 0, or with the ignored label, is left out of its set, whatever it holds.
+  PYMETA_MEMBER bool weighs(const RowSet<Real>& set, std::int64_t row) const {
+    if (set.weights && set.weights[row] == 0) return false;
+    return !set.y || !takes_labels(*loss) ||
+           static_cast<const std::int64_t*>(set.y)[row] != loss->ignore_index;
+  }
+  // Does any of a task's rows not count?
+  PYMETA_MEMBER bool leaves_out(const RowSet<Real>& set, std::int64_t task) const {
+    const std::int64_t first = set.start(task);
+    for (int r = 0; set.has_weightless && r < set.size(task); ++r)
+      if (!weighs(set, first + r)) return true;
+    return false;
+  }
   // Does each task have a start of its own for this tensor?
-  PYMETA_FN bool starts_apart(int tensor) const {
+  PYMETA_MEMBER bool starts_apart(int tensor) const {
     return parameter_per_task && parameter_per_task[tensor];
   }
-  PYMETA_FN bool by_epochs() const { return epochs >= 0; }
+  PYMETA_MEMBER bool by_epochs() const { return epochs >= 0; }
   // Are gradients wanted that are summed over tasks?
-  PYMETA_FN bool sums_gradients(Job job) const {
+  PYMETA_MEMBER bool sums_gradients(Job job) const {
     return job == Job::meta ? wants_gradient() : sums_differences && gradients;
   }
   // Adam's corrections: one for each step of the task that makes the most; 0 for other optimisers.
-  PYMETA_FN std::size_t corrections() const {
+  PYMETA_MEMBER std::size_t corrections() const {
     return tasks > 0 && optimizer.kind == OptimizerKind::adam
                ? static_cast<std::size_t>(steps_of(max_support))
                : 0;
   }
   // Inner steps of a task of so many rows.
-  PYMETA_FN std::int64_t steps_of(int rows) const {
+  PYMETA_MEMBER std::int64_t steps_of(int rows) const {
     return by_epochs() ? static_cast<std::int64_t>(epochs) * batches.count(rows) : steps;
   }
 };

@@ -256,10 +256,13 @@ struct Workspace {
     v = take_if(call.wants_gradient(), parameters.size);
     u = take_if(reverses && !direction_is_v, parameters.size);
     u_transposed = take_if(second, parameters.transposed_size);
-    support_set.lay_out<X>(places, network, *call.loss, step_rows, copy_input || minibatches,
+    support_set.lay_out<X>(places, network, *call.loss, step_rows,
+                           copy_input || minibatches || call.support.has_weightless,
                            call.xs_gradient);
-    query_set.lay_out<X>(places, network, *call.loss, call.max_query, copy_input, call.xq_gradient);
-    validation_set.lay_out<X>(places, network, *call.loss, call.max_validation, copy_input, false);
+    query_set.lay_out<X>(places, network, *call.loss, call.max_query,
+                         copy_input || call.query.has_weightless, call.xq_gradient);
+    validation_set.lay_out<X>(places, network, *call.loss, call.max_validation,
+                              copy_input || call.validation.has_weightless, false);
     order =
         take_if(minibatches, static_cast<std::size_t>(X::kTasks) * X::kOrders * call.max_support);
     start = take_if(starts_apart, parameters.size);

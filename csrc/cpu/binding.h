@@ -31,20 +31,25 @@ class Binder {
 
   const Call<Real>& call() const { return call_; }
 
-  // All rows of the tasks, or those selected. A set without targets is for predictions.
+  // The rows of the tasks that count, of all or of those selected. A set without targets is for predictions.
   ItemSet bind(const RowSet<Real>& set, const SetLayout& places, const Item<X>& work, Real* memory,
                const Selection<X>* selection = nullptr) const {
     const int in = call_.network->in_features();
-    const Lots lots{set, work, selection};
+    const ItemRows rows(call_, set, work, selection);
     Extent extent{0, nullptr, zero()};
+    Vec offered = zero();
     bool ragged = work.count < X::kTasks;
     for (int lane = 0; lane < work.count; ++lane) {
-      const int size = lots.size(lane);
-      ragged = ragged || (lane > 0 && size != extent.rows);
-      extent.count[lane] = Real(size);
-      extent.rows = size > extent.rows ? size : extent.rows;
+      const int count = rows.count(lane);
+      ragged = ragged || (lane > 0 && count != extent.rows);
+      extent.count[lane] = Real(count);
+      extent.rows = count > extent.rows ? count : extent.rows;
+      offered[lane] = Real(rows.offered(lane));
     }
-    if (X::kTasks == 1) extent.count = broadcast(extent.count[0]);
+    if (X::kTasks == 1) {
+      extent.count = broadcast(extent.count[0]);
+      offered = broadcast(offered[0]);
+    }
     if (X::kTasks > 1 && ragged) {
       Real* keep = memory + places.keep;
       for (int r = 0; r < extent.rows; ++r)
@@ -55,66 +60,120 @@ class Binder {
                    extent,
                    nullptr,
                    nullptr,
-                   places.dx == kNowhere ? nullptr : memory + places.dx};
+                   places.dx == kNowhere ? nullptr : memory + places.dx,
+                   offered};
     if (places.x == kNowhere) {
       result.x = {set.x + set.start(work.task[0]) * in, in};
     } else {
       Real* x = memory + places.x;
       result.x = {x, X::stride(in)};
-      bind_inputs(lots, extent, x);
+      bind_inputs(rows, extent, x);
     }
     if (set.y) {
       result.targets = memory + places.targets;
       result.scale = memory + places.scale;
-      bind_targets(lots, extent, memory + places.targets, memory + places.scale);
+      bind_targets(rows, extent, memory + places.targets, memory + places.scale);
     }
+    return result;
+  }
+
+  // All rows, for predictions: those that do not count are in no statistics, and there are no targets.
+  ItemSet bind_all(const RowSet<Real>& set, const SetLayout& places, const Item<X>& work,
+                   Real* memory) const {
+    RowSet<Real> all = set;
+    all.y = nullptr;
+    all.weights = nullptr;
+    all.has_weightless = false;
+    ItemSet result = bind(all, places, work, memory);
+    // Room that such a set leaves unused: one task's rows need no mask, and without targets there is no scale.
+    Real* counting = memory + (X::kTasks == 1 ? places.keep : places.scale);
+    Extent& extent = result.extent;
+    extent.count = zero();
+    for (int r = 0; r < extent.rows; ++r) {
+      IntVec counts{};
+      for (int lane = 0; lane < work.count; ++lane)
+        if (r < set.size(work.task[lane]) && call_.weighs(set, set.start(work.task[lane]) + r))
+          counts[lane] = -1;
+      if (X::kTasks == 1) counts = broadcast_int(counts[0]);
+      extent.count = extent.count + select(counts, broadcast(1), zero());
+      store(counting + static_cast<long>(r) * kWidth, (Vec)counts);
+    }
+    extent.counting = counting;
     return result;
   }
 
  private:
   // Which rows of the caller's arrays each lane gets.
-  struct Lots {
-    const RowSet<Real>& set;
-    const Item<X>& work;
-    const Selection<X>* selection;
+  class ItemRows {
+   public:
+    ItemRows(const Call<Real>& call, const RowSet<Real>& set, const Item<X>& work,
+             const Selection<X>* selection)
+        : call_(call), set_(set), work_(work), selection_(selection) {
+      for (int lane = 0; lane < work.count; ++lane) {
+        count_[lane] = offered(lane);
+        if (!set.has_weightless) continue;
+        count_[lane] = 0;
+        visit(lane, [&](int, std::int64_t) { ++count_[lane]; });
+      }
+    }
 
-    int size(int lane) const {
-      return selection ? selection->count[lane] : set.size(work.task[lane]);
+    const RowSet<Real>& set() const { return set_; }
+    int lanes() const { return work_.count; }
+    bool are_consecutive() const { return !selection_ && !set_.has_weightless; }
+    int count(int lane) const { return count_[lane]; }
+    int offered(int lane) const {
+      return selection_ ? selection_->count[lane] : set_.size(work_.task[lane]);
     }
-    std::int64_t row(int lane, int r) const {
-      return set.start(work.task[lane]) + (selection ? selection->rows[lane][r] : r);
+    std::int64_t first(int lane) const { return set_.start(work_.task[lane]); }
+
+    template <class Body>  // body(place among the bound rows, row of the caller's arrays)
+    void visit(int lane, Body body) const {
+      const int rows = offered(lane);
+      int place = 0;
+      for (int r = 0; r < rows; ++r) {
+        const std::int64_t row = first(lane) + (selection_ ? selection_->rows[lane][r] : r);
+        if (set_.has_weightless && !call_.weighs(set_, row)) continue;
+        body(place++, row);
+      }
     }
+
+   private:
+    const Call<Real>& call_;
+    const RowSet<Real>& set_;
+    const Item<X>& work_;
+    const Selection<X>* selection_;
+    int count_[X::kTasks];
   };
 
-  void bind_inputs(const Lots& lots, const Extent& extent, Real* x) const {
+  void bind_inputs(const ItemRows& rows, const Extent& extent, Real* x) const {
     const int in = call_.network->in_features();
-    const long row = X::stride(in);
-    const int lanes = lots.work.count;
+    const long stride = X::stride(in);
+    const int lanes = rows.lanes();
     const bool full = lanes == X::kTasks && !extent.keep && X::kTasks > 1;
-    if (!full) memset(x, 0, sizeof(Real) * extent.rows * row);
+    if (!full) memset(x, 0, sizeof(Real) * extent.rows * stride);
     if constexpr (X::kElement == 1) {
-      for (int r = 0; r < extent.rows; ++r)
-        memcpy(x + r * row, lots.set.x + lots.row(0, r) * in, sizeof(Real) * in);
+      rows.visit(0, [&](int r, std::int64_t row) {
+        memcpy(x + r * stride, rows.set().x + row * in, sizeof(Real) * in);
+      });
     } else {
-      const long done = full && !lots.selection ? transpose_blocks(lots, extent, x) : 0;
-      for (int lane = 0; lane < lanes; ++lane) {
-        long at = 0;
-        for (int r = 0; r < lots.size(lane); ++r) {
-          const Real* from = lots.set.x + lots.row(lane, r) * in;
+      const long done = full && rows.are_consecutive() ? transpose_blocks(rows, extent, x) : 0;
+      for (int lane = 0; lane < lanes; ++lane)
+        rows.visit(lane, [&](int r, std::int64_t row) {
+          const Real* from = rows.set().x + row * in;
+          long at = static_cast<long>(r) * in;
           for (int c = 0; c < in; ++c, ++at)
             if (at >= done) x[at * X::kElement + lane] = from[c];
-        }
-      }
+        });
     }
   }
 
   // Consecutive rows of all lanes, kWidth values of each at a time; returns how many values of a lane were done.
-  long transpose_blocks(const Lots& lots, const Extent& extent, Real* x) const {
+  long transpose_blocks(const ItemRows& rows, const Extent& extent, Real* x) const {
     long done = 0;
     if constexpr (X::kTasks == kWidth) {
       const int in = call_.network->in_features();
       const Real* from[kWidth];
-      for (int lane = 0; lane < kWidth; ++lane) from[lane] = lots.set.x + lots.row(lane, 0) * in;
+      for (int lane = 0; lane < kWidth; ++lane) from[lane] = rows.set().x + rows.first(lane) * in;
       for (; done + kWidth <= static_cast<long>(extent.rows) * in; done += kWidth) {
         Vec block[kWidth];
 #pragma GCC unroll 16
@@ -127,8 +186,8 @@ class Binder {
     return done;
   }
 
-  void bind_targets(const Lots& lots, const Extent& extent, Real* targets, Real* scale) const {
-    const RowSet<Real>& set = lots.set;
+  void bind_targets(const ItemRows& rows, const Extent& extent, Real* targets, Real* scale) const {
+    const RowSet<Real>& set = rows.set();
     const Loss& loss = *call_.loss;
     const bool labels = takes_labels(loss);
     const int out = call_.network->out_features();
@@ -137,31 +196,28 @@ class Binder {
       memset(targets, 0, sizeof(Real) * classes * (labels ? 1 : out));
       memset(scale, 0, sizeof(Real) * classes);
     }
-    for (int lane = 0; lane < lots.work.count; ++lane) {
-      const int rows = lots.size(lane);
+    for (int lane = 0; lane < rows.lanes(); ++lane) {
       Real* t = targets + lane;
       Real* s = scale + lane;
       Real total = 0;
-      for (int r = 0; r < rows; ++r) {
-        const std::int64_t row = lots.row(lane, r);
-        Real weight = set.weights ? set.weights[row] : Real(1);
+      rows.visit(lane, [&](int r, std::int64_t row) {
+        const Real weight = set.weights ? set.weights[row] : Real(1);
+        const long at = static_cast<long>(r) * X::kElement;
         if (labels) {
           const std::int64_t label = static_cast<const std::int64_t*>(set.y)[row];
-          const bool counts = label != loss.ignore_index;
-          if (!counts) weight = 0;
-          t[r * X::kElement] = Real(counts ? label : 0);
-          if (counts) total += loss.weight ? weight * Real(loss.weight[label]) : weight;
+          t[at] = Real(label);
+          total += loss.weight ? weight * Real(loss.weight[label]) : weight;
         } else {
           const Real* y = static_cast<const Real*>(set.y) + row * out;
-          for (int o = 0; o < out; ++o) t[o * classes + static_cast<long>(r) * X::kElement] = y[o];
+          for (int o = 0; o < out; ++o) t[o * classes + at] = y[o];
           total += weight;
         }
-        s[r * X::kElement] = weight;
-      }
+        s[at] = weight;
+      });
       if (!labels) total *= Real(out);
       // A set that weighs nothing has loss 0 and no gradient.
       const Real share = total > 0 ? Real(1) / total : Real(0);
-      for (int r = 0; r < rows; ++r) s[r * X::kElement] *= share;
+      for (int r = 0; r < rows.count(lane); ++r) s[static_cast<long>(r) * X::kElement] *= share;
     }
   }
 

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -179,6 +180,12 @@ std::string task_row(const char* name, std::int64_t task, std::int64_t row) {
          ": ";
 }
 
+std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
 // What messages call a set's arrays.
 struct SetNames {
   const char *x, *y, *sizes, *weights;
@@ -187,40 +194,84 @@ constexpr SetNames kSupport{"xs", "ys", "support_sizes", "support_weights"};
 constexpr SetNames kQuery{"xq", "yq", "query_sizes", "query_weights"};
 constexpr SetNames kValidation{"xv", "yv", "validation_sizes", "validation_weights"};
 
-// Looks at the sizes, labels and weights of one set; returns its largest task.
+// Looks at the sizes, targets and weights of one set.
 template <class Real>
-int check_set(const Call<Real>& call, const RowSet<Real>& set, const SetNames& names) {
-  const Network& network = *call.network;
-  const bool batch_norm = mixes_rows(network);
-  const bool labels = call.loss && takes_labels(*call.loss) && set.y;
-  const int out = network.out_features();
-  std::int64_t largest = 0;
-  for (std::int64_t task = 0; task < call.tasks; ++task) {
-    const std::int64_t rows = set.sizes ? set.sizes[task] : set.rows;
-    const std::int64_t start = set.start(task);
-    if (rows < 0 || start < 0 || (set.sizes && !set.starts && rows > set.rows))
-      refuse(std::string(names.sizes) + ": task " + std::to_string(task) + " has size " +
-             std::to_string(rows) + ", not in 0.." + std::to_string(set.rows));
-    if (batch_norm && rows == 1)
-      refuse(std::string(names.x) + ": task " + std::to_string(task) +
-             " has one row, and BatchNorm1d needs at least two to normalise by");
-    largest = std::max(largest, rows);
-    for (std::int64_t row = 0; labels && row < rows; ++row) {
-      const std::int64_t label = static_cast<const std::int64_t*>(set.y)[start + row];
-      if ((label < 0 || label >= out) && label != call.loss->ignore_index)
-        refuse(task_row(names.y, task, row) + "label " + std::to_string(label) + " is not in 0.." +
-               std::to_string(out - 1));
-    }
-    for (std::int64_t row = 0; set.weights && row < rows; ++row) {
-      const Real weight = set.weights[start + row];
-      if (!(weight >= 0) || !std::isfinite(weight))
-        refuse(task_row(names.weights, task, row) + "weight " + std::to_string(weight) +
-               " is not a finite number >= 0");
-    }
+class SetCheck {
+ public:
+  SetCheck(const Call<Real>& call, RowSet<Real>& set, const SetNames& names)
+      : call_(call), set_(set), names_(names), out_(call.network->out_features()) {
+    if (!call.loss || !set.y) return;
+    labels_ = takes_labels(*call.loss);
+    probabilities_ = takes_probabilities(*call.loss);
   }
-  if (largest > (1 << 24)) refuse(std::string(names.x) + ": a task has more than 2^24 rows");
-  return static_cast<int>(largest);
-}
+
+  // Returns the rows of the largest task; says in the set whether there are rows that weigh nothing.
+  int run() {
+    const bool batch_norm = mixes_rows(*call_.network);
+    std::int64_t largest = 0;
+    for (std::int64_t task = 0; task < call_.tasks; ++task) {
+      const std::int64_t rows = size(task);
+      largest = std::max(largest, rows);
+      const std::int64_t counting =
+          set_.weights || labels_ || probabilities_ ? look_at_rows(task, rows) : rows;
+      set_.has_weightless = set_.has_weightless || counting < rows;
+      if (batch_norm && counting == 1)
+        refuse(std::string(names_.x) + ": task " + std::to_string(task) + " has one row" +
+               (rows > 1 ? " that counts" : "") +
+               ", and BatchNorm1d needs at least two to normalise by");
+    }
+    if (largest > (1 << 24)) refuse(std::string(names_.x) + ": a task has more than 2^24 rows");
+    return static_cast<int>(largest);
+  }
+
+ private:
+  std::int64_t size(std::int64_t task) const {
+    const std::int64_t rows = set_.sizes ? set_.sizes[task] : set_.rows;
+    if (rows < 0 || set_.start(task) < 0 || (set_.sizes && !set_.starts && rows > set_.rows))
+      refuse(std::string(names_.sizes) + ": task " + std::to_string(task) + " has size " +
+             std::to_string(rows) + ", not in 0.." + std::to_string(set_.rows));
+    return rows;
+  }
+
+  // How many of a task's rows count. What one that does not holds is nobody's concern.
+  std::int64_t look_at_rows(std::int64_t task, std::int64_t rows) const {
+    const std::int64_t start = set_.start(task);
+    std::int64_t counting = 0;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      if (set_.weights) check_weight(task, row, set_.weights[start + row]);
+      if (!call_.weighs(set_, start + row)) continue;
+      ++counting;
+      if (labels_) check_label(task, row, static_cast<const std::int64_t*>(set_.y)[start + row]);
+      if (probabilities_)
+        check_probabilities(task, row, static_cast<const Real*>(set_.y) + (start + row) * out_);
+    }
+    return counting;
+  }
+  void check_weight(std::int64_t task, std::int64_t row, Real weight) const {
+    if (!(weight >= 0) || !std::isfinite(weight))
+      refuse(task_row(names_.weights, task, row) + "weight " + std::to_string(weight) +
+             " is not a finite number >= 0");
+  }
+  void check_label(std::int64_t task, std::int64_t row, std::int64_t label) const {
+    if (label < 0 || label >= out_)
+      refuse(task_row(names_.y, task, row) + "label " + std::to_string(label) + " is not in 0.." +
+             std::to_string(out_ - 1));
+  }
+  // y [out]. A NaN is as in the other losses: the loss is NaN.
+  void check_probabilities(std::int64_t task, std::int64_t row, const Real* y) const {
+    for (int o = 0; o < out_; ++o)
+      if (y[o] < 0 || y[o] > 1)
+        refuse(task_row(names_.y, task, row) + "target " + number(y[o]) +
+               " is not in 0..1; bce_with_logits takes probabilities (labels of -1 and +1: use (y "
+               "+ 1) / 2)");
+  }
+
+  const Call<Real>& call_;
+  RowSet<Real>& set_;
+  const SetNames& names_;
+  const int out_;
+  bool labels_ = false, probabilities_ = false;
+};
 
 // Tasks of like size side by side, so that a vector of tasks wastes little. Only the sizes decide.
 template <class Real>
@@ -337,10 +388,13 @@ void check_minibatches(const Call<Real>& call) {
 
 template <class Real>
 void check(Call<Real>& call, Job job) {
-  call.max_support = job == Job::predict ? 0 : check_set(call, call.support, kSupport);
+  const auto largest = [&](RowSet<Real>& set, const SetNames& names) {
+    return SetCheck<Real>(call, set, names).run();
+  };
+  call.max_support = job == Job::predict ? 0 : largest(call.support, kSupport);
   check_minibatches(call);
-  call.max_query = job == Job::adapt && !call.predictions ? 0 : check_set(call, call.query, kQuery);
-  call.max_validation = call.validation.x ? check_set(call, call.validation, kValidation) : 0;
+  call.max_query = job == Job::adapt && !call.predictions ? 0 : largest(call.query, kQuery);
+  call.max_validation = call.validation.x ? largest(call.validation, kValidation) : 0;
   if (call.max_support > 0 && !call.support.y) refuse("ys: expected targets, got none");
   if (call.max_validation > 0 && !call.validation.y) refuse("yv: expected targets, got none");
   if (call.steps_of(call.max_support) > kMostSteps)

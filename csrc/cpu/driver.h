@@ -141,7 +141,10 @@ class Driver {
 
   // The factored first layer (core/layers/factored_linear.h): the tasks' Factors of a wave, and the gradient they make.
   bool has_factors() const { return workspace_.factorable && job_ != Job::predict; }
-  bool all_factored() const { return is_factored(*call_.network, call_.max_support); }
+  bool all_factored() const {
+    return is_factored(*call_.network, call_.max_support) && !call_.support.has_weightless &&
+           !call_.query.has_weightless;
+  }
   std::size_t first_size() const {
     return has_factors() && wants_gradient() ? layout().scalars(call_.network->layers[0].weight)
                                              : 0;
@@ -316,7 +319,7 @@ class Driver {
         for (std::int64_t i = index * together; i < (index + 1) * together && begin + i < end;
              ++i) {
           const std::int64_t task = begin + i;
-          if (!is_factored(*call_.network, call_.support.size(task))) continue;
+          if (!is_factored_task(call_, task)) continue;
           const Factors factors = factors_of(i);
           sets[used++] = {{call_.support.x + call_.support.start(task) * in, in},
                           call_.support.size(task),
@@ -339,7 +342,7 @@ class Driver {
     Segment* segments = reinterpret_cast<Segment*>(factors_ + (end - begin) * task_factors());
     int used = 0;
     for (std::int64_t task = begin; task < end; ++task) {
-      if (!is_factored(*call_.network, call_.support.size(task))) continue;
+      if (!is_factored_task(call_, task)) continue;
       const Factors factors = factors_of(task - begin);
       segments[used++] = {call_.query.x + call_.query.start(task) * in,
                           1,

@@ -87,8 +87,8 @@ void Engine<Real>::adapt_predict(const Real* xs, const void* ys, const Real* wei
                                  const Real* xq, int query_rows, Real* out) const {
   Real loss;
   Call<Real> call = call_;
-  call.support = {xs, ys, weights, rows, nullptr, nullptr};
-  call.query = {xq, nullptr, nullptr, query_rows, nullptr, nullptr};
+  call.support = {xs, ys, weights, rows, nullptr, nullptr, false};
+  call.query = {xq, nullptr, nullptr, query_rows, nullptr, nullptr, false};
   call.predictions = out;
   if (job_ == Job::meta) call.losses = &loss;
   check(call, job_);
@@ -98,7 +98,8 @@ void Engine<Real>::adapt_predict(const Real* xs, const void* ys, const Real* wei
     ~Loan() { engine.give(std::move(block)); }
   } loan{*this, take()};
   Block& block = *loan.block;
-  if (block.rows != rows || block.query_rows != query_rows) {
+  if (block.rows != rows || block.query_rows != query_rows ||
+      block.has_weightless != call.support.has_weightless) {
     block.rows = -1;
     block.needs = table_->needs(call, job_, ExecutorKind::rows);
     const std::size_t needed = block.needs.bytes(1);
@@ -111,6 +112,7 @@ void Engine<Real>::adapt_predict(const Real* xs, const void* ys, const Real* wei
     }
     block.rows = rows;
     block.query_rows = query_rows;
+    block.has_weightless = call.support.has_weightless;
   }
   if (block.needs.start <= start_.size() * sizeof(Real)) call.packed_start = start_.data();
   table_->run(call, job_, ExecutorKind::rows, block.needs, Team{1, parallel_for},

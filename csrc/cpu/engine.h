@@ -42,6 +42,7 @@ class Engine {
   };
   struct Block {
     int rows = -1, query_rows = -1;
+    bool has_weightless = false;
     Needs needs{};
     std::size_t bytes = 0;
     std::unique_ptr<char, FreesPages> memory;

@@ -19,6 +19,13 @@ inline void unpack(const PackedTensor& tensor, const Real* from, long row, Real*
   }
 }
 
+// Is the first layer of this task never materialised? What its rows are brought together from are the caller's own arrays,
+// so all of them count.
+inline bool is_factored_task(const Call<Real>& call, std::int64_t task) {
+  return is_factored(*call.network, call.support.size(task)) &&
+         !call.leaves_out(call.support, task) && !call.leaves_out(call.query, task);
+}
+
 template <class X>
 class ItemArrays {
  public:
@@ -39,10 +46,20 @@ class ItemArrays {
   ItemSet set(const RowSet<Real>& rows, const SetLayout& layout) const {
     return binder_.bind(rows, layout, work_, memory_);
   }
+  // All rows, where one of them is left out of the set: predictions are made of it too.
+  bool leaves_out(const RowSet<Real>& rows) const {
+    for (int lane = 0; lane < work_.count; ++lane)
+      if (call_.leaves_out(rows, work_.task[lane])) return true;
+    return false;
+  }
+  ItemSet set_of_all(const RowSet<Real>& rows, const SetLayout& layout) const {
+    return binder_.bind_all(rows, layout, work_, memory_);
+  }
   ItemBatches<X> batches() const {
     return {binder_, workspace_, work_, memory_, shared_.corrections};
   }
   Curves<X> curves() const { return {call_, work_}; }
+  bool is_factored() const { return is_factored_task(call_, work_.task[0]); }
   const Factors& factors() const { return factors_; }
 
   // With its transposes.
@@ -138,13 +155,17 @@ class ItemArrays {
     const int in = call_.network->in_features();
     const long row = X::stride(in);
     for (int lane = 0; lane < work_.count; ++lane) {
-      Real* to = gradient + rows.start(work_.task[lane]) * in;
-      for (int r = 0; r < rows.size(work_.task[lane]); ++r)
+      const std::int64_t first = rows.start(work_.task[lane]);
+      int place = 0;  // among the bound rows
+      for (int r = 0; r < rows.size(work_.task[lane]); ++r) {
+        Real* to = gradient + (first + r) * in;
+        const bool counts = !rows.has_weightless || call_.weighs(rows, first + r);
+        const Real* from = bound.dx + place * row + lane;
         for (int c = 0; c < in; ++c)
-          to[static_cast<long>(r) * in + c] =
-              computed ? bound.dx[r * row + static_cast<long>(c) * X::kElement + lane] /
-                             Real(call_.tasks)
-                       : Real(0);
+          to[c] = computed && counts ? from[static_cast<long>(c) * X::kElement] / Real(call_.tasks)
+                                     : Real(0);
+        place += counts;
+      }
     }
   }
 

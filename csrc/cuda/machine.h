@@ -47,7 +47,7 @@ PYMETA_FN inline Vec zero() { return 0; }
 PYMETA_FN inline Vec select(IntVec mask, Vec yes, Vec no) { return mask.on ? yes : no; }
 PYMETA_FN inline bool any_lane(IntVec mask) { return mask.on; }
 PYMETA_FN inline bool all_lanes(IntVec mask) { return mask.on; }
-PYMETA_FN inline Vec where_kept(Vec v, const Real*) { return v; }  // a block has one task
+PYMETA_FN inline Vec where_kept(Vec v, const Real* keep) { return *keep != 0 ? v : Real(0); }
 
 PYMETA_FN inline Vec fma(Vec a, Vec b, Vec c) {
   if constexpr (kDouble)

@@ -22,73 +22,126 @@ class TaskBinder {
   PYMETA_FN TaskBinder(const Call<Real>& call, std::int64_t task, const Memory& memory)
       : call_(call), memory_(memory), task_(task) {}
 
+  // The rows that count, of all or of those chosen.
   PYMETA_FN PYMETA_NOINLINE ItemSet bind(const RowSet<Real>& set, const SetLayout& places,
                                          const TaskRows* chosen = nullptr) const {
-    const Lot lot{set.start(task_), chosen ? chosen->rows : nullptr,
-                  chosen ? chosen->count : set.size(task_)};
-    const int in = call_.network->in_features();
-    const Extent extent{lot.count, nullptr, Real(lot.count)};
+    const TaskRows offered = chosen ? *chosen : TaskRows{nullptr, set.size(task_)};
+    const BoundRows rows{set.start(task_),
+                         set.has_weightless ? that_count(set, places, offered) : offered};
+    const int in = call_.network->in_features(), count = rows.chosen.count;
+    const Extent extent{count, nullptr, Real(count)};
     Real* x = memory_.at(places.x);
-    Block::map(extent, in, [&](long at, long c, int r) { x[at] = set.x[lot.row(r) * in + c]; });
+    Block::map(extent, in, [&](long at, long c, int r) { x[at] = set.x[rows.row(r) * in + c]; });
     ItemSet result{{x, Block::stride(in)},
                    extent,
                    nullptr,
                    nullptr,
-                   places.dx == kNowhere ? nullptr : memory_.at(places.dx)};
+                   places.dx == kNowhere ? nullptr : memory_.at(places.dx),
+                   Real(offered.count)};
     if (set.y) {
       result.targets = memory_.at(places.targets);
       result.scale = memory_.at(places.scale);
-      bind_targets(set, lot, places);
+      bind_targets(set, rows, places);
     }
     return result;
   }
 
+  // All rows, for predictions: those that do not count are in no statistics, and there are no targets.
+  PYMETA_FN ItemSet bind_all(const RowSet<Real>& set, const SetLayout& places) const {
+    RowSet<Real> all = set;
+    all.y = nullptr;
+    all.has_weightless = false;
+    ItemSet result = bind(all, places);
+    Real* counting = memory_.at(places.keep);
+    mark(set, {nullptr, result.extent.rows}, counting);
+    result.extent.count = Block::sum_rows_in_order(result.extent, counting);
+    result.extent.counting = counting;
+    return result;
+  }
+  PYMETA_FN bool leaves_out(const RowSet<Real>& set, const SetLayout& places) const {
+    const int rows = set.size(task_);
+    return set.has_weightless && that_count(set, places, {nullptr, rows}).count < rows;
+  }
+  // Those of the offered rows that count, in their order.
+  PYMETA_FN TaskRows that_count(const RowSet<Real>& set, const SetLayout& places,
+                                const TaskRows& offered) const {
+    Real* counting = memory_.at(places.scale);  // its own content comes later
+    mark(set, offered, counting);
+    const int count = static_cast<int>(
+        Block::sum_rows_in_order({offered.count, nullptr, Real(offered.count)}, counting));
+    if (count == offered.count) return offered;
+    std::int32_t* list = reinterpret_cast<std::int32_t*>(memory_.at(places.keep));
+    if (thread_index() == 0) {
+      int place = 0;
+      for (int r = 0; r < offered.count; ++r)
+        if (counting[r] != 0) list[place++] = offered.rows ? offered.rows[r] : r;
+    }
+    sync();
+    return {list, count};
+  }
+
  private:
-  struct Lot {
+  struct BoundRows {
     std::int64_t first;
-    const std::int32_t* rows;
-    int count;
-    PYMETA_FN std::int64_t row(int r) const { return first + (rows ? rows[r] : r); }
+    TaskRows chosen;
+    PYMETA_FN std::int64_t row(int r) const { return first + (chosen.rows ? chosen.rows[r] : r); }
   };
 
+  // counting [rows]: 1 for a row that counts, 0 for one that does not
+  PYMETA_FN void mark(const RowSet<Real>& set, const TaskRows& offered, Real* counting) const {
+    const BoundRows rows{set.start(task_), offered};
+    Block::each_index(offered.count,
+                      [&](int r) { counting[r] = Real(call_.weighs(set, rows.row(r)) ? 1 : 0); });
+  }
+
   // A row's share of the mean is its weight over the sum of what the rows count.
-  PYMETA_FN void bind_targets(const RowSet<Real>& set, const Lot& lot,
+  PYMETA_FN void bind_targets(const RowSet<Real>& set, const BoundRows& bound,
                               const SetLayout& places) const {
     const Loss& loss = *call_.loss;
     const bool labels = takes_labels(loss);
-    const int out = call_.network->out_features(), rows = lot.count;
+    const int out = call_.network->out_features(), rows = bound.chosen.count;
     Real* targets = memory_.at(places.targets);
     Real* scale = memory_.at(places.scale);
-    Real* counted = memory_.at(places.keep);
     const Extent extent{rows, nullptr, Real(rows)};
     if (!labels)
       Block::map(extent, out, [&](long, long o, int r) {
-        targets[o * rows + r] = static_cast<const Real*>(set.y)[lot.row(r) * out + o];
+        targets[o * rows + r] = static_cast<const Real*>(set.y)[bound.row(r) * out + o];
       });
     Block::each_index(rows, [&](int r) {
-      const std::int64_t row = lot.row(r);
-      Real weight = set.weights ? checked_weight(set.weights[row]) : Real(1);
-      Real counts = weight;
+      const std::int64_t row = bound.row(r);
+      const Real weight = set.weights ? checked_weight(set.weights[row]) : Real(1);
       if (labels) {
         const std::int64_t label = static_cast<const std::int64_t*>(set.y)[row];
         const bool in_range = label >= 0 && label < out;
-        if (label == loss.ignore_index)
-          weight = counts = 0;
-        else if (!in_range)
-          weight = counts = Real(NAN);
-        else if (loss.weight)
-          counts = weight * Real(loss.weight[label]);
-        targets[r] = Real(in_range && weight == weight ? label : 0);
+        scale[r] = in_range ? weight : Real(NAN);
+        targets[r] = Real(in_range ? label : 0);
+      } else {
+        scale[r] = takes(loss, targets + r, out, rows) ? weight : Real(NAN);
       }
-      scale[r] = weight;
-      counted[r] = counts;
     });
-    const bool alike = !labels && !set.weights;
-    Real total = alike ? Real(rows) : Block::sum_rows_in_order(extent, counted);
+    Real total = labels || set.weights ? total_weight(loss, extent, targets, scale) : Real(rows);
     if (!labels) total *= Real(out);
     // A set that weighs nothing has loss 0 and no gradient.
     const Real share = total > 0 ? Real(1) / total : total == 0 ? Real(0) : total;
     Block::each_index(rows, [&](int r) { scale[r] *= share; });
+  }
+  // The sum of what the rows weigh, with the weights of their classes.
+  PYMETA_FN static Real total_weight(const Loss& loss, const Extent& extent, const Real* targets,
+                                     const Real* scale) {
+    const bool by_class = takes_labels(loss) && loss.weight;
+    if (!by_class) return Block::sum_rows_in_order(extent, scale);
+    Real sum = 0;
+    for (int r = 0; r < extent.rows; ++r)
+      sum += scale[r] * Real(loss.weight[static_cast<int>(targets[r])]);
+    sync();
+    return sum;
+  }
+  // Are a row's targets (one in every `step`) what the loss takes?
+  PYMETA_FN static bool takes(const Loss& loss, const Real* targets, int out, int step) {
+    if (!takes_probabilities(loss)) return true;
+    for (int o = 0; o < out; ++o)
+      if (targets[o * step] < 0 || targets[o * step] > 1) return false;
+    return true;
   }
   PYMETA_FN static Real checked_weight(Real weight) {
     return weight >= 0 && weight - weight == 0 ? weight : Real(NAN);
@@ -213,6 +266,12 @@ class TaskArrays {
   PYMETA_FN ItemSet set(const RowSet<Real>& rows, const SetLayout& layout) const {
     return TaskBinder(call_, task_, memory_).bind(rows, layout);
   }
+  PYMETA_FN bool leaves_out(const RowSet<Real>& rows) const {
+    return TaskBinder(call_, task_, memory_).leaves_out(rows, layout_of(rows));
+  }
+  PYMETA_FN ItemSet set_of_all(const RowSet<Real>& rows, const SetLayout& layout) const {
+    return TaskBinder(call_, task_, memory_).bind_all(rows, layout);
+  }
   PYMETA_FN TaskBatches batches() const {
     return {call_, workspace_, task_, memory_, shared_.corrections};
   }
@@ -258,15 +317,27 @@ class TaskArrays {
   // `computed` is false where no pass reached the inputs: the gradient is zero.
   PYMETA_FN void write_input_gradient(const RowSet<Real>& rows, const ItemSet& bound, bool computed,
                                       Real* gradient) const {
-    const int in = call_.network->in_features();
+    const int in = call_.network->in_features(), all = rows.size(task_);
     const Real tasks = Real(call_.tasks);
     Real* to = gradient + rows.start(task_) * in;
+    const TaskRows bound_rows =
+        rows.has_weightless
+            ? TaskBinder(call_, task_, memory_).that_count(rows, layout_of(rows), {nullptr, all})
+            : TaskRows{nullptr, all};
+    if (!computed || bound_rows.count < all)
+      Block::map({all, nullptr, Real(all)}, in,
+                 [&](long, long c, int r) { to[static_cast<std::int64_t>(r) * in + c] = 0; });
+    if (!computed) return;
     Block::map(bound.extent, in, [&](long at, long c, int r) {
-      to[static_cast<std::int64_t>(r) * in + c] = computed ? bound.dx[at] / tasks : Real(0);
+      const std::int64_t row = bound_rows.rows ? bound_rows.rows[r] : r;
+      to[row * in + c] = bound.dx[at] / tasks;
     });
   }
 
  private:
+  PYMETA_FN const SetLayout& layout_of(const RowSet<Real>& rows) const {
+    return &rows == &call_.support ? workspace_.support_set : workspace_.query_set;
+  }
   // body(index in torch's layout, place in the packed one counted from `first`): neighbouring threads have neighbouring
   // indices.
   template <class Body>

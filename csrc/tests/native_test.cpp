@@ -592,24 +592,11 @@ class Problem {
   int lr_rows_, lr_columns_;
 };
 
-// As check() has it, for calls that go around it.
-template <class Real>
-void find_largest(Call<Real>& call, Job job) {
-  const auto largest = [&](const RowSet<Real>& set) {
-    int most = 0;
-    for (std::int64_t t = 0; t < call.tasks; ++t) most = std::max(most, set.size(t));
-    return most;
-  };
-  call.max_support = job == Job::predict ? 0 : largest(call.support);
-  call.max_query = job == Job::adapt ? 0 : largest(call.query);
-  call.max_validation = call.validation.x ? largest(call.validation) : 0;
-}
-
 // A run on working memory of exactly the size asked for, every byte of it set before: to NaN.
 template <class Real>
 Runner<Real> on_dirty_memory(ExecutorKind kind) {
   return [kind](Call<Real>& call, Job job) {
-    find_largest(call, job);
+    pymeta::check(call, job);
     const Kernels<Real>& kernels = table<Real>(isa());
     const Needs needs = kernels.needs(call, job, kind);
     const std::size_t bytes = (needs.bytes(1) + 63) / 64 * 64;
@@ -941,7 +928,7 @@ void check_refusals() {
 // On an emulated device, with memory of exactly the size asked for that holds NaN.
 template <class Real>
 void run_on_blocks(Call<Real>& call, Job job) {
-  find_largest(call, job);
+  pymeta::check(call, job);
   const BlockPlan plan = plan_on(kEmulated, call, job);
   const std::size_t bytes = plan.workspace_bytes;
   std::unique_ptr<char, decltype(&std::free)> memory(

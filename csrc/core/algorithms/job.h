@@ -2,12 +2,14 @@
 //
 // `Arrays` is an executor's way between an item and the caller's arrays (cpu/item_arrays.h, cuda/task_arrays.h):
 //   start()                        brings in the item's own start, where tasks have theirs
-//   set(rows, layout)              an ItemSet of all rows
+//   set(rows, layout)              an ItemSet of the rows that count
+//   leaves_out(rows)               does any row of the item not count?
+//   set_of_all(rows, layout)       an ItemSet of all rows, for predictions alone
 //   batches(), curves()            what InnerLoop::adapt and fine_tune take
 //   write_losses(loss)             one number for each task
 //   write_status(theta), write_adapted(tensor, from), write_predictions(set, outputs)
 //   write_input_gradient(rows, set, computed, to)
-//   factors()                      only where the executor has factored layers
+//   is_factored(), factors()       only where the executor has factored layers
 #pragma once
 
 #include "fine_tune.h"
@@ -40,7 +42,7 @@ class ItemJob {
     }
     const ItemSet support = arrays_.set(call_.support, workspace_.support_set);
     if constexpr (X::kFactors) {
-      if (workspace_.factorable && is_factored(*call_.network, support.extent.rows)) {
+      if (workspace_.factorable && arrays_.is_factored()) {
         const Layer& layer = call_.network->layers[0];
         FactoredLinear<X> first(layer, call_.adapted[layer.weight], workspace_.factored, memory_,
                                 arrays_.factors());
@@ -64,10 +66,18 @@ class ItemJob {
       materialise(support);
       return write(theta);
     }
-    const ItemSet query = arrays_.set(call_.query, workspace_.query_set);
+    // Rows that do not count have predictions too, though nothing else is made of them.
+    const bool apart = call_.predictions && arrays_.leaves_out(call_.query);
+    ItemSet query = apart ? arrays_.set_of_all(call_.query, workspace_.query_set)
+                          : arrays_.set(call_.query, workspace_.query_set);
     MetaGradient<X> gradient(loop_, support, query, totals_);
-    arrays_.write_losses(gradient.loss());
+    Vec loss = gradient.loss();
     if (call_.predictions) arrays_.write_predictions(query, loop_.outputs());
+    if (apart) {
+      query = arrays_.set(call_.query, workspace_.query_set);
+      loss = gradient.query_loss();
+    }
+    arrays_.write_losses(loss);
     if (!call_.wants_gradient()) return;
     gradient.add();
     if (call_.xs_gradient)

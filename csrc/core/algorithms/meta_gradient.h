@@ -33,8 +33,10 @@ class MetaGradient {
     adapted_ = loop_.adapt(steps);
     if constexpr (X::kFactors)
       if (state_.factored) state_.factored->begin_query(query_.x, query_.extent, support_.x);
-    return loop_.evaluate(adapted_, query_);
+    return query_loss();
   }
+  // Once more, of what the query set is now.
+  PYMETA_FN Vec query_loss() { return loop_.evaluate(adapted_, query_); }
 
   // Adds the meta-gradient to the totals: all of it, with each item.
   PYMETA_FN void add() {

@@ -25,6 +25,7 @@ struct ItemSet {
   const Real* targets;  // null: predictions only
   const Real* scale;
   Real* dx;  // [rows, in], or null
+  Vec rows;  // of each task, those that do not count among them
 };
 
 // What one inner step works on.
@@ -40,7 +41,7 @@ struct Step {
 class WholeSet {
  public:
   PYMETA_FN WholeSet(const ItemSet& set, const Real* corrections)
-      : set_(set), active_(set.extent.count > zero()), corrections_(corrections) {}
+      : set_(set), active_(set.rows > zero()), corrections_(corrections) {}
   PYMETA_FN Step step(int k) const {
     const Real* c = corrections_ + 2 * k;
     return {&set_, active_, all_lanes(active_), k > 0,

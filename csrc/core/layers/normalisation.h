@@ -48,7 +48,7 @@ struct Slices {
   PYMETA_FN Vec mean(int slice, Body body) const {
     if constexpr (kOverRows) {
       Vec sum = zero();
-      for (int i = 0; i < extent.rows; ++i) sum = sum + extent.masked(body(i), i);
+      for (int i = 0; i < extent.rows; ++i) sum = sum + extent.counted(body(i), i);
       return sum / extent.count;
     } else {
       return X::sum_features(features, [&](int i) { return masked(body(i), slice, i); }) /

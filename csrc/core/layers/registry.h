@@ -24,21 +24,21 @@ enum class LayerKind : std::uint8_t {
 
 // Calls visit(description) of each layer, with its kind.
 template <class Visitor>
-void for_each_layer_spec(Visitor visit) {
+PYMETA_MEMBER inline void for_each_layer_spec(Visitor visit) {
 #define PYMETA_VISIT(kind, rules) visit(LayerKind::kind, rules##Spec{});
   PYMETA_LAYERS(PYMETA_VISIT)
 #undef PYMETA_VISIT
 }
 
 // Is the last layer a narrow linear one (linear.h)?
-PYMETA_FN inline bool is_last_narrow(const Network& network) {
+PYMETA_MEMBER inline bool is_last_narrow(const Network& network) {
   const Layer& last = network.layers[network.layer_count - 1];
   return last.kind == LayerKind::linear && last.activation.kind == ActivationKind::identity &&
          last.out.channels <= kNarrow;
 }
 
 // Does a row's output depend on the set's other rows (BatchNorm)? Then a set of one row is of no use.
-inline bool mixes_rows(const Network& network) {
+PYMETA_MEMBER inline bool mixes_rows(const Network& network) {
   bool mixes = false;
   for (int l = 0; l < network.layer_count; ++l)
     for_each_layer_spec([&](LayerKind kind, auto spec) {

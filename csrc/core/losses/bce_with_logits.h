@@ -9,6 +9,7 @@ namespace pymeta {
 struct BceWithLogitsSpec {
   static constexpr const char* kName = "bce_with_logits";
   static constexpr bool kLabels = false;
+  static constexpr bool kProbabilities = true;
 };
 
 }  // namespace pymeta

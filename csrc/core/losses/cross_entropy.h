@@ -10,6 +10,7 @@ namespace pymeta {
 struct CrossEntropySpec {
   static constexpr const char* kName = "cross_entropy";
   static constexpr bool kLabels = true;
+  static constexpr bool kProbabilities = false;
 };
 
 }  // namespace pymeta

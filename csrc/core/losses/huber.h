@@ -9,6 +9,7 @@ namespace pymeta {
 struct HuberSpec {
   static constexpr const char* kName = "huber";
   static constexpr bool kLabels = false;
+  static constexpr bool kProbabilities = false;
 };
 
 }  // namespace pymeta

@@ -7,6 +7,7 @@
 //
 //   struct HuberSpec    kName      how it is spelled
 //                       kLabels    are targets class labels, and the loss one number a row rather than a mean over outputs?
+//                       kProbabilities    must targets be in 0..1?
 // and its rules on one vector of rows,
 //   struct Huber
 //     value(loss, rows, block, gradient)        the rows' losses before `scale`; where `gradient` [out, rows] is wanted, the

@@ -8,6 +8,7 @@ namespace pymeta {
 struct MseSpec {
   static constexpr const char* kName = "mse";
   static constexpr bool kLabels = false;
+  static constexpr bool kProbabilities = false;
 };
 
 }  // namespace pymeta

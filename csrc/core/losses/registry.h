@@ -23,19 +23,27 @@ enum class LossKind : std::uint8_t {
 
 // Calls visit(description) of each loss, with its kind.
 template <class Visitor>
-PYMETA_FN void for_each_loss_spec(Visitor visit) {
+PYMETA_MEMBER inline void for_each_loss_spec(Visitor visit) {
 #define PYMETA_VISIT(kind, rules) visit(LossKind::kind, rules##Spec{});
   PYMETA_LOSSES(PYMETA_VISIT)
 #undef PYMETA_VISIT
 }
 
 // Are targets class labels?
-PYMETA_FN inline bool takes_labels(const Loss& loss) {
+PYMETA_MEMBER inline bool takes_labels(const Loss& loss) {
   bool labels = false;
   for_each_loss_spec([&](LossKind kind, auto spec) {
     labels = labels || (kind == loss.kind && decltype(spec)::kLabels);
   });
   return labels;
+}
+// Must they be in 0..1?
+PYMETA_MEMBER inline bool takes_probabilities(const Loss& loss) {
+  bool probabilities = false;
+  for_each_loss_spec([&](LossKind kind, auto spec) {
+    probabilities = probabilities || (kind == loss.kind && decltype(spec)::kProbabilities);
+  });
+  return probabilities;
 }
 
 }  // namespace pymeta
