@@ -139,6 +139,14 @@ class Adapter:
             schedule.for_native(),
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse: the native engine is made of what there was at first."""
+        if "_engine" in self.__dict__:
+            raise AttributeError(
+                f"{name}: an Adapter does not change; change the learner and call its adapter()"
+            )
+        super().__setattr__(name, value)
+
     def _lay_out_lr(self) -> list[int] | None:
         """Make `_native_lr`: [rows, columns], what the chain's order asks for; its groups."""
         chain, shapes = self.architecture.chain, self.architecture.shapes()

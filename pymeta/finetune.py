@@ -17,15 +17,22 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pymeta import fused
 from pymeta.adapted import Adapted
-from pymeta.class_weights import check_class_count, check_class_weights
-from pymeta.learner import Learner, Weights, check_minibatches, check_patterns, outside_graphs
+from pymeta.class_weights import ClassWeights, check_class_count, check_class_weights
+from pymeta.learner import (
+    Checks,
+    Learner,
+    Weights,
+    check_minibatches,
+    check_patterns,
+    outside_graphs,
+)
 from pymeta.optimizers import Optimizer, check_number
 from pymeta.plan import Plan
 from pymeta.reference import Adaptation
@@ -36,7 +43,7 @@ from pymeta.rows import (
     table_of,
     weighted,
 )
-from pymeta.schedule import LARGEST_SEED, Schedule, check_count
+from pymeta.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
 from pymeta.stacked import History
 from pymeta.tasks import (
     Expected,
@@ -68,6 +75,19 @@ _PATIENCE_OF_THE_USER = 2.0  # seconds
 def _check_progress(progress: Any) -> None:
     if progress is not None and not isinstance(progress, bool):
         raise TypeError(f"progress: expected a bool or None, got {type(progress).__name__}")
+
+
+def _check_fraction(value: Any) -> float:
+    check_number("validation", value)
+    if value >= 1:
+        raise ValueError(f"validation: expected a fraction >= 0 and < 1, got {value}")
+    return float(value)
+
+
+def _check_validation_rows(value: Any) -> str:
+    if value not in ("random", "last"):
+        raise ValueError(f'validation_rows: expected "random" or "last", got {value!r}')
+    return str(value)
 
 
 class _Bar:
@@ -147,6 +167,19 @@ class FineTune(Learner):
             where the native core cannot run the model (the message says why).
     """
 
+    _checks: ClassVar[Checks] = {
+        **Learner._checks,
+        "epochs": lambda self, value: check_count("epochs", value),
+        "batch_size": lambda self, value: check_batch_size(value),
+        "freeze": lambda self, value: check_patterns("freeze", value),
+        "class_weights": lambda self, value: check_class_weights(value, self.loss),
+        "validation": lambda self, value: _check_fraction(value),
+        "validation_rows": lambda self, value: _check_validation_rows(value),
+        "patience": lambda self, v: None if v is None else check_count("patience", v, 1),
+        "seed": lambda self, value: check_count("seed", value, most=LARGEST_SEED),
+    }
+    _of_the_plan: ClassVar[frozenset[str]] = Learner._of_the_plan | {"freeze"}
+
     def __init__(
         self,
         model: nn.Module,
@@ -170,21 +203,11 @@ class FineTune(Learner):
         super().__init__(
             model, loss=loss, lr=lr, optimizer=optimizer, backend=backend, anchor=float(anchor)
         )
-        self.epochs = check_count("epochs", epochs)
-        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
-        self.freeze = check_patterns("freeze", freeze)
-        self.class_weights = check_class_weights(class_weights, self.loss)
-        check_number("validation", validation)
-        if validation >= 1:
-            raise ValueError(f"validation: expected a fraction >= 0 and < 1, got {validation}")
-        self.validation = float(validation)
-        if validation_rows not in ("random", "last"):
-            raise ValueError(
-                f'validation_rows: expected "random" or "last", got {validation_rows!r}'
-            )
-        self.validation_rows = validation_rows
-        self.patience = None if patience is None else check_count("patience", patience, 1)
-        self.seed = check_count("seed", seed, most=LARGEST_SEED)
+        self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
+        self.freeze = freeze
+        self.class_weights: ClassWeights = class_weights  # type: ignore[assignment]
+        self.validation, self.validation_rows = validation, validation_rows
+        self.patience = patience
         plan = self._look()
         check_class_count(self.class_weights, self.loss, plan.expected.out_features)
 
@@ -412,6 +435,7 @@ class FineTune(Learner):
         for s in sets:
             check_values(s, expected)
         if self.class_weights is not None:
+            check_class_weights(self.class_weights, self.loss)  # which may have been set since
             check_class_count(self.class_weights, self.loss, expected.out_features)
             for s in sets:
                 check_classes(s, self.loss)

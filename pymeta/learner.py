@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pymeta import fused, native, reference
 from pymeta.adapted import Adapted
-from pymeta.losses import describe_loss
+from pymeta.losses import Loss, describe_loss
 from pymeta.network import Description
 from pymeta.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
 from pymeta.plan import Plan, check_statistics
@@ -41,7 +41,14 @@ if TYPE_CHECKING:
     from pymeta.adapter import Adapter
 
 Weights: TypeAlias = Rows | None
+Checks: TypeAlias = Mapping[str, Callable[[Any, Any], Any]]
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _check_model(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
 def _one_optimizer(lr: Any, optimizer: Any, learnable: bool) -> Optimizer:
@@ -145,7 +152,21 @@ class Learner(nn.Module, ABC):
         loss: a description of the loss.
         lr: the inner step size: a number, or MAML's learnable one.
         backend: "native", "torch" or "auto".
+
+    All that the constructor takes may be set anew between calls, by the names of the attributes;
+    it is checked as there, and the next call has it. What cannot be honoured raises.
     """
+
+    # what a setting has to be: name -> (learner, value) -> what is kept
+    _checks: ClassVar[Checks] = {
+        "model": lambda self, value: _check_model(value),
+        "loss": lambda self, value: describe_loss(value),
+        "lr": lambda self, value: self._checked_lr(value),
+        "adapted_patterns": lambda self, value: check_patterns("adapt", value),
+        "backend": lambda self, value: native.backend(value),
+    }
+    # those that a plan is made of
+    _of_the_plan: ClassVar[frozenset[str]] = frozenset({"model", "loss", "adapted_patterns"})
 
     lr: Any  # a float, or the learnable one: a Parameter [n], or [steps, n] where it is per step
 
@@ -166,24 +187,51 @@ class Learner(nn.Module, ABC):
         `learns_lr` says whether a `LearnableLR` is possible.
         """
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        self._learns: tuple[str, ...] | None = None
+        self._plan: Plan | None = None
+        self._warned = False
+        self._fallback_reason: str | None = None
+        self._shapes: dict[Any, tuple[int, ...] | None] = {}
+        self._last: NativeCall | None = None
         self.model = model
-        self.loss = describe_loss(loss)
-        self.adapted_patterns = check_patterns("adapt", adapt)
-        self.backend = native.backend(backend)
+        self.loss: Loss = loss  # type: ignore[assignment]  # __setattr__ makes one of it
+        self.adapted_patterns = adapt
+        self.backend = backend
         self._anchor = anchor
         self._rule = _one_optimizer(lr, optimizer, learns_lr)
         rate = self._rule.lr
         self._per = rate.per if isinstance(rate, LearnableLR) else "network"
         if not isinstance(rate, LearnableLR):
-            self.lr = float(rate)
-        self._plan: Plan | None = None
-        self._warned = False
-        self._fallback_reason: str | None = None
-        self._shapes: dict[Any, tuple[int, ...] | None] = {}
-        self._learns: tuple[str, ...] | None = None
-        self._last: NativeCall | None = None
+            self.lr = rate
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a setting is checked, and what was made of the old one is dropped."""
+        check = self._checks.get(name)
+        if check is not None:
+            value = check(self, value)
+        super().__setattr__(name, value)
+        if name in self._of_the_plan:
+            self._plan = None
+            self._forget()
+
+    def _checked_lr(self, value: Any) -> Any:
+        """A new step size: a number, or where it is learnable a parameter of the same shape."""
+        if self._learns is None:
+            if isinstance(value, (LearnableLR, Tensor)):
+                raise TypeError(
+                    f"lr: expected a number, got a {type(value).__name__}; give a LearnableLR to "
+                    f"the constructor"
+                )
+            return check_lr("lr", value)
+        now = self._parameters.get("lr")
+        if not isinstance(value, nn.Parameter):
+            raise TypeError(
+                f"lr: expected a torch.nn.Parameter, because it is learnable, got "
+                f"{type(value).__name__}; with torch.no_grad(), lr.fill_(...) sets its values"
+            )
+        if now is not None and value.shape != now.shape:
+            raise ValueError(f"lr: expected shape {list(now.shape)}, got {list(value.shape)}")
+        return value
 
     # ---- what the learner does with a task ----------------------------------------------------
 

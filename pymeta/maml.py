@@ -12,14 +12,14 @@ that, after a first one, they can be captured in a `torch.cuda.CUDAGraph`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pymeta import fused, native, reference
 from pymeta.adapted import Adapted, shaped
-from pymeta.learner import Learner, NativeCall, Weights
+from pymeta.learner import Checks, Learner, NativeCall, Weights
 from pymeta.optimizers import LearnableLR, Optimizer
 from pymeta.plan import Plan
 from pymeta.repeat import Repeat
@@ -74,6 +74,12 @@ class MAML(Learner):
             where the native core cannot run the model (the message says why).
     """
 
+    _checks: ClassVar[Checks] = {
+        **Learner._checks,
+        "steps": lambda self, value: check_count("steps", value),
+        "first_order": lambda self, value: _check_flag("first_order", value),
+    }
+
     def __init__(
         self,
         model: nn.Module,
@@ -96,9 +102,7 @@ class MAML(Learner):
             backend=backend,
             learns_lr=True,
         )
-        if not isinstance(first_order, bool):
-            raise TypeError(f"first_order: expected a bool, got {type(first_order).__name__}")
-        self.steps = check_count("steps", steps)
+        self.steps = steps
         self.first_order = first_order
         self._repeats: dict[bool, Repeat | None] = {}  # by whether grad is enabled
         plan = self._look()
@@ -110,8 +114,8 @@ class MAML(Learner):
         """Make the learnable lr a parameter, one column for each value of a step."""
         columns = plan.rates.columns
         shape = (max(self.steps, 1), columns) if rate.per_step else (columns,)
-        self.lr = nn.Parameter(plan.scalar.new_full(shape, float(rate.initial)))
         self._learns = plan.adapted
+        self.lr = nn.Parameter(plan.scalar.new_full(shape, float(rate.initial)))
 
     # ---- calls --------------------------------------------------------------------------------
 
@@ -291,6 +295,12 @@ class MAML(Learner):
         restore: Callable[[dict[str, Any]], None] = super().__setstate__
         restore(state)
         self._handle = _register(self)
+
+
+def _check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
 
 
 def _register(maml: MAML) -> str:

@@ -13,16 +13,16 @@ makes exactly this step, and any other optimiser of torch one of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pymeta import fused, reference
 from pymeta.adapted import Adapted
-from pymeta.learner import Learner, NativeCall, Weights, check_minibatches, outside_graphs
+from pymeta.learner import Checks, Learner, NativeCall, Weights, check_minibatches, outside_graphs
 from pymeta.optimizers import Optimizer
-from pymeta.schedule import LARGEST_SEED, Schedule, check_count
+from pymeta.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
 from pymeta.tasks import SUPPORT, Rows, Sizes, check_task_ids, task_set
 
 _OF_ADAPT = 2**62  # the stream of all calls that are no training
@@ -70,6 +70,13 @@ class Reptile(Learner):
             where the native core cannot run the model (the message says why).
     """
 
+    _checks: ClassVar[Checks] = {
+        **Learner._checks,
+        "steps": lambda self, value: check_count("steps", value),
+        "batch_size": lambda self, value: check_batch_size(value),
+        "seed": lambda self, value: check_count("seed", value, most=LARGEST_SEED),
+    }
+
     def __init__(
         self,
         model: nn.Module,
@@ -85,9 +92,7 @@ class Reptile(Learner):
     ) -> None:
         """Check the arguments and look at the model."""
         super().__init__(model, loss=loss, lr=lr, optimizer=optimizer, adapt=adapt, backend=backend)
-        self.steps = check_count("steps", steps)
-        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
-        self.seed = check_count("seed", seed, most=LARGEST_SEED)
+        self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self._stream = 0
         self._look()
 

@@ -41,6 +41,11 @@ def check_count(name: str, value: Any, least: int = 0, most: int = _LARGEST_COUN
     return int(value)
 
 
+def check_batch_size(value: Any) -> int | None:
+    """`value` as a number of rows, or None for all of them; else as `check_count`."""
+    return None if value is None else check_count("batch_size", value, 1)
+
+
 def permutation(
     seed: int, stream: int, task_id: int, epoch: int, rows: int, purpose: int = SHUFFLE
 ) -> np.ndarray:
