@@ -452,7 +452,8 @@ def _class_weighted(
     sizes = np.full(tasks, support.rows) if support.sizes is None else support.sizes
     task = np.repeat(np.arange(tasks), sizes)
     number = np.arange(len(task)) - (np.cumsum(sizes) - sizes)[task]
-    found = classes_of("ys", support.y.reshape(-1), task, number, loss, outputs)
+    weighs = None if support.weights is None else support.weights.reshape(-1)
+    found = classes_of("ys", support.y.reshape(-1), task, number, loss, outputs, weighs)
     table = class_table(found, task, tasks, weights, outputs if loss.takes_classes else 2)
     factors = row_factors(found, task, table).astype(support.x.dtype)
     factors = factors.reshape(support.x.shape[:-1])

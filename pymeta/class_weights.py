@@ -2,6 +2,7 @@
 
 A row's weight is multiplied by that of its class: a number given for each class, or "balanced",
 n / (k * count) in a task of n rows with k classes in it, of which the row's one has `count` rows.
+Rows that are left out (of weight 0, of the ignored label) are not among them.
 This module does not import torch.
 """
 
@@ -56,9 +57,15 @@ def check_class_count(weights: ClassWeights, loss: Loss, out: int | None) -> Non
 
 
 def classes_of(
-    name: str, y: np.ndarray, task: np.ndarray, number: np.ndarray, loss: Loss, out: int | None
+    name: str,
+    y: np.ndarray,
+    task: np.ndarray,
+    number: np.ndarray,
+    loss: Loss,
+    out: int | None,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Each row's class, int64 [n]; -1 where the loss ignores it, or no such class is.
+    """Each row's class, int64 [n]; -1 where it is left out of its set, or there is no such class.
 
     Args:
         name: of y, for messages.
@@ -67,21 +74,23 @@ def classes_of(
         number: [n], which of its task's rows it is.
         loss: the loss.
         out: how many outputs the model has; None where that is not known.
+        weights: [n], of the rows; those of weight 0 are left out, whatever they hold.
 
     Raises:
         ValueError: a target of bce_with_logits is neither 0 nor 1.
     """
+    count = np.ones(y.shape, np.bool_) if weights is None else weights != 0
     if loss.takes_classes:
-        known = (y >= 0) & (y != loss.ignore_index)
+        known = (y >= 0) & (y != loss.ignore_index) & count
         return np.where(known if out is None else known & (y < out), y, -1).astype(np.int64)
-    wrong = np.flatnonzero((y != 0) & (y != 1))
+    wrong = np.flatnonzero((y != 0) & (y != 1) & count)
     if wrong.size:
         at = wrong[0]
         raise ValueError(
             f"{name}: task {task[at]}, row {number[at]}: expected 0 or 1 with class_weights, "
             f"got {float(y[at])}"
         )
-    return y.astype(np.int64)
+    return np.where(count, y, -1).astype(np.int64)
 
 
 def class_table(

@@ -33,6 +33,7 @@ from pymeta.learner import (
     check_patterns,
     outside_graphs,
 )
+from pymeta.losses import Loss
 from pymeta.optimizers import Optimizer, check_number
 from pymeta.plan import Plan
 from pymeta.reference import Adaptation
@@ -54,6 +55,7 @@ from pymeta.tasks import (
     check_same_tasks,
     check_task_ids,
     check_values,
+    counts_that_count,
     task_set,
     tensor_of,
 )
@@ -384,6 +386,9 @@ class FineTune(Learner):
                     part_ids,
                     expected,
                 )
+                on_host = in_torch or plan.device is None  # where values may be read
+                if self.validation and plan.expected.batch_norm and on_host:
+                    _check_halves(part, watched, self.loss, first)
                 view = _part_of(out, first, last)
                 options: dict[str, Any] = {} if in_torch else {"out": view}
                 done = self._adapt_tasks(
@@ -549,6 +554,20 @@ def _own_start(
         else:
             own[name] = value.detach()
     return own, list(common.values())
+
+
+def _check_halves(train: TaskSet, held: TaskSet | None, loss: Loss, first: int) -> None:
+    """Raise where batch normalisation would meet a single row that counts after the split.
+
+    `first` is the number of the first task.
+    """
+    for s, what in ((train, "to train on"), (held, "to validate on")):
+        counts = [] if s is None else counts_that_count(s, loss)
+        if 1 in counts:
+            raise ValueError(
+                f"validation: task {first + counts.index(1)} has one row that counts {what}, "
+                f"which batch normalisation cannot normalise"
+            )
 
 
 def _part_of(whole: Adaptation, first: int, last: int) -> Adaptation:

@@ -54,7 +54,16 @@ def _classes(s: TaskSet, rows: _Rows, loss: Loss, out: int | None = None) -> np.
     assert s.y is not None
     y = s.y.detach().reshape(-1).cpu()[rows.place]
     y = y if loss.takes_classes else y.double()
-    return classes_of(s.names.y, y.numpy(), rows.task.numpy(), rows.number.numpy(), loss, out)
+    weights = None if s.weights is None else s.weights.detach().reshape(-1).cpu()[rows.place]
+    where = rows.task.numpy(), rows.number.numpy()
+    return classes_of(
+        s.names.y,
+        y.numpy(),
+        *where,
+        loss,
+        out,
+        None if weights is None else weights.double().numpy(),
+    )
 
 
 def check_classes(s: TaskSet, loss: Loss) -> None:

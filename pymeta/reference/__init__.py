@@ -21,9 +21,11 @@ Tasks of equal sizes run under `torch.func.vmap`; ragged ones, and modules that 
 express, run one by one, as do tasks that are validated or have shuffles of their own. Any
 `nn.Module`, device and dtype will do.
 
-Two rules on normalisation layers and empty sets make every task a function of its own data:
-batch normalisation uses the set's own statistics and leaves running ones alone, and a set without
-rows has loss 0 and gradient 0, so a task without support rows is not adapted.
+Three rules make every task a function of its own data. Batch normalisation uses the set's own
+statistics and leaves running ones alone. A set without rows has loss 0 and gradient 0, so a task
+without support rows is not adapted. And a row of weight 0, or with the ignored label, is left out
+of its set, whatever it holds (`that_count`); tasks that have such rows run one by one. A query
+row that is left out still has a prediction, normalised by the statistics of those that count.
 """
 
 from pymeta.reference.batch import Adaptation, adapt, meta_loss, not_finite, predict, reptile

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pymeta.reference.loss import task_loss
 from pymeta.reference.modules import Applied, Parameters, applied
 from pymeta.reference.once import REPTILE, once
-from pymeta.reference.task import InnerLoop, Set, adapt_task, task_outcome
+from pymeta.reference.task import InnerLoop, Set, adapt_task, task_outcome, that_count
 from pymeta.reference.validation import Validation, weighs
 from pymeta.schedule import Schedule
 from pymeta.stacked import History
-from pymeta.tasks import TaskSet
+from pymeta.tasks import TaskSet, leaves_out
 
 
 @dataclass
@@ -93,14 +93,15 @@ def meta_loss(
     if support.tasks == 0:
         zero = _connected_zero(parameters, inner.lr, support.x, query.x)
         return zero, inner.lr.new_zeros(0), []
+    sift = leaves_out(support, inner.loss) or leaves_out(query, inner.loss)
     with applied(model) as use:
 
         def one(support_set: Set, query_set: Set) -> tuple[Tensor, Tensor]:
             called, start = use.of_a_task(dict(parameters))
             adapted, fixed = _split(start, names)
-            return task_outcome(called, inner, adapted, fixed, support_set, query_set)
+            return task_outcome(called, inner, adapted, fixed, support_set, query_set, sift)
 
-        done = _together(use, one, (support, query))
+        done = None if sift else _together(use, one, (support, query))
         if done is not None:
             each_loss, predictions = cast(tuple[Tensor, Tensor], done)
             return each_loss.mean(), each_loss, predictions
@@ -126,13 +127,15 @@ def _adapt_one(
     task_id: int = 0,
     validation: Set | None = None,
     patience: int | None = None,
+    sift: bool = False,
 ) -> tuple[Parameters, Tensor, Validation | None]:
     """One task's adapted parameters, losses of its steps [steps], and validation."""
     called, parameters = model.of_a_task(parameters)
     start, fixed = _split(parameters, names)
     watch = None
-    if validation is not None and weighs(inner.loss, validation):
-        x, y, weights = validation
+    held = None if validation is None else that_count(inner.loss, validation)
+    if held is not None and weighs(inner.loss, held):
+        x, y, weights = held
 
         def validation_loss(theta: Parameters) -> Tensor:
             with model.evaluating():
@@ -140,7 +143,7 @@ def _adapt_one(
             return task_loss(inner.loss, outputs, y, weights)
 
         watch = Validation(validation_loss, start, patience)
-    theta, losses = adapt_task(called, inner, start, fixed, support, task_id, watch)
+    theta, losses = adapt_task(called, inner, start, fixed, support, task_id, watch, sift)
     if watch is not None:
         theta = watch.best
     # vmap wants every output to be a new tensor, also after no step at all
@@ -161,12 +164,13 @@ def _adapt_tasks(
 ) -> _Tasks:
     """Adapt to every task; `own` is {name: [T, ...]} of what they do not share."""
     tasks = support.tasks
+    sift = leaves_out(support, inner.loss)
     with applied(model) as use:
 
         def one(support_set: Set, mine: Parameters) -> tuple[Parameters, Tensor]:
             return _adapt_one(use, inner, names, {**parameters, **mine}, support_set)[:2]
 
-        alike = validation is None and task_ids is None and tasks > 0
+        alike = validation is None and task_ids is None and tasks > 0 and not sift
         done = _together(use, one, (support,), own) if alike else None
         if done is not None:
             stacked, losses = cast(tuple[Parameters, Tensor], done)
@@ -179,7 +183,7 @@ def _adapt_tasks(
             whole = {**parameters, **mine}
             support_set = cast(Set, support.of_task(t))  # support sets have targets
             each.append(
-                _adapt_one(use, inner, names, whole, support_set, task_id, watched, patience)
+                _adapt_one(use, inner, names, whole, support_set, task_id, watched, patience, sift)
             )
     stacked = {name: parameters[name].new_empty(0, *parameters[name].shape) for name in names}
     if tasks:

@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -90,9 +90,21 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             holder.update(kept)
 
 
-def _normalised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    centred = x - x.mean(axes, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+class By(NamedTuple):
+    """What batch normalisation goes by: the first `counting` of all `rows`, where not by all.
+
+    `single` says whether a single row may be normalised, to 0.
+    """
+
+    counting: int | None = None
+    rows: int = 1
+    single: bool = False
+
+
+def _normalised(x: Tensor, axes: tuple[int, ...], eps: float, rows: int | None = None) -> Tensor:
+    """X by its own statistics; by those of its first `rows` where that is given."""
+    centred = x - x[:rows].mean(axes, keepdim=True)
+    return centred * torch.rsqrt(centred[:rows].square().mean(axes, keepdim=True) + eps)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -104,7 +116,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequen
 def _batch_norm(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
     weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5,
+    momentum: float = 0.1, eps: float = 1e-5, cudnn: bool = False, *, by: By,
 ) -> Tensor:  # fmt: skip
     channels = (1, -1, *[1] * (x.ndim - 2))
     if not training:
@@ -113,12 +125,13 @@ def _batch_norm(
             channels
         )
         return _affine(scaled, weight, bias, channels)
-    if x.numel() == x.shape[1]:
+    rows = None if by.counting is None else x.shape[0] * by.counting // by.rows
+    if x[:rows].numel() == x.shape[1] and not by.single:
         raise ValueError(
             f"batch normalisation of one value per channel (input {list(x.shape)}): "
             f"expected at least two rows in a set"
         )
-    return _affine(_normalised(x, (0, *range(2, x.ndim)), eps), weight, bias, channels)
+    return _affine(_normalised(x, (0, *range(2, x.ndim)), eps, rows), weight, bias, channels)
 
 
 def _instance_norm(
@@ -128,7 +141,7 @@ def _instance_norm(
 ) -> Tensor:  # fmt: skip
     channels = (1, -1, *[1] * (x.ndim - 2))
     if not use_input_stats and running_mean is not None:  # which here only a function has
-        return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        return _batch_norm(x, running_mean, running_var, weight, bias, by=By())
     return _affine(_normalised(x, tuple(range(2, x.ndim)), eps), weight, bias, channels)
 
 
@@ -173,15 +186,12 @@ class _Rewritten(TorchFunctionMode):
     Attributes:
         together: whether a vmap over tasks is going on, in which case what that gets wrong
             raises NotTogetherError.
+        by: what batch normalisation goes by.
     """
 
     written_out: ClassVar[dict[Callable[..., Any], Callable[..., Tensor]]] = {
-        F.batch_norm: _batch_norm,
         F.instance_norm: _instance_norm,
         F.layer_norm: _layer_norm,
-        torch.batch_norm: lambda x, w, b, m, v, training, momentum, eps, cudnn: _batch_norm(
-            x, m, v, w, b, training, momentum, eps
-        ),
         torch.instance_norm: lambda x, w, b, m, v, use, momentum, eps, cudnn: _instance_norm(
             x, m, v, w, b, use, momentum, eps
         ),
@@ -197,6 +207,7 @@ class _Rewritten(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.together = False
+        self.by = By()
 
     def __torch_function__(
         self,
@@ -208,6 +219,11 @@ class _Rewritten(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.together and function in self.checked:
             self.checked[function](*args, **kwargs)
+        if function is F.batch_norm:
+            return _batch_norm(*args, **kwargs, by=self.by)
+        if function is torch.batch_norm:  # which has weight and bias before the statistics
+            x, weight, bias, mean, var, *rest = args
+            return _batch_norm(x, mean, var, weight, bias, *rest, **kwargs, by=self.by)
         chosen: Callable[..., Any] = self.written_out.get(function, function)
         return chosen(*args, **kwargs)
 
@@ -247,10 +263,38 @@ def _renormalised(model: nn.Module) -> set[int]:
 class Called:
     """A model as one task calls it; what a call changes in place is the task's own."""
 
-    def __init__(self, model: nn.Module, places: Mapping[str, str], buffers: Parameters) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: _Rewritten,
+        places: Mapping[str, str],
+        buffers: Parameters,
+    ) -> None:
         """Hold what `Applied.of_a_task` gives."""
-        self._model, self._places = model, places
+        self._model, self._mode, self._places = model, mode, places
         self.buffers = buffers
+
+    @contextmanager
+    def normalising(self, by: By) -> Iterator[None]:
+        """A block in which batch normalisation goes by other rows."""
+        before, self._mode.by = self._mode.by, by
+        try:
+            yield
+        finally:
+            self._mode.by = before
+
+    def of_all_rows(self, parameters: Parameters, x: Tensor, count: Tensor) -> Tensor:
+        """The outputs for all rows, normalised by the statistics of those that count, bool [rows].
+
+        No graph, and no trace in the task's buffers and parameters.
+        """
+        order = torch.cat([count.nonzero(), (~count).nonzero()])[:, 0]
+        own = {name: p.detach().clone() for name, p in parameters.items()}
+        buffers = {at: buffer.clone() for at, buffer in self.buffers.items()}
+        by = By(int(count.sum()), len(count), single=True)
+        with torch.no_grad(), self.normalising(by):
+            outputs, _ = self.with_buffers(own, buffers, x.detach()[order])
+        return outputs[order.argsort()]
 
     def __call__(self, parameters: Parameters, x: Tensor) -> Tensor:
         """The outputs for rows x, with the task's buffers."""
@@ -291,7 +335,7 @@ class Applied:
         """
         buffers = {at: buffer.clone() for at, buffer in self._buffers.items()}
         start = {n: p.clone() if n in self._changed else p for n, p in parameters.items()}
-        return Called(self._model, self._places, buffers), start
+        return Called(self._model, self._mode, self._places, buffers), start
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from pymeta.losses import Loss
 from pymeta.optimizers import SGD, Adam, Optimizer, Rates
 from pymeta.reference.loss import task_loss
-from pymeta.reference.modules import Called, Parameters
+from pymeta.reference.modules import By, Called, Parameters
 from pymeta.schedule import Batch, Schedule
+from pymeta.tasks import counting
 
 Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # one task's x, y, row weights
 
@@ -111,6 +112,15 @@ def _rows(task: Set, batch: Batch) -> Set:
     return x[index], y[index], None if weights is None else weights[index]
 
 
+def that_count(loss: Loss, task: Set) -> Set:
+    """The rows of a set that count; all others are left out, whatever they hold."""
+    x, y, weights = task
+    count = counting(loss, y, weights)
+    if bool(count.all()):
+        return task
+    return x[count], y[count], None if weights is None else weights[count]
+
+
 def adapt_task(
     model: Called,
     inner: InnerLoop,
@@ -119,6 +129,7 @@ def adapt_task(
     support: Set,
     task_id: int = 0,
     watch: Callable[[Parameters], bool] | None = None,
+    sift: bool = False,
 ) -> tuple[Parameters, list[Tensor]]:
     """The inner loop.
 
@@ -130,6 +141,7 @@ def adapt_task(
         support: the task's rows.
         task_id: tells the task's shuffles from others'.
         watch: is shown the parameters after each epoch; ends the loop by returning True.
+        sift: whether there may be rows that do not count.
 
     Returns:
         The adapted parameters, and the loss of each step's batch before that step.
@@ -138,7 +150,8 @@ def adapt_task(
     zeros = {name: torch.zeros_like(p) for name, p in start.items()}
     moments = Moments(zeros, zeros)
     for step, batch in enumerate(inner.schedule.batches(support[0].shape[0], task_id)):
-        x, y, weights = _rows(support, batch)
+        rows = _rows(support, batch)
+        x, y, weights = that_count(inner.loss, rows) if sift else rows
 
         def batch_loss(
             adapted: Parameters, buffers: Parameters, x: Tensor, y: Tensor, w: Tensor | None
@@ -146,9 +159,10 @@ def adapt_task(
             outputs, buffers = model.with_buffers({**fixed, **adapted}, buffers, x)
             return task_loss(inner.loss, outputs, y, w), buffers
 
-        gradient, (loss, model.buffers) = torch.func.grad_and_value(batch_loss, has_aux=True)(
-            theta, model.buffers, x, y, weights
-        )
+        with model.normalising(By(single=sift and batch.rows is not None)):
+            gradient, (loss, model.buffers) = torch.func.grad_and_value(batch_loss, has_aux=True)(
+                theta, model.buffers, x, y, weights
+            )
         losses.append(loss)
         if inner.first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
@@ -171,9 +185,19 @@ def task_outcome(
     fixed: Parameters,
     support: Set,
     query: Set,
+    sift: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One task: adapt on the support set; (loss on the query set [], outputs [rows, out])."""
-    adapted, _ = adapt_task(model, inner, adapted, fixed, support)
-    x, y, weights = query
+    """One task: adapt on the support set; (loss on the query set [], outputs [rows, out]).
+
+    Where rows are to be sifted, those that do not count have outputs all the same.
+    """
+    adapted, _ = adapt_task(model, inner, adapted, fixed, support, sift=sift)
+    x, y, weights = that_count(inner.loss, query) if sift else query
     outputs = model({**fixed, **adapted}, x)
-    return task_loss(inner.loss, outputs, y, weights), outputs
+    loss = task_loss(inner.loss, outputs, y, weights)
+    if sift and len(y) < len(query[1]):
+        count = counting(inner.loss, query[1], query[2])
+        of_all = model.of_all_rows({**fixed, **adapted}, query[0], count)
+        of_all[count] = outputs.detach()
+        outputs = of_all
+    return loss, outputs

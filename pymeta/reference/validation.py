@@ -13,13 +13,14 @@ from pymeta.reference.task import Set
 
 
 def weighs(loss: Loss, task: Set) -> bool:
-    """Whether any of a task's rows weighs anything, so that there is a loss to judge by."""
+    """Whether rows that count weigh anything, so that there is a loss to judge by.
+
+    They do not where all of them are of classes of weight 0.
+    """
     _, y, weights = task
     counts = torch.ones(len(y), device=y.device) if weights is None else weights
-    if loss.takes_classes:
-        kept = y != loss.ignore_index
-        of_class = counts.new_tensor(loss.weight)[torch.where(kept, y, 0)] if loss.weight else 1
-        counts = counts * kept * of_class
+    if loss.takes_classes and loss.weight:
+        counts = counts * counts.new_tensor(loss.weight)[y]
     return bool(counts.sum() > 0)
 
 
