@@ -23,7 +23,7 @@ class NetworkBuilder {
 
   void add(const pybind11::tuple& given) {
     if (given.empty()) refuse("an empty tuple");
-    const std::string name = given[0].cast<std::string>();
+    const std::string name = value<std::string>(given, 0);
     bool found = false;
     for_each_layer_spec([&](LayerKind kind, auto spec) {
       if (found || !spec.kName || name != spec.kName) return;
@@ -95,16 +95,18 @@ class NetworkBuilder {
     if (given.size() - 1 != wanted)
       refuse("'" + name + "' takes " + std::to_string(wanted) + " values, got " +
              std::to_string(given.size() - 1));
-    for (std::size_t i = 0; i < wanted; ++i) {
-      const pybind11::object value = given[i + 1];
-      try {
-        values[i] = types[i] == 'n'   ? value.cast<int>()
-                    : types[i] == 'b' ? value.cast<bool>()
-                                      : value.cast<double>();
-      } catch (const pybind11::cast_error&) {
-        throw pybind11::type_error("layers: value " + std::to_string(i + 1) +
-                                   " of a layer is of a wrong type");
-      }
+    for (std::size_t i = 0; i < wanted; ++i)
+      values[i] = types[i] == 'n'   ? value<int>(given, i + 1)
+                  : types[i] == 'b' ? value<bool>(given, i + 1)
+                                    : value<double>(given, i + 1);
+  }
+  template <class T>
+  static T value(const pybind11::tuple& given, std::size_t i) {
+    try {
+      return given[i].cast<T>();
+    } catch (const pybind11::cast_error&) {
+      throw pybind11::type_error("layers: value " + std::to_string(i) +
+                                 " of a layer is of a wrong type");
     }
   }
 
