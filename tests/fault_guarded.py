@@ -182,7 +182,7 @@ class Call:
         rows, queries = case.rows[:2]
         y = self.random.integers(0, case.out, rows).astype(np.int64)
         if case.loss != "cross_entropy":
-            y = self.normal(rows, case.out).astype(case.real)
+            y = (self.normal(rows, case.out) > 0).astype(case.real)
         engine.adapt_predict(
             self.array(self.normal(rows, case.inputs)),
             self.pages.array(y),

@@ -8,6 +8,7 @@ import torch
 from draws import one_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from rounding import ALIKE, ROUNDED, OtherRounding
 from torch import nn
 
 import pymeta
@@ -174,35 +175,14 @@ def chains(draw, max_layers=4):
     return tuple(chain)
 
 
-@contextmanager
-def shaken(net: nn.Sequential):
-    """A block in which every layer's result is off by up to the machine epsilon of float32.
+def shaken() -> OtherRounding:
+    """A block in which every result of torch is off by up to a machine epsilon at random.
 
-    In float64 this shows what roundings between layers do to a result, without the luck of a
-    calculation in float32: there a sum of terms that cancel may come out as 0 in one order and as
-    a rounding in another, and rows that are alike are all rounded alike. What is off in a layer's
-    result is off in the gradient that comes back to it as well.
+    This takes luck out of what a calculation in float32 shows of rounding: a sum of terms that
+    cancel may come out as 0 in one order and as a rounding in another, and rows that are alike are
+    all rounded alike.
     """
-    generator = torch.Generator().manual_seed(0)
-    moves = {}
-
-    def shake(place, z: torch.Tensor) -> torch.Tensor:
-        shape = tuple(z.shape)  # of a task's rows; under vmap the same for all tasks
-        if (place, shape) not in moves:
-            signs = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
-            moves[place, shape] = 1 + EPS[torch.float32] * signs
-        return z * moves[place, shape].to(z.dtype)
-
-    hooks = []
-    for i, layer in enumerate(net):
-        hooks.append(layer.register_forward_hook(lambda m, args, z, i=i: shake(i, z)))
-        if i == 0 and not isinstance(layer, nn.Linear):  # a product's inputs are exact
-            hooks.append(layer.register_forward_pre_hook(lambda m, args: shake(-1, args[0])))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return OtherRounding(ROUNDED | ALIKE)
 
 
 def flat(value) -> torch.Tensor:
@@ -219,11 +199,10 @@ def largest(value) -> float:
     return float(v.abs().max()) if v.numel() else 0.0
 
 
-def lost(name: str, others, wanted: dict) -> float:
-    """The most that one of several calculations in single precision lost, in its epsilons."""
-    exact = flat(wanted[name])
-    errors = (torch.nan_to_num(flat(other[name]) - exact) for other in others)
-    return max(map(largest, errors)) / EPS[torch.float32]
+def lost(name: str, single: dict, wanted: dict) -> float:
+    """How much a calculation in float32 lost of a result, in epsilons of float32."""
+    error = torch.nan_to_num(flat(single[name]) - flat(wanted[name]))
+    return largest(error) / EPS[torch.float32]
 
 
 def bits(v: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,16 @@ every test; one that then fails has asked torch for what it does not promise.
 
 from __future__ import annotations
 
+import functools
+import random
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Sums, products and elementary functions. What IEEE 754 rounds correctly (+, -, *, /, sqrt of two
-# numbers) is the same everywhere and is left alone.
+DTYPES = (torch.float32, torch.float64)
+# Sums, products and elementary functions.
 _ROUNDED = """
 mm bmm addmm baddbmm mv addmv dot vdot addr linear matmul convolution convolution_backward
 sum mean prod cumsum var std var_mean norm linalg_vector_norm logsumexp
@@ -29,30 +31,48 @@ binary_cross_entropy_with_logits native_layer_norm native_layer_norm_backward
 native_batch_norm native_batch_norm_backward _native_batch_norm_legit
 """
 ROUNDED = frozenset(_ROUNDED.split())
+# What IEEE 754 rounds correctly, and so alike on every machine.
+_ALIKE = "add sub rsub mul div sqrt reciprocal square addcmul addcdiv"
+ALIKE = frozenset(_ALIKE.split())
+
+
+MOVES = 1 << 20
+
+
+@functools.cache
+def _factors(dtype: torch.dtype) -> Tensor:
+    """1, or 1 plus or minus an epsilon, at random: [MOVES]."""
+    generator = torch.Generator().manual_seed(0)  # torch's own is the tests'
+    signs = torch.randint(-1, 2, (MOVES,), generator=generator, device="cpu")
+    return (1 + torch.finfo(dtype).eps * signs.double()).to(dtype)
 
 
 class OtherRounding(TorchDispatchMode):
-    """Moves the results of `ROUNDED` in its block; it sees what autograd and vmap call as well."""
+    """Moves the results of some operations in its block, those that autograd and vmap call as well.
 
-    def __init__(self, seed: int = 0) -> None:
+    Args:
+        names: of the operations.
+        seed: of the moves.
+    """
+
+    def __init__(self, names: frozenset[str] = ROUNDED, seed: int = 0) -> None:
         super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)  # torch's own is the tests'
-        self.moved = 0  # how many results
+        self.names, self.chance = names, random.Random(seed)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ not in ROUNDED or func._schema.is_mutable:
+        if func.overloadpacket.__name__ not in self.names or func._schema.is_mutable:
             return found
         return tuple(map(self.move, found)) if isinstance(found, tuple) else self.move(found)
 
     def move(self, value: Any) -> Any:
         """A result with other roundings; whole numbers stay, for sums of few are exact."""
-        plain = type(value) is Tensor and value.device.type == "cpu" and value.is_floating_point()
-        if not plain or not value.numel() or value.numel() > 1 << 20:
+        if type(value) is not Tensor or value.dtype not in DTYPES or value.device.type != "cpu":
             return value
-        self.moved += 1
-        signs = torch.randint(-1, 2, value.shape, generator=self.generator, dtype=torch.float64)
-        moved = value * (1 + torch.finfo(value.dtype).eps * signs).to(value.dtype)
-        return torch.where(value == value.round(), value, moved)
+        if not 0 < value.numel() <= MOVES:
+            return value
+        at = self.chance.randrange(MOVES - value.numel() + 1)
+        factors = _factors(value.dtype)[at : at + value.numel()].view(value.shape)
+        return torch.where(value == value.round(), value, value * factors)

@@ -642,7 +642,7 @@ def test_a_large_file_is_mapped_and_not_read(tmp_path):
     ).save(path)
     assert path.stat().st_size > 200_000_000
     done = subprocess.run(
-        [sys.executable, "-c", RESIDENT, str(path)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", RESIDENT, str(path)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     tasks, grown = map(int, done.stdout.split())

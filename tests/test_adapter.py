@@ -702,7 +702,7 @@ def test_without_torch(tmp_path):
         tmp_path / "data.npz", **dict(zip(("xs", "ys", "xq"), arrays(xs, ys, xq), strict=True))
     )
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=60
+        [sys.executable, str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     models = pymeta.AdaptedArrays.load(tmp_path / "models.safetensors")

@@ -271,16 +271,12 @@ def compare_recipe(recipe: Recipe, counts: collections.Counter) -> None:
     if not runs_natively(adapting.learner(torch.float64, DEVICE, "auto")):
         counts["unfit"] += 1
         return
-    wanted, single = (
-        adapting.results(adapting.learner(dtype, cpu, "torch"))
-        for dtype in (torch.float64, torch.float32)
-    )
+    wanted = adapting.results(adapting.learner(torch.float64, cpu, "torch"))
+    with shaken():
+        single = adapting.results(adapting.learner(torch.float32, cpu, "torch"))
     if wanted["status"].any() or single["status"].any():
         counts["diverged"] += 1
         return
-    twin = adapting.learner(torch.float64, cpu, "torch")
-    with shaken(twin.model):
-        others = single, adapting.results(twin)
     case = Case(recipe.chain, recipe.loss)
     jumps = is_kinked(case) or recipe.validates or "clip" in recipe.optimizer
     steps = recipe.steps if recipe.epochs is None else recipe.epochs * recipe.rows
@@ -296,7 +292,7 @@ def compare_recipe(recipe: Recipe, counts: collections.Counter) -> None:
                 continue
             assert torch.equal(flat(got[name]).isnan(), flat(value).isnan()), where
             whole = largest(torch.nan_to_num(flat(value)))
-            bound = 64 * EPS[dtype] * (lost(name, others, wanted) + terms * whole + terms)
+            bound = 64 * EPS[dtype] * (lost(name, single, wanted) + terms * whole + terms)
             error = largest(torch.nan_to_num(flat(got[name])) - torch.nan_to_num(flat(value)))
             assert error <= bound, f"{error} > {bound}: {where}"
         counts[dtype] += 1
@@ -539,7 +535,7 @@ except ValueError as error:
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "PYMETA_CHECK_VALUES": "1"},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.stdout.strip() == "refused", done.stdout + done.stderr
 
@@ -879,7 +875,7 @@ import os
 os._exit(0)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=600
     )
     assert done.stdout.startswith("cuda:0: predict: "), done.stdout + done.stderr
 
@@ -891,7 +887,7 @@ def test_explain_and_info_name_the_device():
     said = module.explain()
     assert said.startswith("native-cuda sm_") and "6 tasks" in said, said
     done = subprocess.run(
-        [sys.executable, "-m", "pymeta.info"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "pymeta.info"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert torch.cuda.get_device_name(0) in done.stdout

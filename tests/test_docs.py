@@ -118,7 +118,7 @@ def run_block(page: str, block: Block, names: dict) -> str:
         Path(block.title).write_text(block.text)
         here = {**os.environ, "PYTHONPATH": str(Path(pymeta.__file__).parents[1])}
         done = subprocess.run(
-            [sys.executable, block.title], capture_output=True, text=True, env=here, timeout=120
+            [sys.executable, block.title], capture_output=True, text=True, env=here, timeout=600
         )
         assert done.returncode == 0, f"{page}, {block.title}: {done.stderr}"
         return done.stdout

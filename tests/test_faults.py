@@ -42,7 +42,7 @@ def unlimited():
 """
 
 
-def run(code: str, *, timeout: float = 120, returncode: int = 0) -> str:
+def run(code: str, *, timeout: float = 600, returncode: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, "-c", COMMON + textwrap.dedent(code)],
         env=ENV, capture_output=True, text=True, timeout=timeout,
@@ -239,25 +239,25 @@ def test_an_interrupt_during_a_call_comes_when_it_ends():
     one = adapter(3, 8, 2)
     x, y, q = data(40, 5, 3, 2)
     wanted = one.adapt_predict(x, y, q)
-    slow, tasks = adapter(3, 100, 2, steps=200), data(1, 50, 3, 2)
+    slow, (xs, ys, xq) = adapter(3, 100, 2, steps=200), data(200, 50, 3, 2)
     native.set_num_threads(1)
+    # a process that was started in the background inherits that it ignores SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    out = np.full((200, 50, 2), np.nan, np.float32)
 
-    def seconds():
-        begin = time.monotonic()
-        slow.adapt(*tasks[:2])
-        return time.monotonic() - begin
+    def interrupt():  # once the call is under way: it has written the first predictions
+        while not np.isfinite(out).any():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    seconds()  # the first is slower
-    count = int(1.5 / min(seconds() for _ in range(3))) + 1  # tasks that take a second or two
-    xs, ys, _ = data(count, 50, 3, 2)
-    begin = time.monotonic()
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    other = threading.Thread(target=interrupt)
     try:
-        found = slow.adapt(xs, ys)
+        other.start()
+        slow.adapt_predict(xs, ys, xq, out)
+        other.join()  # where the call was over before the other thread saw it begin
         raise SystemExit("it was not interrupted")
     except KeyboardInterrupt:
-        took = time.monotonic() - begin
-    assert took > 0.4, took  # the call ran on
+        assert np.isfinite(out).all()  # the call ran on
     assert same(one.adapt_predict(x, y, q), wanted)
     print("good")
     """)
@@ -315,7 +315,7 @@ def test_an_exception_in_one_thread_while_others_run():
 def guarded(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(HERE / "fault_guarded.py"), *map(str, arguments)],
-        env=ENV, capture_output=True, text=True, timeout=300,
+        env=ENV, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 

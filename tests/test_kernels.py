@@ -269,12 +269,12 @@ class Wanted:
     results (all predictions, all gradients, ...) is measured by what the same formulas lose in
     float32 in torch, max |torch32 - reference| / eps32, and holds for float64 as for float32.
     Two such maxima over many roundings differ by a few standard deviations at most: 16 for that.
-    As a measured loss can be small by luck, the bound has two floors. One is what the reference
-    itself loses when every layer's result is off by an eps32 at random (`shaken`): where all that
-    a group adds up cancels, as gradients in front of a normalisation do, float32 may well have
-    lost nothing, and the reference be 0. The other is the rounding of a sum of n terms, which
-    grows as sqrt(n) eps, relative to the group's largest value (and, for gradients, one eps of
-    the largest gradient of all, since they are made from the same deltas).
+    torch's results are `shaken` there, each of them by up to an eps32 at random: where all that a
+    group adds up cancels, as gradients in front of a normalisation do, float32 may well have lost
+    nothing, and the reference be 0. As a measured loss can be small by luck all the same, the
+    bound has a floor: the rounding of a sum of n terms, which grows as sqrt(n) eps, relative to
+    the group's largest value (and, for gradients, one eps of the largest gradient of all, since
+    they are made from the same deltas).
 
         |native - reference| <= 16 eps (condition + sqrt(n) max|group| + max|all|) steepness
 
@@ -288,10 +288,8 @@ class Wanted:
     def __init__(self, problem: Problem, steepness: float = 1.0) -> None:
         self.problem, self.steepness = problem, steepness
         self.reference = problem.results(problem.module(torch.float64, "torch"))
-        others = [problem.results(problem.module(torch.float32, "torch"))]
-        module = problem.module(torch.float64, "torch")
-        with shaken(module.model):
-            others.append(problem.results(module))
+        with shaken():
+            single = problem.results(problem.module(torch.float32, "torch"))
         terms = math.sqrt(longest_sum(problem.case))
         groups = [n for n, v in self.reference.items() if v is not None]
         overall = max(
@@ -300,7 +298,7 @@ class Wanted:
         self.magnitudes = {}
         for name in groups:
             every = overall if name in ("gradients", "xs", "xq", "lr") else 0.0
-            condition = lost(name, others, self.reference)
+            condition = lost(name, single, self.reference)
             self.magnitudes[name] = condition + terms * largest(self.reference[name]) + every
 
     def bound(self, name: str, dtype: torch.dtype) -> float:

@@ -50,7 +50,7 @@ def run(code: str, *arguments) -> subprocess.CompletedProcess:
         [sys.executable, "-c", NO_TORCH + code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "PYMETA_NUM_THREADS": "1"},
     )
 
