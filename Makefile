@@ -223,11 +223,6 @@ $(STAMP)/wheel: $(STAMP)/venv constraints.txt pyproject.toml
 # The install knows each Python file by its place, so it is made anew where one came, went or moved.
 FOLDERS := $(shell find pymeta -type d -not -name __pycache__)
 SOURCES := $(shell find csrc -type f -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-# The install knows the Python files by their names, so it is made again where one is new, moved or gone.
-NAMES := $(STAMP)/names-$(firstword $(shell find pymeta -name '*.py' | sort | cksum))
-$(NAMES): $(STAMP)/venv
-	@rm -f $(STAMP)/names-*
-	@touch $@
-$(STAMP)/pymeta: $(STAMP)/torch $(STAMP)/build $(NAMES) CMakeLists.txt pyproject.toml $(SOURCES) $(FOLDERS)
+$(STAMP)/pymeta: $(STAMP)/torch $(STAMP)/build CMakeLists.txt pyproject.toml $(SOURCES) $(FOLDERS)
 	$(PIP) install --no-build-isolation --no-deps -C cmake.define.PYMETA_EMULATE=ON -e .
 	@touch $@
