@@ -10,31 +10,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pymeta.adapted import Adapted
-    from pymeta.adapter import Adapter
-    from pymeta.arrays import AdaptedArrays
-    from pymeta.finetune import FineTune
-    from pymeta.maml import MAML, Outcome
+    from pymeta.algorithms.finetune import FineTune
+    from pymeta.algorithms.maml import MAML, Outcome
+    from pymeta.algorithms.reptile import Reptile, ReptileOutcome
+    from pymeta.models.adapted import Adapted
+    from pymeta.models.adapter import Adapter
+    from pymeta.models.arrays import AdaptedArrays
+    from pymeta.models.stacked import History
     from pymeta.native import num_threads, set_num_threads
-    from pymeta.optimizers import SGD, Adam, LearnableLR
-    from pymeta.reptile import Reptile, ReptileOutcome
-    from pymeta.schedule import Schedule
-    from pymeta.stacked import History
+    from pymeta.spec.optimizers import SGD, Adam, LearnableLR
+    from pymeta.spec.schedule import Schedule
 
 _HOMES = {
-    "MAML": "maml",
-    "Outcome": "maml",
-    "Reptile": "reptile",
-    "ReptileOutcome": "reptile",
-    "FineTune": "finetune",
-    "Adapted": "adapted",
-    "AdaptedArrays": "arrays",
-    "Adapter": "adapter",
-    "History": "stacked",
-    "SGD": "optimizers",
-    "Adam": "optimizers",
-    "LearnableLR": "optimizers",
-    "Schedule": "schedule",
+    "MAML": "algorithms.maml",
+    "Outcome": "algorithms.maml",
+    "Reptile": "algorithms.reptile",
+    "ReptileOutcome": "algorithms.reptile",
+    "FineTune": "algorithms.finetune",
+    "Adapted": "models.adapted",
+    "AdaptedArrays": "models.arrays",
+    "Adapter": "models.adapter",
+    "History": "models.stacked",
+    "SGD": "spec.optimizers",
+    "Adam": "spec.optimizers",
+    "LearnableLR": "spec.optimizers",
+    "Schedule": "spec.schedule",
     "num_threads": "native",
     "set_num_threads": "native",
 }
@@ -57,7 +57,12 @@ __all__ = [
     "set_num_threads",
 ]
 
-_TORCH_HOMES = {"maml", "reptile", "finetune", "adapted"}
+_TORCH_HOMES = {
+    "algorithms.maml",
+    "algorithms.reptile",
+    "algorithms.finetune",
+    "models.adapted",
+}
 _OLDEST_TORCH = (2, 4)
 
 

@@ -160,8 +160,8 @@ def _adapter_test() -> tuple[str, float]:
     import numpy as np
 
     from pymeta import SGD, Adapter, Schedule, native
-    from pymeta.architecture import Architecture
-    from pymeta.losses import Loss
+    from pymeta.spec.architecture import Architecture
+    from pymeta.spec.losses import Loss
 
     random, names = np.random.default_rng(0), ("0.weight", "0.bias")
     w, b = random.normal(size=(2, 3)), random.normal(size=2)

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pymeta.losses import Loss
-    from pymeta.optimizers import SGD, Adam
-    from pymeta.tasks import TaskSet
+    from pymeta.spec.losses import Loss
+    from pymeta.spec.optimizers import SGD, Adam
+    from pymeta.tasks.task_set import TaskSet
 
 BACKENDS = ("auto", "native", "torch")
 
@@ -215,7 +215,7 @@ def loss(description: Loss) -> Any:
 
 def optimizer(description: SGD | Adam, anchor: float = 0.0) -> Any:
     """The native twin of an inner optimiser (its lr goes along with each call)."""
-    from pymeta.optimizers import Adam
+    from pymeta.spec.optimizers import Adam
 
     common = {
         "weight_decay": description.weight_decay,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 import pymeta
-from pymeta.architecture import Architecture
-from pymeta.losses import Loss
+from pymeta.spec.architecture import Architecture
+from pymeta.spec.losses import Loss
 
 
 def adapter(inputs: int, width: int, out: int, *, steps: int = 3, loss: str = "mse"):

@@ -18,7 +18,7 @@ from helpers import LOSSES, batch, mlp
 from torch import nn
 
 import pymeta
-from pymeta.arrays import sigmoid, softmax
+from pymeta.models.arrays import sigmoid, softmax
 
 WORKER = Path(__file__).with_name("adapter_worker.py")
 

@@ -23,9 +23,10 @@ from test_kernels import Case, Problem, Wanted, is_kinked, walk
 from torch import Tensor, nn
 
 import pymeta
-from pymeta import SGD, Adam, Adapted, FineTune, LearnableLR, Reptile, finetune, native
-from pymeta.device import Device, unusable
-from pymeta.repeat import Repeat
+from pymeta import SGD, Adam, Adapted, FineTune, LearnableLR, Reptile, native
+from pymeta.algorithms import finetune
+from pymeta.backend.device import Device, unusable
+from pymeta.backend.repeat import Repeat
 
 pytestmark = pytest.mark.skipif(not native.emulates(), reason="a build without the emulated device")
 

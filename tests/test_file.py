@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pymeta
-from pymeta import file
-from pymeta.architecture import Architecture
-from pymeta.arrays import raw_of
-from pymeta.losses import Loss
+from pymeta.models import file
+from pymeta.models.arrays import raw_of
+from pymeta.spec.architecture import Architecture
+from pymeta.spec.losses import Loss
 
 try:
     import torch
@@ -416,7 +416,7 @@ def contents(kind: str) -> tuple[dict, dict]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in ("adapter", "stacked"):
-            patch.setattr(f"pymeta.{module}.write", write)
+            patch.setattr(f"pymeta.models.{module}.write", write)
         (random_adapter() if kind == "adapter" else random_models()).save("")
     return caught["described"], caught["tensors"]
 

@@ -15,9 +15,10 @@ from helpers import assert_close, assert_promised, batch, mlp, targets, torch_lo
 from torch import nn
 
 import pymeta
-from pymeta import SGD, Adam, FineTune, finetune
-from pymeta.rows import held_out_counts
-from pymeta.schedule import SPLIT, permutation
+from pymeta import SGD, Adam, FineTune
+from pymeta.algorithms import finetune
+from pymeta.algorithms.rows import held_out_counts
+from pymeta.spec.schedule import SPLIT, permutation
 
 SIZES = [7, 0, 12, 5, 1, 9]
 
@@ -368,7 +369,7 @@ def test_class_weights(loss, form, balanced, backend):
 
 
 def test_balanced_weights_are_scikit_learns():
-    from pymeta.class_weights import class_table
+    from pymeta.spec.class_weights import class_table
 
     utils = pytest.importorskip("sklearn.utils.class_weight")
     _, ys, _ = ragged("cross_entropy", sizes=[40, 30])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import pymeta
-from pymeta.network import describe
+from pymeta.spec.network import describe
 
 
 class AdaptedTasks(Dataset):

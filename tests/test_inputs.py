@@ -10,8 +10,8 @@ from helpers import assert_promised, batch, mlp
 from torch import nn
 
 import pymeta
-from pymeta.losses import describe_loss
-from pymeta.tasks import SUPPORT, Expected, check_task_ids, task_set, tensor_of
+from pymeta.spec.losses import describe_loss
+from pymeta.tasks.task_set import SUPPORT, Expected, check_task_ids, task_set, tensor_of
 
 OPTIONS = {"loss": "mse", "lr": 0.1, "steps": 1}
 

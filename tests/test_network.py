@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pymeta
-from pymeta.network import Description, Unsupported, describe
+from pymeta.spec.network import Description, Unsupported, describe
 
 KNOWN = [
     (nn.ReLU(), ("relu",)),

@@ -12,10 +12,10 @@ from torch import nn
 
 import pymeta
 from pymeta import SGD, Adam, reference
-from pymeta.losses import Loss
-from pymeta.optimizers import rates
-from pymeta.schedule import Schedule, permutation
-from pymeta.tasks import SUPPORT, Expected, task_set
+from pymeta.spec.losses import Loss
+from pymeta.spec.optimizers import rates
+from pymeta.spec.schedule import Schedule, permutation
+from pymeta.tasks.task_set import SUPPORT, Expected, task_set
 
 LR = 0.05
 

@@ -33,11 +33,12 @@ from kernels import (
 from torch import nn
 
 import pymeta
-from pymeta import fused, native, reference
-from pymeta.losses import describe_loss
-from pymeta.plan import Plan
-from pymeta.schedule import Schedule, permutation
-from pymeta.tasks import SUPPORT, Names, task_set
+from pymeta import native, reference
+from pymeta.backend import fused
+from pymeta.backend.plan import Plan
+from pymeta.spec.losses import describe_loss
+from pymeta.spec.schedule import Schedule, permutation
+from pymeta.tasks.task_set import SUPPORT, Names, task_set
 
 VALIDATION = Names("xv", "yv", "validation_sizes", "validation_weights")
 

@@ -8,11 +8,11 @@ from torch import nn
 
 import pymeta
 from pymeta import reference
-from pymeta.losses import Loss, describe_loss
-from pymeta.optimizers import rates
 from pymeta.reference.loss import task_loss
-from pymeta.schedule import Schedule
-from pymeta.tasks import SUPPORT, Expected, task_set
+from pymeta.spec.losses import Loss, describe_loss
+from pymeta.spec.optimizers import rates
+from pymeta.spec.schedule import Schedule
+from pymeta.tasks.task_set import SUPPORT, Expected, task_set
 
 
 def maml(net, **options):

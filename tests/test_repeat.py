@@ -8,7 +8,7 @@ from helpers import assert_close, batch, gradients, mlp
 from torch import nn
 
 import pymeta
-from pymeta.repeat import Repeat
+from pymeta.backend.repeat import Repeat
 
 
 @pytest.fixture

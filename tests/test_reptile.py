@@ -14,7 +14,7 @@ from torch import nn
 
 import pymeta
 from pymeta import SGD, Adam, Reptile
-from pymeta.schedule import permutation
+from pymeta.spec.schedule import permutation
 
 OF_ADAPT = 2**62
 MAKERS = {

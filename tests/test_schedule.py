@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pymeta import native
-from pymeta.schedule import SHUFFLE, SPLIT, Schedule, permutation
+from pymeta.spec.schedule import SHUFFLE, SPLIT, Schedule, permutation
 
 
 def test_permutation_is_fisher_and_yates_on_philox():

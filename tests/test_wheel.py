@@ -174,7 +174,12 @@ def metadata_problems(text: str) -> list[str]:
 
 
 def wheel_problems(files: Files, size: int) -> list[str]:
-    wanted = {"pymeta/py.typed", "pymeta/_native.pyi", "pymeta/__init__.py", "pymeta/adapter.py"}
+    wanted = {
+        "pymeta/py.typed",
+        "pymeta/_native.pyi",
+        "pymeta/__init__.py",
+        "pymeta/models/adapter.py",
+    }
     wanted |= {f"{INFO}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
     problems = file_problems(files, IN_WHEEL, wanted)
     if sum(name.endswith((".so", ".pyd")) for name in files) != 1:
@@ -247,7 +252,10 @@ DAMAGE = {
     "no pymeta/_native.pyi": without("pymeta/_native.pyi"),
     "not one extension": adding("pymeta/_native.cp39-win_amd64.pyd"),
     "not in RECORD: pymeta/odd.py": lambda files: {**files, "pymeta/odd.py": b""},
-    "RECORD is wrong about pymeta/maml.py": lambda files: {**files, "pymeta/maml.py": b"changed"},
+    "RECORD is wrong about pymeta/algorithms/maml.py": lambda files: {
+        **files,
+        "pymeta/algorithms/maml.py": b"changed",
+    },
     "requires numpy>=1.24, safetensors>=0.4.3, torch>=2.4": replacing(
         METADATA, b'; extra == "torch"', b""
     ),

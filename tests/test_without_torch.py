@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import pymeta
-from pymeta.architecture import Architecture
-from pymeta.losses import Loss
+from pymeta.spec.architecture import Architecture
+from pymeta.spec.losses import Loss
 
 LINEAR = (("linear", 3, 2, True),)
 DEEP = (("linear", 3, 5, True), ("tanh",), ("linear", 5, 2, True))

@@ -56,7 +56,7 @@ def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
 
 
 CALL = [
-    (PYTHON, "The call", "maml(xs, ys, xq, yq)", "pymeta/maml.py"),
+    (PYTHON, "The call", "maml(xs, ys, xq, yq)", "pymeta/algorithms/maml.py"),
     (PYTHON, "Check", "shapes, dtypes, sizes; lists are joined, nothing is padded", "tasks.py"),
     (PYTHON, "Look", "is the model still the chain that was seen before?", "plan.py, network.py"),
     (PYTHON, "Hand over", "addresses and sizes; one buffer for all gradients", "fused.py"),

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pymeta import native
-from pymeta.architecture import Architecture
 from pymeta.bench.cases import Array, Case, Data
-from pymeta.losses import Loss
-from pymeta.optimizers import SGD, Adam
+from pymeta.spec.architecture import Architecture
+from pymeta.spec.losses import Loss
+from pymeta.spec.optimizers import SGD, Adam
 
 if TYPE_CHECKING:
     import torch

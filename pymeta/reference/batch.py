@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from pymeta.models.stacked import History
 from pymeta.reference.loss import task_loss
 from pymeta.reference.modules import Applied, Parameters, applied
 from pymeta.reference.once import REPTILE, once
 from pymeta.reference.task import InnerLoop, Set, adapt_task, task_outcome, that_count
 from pymeta.reference.validation import Validation, weighs
-from pymeta.schedule import Schedule
-from pymeta.stacked import History
-from pymeta.tasks import TaskSet, leaves_out
+from pymeta.spec.schedule import Schedule
+from pymeta.tasks.task_set import TaskSet, leaves_out
 
 
 @dataclass

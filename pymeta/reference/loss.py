@@ -1,4 +1,4 @@
-"""The loss of a task: the definition of what `pymeta.losses` describes, in torch operations.
+"""The loss of a task: the definition of what `pymeta.spec.losses` describes, in torch operations.
 
     mse, huber, bce_with_logits    sum_r w_r mean_o l(r, o) / sum_r w_r
     cross_entropy                  sum_r w_r ce_r / sum_r w_r c[y_r]
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pymeta.losses import Loss
+from pymeta.spec.losses import Loss
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

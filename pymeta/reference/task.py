@@ -10,12 +10,12 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from pymeta.losses import Loss
-from pymeta.optimizers import SGD, Adam, Optimizer, Rates
 from pymeta.reference.loss import task_loss
 from pymeta.reference.modules import By, Called, Parameters
-from pymeta.schedule import Batch, Schedule
-from pymeta.tasks import counting
+from pymeta.spec.losses import Loss
+from pymeta.spec.optimizers import SGD, Adam, Optimizer, Rates
+from pymeta.spec.schedule import Batch, Schedule
+from pymeta.tasks.task_set import counting
 
 Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # one task's x, y, row weights
 

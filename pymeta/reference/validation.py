@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pymeta.losses import Loss
 from pymeta.reference.modules import Parameters
 from pymeta.reference.task import Set
+from pymeta.spec.losses import Loss
 
 
 def weighs(loss: Loss, task: Set) -> bool:

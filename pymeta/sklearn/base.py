@@ -16,7 +16,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from pymeta.arrays import AdaptedArrays
+from pymeta.models.arrays import AdaptedArrays
 from pymeta.sklearn.episodes import Draw, Rows
 from pymeta.sklearn.groups import Array, labels_of, members_of
 from pymeta.sklearn.network import Form, inner_optimizer

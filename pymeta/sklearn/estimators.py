@@ -13,7 +13,7 @@ from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from pymeta.arrays import softmax
+from pymeta.models.arrays import softmax
 from pymeta.sklearn.base import MetaEstimator
 from pymeta.sklearn.groups import Array, labels_of
 from pymeta.sklearn.parameters import one_of

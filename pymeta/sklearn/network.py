@@ -6,11 +6,11 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pymeta.architecture import Architecture
-from pymeta.arrays import AdaptedArrays
-from pymeta.losses import describe_loss
+from pymeta.models.arrays import AdaptedArrays
 from pymeta.sklearn.groups import Array
 from pymeta.sklearn.parameters import ACTIVATIONS
+from pymeta.spec.architecture import Architecture
+from pymeta.spec.losses import describe_loss
 
 if TYPE_CHECKING:
     import torch

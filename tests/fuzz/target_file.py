@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from pymeta.adapter import Adapter  # not as pymeta.Adapter: imported, and instrumented, now
-from pymeta.arrays import AdaptedArrays
-from pymeta.file import _header_checksum
+from pymeta.models.adapter import Adapter  # not as pymeta.Adapter: imported, and instrumented, now
+from pymeta.models.arrays import AdaptedArrays
+from pymeta.models.file import _header_checksum
 
 MOST_WORK = 1 << 16  # steps x parameters that a call may cost
 OWN = ("format", "kind", "version", "checksum", "data_checksum")
@@ -31,7 +31,7 @@ AGAIN = os.path.join(FOLDER.name, "again.safetensors")
 
 
 def whole(header: Any, tensors: bytes) -> bytes:
-    """The file of a header and tensors, as `pymeta.file.write` would lay it out."""
+    """The file of a header and tensors, as `pymeta.models.file.write` would lay it out."""
     if isinstance(header, dict) and isinstance(header.get("__metadata__"), dict):
         metadata = {
             k: v if isinstance(v, str) else json.dumps(v)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pymeta import native
-from pymeta.class_weights import class_table, classes_of, row_factors
-from pymeta.losses import Loss
-from pymeta.schedule import SPLIT, permutation
-from pymeta.tasks import Expected, TaskSet
+from pymeta.spec.class_weights import class_table, classes_of, row_factors
+from pymeta.spec.losses import Loss
+from pymeta.spec.schedule import SPLIT, permutation
+from pymeta.tasks.task_set import Expected, TaskSet
 
 
 class _Rows(NamedTuple):

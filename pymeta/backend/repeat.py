@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from pymeta import native
-from pymeta.device import Device
-from pymeta.fused import Call, Results
-from pymeta.tasks import TaskSet
+from pymeta.backend.device import Device
+from pymeta.backend.fused import Call, Results
+from pymeta.tasks.task_set import TaskSet
 
 
 def _settings(owner: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pymeta import fused, native, reference
-from pymeta.adapted import Adapted
-from pymeta.losses import Loss, describe_loss
-from pymeta.network import Description
-from pymeta.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
-from pymeta.plan import Plan, check_statistics
+from pymeta import native, reference
+from pymeta.backend import fused
+from pymeta.backend.plan import Plan, check_statistics
+from pymeta.models.adapted import Adapted
+from pymeta.models.stacked import History
 from pymeta.reference import Adaptation, InnerLoop
-from pymeta.schedule import Schedule
-from pymeta.stacked import History
-from pymeta.tasks import (
+from pymeta.spec.losses import Loss, describe_loss
+from pymeta.spec.network import Description
+from pymeta.spec.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
+from pymeta.spec.schedule import Schedule
+from pymeta.tasks.task_set import (
     SUPPORT,
     Expected,
     Rows,
@@ -38,7 +39,7 @@ from pymeta.tasks import (
 )
 
 if TYPE_CHECKING:
-    from pymeta.adapter import Adapter
+    from pymeta.models.adapter import Adapter
 
 Weights: TypeAlias = Rows | None
 Checks: TypeAlias = Mapping[str, Callable[[Any, Any], Any]]
@@ -257,7 +258,7 @@ class Learner(nn.Module, ABC):
         Raises:
             ValueError: the native core cannot run the model, or an adapter not the recipe.
         """
-        from pymeta.adapter import from_learner
+        from pymeta.models.adapter import from_learner
 
         return from_learner(self)
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from pymeta import native
-from pymeta.architecture import Architecture
-from pymeta.file import Path, Raw
-from pymeta.losses import Loss
-from pymeta.stacked import History, Stacked, load, positions
+from pymeta.models.file import Path, Raw
+from pymeta.models.stacked import History, Stacked, load, positions
+from pymeta.spec.architecture import Architecture
+from pymeta.spec.losses import Loss
 
 Rows: TypeAlias = "np.ndarray | Sequence[np.ndarray]"
 Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # `Rows` of _native.pyi

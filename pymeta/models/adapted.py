@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pymeta import fused, reference
 from pymeta import native as native_module
-from pymeta.architecture import Architecture
-from pymeta.file import Path, Raw, errors_about
-from pymeta.losses import describe_loss
-from pymeta.network import Description
-from pymeta.plan import Plan
-from pymeta.stacked import History, Saved, Stacked, load, positions
-from pymeta.tasks import QUERY, Names, Rows, Sizes, TaskSet, check_values, dense, task_set
+from pymeta import reference
+from pymeta.backend import fused
+from pymeta.backend.plan import Plan
+from pymeta.models.file import Path, Raw, errors_about
+from pymeta.models.stacked import History, Saved, Stacked, load, positions
+from pymeta.spec.architecture import Architecture
+from pymeta.spec.losses import describe_loss
+from pymeta.spec.network import Description
+from pymeta.tasks.task_set import QUERY, Names, Rows, Sizes, TaskSet, check_values, dense, task_set
 
 _NAMES = Names("xq", "", QUERY.sizes, "")
 

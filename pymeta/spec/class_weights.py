@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pymeta.losses import Loss
-from pymeta.optimizers import check_number
+from pymeta.spec.losses import Loss
+from pymeta.spec.optimizers import check_number
 
 ClassWeights: TypeAlias = str | tuple[float, ...] | None
 

@@ -17,14 +17,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pymeta import fused, native, reference
-from pymeta.adapted import Adapted, shaped
-from pymeta.learner import Checks, Learner, NativeCall, Weights
-from pymeta.optimizers import LearnableLR, Optimizer
-from pymeta.plan import Plan
-from pymeta.repeat import Repeat
-from pymeta.schedule import Schedule, check_count
-from pymeta.tasks import (
+from pymeta import native, reference
+from pymeta.algorithms.learner import Checks, Learner, NativeCall, Weights
+from pymeta.backend import fused
+from pymeta.backend.plan import Plan
+from pymeta.backend.repeat import Repeat
+from pymeta.models.adapted import Adapted, shaped
+from pymeta.spec.optimizers import LearnableLR, Optimizer
+from pymeta.spec.schedule import Schedule, check_count
+from pymeta.tasks.task_set import (
     QUERY,
     SUPPORT,
     Rows,
@@ -282,7 +283,7 @@ class MAML(Learner):
     def _compiled(
         self, support: tuple[Any, ...], query: tuple[Any, ...], steps: int | None
     ) -> Outcome:
-        from pymeta import compiled
+        from pymeta.backend import compiled
 
         return compiled.forward(self, support, query, steps)
 
@@ -304,6 +305,6 @@ def _check_flag(name: str, value: Any) -> bool:
 
 
 def _register(maml: MAML) -> str:
-    from pymeta import compiled
+    from pymeta.backend import compiled
 
     return compiled.register(maml)

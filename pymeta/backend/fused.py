@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from pymeta import native, reference
-from pymeta.plan import Plan
+from pymeta.backend.plan import Plan
+from pymeta.models.stacked import History
 from pymeta.reference.once import NATIVE, REPTILE, once
-from pymeta.stacked import History
-from pymeta.tasks import TaskSet, check_sizes, check_values, dense
+from pymeta.tasks.task_set import TaskSet, check_sizes, check_values, dense
 
 if TYPE_CHECKING:
     from pymeta.reference import Adaptation, InnerLoop
-    from pymeta.schedule import Schedule
+    from pymeta.spec.schedule import Schedule
 
 Wanted: TypeAlias = tuple[bool, bool, bool, bool]
 Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # what native.rows gives

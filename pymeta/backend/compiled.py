@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pymeta import fused, native
-from pymeta.learner import Function, outside_graphs
+from pymeta import native
+from pymeta.algorithms.learner import Function, outside_graphs
+from pymeta.backend import fused
 from pymeta.reference.once import NATIVE, once
-from pymeta.tasks import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
+from pymeta.tasks.task_set import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
 
 if TYPE_CHECKING:
-    from pymeta.maml import MAML, Outcome
+    from pymeta.algorithms.maml import MAML, Outcome
 
 _modules: weakref.WeakValueDictionary[str, MAML] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
@@ -237,7 +238,7 @@ def _eagerly(maml: MAML, support: Side, query: Side, steps: int | None) -> Outco
 
 def forward(maml: MAML, support: Side, query: Side, steps: int | None) -> Outcome:
     """`MAML.forward` while torch.compile traces; sides are (x, y, sizes, weights)."""
-    from pymeta.maml import Outcome
+    from pymeta.algorithms.maml import Outcome
 
     if not _runs_native(maml._handle):
         return _eagerly(maml, support, query, steps)

@@ -18,12 +18,20 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pymeta import fused, reference
-from pymeta.adapted import Adapted
-from pymeta.learner import Checks, Learner, NativeCall, Weights, check_minibatches, outside_graphs
-from pymeta.optimizers import Optimizer
-from pymeta.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
-from pymeta.tasks import SUPPORT, Rows, Sizes, check_task_ids, task_set
+from pymeta import reference
+from pymeta.algorithms.learner import (
+    Checks,
+    Learner,
+    NativeCall,
+    Weights,
+    check_minibatches,
+    outside_graphs,
+)
+from pymeta.backend import fused
+from pymeta.models.adapted import Adapted
+from pymeta.spec.optimizers import Optimizer
+from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
+from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, check_task_ids, task_set
 
 _OF_ADAPT = 2**62  # the stream of all calls that are no training
 
@@ -57,7 +65,7 @@ class Reptile(Learner):
             in each task. The paper uses Adam with betas=(0, 0.999).
         lr: instead of `optimizer`, the step size of plain SGD.
         steps: number of inner steps.
-        batch_size: rows of each inner step, shuffled for each epoch as in `pymeta/schedule.py`;
+        batch_size: rows of each inner step, shuffled for each epoch as `pymeta.Schedule` says;
             None for all rows of the task.
         adapt: fnmatch patterns of the parameter names that the inner loop changes; None for
             all. The others, and those that do not require grad, stay as they are.

@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from pymeta.architecture import Architecture, Shape, read_architecture
-from pymeta.file import Contents, Fields, Path, Raw, errors_about, read, write
-from pymeta.losses import Loss, check_width, read_loss
+from pymeta.models.file import Contents, Fields, Path, Raw, errors_about, read, write
+from pymeta.spec.architecture import Architecture, Shape, read_architecture
+from pymeta.spec.losses import Loss, check_width, read_loss
 
 Array = TypeVar("Array")  # torch.Tensor or np.ndarray
 Self = TypeVar("Self", bound="Stacked[Any]")

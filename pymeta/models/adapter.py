@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pymeta import native
-from pymeta.architecture import Architecture, read_architecture
-from pymeta.arrays import (
+from pymeta.models.arrays import (
     DTYPE_CODES,
     AdaptedArrays,
     Expected,
@@ -39,7 +38,9 @@ from pymeta.arrays import (
     need_array,
     raw_of,
 )
-from pymeta.class_weights import (
+from pymeta.models.file import Contents, Fields, Path, read, write
+from pymeta.spec.architecture import Architecture, read_architecture
+from pymeta.spec.class_weights import (
     ClassWeights,
     check_class_count,
     check_class_weights,
@@ -47,13 +48,12 @@ from pymeta.class_weights import (
     classes_of,
     row_factors,
 )
-from pymeta.file import Contents, Fields, Path, read, write
-from pymeta.losses import Loss, check_width, read_loss
-from pymeta.optimizers import SGD, Adam, LearnableLR, Optimizer, check_number, rates
-from pymeta.schedule import Schedule, check_count
+from pymeta.spec.losses import Loss, check_width, read_loss
+from pymeta.spec.optimizers import SGD, Adam, LearnableLR, Optimizer, check_number, rates
+from pymeta.spec.schedule import Schedule, check_count
 
 if TYPE_CHECKING:
-    from pymeta.learner import Learner
+    from pymeta.algorithms.learner import Learner
 
 
 _SUPPORT = Names("xs", "ys", "weights")
@@ -374,8 +374,8 @@ def from_learner(learner: Learner) -> Adapter:
     """
     import torch
 
-    from pymeta.adapted import architecture
-    from pymeta.tasks import dense as dense_tensor
+    from pymeta.models.adapted import architecture
+    from pymeta.tasks.task_set import dense as dense_tensor
 
     if getattr(learner, "validation", 0):
         raise ValueError(

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymeta.losses import Loss
+from pymeta.spec.losses import Loss
 
 Rows: TypeAlias = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
 Sizes: TypeAlias = Tensor | np.ndarray | Sequence[int] | None

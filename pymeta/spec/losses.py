@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pymeta.file import Fields
+    from pymeta.models.file import Fields
 
 KINDS = ("mse", "huber", "cross_entropy", "bce_with_logits")
 

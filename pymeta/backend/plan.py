@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from pymeta import native, reference
-from pymeta.device import Device, unusable
-from pymeta.losses import Loss, check_width
-from pymeta.network import Description, Unsupported, describe
-from pymeta.optimizers import Rates, rates
-from pymeta.tasks import Expected, dense
+from pymeta.backend.device import Device, unusable
+from pymeta.spec.losses import Loss, check_width
+from pymeta.spec.network import Description, Unsupported, describe
+from pymeta.spec.optimizers import Rates, rates
+from pymeta.tasks.task_set import Expected, dense
 
 if TYPE_CHECKING:
-    from pymeta.optimizers import SGD, Adam
+    from pymeta.spec.optimizers import SGD, Adam
 
 DTYPE_CODES = {torch.float32: 4, torch.float64: 8}
 _PARAMETER_TYPES = (nn.Parameter, Tensor)
@@ -254,7 +254,7 @@ class Plan:
         """A plain float lr as a [1] tensor of the parameters' dtype and device."""
         if self.device is None:
             stream = 0
-        elif self.device.capturing():  # pymeta/device.py says why
+        elif self.device.capturing():  # pymeta/backend/device.py says why
             return self.scalar.new_full((1,), value)
         else:
             stream = self.device.stream()

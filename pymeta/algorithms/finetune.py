@@ -22,10 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymeta import fused
-from pymeta.adapted import Adapted
-from pymeta.class_weights import ClassWeights, check_class_count, check_class_weights
-from pymeta.learner import (
+from pymeta.algorithms.learner import (
     Checks,
     Learner,
     Weights,
@@ -33,20 +30,23 @@ from pymeta.learner import (
     check_patterns,
     outside_graphs,
 )
-from pymeta.losses import Loss
-from pymeta.optimizers import Optimizer, check_number
-from pymeta.plan import Plan
-from pymeta.reference import Adaptation
-from pymeta.rows import (
+from pymeta.algorithms.rows import (
     check_classes,
     held_out_counts,
     hold_out,
     table_of,
     weighted,
 )
-from pymeta.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
-from pymeta.stacked import History
-from pymeta.tasks import (
+from pymeta.backend import fused
+from pymeta.backend.plan import Plan
+from pymeta.models.adapted import Adapted
+from pymeta.models.stacked import History
+from pymeta.reference import Adaptation
+from pymeta.spec.class_weights import ClassWeights, check_class_count, check_class_weights
+from pymeta.spec.losses import Loss
+from pymeta.spec.optimizers import Optimizer, check_number
+from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
+from pymeta.tasks.task_set import (
     Expected,
     Names,
     Rows,
@@ -144,8 +144,8 @@ class FineTune(Learner):
         optimizer: `pymeta.SGD(...)` or `pymeta.Adam(...)`; its state is each task's own.
         lr: instead of `optimizer`, the step size of plain SGD.
         epochs: how often all of a task's rows are gone through.
-        batch_size: rows of a step, shuffled for each epoch as in `pymeta/schedule.py`; None for
-            all rows at once.
+        batch_size: rows of a step, shuffled for each epoch as `pymeta.Schedule` says; None for all
+            rows at once.
         anchor: the penalty anchor/2 |theta - start|^2 on what is adapted (L2-SP).
         freeze: fnmatch patterns of parameter names that stay as they are in the start; so do
             parameters that do not require grad.

@@ -1,0 +1,1 @@
+"""Adapted models, stacked for all tasks; adapters; the files of both."""
