@@ -177,7 +177,7 @@ def recipes(draw):
         anchor=draw(st.sampled_from([0.0, 0.0, 0.5])),
         frozen=draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
         own_starts=draw(st.sampled_from([0, 0, 1, 2, 9])),
-        tasks=draw(st.sampled_from([1, 2, 5, 17, 20, 140])),
+        tasks=draw(st.sampled_from([1, 2, 5, 17, 20, 40])),
         rows=draw(st.sampled_from([6, 9])) if batch_norm else draw(st.integers(1, 9)),
         weights=draw(st.booleans()),
         validates=validates,
