@@ -247,7 +247,7 @@ DAMAGE = {
         "pymeta/__pycache__/maml.cpython-311.pyc"
     ),
     "stray pymeta.libs/libgomp-1.so.1": adding("pymeta.libs/libgomp-1.so.1"),
-    "stray csrc/core/layers.h": adding("csrc/core/layers.h"),
+    "stray csrc/core/call/network.h": adding("csrc/core/call/network.h"),
     "no pymeta/py.typed": without("pymeta/py.typed"),
     "no pymeta/_native.pyi": without("pymeta/_native.pyi"),
     "not one extension": adding("pymeta/_native.cp39-win_amd64.pyd"),

@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "../core/losses/registry.h"
-#include "../core/shuffle.h"
+#include "../core/call/shuffle.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/engine.h"
 #include "../cuda/device.h"
@@ -589,7 +589,7 @@ std::unique_ptr<EngineHolder> make_engine(const Problem& problem, int dtype,
 
 // ---- functions ---------------------------------------------------------------------------------------------------
 
-// out: [sum of sizes] int64, the tasks' orders one behind the other (core/shuffle.h).
+// out: [sum of sizes] int64, the tasks' orders one behind the other (core/call/shuffle.h).
 void shuffle_tasks(std::uint64_t seed, std::uint64_t stream, Address task_ids, std::uint64_t epoch,
                    std::uint64_t purpose, std::int64_t tasks, Address sizes, Address out) {
   const ReleasedGil released;

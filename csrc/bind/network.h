@@ -1,4 +1,4 @@
-// From a description, a list of tuples like ("linear", 4, 8, True) or ("relu",), to a Network (core/network.h).
+// From a description, a list of tuples like ("linear", 4, 8, True) or ("relu",), to a Network (core/call/network.h).
 #pragma once
 
 #include <pybind11/pybind11.h>

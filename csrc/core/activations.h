@@ -10,7 +10,7 @@
 // A new activation: a line in PYMETA_ACTIVATIONS and a Rule here. Its torch module has its line in pymeta/spec.
 #pragma once
 
-#include "network.h"
+#include "call/network.h"
 
 // ACTIVATION(kind, number of parameters: `alpha`, then `threshold`, the condition on alpha, and how messages put it)
 #define PYMETA_ACTIVATIONS(ACTIVATION)                                 \

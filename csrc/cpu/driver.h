@@ -371,7 +371,7 @@ class Driver {
                               segments + s, used - s < together ? used - s : together,
                               nullptr,      0,
                               first};
-        multiply<Rows>(product, Accumulate{first_, row, first_, nullptr, broadcast(1)});
+        multiply<Rows>(product, accumulate(first_, row, first_, nullptr, 1));
       }
     });
   }

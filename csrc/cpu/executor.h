@@ -14,9 +14,9 @@
 // same order on every executor and instruction set.
 #pragma once
 
-#include "../core/network.h"
-#include "../core/operands.h"
-#include "../core/workspace.h"
+#include "../core/call/network.h"
+#include "../core/call/operands.h"
+#include "../core/call/workspace.h"
 #include "gemm.h"
 
 PYMETA_KERNEL_BEGIN
@@ -34,11 +34,15 @@ struct Executor {
   static int blocks(int rows) { return Access::blocks(rows); }
   static long class_stride(int rows) { return static_cast<long>(blocks(rows)) * kWidth; }
 
-  template <class Visitor>  // visit(epilogue(vector, row, column))
+  static Epilogue destined(const Destination& to, long row, const Extent& extent) {
+    Epilogue e{to.gate ? Epilogue::Kind::gate : Epilogue::Kind::floor, to.p, row, extent.keep};
+    e.floor = broadcast(to.relu ? Real(0) : -Real(__builtin_inf()));
+    e.gate = to.gate;
+    return e;
+  }
+  template <class Visitor>  // visit(emit(vector, row, column))
   static void with_epilogue(const Destination& to, long row, const Extent& extent, Visitor visit) {
-    if (to.gate) return visit(Gate{to.p, row, to.gate, extent.keep});
-    const Real floor = to.relu ? Real(0) : -Real(__builtin_inf());
-    visit(Store{to.p, row, broadcast(floor), extent.keep});
+    visit(destined(to, row, extent));
   }
 
   template <class Body>  // body(offset) for every vector of `size` scalars
@@ -68,8 +72,7 @@ struct Executor {
     for (int i = 0; i < count; ++i)
       segments[i] = {terms[i].x.p, terms[i].x.row, kElement, terms[i].w, stride(out), kWidth, in};
     const Product product{extent.rows, vectors(out), segments, count, bias, 0};
-    with_epilogue(to, stride(out), extent,
-                  [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
+    multiply<Access>(product, destined(to, stride(out), extent));
   }
 
   // d W^T (+ d' W'^T)
@@ -78,8 +81,7 @@ struct Executor {
     Segment segments[2];
     for (int i = 0; i < count; ++i) segments[i] = Access::transposed_segment(in, out, terms[i]);
     const Product product{extent.rows, vectors(in), segments, count};
-    with_epilogue(to, stride(in), extent,
-                  [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
+    multiply<Access>(product, destined(to, stride(in), extent));
   }
 
   // x^T d (+ x'^T d')
@@ -91,18 +93,18 @@ struct Executor {
       segments[i] = {pairs[i][0].p,   kElement, pairs[i][0].row, pairs[i][1].p,
                      pairs[i][1].row, kWidth,   extent.rows};
     const Product product{in, vectors(out), segments, count};
-    multiply<Access>(product, accumulate(sink, stride(out)));
+    multiply<Access>(product, sunk(sink, stride(out)));
   }
 
-  static Accumulate accumulate(const Sink& sink, long row) {
-    return {sink.out, row, sink.base, sink.extra, broadcast(sink.scale)};
+  static Epilogue sunk(const Sink& sink, long row) {
+    return accumulate(sink.out, row, sink.base, sink.extra, sink.scale);
   }
 
   // Feature-wise sums over the rows: body(offset into the matrix, offset into a feature vector) summed.
   template <class Body>
   static void sum_rows(const Extent& extent, int features, const Sink& sink, Body body) {
     if (!sink.out) return;
-    const Accumulate into = accumulate(sink, 0);
+    const Epilogue into = sunk(sink, 0);
     const long row = stride(features);
     for (int c = 0; c < vectors(features); ++c) {
       Vec sum = zero();
@@ -134,8 +136,7 @@ struct Executor {
     for (int i = 0; i < count; ++i)
       segments[i] = {terms[i].x.p, kElement, classes, terms[i].w, stride(in), kWidth, out};
     const Product product{extent.rows, vectors(in), segments, count};
-    with_epilogue(to, stride(in), extent,
-                  [&](const auto& epilogue) { multiply<Access>(product, epilogue); });
+    multiply<Access>(product, destined(to, stride(in), extent));
   }
 
   static void narrow_outer(int in, int out, const Extent& extent, const Matrix (*pairs)[2],
@@ -147,7 +148,7 @@ struct Executor {
       segments[i] = {pairs[i][1].p,   classes, kElement,   pairs[i][0].p,
                      pairs[i][0].row, kWidth,  extent.rows};
     const Product product{out, vectors(in), segments, count};
-    multiply<Access>(product, accumulate(sink, stride(in)));
+    multiply<Access>(product, sunk(sink, stride(in)));
   }
 
   static void narrow_sum_rows(int out, const Extent& extent, const Real* dy, const Sink& sink) {
@@ -160,7 +161,7 @@ struct Executor {
         sum = sum + Access::load_a(dy + o * classes + static_cast<long>(r) * kElement);
       Access::store_element(sums + o * kElement, sum);
     }
-    const Accumulate into = accumulate(sink, 0);
+    const Epilogue into = sunk(sink, 0);
     for (int c = 0; c < vectors(out); ++c) into(load(sums + c * kWidth), 0, c);
   }
 

@@ -60,79 +60,48 @@ inline __attribute__((always_inline)) void each_vector(Visitor visit) {
     for (int n = 0; n < N; ++n) visit(m, n);
 }
 
-// Epilogues: what happens to a finished tile, or to one vector (m, n) of the result. What is the same for the whole
-// tile is asked once a tile. `keep` masks rows that a shorter task of the same vector does not have; null where
-// there are none.
-
-struct Store {
+// What happens to a finished tile, or to one vector (m, n) of the result, before it is stored. What is the same for the
+// whole tile is asked once a tile: one function for all of them, since most of a tile's code is its product.
+struct Epilogue {
+  enum class Kind {
+    floor,  // at least `floor`: 0 for ReLU, -infinity for none
+    gate,  // the backward pass of a ReLU: nothing flows where the ReLU's output `gate` is not positive
+    accumulate,  // a gradient on its way to where it is needed: base + (extra + scale v), without what is null
+  };
+  Kind kind;
   Real* out;
   long row;
-  Vec floor;  // 0 for ReLU, -infinity for none
-  const Real* keep;
+  const Real* keep = nullptr;  // masks rows that a shorter task of the same vector does not have
+  Vec floor{};
+  const Real* gate = nullptr;
+  const Real* base = nullptr;  // may be `out`
+  const Real* extra = nullptr;
+  Vec scale{};
 
   void operator()(Vec v, int m, int n) const {
-    v = at_least(v, floor);
-    if (keep) v = (Vec)((IntVec)v & (IntVec)load(keep + m * kWidth));
-    store(out + m * row + n * kWidth, v);
-  }
-  template <int M, int N>
-  void finish(const Vec (&sum)[M][N], int row0, int column0) const {
-    if (keep)
-      return each_vector<M, N>([&](int m, int n) { (*this)(sum[m][n], row0 + m, column0 + n); });
-    Real* to = out + row0 * row + column0 * kWidth;
-    each_vector<M, N>(
-        [&](int m, int n) { store(to + m * row + n * kWidth, at_least(sum[m][n], floor)); });
-  }
-};
-
-// The backward pass of a ReLU: what flows through is stopped where the ReLU's output `gate` is not positive.
-struct Gate {
-  Real* out;
-  long row;
-  const Real* gate;
-  const Real* keep;
-
-  static Vec through(Vec v, const Real* gate) { return select(load(gate) <= Real(0), zero(), v); }
-  void operator()(Vec v, int m, int n) const {
-    v = through(v, gate + m * row + n * kWidth);
-    if (keep) v = (Vec)((IntVec)v & (IntVec)load(keep + m * kWidth));
-    store(out + m * row + n * kWidth, v);
-  }
-  template <int M, int N>
-  void finish(const Vec (&sum)[M][N], int row0, int column0) const {
-    if (keep)
-      return each_vector<M, N>([&](int m, int n) { (*this)(sum[m][n], row0 + m, column0 + n); });
-    const long first = row0 * row + column0 * kWidth;
-    each_vector<M, N>([&](int m, int n) {
-      const long at = first + m * row + n * kWidth;
-      store(out + at, through(sum[m][n], gate + at));
-    });
-  }
-};
-
-// A gradient on its way to where it is needed: out = base + (extra + scale * v), without what is null. An SGD step,
-// a saved gradient and the sum over tasks are all this.
-struct Accumulate {
-  Real* out;
-  long row;
-  const Real* base;  // may be `out`
-  const Real* extra;
-  Vec scale;
-
-  void operator()(Vec v, int m, int n) const {
-    const Vec one[1][1] = {{v}};
+    Vec one[1][1] = {{v}};
     finish(one, m, n);
   }
+
+  // Inlined whatever the compiler thinks: the sums are registers.
   template <int M, int N>
-  void finish(const Vec (&sum)[M][N], int row0, int column0) const {
+  inline __attribute__((always_inline)) void finish(Vec (&sum)[M][N], int row0, int column0) const {
+    // A masked sum is 0 behind each of the epilogues that have a mask.
+    if (keep)
+      each_vector<M, N>(
+          [&](int m, int n) { sum[m][n] = where_kept(sum[m][n], keep + (row0 + m) * kWidth); });
     const long first = row0 * row + column0 * kWidth;
-    const auto put = [&](auto value) {
+    const auto put = [&](auto value) __attribute__((always_inline)) {
       each_vector<M, N>([&](int m, int n) {
         const long at = first + m * row + n * kWidth;
         store(out + at, value(sum[m][n], at));
       });
     };
-    if (extra && base)
+    if (kind == Kind::floor)
+      put([&](Vec v, long) { return at_least(v, floor); });
+    else if (kind == Kind::gate)
+      put([&](Vec v, long at) { return select(load(gate + at) <= Real(0), zero(), v); });
+    else if (extra && base)
       put([&](Vec v, long at) { return fma(scale, v, load(extra + at)) + load(base + at); });
     else if (const Real* only = extra ? extra : base)
       put([&](Vec v, long at) { return fma(scale, v, load(only + at)); });
@@ -141,7 +110,15 @@ struct Accumulate {
   }
 };
 
-template <class Access, int M, int N, class Epilogue>
+inline Epilogue accumulate(Real* out, long row, const Real* base, const Real* extra, Real scale) {
+  Epilogue e{Epilogue::Kind::accumulate, out, row};
+  e.base = base;
+  e.extra = extra;
+  e.scale = broadcast(scale);
+  return e;
+}
+
+template <class Access, int M, int N>
 void tile(const Product& p, int row, int column, const Epilogue& epilogue) {
   Vec sum[M][N];
   if (p.init) {
@@ -172,31 +149,30 @@ void tile(const Product& p, int row, int column, const Epilogue& epilogue) {
   epilogue.finish(sum, row, column);
 }
 
-template <class Access, class Epilogue>
 using TileFunction = void (*)(const Product&, int, int, const Epilogue&);
 
 // The tile with `rows` rows and N vectors a row; null for no rows.
-template <class Access, int N, class Epilogue, int M = max_tile_rows(N)>
-TileFunction<Access, Epilogue> pick_tile(int rows) {
+template <class Access, int N, int M = max_tile_rows(N)>
+TileFunction pick_tile(int rows) {
   if constexpr (M == 0)
     return nullptr;
   else
-    return rows == M ? tile<Access, M, N, Epilogue> : pick_tile<Access, N, Epilogue, M - 1>(rows);
+    return rows == M ? tile<Access, M, N> : pick_tile<Access, N, M - 1>(rows);
 }
 
 // One panel of N vectors: all rows, in tiles of nearly equal height.
-template <class Access, int N, class Epilogue>
+template <class Access, int N>
 void panel(const Product& p, int column, const Epilogue& epilogue) {
   const int tiles = (p.rows + max_tile_rows(N) - 1) / max_tile_rows(N);
   const int base = p.rows / tiles, taller = p.rows % tiles;
-  const auto tall = pick_tile<Access, N, Epilogue>(base + 1);
-  const auto regular = pick_tile<Access, N, Epilogue>(base);
+  const auto tall = pick_tile<Access, N>(base + 1);
+  const auto regular = pick_tile<Access, N>(base);
   int row = p.first_row;
   for (int t = 0; t < taller; ++t, row += base + 1) tall(p, row, column, epilogue);
   for (int t = taller; t < tiles; ++t, row += base) regular(p, row, column, epilogue);
 }
 
-template <class Access, class Epilogue>
+template <class Access>
 void all_panels(const Product& p, const Epilogue& epilogue) {
   const int panels = (p.columns + Access::kMaxColumns - 1) / Access::kMaxColumns;
   const int base = p.columns / panels, wider = p.columns % panels;
@@ -226,7 +202,7 @@ void all_panels(const Product& p, const Epilogue& epilogue) {
 
 // Panel by panel, all rows in each: the panel of B stays in the first-level cache. With lanes both operands are
 // large; where A does not fit beside the panel, the rows are taken a tile at a time instead.
-template <class Access, class Epilogue>
+template <class Access>
 void multiply(const Product& p, const Epilogue& epilogue) {
   if (p.rows <= 0 || p.columns <= 0) return;
   if constexpr (Access::kElement > 1) {

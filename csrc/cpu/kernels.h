@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../core/tasks.h"
+#include "../core/call/tasks.h"
 
 namespace pymeta {
 

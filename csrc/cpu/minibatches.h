@@ -1,11 +1,11 @@
 // The minibatches of an item's tasks, and the losses it notes down epoch by epoch.
 //
 // A task of n rows has ceil(n / size) batches an epoch. Where that is one, it is all rows in their own order;
-// otherwise epoch e takes them in the order of core/shuffle.h and batch b has the places from b * size on. Tasks of an
+// otherwise epoch e takes them in the order of core/call/shuffle.h and batch b has the places from b * size on. Tasks of an
 // item go through their own epochs: in lanes, one that has no such batch waits with an empty one.
 #pragma once
 
-#include "../core/shuffle.h"
+#include "../core/call/shuffle.h"
 #include "binding.h"
 
 PYMETA_KERNEL_BEGIN

@@ -91,16 +91,16 @@ struct RowsExecutor : Executor<Rows> {
         for (int s = 0; s < count; ++s) {
           const int depth = in - k < slice ? in - k : slice;
           const int left = vectors(out) - column;
-          Real* out = sets[s].out + column * kWidth;
+          Real* to = sets[s].out + column * kWidth;
           const Segment segment{
               sets[s].x.p + k, sets[s].x.row, 1, w + k * row + column * kWidth, row, kWidth, depth};
           const Product product{sets[s].rows,
                                 left < kMaxColumns ? left : kMaxColumns,
                                 &segment,
                                 1,
-                                k > 0 ? out : nullptr,
+                                k > 0 ? to : nullptr,
                                 row};
-          multiply<Rows>(product, Accumulate{out, row, nullptr, nullptr, broadcast(1)});
+          multiply<Rows>(product, accumulate(to, row, nullptr, nullptr, 1));
         }
   }
 
@@ -139,8 +139,7 @@ struct RowsExecutor : Executor<Rows> {
                         terms[used].depth};
     if (bias) segments[used++] = {&one, 0, 0, bias, 0, kWidth, 1};
     const Product product{extent.rows, vectors(features), segments, used, init, stride(features)};
-    with_epilogue(to, stride(features), extent,
-                  [&](const auto& epilogue) { multiply<Rows>(product, epilogue); });
+    multiply<Rows>(product, destined(to, stride(features), extent));
   }
 };
 

@@ -17,7 +17,7 @@
 
 #define PYMETA_MACHINE  // core/ is compiled for it from here on
 #include "../core/kernel_namespace.h"
-#include "../core/network.h"
+#include "../core/call/network.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -42,7 +42,7 @@ typedef Int IntVec __attribute__((vector_size(kVectorBytes)));
 typedef Real UnalignedVec
     __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
 
-// For core/workspace.h.
+// For core/call/workspace.h.
 using Place = std::size_t;
 constexpr bool kTwoMemories = false;
 constexpr int kMostLayers = kMaxLayers;

@@ -7,8 +7,8 @@
 // The order of every sum is fixed and does not depend on the number of threads.
 #pragma once
 
-#include "../core/operands.h"
-#include "../core/workspace.h"
+#include "../core/call/operands.h"
+#include "../core/call/workspace.h"
 #include "product.h"
 
 PYMETA_KERNEL_BEGIN

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../core/tasks.h"
+#include "../core/call/tasks.h"
 
 namespace pymeta {
 

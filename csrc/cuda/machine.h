@@ -11,7 +11,7 @@
 
 #define PYMETA_MACHINE  // core/ is compiled for it from here on
 #include "../core/kernel_namespace.h"
-#include "../core/network.h"
+#include "../core/call/network.h"
 #include "limits.h"
 #ifdef PYMETA_EMULATE
 #include "emulated.h"
@@ -24,7 +24,7 @@ constexpr bool kDouble = sizeof(Real) == 8;
 constexpr int kWidth = 1;
 using Vec = Real;
 
-// For core/workspace.h: shared memory is the near one, the caller's workspace the far one.
+// For core/call/workspace.h: shared memory is the near one, the caller's workspace the far one.
 using Place = std::uint32_t;
 constexpr bool kTwoMemories = true;
 constexpr int kMostLayers = kBlockLayers;

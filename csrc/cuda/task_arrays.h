@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../core/algorithms/job.h"
-#include "../core/shuffle.h"
+#include "../core/call/shuffle.h"
 #include "block.h"
 
 PYMETA_KERNEL_BEGIN

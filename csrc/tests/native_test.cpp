@@ -34,7 +34,7 @@
 #include <thread>
 #include <vector>
 
-#include "../core/shuffle.h"
+#include "../core/call/shuffle.h"
 #include "../core/layers/registry.h"
 #include "../core/losses/registry.h"
 #include "../cpu/dispatch.h"

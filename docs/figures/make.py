@@ -63,7 +63,7 @@ CALL = [
     (CORE, "Let go of the GIL", "addresses become a Call", "csrc/bind/module.cpp"),
     (CORE, "Plan", "check labels and weights; rows or lanes? borrow one block", "cpu/dispatch.cpp"),
     (CORE, "Pack", "parameters into the executor's layout; tasks into chunks", "cpu/driver.h"),
-    (CORE, "Run", "each thread takes chunks as they come (below)", "core/inner_loop.h"),
+    (CORE, "Run", "each thread takes chunks as they come (below)", "core/algorithms"),
     (CORE, "Add", "the chunks' sums in a fixed order; torch's layout", "cpu/driver.h"),
     (PYTHON, "Return", "loss, task losses, predictions; one autograd node", "fused.py"),
     (PYTHON, "loss.backward()", "adds the gradient that is there already to .grad", "torch"),

@@ -6,7 +6,7 @@
 
 #include "../losses/registry.h"
 #include "../optimizers/step.h"
-#include "../workspace.h"
+#include "../call/workspace.h"
 
 PYMETA_KERNEL_BEGIN
 

@@ -26,12 +26,12 @@
 // A new layer is one such file, a line in registry.h, its torch module in pymeta/spec, and a line in the tests.
 #pragma once
 
-#include "../network.h"
+#include "../call/network.h"
 
 #ifdef PYMETA_MACHINE
 
-#include "../operands.h"
-#include "../places.h"
+#include "../call/operands.h"
+#include "../call/places.h"
 
 PYMETA_KERNEL_BEGIN
 

@@ -17,7 +17,7 @@
 // A new loss is one such file, a line in registry.h, its torch form in pymeta/reference (the oracle), and a line in the tests.
 #pragma once
 
-#include "../network.h"
+#include "../call/network.h"
 
 #ifdef PYMETA_MACHINE
 

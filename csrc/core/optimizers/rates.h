@@ -1,7 +1,7 @@
 // The inner learning rates of a call.
 #pragma once
 
-#include "../tasks.h"
+#include "../call/tasks.h"
 
 PYMETA_KERNEL_BEGIN
 

@@ -14,7 +14,7 @@
 // its formula in pymeta/reference, and a line in the tests.
 #pragma once
 
-#include "../tasks.h"
+#include "../call/tasks.h"
 
 PYMETA_KERNEL_BEGIN
 

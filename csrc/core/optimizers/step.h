@@ -12,7 +12,7 @@
 // the gradient, and v itself is the direction of the Hessian-vector product, which is then scaled: no u is stored.
 #pragma once
 
-#include "../places.h"
+#include "../call/places.h"
 #include "rates.h"
 #include "registry.h"
 

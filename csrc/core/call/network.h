@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "portable.h"
+#include "../portable.h"
 
 namespace pymeta {
 

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "losses/registry.h"
+#include "../losses/registry.h"
 
 namespace pymeta {
 

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "portable.h"
+#include "../portable.h"
 
 PYMETA_KERNEL_BEGIN
 

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "portable.h"
+#include "../portable.h"
 
 namespace pymeta {
 

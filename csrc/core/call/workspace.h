@@ -7,11 +7,11 @@
 
 #include <cstddef>
 
-#include "activations.h"
-#include "layers/factored_linear.h"
-#include "layers/registry.h"
-#include "losses/registry.h"
-#include "optimizers/rates.h"
+#include "../activations.h"
+#include "../layers/factored_linear.h"
+#include "../layers/registry.h"
+#include "../losses/registry.h"
+#include "../optimizers/rates.h"
 #include "places.h"
 #include "tasks.h"
 
