@@ -30,6 +30,12 @@ def everything(learner, net, data):
     return [out.loss.detach(), *found, *models.parameters.values()]
 
 
+def apart(a, b) -> bool:
+    """Whether two results differ by more than rounding ever makes them."""
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return a.shape != b.shape or bool(((a - b).abs() > 1e-6 * b.abs().max()).any())
+
+
 MAML = {"loss": "mse", "lr": 0.1, "steps": 2}
 REPTILE = {**MAML, "batch_size": 3}
 FINETUNE = {"loss": "bce_with_logits", "lr": 0.1, "epochs": 3, "batch_size": 2, "validation": 0.3}
@@ -76,11 +82,10 @@ def test_the_next_call_has_it(kind, name, value, backend):
         fresh._stream = learner._stream
     got, wanted = everything(learner, net, data), everything(fresh, net, data)
     assert len(got) == len(wanted)
-    assert all(
-        torch.equal(g.nan_to_num(), w.nan_to_num()) for g, w in zip(got, wanted, strict=True)
-    )
+    for g, w in zip(got, wanted, strict=True):
+        assert_promised(g.nan_to_num(), w.nan_to_num(), backend, 10**6)
     if name != "patience":  # which need not change a run this short
-        assert len(got) != len(before) or not all(map(torch.equal, got, before))
+        assert len(got) != len(before) or any(map(apart, got, before))
     assert repr(learner) == repr(fresh) or name == "adapt"
 
 
