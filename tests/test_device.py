@@ -26,7 +26,7 @@ import pymeta
 from pymeta import SGD, Adam, Adapted, FineTune, LearnableLR, Reptile, native
 from pymeta.algorithms import finetune
 from pymeta.backend.device import Device, unusable
-from pymeta.backend.repeat import Repeat
+from pymeta.backend.prepared import PreparedCall
 
 pytestmark = pytest.mark.skipif(not native.emulates(), reason="a build without the emulated device")
 
@@ -64,14 +64,14 @@ def calls(monkeypatch):
 @pytest.fixture
 def repeats(monkeypatch):
     """Of every call that could have been a repeat, whether it was."""
-    seen, original = [], Repeat.__call__
+    seen, original = [], PreparedCall.again
 
     def spy(self, *arguments):
         results = original(self, *arguments)
         seen.append(results is not None)
         return results
 
-    monkeypatch.setattr(Repeat, "__call__", spy)
+    monkeypatch.setattr(PreparedCall, "again", spy)
     return seen
 
 

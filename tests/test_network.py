@@ -84,9 +84,9 @@ def test_a_forward_that_is_a_chain():
     assert found.layers[2] == ("leaky_relu", 0.2) and found.layers[5] == ("elu", 0.5)
     assert found.names[0] == "body.0.weight" and found.names[-1] == "out.bias"
     assert found.flattens and found.in_features == 6
-    assert found.is_current()
+    assert found.watch.is_current()
     net.deep = False
-    assert not found.is_current()
+    assert not found.watch.is_current()
     assert len(describe(net).layers) == 6
     nested = nn.Sequential(net, nn.ReLU())
     assert describe(nested).names[0] == "0.body.0.weight"
@@ -138,8 +138,11 @@ REFUSED = {
     "norm shape": (nn.Sequential(nn.LayerNorm((2, 3))), r"LayerNorm over the shape \(2, 3\)"),
     "flatten": (nn.Sequential(nn.Flatten(0), nn.Linear(2, 2)), r"Flatten from dimension 0"),
     "lstm": (nn.LSTM(2, 2), r"LSTM has no native kernel"),
-    "no layer": (nn.Sequential(nn.ReLU()), r"no layer with a number of features"),
-    "widths": (nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)), r"4 features follows 3"),
+    "no layer": (nn.Sequential(nn.ReLU()), r"the first layer must be linear or a normalisation"),
+    "widths": (
+        nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)),
+        r"takes 4 features, the one before it gives 3",
+    ),
     "skip": (forward_as(lambda s, x: s.b(s.a(x)) + x), r"not a chain|add has no native"),
     "fork": (forward_as(lambda s, x: s.b(x)), r"parameter a\.weight is no part of the chain"),
     "twice": (forward_as(lambda s, x: s.b(s.a(s.a(x)))), r"parameter a\.weight is used more"),
@@ -161,7 +164,7 @@ def test_refusals_say_why(case):
     found = describe(module)
     assert isinstance(found, Unsupported)
     assert re.search(reason, found.reason), found.reason
-    assert found.is_current()
+    assert found.watch.is_current()
 
 
 def test_subclasses_and_exchanged_forwards_are_not_taken_for_known_layers():
@@ -216,17 +219,17 @@ def test_what_makes_a_description_stale():
     for name, change in changes.items():
         net = fresh()
         found = describe(net)
-        assert found.is_current(), name
+        assert found.watch.is_current(), name
         change(net)
-        assert not found.is_current(), name
+        assert not found.watch.is_current(), name
 
 
 def test_an_unsupported_model_is_looked_at_again_when_it_changes():
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
     found = describe(net)
-    assert found.is_current()
+    assert found.watch.is_current()
     net.eval()
-    assert not found.is_current()
+    assert not found.watch.is_current()
     assert isinstance(describe(net), Description)
 
 

@@ -2,8 +2,8 @@
 
 A `Recipe` is drawn by hypothesis: a network, an inner optimiser, steps or epochs, minibatches,
 anchor, frozen parameters, starts of each task's own, ragged rows, weights, validation and patience.
-`fused.adapt` and `fused.reptile` must give what `reference.adapt` and `reference.reptile` give in
-float64, on every executor and instruction set, and the same bits whatever comes along.
+`backend.adapt` must give what `reference.adapt` and `reference.reptile` give in float64, on every
+executor and instruction set, and the same bits whatever comes along.
 """
 
 import collections
@@ -34,7 +34,7 @@ from torch import nn
 
 import pymeta
 from pymeta import native, reference
-from pymeta.backend import fused
+from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.spec.losses import describe_loss
 from pymeta.spec.schedule import Schedule, permutation
@@ -110,7 +110,7 @@ class Adaptations:
         self.net.to(dtype)  # its values were made in float32, so nothing is lost on the way
         loss, rule = describe_loss(recipe.loss), OPTIMIZERS[recipe.optimizer](0.1)
         plan = Plan(self.net, loss, self.adapted or None, "network", rule, recipe.anchor)
-        if twin is fused:
+        if twin is native_adapt:
             assert plan.reason is None, plan.reason
 
         def packed(names, rows):
@@ -136,8 +136,8 @@ class Adaptations:
         }
         parameters = [p.detach() for p in plan.parameters]
         named = dict(zip(plan.names, parameters, strict=True))
-        if twin is fused:
-            done = fused.adapt(plan, parameters, inner.lr, inner, support, **options)
+        if twin is native_adapt:
+            done = native_adapt.adapt(plan, parameters, inner.lr, inner, support, **options)
         else:
             done = reference.adapt(self.net, named, plan.adapted, inner, support, **options)
         results = {"weights": [done.parameters[n] for n in plan.adapted], "status": done.status}
@@ -148,8 +148,10 @@ class Adaptations:
                 results |= {"best": done.history.best_epochs}
         elif not self.start:
             with torch.enable_grad():
-                if twin is fused:
-                    made = fused.reptile(plan, plan.parameters, inner.lr, inner, support, ids)
+                if twin is native_adapt:
+                    made = native_adapt.reptile(
+                        plan, plan.parameters, inner.lr, inner, support, ids
+                    )
                 else:
                     named = dict(zip(plan.names, plan.parameters, strict=True))
                     made = reference.reptile(self.net, named, plan.adapted, inner, support, ids)
@@ -212,7 +214,7 @@ def compare(recipe: Recipe) -> bool:
     terms = math.sqrt((widths + recipe.rows) * (steps + 1))
     for isa, executor in PATHS:
         with using(isa, executor):
-            got = problem.follow(fused, torch.float64)
+            got = problem.follow(native_adapt, torch.float64)
         assert got.keys() == wanted.keys()
         for name, value in wanted.items():
             if name in NUMBERS:
@@ -244,7 +246,7 @@ def test_the_comparison_can_fail():
     wanted = problem.follow(reference, torch.float64)
     for change in ({"seed": 5}, {"batch_size": 3}, {"optimizer": "adamw"}, {"anchor": 0.01}):
         problem.recipe = replace(recipe, **change)
-        got = problem.follow(fused, torch.float64)
+        got = problem.follow(native_adapt, torch.float64)
         assert largest(flat(got["weights"]) - flat(wanted["weights"])) > 1e-6
 
 
@@ -274,7 +276,7 @@ def test_validation_rows_that_weigh_nothing_judge_nothing(loss):
     assert wanted["epochs"][blind] == wanted["best"][blind] == 4
     for isa, executor in PATHS:
         with using(isa, executor):
-            got = problem.follow(fused, torch.float64)
+            got = problem.follow(native_adapt, torch.float64)
         assert torch.equal(got["epochs"], wanted["epochs"])
         assert torch.equal(got["best"], wanted["best"])
         assert torch.equal(got["validation"].isnan(), wanted["validation"].isnan())
@@ -348,12 +350,12 @@ def test_a_task_alone_permuted_and_on_any_path_has_the_same_bits(name, dtype):
     order = torch.randperm(tasks, generator=torch.Generator().manual_seed(1)).tolist()
     for isa in native.isas():
         with using(isa, "rows", 1):
-            wanted = problem.follow(fused, dtype)
+            wanted = problem.follow(native_adapt, dtype)
         for executor in ("rows", "lanes", "auto"):
             with using(isa, executor, 2):
-                whole = problem.follow(fused, dtype)
-                moved = problem.follow(fused, dtype, order)
-                alone = {t: problem.follow(fused, dtype, [t]) for t in (0, 3, tasks - 1)}
+                whole = problem.follow(native_adapt, dtype)
+                moved = problem.follow(native_adapt, dtype, order)
+                alone = {t: problem.follow(native_adapt, dtype, [t]) for t in (0, 3, tasks - 1)}
             for t in range(tasks):
                 assert same_bits(of_task(whole, t), of_task(wanted, t))
                 assert same_bits(of_task(moved, order.index(t)), of_task(wanted, t))
@@ -366,9 +368,9 @@ def test_reptile_has_the_same_bits_on_any_number_of_threads(threads):
     problem = Adaptations(FIXED["steps"])
     for executor in ("rows", "lanes"):
         with using(executor=executor, threads=1):
-            wanted = problem.follow(fused, torch.float32)
+            wanted = problem.follow(native_adapt, torch.float32)
         with using(executor=executor, threads=threads):
-            got = problem.follow(fused, torch.float32)
+            got = problem.follow(native_adapt, torch.float32)
         assert same_bits(got["differences"], wanted["differences"])
 
 
@@ -378,10 +380,10 @@ def test_a_task_of_nan_is_reported_and_leaves_the_others_alone(name, isa, execut
     recipe = {**FIXED, "wide": WIDE}[name]
     problem = Adaptations(recipe)
     with using(isa, executor):
-        before = problem.follow(fused, torch.float32)
+        before = problem.follow(native_adapt, torch.float32)
         spoiled = max(range(len(problem.support)), key=lambda t: len(problem.support[t][0]))
         problem.support[spoiled][0][0, 0] = math.nan
-        after = problem.follow(fused, torch.float32)
+        after = problem.follow(native_adapt, torch.float32)
     tasks = range(len(problem.support))
     assert all(same_bits(of_task(before, t), of_task(after, t)) for t in tasks if t != spoiled)
     assert not before["status"].any()

@@ -8,21 +8,21 @@ from helpers import assert_close, batch, gradients, mlp
 from torch import nn
 
 import pymeta
-from pymeta.backend.repeat import Repeat
+from pymeta.backend.prepared import PreparedCall
 
 
 @pytest.fixture
 def repeats(monkeypatch):
     """Of every call that could have been a repeat, whether it was."""
     seen = []
-    original = Repeat.__call__
+    original = PreparedCall.again
 
     def spy(self, *arguments):
         results = original(self, *arguments)
         seen.append(results is not None)
         return results
 
-    monkeypatch.setattr(Repeat, "__call__", spy)
+    monkeypatch.setattr(PreparedCall, "again", spy)
     return seen
 
 

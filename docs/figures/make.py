@@ -57,15 +57,20 @@ def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
 
 CALL = [
     (PYTHON, "The call", "maml(xs, ys, xq, yq)", "pymeta/algorithms/maml.py"),
-    (PYTHON, "Check", "shapes, dtypes, sizes; lists are joined, nothing is padded", "tasks.py"),
-    (PYTHON, "Look", "is the model still the chain that was seen before?", "plan.py, network.py"),
-    (PYTHON, "Hand over", "addresses and sizes; one buffer for all gradients", "fused.py"),
+    (PYTHON, "Check", "shapes, dtypes, sizes; lists are joined, nothing is padded", "pymeta/tasks"),
+    (PYTHON, "Look", "is the model still the chain that was seen before?", "spec/watch.py"),
+    (
+        PYTHON,
+        "Hand over",
+        "addresses and sizes; one buffer for all gradients",
+        "backend/prepared.py",
+    ),
     (CORE, "Let go of the GIL", "addresses become a Call", "csrc/bind/module.cpp"),
     (CORE, "Plan", "check labels and weights; rows or lanes? borrow one block", "cpu/dispatch.cpp"),
     (CORE, "Pack", "parameters into the executor's layout; tasks into chunks", "cpu/driver.h"),
     (CORE, "Run", "each thread takes chunks as they come (below)", "core/algorithms"),
     (CORE, "Add", "the chunks' sums in a fixed order; torch's layout", "cpu/driver.h"),
-    (PYTHON, "Return", "loss, task losses, predictions; one autograd node", "fused.py"),
+    (PYTHON, "Return", "loss, task losses, predictions; one autograd node", "backend/prepared.py"),
     (PYTHON, "loss.backward()", "adds the gradient that is there already to .grad", "torch"),
 ]
 

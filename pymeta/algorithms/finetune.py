@@ -37,7 +37,7 @@ from pymeta.algorithms.rows import (
     table_of,
     weighted,
 )
-from pymeta.backend import fused
+from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.models.adapted import Adapted
 from pymeta.models.stacked import History
@@ -375,7 +375,7 @@ class FineTune(Learner):
             expected = self._to_torch(plan, reason, frames, *sets)
         self._check_data(plan, expected, sets)
         validated = held is not None or self.validation > 0
-        out = fused.memory(plan, parameters, tasks, self.schedule, curves, validated)
+        out = native_adapt.memory(plan, parameters, tasks, self.schedule, curves, validated)
         rows = sum(support.counts)
         with _Bar(tasks, progress) as bar:
             for first, last in self._chunks(plan, tasks, rows, in_torch):

@@ -1,9 +1,9 @@
 """What MAML, Reptile and FineTune share: a model, a loss, an inner optimiser, a backend.
 
-The life of a call is the same for all three: the inputs are checked and packed (`tasks.py`), the
-model is compared with the plan made of it (`plan.py`), and then either the native core is called
-(`fused.py`), on the CPU or on the device where the tensors are (`device.py`), or the same is done
-in torch (`pymeta/reference`).
+The life of a call is the same for all three: the inputs are checked and packed (`pymeta/tasks`),
+the model is compared with the plan made of it (`backend/plan.py`), and then either the native core
+is called (`backend/prepared.py`, `backend/adapt.py`), on the CPU or on the device where the tensors
+are (`backend/device.py`), or the same is done in torch (`pymeta/reference`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import native, reference
-from pymeta.backend import fused
+from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan, check_statistics
 from pymeta.models.adapted import Adapted
 from pymeta.models.stacked import History
@@ -283,7 +283,7 @@ class Learner(nn.Module, ABC):
             validation_rows = 0 if watched is None else watched.rows
             sizes = (support.tasks, support.rows, 0, validation_rows)
             self._last = NativeCall("adapt", schedule, *sizes)
-            return fused.adapt(plan, parameters, inner.lr, inner, support, **options)
+            return native_adapt.adapt(plan, parameters, inner.lr, inner, support, **options)
         named = {n: p.detach() for n, p in zip(plan.names, parameters, strict=True)}
         return reference.adapt(self.model, named, plan.adapted, inner, support, **options)
 
@@ -400,19 +400,16 @@ class Learner(nn.Module, ABC):
 
     def _current(self) -> tuple[Plan, list[Tensor]]:
         """The plan for the model as it is now, and its parameters in order."""
-        plan = self.__dict__["_plan"]
-        if plan is not None:
-            parameters = plan.current_parameters()
-            if parameters is not None:
-                return plan, parameters
+        plan: Plan | None = self.__dict__["_plan"]
+        if plan is not None and plan.watch.is_current():
+            return plan, plan.parameters
         with reference.one_at_a_time():
             return self._looked_at_anew(plan)
 
     def _looked_at_anew(self, plan: Plan | None) -> tuple[Plan, list[Tensor]]:
         """As `_current`, where the model may have changed and nobody is just calling it."""
-        parameters = None if plan is None else plan.current_parameters()
-        if plan is not None and parameters is not None:
-            return plan, parameters
+        if plan is not None and plan.watch.is_current():
+            return plan, plan.parameters
         self._forget()
         plan = self._made_plan()
         if self._learns is not None and self._learns != plan.adapted:

@@ -5,8 +5,8 @@ Finn, Abbeel, Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of 
 Meta-SGD and LSLR (`LearnableLR`). What is computed is written down in `pymeta/reference`.
 
 A call goes the way that `learner.py` describes. A native call like the one before it skips all of
-that but the core (`repeat.py`). Calls with CUDA tensors of equal numbers of rows read no value, so
-that, after a first one, they can be captured in a `torch.cuda.CUDAGraph`.
+that but the core (`backend/prepared.py`). Calls with CUDA tensors of equal numbers of rows read no
+value, so that, after a first one, they can be captured in a `torch.cuda.CUDAGraph`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from pymeta import native, reference
 from pymeta.algorithms.learner import Checks, Learner, NativeCall, Weights
-from pymeta.backend import fused
 from pymeta.backend.plan import Plan
-from pymeta.backend.repeat import Repeat
+from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.models.adapted import Adapted, shaped
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
@@ -105,7 +104,7 @@ class MAML(Learner):
         )
         self.steps = steps
         self.first_order = first_order
-        self._repeats: dict[bool, Repeat | None] = {}  # by whether grad is enabled
+        self._prepared: dict[bool, PreparedCall] = {}  # by whether grad is enabled
         plan = self._look()
         if isinstance(self._rule.lr, LearnableLR):
             self._make_lr(self._rule.lr, plan)
@@ -176,8 +175,8 @@ class MAML(Learner):
             and query_weights is None
         )
         if plain:
-            repeat = self._repeats.get(torch.is_grad_enabled())
-            results = None if repeat is None else repeat(self.__dict__, xs, ys, xq, yq)
+            before = self._prepared.get(torch.is_grad_enabled())
+            results = None if before is None else before.again(xs, ys, xq, yq)
             if results is not None:
                 return Outcome(*results)
         plan, parameters = self._current()
@@ -189,17 +188,16 @@ class MAML(Learner):
         if reason is not None:
             return self._in_torch(plan, parameters, steps, support, query, reason)
         lr = self._lr(plan)
-        call, native_lr = fused.prepared(plan, lr, steps, self.first_order, support, query)
+        call, native_lr = prepare(plan, lr, steps, self.first_order, support, query)
         results = call(
             parameters, native_lr, support.x, query.x, native.rows(support), native.rows(query)
         )
         if query.lengths is not None:
             loss, losses, predictions = results
             return Outcome(loss, losses, shaped(predictions, query))
-        if plain and native_lr is lr:
-            data = (xs, ys, xq, yq)
-            repeat = Repeat.of(call, support, query, data, lr, self.__dict__)
-            self._repeats[torch.is_grad_enabled()] = repeat
+        data = (xs, ys, xq, yq)
+        if plain and native_lr is lr and call.remember(self.__dict__, data, support, query, lr):
+            self._prepared[torch.is_grad_enabled()] = call
         return Outcome(*results)
 
     def adapt(
@@ -270,7 +268,7 @@ class MAML(Learner):
 
     def _forget(self) -> None:
         super()._forget()
-        self._repeats = {}
+        self._prepared = {}
 
     def _last_call(self, plan: Plan) -> NativeCall | None:
         if plan.last is None:  # what the calls leave, but not `adapt`
@@ -289,7 +287,7 @@ class MAML(Learner):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
-        return {**super().__getstate__(), "_repeats": {}, "_handle": None}
+        return {**super().__getstate__(), "_prepared": {}, "_handle": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""

@@ -27,7 +27,7 @@ from pymeta.algorithms.learner import (
     check_minibatches,
     outside_graphs,
 )
-from pymeta.backend import fused
+from pymeta.backend import adapt as native_adapt
 from pymeta.models.adapted import Adapted
 from pymeta.spec.optimizers import Optimizer
 from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
@@ -152,7 +152,7 @@ class Reptile(Learner):
         reason = self._reason(plan, support)
         if reason is None:
             self._last = NativeCall("reptile", schedule, support.tasks, support.rows)
-            outcome = fused.reptile(plan, parameters, inner.lr, inner, support, ids)
+            outcome = native_adapt.reptile(plan, parameters, inner.lr, inner, support, ids)
         else:
             self._to_torch(plan, reason, 5, support)
             named = dict(zip(plan.names, parameters, strict=True))

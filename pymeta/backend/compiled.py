@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pymeta import native
 from pymeta.algorithms.learner import Function, outside_graphs
-from pymeta.backend import fused
+from pymeta.backend.inputs import chained
+from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.reference.once import NATIVE, once
 from pymeta.tasks.task_set import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
 
@@ -102,16 +103,16 @@ def meta_gradient(
     query = _side(QUERY, maml, xq, yq, query_weights, query_sizes, packed[1])
     check_same_tasks(support, query)
     reason = plan.reason or support.reason or query.reason
-    if [(p.shape, p.dtype) for p in parameters] != [s[:2] for s in plan.signatures]:
+    if [(p.shape, p.dtype) for p in parameters] != [(p.shape, p.dtype) for p in plan.parameters]:
         reason = "its parameters have other shapes or dtypes"
     if reason is not None:
         raise RuntimeError(f"the model is not what was compiled: {reason}")
     rate = plan.lr_tensor(maml.lr) if lr is None else lr
     gradients = (wanted[0] and bool(plan.trainable), wanted[1], wanted[2], wanted[3])
-    call, rate = fused.prepared(plan, rate, steps, maml.first_order, support, query, gradients)
+    call, rate = prepare(plan, rate, steps, maml.first_order, support, query, gradients)
     memory = call.memory()
     rows = native.rows(support), native.rows(query)
-    ordered = fused.chained(plan, [dense(p) for p in parameters])
+    ordered = chained(plan, [dense(p) for p in parameters])
     loss, losses, predictions = call.run(ordered, rate, *rows, memory)
     flat = losses.new_empty(0) if memory is None else _in_given_order(call, memory.flat, lr)
     predictions = predictions.flatten(0, 1) if _flat(query, packed[1]) else predictions
@@ -123,7 +124,7 @@ def _flat(query: TaskSet, packed: bool) -> bool:
     return packed and query.starts is None
 
 
-def _in_given_order(call: fused.Call, flat: Tensor, lr: Tensor | None) -> Tensor:
+def _in_given_order(call: PreparedCall, flat: Tensor, lr: Tensor | None) -> Tensor:
     """The flat gradient, with that of lr in lr's own order (the core may have it permuted)."""
     order = call.plan.lr_order
     layout = call.layout

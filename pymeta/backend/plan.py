@@ -1,14 +1,13 @@
 """What is known of a model before a call: its chain, what is adapted, and the native Problem.
 
-A `Plan` is made once and used by every call until the model is no longer what it was made from;
-`current_parameters` finds that out and reads the parameters, in a few microseconds.
+A `Plan` is made once and used by every call until the model is no longer what it was made from,
+which its `watch` finds out in a few microseconds.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from pymeta.backend.device import Device, unusable
 from pymeta.spec.losses import Loss, check_width
 from pymeta.spec.network import Description, Unsupported, describe
 from pymeta.spec.optimizers import Rates, rates
+from pymeta.spec.watch import Place
 from pymeta.tasks.task_set import Expected, dense
 
 if TYPE_CHECKING:
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
 
 DTYPE_CODES = {torch.float32: 4, torch.float64: 8}
 _PARAMETER_TYPES = (nn.Parameter, Tensor)
-
-
-def _signatures(parameters: Iterable[Tensor]) -> list[tuple[Any, ...]]:
-    """What a plan depends on besides which tensors they are."""
-    return [
-        (p.shape, p.dtype, p.device, p.requires_grad, p.is_contiguous(), p.is_neg())
-        for p in parameters
-    ]
 
 
 def matching(patterns: Sequence[str] | None, names: Sequence[str]) -> frozenset[str]:
@@ -92,6 +84,8 @@ class Plan:
 
     Attributes:
         names: the parameters, in the order of `named_parameters()`.
+        parameters: themselves.
+        watch: whether all of this is still what the model is.
         adapted: those the inner loop changes.
         rates: how lr values are laid out.
         expected: what inputs must be like.
@@ -125,10 +119,12 @@ class Plan:
             named = dict(model.named_parameters())
             _check_parameters(named)
             self.description = describe(model)
-            self.owners = [_owner(model, name) for name in named]
+            places = [_place(model, name) for name in named]
         self.names = tuple(named)
         self.parameters: list[Tensor] = list(named.values())
-        self.signatures = _signatures(self.parameters)
+        places.append((vars(native), "emulating"))
+        there = not all(p.is_cpu for p in self.parameters)
+        self.watch = self.description.watch.and_also(places, self.parameters, there)
         self.dense = all(dense(p) is p for p in self.parameters)
         self.trainable = [n for n, p in named.items() if p.requires_grad]
         wanted = matching(patterns, self.names)
@@ -143,7 +139,6 @@ class Plan:
         self.optimizer = optimizer
         self.anchor = anchor
         self.adapts = adapts
-        self.emulates = native.emulating
         self.device = Device.of(self.expected.device)
         self.core_reason = self._make_problem(loss, named)
         self.reason = self.core_reason or self._unfit_there()
@@ -163,20 +158,15 @@ class Plan:
 
     def _make_problem(self, loss: Loss, named: Mapping[str, Tensor]) -> str | None:
         """Make the native Problem; the reason why there is none, where there is none."""
-        reason = native.missing() or (
-            self.description.reason if isinstance(self.description, Unsupported) else _unfit(named)
-        )
+        found = self.description
+        reason = found.reason if isinstance(found, Unsupported) else _unfit(named)
         if reason is not None:
             return reason
         assert isinstance(self.description, Description)
         if self.adapts and self.description.running is not None:
             return f"{self.description.running}: in eval mode it would use running statistics"
         lib = native.extension()
-        chain = self.description.names
-        try:
-            network = lib.Network(self.description.layers)
-        except ValueError as error:
-            return str(error)
+        chain, network = self.description.names, self.description.network
         if list(network.parameter_sizes) != [named[n].numel() for n in chain]:
             return "a parameter does not have the size that its layer says"
         self.problem = lib.Problem(
@@ -233,23 +223,6 @@ class Plan:
             end += size
         self.offsets = [offsets.get(self.names[i], -1) for i in self.chain]
 
-    def current_parameters(self) -> list[Tensor] | None:
-        """The parameters in order of `names`; None where this plan is no longer the model's.
-
-        None also while the torch backend, in another thread, has other tensors put in.
-        """
-        if self.emulates is not native.emulating:
-            return None
-        try:
-            parameters = [owner[key] for owner, key in self.owners]
-            if not all(map(operator.is_, parameters, self.parameters)):
-                return None
-            if _signatures(parameters) != self.signatures:
-                return None
-        except (KeyError, AttributeError):  # a parameter was removed, or is None now
-            return None
-        return parameters if self.description.is_current() else None
-
     def lr_tensor(self, value: float) -> Tensor:
         """A plain float lr as a [1] tensor of the parameters' dtype and device."""
         if self.device is None:
@@ -266,7 +239,8 @@ class Plan:
         return tensor
 
 
-def _owner(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+def _place(model: nn.Module, name: str) -> Place:
+    """Where a module holds its parameter."""
     path, _, key = name.rpartition(".")
     return model.get_submodule(path)._parameters, key
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pymeta import native as native_module
 from pymeta import reference
-from pymeta.backend import fused
+from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.models.file import Path, Raw, errors_about
 from pymeta.models.stacked import History, Saved, Stacked, load, positions
@@ -276,7 +276,7 @@ class Adapted(Stacked[Tensor]):
                 f"xq: expected {self._tasks} tasks, one for each model, got {query.tasks}"
             )
         if self._native and plan.reason is None and query.reason is None:
-            return shaped(fused.predict(plan, self._stacked, self._shared, query), query)
+            return shaped(native_adapt.predict(plan, self._stacked, self._shared, query), query)
         check_values(query, plan.expected)
         if query.tasks == 0:
             out = () if plan.expected.out_features is None else (plan.expected.out_features,)

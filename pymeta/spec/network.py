@@ -5,8 +5,8 @@ with torch.fx, and returns a `Description` when what it finds is a chain of know
 rows of features; otherwise an `Unsupported` that says which layer or construct is in the way.
 Only one thread at a time may do so, because tracing patches torch (`Plan` sees to it).
 
-Either remembers what it looked at, and `is_current()` tells cheaply whether the model is still
-that: layers exchanged, train/eval switched, hooks added or layer settings changed are all seen.
+The `watch` of either tells cheaply whether the model is still that: layers exchanged, train/eval
+switched, hooks added or layer settings changed are all seen.
 """
 
 from __future__ import annotations
@@ -16,28 +16,32 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-Layer: TypeAlias = tuple[Any, ...]
-FLATTEN: Layer = ("flatten",)
-IDENTITY: Layer = ("identity",)
+from pymeta import native
+from pymeta.spec.layers import (
+    FLATTEN,
+    FUNCTIONS,
+    IDENTITY,
+    METHODS,
+    MODULES,
+    SLOTS,
+    Layer,
+    Refused,
+    label_of,
+    layer_of,
+)
+from pymeta.spec.watch import Watch, hooked
 
 
 @dataclass(frozen=True)
 class Unsupported:
-    """The native core cannot run this model; `reason` says why."""
+    """The native core cannot run this model; `reason` says why, `watch` until when."""
 
     reason: str
-    seen: tuple[tuple[nn.Module, bool, int], ...] = field(default=(), repr=False)
-    model: nn.Module | None = field(default=None, repr=False)
-
-    def is_current(self) -> bool:
-        """Whether the model still has the modules, modes and hooks it was judged by."""
-        return self.model is not None and _modes(self.model) == self.seen
+    watch: Watch = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -47,216 +51,43 @@ class Description:
     Attributes:
         layers: for `_native.Network`, e.g. ("linear", 1, 40, True), ("relu",).
         names: the parameters' names, layer by layer, weight before bias.
+        network: the native Network.
         in_features: columns of the input.
         out_features: columns of the output.
         flattens: whether the chain begins with Flatten, so that rows may have any shape.
         batch_norm: whether a layer normalises over rows.
         running: the layer that would use running statistics in the mode it is in, where one is.
+        watch: whether the model is still this chain, of the same parameters.
     """
 
     layers: tuple[Layer, ...]
     names: tuple[str, ...]
+    network: Any = field(repr=False, compare=False)
     in_features: int
     out_features: int
     flattens: bool
     batch_norm: bool
     running: str | None
-    state: _State = field(repr=False, compare=False)
-
-    def is_current(self) -> bool:
-        """Whether the model is the same chain still, of the same parameters."""
-        return self.state.is_current()
+    watch: Watch = field(repr=False, compare=False)
 
 
-class _Refused(Exception):
-    """Raised while walking a model; its message is the reason."""
+def _modes(model: nn.Module) -> Watch:
+    """The modules of a model, their modes and hooks: all that a refusal is judged by."""
+    modules = list(model.modules())
+    places = [(module.__dict__, "training") for module in modules]
+    return Watch(places, modules, modules, counted=False)
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(module.__dict__[hooks] for hooks in _HOOKS)
-
-
-class _State:
-    """What the description of a model depends on: the objects that were found in its modules.
-
-    `is_current` runs on every call, next to a native core that may need a few microseconds, so it
-    is no walk but a few passes over prepared lists.
-    """
-
-    def __init__(self, leaves: Iterable[nn.Module], containers: Iterable[nn.Module]) -> None:
-        """Note the layers of the chain, and the modules that hold them."""
-        layers = list({id(m): m for m in leaves}.values())
-        holders = list(containers)
-        found: list[tuple[dict[str, Any], str]] = []
-        for m in layers:
-            found += [(m.__dict__, name) for name in _MODULES[type(m)].reads]
-            found += [(d, k) for d in (m._parameters, m._buffers) for k in d if k in _SLOTS]
-        for m in holders:
-            found += [(m.__dict__, name) for name in _settings(m)]
-            found += [(m._modules, name) for name in m._modules]
-        self.modules = layers + holders
-        self.types = list(map(type, self.modules))
-        # Hooks are seen when their dictionary is exchanged, and when something is put into it.
-        found += [(m.__dict__, name) for m in self.modules for name in _HOOKS]
-        self.hooks = [m.__dict__[name] for m in self.modules for name in _HOOKS]
-        self.places = [place for place, _ in found]
-        self.keys = [key for _, key in found]
-        self.objects = [place[key] for place, key in found]
-        # A forward of its own makes a module another one, and is one attribute more.
-        self.attributes = [m.__dict__ for m in self.modules]
-        self.counts = list(map(len, self.attributes))
-        self.children = [m._modules for m in holders]
-        self.order = list(map(list, self.children))
-
-    def is_current(self) -> bool:
-        """Whether all of it is still there, and nothing was added."""
-        now = map(operator.getitem, self.places, self.keys)
-        try:
-            same = all(map(operator.is_, now, self.objects))
-        except KeyError:  # something was deleted
-            return False
-        return (
-            same
-            and list(map(len, self.attributes)) == self.counts
-            and list(map(type, self.modules)) == self.types
-            and list(map(list, self.children)) == self.order
-            and not any(self.hooks)
-        )
-
-
-def _modes(model: nn.Module) -> tuple[tuple[nn.Module, bool, int], ...]:
-    return tuple((m, m.training, int(_hooked(m))) for m in model.modules())
-
-
-# ---- single layers ----------------------------------------------------------------------------
-
-
-def _affine(m: nn.Module) -> tuple[bool, bool]:
-    """Which of weight and bias there are."""
-    return m.weight is not None, m.bias is not None
-
-
-def _linear(m: nn.Linear) -> Layer:
-    return ("linear", m.in_features, m.out_features, m.bias is not None)
-
-
-def _batch_norm(m: nn.BatchNorm1d) -> Layer:
-    return ("batch_norm", m.num_features, m.eps, *_affine(m))
-
-
-def _layer_norm(m: nn.LayerNorm) -> Layer:
-    if len(m.normalized_shape) != 1:
-        raise _Refused(f"LayerNorm over the shape {tuple(m.normalized_shape)}")
-    return ("layer_norm", m.normalized_shape[0], m.eps, *_affine(m))
-
-
-def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Layer:
-    if not negative_slope >= 0:
-        raise _Refused(f"LeakyReLU with negative_slope {negative_slope}")
-    return ("leaky_relu", float(negative_slope))
-
-
-def _elu(alpha: float = 1.0, inplace: bool = False) -> Layer:
-    if not alpha > 0:
-        raise _Refused(f"ELU with alpha {alpha}")
-    return ("elu", float(alpha))
-
-
-def _gelu(approximate: str = "none") -> Layer:
-    return ("gelu_tanh",) if approximate == "tanh" else ("gelu",)
-
-
-def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Layer:
-    if not beta > 0:
-        raise _Refused(f"Softplus with beta {beta}")
-    return ("softplus", float(beta), float(threshold))
-
-
-def _flatten(start_dim: int = 0, end_dim: int = -1) -> Layer:
-    if start_dim != 1 or end_dim != -1:
-        raise _Refused(f"Flatten from dimension {start_dim} to {end_dim}")
-    return FLATTEN
-
-
-def _dropout(m: nn.Dropout) -> Layer:
-    if m.training and m.p > 0:
-        raise _Refused("Dropout in training mode draws random numbers")
-    return IDENTITY
-
-
-class _Known(NamedTuple):
-    """A module type of which the layer is known."""
-
-    layer: Callable[[Any], Layer]
-    reads: tuple[str, ...] = ()  # the attributes that `layer` looks at, besides _SLOTS
-
-
-# The parameters and buffers of which it matters whether they are there.
-_SLOTS = ("weight", "bias", "running_mean")
-
-_MODULES: dict[type, _Known] = {
-    nn.Linear: _Known(_linear, ("in_features", "out_features")),
-    nn.BatchNorm1d: _Known(_batch_norm, ("num_features", "eps", "training")),
-    nn.LayerNorm: _Known(_layer_norm, ("normalized_shape", "eps")),
-    nn.Identity: _Known(lambda m: IDENTITY),
-    nn.Dropout: _Known(_dropout, ("p", "training")),
-    nn.Flatten: _Known(lambda m: _flatten(m.start_dim, m.end_dim), ("start_dim", "end_dim")),
-    nn.ReLU: _Known(lambda m: ("relu",)),
-    nn.LeakyReLU: _Known(lambda m: _leaky_relu(m.negative_slope), ("negative_slope",)),
-    nn.ELU: _Known(lambda m: _elu(m.alpha), ("alpha",)),
-    nn.Tanh: _Known(lambda m: ("tanh",)),
-    nn.Sigmoid: _Known(lambda m: ("sigmoid",)),
-    nn.SiLU: _Known(lambda m: ("silu",)),
-    nn.GELU: _Known(lambda m: _gelu(m.approximate), ("approximate",)),
-    nn.Softplus: _Known(lambda m: _softplus(m.beta, m.threshold), ("beta", "threshold")),
-}
-
-
-def _simple(layer: Layer) -> Callable[..., Layer]:
-    return lambda inplace=False: layer
-
-
-_FUNCTIONS: dict[Any, Callable[..., Layer]] = {
-    torch.relu: _simple(("relu",)),
-    F.relu: _simple(("relu",)),
-    torch.tanh: _simple(("tanh",)),
-    F.tanh: _simple(("tanh",)),
-    torch.sigmoid: _simple(("sigmoid",)),
-    F.sigmoid: _simple(("sigmoid",)),
-    F.silu: _simple(("silu",)),
-    F.leaky_relu: _leaky_relu,
-    F.elu: _elu,
-    F.gelu: _gelu,
-    F.softplus: _softplus,
-    torch.flatten: _flatten,
-}
-_METHODS: dict[str, Callable[..., Layer]] = {
-    "relu": _simple(("relu",)),
-    "tanh": _simple(("tanh",)),
-    "sigmoid": _simple(("sigmoid",)),
-    "flatten": _flatten,
-}
-
-
-def _label(name: str, module: nn.Module) -> str:
-    return f"layer {name} ({type(module).__name__})" if name else type(module).__name__
-
-
-def _layer(name: str, module: nn.Module) -> Layer:
-    known, label = _MODULES.get(type(module)), _label(name, module)
-    if known is None:
-        raise _Refused(f"{label} has no native kernel")
-    if _hooked(module):
-        raise _Refused(f"{label} has hooks")
-    if "forward" in module.__dict__:
-        raise _Refused(f"{label} has a forward of its own")
-    try:
-        return known.layer(module)
-    except _Refused as refusal:
-        raise _Refused(f"{label}: {refusal}") from None
+def _chain(leaves: Iterable[nn.Module], containers: Iterable[nn.Module]) -> Watch:
+    """What a chain depends on in its layers, and in the modules that hold them."""
+    layers = list({id(m): m for m in leaves}.values())
+    holders = list(containers)
+    places = []
+    for m in layers:
+        places += [(m.__dict__, name) for name in MODULES[type(m)].reads]
+        places += [(d, k) for d in (m._parameters, m._buffers) for k in d if k in SLOTS]
+    places += [(m.__dict__, name) for m in holders for name in _settings(m)]
+    return Watch(places, layers + holders, holders)
 
 
 # ---- walking the model ------------------------------------------------------------------------
@@ -281,18 +112,18 @@ def _join(prefix: str, name: str) -> str:
 
 def _walk(module: nn.Module, name: str) -> Iterator[_Step]:
     """The layers of a module, in the order of their use."""
-    if type(module) in _MODULES:
-        yield _Step(_layer(name, module), name, module)
+    if type(module) in MODULES:
+        yield _Step(layer_of(name, module), name, module)
         return
-    if _hooked(module):
-        raise _Refused(f"{name or type(module).__name__} has hooks")
+    if hooked(module):
+        raise Refused(f"{name or type(module).__name__} has hooks")
     if _is_sequential(module):
         for key, child in module._modules.items():
             if child is not None:
                 yield from _walk(child, _join(name, key))
         return
     if type(module).__module__.startswith("torch.nn.") or not module._modules:
-        _layer(name, module)  # raises: not a known layer
+        layer_of(name, module)  # raises: not a known layer
     yield from _traced(module, name)
 
 
@@ -327,7 +158,7 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
-        return type(m) in _MODULES or _is_sequential(m) or super().is_leaf_module(m, qualname)
+        return type(m) in MODULES or _is_sequential(m) or super().is_leaf_module(m, qualname)
 
 
 def _is_rows(node: Any, current: fx.Node) -> bool:
@@ -360,15 +191,15 @@ def _called(node: fx.Node, name: str, current: fx.Node) -> Layer:
         shape = node.args[1:]
         if len(shape) == 2 and _is_rows(shape[0], current) and shape[1] == -1:
             return FLATTEN
-        raise _Refused(f"{name}: {node.target}{shape} is not a flattening of rows")
-    table: dict[Any, Callable[..., Layer]] = _METHODS if node.op == "call_method" else _FUNCTIONS
+        raise Refused(f"{name}: {node.target}{shape} is not a flattening of rows")
+    table: dict[Any, Callable[..., Layer]] = METHODS if node.op == "call_method" else FUNCTIONS
     target = getattr(node.target, "__name__", str(node.target))
     if node.target not in table:
-        raise _Refused(f"{name}: {target} has no native kernel, or is more than a chain")
+        raise Refused(f"{name}: {target} has no native kernel, or is more than a chain")
     try:
         return table[node.target](*node.args[1:], **dict(node.kwargs))
     except TypeError:
-        raise _Refused(f"{name}: {target} with arguments the native core lacks") from None
+        raise Refused(f"{name}: {target} with arguments the native core lacks") from None
 
 
 @contextmanager
@@ -395,33 +226,31 @@ def _traced(module: nn.Module, name: str) -> Iterator[_Step]:
     """The layers of a module whose forward is found, by tracing it, to be a chain."""
     label = name or type(module).__name__
     if "forward" in module.__dict__:  # tracing would look at the class's
-        raise _Refused(f"{label} has a forward of its own")
+        raise Refused(f"{label} has a forward of its own")
     try:
         with _untouched(module):
             graph = _Tracer().trace(module)
     except Exception as error:  # a stranger's forward may raise anything when traced
-        raise _Refused(
-            f"the forward of {label} cannot be traced ({type(error).__name__})"
-        ) from None
+        raise Refused(f"the forward of {label} cannot be traced ({type(error).__name__})") from None
     current: fx.Node | None = None
     for node in graph.nodes:
         if node.op == "placeholder":
             if current is not None:
-                raise _Refused(f"the forward of {label} takes more than one input")
+                raise Refused(f"the forward of {label} takes more than one input")
             current = node
             continue
         if node.op == "get_attr":
-            raise _Refused(f"the forward of {label} uses {node.target} directly")
+            raise Refused(f"the forward of {label} uses {node.target} directly")
         first = node.args[0] if node.args else None
         if node.op in ("call_method", "call_function") and _looks_at_shape(node):
             continue  # only ever used by a view, which checks it
         if first is not current or current is None:
-            raise _Refused(f"the forward of {label} is not a chain (at {node.name})")
+            raise Refused(f"the forward of {label} is not a chain (at {node.name})")
         if node.op == "output":
             continue
         if node.op == "call_module":
             if len(node.args) != 1 or node.kwargs:
-                raise _Refused(f"the forward of {label} calls {node.target} with more inputs")
+                raise Refused(f"the forward of {label} calls {node.target} with more inputs")
             yield from _walk(module.get_submodule(str(node.target)), _join(name, str(node.target)))
         else:
             yield _Step(_called(node, label, current), name, None)
@@ -444,27 +273,22 @@ def _parameter_names(steps: list[_Step], model: nn.Module) -> tuple[str, ...]:
                 names.append(known[id(parameter)])
     if len(set(names)) != len(names):
         twice = next(n for n in names if names.count(n) > 1)
-        raise _Refused(f"parameter {twice} is used more than once")
+        raise Refused(f"parameter {twice} is used more than once")
     unused = [n for n in known.values() if n not in set(names)]
     if unused:
-        raise _Refused(f"parameter {unused[0]} is no part of the chain")
+        raise Refused(f"parameter {unused[0]} is no part of the chain")
     return tuple(names)
 
 
-def _widths(layers: list[Layer]) -> tuple[int, int]:
-    """(in_features, out_features) of the chain; refuses one whose layers do not fit."""
-    first: int | None = None
-    width: int | None = None
-    for layer in layers:
-        if layer[0] not in ("linear", "batch_norm", "layer_norm"):
-            continue
-        if width is not None and layer[1] != width:
-            raise _Refused(f"{layer[0]} of {layer[1]} features follows {width} features")
-        first = layer[1] if first is None else first
-        width = layer[2] if layer[0] == "linear" else layer[1]
-    if first is None or width is None:
-        raise _Refused("there is no layer with a number of features")
-    return first, width
+def _network(layers: tuple[Layer, ...]) -> Any:
+    """The native Network of the layers; Refused where they do not fit each other."""
+    missing = native.missing()
+    if missing is not None:
+        raise Refused(missing)
+    try:
+        return native.extension().Network(layers)
+    except ValueError as error:
+        raise Refused(str(error)) from None
 
 
 def _running(steps: list[_Step]) -> str | None:
@@ -472,7 +296,7 @@ def _running(steps: list[_Step]) -> str | None:
     for step in steps:
         m = step.module
         if isinstance(m, nn.BatchNorm1d) and not m.training and m.running_mean is not None:
-            return _label(step.name, m)
+            return label_of(step.name, m)
     return None
 
 
@@ -490,19 +314,20 @@ def _described(model: nn.Module) -> Description:
     steps = list(_walk(model, ""))
     names = _parameter_names(steps, model)
     layers = [s.layer for s in steps if s.layer not in (FLATTEN, IDENTITY)]
-    in_features, out_features = _widths(layers)
+    network = _network(tuple(layers))
     kinds = [s.layer for s in steps if s.layer != IDENTITY]
     return Description(
         layers=tuple(layers),
         names=names,
-        in_features=in_features,
-        out_features=out_features,
+        network=network,
+        in_features=network.in_features,
+        out_features=network.out_features,
         flattens=bool(kinds) and kinds[0] == FLATTEN,
-        batch_norm=any(layer[0] == "batch_norm" for layer in layers),
+        batch_norm=network.mixes_rows,
         running=_running(steps),
-        state=_State(
+        watch=_chain(
             [s.module for s in steps if s.module is not None],
-            [m for m in model.modules() if type(m) not in _MODULES],
+            [m for m in model.modules() if type(m) not in MODULES],
         ),
     )
 
@@ -511,5 +336,5 @@ def describe(model: nn.Module) -> Description | Unsupported:
     """The chain of layers a model is, or the reason why the native core cannot run it."""
     try:
         return _described(model)
-    except _Refused as refusal:
-        return Unsupported(str(refusal), _modes(model), model)
+    except Refused as refusal:
+        return Unsupported(str(refusal), _modes(model))

@@ -1,0 +1,191 @@
+"""Adapting, Reptile and predicting by the native core: the twins of `pymeta.reference`'s."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pymeta import native, reference
+from pymeta.backend.gradients import Layout, Lease, with_graph
+from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
+from pymeta.backend.plan import Plan
+from pymeta.models.stacked import History
+from pymeta.reference.once import REPTILE
+from pymeta.tasks.task_set import TaskSet, dense
+
+if TYPE_CHECKING:
+    from pymeta.reference import Adaptation, InnerLoop
+    from pymeta.spec.schedule import Schedule
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _ids_there(plan: Plan, task_ids: Tensor | None) -> Tensor | None:
+    """The tasks' ids where the core reads them."""
+    if task_ids is None or plan.device is None:
+        return task_ids
+    return plan.device.upload("task_ids", task_ids)
+
+
+def _lr_arguments(lr: Tensor) -> tuple[int, int, int]:
+    return lr.data_ptr(), 1 if lr.ndim == 1 else lr.shape[0], lr.shape[-1]
+
+
+def memory(
+    plan: Plan,
+    parameters: list[Tensor],
+    tasks: int,
+    schedule: Schedule,
+    curves: bool,
+    validated: bool,
+) -> Adaptation:
+    """Memory for what becomes of T tasks, on the parameters' device; the curves of it are NaN."""
+    named = dict(zip(plan.names, parameters, strict=True))
+    device = plan.expected.device
+    history = None
+    if curves and schedule.epochs is not None:
+        ran, best = torch.zeros(2, tasks, dtype=torch.int64, device=device)
+        history = History(
+            train=plan.scalar.new_full((tasks, schedule.epochs), math.nan),
+            validation=(
+                plan.scalar.new_full((tasks, schedule.epochs + 1), math.nan) if validated else None
+            ),
+            best_epochs=best if validated else None,
+            epochs=ran,
+        )
+    return reference.Adaptation(
+        {n: named[n].new_empty(tasks, *named[n].shape) for n in plan.adapted},
+        torch.zeros(tasks, dtype=torch.int8, device=device),
+        history,
+    )
+
+
+def adapt(
+    plan: Plan,
+    parameters: list[Tensor],
+    lr: Tensor,
+    inner: InnerLoop,
+    support: TaskSet,
+    *,
+    start: dict[str, Tensor] | None = None,
+    validation: TaskSet | None = None,
+    patience: int | None = None,
+    curves: bool = False,
+    task_ids: Tensor | None = None,
+    out: Adaptation | None = None,
+) -> Adaptation:
+    """The native twin of `reference.adapt`.
+
+    Args:
+        plan: of the model.
+        parameters: in the order of `plan.names`.
+        lr: as `Learner._lr` gives it.
+        inner: the schedule is taken from here; loss and optimiser are the plan's.
+        support: T tasks.
+        start: {name: [T, ...]} of parameters that each task has of its own.
+        validation: T tasks; their best weights are kept.
+        patience: epochs without a better validation loss after which a task stops.
+        curves: whether to keep the losses of the epochs.
+        task_ids: [T] int64.
+        out: contiguous memory for the result; made where left out.
+    """
+    lr, s = native_lr(plan, lr), ready(plan, support)
+    watched = None if validation is None else ready(plan, validation)
+    ids = _ids_there(plan, task_ids)
+    start = {} if start is None else {n: dense(p) for n, p in start.items()}
+    shared = chained(plan, parameters)
+    names = [plan.names[i] for i in plan.chain]
+    if out is None:
+        validated = validation is not None
+        out = memory(plan, parameters, s.tasks, inner.schedule, curves, validated)
+    history = out.history
+
+    if s.tasks > 0:
+        schedule = inner.schedule
+        shapes = s.tasks, s.rows, None if watched is None else watched.rows, lr.shape
+        call = plan.core("adapt", shapes, schedule.for_native()[:3], *start)
+        call(
+            plan.dtype_code,
+            [start.get(n, p).data_ptr() for n, p in zip(names, shared, strict=True)],
+            [n in start for n in names],
+            *_lr_arguments(lr),
+            schedule.for_native(_address(ids)),
+            s.tasks,
+            native.rows(s),
+            [_address(out.parameters.get(n) if n in plan.adapted else None) for n in names],
+            validation=None if watched is None else native.rows(watched),
+            patience=-1 if patience is None else patience,
+            status=out.status.data_ptr(),
+            train_curves=0 if history is None else _address(history.train),
+            validation_curves=0 if history is None else _address(history.validation),
+            best_epochs=0 if history is None else _address(history.best_epochs),
+            epochs_run=0 if history is None else _address(history.epochs),
+        )
+    kept = {n: p for n, p in start.items() if n not in plan.adapted}
+    return reference.Adaptation({**out.parameters, **kept}, out.status, history)
+
+
+def reptile(
+    plan: Plan,
+    parameters: list[Tensor],
+    lr: Tensor,
+    inner: InnerLoop,
+    support: TaskSet,
+    task_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The native twin of `reference.reptile`: (loss [], task losses [T])."""
+    lr, s = native_lr(plan, lr), ready(plan, support)
+    ids = _ids_there(plan, task_ids)
+    wanted = torch.is_grad_enabled() and bool(plan.trainable)
+    layout = Layout.of(plan, (wanted, False, False, False), (lr, s.x, s.x))
+    gradients = None if layout is None else layout.memory()
+    loss = torch.empty_like(plan.scalar)
+    losses = lr.new_empty(s.tasks)
+    if s.tasks == 0:
+        loss.zero_()
+        if gradients is not None:
+            gradients.flat.zero_()
+    else:
+        schedule = inner.schedule
+        call = plan.core("reptile", s.tasks, s.rows, schedule.for_native()[:3], wanted)
+        call(
+            plan.dtype_code,
+            [p.data_ptr() for p in chained(plan, parameters)],
+            *_lr_arguments(lr),
+            schedule.for_native(_address(ids)),
+            s.tasks,
+            native.rows(s),
+            losses.data_ptr(),
+            loss.data_ptr(),
+            None if gradients is None else gradients.of_parameters,
+        )
+    if layout is not None and gradients is not None:
+        inputs = layout.inputs(parameters, lr, s.x, s.x)
+        loss = with_graph(Lease(gradients, layout.idle), loss, inputs, REPTILE)
+    return loss, losses
+
+
+def predict(
+    plan: Plan, stacked: dict[str, Tensor], shared: dict[str, Tensor], query: TaskSet
+) -> Tensor:
+    """The native twin of `reference.predict`; [sum of rows, out] where the query is packed."""
+    names = [plan.names[i] for i in plan.chain]
+    q = ready(plan, query)
+    tensors = [dense(stacked[n] if n in stacked else shared[n]) for n in names]
+    # the core leaves rows that only pad untouched
+    make = q.x.new_zeros if q.padded else q.x.new_empty
+    predictions = make(predicted_shape(plan, q))
+    plan.core("predict", q.tasks, q.rows, *stacked)(
+        plan.dtype_code,
+        [t.data_ptr() for t in tensors],
+        [n in stacked for n in names],
+        q.tasks,
+        native.rows(q),
+        predictions.data_ptr(),
+    )
+    return predictions

@@ -1,0 +1,54 @@
+"""Tensors as the native core reads them: dense, in the chain's order, on the device of the call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pymeta import native
+from pymeta.backend.plan import Plan
+from pymeta.tasks.task_set import TaskSet, check_sizes, check_values, dense
+
+
+def native_lr(plan: Plan, lr: Tensor) -> Tensor:
+    """The step sizes in the parameters' dtype and the chain's order."""
+    if lr.dtype is not plan.expected.dtype:
+        lr = lr.to(plan.expected.dtype)
+    if plan.lr_order is not None:
+        lr = lr.index_select(-1, plan.lr_order)
+    return dense(lr)
+
+
+def chained(plan: Plan, parameters: list[Tensor]) -> list[Tensor]:
+    """The parameters in the chain's order, contiguous."""
+    if not plan.in_order:
+        parameters = [parameters[i] for i in plan.chain]
+    return parameters if plan.dense else [dense(p) for p in parameters]
+
+
+def ready(plan: Plan, s: TaskSet) -> TaskSet:
+    """The set as the core reads it: contiguous; for a device also checked, with its sizes there."""
+    s.x = dense(s.x)
+    if s.y is not None:
+        s.y = dense(s.y)
+    if s.weights is not None:
+        s.weights = dense(s.weights)
+    device = plan.device
+    if device is None:
+        return s
+    if native.checking_values and not device.capturing():
+        check_values(s, plan.expected)
+    else:
+        check_sizes(s, plan.expected)
+    if s.sizes is not None:
+        parts = [s.sizes] if s.starts is None else [s.sizes, s.starts]
+        sizes, *starts = device.upload(f"sizes of the tasks of {s.names.x}", torch.stack(parts))
+        s.there = (starts[0] if starts else None), sizes
+    return s
+
+
+def predicted_shape(plan: Plan, query: TaskSet) -> tuple[int, ...]:
+    """The shape of the predictions: [T, rows, out], or [sum of rows, out] of a packed set."""
+    out = plan.expected.out_features
+    assert out is not None
+    return (query.x.shape[0], out) if query.starts is not None else (query.tasks, query.rows, out)

@@ -1,0 +1,244 @@
+"""One native MAML call, prepared: for all task sets of one form, and to be made again at once.
+
+A small meta-batch takes the core a few microseconds, less than it takes to look its tensors over.
+So what follows from shapes is worked out once (`PreparedCall`). And a call like the one before it
+skips the checks: everything that they ask of its tensors and of the model, other than values, shows
+in a few attributes, which `again` compares. Where any differs it does nothing, and the checks have
+to say what to make of it. Values (labels, weights, sizes) are not its business: the core checks
+them itself, or, on a device, nobody does (where somebody is to, no call is made again).
+
+The same code serves CUDA tensors. What differs for them is in `device.py`; here it shows in
+`Plan.core`, which calls the core there, in `inputs.ready`, and in whose memory may be used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pymeta import native
+from pymeta.backend.device import Device
+from pymeta.backend.gradients import Gradients, Layout, Lease, Wanted, with_graph
+from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
+from pymeta.backend.plan import Plan
+from pymeta.reference.once import NATIVE
+from pymeta.spec.watch import forms, forms_there
+from pymeta.tasks.task_set import TaskSet
+
+Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # what native.rows gives
+Results: TypeAlias = tuple[Tensor, Tensor, Tensor]  # loss [], losses [T], predictions
+
+_SETTINGS = ("steps", "first_order", "backend", "lr")  # of a MAML, besides its model and loss
+
+
+def _as_it_came(given: Any, used: Tensor | None) -> bool:
+    """Whether the core can read the tensor `given`, as it did when that had become `used`."""
+    if type(given) is not Tensor or not given.is_contiguous() or used is None or given.is_neg():
+        return False
+    if used is given:
+        return True
+    # a view in another shape, as where the model begins with Flatten
+    return used.data_ptr() == given.data_ptr() and not given.requires_grad
+
+
+class PreparedCall:
+    """The native core for all task sets of one form: what follows from their shapes.
+
+    Attributes:
+        layout: of the gradients; None where none are wanted.
+        last: what `Plan.last` is to say of such a call.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        lr: Tensor,
+        steps: int,
+        first_order: bool,
+        support: TaskSet,
+        query: TaskSet,
+        wanted: Wanted,
+    ) -> None:
+        """Work it out; lr is [columns] or [rows, columns], in the order the core wants."""
+        self.plan = plan
+        self.dtype_code = plan.dtype_code
+        self.steps = steps
+        self.first_order = first_order
+        self.tasks = support.tasks
+        self.lr_rows = 1 if lr.ndim == 1 else lr.shape[0]
+        self.lr_columns = lr.shape[-1]
+        self.predicted = predicted_shape(plan, query)
+        # The core leaves what only pads untouched: rows of predictions, of gradients of inputs.
+        self.pads = query.padded
+        self.pads_gradients = (wanted[2] or wanted[3]) and (support.padded or query.padded)
+        self.layout = Layout.of(plan, wanted, (lr, support.x, query.x))
+        second_order = self.layout is not None and not first_order
+        self.last = (support.tasks, support.rows, query.rows, steps, second_order)
+        self.core = plan.core("meta_gradient", self.last, wanted, self.lr_rows)
+
+    def memory(self) -> Gradients | None:
+        """Where `run` may put the gradients; None where none are wanted."""
+        if self.layout is None:
+            return None
+        gradients = self.layout.memory()
+        if self.pads_gradients or self.tasks == 0:
+            gradients.flat.zero_()
+        return gradients
+
+    def run(
+        self,
+        parameters: Sequence[Tensor],
+        lr: Tensor,
+        support: Pointers,
+        query: Pointers,
+        gradients: Gradients | None,
+    ) -> Results:
+        """Call the core.
+
+        Args:
+            parameters: in the chain's order; they and all others contiguous.
+            lr: as its shape was said to be.
+            support: its `native.rows`.
+            query: its `native.rows`.
+            gradients: where they go, if any are wanted.
+
+        Returns:
+            loss [], task losses [T], predictions.
+        """
+        loss = torch.empty_like(self.plan.scalar)
+        losses = lr.new_empty(self.tasks)
+        make = lr.new_zeros if self.pads else lr.new_empty
+        predictions = make(*self.predicted)
+        if self.tasks == 0:
+            return loss.zero_(), losses, predictions
+        self.core(
+            self.dtype_code,
+            [p.data_ptr() for p in parameters],
+            lr.data_ptr(),
+            self.lr_rows,
+            self.lr_columns,
+            self.steps,
+            self.first_order,
+            self.tasks,
+            support,
+            query,
+            losses.data_ptr(),
+            predictions.data_ptr(),
+            None if gradients is None else gradients.of_parameters,
+            *((0, 0, 0) if gradients is None else gradients.of_inputs),
+            loss.data_ptr(),
+        )
+        return loss, losses, predictions
+
+    def __call__(
+        self,
+        parameters: list[Tensor],
+        lr: Tensor,
+        xs: Tensor,
+        xq: Tensor,
+        support: Pointers,
+        query: Pointers,
+    ) -> Results:
+        """`run`, and where gradients are wanted an autograd node that holds them."""
+        plan, layout = self.plan, self.layout
+        plan.last = self.last
+        gradients = self.memory()
+        loss, losses, predictions = self.run(
+            chained(plan, parameters), lr, support, query, gradients
+        )
+        if layout is not None and gradients is not None:
+            inputs = layout.inputs(parameters, lr, xs, xq)
+            loss = with_graph(Lease(gradients, layout.idle), loss, inputs, NATIVE)
+        return loss, losses, predictions
+
+    # ---- once more ----------------------------------------------------------------------------
+
+    def remember(
+        self,
+        owner: Mapping[str, Any],
+        data: Sequence[Any],
+        support: TaskSet,
+        query: TaskSet,
+        lr: Tensor,
+    ) -> bool:
+        """Note what the call was made of, if it can be made again: if all went in as it came.
+
+        It cannot in the capture of a CUDA graph, where all memory is the graph's.
+
+        Args:
+            owner: the attributes of the MAML module.
+            data: xs, ys, xq, yq as they were given.
+            support: what became of them.
+            query: likewise.
+            lr: the step size as the core took it.
+        """
+        device = self.plan.device
+        if device is not None and device.capturing():
+            return False
+        used = (support.x, support.y, query.x, query.y)
+        if not all(map(_as_it_came, data, used)) or self.plan.lr_order is not None:
+            return False
+        places = _places(owner)
+        learnable = [lr] if owner["_parameters"].get("lr") is not None else []
+        self._watch = self.plan.watch.and_also(places, learnable, device is not None)
+        self._lr, self._stream = lr, None if device is None else device.stream()
+        self._forms_of = forms if device is None else forms_there
+        self._forms = self._forms_of(list(data))
+        return True
+
+    def _may_be_made_there(self, device: Device) -> bool:
+        """Whether nobody is to check values, and `lr` is one of the stream and no graph's."""
+        return not (native.checking_values or device.stream() != self._stream or device.capturing())
+
+    def again(self, xs: Any, ys: Any, xq: Any, yq: Any) -> Results | None:
+        """The results, after `remember`; None where the call would not be the same.
+
+        Whether grad is enabled must be as it was.
+        """
+        device = self.plan.device
+        if not (
+            type(xs) is type(ys) is type(xq) is type(yq) is Tensor
+            and self._watch.is_current()
+            and (device is None or self._may_be_made_there(device))
+        ):
+            return None
+        try:
+            if self._forms_of([xs, ys, xq, yq]) != self._forms:
+                return None
+            _, support_rows, query_rows, *_ = self.last
+            support = (xs.data_ptr(), ys.data_ptr(), 0, support_rows, 0, 0)
+            query = (xq.data_ptr(), yq.data_ptr(), 0, query_rows, 0, 0)
+        except RuntimeError:  # a layout without strides or without a pointer
+            return None
+        return self(self.plan.parameters, self._lr, xs, xq, support, query)
+
+
+def _places(owner: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where a MAML has its settings; a learnable lr is a parameter."""
+    own = [(owner, name) for name in _SETTINGS if name in owner]
+    return [*own, *((owner["_parameters"], name) for name in owner["_parameters"])]
+
+
+def prepare(
+    plan: Plan,
+    lr: Tensor,
+    steps: int,
+    first_order: bool,
+    support: TaskSet,
+    query: TaskSet,
+    wanted: Wanted | None = None,
+) -> tuple[PreparedCall, Tensor]:
+    """The call, and lr as it takes it; the sets are made ready for it.
+
+    `wanted` left out means all that require grad, if grad is enabled.
+    """
+    lr, support, query = native_lr(plan, lr), ready(plan, support), ready(plan, query)
+    if wanted is None:
+        requires = support.x.requires_grad, query.x.requires_grad
+        wanted = (bool(plan.trainable), lr.requires_grad, *requires)
+        if not torch.is_grad_enabled():
+            wanted = (False, False, False, False)
+    return PreparedCall(plan, lr, steps, first_order, support, query, wanted), lr

@@ -1,0 +1,115 @@
+"""Whether what was looked at is still what it was: one answer for models, plans and calls.
+
+A `Watch` holds the objects that were found at some places (a parameter in a module's `_parameters`,
+an attribute in its `__dict__`), and the form of some tensors. It is current as long as each place
+has the same object, no module has got an attribute, a child or a hook more, and the tensors have
+the same form. That is asked before every native call, which may itself take a few microseconds;
+so it is no walk, but a few passes over prepared lists. Values are not its business.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Place: TypeAlias = tuple[dict[str, Any], str]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks."""
+    return any(module.__dict__[hooks] for hooks in HOOKS)
+
+
+def forms(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """All about some tensors but their values; of their devices, whether it is the CPU."""
+    return [
+        (t.shape, t.dtype, t.is_cpu, t.requires_grad, t.is_contiguous(), t.is_neg())
+        for t in tensors
+    ]
+
+
+def forms_there(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """As `forms`, with the devices themselves, which takes longer."""
+    return [
+        (t.shape, t.dtype, t.device, t.requires_grad, t.is_contiguous(), t.is_neg())
+        for t in tensors
+    ]
+
+
+class Watch:
+    """The objects at some places, the modules around them, and the forms of some tensors."""
+
+    def __init__(
+        self,
+        places: Iterable[Place] = (),
+        modules: Sequence[nn.Module] = (),
+        holders: Sequence[nn.Module] = (),
+        counted: bool = True,
+    ) -> None:
+        """Note what is there now.
+
+        Args:
+            places: of objects.
+            modules: whose hooks and class count, and whose number of attributes where `counted`.
+            holders: of those, the modules whose children count.
+            counted: whether one attribute more is a change: a forward of its own, say.
+        """
+        # Hooks are seen when their dictionary is exchanged, and when something is put into it.
+        found = [*places, *((m.__dict__, name) for m in modules for name in HOOKS)]
+        found += [(m._modules, name) for m in holders for name in m._modules]
+        self._places = [place for place, _ in found]
+        self._keys = [key for _, key in found]
+        self._objects = [place[key] for place, key in found]
+        hooks = [m.__dict__[name] for m in modules for name in HOOKS]
+        self._without = [some for some in hooks if not some]
+        self._with = [some for some in hooks if some]
+        self._modules = list(modules)
+        self._types = list(map(type, modules))
+        self._attributes = [m.__dict__ for m in modules] if counted else []
+        self._counts = list(map(len, self._attributes))
+        self._children = [m._modules for m in holders]
+        self._order = list(map(list, self._children))
+        self._tensors: list[Tensor] = []
+        self._forms_of = forms
+        self._forms: list[tuple[Any, ...]] = []
+
+    def and_also(
+        self, places: Iterable[Place], tensors: Sequence[Tensor], there: bool = False
+    ) -> Watch:
+        """One that watches more places and tensors; `there` says that devices are told apart."""
+        other = object.__new__(Watch)
+        other.__dict__.update(self.__dict__)
+        known = {(id(place), key) for place, key in zip(self._places, self._keys, strict=True)}
+        more = [(place, key) for place, key in places if (id(place), key) not in known]
+        other._places = [*self._places, *(place for place, _ in more)]
+        other._keys = [*self._keys, *(key for _, key in more)]
+        other._objects = [*self._objects, *(place[key] for place, key in more)]
+        other._tensors = [*self._tensors, *tensors]
+        other._forms_of = forms_there if there else forms
+        other._forms = other._forms_of(other._tensors)
+        return other
+
+    def is_current(self) -> bool:
+        """Whether all of it is still there, and nothing was added."""
+        now = map(operator.getitem, self._places, self._keys)
+        try:
+            same = all(map(operator.is_, now, self._objects))
+        except KeyError:  # something was deleted
+            return False
+        return (
+            same
+            and not any(self._without)
+            and all(self._with)
+            and self._forms_of(self._tensors) == self._forms
+            and list(map(len, self._attributes)) == self._counts
+            and list(map(type, self._modules)) == self._types
+            and list(map(list, self._children)) == self._order
+        )
