@@ -2,17 +2,17 @@
 
     python examples/demo.py            # a minute or two; a table, and a figure in examples/out/
 
-**Digits.** scikit-learn's 8 x 8 handwritten digits, each drawing turned by a random angle, so that
-two drawings of a digit need not lie close in pixels and a learner has to know what a turn does.
-Tasks are 3-way: three digits, one or five drawings of each to learn from, fifteen of each to be
-tested on. Digits are held out three at a time: what is trained on seven of them is measured on
-the other three, which it has never seen. Seven classes are few to learn to learn from, so the
-training classes are the seven and their mixtures (one digit's upper or left half with another's
-lower or right half): 91 in all. Accuracy in percent.
+**Digits.** scikit-learn's 8 x 8 handwritten digits, each drawing rotated by a random angle, so
+that two drawings of a digit can be far apart in pixels and a learner has to know what a rotation
+does. Tasks are 3-way: three digits, with one or five drawings of each to learn from and fifteen
+of each to be tested on. Digits are held out three at a time: a learner trained on seven of them
+is tested on the other three, which it has never seen. Seven classes are too few for learning to
+learn, so the training classes are the seven and their mixtures (one digit's upper or left half
+joined to another's lower or right half), 91 in all. Scores are accuracies in percent.
 
 **Sinusoids.** Finn, Abbeel, Levine 2017 (arXiv:1703.03400, section 5.1): ten points of
-``a sin(x - p)``, a in [0.1, 5], p in [0, pi], x in [-5, 5]; the error is measured on a hundred
-others. Mean squared error.
+``a sin(x - p)``, a in [0.1, 5], p in [0, pi], x in [-5, 5]; the mean squared error is measured on
+a hundred other points.
 
 Three starting points for the same network, from which it is adapted to each held-out task by
 plain gradient descent:
@@ -22,11 +22,11 @@ plain gradient descent:
   last layer then replaced by zeros for the new ones; regression on all sinusoids together).
 - random: training from scratch (several draws of the weights).
 
-For every number of steps each of the three gets the step size that did best on other tasks of
-the training classes: every column is the best that it could do with so many steps.
+For every number of steps, each of the three gets the step size that did best on other tasks from
+the training classes, so every column shows the best it could do with that many steps.
 
-The digits' recipe (mixtures, network, step sizes in training) was settled on two other choices of
-held-out digits, 2 5 7 and 0 4 8; with ten digits in all that is a weak separation.
+The recipe for the digits (mixtures, network, step sizes in training) was tuned on two other
+choices of held-out digits, 2 5 7 and 0 4 8; with only ten digits, that is a weak separation.
 """
 
 from __future__ import annotations

@@ -1,27 +1,27 @@
-"""A credit model for every state and every 3-digit zip code, and whether it beats one for all.
+"""A credit model for every state and every 3-digit zip code: does it beat one model for all?
 
     python examples/lending_club.py --data lendingclub_2007_2011.csv.gz     # some minutes
     python examples/lending_club.py --data ... --quick                      # less of everything
 
-42,535 loans of LendingClub, 2007 to 2011, 15 % of which defaulted (what is in the file, and which
-columns a lender knows when it decides, is written in `credit_data.py`). A *task* is a state (50)
-or a 3-digit zip code (837): its past is what a model learns from or is adapted to, its future is
-what the model is measured on.
+The data are 42,535 LendingClub loans from 2007 to 2011, 15 % of which defaulted (`credit_data.py`
+describes the file, and which columns a lender knows at the time of the decision). A *task* is a
+state (50) or a 3-digit zip code (837): a model learns from, or is adapted to, the task's past and
+is scored on its future.
 
-**Time.** The past is what was issued before 2011, the future is 2011. Preprocessing is fitted on
-the past. What is chosen (step sizes, regularisation ...) is chosen on the second half of 2010,
-with models that have seen only what was issued before that. All methods are given the final
-outcome of every past loan, which at the cut is not known yet of the younger ones: the numbers
-compare methods, they do not forecast what a lender would have got.
+**Time.** The past is everything issued before 2011, the future is 2011. Preprocessing is fitted on
+the past. Settings (step sizes, regularisation ...) are chosen on the second half of 2010, with
+models that have seen only loans issued before that. All methods are given the final outcome of
+every past loan, although at the cut-off the outcome of recent loans is not known yet: the numbers
+compare methods; they do not predict what a lender would have achieved.
 
-**Tasks.** The groups are dealt into folds. What a start is learnt from (MAML, Reptile, the pooled
-network) is the past of the other folds' groups; a held-out group is then adapted to on its own
-past, and its future is scored. So each group is scored once, by a start that has never seen it.
-Choices are made in the same way within the other folds. The rivals that need no start are given
-more, not less: they learn from the past of all groups at once, or of the one group.
+**Tasks.** The groups are split into folds. A start (MAML, Reptile, the pooled network) is learnt
+from the past of the groups in the other folds; it is then adapted to each held-out group's own
+past, and the group's future is scored. So each group is scored once, from a start that has never
+seen it. Settings are chosen in the same way within the other folds. The baselines that need no
+start get more data, not less: they learn from the past of all groups at once, or of the one group.
 
 Scores: area under the ROC curve (AUC), Kolmogorov-Smirnov distance (KS), Brier score, log-loss.
-*Macro* is the mean over the groups with enough future loans of both kinds, *micro* takes all
+*Macro* is the mean over the groups with enough future loans of both outcomes; *micro* treats all
 future loans as one set.
 """
 
@@ -63,19 +63,20 @@ SEED = 0
 MAML, REPTILE, TUNED = "MAML, adapted", "Reptile, adapted", "pooled network, fine-tuned"
 UNADAPTED, NETWORK = "pooled network, not adapted", "pooled network, all groups' past"
 LOGISTIC, WITH_GROUP = "logistic regression", "logistic regression, group as a feature"
-BOOSTING, EACH = "gradient boosting, group as a feature", "logistic regression, one a group"
+BOOSTING, EACH = "gradient boosting, group as a feature", "logistic regression per group"
 
 
 HEAD = f"""# LendingClub: a credit model for every state and every 3-digit zip code
 
-Made by `examples/lending_club.py`, which begins with how it is measured: the past is what was
-issued before {CUT}, the future all after it; the start of MAML, Reptile and the fine-tuned
-network has never seen the group that it is adapted to. *Macro* is the mean over the groups with
-at least {LEAST_ROWS} future loans, {LEAST_OF_A_KIND} of each outcome; *micro* takes all future
-loans as one set. Higher AUC and KS are better, lower Brier score and log-loss. The last column is
-the mean difference over groups and half its 95 % interval. That interval does not hold the chance
-in training: with other random starts the pooled network's AUC has a standard deviation of 0.0014
-(states, macro) and 0.0021 (micro), so differences of that size between networks mean nothing.
+Made by `examples/lending_club.py`, which begins with a description of the method: the past is
+everything issued before {CUT}, the future everything after it; the start of MAML, Reptile and the
+fine-tuned network has never seen the group that it is adapted to. *Macro* is the mean over the
+groups with at least {LEAST_ROWS} future loans, {LEAST_OF_A_KIND} of each outcome; *micro* treats
+all future loans as one set. Higher is better for AUC and KS, lower for Brier score and log-loss.
+The last column is the mean difference over groups and half the width of its 95 % interval. The
+interval does not include the randomness of training: with other random starts, the pooled
+network's AUC has a standard deviation of 0.0014 (states, macro) and 0.0021 (micro), so differences
+of that size between networks mean nothing.
 """
 
 
@@ -477,7 +478,7 @@ def verdict(result: Result) -> str:
     ]
     for method in (MAML, REPTILE, TUNED):
         mean, half = result.gain(method)
-        word = "not told apart from" if abs(mean) <= half else "above" if mean > 0 else "below"
+        word = "indistinguishable from" if abs(mean) <= half else "above" if mean > 0 else "below"
         lines.append(f"{method}: {word} {LOGISTIC} (macro AUC {mean:+.4f} ± {half:.4f}).")
     return "\n".join(f"- {line}" for line in lines)
 

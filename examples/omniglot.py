@@ -4,21 +4,20 @@
 
 The experiment is the "MAML, no conv" row of Finn, Abbeel, Levine 2017 (arXiv:1703.03400, table 1
 and appendix A.1): 5-way tasks, 784-256-128-64-64-5 with batch normalisation (batch statistics) and
-ReLU after each hidden layer, one inner step in training, 32 tasks a meta-batch. All 1,623
-characters are shuffled into 1,100 for training, 100 for validation and 423 for the test; in
-training each character turned by 0, 90, 180 or 270 degrees is a class of its own.
+ReLU after each hidden layer, one inner step in training, 32 tasks per meta-batch. The 1,623
+characters are randomly split into 1,100 for training, 100 for validation and 423 for testing; in
+training each rotation of a character by 0, 90, 180 or 270 degrees is a class of its own.
 
-The learner is chosen on tasks of the validation characters (which iteration, how many inner
-steps), and then measured once on ``--test-tasks`` tasks of the test characters, each with 15
-query drawings of each class.
+Tasks from the validation characters decide which learner is used (which iteration, how many inner
+steps). It is then tested once on ``--test-tasks`` tasks from the test characters, each with 15
+query drawings per class.
 
-The step sizes. The original code's inner loss is the sum over a task's rows divided by the number
-of shots, that is ``ways`` times the mean cross-entropy taken here: its inner step size of 0.4 is
+Step sizes: the original code's inner loss is the sum over a task's rows divided by the number of
+shots, which is ``ways`` times the mean cross-entropy used here, so its inner step size of 0.4 is
 2.0 in this script's terms. The defaults are not the paper's: the inner step size is 0.5, Adam's
-begins at 3e-3 and goes down linearly to 3e-5, and training's query sets have five drawings of each
-class also for 1-shot tasks. After 6,000 meta-batches that is at 85.2 % on the validation
-characters where the paper's step sizes (``--inner-lr 2 --outer-lr 1e-3 --final-lr 1e-3``) are at
-80.2 %, both 1-shot.
+falls linearly from 3e-3 to 3e-5, and query sets in training have five drawings per class even for
+1-shot tasks. After 6,000 meta-batches this reaches 85.2 % on the validation characters, and the
+paper's step sizes (``--inner-lr 2 --outer-lr 1e-3 --final-lr 1e-3``) reach 80.2 %, both 1-shot.
 
 The data file is an ``.npz`` with at least one of
 

@@ -3,33 +3,34 @@
     python examples/reptile_omniglot.py --data omniglot28.npz
 
 The setting is that of Nichol, Achiam, Schulman 2018 (arXiv:1803.02999) for Omniglot 5-way 1-shot,
-by the options of their published command: 100,000 iterations of five tasks; a training task has
+with the options of their published command: 100,000 iterations of five tasks; a training task has
 ten drawings of each of its five classes, seen once in shuffled batches of ten (five inner steps);
-the outer step size begins at 1 and goes down linearly to 0. A test task has one drawing of each
-class, on which the network is adapted by 50 steps. 1,200 of the 1,623 characters are for training
-(each turned by 0, 90, 180 or 270 degrees is a class of its own), 423 for the test.
+the outer step size falls linearly from 1 to 0. A test task has one drawing of each class, to which
+the network is adapted in 50 steps. 1,200 of the 1,623 characters are used for training (each
+rotation by 0, 90, 180 or 270 degrees is a class of its own), 423 for testing.
 
-What differs from the paper, besides the random numbers:
+Besides the random numbers, this differs from the paper:
 
-- The network: MAML's 784-256-128-64-64-5 with batch normalisation and ReLU, in place of four
+- The network is MAML's 784-256-128-64-64-5 with batch normalisation and ReLU, instead of four
   convolutions with the same.
-- The inner optimiser: gradient descent with step size 0.1. The paper's is Adam with beta1 = 0 and
-  step size 0.001, whose second moment the published code carries on from task to task. Here every
-  task begins with a new Adam, in whose five steps each weight moves by about the step size however
-  small its gradient is, so that, presumably, the weights wander about: with
-  ``--inner-optimizer adam --inner-lr 0.001`` 5,000 iterations come to 53 % and 100,000 to 46 %
+- The inner optimiser is gradient descent with step size 0.1. The paper's is Adam with beta1 = 0 and
+  step size 0.001, whose second moment the published code carries over from task to task. Here every
+  task would begin with a new Adam, and in its five steps each weight moves by about the step size
+  however small its gradient is, so presumably the weights drift: with
+  ``--inner-optimizer adam --inner-lr 0.001``, 5,000 iterations reach 53 % and 100,000 reach 46 %
   (each query alone).
-  The step size was chosen among a few by runs of 4,000 to 12,000 iterations that were scored on 150
-  tasks of the test's own classes, so the figures below are a little flattered.
+  The step size was chosen from a few values in runs of 4,000 to 12,000 iterations, scored on 150
+  tasks from the test's own classes, so the figures below are slightly optimistic.
 - Test tasks have 15 query drawings of each class, not one. Drawings are white ink on black.
 
-Batch normalisation takes the statistics of the rows it is given, also in a test. As in the paper
-there are two figures: each query drawing classified alone, together with the support set only; and
+Batch normalisation uses the statistics of the rows it is given, in tests too. As in the paper
+there are two figures: each query drawing classified on its own, with only the support set; and
 all query drawings together, where each also says something about the others ("transduction").
-With ``--no-batch-norm`` the two are the same (31 % after 4,000 iterations, with it 71 % alone).
+With ``--no-batch-norm`` the two are the same (31 % after 4,000 iterations; with it, 71 % alone).
 
-After all 100,000 iterations (533 s of one thread on a busy machine) it is at 82.9 +- 0.4 % alone
-and 87.2 +- 0.4 % together, on 2,000 test tasks. The paper's convolutions reach 95.4 and 97.7 %.
+After all 100,000 iterations (533 s on one thread of a busy machine) the accuracy is 82.9 +- 0.4 %
+alone and 87.2 +- 0.4 % together, on 2,000 test tasks. The paper's convolutions reach 95.4 and
+97.7 %.
 
 The data file is the one that ``omniglot.py`` in this folder describes.
 """

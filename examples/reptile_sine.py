@@ -1,14 +1,14 @@
-"""Reptile on sinusoids: the demonstration published with the algorithm, in one native call a task.
+"""Reptile on sinusoids: the demonstration published with the algorithm, one native call per task.
 
     python examples/reptile_sine.py            # a table, and a figure in examples/out/
 
 Nichol, Achiam, Schulman 2018 (arXiv:1803.02999, section 4.1), with the settings of the authors'
-published script: a 1-64-64-1 network with tanh is to fit ``a sin(x + p)``, a in [0.1, 5], p in
-[0, 2 pi]. Training: 30,000 iterations of one task each. A task has its 50 points evenly on
+published script: a 1-64-64-1 network with tanh learns to fit ``a sin(x + p)``, a in [0.1, 5], p in
+[0, 2 pi]. Training: 30,000 iterations of one task each. A task's 50 points are evenly spaced on
 [-5, 5]; the inner loop is one epoch over them in shuffled batches of ten, by gradient descent with
-step size 0.02; the outer step size begins at 0.1 and goes down linearly to 0. Test: ten of a new
-sinusoid's 50 points (drawn with replacement), 32 steps of the same step size on all ten, mean
-squared error on all 50.
+step size 0.02; the outer step size falls linearly from 0.1 to 0. Test: ten of a new sinusoid's 50
+points (drawn with replacement), 32 steps with the same step size on all ten, mean squared error on
+all 50.
 
 Three starting points for the same network:
 
@@ -16,7 +16,7 @@ Three starting points for the same network:
 - pooled: trained in the ordinary way (Adam) on points of all sinusoids together.
 - random: not trained; several draws of the weights.
 
-Errors grow with the square of the amplitude, so means are those of the large sinusoids; medians
+Errors grow with the square of the amplitude, so the large sinusoids dominate the means; medians
 are printed as well.
 """
 
