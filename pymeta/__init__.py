@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pymeta.models.adapter import Adapter
     from pymeta.models.arrays import AdaptedArrays
     from pymeta.models.stacked import History
-    from pymeta.native import num_threads, set_num_threads
+    from pymeta.native import free_memory, num_threads, set_num_threads
     from pymeta.spec.optimizers import SGD, Adam, LearnableLR
     from pymeta.spec.schedule import Schedule
 
@@ -35,6 +35,7 @@ _HOMES = {
     "Adam": "spec.optimizers",
     "LearnableLR": "spec.optimizers",
     "Schedule": "spec.schedule",
+    "free_memory": "native",
     "num_threads": "native",
     "set_num_threads": "native",
 }
@@ -53,6 +54,7 @@ __all__ = [
     "Reptile",
     "ReptileOutcome",
     "Schedule",
+    "free_memory",
     "num_threads",
     "set_num_threads",
 ]

@@ -17,6 +17,7 @@ _VARIABLES = (
     "PYMETA_ISA",
     "PYMETA_EXECUTOR",
     "PYMETA_NUM_THREADS",
+    "PYMETA_KEPT_BYTES",
     "PYMETA_BLOCK_THREADS",
     "PYMETA_CHECK_VALUES",
 )
@@ -52,7 +53,8 @@ def report() -> list[str]:
             f"native      {native.extension().__version__}",
             f"isa         {native.isa()} (of {', '.join(native.isas())})",
             f"executor    {native.executor()}",
-            f"threads     {native.num_threads()} of {os.cpu_count()} cores",
+            f"threads     {native.num_threads()} of {native.extension().available_cores()} cores "
+            f"that this process may use, of {os.cpu_count()}",
             *_cuda_lines(),
         ]
     else:

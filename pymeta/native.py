@@ -6,7 +6,9 @@ Environment variables, read once when this module is imported:
     PYMETA_EXECUTOR     "rows", "lanes", "auto" (default: chosen from the shapes), or in builds for
                         development "emulated": tensors on the CPU go the way of CUDA tensors, to
                         the CUDA executor's code on threads of the host
-    PYMETA_NUM_THREADS  how many threads one call may use; default all cores
+    PYMETA_NUM_THREADS  how many threads one call may use; default all cores that this process may
+                        use: its affinity, and the CPU quota of its control group
+    PYMETA_KEPT_BYTES   how much working memory is kept between calls; default 256 MiB
     PYMETA_BLOCK_THREADS  threads of a block of the CUDA executor; default chosen from the shapes
     PYMETA_CHECK_VALUES 1: each call with CUDA tensors waits for them and checks labels and weights,
                         as calls on the CPU do; default 0: a wrong one makes its task's results NaN
@@ -52,7 +54,11 @@ def extension() -> Any:
 
 
 def num_threads() -> int:
-    """How many threads a call may use."""
+    """How many threads a call may use.
+
+    Unless it was set: the cores that this process may use, by its affinity and by the CPU quota of
+    its control group (as containers have it), rounded up.
+    """
     return int(extension().num_threads())
 
 
@@ -63,6 +69,36 @@ def set_num_threads(n: int) -> None:
     if n < 1:
         raise ValueError(f"n: expected an integer >= 1, got {n}")
     extension().set_num_threads(n)
+
+
+def free_memory() -> int:
+    """Give working memory that no call uses now back to the system; how many bytes that was.
+
+    Calls keep theirs for the next ones, up to `kept_bytes()`. What an `Adapter` keeps for itself
+    goes with it, and the workspace of calls with CUDA tensors is torch's.
+    """
+    return int(extension().free_memory())
+
+
+def kept_bytes() -> int:
+    """How many bytes of working memory are kept between calls, at most."""
+    return int(extension().kept_bytes())
+
+
+def set_kept_bytes(n: int) -> None:
+    """Keep up to `n` bytes of working memory between calls; 0: none.
+
+    A call that needs more has all it needs, and gives back what is beyond when it ends.
+
+    Raises:
+        TypeError: `n` is no integer.
+        ValueError: it is negative.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n: expected an integer >= 0, got {type(n).__name__}")
+    if n < 0:
+        raise ValueError(f"n: expected an integer >= 0, got {n}")
+    extension().set_kept_bytes(n)
 
 
 def isas() -> list[str]:
@@ -184,6 +220,7 @@ _SETTINGS: tuple[tuple[str, Callable[[str], None]], ...] = (
     ("PYMETA_ISA", set_isa),
     ("PYMETA_EXECUTOR", set_executor),
     ("PYMETA_NUM_THREADS", lambda text: set_num_threads(int(text))),
+    ("PYMETA_KEPT_BYTES", lambda text: set_kept_bytes(int(text))),
     ("PYMETA_BLOCK_THREADS", lambda text: set_block_threads(int(text))),
     ("PYMETA_CHECK_VALUES", lambda text: set_check_values(_switch(text))),
 )

@@ -233,31 +233,21 @@ def test_an_exit_while_the_pool_waits():
 # ---- signals ----------------------------------------------------------------------------------
 
 
-def test_an_interrupt_during_a_call_comes_when_it_ends():
-    """A native call runs to its end; then KeyboardInterrupt is raised, and all works as before."""
+def test_an_interrupt_during_an_adapters_call():
+    """KeyboardInterrupt ends a call that would take hours, and all works as before."""
     run("""
     one = adapter(3, 8, 2)
     x, y, q = data(40, 5, 3, 2)
     wanted = one.adapt_predict(x, y, q)
-    slow, (xs, ys, xq) = adapter(3, 100, 2, steps=200), data(200, 50, 3, 2)
-    native.set_num_threads(1)
     # a process that was started in the background inherits that it ignores SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    out = np.full((200, 50, 2), np.nan, np.float32)
-
-    def interrupt():  # once the call is under way: it has written the first predictions
-        while not np.isfinite(out).any():
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    other = threading.Thread(target=interrupt)
+    slow, (xs, ys, _) = adapter(3, 100, 2, steps=10**7), data(100, 50, 3, 2)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
-        other.start()
-        slow.adapt_predict(xs, ys, xq, out)
-        other.join()  # where the call was over before the other thread saw it begin
+        slow.adapt(xs, ys)
         raise SystemExit("it was not interrupted")
     except KeyboardInterrupt:
-        assert np.isfinite(out).all()  # the call ran on
+        pass
     assert same(one.adapt_predict(x, y, q), wanted)
     print("good")
     """)

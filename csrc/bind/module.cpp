@@ -1,12 +1,13 @@
 // The Python module pymeta._native: the only file that knows Python.
 //
 // Arrays come in as addresses (tensor.data_ptr(), 0 for none), so the module needs neither torch nor numpy. Shapes
-// and dtypes were checked by the Python layer; what depends on the data is checked in cpu/dispatch.cpp. See
+// and dtypes were checked by the Python layer; what depends on the data is checked in runtime/check.cpp. See
 // pymeta/_native.pyi for the signatures and their meaning.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <memory>
@@ -18,9 +19,12 @@
 
 #include "../core/losses/registry.h"
 #include "../core/call/shuffle.h"
-#include "../cpu/dispatch.h"
-#include "../cpu/engine.h"
 #include "../cuda/device.h"
+#include "../runtime/cores.h"
+#include "../runtime/engine.h"
+#include "../runtime/fork.h"
+#include "../runtime/memory.h"
+#include "../runtime/run.h"
 #include "network.h"
 
 namespace py = pybind11;
@@ -59,12 +63,52 @@ class ReleasedGil {
       for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
     }
   }
+  PyThreadState** state() { return &state_; }
   ReleasedGil(const ReleasedGil&) = delete;
   ReleasedGil& operator=(const ReleasedGil&) = delete;
 
  private:
   PyThreadState* state_;
 };
+
+// Python runs the handlers of signals in its main thread; only there is a call asked whether one has come.
+std::atomic<std::thread::id> main_thread;
+
+void remember_main_thread() {
+  const py::object main = py::module_::import("threading").attr("main_thread")();
+  const bool is_here = main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+  if (is_here) main_thread = std::this_thread::get_id();
+  // The thread that forks is the child's main thread.
+  static const int registered =
+      at_fork(nullptr, nullptr, [] { main_thread = std::this_thread::get_id(); });
+  (void)registered;
+}
+
+// Has a signal come whose handler raised an exception? For a call that has let go of the GIL.
+bool poll_signals(void* thread_state) {
+  auto& state = *static_cast<PyThreadState**>(thread_state);
+  PyEval_RestoreThread(state);
+  const bool raised = PyErr_CheckSignals() != 0;
+  state = PyEval_SaveThread();
+  return raised;
+}
+
+// run(), during which other threads have the GIL, and which ends soon after a signal whose handler raises.
+template <class Real>
+void run_interruptibly(Call<Real>& call, Job job) {
+  if (std::this_thread::get_id() != main_thread.load()) {
+    const ReleasedGil released;
+    run(call, job);
+    return;
+  }
+  bool finished;
+  {
+    ReleasedGil released;
+    Interrupt interrupt(poll_signals, released.state());
+    finished = run(call, job, &interrupt);
+  }
+  if (!finished) throw py::error_already_set();
+}
 
 std::vector<std::int64_t> parameter_sizes(const Network& network) {
   std::vector<std::int64_t> sizes;
@@ -313,13 +357,14 @@ class Problem {
         describe_blocks(*device, plan_on(*device, call, kind), result);
         return;
       }
-      const Report report = pymeta::plan(call, kind);
-      result["executor"] = executor_name(report.executor);
+      const Plan<Real> plan(call, kind);
+      const Needs& needs = plan.needs();
+      result["executor"] = plan.executor();
       result["isa"] = isa();
-      result["threads"] = report.threads;
-      result["workspace_bytes"] = report.needs.workspace;
-      result["shared_bytes"] = report.needs.shared + report.needs.sums * report.needs.chunks;
-      result["factored"] = report.needs.factored;
+      result["threads"] = plan.threads();
+      result["workspace_bytes"] = needs.workspace;
+      result["shared_bytes"] = needs.shared + needs.sums * needs.chunks;
+      result["factored"] = needs.factored;
     });
     return result;
   }
@@ -427,11 +472,11 @@ class Problem {
   template <class Real>
   static std::size_t execute(Call<Real>& call, Job job, const char* name,
                              const MaybeDevice& device) {
-    const ReleasedGil released;
     if (!device) {
-      run(call, job);
+      run_interruptibly(call, job);
       return 0;
     }
+    const ReleasedGil released;
     const auto& [ordinal, stream, workspace, bytes] = *device;
     assume_largest(call, job);
     const BlockPlan plan = plan_on(ordinal, call, job);
@@ -629,6 +674,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   using namespace pymeta;
   m.doc() = "pymeta's native core; use it through the pymeta package.";
   m.attr("__version__") = PYMETA_VERSION;
+  if (const std::string reason = no_isa_reason(); !reason.empty()) throw py::import_error(reason);
+  remember_main_thread();
 
   m.def("layer_forms", &layer_forms);
   py::class_<OwnedNetwork, std::shared_ptr<OwnedNetwork>>(m, "Network")
@@ -715,6 +762,14 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def(
       "set_block_bytes", [](std::size_t n) { set_block_options({block_options().threads, n}); },
       py::arg("n"));
+  m.def("free_memory", [] {
+    const ReleasedGil released;
+    return free_memory();
+  });
+  m.def("kept_bytes", &kept_bytes);
+  m.def("set_kept_bytes", &set_kept_bytes, py::arg("n"));
+  m.def("available_cores", &available_cores);
+  m.def("cpu_quota", &cpu_quota, py::arg("root") = "");
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def(

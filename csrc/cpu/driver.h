@@ -17,7 +17,7 @@ PYMETA_KERNEL_BEGIN
 template <class Body>
 void parallel(const Team& team, std::int64_t count, Body body) {
   team.run(
-      team.threads, count,
+      team, count,
       [](void* context, std::int64_t index, int worker) {
         (*static_cast<Body*>(context))(index, worker);
       },
@@ -27,49 +27,40 @@ void parallel(const Team& team, std::int64_t count, Body body) {
 template <class X>
 class Driver {
  public:
-  Driver(const Call<Real>& call, Job job)
-      : call_(call), job_(job), workspace_(call), binder_(call) {}
+  // `like`, where given: the needs of another executor whose order of sums is kept (Needs::interleaved).
+  Driver(const Call<Real>& call, Job job, const Needs* like)
+      : call_(call), job_(job), workspace_(call), binder_(call), needs_(lay_out(like)) {}
 
-  Needs needs() const {
-    Needs n{};
-    n.factored = workspace_.factorable;
-    n.start = sizeof(Real) * shared_size();
-    n.sums = sizeof(Real) * sums_size();
-    n.workspace = sizeof(Real) * workspace_.size;
-    const std::int64_t count = items();
-    // Few enough that summing them costs little, enough to balance the threads.
-    std::int64_t most = n.sums ? static_cast<std::int64_t>((std::size_t{2} << 20) / n.sums) : 64;
-    most = most < 8 ? 8 : most > 64 ? 64 : most;
-    const std::int64_t each = (count + most - 1) / most;
-    n.chunks = static_cast<std::size_t>(each ? (count + each - 1) / each : 0);
-    n.shared = sizeof(Real) * (shared_size() + first_size()) + factors_bytes(each);
-    n.cost = cost() * static_cast<double>(count);
-    return n;
-  }
+  const Needs& needs() const { return needs_; }
 
-  void run(const Needs& needs, const Team& team, char* memory) {
+  void run(const Team& team, char* memory) {
     Real* shared = reinterpret_cast<Real*>(memory);
-    sums_ = reinterpret_cast<Real*>(memory + needs.shared);
-    workspaces_ = sums_ + sums_size() * needs.chunks;
+    sums_ = reinterpret_cast<Real*>(memory + needs_.shared);
+    workspaces_ = sums_ + sums_size() * needs_.chunks;
     first_ = shared + shared_size();
     factors_ = first_ + first_size();
     if (!call_.packed_start) pack_shared(shared);
     share(call_.packed_start ? call_.packed_start : shared);
-    const std::int64_t chunks = static_cast<std::int64_t>(needs.chunks);
-    const std::int64_t each = chunks ? (items() + chunks - 1) / chunks : 0;
-    const std::int64_t wave = each ? items_in_wave(each) / each : 1;
+    const std::int64_t chunks = static_cast<std::int64_t>(needs_.chunks);
+    const std::int64_t in_chunk = needs_.items_in_chunk;
+    const std::int64_t wave =
+        in_chunk && has_factors() ? items_in_wave(in_chunk) / in_chunk : chunks;
     for (std::int64_t first = 0; first < chunks; first += wave) {
-      const std::int64_t begin = first * each,
-                         end = (first + wave) * each < items() ? (first + wave) * each : items();
+      const std::int64_t begin = first * in_chunk;
+      const std::int64_t end =
+          (first + wave) * in_chunk < items() ? (first + wave) * in_chunk : items();
       if (has_factors()) project_inputs(team, begin, end);
+      // A wave of all chunks may start with the longest ones.
+      const std::int64_t* order = wave >= chunks ? call_.chunk_order : nullptr;
       parallel(team, first + wave < chunks ? wave : chunks - first,
                [&](std::int64_t index, int worker) {
-                 work_through(first + index, each, begin, worker);
+                 work_through(order ? order[index] : first + index, begin, worker);
                });
       if (has_factors() && wants_gradient()) sum_factors(team, begin, end);
     }
+    if (call_.is_stopped()) return;
     if (call_.mean_loss) *call_.mean_loss = mean_loss();
-    if (wants_gradient()) write_gradients(needs, team);
+    if (wants_gradient()) write_gradients(team);
   }
 
   // The start as run() packs it: needs().start bytes, which calls of the same network and recipe may share.
@@ -92,13 +83,39 @@ class Driver {
     }
     for (int row = 0; call_.lr.per_element && row < call_.lr.rows; ++row) {
       const Real* from = call_.lr.values + static_cast<std::size_t>(row) * call_.lr.columns;
-      each_adapted(
+      for_adapted(
           [&](int t, std::size_t first) { pack(t, from + first, rates + row * layout().size); });
     }
     if (call_.corrections() > 0) fill_corrections(rates + workspace_.rate_scalars(call_));
   }
 
  private:
+  Needs lay_out(const Needs* like) const {
+    Needs n{};
+    n.factored = workspace_.factorable;
+    n.start = sizeof(Real) * shared_size();
+    n.sums = sizeof(Real) * sums_size();
+    n.workspace = sizeof(Real) * workspace_.size;
+    n.tasks_in_item = X::kTasks;
+    const std::int64_t count = items();
+    if (like) {
+      n.interleaved = like->tasks_in_item;
+      n.items_in_chunk = like->items_in_chunk;
+      n.chunks = like->chunks * static_cast<std::size_t>(n.interleaved);
+    } else {
+      // Few enough that summing them costs little, enough to balance the threads.
+      std::int64_t most = n.sums ? static_cast<std::int64_t>((std::size_t{2} << 20) / n.sums) : 64;
+      most = most < 8 ? 8 : most > 64 ? 64 : most;
+      n.interleaved = 1;
+      n.items_in_chunk = (count + most - 1) / most;
+      n.chunks = static_cast<std::size_t>(
+          n.items_in_chunk ? (count + n.items_in_chunk - 1) / n.items_in_chunk : 0);
+    }
+    n.shared = sizeof(Real) * (shared_size() + first_size()) + factors_bytes(n.items_in_chunk);
+    n.cost = cost() * static_cast<double>(count);
+    return n;
+  }
+
   std::int64_t items() const { return (call_.tasks + X::kTasks - 1) / X::kTasks; }
   Item<X> item(std::int64_t index) const {
     Item<X> item{};
@@ -154,17 +171,17 @@ class Driver {
            X::stride(call_.network->layers[0].out.channels);
   }
   // A wave is a bounded number of items, in whole chunks.
-  std::int64_t items_in_wave(std::int64_t each) const {
-    const std::int64_t all = (items() + each - 1) / each * each;
+  std::int64_t items_in_wave(std::int64_t in_chunk) const {
+    const std::int64_t all = (items() + in_chunk - 1) / in_chunk * in_chunk;
     if (!has_factors()) return all;
     const std::int64_t most =
         static_cast<std::int64_t>((std::size_t{32} << 20) / (sizeof(Real) * (task_factors() + 1)));
-    const std::int64_t whole = most / each * each;
-    return whole < each ? each : whole < all ? whole : all;
+    const std::int64_t whole = most / in_chunk * in_chunk;
+    return whole < in_chunk ? in_chunk : whole < all ? whole : all;
   }
-  std::size_t factors_bytes(std::int64_t each) const {
-    if (!has_factors() || each == 0) return 0;
-    const std::size_t tasks = static_cast<std::size_t>(items_in_wave(each));
+  std::size_t factors_bytes(std::int64_t in_chunk) const {
+    if (!has_factors() || in_chunk == 0) return 0;
+    const std::size_t tasks = static_cast<std::size_t>(items_in_wave(in_chunk));
     const std::size_t bytes = tasks * (task_factors() * sizeof(Real) + 2 * sizeof(Segment));
     return (bytes + 63) / 64 * 64;
   }
@@ -241,7 +258,7 @@ class Driver {
 
   // body(tensor, index of its first element among all adapted elements)
   template <class Body>
-  void each_adapted(Body body) const {
+  void for_adapted(Body body) const {
     std::size_t first = 0;
     for (int t = 0; t < call_.network->tensor_count; ++t) {
       if (!call_.adapted[t]) continue;
@@ -252,7 +269,8 @@ class Driver {
 
   // ---- tasks ---------------------------------------------------------------------------------------------------
 
-  void work_through(std::int64_t chunk, std::int64_t each, std::int64_t wave_begin, int worker) {
+  void work_through(std::int64_t chunk, std::int64_t wave_begin, int worker) {
+    if (call_.is_stopped()) return;
     Real* memory = workspaces_ + worker * workspace_.size;
     Real* sums = sums_ + chunk * sums_size();
     const Memory places{memory};
@@ -267,11 +285,17 @@ class Driver {
     }
     if (lr_sums() > 0) memset(totals.lr_gradient, 0, sizeof(Real) * workspace_.lr_scalars(call_));
     InnerLoop<X> loop(call_, workspace_, shared_, Memory{memory});
-    const std::int64_t end = (chunk + 1) * each < items() ? (chunk + 1) * each : items();
-    for (std::int64_t index = chunk * each; index < end; ++index) {
+    const std::int64_t interleaved = needs_.interleaved;
+    const std::int64_t run = chunk / interleaved * needs_.items_in_chunk;
+    for (std::int64_t i = run; i < run + needs_.items_in_chunk; ++i) {
+      const std::int64_t index = i * interleaved + chunk % interleaved;
+      if (index >= items() || call_.is_stopped()) break;
       process(index, index - wave_begin, loop, memory, totals);
       totals.fresh = false;
     }
+    // A part of an interleaved chunk may have no task.
+    if (totals.fresh && gradient_sums() > 0)
+      memset(totals.gradient, 0, sizeof(Real) * gradient_sums() * X::kElement);
     if (folded) fold(totals.gradient, gradient_sums(), sums);
     if (lr_sums() > 0) fold_rates(totals.lr_gradient, lr_sums_of(sums));
   }
@@ -376,22 +400,22 @@ class Driver {
     });
   }
 
-  void write_gradients(const Needs& needs, const Team& team) {
+  void write_gradients(const Team& team) {
     const std::size_t size = sums_size();
-    if (needs.chunks == 0) {  // no tasks: all sums are empty
+    if (needs_.chunks == 0) {  // no tasks: all sums are empty
       memset(sums_ = workspaces_, 0, sizeof(Real) * size);
       memset(first_, 0, sizeof(Real) * first_size());
     }
     const Vec tasks = broadcast(Real(call_.tasks > 0 ? call_.tasks : 1));
+    const std::size_t runs = needs_.chunks / static_cast<std::size_t>(needs_.interleaved);
     constexpr std::size_t slice = 8192;
     parallel(team, static_cast<std::int64_t>((size + slice - 1) / slice),
              [&](std::int64_t index, int) {
                const std::size_t begin = index * slice,
                                  end = begin + slice < size ? begin + slice : size;
                for (std::size_t i = begin; i < end; i += kWidth) {
-                 Vec sum = load(sums_ + i);
-                 for (std::size_t chunk = 1; chunk < needs.chunks; ++chunk)
-                   sum = sum + load(sums_ + chunk * size + i);
+                 Vec sum = runs > 0 ? sum_of_run(0, i) : load(sums_ + i);
+                 for (std::size_t run = 1; run < runs; ++run) sum = sum + sum_of_run(run, i);
                  store(sums_ + i, sum / tasks);
                }
              });
@@ -404,6 +428,18 @@ class Driver {
              call_.gradients[t]);
     }
     if (call_.lr_gradient) write_rates(lr_sums_of(sums_));
+  }
+
+  // The sum of a run of items at a place of the sums: one chunk, or several that are parts of it, added as sum_lanes() adds
+  // the lanes whose tasks they have.
+  Vec sum_of_run(std::size_t run, std::size_t place) const {
+    const std::size_t size = sums_size();
+    if (needs_.interleaved == 1) return load(sums_ + run * size + place);
+    Vec parts[kWidth];
+    for (int i = 0; i < kWidth; ++i) parts[i] = load(sums_ + (run * kWidth + i) * size + place);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) parts[i] = parts[i] + parts[i + half];
+    return parts[0];
   }
 
   // The factored tasks' share of the first layer's gradient, and the share of those that were not factored.
@@ -422,7 +458,7 @@ class Driver {
       return;
     }
     for (int row = 0; row < call_.lr.rows; ++row)
-      each_adapted([&](int t, std::size_t first) {
+      for_adapted([&](int t, std::size_t first) {
         const PackedTensor& tensor = layout().tensors[t];
         unpack(tensor, sums + (row * layout().size + tensor.place) / X::kElement,
                tensor.row / X::kElement,
@@ -434,6 +470,7 @@ class Driver {
   const Job job_;
   const Workspace<X> workspace_;
   const Binder<X> binder_;
+  const Needs needs_;
   Shared shared_{};
   Real* sums_ = nullptr;  // [chunks, sums_size]
   Real* workspaces_ = nullptr;

@@ -6,27 +6,35 @@
 #include "driver.h"
 #include "kernels.h"
 
+#include <new>
+
+#include "driver.h"
+
+// EXECUTOR(name, class): a new one has its include and its line here. The first is the one for a single task.
+#define PYMETA_EXECUTORS(EXECUTOR) \
+  EXECUTOR(rows, RowsExecutor)     \
+  EXECUTOR(lanes, LanesExecutor)
+
 PYMETA_KERNEL_BEGIN
 
-Needs needs(const Call<Real>& call, Job job, ExecutorKind kind) {
-  if (kind == ExecutorKind::lanes) return Driver<LanesExecutor>(call, job).needs();
-  return Driver<RowsExecutor>(call, job).needs();
+template <class X>
+const Needs* plan(const Call<Real>& call, Job job, const Needs* like, void* plan) {
+  return &(new (plan) Driver<X>(call, job, like))->needs();
+}
+template <class X>
+void run(void* plan, const Team& team, char* memory) {
+  static_cast<Driver<X>*>(plan)->run(team, memory);
+}
+template <class X>
+void pack(const void* plan, Real* start) {
+  static_cast<const Driver<X>*>(plan)->pack_shared(start);
 }
 
-void run(const Call<Real>& call, Job job, ExecutorKind kind, const Needs& needs, const Team& team,
-         char* memory) {
-  if (kind == ExecutorKind::lanes)
-    Driver<LanesExecutor>(call, job).run(needs, team, memory);
-  else
-    Driver<RowsExecutor>(call, job).run(needs, team, memory);
-}
-
-void pack(const Call<Real>& call, Job job, ExecutorKind kind, Real* start) {
-  if (kind == ExecutorKind::lanes)
-    Driver<LanesExecutor>(call, job).pack_shared(start);
-  else
-    Driver<RowsExecutor>(call, job).pack_shared(start);
-}
+constexpr ExecutorTable<Real> kExecutors[] = {
+#define PYMETA_ENTRY(name, X) {#name, sizeof(Driver<X>), plan<X>, run<X>, pack<X>},
+    PYMETA_EXECUTORS(PYMETA_ENTRY)
+#undef PYMETA_ENTRY
+};
 
 // Ten independent chains hide the latency of the multiply-add on every core we know.
 double fma_rate(std::int64_t rounds) {
@@ -55,6 +63,7 @@ PYMETA_KERNEL_END
 namespace pymeta {
 extern const Kernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_ISA, PYMETA_REAL);
 const Kernels<PYMETA_REAL> PYMETA_TABLE(PYMETA_ISA, PYMETA_REAL) = {
-    PYMETA_NAME(PYMETA_ISA), PYMETA_ISA::needs, PYMETA_ISA::run, PYMETA_ISA::pack,
+    PYMETA_NAME(PYMETA_ISA), PYMETA_ISA::kExecutors,
+    static_cast<int>(sizeof PYMETA_ISA::kExecutors / sizeof PYMETA_ISA::kExecutors[0]),
     PYMETA_ISA::fma_rate};
 }  // namespace pymeta

@@ -1,7 +1,7 @@
 // The interface between one instruction set's kernels and the rest: plain data and function pointers.
 //
-// kernels.cpp is compiled once for each instruction set and each Real and exports one `Kernels` table;
-// dispatch.cpp chooses a table, an executor and the memory. Nothing else crosses this line.
+// kernels.cpp is compiled once for each instruction set and each Real and exports one `Kernels` table, which lists the
+// executors; runtime/ chooses a table, an executor and the memory. Nothing else crosses this line.
 #pragma once
 
 #include <cstddef>
@@ -11,12 +11,11 @@
 
 namespace pymeta {
 
-enum class ExecutorKind { rows, lanes };
-
 // Runs body(context, index, worker) for index in [0, count) on up to `threads` workers.
 struct Team {
   int threads;
-  void (*run)(int threads, std::int64_t count,
+  void* owner;  // what `run` knows of the call, or null
+  void (*run)(const Team&, std::int64_t count,
               void (*body)(void* context, std::int64_t index, int worker), void* context);
 };
 
@@ -30,16 +29,35 @@ struct Needs {
   double cost;            // estimated cycles of the whole call on one thread
   bool factored;          // the first layer is never materialised
 
+  // An item is a task, or a vector of tasks; a chunk is a run of items whose gradients are summed in order, and the chunks'
+  // sums are added in order. All of it depends on the call alone. An executor of single tasks can keep the order of one
+  // of vectors: then a chunk is one lane of such a run, every `interleaved`-th of its tasks, and the sums of as many chunks are
+  // first added as lanes are.
+  int tasks_in_item;
+  int interleaved;  // 1: chunks are runs of their own
+  std::int64_t items_in_chunk;
+
   std::size_t bytes(int threads) const { return shared + sums * chunks + workspace * threads; }
+};
+
+// An executor of one instruction set. A plan of a call lies in memory of the caller's, `plan_bytes` of it at a multiple of
+// 64, and is used as long as the call is where it was and as large; it needs no destruction.
+template <class Real>
+struct ExecutorTable {
+  const char* name;
+  std::size_t plan_bytes;
+  // `like` (or null): needs of another executor, whose order of sums is kept.
+  const Needs* (*plan)(const Call<Real>&, Job, const Needs* like, void* plan);
+  void (*run)(void* plan, const Team&, char* memory);
+  // Writes Needs::start bytes: the start for Call::packed_start of calls that differ in their rows only.
+  void (*pack)(const void* plan, Real* start);
 };
 
 template <class Real>
 struct Kernels {
   const char* isa;
-  Needs (*needs)(const Call<Real>&, Job, ExecutorKind);
-  void (*run)(const Call<Real>&, Job, ExecutorKind, const Needs&, const Team&, char* memory);
-  // Writes Needs::start bytes: the start for Call::packed_start of calls that differ in their rows only.
-  void (*pack)(const Call<Real>&, Job, ExecutorKind, Real* start);
+  const ExecutorTable<Real>* executors;
+  int executor_count;
   double (*fma_rate)(
       std::int64_t rounds);  // executes a known number of FMAs from registers; returns their FLOPs
 };

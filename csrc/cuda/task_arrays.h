@@ -1,7 +1,7 @@
 // The way between a block's task and the caller's arrays (core/algorithms/job.h): what cpu/item_arrays.h, binding.h and
 // minibatches.h are to the CPU's executors.
 //
-// Nobody has looked at labels and weights before, as the CPU's dispatch.cpp does: a row with a wrong one gets NaN for its
+// Nobody has looked at labels and weights before, as runtime/check.cpp does for the CPU: a row with a wrong one gets NaN for its
 // share of the loss, and so does everything that depends on it.
 #pragma once
 

@@ -37,10 +37,12 @@
 #include "../core/call/shuffle.h"
 #include "../core/layers/registry.h"
 #include "../core/losses/registry.h"
-#include "../cpu/dispatch.h"
-#include "../cpu/engine.h"
-#include "../cpu/thread_pool.h"
 #include "../cuda/device.h"
+#include "../runtime/cores.h"
+#include "../runtime/engine.h"
+#include "../runtime/memory.h"
+#include "../runtime/run.h"
+#include "../runtime/threads.h"
 
 // Counts what is allocated, for the promise that an Engine's calls of known sizes allocate nothing.
 static std::atomic<long> allocations{0};
@@ -58,23 +60,6 @@ void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 
 namespace pymeta {
-
-// The tables of kernels.cpp, for runs on memory of our own.
-#define PYMETA_TABLES(isa)                           \
-  extern const Kernels<float> kernels_##isa##_float; \
-  extern const Kernels<double> kernels_##isa##_double;
-#ifdef PYMETA_HAS_BASELINE
-PYMETA_TABLES(baseline)
-#endif
-#ifdef PYMETA_HAS_AVX2
-PYMETA_TABLES(avx2)
-#endif
-#ifdef PYMETA_HAS_AVX512
-PYMETA_TABLES(avx512)
-#endif
-#ifdef PYMETA_HAS_NEON
-PYMETA_TABLES(neon)
-#endif
 
 namespace {
 
@@ -100,29 +85,6 @@ void check(bool holds, const std::string& what, int line) {
   }
 }
 #define CHECK(holds, what) check((holds), (what), __LINE__)
-
-template <class Real>
-const Kernels<Real>& table(const std::string& isa) {
-  const auto pick = [](const Kernels<float>& f, const Kernels<double>& d) -> const Kernels<Real>& {
-    if constexpr (sizeof(Real) == 4)
-      return (void)d, f;
-    else
-      return (void)f, d;
-  };
-#ifdef PYMETA_HAS_BASELINE
-  if (isa == "baseline") return pick(kernels_baseline_float, kernels_baseline_double);
-#endif
-#ifdef PYMETA_HAS_AVX2
-  if (isa == "avx2") return pick(kernels_avx2_float, kernels_avx2_double);
-#endif
-#ifdef PYMETA_HAS_AVX512
-  if (isa == "avx512") return pick(kernels_avx512_float, kernels_avx512_double);
-#endif
-#ifdef PYMETA_HAS_NEON
-  if (isa == "neon") return pick(kernels_neon_float, kernels_neon_double);
-#endif
-  throw std::logic_error("no table for " + isa);
-}
 
 // ---- arrays and random numbers -----------------------------------------------------------------
 
@@ -298,6 +260,10 @@ SideData make_side(const Setup& setup, int rows, Random& random) {
     side.labels.push_back(random.below(network.out_features()));
     side.weights.push_back(random.below(4) == 0 ? 0 : random.uniform());
   }
+  // At least two that count, where they are normalised by one another.
+  for (std::size_t t = 0; batch_norm && t < side.sizes.size(); ++t)
+    for (std::int64_t r = 0; r < 2 && r < side.sizes[t]; ++r)
+      side.weights[static_cast<std::size_t>(side.starts[t] + r)] = 0.5;
   return side;
 }
 
@@ -324,6 +290,9 @@ Data make_data(const Setup& setup, std::uint64_t seed) {
   for (double& v : data.lr) v = static_cast<float>(0.02 + 0.1 * random.uniform());
   data.support = make_side(setup, setup.support, random);
   data.query = make_side(setup, setup.query, random);
+  // Predictions alone have no weights: their statistics are those of all rows, and an Engine's first layer is factored.
+  if (mixes_rows(network) || setup.factored)
+    for (double& weight : data.query.weights) weight = weight > 0 ? weight : 0.5;
   return data;
 }
 
@@ -592,18 +561,39 @@ class Problem {
   int lr_rows_, lr_columns_;
 };
 
+void run_alone(const Team&, std::int64_t count, IndexBody body, void* context) {
+  for (std::int64_t i = 0; i < count; ++i) body(context, i, 0);
+}
+
+template <class Real>
+const ExecutorTable<Real>& executor_named(const std::string& name) {
+  const Kernels<Real>& table = kernels<Real>();
+  for (int i = 0; i < table.executor_count; ++i)
+    if (name == table.executors[i].name) return table.executors[i];
+  throw std::invalid_argument(name);
+}
+
+// Cleared before use, and a multiple of 64.
+struct Aligned {
+  std::unique_ptr<char, decltype(&std::free)> data{nullptr, &std::free};
+
+  explicit Aligned(std::size_t bytes, int content = 0xff) {
+    bytes = bytes ? (bytes + 63) / 64 * 64 : 64;
+    data.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
+    std::memset(data.get(), content, bytes);
+  }
+};
+
 // A run on working memory of exactly the size asked for, every byte of it set before: to NaN.
 template <class Real>
-Runner<Real> on_dirty_memory(ExecutorKind kind) {
-  return [kind](Call<Real>& call, Job job) {
+Runner<Real> on_dirty_memory(const std::string& name) {
+  return [name](Call<Real>& call, Job job) {
     pymeta::check(call, job);
-    const Kernels<Real>& kernels = table<Real>(isa());
-    const Needs needs = kernels.needs(call, job, kind);
-    const std::size_t bytes = (needs.bytes(1) + 63) / 64 * 64;
-    std::unique_ptr<char, decltype(&std::free)> memory(
-        static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64)), &std::free);
-    std::memset(memory.get(), 0xff, bytes);
-    kernels.run(call, job, kind, needs, Team{1, parallel_for}, memory.get());
+    const ExecutorTable<Real>& executor = executor_named<Real>(name);
+    const Aligned plan(executor.plan_bytes);
+    const Needs& needs = *executor.plan(call, job, nullptr, plan.data.get());
+    const Aligned memory(needs.bytes(1));
+    executor.run(plan.data.get(), Team{1, nullptr, run_alone}, memory.data.get());
   };
 }
 
@@ -804,21 +794,20 @@ void check_bits(const Setup& setup, const std::string& name) {
   set_num_threads(1);
   set_executor("rows");
   const Results<Real> wanted = problem.results();
-  for (const char* each : {"rows", "lanes"}) {
-    const std::string here = name + " " + each;
-    const ExecutorKind kind = each[0] == 'r' ? ExecutorKind::rows : ExecutorKind::lanes;
-    set_executor(each);
+  for (const std::string executor : {"rows", "lanes"}) {
+    const std::string here = name + " " + executor;
+    set_executor(executor);
     set_num_threads(1);
     const Results<Real> one = problem.results();
     if (!setup.factored) CHECK(one.same_tasks(wanted), here + ": not the bits of rows");
     if (!setup.factored)
       CHECK(one.predicted.same_bits(one.predictions), here + ": predict is not the query pass");
-    const Results<Real> dirty = problem.results(on_dirty_memory<Real>(kind));
+    const Results<Real> dirty = problem.results(on_dirty_memory<Real>(executor));
     CHECK(dirty.predicted.same_bits(one.predicted),
           here + ": predict depends on what the memory held");
     // Ragged lanes are sorted by size in run() alone, so that sums over tasks differ.
     CHECK(dirty.same_tasks(one), here + ": depends on what the memory held");
-    if (kind == ExecutorKind::rows || setup.form == Form::uniform)
+    if (executor == "rows" || setup.form == Form::uniform)
       CHECK(dirty.same_gradients(one), here + ": gradients depend on what the memory held");
     for (int threads = 2; threads <= 4; ++threads) {
       set_num_threads(threads);
@@ -851,10 +840,11 @@ void check_engine(const Setup& setup, const std::string& name) {
   CHECK(same, name + ": other bits than a call's");
   Exact<Real> x(static_cast<std::size_t>(6) * engine->in_features(), Real(0.5));
   Exact<Real> y(static_cast<std::size_t>(6) * engine->out_features(), Real(0));
+  Exact<Real> out(y.size(), Real(0));
   Exact<std::int64_t> labels(6);
   const void* targets = engine->takes_labels() ? static_cast<const void*>(labels.data()) : y.data();
   const auto call = [&] {
-    engine->adapt_predict(x.data(), targets, nullptr, 6, x.data(), 6, y.data());
+    engine->adapt_predict(x.data(), targets, nullptr, 6, x.data(), 6, out.data());
   };
   call();
   const long before = allocations;
@@ -998,6 +988,42 @@ void test_blocks(bool all) {
 void test_blocks(bool) {}
 #endif
 
+// The chunks of a ragged call start with the longest; in what order their sums are added does not change.
+template <class Real>
+void check_longest_first(const std::string& executor) {
+  Setup setup = setups()[0];
+  setup.form = Form::packed;
+  setup.tasks = 200;
+  set_executor(executor);
+  set_num_threads(3);
+  Problem<Real> problem(setup, make_data(setup, 1));
+  static std::vector<std::int64_t> rows_in_turn;
+  static Call<Real>* running;
+  problem.results([&](Call<Real>& call, Job job) {
+    if (job != Job::meta) return;
+    pymeta::check(call, job);
+    Plan<Real> plan(call, job);
+    plan.order();
+    const Aligned memory(plan.needs().bytes(3));
+    rows_in_turn.clear();
+    running = &call;
+    const auto record = [](const Team&, std::int64_t count, IndexBody body, void* context) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::vector<Real> before(running->losses, running->losses + running->tasks);
+        body(context, i, 0);
+        std::int64_t rows = 0;
+        for (std::int64_t t = 0; t < running->tasks; ++t)
+          if (running->losses[t] != before[static_cast<std::size_t>(t)])
+            rows += running->support.size(t);
+        if (rows > 0) rows_in_turn.push_back(rows);
+      }
+    };
+    plan.run(Team{3, nullptr, record}, memory.data.get());
+  });
+  CHECK(rows_in_turn.size() > 3, executor + ": " + std::to_string(rows_in_turn.size()) + " chunks");
+  CHECK(rows_in_turn.front() > rows_in_turn.back(), executor + ": the longest chunk is not first");
+}
+
 void test_kernels() {
   for (const std::string& each : isas()) {
     set_isa(each);
@@ -1016,6 +1042,8 @@ void test_kernels() {
       set_executor("auto");
     }
   }
+  for (const std::string executor : {"rows", "lanes"}) check_longest_first<float>(executor);
+  set_executor("auto");
   for (const std::string& each : isas()) {
     set_isa(each);
     for (const char* choice : {"rows", "lanes"}) {

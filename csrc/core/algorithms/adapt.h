@@ -34,7 +34,8 @@ class InnerLoop {
   PYMETA_FN Parameters adapt(Batches& batches) {
     Parameters theta = start();
     loss_sum_ = zero();
-    for (int k = 0; k < state_.call.steps; ++k) theta = step(k, theta, batches.step(k));
+    for (int k = 0; k < state_.call.steps && !state_.call.is_stopped(); ++k)
+      theta = step(k, theta, batches.step(k));
     return theta;
   }
   // The mean over the steps of each task's loss while they ran.

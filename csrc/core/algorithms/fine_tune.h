@@ -40,9 +40,10 @@ PYMETA_FN typename State<X>::Parameters fine_tune(InnerLoop<X>& loop, Batches& b
     keep_best(s, theta, ~IntVec{});
   }
   int steps = 0;
-  for (int epoch = 1; epoch <= s.call.epochs && any_lane(running); ++epoch) {
+  for (int epoch = 1; epoch <= s.call.epochs && any_lane(running) && !s.call.is_stopped();
+       ++epoch) {
     loop.reset_losses();
-    for (int b = 0; b < batches.count(); ++b) {
+    for (int b = 0; b < batches.count() && !s.call.is_stopped(); ++b) {
       const Step step = batches.step(epoch - 1, b, running);
       if (any_lane(step.active)) theta = loop.step(steps++, theta, step);
     }

@@ -52,7 +52,8 @@ class MetaGradient {
     if (!keep_v) return;
     const WholeSet steps(support_, state_.shared.corrections);
     clear_state_adjoints();
-    for (int k = state_.call.steps - 1; k >= 0; --k) reverse_step(k, steps.step(k));
+    for (int k = state_.call.steps - 1; k >= 0 && !state_.call.is_stopped(); --k)
+      reverse_step(k, steps.step(k));
     if (!state_.call.second_order()) add_v(v);
   }
 

@@ -83,6 +83,12 @@ struct Minibatches {
   }
 };
 
+// Asked between steps and between tasks whether the call is to end early, its results then being nobody's.
+struct StopRequest {
+  bool (*requested)(void* context);
+  void* context;
+};
+
 template <class Real>
 struct Call {
   const Network* network = nullptr;
@@ -123,12 +129,16 @@ struct Call {
   // The start as Kernels::pack leaves it, where it was packed before; else null.
   const Real* packed_start = nullptr;
 
-  // Filled in by run() in cpu/dispatch.cpp.
+  const StopRequest* stop = nullptr;  // or null: it runs to its end
+
+  // Filled in by run() in runtime/run.cpp.
   int max_support = 0;  // largest task
   int max_query = 0;
   int max_validation = 0;
-  const std::int64_t* order = nullptr;  // [T] tasks sorted by size, or null: as they come
+  const std::int64_t* order = nullptr;        // [T] tasks sorted by size, or null: as they come
+  const std::int64_t* chunk_order = nullptr;  // [chunks] which starts when, or null: as they come
 
+  PYMETA_MEMBER bool is_stopped() const { return stop && stop->requested(stop->context); }
   PYMETA_MEMBER bool wants_gradient() const {
     return !sums_differences && (gradients || lr_gradient || xs_gradient || xq_gradient);
   }

@@ -7,17 +7,15 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 
 #if defined(_WIN32)
 #include <malloc.h>
-#endif
-#if defined(PYMETA_GUARD)
+#else
 #include <sys/mman.h>
 #include <unistd.h>
-
-#include <cstdint>
-#include <cstring>
 #endif
 
 namespace pymeta {
@@ -65,21 +63,49 @@ inline void give_pages(char* data, std::size_t bytes) {
 
 constexpr bool kKeepsPages = true;
 
+#if defined(_WIN32)
+
 // `bytes` is a multiple of `alignment`. Null where there is no memory.
 inline char* take_pages(std::size_t bytes, std::size_t alignment) {
-#if defined(_WIN32)
   return static_cast<char*>(_aligned_malloc(bytes, alignment));
-#else
-  return static_cast<char*>(std::aligned_alloc(alignment, bytes));
-#endif
 }
-inline void give_pages(char* data, std::size_t) {
-#if defined(_WIN32)
-  _aligned_free(data);
+inline void give_pages(char* data, std::size_t) { _aligned_free(data); }
+
 #else
-  std::free(data);
+
+// From here on a block is the system's own, so that it gets it back at once: an allocator would keep it.
+#if defined(PYMETA_ALLOCATES)  // for sanitizers, which watch the allocator's blocks
+constexpr std::size_t kMapped = ~std::size_t{0};
+#else
+constexpr std::size_t kMapped = std::size_t{1} << 20;
 #endif
+
+// `bytes` is a multiple of `alignment`, and so of a page where it is mapped. Null where there is no memory.
+inline char* take_pages(std::size_t bytes, std::size_t alignment) {
+  if (bytes < kMapped) return static_cast<char*>(std::aligned_alloc(alignment, bytes));
+  const std::size_t all = bytes + alignment;
+  if (all < bytes) return nullptr;
+  void* const mapped =
+      mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  char* const base = static_cast<char*>(mapped);
+  const std::size_t over = reinterpret_cast<std::uintptr_t>(base) % alignment;
+  const std::size_t before = over ? alignment - over : 0;
+  if (before) munmap(base, before);
+  munmap(base + before + bytes, alignment - before);
+#if defined(__linux__)
+  madvise(base + before, bytes, MADV_HUGEPAGE);
+#endif
+  return base + before;
 }
+inline void give_pages(char* data, std::size_t bytes) {
+  if (bytes < kMapped)
+    std::free(data);
+  else
+    munmap(data, bytes);
+}
+
+#endif
 
 #endif
 

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../core/losses/registry.h"
-#include "dispatch.h"
+#include "../cpu/kernels.h"
 #include "pages.h"
 
 namespace pymeta {
@@ -40,12 +40,29 @@ class Engine {
     std::size_t bytes = 0;
     void operator()(char* data) const { give_pages(data, bytes); }
   };
-  struct Block {
-    int rows = -1, query_rows = -1;
-    bool has_weightless = false;
-    Needs needs{};
-    std::size_t bytes = 0;
-    std::unique_ptr<char, FreesPages> memory;
+  // A call and where it is worked on: what was planned for the sizes of the last one serves the next of those sizes.
+  class Block {
+   public:
+    explicit Block(const Engine& engine);
+
+    Call<Real> call;
+
+    const Needs& plan(const Engine& engine);
+    char* memory_for(const Engine& engine);  // throws std::bad_alloc
+    const Needs& needs() const { return needs_; }
+    void* plan_at() const {
+      const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(storage_.get());
+      return storage_.get() + (64 - at % 64);
+    }
+
+   private:
+    bool planned_ = false;
+    int rows_ = -1, query_rows_ = -1;
+    bool has_weightless_ = false;
+    Needs needs_{};
+    std::unique_ptr<char[]> storage_;
+    std::size_t bytes_ = 0;
+    std::unique_ptr<char, FreesPages> memory_;
   };
   std::unique_ptr<Block> take() const;
   void give(std::unique_ptr<Block> block) const;
@@ -62,7 +79,7 @@ class Engine {
 
   Call<Real> call_;
   Job job_;
-  const Kernels<Real>* table_;  // those in use when it was made: start_ is in their layout
+  const ExecutorTable<Real>* executor_;  // in use when it was made: start_ is in its layout
   std::vector<Real> start_;
   mutable std::array<std::atomic<Block*>, 64> idle_{};
 };

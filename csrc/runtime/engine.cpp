@@ -4,8 +4,9 @@
 #include <new>
 #include <stdexcept>
 
+#include "check.h"
 #include "pages.h"
-#include "thread_pool.h"
+#include "registry.h"
 
 namespace pymeta {
 namespace {
@@ -14,11 +15,20 @@ namespace {
 constexpr int kUsualRows = 1024;
 constexpr std::int64_t kUsualSteps = 1 << 16;
 
+// An Engine's call is the calling thread's alone.
+void run_here(const Team&, std::int64_t count, void (*body)(void*, std::int64_t, int),
+              void* context) {
+  for (std::int64_t i = 0; i < count; ++i) body(context, i, 0);
+}
+
 }  // namespace
 
 template <class Real>
 Engine<Real>::Engine(const Call<Real>& recipe)
-    : network_(*recipe.network), loss_(*recipe.loss), call_(recipe), table_(&kernels<Real>()) {
+    : network_(*recipe.network),
+      loss_(*recipe.loss),
+      call_(recipe),
+      executor_(&kernels<Real>().executors[0]) {
   const std::size_t out = static_cast<std::size_t>(recipe.network->out_features());
   if (loss_.weight) weight_.assign(loss_.weight, loss_.weight + out);
   if (loss_.pos_weight) pos_weight_.assign(loss_.pos_weight, loss_.pos_weight + out);
@@ -50,9 +60,9 @@ Engine<Real>::Engine(const Call<Real>& recipe)
   while (call_.max_support > 1 && call_.steps_of(call_.max_support) > kUsualSteps)
     call_.max_support /= 2;
   if (call_.steps_of(call_.max_support) > kUsualSteps) return;
-  const Needs needs = table_->needs(call_, job_, ExecutorKind::rows);
-  start_.resize(needs.start / sizeof(Real));
-  table_->pack(call_, job_, ExecutorKind::rows, start_.data());
+  Block block(*this);
+  start_.resize(block.plan(*this).start / sizeof(Real));
+  executor_->pack(block.plan_at(), start_.data());
 }
 
 template <class Real>
@@ -66,7 +76,7 @@ std::unique_ptr<typename Engine<Real>::Block> Engine<Real>::take() const {
     if (slot.load(std::memory_order_relaxed))
       if (Block* block = slot.exchange(nullptr, std::memory_order_acquire))
         return std::unique_ptr<Block>(block);
-  return std::make_unique<Block>();
+  return std::make_unique<Block>(*this);
 }
 
 // More blocks than slots are not kept.
@@ -83,40 +93,58 @@ void Engine<Real>::give(std::unique_ptr<Block> block) const {
 }
 
 template <class Real>
+Engine<Real>::Block::Block(const Engine& engine)
+    : call(engine.call_), storage_(new char[engine.executor_->plan_bytes + 64]) {}
+
+template <class Real>
+const Needs& Engine<Real>::Block::plan(const Engine& engine) {
+  planned_ = false;
+  needs_ = *engine.executor_->plan(call, engine.job_, nullptr, plan_at());
+  planned_ = true;
+  rows_ = call.max_support;
+  query_rows_ = call.max_query;
+  has_weightless_ = call.support.has_weightless;
+  return needs_;
+}
+
+template <class Real>
+char* Engine<Real>::Block::memory_for(const Engine& engine) {
+  if (planned_ && rows_ == call.max_support && query_rows_ == call.max_query &&
+      has_weightless_ == call.support.has_weightless)
+    return memory_.get();
+  const std::size_t needed = plan(engine).bytes(1);
+  const std::size_t bytes = kKeepsPages ? (needed + 4095) / 4096 * 4096 : needed;
+  if (kKeepsPages ? bytes > bytes_ : bytes != bytes_) {
+    planned_ = false;  // until there is memory for it
+    memory_ = {nullptr, {}};
+    memory_ = {take_pages(bytes, 4096), {bytes}};
+    bytes_ = memory_ ? bytes : 0;
+    if (!memory_) throw std::bad_alloc();
+    planned_ = true;
+  }
+  return memory_.get();
+}
+
+template <class Real>
 void Engine<Real>::adapt_predict(const Real* xs, const void* ys, const Real* weights, int rows,
                                  const Real* xq, int query_rows, Real* out) const {
-  Real loss;
-  Call<Real> call = call_;
-  call.support = {xs, ys, weights, rows, nullptr, nullptr, false};
-  call.query = {xq, nullptr, nullptr, query_rows, nullptr, nullptr, false};
-  call.predictions = out;
-  if (job_ == Job::meta) call.losses = &loss;
-  check(call, job_);
   struct Loan {  // given back whatever happens
     const Engine& engine;
     std::unique_ptr<Block> block;
     ~Loan() { engine.give(std::move(block)); }
   } loan{*this, take()};
   Block& block = *loan.block;
-  if (block.rows != rows || block.query_rows != query_rows ||
-      block.has_weightless != call.support.has_weightless) {
-    block.rows = -1;
-    block.needs = table_->needs(call, job_, ExecutorKind::rows);
-    const std::size_t needed = block.needs.bytes(1);
-    const std::size_t bytes = kKeepsPages ? (needed + 4095) / 4096 * 4096 : needed;
-    if (kKeepsPages ? bytes > block.bytes : bytes != block.bytes) {
-      block.memory = {nullptr, {}};
-      block.memory = {take_pages(bytes, 4096), {bytes}};
-      block.bytes = block.memory ? bytes : 0;
-      if (!block.memory) throw std::bad_alloc();
-    }
-    block.rows = rows;
-    block.query_rows = query_rows;
-    block.has_weightless = call.support.has_weightless;
-  }
-  if (block.needs.start <= start_.size() * sizeof(Real)) call.packed_start = start_.data();
-  table_->run(call, job_, ExecutorKind::rows, block.needs, Team{1, parallel_for},
-              block.memory.get());
+  Call<Real>& call = block.call;
+  Real loss;
+  call.support = {xs, ys, weights, rows, nullptr, nullptr, false};
+  call.query = {xq, nullptr, nullptr, query_rows, nullptr, nullptr, false};
+  call.predictions = out;
+  if (job_ == Job::meta) call.losses = &loss;
+  check(call, job_);
+  char* const memory = block.memory_for(*this);
+  const bool is_packed = block.needs().start <= start_.size() * sizeof(Real);
+  call.packed_start = is_packed ? start_.data() : nullptr;
+  executor_->run(block.plan_at(), Team{1, nullptr, run_here}, memory);
 }
 
 template class Engine<float>;

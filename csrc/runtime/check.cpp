@@ -1,0 +1,148 @@
+#include "check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+#include "../core/layers/registry.h"
+
+namespace pymeta {
+namespace {
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string task_row(const char* name, std::int64_t task, std::int64_t row) {
+  return std::string(name) + ": task " + std::to_string(task) + ", row " + std::to_string(row) +
+         ": ";
+}
+
+std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
+// What messages call a set's arrays.
+struct SetNames {
+  const char *x, *y, *sizes, *weights;
+};
+constexpr SetNames kSupport{"xs", "ys", "support_sizes", "support_weights"};
+constexpr SetNames kQuery{"xq", "yq", "query_sizes", "query_weights"};
+constexpr SetNames kValidation{"xv", "yv", "validation_sizes", "validation_weights"};
+
+// Looks at the sizes, targets and weights of one set.
+template <class Real>
+class SetCheck {
+ public:
+  SetCheck(const Call<Real>& call, RowSet<Real>& set, const SetNames& names)
+      : call_(call), set_(set), names_(names), out_(call.network->out_features()) {
+    if (!call.loss || !set.y) return;
+    labels_ = takes_labels(*call.loss);
+    probabilities_ = takes_probabilities(*call.loss);
+  }
+
+  // Returns the rows of the largest task; says in the set whether there are rows that weigh nothing.
+  int run() {
+    const bool batch_norm = mixes_rows(*call_.network);
+    std::int64_t largest = 0;
+    for (std::int64_t task = 0; task < call_.tasks; ++task) {
+      const std::int64_t rows = size(task);
+      largest = std::max(largest, rows);
+      const std::int64_t counting =
+          set_.weights || labels_ || probabilities_ ? look_at_rows(task, rows) : rows;
+      set_.has_weightless = set_.has_weightless || counting < rows;
+      if (batch_norm && counting == 1)
+        refuse(std::string(names_.x) + ": task " + std::to_string(task) + " has one row" +
+               (rows > 1 ? " that counts" : "") +
+               ", and BatchNorm1d needs at least two to normalise by");
+    }
+    if (largest > (1 << 24)) refuse(std::string(names_.x) + ": a task has more than 2^24 rows");
+    return static_cast<int>(largest);
+  }
+
+ private:
+  std::int64_t size(std::int64_t task) const {
+    const std::int64_t rows = set_.sizes ? set_.sizes[task] : set_.rows;
+    if (rows < 0 || set_.start(task) < 0 || (set_.sizes && !set_.starts && rows > set_.rows))
+      refuse(std::string(names_.sizes) + ": task " + std::to_string(task) + " has size " +
+             std::to_string(rows) + ", not in 0.." + std::to_string(set_.rows));
+    return rows;
+  }
+
+  // How many of a task's rows count. What one that does not holds is nobody's concern.
+  std::int64_t look_at_rows(std::int64_t task, std::int64_t rows) const {
+    const std::int64_t start = set_.start(task);
+    std::int64_t counting = 0;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      if (set_.weights) check_weight(task, row, set_.weights[start + row]);
+      if (!call_.weighs(set_, start + row)) continue;
+      ++counting;
+      if (labels_) check_label(task, row, static_cast<const std::int64_t*>(set_.y)[start + row]);
+      if (probabilities_)
+        check_probabilities(task, row, static_cast<const Real*>(set_.y) + (start + row) * out_);
+    }
+    return counting;
+  }
+  void check_weight(std::int64_t task, std::int64_t row, Real weight) const {
+    if (!(weight >= 0) || !std::isfinite(weight))
+      refuse(task_row(names_.weights, task, row) + "weight " + std::to_string(weight) +
+             " is not a finite number >= 0");
+  }
+  void check_label(std::int64_t task, std::int64_t row, std::int64_t label) const {
+    if (label < 0 || label >= out_)
+      refuse(task_row(names_.y, task, row) + "label " + std::to_string(label) + " is not in 0.." +
+             std::to_string(out_ - 1));
+  }
+  // y [out]. A NaN is as in the other losses: the loss is NaN.
+  void check_probabilities(std::int64_t task, std::int64_t row, const Real* y) const {
+    for (int o = 0; o < out_; ++o)
+      if (y[o] < 0 || y[o] > 1)
+        refuse(task_row(names_.y, task, row) + "target " + number(y[o]) +
+               " is not in 0..1; bce_with_logits takes probabilities (labels of -1 and +1: use (y "
+               "+ 1) / 2)");
+  }
+
+  const Call<Real>& call_;
+  RowSet<Real>& set_;
+  const SetNames& names_;
+  const int out_;
+  bool labels_ = false, probabilities_ = false;
+};
+
+// A minibatch of one row cannot be normalised by its own statistics.
+template <class Real>
+void check_minibatches(const Call<Real>& call) {
+  const int size = call.batches.size;
+  if (size == 0 || !mixes_rows(*call.network)) return;
+  for (std::int64_t task = 0; task < call.tasks; ++task) {
+    const int rows = call.support.size(task);
+    if (!call.batches.whole(rows) && (size == 1 || rows % size == 1))
+      refuse("batch_size: " + std::to_string(size) + " leaves a minibatch of one row of the " +
+             std::to_string(rows) + " rows of task " + std::to_string(task) +
+             ", which batch normalisation cannot normalise");
+  }
+}
+
+}  // namespace
+
+template <class Real>
+void check(Call<Real>& call, Job job) {
+  const auto largest = [&](RowSet<Real>& set, const SetNames& names) {
+    return SetCheck<Real>(call, set, names).run();
+  };
+  call.max_support = job == Job::predict ? 0 : largest(call.support, kSupport);
+  check_minibatches(call);
+  call.max_query = job == Job::adapt && !call.predictions ? 0 : largest(call.query, kQuery);
+  call.max_validation = call.validation.x ? largest(call.validation, kValidation) : 0;
+  if (call.max_support > 0 && !call.support.y) refuse("ys: expected targets, got none");
+  if (call.max_validation > 0 && !call.validation.y) refuse("yv: expected targets, got none");
+  if (call.steps_of(call.max_support) > kMostSteps)
+    refuse("epochs: more than 2^30 inner steps for the largest task");
+}
+
+template void check(Call<float>&, Job);
+template void check(Call<double>&, Job);
+
+}  // namespace pymeta

@@ -1,0 +1,138 @@
+#include "planner.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "registry.h"
+
+namespace pymeta {
+namespace {
+
+// Below this much work (about ten microseconds) waking a second thread costs more than it saves.
+constexpr double kSmallWork = 3e4;
+
+// Sums of all chunks together, for an executor that keeps the order of another one.
+constexpr std::size_t kMostSums = std::size_t{64} << 20;
+
+// Estimated cycles on so many threads: a chunk is one thread's.
+double time_of(const Needs& needs, int threads) {
+  const double chunks = static_cast<double>(std::max<std::size_t>(needs.chunks, 1));
+  const double rounds = static_cast<double>((needs.chunks + static_cast<std::size_t>(threads) - 1) /
+                                            static_cast<std::size_t>(threads));
+  return needs.cost * std::max(rounds, 1.0) / chunks;
+}
+
+// Tasks of like size side by side, so that a vector of tasks wastes little. Only the sizes decide.
+template <class Real>
+std::vector<std::int64_t> tasks_by_size(const Call<Real>& call) {
+  std::vector<std::int64_t> order(static_cast<std::size_t>(call.tasks));
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
+    const int sa = call.support.size(a), sb = call.support.size(b);
+    return sa != sb ? sa < sb : call.query.size(a) < call.query.size(b);
+  });
+  return order;
+}
+
+// The longest chunks first, so that none is left for the end. Sums are added in the chunks' own order.
+template <class Real>
+std::vector<std::int64_t> longest_first(const Call<Real>& call, const Needs& needs) {
+  std::vector<std::int64_t> rows(needs.chunks, 0), order(needs.chunks);
+  const std::int64_t width = needs.tasks_in_item;
+  for (std::int64_t i = 0; i < call.tasks; ++i) {
+    const std::int64_t task = call.order ? call.order[i] : i;
+    const std::int64_t item = i / width, in_run = item / needs.interleaved;
+    const std::int64_t chunk =
+        in_run / needs.items_in_chunk * needs.interleaved + item % needs.interleaved;
+    rows[static_cast<std::size_t>(chunk)] +=
+        call.support.size(task) *
+            std::max<std::int64_t>(call.steps_of(call.support.size(task)), 1) +
+        call.query.size(task);
+  }
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
+    return rows[static_cast<std::size_t>(a)] > rows[static_cast<std::size_t>(b)];
+  });
+  return order;
+}
+
+}  // namespace
+
+template <class Real>
+Plan<Real>::Plan(Call<Real>& call, Job job) : call_(call), job_(job) {
+  const Kernels<Real>& table =
+      kernels<Real>();  // once: another thread may choose another meanwhile
+  const int chosen = chosen_executor();
+  Candidate best = chosen >= 0 ? planned(table.executors[chosen], nullptr) : cheapest(table);
+  const bool small = best.needs->cost < kSmallWork;
+  const int threads = small ? 1 : num_threads();
+  if (chosen < 0 && best.needs->chunks < static_cast<std::size_t>(threads))
+    best = quickest(table, best, threads);
+  executor_ = best.executor;
+  needs_ = best.needs;
+  plan_ = best.plan;
+  const std::int64_t most = std::max<std::int64_t>(1, static_cast<std::int64_t>(needs_->chunks));
+  threads_ = static_cast<int>(std::min<std::int64_t>(threads, most));
+}
+
+template <class Real>
+typename Plan<Real>::Candidate Plan<Real>::planned(const ExecutorTable<Real>& executor,
+                                                   const Needs* like) {
+  storage_.emplace_back(new char[executor.plan_bytes + 64]);
+  const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(storage_.back().get());
+  Candidate candidate{&executor, nullptr, storage_.back().get() + (64 - at % 64)};
+  candidate.needs = executor.plan(call_, job_, like, candidate.plan);
+  return candidate;
+}
+
+template <class Real>
+typename Plan<Real>::Candidate Plan<Real>::cheapest(const Kernels<Real>& table) {
+  Candidate best = planned(table.executors[0], nullptr);
+  for (int i = 1; i < table.executor_count; ++i) {
+    // A factored task's bits must not depend on how many tasks come with it.
+    if (call_.tasks <= 1 || best.needs->factored) break;
+    const Candidate other = planned(table.executors[i], nullptr);
+    if (other.needs->cost < best.needs->cost) best = other;
+  }
+  return best;
+}
+
+// Of all that have the same bits.
+template <class Real>
+typename Plan<Real>::Candidate Plan<Real>::quickest(const Kernels<Real>& table,
+                                                    const Candidate& cheapest, int threads) {
+  const bool has_sums = cheapest.needs->sums > 0;
+  // The gradient of a rate that many elements share is summed over them in an order of the executor's own.
+  if (cheapest.needs->factored || (has_sums && call_.lr_gradient && !call_.lr.per_element))
+    return cheapest;
+  Candidate best = cheapest;
+  for (int i = 0; i < table.executor_count; ++i) {
+    const ExecutorTable<Real>& executor = table.executors[i];
+    if (&executor == cheapest.executor) continue;
+    const Candidate own = planned(executor, nullptr);
+    if (has_sums && (own.needs->tasks_in_item > 1 || cheapest.needs->tasks_in_item == 1)) continue;
+    const Candidate other = has_sums ? planned(executor, cheapest.needs) : own;
+    if (other.needs->sums * other.needs->chunks > kMostSums) continue;
+    if (time_of(*other.needs, threads) < time_of(*best.needs, threads)) best = other;
+  }
+  return best;
+}
+
+template <class Real>
+void Plan<Real>::order() {
+  const bool ragged = call_.support.sizes || call_.query.sizes;
+  if (!ragged) return;
+  if (needs_->tasks_in_item > 1 || needs_->interleaved > 1) {
+    order_ = tasks_by_size(call_);
+    call_.order = order_.data();
+  }
+  if (threads_ > 1 && needs_->chunks > 1) {
+    chunk_order_ = longest_first(call_, *needs_);
+    call_.chunk_order = chunk_order_.data();
+  }
+}
+
+template class Plan<float>;
+template class Plan<double>;
+
+}  // namespace pymeta

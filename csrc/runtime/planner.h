@@ -1,0 +1,49 @@
+// Which executor runs a call, on how many threads, and in which order its tasks and chunks are taken.
+//
+// The cheapest executor on one thread decides how sums over tasks are ordered, so that they have the same bits on any number of
+// threads. Where it has fewer chunks than there are threads, another one may run the call in that order.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace pymeta {
+
+template <class Real>
+class Plan {
+ public:
+  // Refers to `call`, whose largest sizes are known (check.h).
+  Plan(Call<Real>& call, Job job);
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  const char* executor() const { return executor_->name; }
+  const Needs& needs() const { return *needs_; }
+  int threads() const { return threads_; }
+  // Sets in which order the call takes its tasks and chunks, by their sizes.
+  void order();
+  void run(const Team& team, char* memory) { executor_->run(plan_, team, memory); }
+
+ private:
+  struct Candidate {
+    const ExecutorTable<Real>* executor = nullptr;
+    const Needs* needs = nullptr;
+    void* plan = nullptr;
+  };
+  Candidate planned(const ExecutorTable<Real>& executor, const Needs* like);
+  Candidate cheapest(const Kernels<Real>& kernels);
+  Candidate quickest(const Kernels<Real>& kernels, const Candidate& cheapest, int threads);
+
+  Call<Real>& call_;
+  const Job job_;
+  std::vector<std::unique_ptr<char[]>> storage_;
+  const ExecutorTable<Real>* executor_;
+  const Needs* needs_;
+  void* plan_;
+  int threads_;
+  std::vector<std::int64_t> order_, chunk_order_;
+};
+
+}  // namespace pymeta

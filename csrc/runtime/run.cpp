@@ -1,0 +1,29 @@
+#include "run.h"
+
+#include "memory.h"
+#include "threads.h"
+
+namespace pymeta {
+namespace {
+
+void run_on_threads(const Team& team, std::int64_t count, IndexBody body, void* context) {
+  parallel_for(team.threads, count, body, context, static_cast<Interrupt*>(team.owner));
+}
+
+}  // namespace
+
+template <class Real>
+bool run(Call<Real>& call, Job job, Interrupt* interrupt) {
+  check(call, job);
+  call.stop = interrupt ? interrupt->stop() : nullptr;
+  Plan<Real> plan(call, job);
+  plan.order();
+  const WorkingMemory memory(plan.needs().bytes(plan.threads()));
+  plan.run(Team{plan.threads(), interrupt, run_on_threads}, memory.data());
+  return !interrupt || !interrupt->was_requested();
+}
+
+template bool run(Call<float>&, Job, Interrupt*);
+template bool run(Call<double>&, Job, Interrupt*);
+
+}  // namespace pymeta

@@ -1,0 +1,15 @@
+// From a Call to a result: checks what depends on the data, chooses executor and threads, finds memory, runs.
+#pragma once
+
+#include "check.h"
+#include "interrupt.h"
+#include "planner.h"
+#include "registry.h"
+
+namespace pymeta {
+
+// Throws what check() throws; std::bad_alloc. False where `interrupt` (or null) ended the call, whose results are then nobody's.
+template <class Real>
+bool run(Call<Real>& call, Job job, Interrupt* interrupt = nullptr);
+
+}  // namespace pymeta
