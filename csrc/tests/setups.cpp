@@ -1,0 +1,95 @@
+// The problems that all native tests run: a few networks, losses, optimisers and forms of tasks.
+
+#include "problem.h"
+
+namespace pymeta::testing {
+
+std::vector<Setup> setups() {
+  using A = ActivationKind;
+  using L = LayerKind;
+  std::vector<Setup> all;
+  Setup s;
+  s.name = "regression";
+  s.chain.linear(1, 40).act(A::relu).linear(40, 40).act(A::relu).linear(40, 1);
+  s.tasks = 37, s.support = s.query = 10, s.smooth = false;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "batch norm";
+  s.chain.linear(9, 17)
+      .norm(L::batch_norm, 17)
+      .act(A::relu)
+      .linear(17, 8)
+      .norm(L::batch_norm, 8)
+      .act(A::tanh)
+      .linear(8, 5);
+  s.loss = LossKind::cross_entropy, s.form = Form::packed, s.weights = true, s.tasks = 19;
+  s.rates = Rates::groups, s.smooth = false, s.optimizer = sgd(0.9, true, 0, 0.5);
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "layer norm first";
+  s.chain.norm(L::layer_norm, 6)
+      .linear(6, 18, false)
+      .act(A::gelu)
+      .norm(L::layer_norm, 18)
+      .act(A::silu)
+      .linear(18, 3);
+  s.loss = LossKind::bce_with_logits, s.form = Form::padded, s.rates = Rates::elements, s.steps = 3,
+  s.tasks = 11, s.optimizer = adam(0.9, 0.1, false, 0);
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "activations";
+  s.chain.linear(3, 7)
+      .act(A::elu, 1)
+      .act(A::sigmoid)
+      .linear(7, 7)
+      .act(A::softplus, 1, 20)
+      .act(A::gelu_tanh)
+      .linear(7, 5)
+      .act(A::tanh);
+  s.loss = LossKind::huber, s.form = Form::packed, s.weights = true, s.first_order = true,
+  s.tasks = 18, s.optimizer = sgd(0.5, false, 0.1, 0);
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "one layer";
+  s.chain.linear(5, 2);
+  s.steps = 4, s.tasks = 33, s.adapts_all = false, s.form = Form::padded;
+  s.optimizer = adam(0, 0.2, true, 0.75);
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "momentum";
+  s.chain.linear(3, 20).act(A::tanh).linear(20, 2);
+  s.steps = 4, s.tasks = 21, s.form = Form::packed, s.optimizer = sgd(0.8, true, 0.05, 0.25);
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "wide end";
+  s.chain.linear(4, 3).act(A::leaky_relu, 0.1).linear(3, 70).act(A::relu);
+  s.tasks = 17, s.smooth = false, s.steps = 1;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "no steps";
+  s.chain.linear(4, 6).act(A::tanh).linear(6, 4);
+  s.steps = 0, s.tasks = 3;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "factored";
+  s.chain.linear(67, 18).act(A::tanh).linear(18, 3);
+  s.loss = LossKind::cross_entropy, s.form = Form::packed, s.input_gradients = false,
+  s.factored = true;
+  s.support = 9, s.tasks = 21;
+  all.push_back(s);
+
+  s.name = "factored and not";
+  s.support = 40, s.form = Form::padded, s.weights = true;
+  all.push_back(s);
+  return all;
+}
+
+}  // namespace pymeta::testing

@@ -1,0 +1,10 @@
+// The tests of native_test, by subject.
+#pragma once
+
+namespace pymeta::testing {
+
+void test_kernels();            // kernels_test.cpp
+void test_blocks(bool all);     // blocks_test.cpp
+void test_pool(bool may_fork);  // pool_test.cpp
+
+}  // namespace pymeta::testing
