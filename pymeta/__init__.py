@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pymeta.models.adapted import Adapted
     from pymeta.models.adapter import Adapter
     from pymeta.models.arrays import AdaptedArrays
-    from pymeta.models.stacked import History
     from pymeta.native import free_memory, num_threads, set_num_threads
+    from pymeta.spec.history import History
     from pymeta.spec.optimizers import SGD, Adam, LearnableLR
     from pymeta.spec.schedule import Schedule
 
@@ -30,7 +30,7 @@ _HOMES = {
     "Adapted": "models.adapted",
     "AdaptedArrays": "models.arrays",
     "Adapter": "models.adapter",
-    "History": "models.stacked",
+    "History": "spec.history",
     "SGD": "spec.optimizers",
     "Adam": "spec.optimizers",
     "LearnableLR": "spec.optimizers",

@@ -24,8 +24,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pymeta.spec.losses import Loss
-    from pymeta.spec.optimizers import SGD, Adam
     from pymeta.tasks.task_set import TaskSet
 
 BACKENDS = ("auto", "native", "torch")
@@ -236,42 +234,6 @@ def _read_environment() -> None:
 
 
 # ---- what calls are made of -------------------------------------------------------------------
-
-
-def loss(description: Loss) -> Any:
-    """The native twin of a loss."""
-    return extension().Loss(
-        description.kind,
-        delta=description.delta,
-        label_smoothing=description.label_smoothing,
-        ignore_index=description.ignore_index,
-        weight=description.weight,
-        pos_weight=description.pos_weight,
-    )
-
-
-def optimizer(description: SGD | Adam, anchor: float = 0.0) -> Any:
-    """The native twin of an inner optimiser (its lr goes along with each call)."""
-    from pymeta.spec.optimizers import Adam
-
-    common = {
-        "weight_decay": description.weight_decay,
-        "clip_norm": description.clip_norm or 0.0,
-        "anchor": anchor,
-    }
-    if isinstance(description, Adam):
-        beta1, beta2 = description.betas
-        return extension().Optimizer(
-            "adam",
-            beta1=beta1,
-            beta2=beta2,
-            eps=description.eps,
-            decoupled=description.decoupled,
-            **common,
-        )
-    return extension().Optimizer(
-        "sgd", momentum=description.momentum, nesterov=description.nesterov, **common
-    )
 
 
 def rows(s: TaskSet) -> tuple[int, int, int, int, int, int]:

@@ -581,7 +581,7 @@ def test_a_bar_shows_when_it_should(backend, monkeypatch):
     def shown(progress, patience, terminal):
         err = Terminal() if terminal else io.StringIO()
         monkeypatch.setattr(sys, "stderr", err)
-        monkeypatch.setattr(finetune, "_PATIENCE_OF_THE_USER", patience)
+        monkeypatch.setattr(progress, "_LONG", patience)
         module(xs, ys, progress=progress)
         once = err.getvalue()
         list(module.stream(zip(xs, ys, strict=True), 2, progress=progress))

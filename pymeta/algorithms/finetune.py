@@ -13,8 +13,7 @@ a device are larger: it takes many tasks to fill it.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any, ClassVar
@@ -28,8 +27,8 @@ from pymeta.algorithms.learner import (
     Weights,
     check_minibatches,
     check_patterns,
-    outside_graphs,
 )
+from pymeta.algorithms.progress import Bar, check_progress
 from pymeta.algorithms.rows import (
     check_classes,
     held_out_counts,
@@ -37,13 +36,15 @@ from pymeta.algorithms.rows import (
     table_of,
     weighted,
 )
+from pymeta.algorithms.starts import Start, own_start
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.models.adapted import Adapted
-from pymeta.models.stacked import History
-from pymeta.reference import Adaptation
 from pymeta.spec.class_weights import ClassWeights, check_class_count, check_class_weights
+from pymeta.spec.history import History
+from pymeta.spec.inner import Adaptation
 from pymeta.spec.losses import Loss
+from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer, check_number
 from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
 from pymeta.tasks.task_set import (
@@ -54,13 +55,9 @@ from pymeta.tasks.task_set import (
     TaskSet,
     check_same_tasks,
     check_task_ids,
-    check_values,
-    counts_that_count,
     task_set,
-    tensor_of,
 )
-
-Start = Adapted | Mapping[str, Tensor]
+from pymeta.tasks.values import check_values, counts_that_count
 
 _TRAIN = Names("xs", "ys", "sizes", "weights")
 _VALIDATION = Names(
@@ -71,12 +68,6 @@ _DEVICE_CHUNK_WORK = 1e12  # likewise
 _LARGEST_CHUNK = 4096
 _LARGEST_DEVICE_CHUNK = 65536
 _LARGEST_TORCH_CHUNK = 512
-_PATIENCE_OF_THE_USER = 2.0  # seconds
-
-
-def _check_progress(progress: Any) -> None:
-    if progress is not None and not isinstance(progress, bool):
-        raise TypeError(f"progress: expected a bool or None, got {type(progress).__name__}")
 
 
 def _check_fraction(value: Any) -> float:
@@ -90,40 +81,6 @@ def _check_validation_rows(value: Any) -> str:
     if value not in ("random", "last"):
         raise ValueError(f'validation_rows: expected "random" or "last", got {value!r}')
     return str(value)
-
-
-class _Bar:
-    """A tqdm bar that counts tasks; shown from the beginning, after a while, or not at all."""
-
-    def __init__(self, total: int | None, progress: bool | None) -> None:
-        _check_progress(progress)
-        self._total, self._wanted, self._done = total, progress, 0
-        self._began = time.monotonic()
-        self._bar: Any = None
-        if progress:
-            self._show()
-
-    def _show(self) -> None:
-        from tqdm import tqdm
-
-        # disable=None: not where stderr is no terminal
-        quiet = None if self._wanted is None else False
-        self._bar = tqdm(total=self._total, unit="task", disable=quiet, initial=self._done)
-
-    def advance(self, tasks: int) -> None:
-        """So many more are done."""
-        self._done += tasks
-        if self._bar is not None:
-            self._bar.update(tasks)
-        elif self._wanted is None and time.monotonic() - self._began > _PATIENCE_OF_THE_USER:
-            self._show()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 class FineTune(Learner):
@@ -307,7 +264,7 @@ class FineTune(Learner):
                 raises, and the message says which of the tasks were at hand.
         """
         check_count("chunk", chunk, 1)
-        _check_progress(progress)
+        check_progress(progress)
         ids = None if task_ids is None else iter(task_ids)
         return self._streamed(iter(tasks), chunk, ids, curves, progress)
 
@@ -320,7 +277,7 @@ class FineTune(Learner):
         progress: bool | None,
     ) -> Iterator[Adapted]:
         first = 0
-        with _Bar(None, progress) as bar:
+        with Bar(None, progress) as bar:
             while group := list(itertools.islice(iterator, chunk)):
                 of_group = None if ids is None else list(itertools.islice(ids, len(group)))
                 try:
@@ -366,7 +323,7 @@ class FineTune(Learner):
         held = self._validation_set(validation_data, support, plan)
         ids = check_task_ids(task_ids, support.tasks)
         tasks = support.tasks
-        own, parameters = _own_start(start, plan, parameters, tasks)
+        own, parameters = own_start(start, plan, parameters, tasks)
         sets = (support,) if held is None else (support, held)
         reason = self._reason(plan, *sets)
         in_torch = reason is not None
@@ -377,7 +334,7 @@ class FineTune(Learner):
         validated = held is not None or self.validation > 0
         out = native_adapt.memory(plan, parameters, tasks, self.schedule, curves, validated)
         rows = sum(support.counts)
-        with _Bar(tasks, progress) as bar:
+        with Bar(tasks, progress) as bar:
             for first, last in self._chunks(plan, tasks, rows, in_torch):
                 part_ids = None if ids is None else ids[first:last]
                 part, watched = self._prepared(
@@ -512,48 +469,6 @@ def _columns(group: list[Any]) -> tuple[list[Any], ...]:
                 f"got {len(task)} entries after {len(group[0])}"
             )
     return tuple(map(list, zip(*group, strict=True)))
-
-
-def _own_start(
-    start: Any, plan: Plan, parameters: list[Tensor], tasks: int
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """What each task has of its own from the start, and what all have in common.
-
-    A parameter that is one tensor expanded along the task axis, as those are that models have in
-    common, counts as common to all.
-    """
-    if start is None:
-        return {}, parameters
-    given = start.parameters if isinstance(start, Adapted) else start
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"start: expected a pymeta.Adapted or a dictionary of tensors, "
-            f"got {type(start).__name__}"
-        )
-    common = dict(zip(plan.names, parameters, strict=True))
-    own: dict[str, Tensor] = {}
-    for name, value in given.items():
-        if name not in common:
-            raise ValueError(
-                f"start: the model has no parameter {name!r}; there are {', '.join(plan.names)}"
-            )
-        value, like = tensor_of(f"start[{name!r}]", value), common[name]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"start[{name!r}]: expected a tensor, got {type(value).__name__}")
-        if value.shape != (tasks, *like.shape):
-            raise ValueError(
-                f"start[{name!r}]: expected shape {[tasks, *like.shape]}, got {list(value.shape)}"
-            )
-        if value.dtype != like.dtype or value.device != like.device:
-            raise TypeError(
-                f"start[{name!r}]: expected {like.dtype} on {like.device} as the model's, "
-                f"got {value.dtype} on {value.device}"
-            )
-        if tasks > 1 and value.stride(0) == 0:
-            common[name] = value[0].detach()
-        else:
-            own[name] = value.detach()
-    return own, list(common.values())
 
 
 def _check_halves(train: TaskSet, held: TaskSet | None, loss: Loss, first: int) -> None:

@@ -12,38 +12,30 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pymeta import native, reference
 from pymeta.backend import adapt as native_adapt
-from pymeta.backend.plan import Plan, check_statistics
+from pymeta.backend.plan import Plan
 from pymeta.models.adapted import Adapted
-from pymeta.models.stacked import History
-from pymeta.reference import Adaptation, InnerLoop
+from pymeta.spec.history import History
+from pymeta.spec.inner import Adaptation, InnerLoop
 from pymeta.spec.losses import Loss, describe_loss
+from pymeta.spec.modules import check_statistics, one_at_a_time
 from pymeta.spec.network import Description
 from pymeta.spec.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import Schedule
-from pymeta.tasks.task_set import (
-    SUPPORT,
-    Expected,
-    Rows,
-    Sizes,
-    TaskSet,
-    check_task_ids,
-    check_values,
-    task_set,
-)
+from pymeta.tasks.task_set import SUPPORT, Expected, Rows, Sizes, TaskSet, check_task_ids, task_set
+from pymeta.tasks.values import check_values
 
 if TYPE_CHECKING:
     from pymeta.models.adapter import Adapter
 
 Weights: TypeAlias = Rows | None
 Checks: TypeAlias = Mapping[str, Callable[[Any, Any], Any]]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _check_model(model: Any) -> nn.Module:
@@ -99,13 +91,6 @@ def check_minibatches(plan: Plan, counts: Sequence[int] | TaskSet, schedule: Sch
                 f"batch_size: {size} leaves a minibatch of one row of the {rows} rows of task "
                 f"{t}, which batch normalisation cannot normalise"
             )
-
-
-def outside_graphs(function: Function) -> Function:
-    """`function` for torch.compile: not traced, but called in eager mode."""
-    disable: Any = torch.compiler.disable
-    disabled: Function = disable(function)
-    return disabled
 
 
 def _all_on(device: torch.device, done: Adaptation) -> Adaptation:
@@ -258,7 +243,7 @@ class Learner(nn.Module, ABC):
         Raises:
             ValueError: the native core cannot run the model, or an adapter not the recipe.
         """
-        from pymeta.models.adapter import from_learner
+        from pymeta.algorithms.deploy import from_learner
 
         return from_learner(self)
 
@@ -403,7 +388,7 @@ class Learner(nn.Module, ABC):
         plan: Plan | None = self.__dict__["_plan"]
         if plan is not None and plan.watch.is_current():
             return plan, plan.parameters
-        with reference.one_at_a_time():
+        with one_at_a_time():
             return self._looked_at_anew(plan)
 
     def _looked_at_anew(self, plan: Plan | None) -> tuple[Plan, list[Tensor]]:

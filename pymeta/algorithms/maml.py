@@ -24,15 +24,7 @@ from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.models.adapted import Adapted, shaped
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
-from pymeta.tasks.task_set import (
-    QUERY,
-    SUPPORT,
-    Rows,
-    Sizes,
-    TaskSet,
-    check_same_tasks,
-    task_set,
-)
+from pymeta.tasks.task_set import QUERY, SUPPORT, Rows, Sizes, TaskSet, check_same_tasks, task_set
 
 
 class Outcome(NamedTuple):
@@ -283,7 +275,7 @@ class MAML(Learner):
     ) -> Outcome:
         from pymeta.backend import compiled
 
-        return compiled.forward(self, support, query, steps)
+        return Outcome(*compiled.forward(self, support, query, steps))
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""

@@ -25,10 +25,10 @@ from pymeta.algorithms.learner import (
     NativeCall,
     Weights,
     check_minibatches,
-    outside_graphs,
 )
 from pymeta.backend import adapt as native_adapt
 from pymeta.models.adapted import Adapted
+from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer
 from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
 from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, check_task_ids, task_set

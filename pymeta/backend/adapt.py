@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pymeta import native, reference
+from pymeta import native
 from pymeta.backend.gradients import Layout, Lease, with_graph
 from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
 from pymeta.backend.plan import Plan
-from pymeta.models.stacked import History
-from pymeta.reference.once import REPTILE
+from pymeta.spec.history import History
+from pymeta.spec.once import REPTILE
 from pymeta.tasks.task_set import TaskSet, dense
 
 if TYPE_CHECKING:
-    from pymeta.reference import Adaptation, InnerLoop
+    from pymeta.spec.inner import Adaptation, InnerLoop
     from pymeta.spec.schedule import Schedule
 
 
@@ -58,7 +58,7 @@ def memory(
             best_epochs=best if validated else None,
             epochs=ran,
         )
-    return reference.Adaptation(
+    return Adaptation(
         {n: named[n].new_empty(tasks, *named[n].shape) for n in plan.adapted},
         torch.zeros(tasks, dtype=torch.int8, device=device),
         history,
@@ -127,7 +127,7 @@ def adapt(
             epochs_run=0 if history is None else _address(history.epochs),
         )
     kept = {n: p for n, p in start.items() if n not in plan.adapted}
-    return reference.Adaptation({**out.parameters, **kept}, out.status, history)
+    return Adaptation({**out.parameters, **kept}, out.status, history)
 
 
 def reptile(

@@ -12,28 +12,44 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pymeta import native
-from pymeta.algorithms.learner import Function, outside_graphs
 from pymeta.backend.inputs import chained
+from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
-from pymeta.reference.once import NATIVE, once
+from pymeta.spec.modules import Function, outside_graphs
+from pymeta.spec.once import NATIVE, once
 from pymeta.tasks.task_set import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
 
-if TYPE_CHECKING:
-    from pymeta.algorithms.maml import MAML, Outcome
 
-_modules: weakref.WeakValueDictionary[str, MAML] = weakref.WeakValueDictionary()
+class Owner(Protocol):
+    """What the operator asks of a `pymeta.MAML`."""
+
+    model: nn.Module
+    lr: Any
+    steps: int
+    first_order: bool
+    backend: str
+    _handle: str
+
+    def _current(self) -> tuple[Plan, list[Tensor]]:
+        """The plan for the model as it is now, and its parameters."""
+
+    def forward(self, *data: Any, **options: Any) -> Any:
+        """The call in eager mode."""
+
+
+_modules: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
 
 Side: TypeAlias = tuple[Any, Any, Any, Any]  # one side's x, y, sizes and weights, in some order
 
 
-def register(maml: MAML) -> str:
+def register(maml: Owner) -> str:
     """A handle by which the operator finds `maml`, for as long as that lives.
 
     It is a string, because torch.compile before 2.7 takes an integer that differs from module to
@@ -49,7 +65,7 @@ def register(maml: MAML) -> str:
 
 def _side(
     names: Names,
-    maml: MAML,
+    maml: Owner,
     x: Tensor,
     y: Tensor,
     w: Tensor | None,
@@ -231,16 +247,17 @@ def _traced_side(x: Any, y: Any, sizes: Any, weights: Any) -> tuple[Side, list[i
 
 
 @outside_graphs
-def _eagerly(maml: MAML, support: Side, query: Side, steps: int | None) -> Outcome:
+def _eagerly(maml: Owner, support: Side, query: Side, steps: int | None) -> Any:
     names = ("support_sizes", "support_weights", "query_sizes", "query_weights")
     options = dict(zip(names, (*support[2:], *query[2:]), strict=True))
     return maml.forward(*support[:2], *query[:2], steps=steps, **options)
 
 
-def forward(maml: MAML, support: Side, query: Side, steps: int | None) -> Outcome:
-    """`MAML.forward` while torch.compile traces; sides are (x, y, sizes, weights)."""
-    from pymeta.algorithms.maml import Outcome
+def forward(maml: Owner, support: Side, query: Side, steps: int | None) -> Any:
+    """`MAML.forward` while torch.compile traces; sides are (x, y, sizes, weights).
 
+    Returns what goes into an `Outcome`.
+    """
     if not _runs_native(maml._handle):
         return _eagerly(maml, support, query, steps)
     (xs, ys, ws, ss), support_lengths = _traced_side(*support)
@@ -261,5 +278,5 @@ def forward(maml: MAML, support: Side, query: Side, steps: int | None) -> Outcom
     )  # fmt: skip
     predictions = predictions.detach()
     if query_lengths is not None:
-        return Outcome(loss, losses.detach(), list(predictions.split(query_lengths)))
-    return Outcome(loss, losses.detach(), predictions)
+        return loss, losses.detach(), list(predictions.split(query_lengths))
+    return loss, losses.detach(), predictions

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pymeta.backend.plan import Plan
-from pymeta.reference.once import once
+from pymeta.spec.once import once
 
 Wanted: TypeAlias = tuple[bool, bool, bool, bool]
 

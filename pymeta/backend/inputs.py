@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pymeta import native
 from pymeta.backend.plan import Plan
-from pymeta.tasks.task_set import TaskSet, check_sizes, check_values, dense
+from pymeta.tasks.task_set import TaskSet, dense
+from pymeta.tasks.values import check_sizes, check_values
 
 
 def native_lr(plan: Plan, lr: Tensor) -> Tensor:

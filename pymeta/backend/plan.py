@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from pymeta import native, reference
+from pymeta import native
 from pymeta.backend.device import Device, unusable
-from pymeta.spec.losses import Loss, check_width
+from pymeta.spec.losses import Loss, check_width, native_loss
+from pymeta.spec.modules import one_at_a_time
 from pymeta.spec.network import Description, Unsupported, describe
-from pymeta.spec.optimizers import Rates, rates
+from pymeta.spec.optimizers import Rates, native_optimizer, rates
 from pymeta.spec.watch import Place
 from pymeta.tasks.task_set import Expected, dense
 
@@ -115,7 +116,7 @@ class Plan:
         where it only predicts with adapted weights, `adapts` is False, and a normalisation
         layer's mode does not matter: each set is normalised by its own statistics.
         """
-        with reference.one_at_a_time():
+        with one_at_a_time():
             named = dict(model.named_parameters())
             _check_parameters(named)
             self.description = describe(model)
@@ -171,10 +172,10 @@ class Plan:
             return "a parameter does not have the size that its layer says"
         self.problem = lib.Problem(
             network,
-            native.loss(loss),
+            native_loss(loss),
             [n in self.adapted for n in chain],
             self._lr_groups(chain, named),
-            None if self.optimizer is None else native.optimizer(self.optimizer, self.anchor),
+            None if self.optimizer is None else native_optimizer(self.optimizer, self.anchor),
         )
         self.chain = [self.names.index(n) for n in chain]
         return None
@@ -243,14 +244,3 @@ def _place(model: nn.Module, name: str) -> Place:
     """Where a module holds its parameter."""
     path, _, key = name.rpartition(".")
     return model.get_submodule(path)._parameters, key
-
-
-def check_statistics(model: nn.Module) -> None:
-    """Raise ValueError where a normalisation layer would use its running statistics."""
-    name = reference.uses_running_statistics(model)
-    if name is not None:
-        raise ValueError(
-            f"model: {name} is in eval mode and would use running statistics, but pymeta "
-            f"normalises each set by its own: call .train() on it, or make it with "
-            f"track_running_stats=False"
-        )

@@ -24,7 +24,7 @@ from pymeta.backend.device import Device
 from pymeta.backend.gradients import Gradients, Layout, Lease, Wanted, with_graph
 from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
 from pymeta.backend.plan import Plan
-from pymeta.reference.once import NATIVE
+from pymeta.spec.once import NATIVE
 from pymeta.spec.watch import forms, forms_there
 from pymeta.tasks.task_set import TaskSet
 

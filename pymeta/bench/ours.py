@@ -14,8 +14,8 @@ import numpy as np
 from pymeta import native
 from pymeta.bench.cases import Array, Case, Data
 from pymeta.spec.architecture import Architecture
-from pymeta.spec.losses import Loss
-from pymeta.spec.optimizers import SGD, Adam
+from pymeta.spec.losses import Loss, native_loss
+from pymeta.spec.optimizers import SGD, Adam, native_optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +57,10 @@ def _problem(case: Case) -> Any:
     count = len(network.parameter_sizes)
     return native.extension().Problem(
         network,
-        native.loss(Loss(case.loss)),
+        native_loss(Loss(case.loss)),
         [True] * count,
         [0] * count,
-        native.optimizer(inner_optimizer(case)),
+        native_optimizer(inner_optimizer(case)),
     )
 
 

@@ -21,11 +21,14 @@ from pymeta import reference
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.models.file import Path, Raw, errors_about
-from pymeta.models.stacked import History, Saved, Stacked, load, positions
+from pymeta.models.stacked import Saved, Stacked, load, positions
 from pymeta.spec.architecture import Architecture
+from pymeta.spec.history import History
 from pymeta.spec.losses import describe_loss
+from pymeta.spec.modules import drop_running_statistics, one_at_a_time
 from pymeta.spec.network import Description
-from pymeta.tasks.task_set import QUERY, Names, Rows, Sizes, TaskSet, check_values, dense, task_set
+from pymeta.tasks.task_set import QUERY, Names, Rows, Sizes, TaskSet, dense, task_set
+from pymeta.tasks.values import check_values
 
 _NAMES = Names("xq", "", QUERY.sizes, "")
 
@@ -219,9 +222,9 @@ class Adapted(Stacked[Tensor]):
         where = positions(task, self._tasks)
         if not isinstance(where, int):
             return self._at(where)
-        with reference.one_at_a_time():
+        with one_at_a_time():
             model = copy.deepcopy(self._model)
-        reference.drop_running_statistics(model)
+        drop_running_statistics(model)
         own = self._of_task(where)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -244,7 +247,7 @@ class Adapted(Stacked[Tensor]):
             IndexError: there is no such task.
         """
         own = self._of_task(self._number(task))
-        with reference.one_at_a_time():
+        with one_at_a_time():
             given = self._model.state_dict(keep_vars=True)
             values = {id(p): own[name] for name, p in self._model.named_parameters()}
         copies: dict[int, Any] = {}  # what has two names there has them here

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from pymeta.models.arrays import (
     need_array,
     raw_of,
 )
-from pymeta.models.file import Contents, Fields, Path, read, write
+from pymeta.models.file import Contents, Path, read, write
 from pymeta.spec.architecture import Architecture, read_architecture
 from pymeta.spec.class_weights import (
     ClassWeights,
@@ -46,15 +46,21 @@ from pymeta.spec.class_weights import (
     check_class_weights,
     class_table,
     classes_of,
+    read_class_weights,
     row_factors,
 )
-from pymeta.spec.losses import Loss, check_width, read_loss
-from pymeta.spec.optimizers import SGD, Adam, LearnableLR, Optimizer, check_number, rates
-from pymeta.spec.schedule import Schedule, check_count
-
-if TYPE_CHECKING:
-    from pymeta.algorithms.learner import Learner
-
+from pymeta.spec.fields import Fields
+from pymeta.spec.losses import Loss, check_width, native_loss, read_loss
+from pymeta.spec.optimizers import (
+    LearnableLR,
+    Optimizer,
+    check_number,
+    described_optimizer,
+    native_optimizer,
+    rates,
+    read_optimizer,
+)
+from pymeta.spec.schedule import Schedule, check_count, described_schedule, read_schedule
 
 _SUPPORT = Names("xs", "ys", "weights")
 _LARGEST_ID = 2**63 - 1
@@ -124,10 +130,10 @@ class Adapter:
         lib = native.extension()
         self._problem = lib.Problem(
             architecture.network(),
-            native.loss(loss),
+            native_loss(loss),
             [name in self.adapted for name in architecture.chain],
             groups,
-            native.optimizer(optimizer, anchor),
+            native_optimizer(optimizer, anchor),
         )
         self._start = [self.parameters[name] for name in architecture.chain]
         self._engine = lib.Engine(
@@ -331,16 +337,13 @@ class Adapter:
         Raises:
             OSError: it cannot be written.
         """
-        kind = "adam" if isinstance(self.optimizer, Adam) else "sgd"
         described = {
             "architecture": self.architecture.described(),
             "loss": asdict(self.loss),
             "recipe": {
                 "adapted": list(self.adapted),
-                "optimizer": {"kind": kind, **asdict(self.optimizer)},
-                "schedule": {
-                    n: v if v is None else int(v) for n, v in asdict(self.schedule).items()
-                },
+                "optimizer": described_optimizer(self.optimizer),
+                "schedule": described_schedule(self.schedule),
                 "anchor": self.anchor,
                 "class_weights": self.class_weights,
             },
@@ -363,47 +366,6 @@ class Adapter:
             return cls(**_read_parts(contents))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{contents.path}: {error}") from None
-
-
-def from_learner(learner: Learner) -> Adapter:
-    """The adapter of a MAML, Reptile or FineTune; its parameters are a copy of those of now.
-
-    Raises:
-        ValueError: the native core cannot run the model (the message says why), or the recipe
-            has what an adapter lacks (held out rows).
-    """
-    import torch
-
-    from pymeta.models.adapted import architecture
-    from pymeta.tasks.task_set import dense as dense_tensor
-
-    if getattr(learner, "validation", 0):
-        raise ValueError(
-            "adapter: expected validation=0, because an adapter holds no rows out; find the "
-            "number of epochs with a FineTune that does, and deploy one with that number"
-        )
-    plan, tensors = learner._current()
-    if plan.core_reason is not None:  # an adapter runs on the CPU, wherever the learner does
-        raise ValueError(f"adapter: the native core cannot run this learner: {plan.core_reason}")
-    chain = architecture(plan)
-    assert chain is not None
-
-    def array(tensor: torch.Tensor) -> np.ndarray:
-        return dense_tensor(tensor.detach().to("cpu", plan.expected.dtype)).numpy()
-
-    optimizer = learner.optimizer
-    learned = isinstance(optimizer.lr, LearnableLR)
-    return Adapter(
-        chain,
-        {name: array(p) for name, p in zip(plan.names, tensors, strict=True)},
-        adapted=plan.adapted,
-        loss=learner.loss,
-        optimizer=optimizer,
-        schedule=learner.schedule,
-        lr=array(learner._lr(plan)) if learned else None,
-        anchor=learner.anchor,
-        class_weights=getattr(learner, "class_weights", None),
-    )
 
 
 # ---- pieces -----------------------------------------------------------------------------------
@@ -507,10 +469,10 @@ def _read_parts(contents: Contents) -> dict[str, Any]:
         "architecture": architecture,
         "loss": loss,
         "adapted": recipe.list_of("adapted", str),
-        "optimizer": _read_optimizer(recipe.object("optimizer")),
-        "schedule": _read_schedule(recipe.object("schedule")),
+        "optimizer": read_optimizer(recipe.object("optimizer")),
+        "schedule": read_schedule(recipe.object("schedule")),
         "anchor": recipe.number("anchor"),
-        "class_weights": _read_class_weights(recipe),
+        "class_weights": read_class_weights(recipe),
     }
     recipe.end()
     for name, raw in contents.tensors.items():
@@ -518,55 +480,3 @@ def _read_parts(contents: Contents) -> dict[str, Any]:
             raise ValueError(f"tensor {name} is {raw.dtype}, expected F32 or F64")
     tensors = {name: array_of(raw) for name, raw in contents.tensors.items()}
     return {**parts, "lr": tensors.pop(".lr", None), "parameters": tensors}
-
-
-def _read_optimizer(fields: Fields) -> Optimizer:
-    kind = fields.text("kind")
-    options: dict[str, Any] = {
-        "lr": _read_lr(fields),
-        "weight_decay": fields.number("weight_decay"),
-        "clip_norm": None if fields.is_null("clip_norm") else fields.number("clip_norm"),
-    }
-    if kind == "adam":
-        betas = fields.numbers("betas")
-        options |= {"betas": betas, "eps": fields.number("eps")}
-        options["decoupled"] = fields.boolean("decoupled")
-    elif kind == "sgd":
-        options["momentum"] = fields.number("momentum")
-        options["nesterov"] = fields.boolean("nesterov")
-    else:
-        raise ValueError(f"{fields.what}: unknown kind {kind[:60]!r}")
-    fields.end()
-    return (Adam if kind == "adam" else SGD)(**options)
-
-
-def _read_lr(fields: Fields) -> float | LearnableLR:
-    if not fields.is_a("lr", dict):
-        return fields.number("lr")
-    lr = fields.object("lr")
-    found = LearnableLR(lr.number("initial"), lr.text("per"), lr.boolean("per_step"))
-    lr.end()
-    return found
-
-
-def _read_schedule(fields: Fields) -> Schedule:
-    def optional(name: str, low: int) -> int | None:
-        return None if fields.is_null(name) else fields.integer(name, low)
-
-    found = Schedule(
-        steps=optional("steps", 0),
-        epochs=optional("epochs", 0),
-        batch_size=optional("batch_size", 1),
-        seed=fields.integer("seed", 0),
-        stream=fields.integer("stream", 0),
-    )
-    fields.end()
-    return found
-
-
-def _read_class_weights(recipe: Fields) -> ClassWeights:
-    if recipe.is_null("class_weights"):
-        return None
-    if recipe.is_a("class_weights", list):
-        return recipe.numbers("class_weights")
-    return recipe.text("class_weights")

@@ -16,9 +16,10 @@ import numpy as np
 
 from pymeta import native
 from pymeta.models.file import Path, Raw
-from pymeta.models.stacked import History, Stacked, load, positions
+from pymeta.models.stacked import Stacked, load, positions
 from pymeta.spec.architecture import Architecture
-from pymeta.spec.losses import Loss
+from pymeta.spec.history import History
+from pymeta.spec.losses import Loss, native_loss
 
 Rows: TypeAlias = "np.ndarray | Sequence[np.ndarray]"
 Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # `Rows` of _native.pyi
@@ -482,7 +483,7 @@ def _predictor(architecture: Architecture, loss: Loss) -> Any:
     """A native Problem to predict with; what it would adapt does not matter."""
     tensors = len(architecture.chain)
     return native.extension().Problem(
-        architecture.network(), native.loss(loss), [False] * tensors, [0] * tensors
+        architecture.network(), native_loss(loss), [False] * tensors, [0] * tensors
     )
 
 

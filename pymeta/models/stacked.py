@@ -16,39 +16,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from pymeta.models.file import Contents, Fields, Path, Raw, errors_about, read, write
+from pymeta.models.file import Contents, Path, Raw, errors_about, read, write
 from pymeta.spec.architecture import Architecture, Shape, read_architecture
+from pymeta.spec.fields import Fields
+from pymeta.spec.history import History
 from pymeta.spec.losses import Loss, check_width, read_loss
 
 Array = TypeVar("Array")  # torch.Tensor or np.ndarray
 Self = TypeVar("Self", bound="Stacked[Any]")
-
-
-@dataclass(frozen=True)
-class History:
-    """What was seen while T tasks were fine-tuned; an epoch that did not run has NaN.
-
-    Attributes:
-        train: [T, epochs], each epoch's mean training loss.
-        validation: [T, epochs + 1], the validation loss before (column 0) and after each epoch.
-        best_epochs: [T] int64, after which epoch the weights kept were reached (0: the start).
-        epochs: [T] int64, how many epochs ran.
-    """
-
-    train: Any
-    validation: Any | None
-    best_epochs: Any | None
-    epochs: Any
-
-    def values(self) -> dict[str, Any]:
-        """{field: value} of what is there."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in found.items() if value is not None}
-
-    @staticmethod
-    def of(values: Mapping[str, Any]) -> History:
-        """The opposite of `values`."""
-        return History(**{f.name: values.get(f.name) for f in fields(History)})
 
 
 def positions(index: Any, tasks: int) -> int | slice | np.ndarray:

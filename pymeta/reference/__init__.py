@@ -28,25 +28,17 @@ of its set, whatever it holds (`that_count`); tasks that have such rows run one 
 row that is left out still has a prediction, normalised by the statistics of those that count.
 """
 
-from pymeta.reference.batch import Adaptation, adapt, meta_loss, not_finite, predict, reptile
-from pymeta.reference.modules import (
-    drop_running_statistics,
-    one_at_a_time,
-    output_shape,
-    uses_running_statistics,
-)
-from pymeta.reference.task import InnerLoop
+from pymeta.reference.batch import adapt, meta_loss, not_finite, predict, reptile
+from pymeta.reference.modules import output_shape
+from pymeta.spec.inner import Adaptation, InnerLoop
 
 __all__ = [
     "Adaptation",
     "InnerLoop",
     "adapt",
-    "drop_running_statistics",
     "meta_loss",
     "not_finite",
-    "one_at_a_time",
     "output_shape",
     "predict",
     "reptile",
-    "uses_running_statistics",
 ]

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from pymeta.models.stacked import History
 from pymeta.reference.loss import task_loss
 from pymeta.reference.modules import Applied, Parameters, applied
-from pymeta.reference.once import REPTILE, once
-from pymeta.reference.task import InnerLoop, Set, adapt_task, task_outcome, that_count
+from pymeta.reference.task import Set, adapt_task, task_outcome, that_count
 from pymeta.reference.validation import Validation, weighs
+from pymeta.spec.history import History
+from pymeta.spec.inner import Adaptation, InnerLoop
+from pymeta.spec.once import REPTILE, once
 from pymeta.spec.schedule import Schedule
-from pymeta.tasks.task_set import TaskSet, leaves_out
-
-
-@dataclass
-class Adaptation:
-    """What became of T tasks.
-
-    Attributes:
-        parameters: {name: [T, ...]} of what was adapted, or was each task's own from the start.
-        status: [T] int8, 1 where an adapted value is not finite, otherwise 0.
-        history: the learning curves, where they were asked for.
-    """
-
-    parameters: Parameters
-    status: Tensor
-    history: History | None = None
-
+from pymeta.tasks.task_set import TaskSet
+from pymeta.tasks.values import leaves_out
 
 # ---- all tasks --------------------------------------------------------------------------------
 

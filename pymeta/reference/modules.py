@@ -15,10 +15,8 @@ Only one thread at a time may do so, because `functional_call` puts tensors into
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -28,43 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+from pymeta.spec.modules import one_at_a_time
+
 Parameters: TypeAlias = dict[str, Tensor]
-
-_lock = threading.RLock()
-
-
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.RLock()  # the thread that held the old one did not survive the fork
-
-
-if hasattr(os, "register_at_fork"):  # where there are forks
-    os.register_at_fork(after_in_child=_new_lock)
-
-
-def one_at_a_time() -> AbstractContextManager[Any]:
-    """The lock that is held while `functional_call` has other tensors put into a module.
-
-    Whoever reads a module's parameters under it reads the module's own.
-    """
-    return _lock
-
-
-def uses_running_statistics(model: nn.Module) -> str | None:
-    """The name of a normalisation layer that would use running statistics, if there is one."""
-    for name, module in model.named_modules():
-        evaluates = isinstance(module, _NormBase) and not module.training
-        if evaluates and module.running_mean is not None:
-            return name or type(module).__name__
-    return None
-
-
-def drop_running_statistics(model: nn.Module) -> None:
-    """Let every normalisation of a module use its input's statistics, in eval mode too."""
-    for layer in model.modules():
-        if isinstance(layer, _NormBase):
-            layer.track_running_stats = False
-            layer._buffers.update(dict.fromkeys(layer._buffers))
 
 
 @contextmanager

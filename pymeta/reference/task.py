@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -12,38 +11,13 @@ from torch import Tensor
 
 from pymeta.reference.loss import task_loss
 from pymeta.reference.modules import By, Called, Parameters
+from pymeta.spec.inner import InnerLoop
 from pymeta.spec.losses import Loss
-from pymeta.spec.optimizers import SGD, Adam, Optimizer, Rates
-from pymeta.spec.schedule import Batch, Schedule
-from pymeta.tasks.task_set import counting
+from pymeta.spec.optimizers import SGD, Adam, Optimizer
+from pymeta.spec.schedule import Batch
+from pymeta.tasks.values import counting
 
 Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # one task's x, y, row weights
-
-_PLAIN = SGD(1.0)
-
-
-@dataclass(frozen=True)
-class InnerLoop:
-    """How one task is adapted.
-
-    Attributes:
-        loss: what is made small.
-        lr: [columns] or [rows, columns] values laid out by `rates`.
-        rates: their layout.
-        schedule: how many steps, and on which rows.
-        first_order: take the gradients of the loss as constants.
-        optimizer: the rule of a step; its lr is not looked at, `lr` takes its place.
-        anchor: pulls towards the start, by the penalty anchor/2 |theta - start|^2.
-    """
-
-    loss: Loss
-    lr: Tensor
-    rates: Rates
-    schedule: Schedule
-    first_order: bool = False
-    optimizer: Optimizer = _PLAIN
-    anchor: float = 0.0
-
 
 # ---- one step ---------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from pymeta import native
-from pymeta.models.file import Fields
+from pymeta.spec.fields import Fields
 
 Layer: TypeAlias = tuple[Any, ...]
 Shape: TypeAlias = tuple[int, ...]

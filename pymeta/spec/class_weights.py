@@ -8,12 +8,15 @@ This module does not import torch.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from pymeta.spec.losses import Loss
 from pymeta.spec.optimizers import check_number
+
+if TYPE_CHECKING:
+    from pymeta.spec.fields import Fields
 
 ClassWeights: TypeAlias = str | tuple[float, ...] | None
 
@@ -113,3 +116,12 @@ def row_factors(classes: np.ndarray, task: np.ndarray, table: np.ndarray) -> np.
     """What each row's weight is multiplied by, [n] float64: 1 for rows without a class."""
     known = table[task, np.clip(classes, 0, table.shape[1] - 1)]
     return np.where(classes < 0, 1.0, known)
+
+
+def read_class_weights(recipe: Fields) -> ClassWeights:
+    """The entry `class_weights` of a JSON object; ValueError where it is none."""
+    if recipe.is_null("class_weights"):
+        return None
+    if recipe.is_a("class_weights", list):
+        return recipe.numbers("class_weights")
+    return recipe.text("class_weights")

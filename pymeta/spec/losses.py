@@ -11,10 +11,12 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pymeta import native
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pymeta.models.file import Fields
+    from pymeta.spec.fields import Fields
 
 KINDS = ("mse", "huber", "cross_entropy", "bce_with_logits")
 
@@ -111,6 +113,18 @@ def check_width(loss: Loss, out_features: int) -> None:
             raise ValueError(
                 f"loss: {name} has {len(values)} entries, but the model has {out_features} outputs"
             )
+
+
+def native_loss(description: Loss) -> Any:
+    """The native twin of a loss."""
+    return native.extension().Loss(
+        description.kind,
+        delta=description.delta,
+        label_smoothing=description.label_smoothing,
+        ignore_index=description.ignore_index,
+        weight=description.weight,
+        pos_weight=description.pos_weight,
+    )
 
 
 def read_loss(fields: Fields) -> Loss:

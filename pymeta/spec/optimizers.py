@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pymeta import native
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
+
+    from pymeta.spec.fields import Fields
 
 _PER = ("network", "layer", "parameter")
 
@@ -172,6 +176,63 @@ class Adam:
 
 
 Optimizer: TypeAlias = SGD | Adam
+
+
+def native_optimizer(description: Optimizer, anchor: float = 0.0) -> Any:
+    """The native twin of an inner optimiser (its lr goes along with each call)."""
+    common = {
+        "weight_decay": description.weight_decay,
+        "clip_norm": description.clip_norm or 0.0,
+        "anchor": anchor,
+    }
+    if isinstance(description, Adam):
+        beta1, beta2 = description.betas
+        return native.extension().Optimizer(
+            "adam",
+            beta1=beta1,
+            beta2=beta2,
+            eps=description.eps,
+            decoupled=description.decoupled,
+            **common,
+        )
+    return native.extension().Optimizer(
+        "sgd", momentum=description.momentum, nesterov=description.nesterov, **common
+    )
+
+
+def described_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """As JSON."""
+    return {"kind": "adam" if isinstance(optimizer, Adam) else "sgd", **asdict(optimizer)}
+
+
+def read_optimizer(fields: Fields) -> Optimizer:
+    """The optimiser that `described_optimizer` made JSON of; ValueError where it is none."""
+    kind = fields.text("kind")
+    options: dict[str, Any] = {
+        "lr": _read_lr(fields),
+        "weight_decay": fields.number("weight_decay"),
+        "clip_norm": None if fields.is_null("clip_norm") else fields.number("clip_norm"),
+    }
+    if kind == "adam":
+        betas = fields.numbers("betas")
+        options |= {"betas": betas, "eps": fields.number("eps")}
+        options["decoupled"] = fields.boolean("decoupled")
+    elif kind == "sgd":
+        options["momentum"] = fields.number("momentum")
+        options["nesterov"] = fields.boolean("nesterov")
+    else:
+        raise ValueError(f"{fields.what}: unknown kind {kind[:60]!r}")
+    fields.end()
+    return (Adam if kind == "adam" else SGD)(**options)
+
+
+def _read_lr(fields: Fields) -> float | LearnableLR:
+    if not fields.is_a("lr", dict):
+        return fields.number("lr")
+    lr = fields.object("lr")
+    found = LearnableLR(lr.number("initial"), lr.text("per"), lr.boolean("per_step"))
+    lr.end()
+    return found
 
 
 @dataclass(frozen=True)

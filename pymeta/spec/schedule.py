@@ -13,10 +13,13 @@ as 1, 2, 3"), as numpy has it. This module does not import torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from pymeta.spec.fields import Fields
 
 SHUFFLE, SPLIT = 0, 1  # what a permutation is for: an epoch's order, a validation split
 LARGEST_SEED = 2**63 - 1  # and stream
@@ -130,3 +133,25 @@ class Schedule:
             assert order is not None and self.batch_size is not None
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield Batch(chosen, len(chosen), batch == count - 1)
+
+
+def described_schedule(schedule: Schedule) -> dict[str, int | None]:
+    """As JSON."""
+    return {n: v if v is None else int(v) for n, v in asdict(schedule).items()}
+
+
+def read_schedule(fields: Fields) -> Schedule:
+    """The schedule that `described_schedule` made JSON of; ValueError where it is none."""
+
+    def optional(name: str, low: int) -> int | None:
+        return None if fields.is_null(name) else fields.integer(name, low)
+
+    found = Schedule(
+        steps=optional("steps", 0),
+        epochs=optional("epochs", 0),
+        batch_size=optional("batch_size", 1),
+        seed=fields.integer("seed", 0),
+        stream=fields.integer("stream", 0),
+    )
+    fields.end()
+    return found

@@ -1,4 +1,4 @@
-"""The tasks of one call: shapes, ragged sizes, dtypes. All checks of inputs live here.
+"""The tasks of one call as tensors: shapes, ragged sizes, dtypes.
 
 A `TaskSet` is the support side or the query side of all T tasks, in one of three forms:
 
@@ -11,10 +11,10 @@ tensor that shares its memory. Nothing here looks at the values of a tensor, so 
 over the data. The values (labels, weights, sizes) are checked
 
     on the CPU        by the native core, as it reads them;
-    on a device       sizes by `check_sizes`, on the host, where they are kept; labels and weights
-                      not at all, which would mean to wait for them: a wrong one makes all that
-                      depends on it NaN. PYMETA_CHECK_VALUES=1 has `check_values` look first;
-    for torch         by `check_values`.
+    on a device       sizes by `values.check_sizes`, on the host, where they are kept; labels and
+                      weights not at all, which would mean to wait for them: a wrong one makes all
+                      that depends on it NaN. PYMETA_CHECK_VALUES=1 has `values.check_values` look;
+    for torch         by `values.check_values`.
 """
 
 from __future__ import annotations
@@ -461,142 +461,3 @@ def check_task_ids(task_ids: Any, tasks: int) -> Tensor | None:
     if bool((ids < 0).any()):
         raise ValueError(f"task_ids: expected integers >= 0, got {int(ids.min())}")
     return ids
-
-
-def counting(loss: Loss, y: Tensor, weights: Tensor | None, lead: int = 1) -> Tensor:
-    """Which rows count: those of a weight that is not 0 and a label that is not ignored.
-
-    All others are left out of their set, whatever they hold. Where weights require grad, theirs
-    at 0 is wanted, and no row is left out for its weight.
-
-    Args:
-        loss: the loss.
-        y: targets [*lead, ...].
-        weights: [*lead], or None.
-        lead: how many axes come before the outputs.
-
-    Returns:
-        bool [*lead].
-    """
-    count = torch.ones(y.shape[:lead], dtype=torch.bool, device=y.device)
-    if loss.takes_classes:
-        count &= y != loss.ignore_index
-    if weights is not None and not (weights.requires_grad and torch.is_grad_enabled()):
-        count &= weights != 0
-    return count
-
-
-def _counting(s: TaskSet, loss: Loss) -> Tensor:
-    """Which rows of a set count; those that only pad do not."""
-    assert s.y is not None
-    count = counting(loss, s.y, s.weights, 1 if s.starts is not None else 2)
-    valid = s.valid()
-    return count if valid is None else count & valid
-
-
-def leaves_out(s: TaskSet, loss: Loss) -> bool:
-    """Whether any of the tasks' rows does not count; reads values."""
-    if s.y is None or (s.weights is None and not loss.takes_classes):
-        return False
-    return int(_counting(s, loss).sum()) < sum(s.counts)
-
-
-def _first_wrong(wrong: Tensor, s: TaskSet, loss: Loss) -> int | None:
-    """The first row that counts of those that are `wrong` [...], if there is one."""
-    wrong = wrong & _counting(s, loss)
-    return int(wrong.flatten().nonzero()[0]) if bool(wrong.any()) else None
-
-
-def _check_labels(s: TaskSet, loss: Loss, classes: int) -> None:
-    assert s.y is not None
-    index = _first_wrong((s.y < 0) | (s.y >= classes), s, loss)
-    if index is not None:
-        label = int(s.y.flatten()[index])
-        raise ValueError(f"{s.names.y}: {s.place(index)}: label {label} is not in 0..{classes - 1}")
-
-
-def _check_probabilities(s: TaskSet, loss: Loss) -> None:
-    """A NaN is as in the other losses: the loss is NaN."""
-    assert s.y is not None
-    lead = 1 if s.starts is not None else 2
-    y = s.y.detach().flatten(lead) if s.y.ndim > lead else s.y.detach().unsqueeze(-1)
-    index = _first_wrong(((y < 0) | (y > 1)).any(-1), s, loss)
-    if index is not None:
-        row = y.flatten(0, lead - 1)[index]
-        value = float(row[(row < 0) | (row > 1)][0])
-        raise ValueError(
-            f"{s.names.y}: {s.place(index)}: target {value:g} is not in 0..1; bce_with_logits "
-            f"takes probabilities (labels of -1 and +1: use (y + 1) / 2)"
-        )
-
-
-def counts_that_count(s: TaskSet, loss: Loss) -> list[int]:
-    """How many rows of each task count; reads values."""
-    if not leaves_out(s, loss):
-        return s.counts
-    count = _counting(s, loss)
-    parts = count.split_with_sizes(s.counts) if s.starts is not None else count.unbind(0)
-    return [int(part.sum()) for part in parts]
-
-
-def _check_single_rows(s: TaskSet, loss: Loss) -> None:
-    """Raise where one row alone would be normalised."""
-    counts = counts_that_count(s, loss)
-    if 1 in counts:
-        task = counts.index(1)
-        that_counts = " that counts" if s.counts[task] > 1 else ""
-        raise ValueError(
-            f"{s.names.x}: task {task} has one row{that_counts}, which batch normalisation "
-            f"cannot normalise: expected none or at least two"
-        )
-
-
-def _check_weight_values(s: TaskSet) -> None:
-    assert s.weights is not None
-    wrong = ~(s.weights >= 0) | s.weights.isinf()
-    valid = s.valid()
-    if valid is not None:
-        wrong = wrong & valid
-    if bool(wrong.any()):
-        index = int(wrong.flatten().nonzero()[0])
-        value = float(s.weights.flatten()[index])
-        raise ValueError(
-            f"{s.names.weights}: {s.place(index)}: weight {value} is not a finite number >= 0"
-        )
-
-
-def check_sizes(s: TaskSet, expected: Expected) -> None:
-    """The checks that read sizes alone, which are on the CPU wherever the data are.
-
-    Raises:
-        ValueError: a size is out of range, or there is one row under BatchNorm.
-    """
-    if s.sizes is not None and s.starts is None:
-        wrong = (s.sizes < 0) | (s.sizes > s.rows)
-        if bool(wrong.any()):
-            task = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"{s.names.sizes}: task {task}: size {int(s.sizes[task])} is not in 0..{s.rows}"
-            )
-    if expected.batch_norm and (1 in s.counts if s.sizes is not None else s.rows == 1 and s.tasks):
-        _check_single_rows(replace(s, y=None), expected.loss)
-
-
-def check_values(s: TaskSet, expected: Expected) -> None:
-    """The checks that read the data, for what does not do so itself; they wait for the data.
-
-    Raises:
-        ValueError: sizes, labels, probabilities or weights out of range, or one row that counts
-            under BatchNorm.
-    """
-    check_sizes(s, expected)
-    if s.weights is not None:
-        _check_weight_values(s)
-    if s.y is None:
-        return
-    if expected.loss.takes_classes and expected.out_features is not None:
-        _check_labels(s, expected.loss, expected.out_features)
-    if expected.loss.kind == "bce_with_logits":
-        _check_probabilities(s, expected.loss)
-    if expected.batch_norm:
-        _check_single_rows(s, expected.loss)
