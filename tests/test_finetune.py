@@ -17,6 +17,7 @@ from torch import nn
 import pymeta
 from pymeta import SGD, Adam, FineTune
 from pymeta.algorithms import finetune
+from pymeta.algorithms import progress as bars
 from pymeta.algorithms.rows import held_out_counts
 from pymeta.spec.schedule import SPLIT, permutation
 
@@ -581,7 +582,7 @@ def test_a_bar_shows_when_it_should(backend, monkeypatch):
     def shown(progress, patience, terminal):
         err = Terminal() if terminal else io.StringIO()
         monkeypatch.setattr(sys, "stderr", err)
-        monkeypatch.setattr(progress, "_LONG", patience)
+        monkeypatch.setattr(bars, "_LONG", patience)
         module(xs, ys, progress=progress)
         once = err.getvalue()
         list(module.stream(zip(xs, ys, strict=True), 2, progress=progress))

@@ -15,7 +15,8 @@ from pymeta import SGD, Adam, reference
 from pymeta.spec.losses import Loss
 from pymeta.spec.optimizers import rates
 from pymeta.spec.schedule import Schedule, permutation
-from pymeta.tasks.task_set import SUPPORT, Expected, task_set
+from pymeta.tasks.checks import Expected
+from pymeta.tasks.task_set import SUPPORT, task_set
 
 LR = 0.05
 

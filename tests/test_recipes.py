@@ -38,7 +38,8 @@ from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.spec.losses import describe_loss
 from pymeta.spec.schedule import Schedule, permutation
-from pymeta.tasks.task_set import SUPPORT, Names, task_set
+from pymeta.tasks.checks import Names
+from pymeta.tasks.task_set import SUPPORT, task_set
 
 VALIDATION = Names("xv", "yv", "validation_sizes", "validation_weights")
 

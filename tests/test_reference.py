@@ -12,7 +12,8 @@ from pymeta.reference.loss import task_loss
 from pymeta.spec.losses import Loss, describe_loss
 from pymeta.spec.optimizers import rates
 from pymeta.spec.schedule import Schedule
-from pymeta.tasks.task_set import SUPPORT, Expected, task_set
+from pymeta.tasks.checks import Expected
+from pymeta.tasks.task_set import SUPPORT, task_set
 
 
 def maml(net, **options):

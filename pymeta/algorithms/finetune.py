@@ -47,16 +47,8 @@ from pymeta.spec.losses import Loss
 from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer, check_number
 from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
-from pymeta.tasks.task_set import (
-    Expected,
-    Names,
-    Rows,
-    Sizes,
-    TaskSet,
-    check_same_tasks,
-    check_task_ids,
-    task_set,
-)
+from pymeta.tasks.checks import Expected, Names
+from pymeta.tasks.task_set import Rows, Sizes, TaskSet, check_same_tasks, check_task_ids, task_set
 from pymeta.tasks.values import check_values, counts_that_count
 
 _TRAIN = Names("xs", "ys", "sizes", "weights")

@@ -28,7 +28,8 @@ from pymeta.spec.modules import check_statistics, one_at_a_time
 from pymeta.spec.network import Description
 from pymeta.spec.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import Schedule
-from pymeta.tasks.task_set import SUPPORT, Expected, Rows, Sizes, TaskSet, check_task_ids, task_set
+from pymeta.tasks.checks import Expected
+from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, TaskSet, check_task_ids, task_set
 from pymeta.tasks.values import check_values
 
 if TYPE_CHECKING:

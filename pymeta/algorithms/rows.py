@@ -18,7 +18,8 @@ from pymeta import native
 from pymeta.spec.class_weights import class_table, classes_of, row_factors
 from pymeta.spec.losses import Loss
 from pymeta.spec.schedule import SPLIT, permutation
-from pymeta.tasks.task_set import Expected, TaskSet
+from pymeta.tasks.checks import Expected
+from pymeta.tasks.task_set import TaskSet
 
 
 class _Rows(NamedTuple):

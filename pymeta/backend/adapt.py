@@ -13,11 +13,12 @@ from pymeta.backend.gradients import Layout, Lease, with_graph
 from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
 from pymeta.backend.plan import Plan
 from pymeta.spec.history import History
+from pymeta.spec.inner import Adaptation
 from pymeta.spec.once import REPTILE
 from pymeta.tasks.task_set import TaskSet, dense
 
 if TYPE_CHECKING:
-    from pymeta.spec.inner import Adaptation, InnerLoop
+    from pymeta.spec.inner import InnerLoop
     from pymeta.spec.schedule import Schedule
 
 

@@ -23,7 +23,8 @@ from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.spec.modules import Function, outside_graphs
 from pymeta.spec.once import NATIVE, once
-from pymeta.tasks.task_set import QUERY, SUPPORT, Names, TaskSet, check_same_tasks, dense, task_set
+from pymeta.tasks.checks import Names
+from pymeta.tasks.task_set import QUERY, SUPPORT, TaskSet, check_same_tasks, dense, task_set
 
 
 class Owner(Protocol):

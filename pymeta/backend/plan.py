@@ -23,7 +23,8 @@ from pymeta.spec.modules import one_at_a_time
 from pymeta.spec.network import Description, Unsupported, describe
 from pymeta.spec.optimizers import Rates, native_optimizer, rates
 from pymeta.spec.watch import Place
-from pymeta.tasks.task_set import Expected, dense
+from pymeta.tasks.checks import Expected
+from pymeta.tasks.task_set import dense
 
 if TYPE_CHECKING:
     from pymeta.spec.optimizers import SGD, Adam

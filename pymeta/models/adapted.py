@@ -27,7 +27,8 @@ from pymeta.spec.history import History
 from pymeta.spec.losses import describe_loss
 from pymeta.spec.modules import drop_running_statistics, one_at_a_time
 from pymeta.spec.network import Description
-from pymeta.tasks.task_set import QUERY, Names, Rows, Sizes, TaskSet, dense, task_set
+from pymeta.tasks.checks import Names
+from pymeta.tasks.task_set import QUERY, Rows, Sizes, TaskSet, dense, task_set
 from pymeta.tasks.values import check_values
 
 _NAMES = Names("xq", "", QUERY.sizes, "")

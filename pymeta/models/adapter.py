@@ -15,6 +15,7 @@ calls; many tasks go through the same calls as the learners'.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,21 +24,7 @@ from typing import Any
 import numpy as np
 
 from pymeta import native
-from pymeta.models.arrays import (
-    DTYPE_CODES,
-    AdaptedArrays,
-    Expected,
-    Gathered,
-    Names,
-    Rows,
-    address,
-    array_of,
-    dense,
-    gather,
-    gather_queries,
-    need_array,
-    raw_of,
-)
+from pymeta.models.arrays import DTYPE_CODES, AdaptedArrays, array_of, expected_of, raw_of
 from pymeta.models.file import Contents, Path, read, write
 from pymeta.spec.architecture import Architecture, read_architecture
 from pymeta.spec.class_weights import (
@@ -61,8 +48,10 @@ from pymeta.spec.optimizers import (
     read_optimizer,
 )
 from pymeta.spec.schedule import Schedule, check_count, described_schedule, read_schedule
+from pymeta.tasks.arrays import Gathered, Rows, address, dense, gather, gather_queries, need_array
+from pymeta.tasks.checks import Names, cure, of_table
 
-_SUPPORT = Names("xs", "ys", "weights")
+_SUPPORT = Names("xs", "ys", "", "weights")
 _LARGEST_ID = 2**63 - 1
 
 
@@ -125,7 +114,7 @@ class Adapter:
         if isinstance(optimizer.lr, LearnableLR) == (lr is None):
             raise ValueError("lr: expected values exactly where the optimiser's are learnable")
         self.lr = _frozen(np.array([optimizer.lr], self.dtype) if lr is None else lr)
-        self._expected = Expected(architecture, loss, self.dtype)
+        self._expected = expected_of(architecture, loss, self.dtype)
         groups = self._lay_out_lr()
         lib = native.extension()
         self._problem = lib.Problem(
@@ -236,13 +225,14 @@ class Adapter:
         Raises:
             TypeError, ValueError: as `adapt`.
         """
+        if not type(xs) is type(ys) is type(xq) is np.ndarray:
+            xs = of_table("xs", xs)
+            if isinstance(xs, np.ndarray) and xs.ndim == 2:  # tables, or arrays with a mask
+                xs, ys, xq = need_array("xs", xs), need_array("ys", ys), need_array("xq", xq)
         if not isinstance(xs, np.ndarray) or xs.ndim != 2:
             return self._many(xs, ys, xq, out, weights)
-        if not type(xs) is type(ys) is type(xq) is np.ndarray:  # may have a mask
-            for name, value in zip(("xs", "ys", "xq"), (xs, ys, xq), strict=True):
-                need_array(name, value)
         if weights is not None:
-            need_array("weights", weights)
+            weights = need_array("weights", weights)
         if out is None:
             out = np.empty((*np.shape(xq)[:1], self.out_features), self.dtype)
         if self.class_weights is not None:
@@ -253,9 +243,18 @@ class Adapter:
         except (TypeError, ValueError):
             # what only lies in memory in another way is copied; all else raises again
             lying_well = _as_engines_want(xs, ys, xq, out, weights)
-            with _weights_by_name():
+            with _weights_by_name(), self._curing():
                 self._engine.adapt_predict(*lying_well)
         return out
+
+    @contextmanager
+    def _curing(self) -> Iterator[None]:
+        """Let the engine's messages about dtypes end with what to do."""
+        try:
+            yield
+        except TypeError as error:
+            wrong = re.match(rf"\w+: expected {self.dtype}, got", str(error))
+            raise TypeError(f"{error}; {cure(None, self.dtype)}" if wrong else error) from None
 
     def _weighted(self, support: Gathered) -> Gathered:
         """The tasks with class weights worked into the rows' weights."""

@@ -1,16 +1,9 @@
-"""Adapted models and their tasks in numpy, without torch: `AdaptedArrays`, `Gathered`.
-
-`gather` is to numpy what `tasks.py` is to torch, with fewer forms: all tasks have equally many
-rows (arrays with a leading task axis), or each has its own (lists of arrays, one for each task).
-Nothing is cast: values have the dtype of the weights, classes are integers. Arrays that are not
-contiguous are copied.
-"""
+"""Adapted models in numpy, without torch: `AdaptedArrays`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +13,8 @@ from pymeta.models.stacked import Stacked, load, positions
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.history import History
 from pymeta.spec.losses import Loss, native_loss
-
-Rows: TypeAlias = "np.ndarray | Sequence[np.ndarray]"
-Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # `Rows` of _native.pyi
+from pymeta.tasks.arrays import Gathered, Rows, address, dense, gather_queries
+from pymeta.tasks.checks import Expected
 
 DTYPE_CODES = {np.dtype(np.float32): 4, np.dtype(np.float64): 8}
 _RAW_DTYPES: dict[np.dtype[Any], str] = {
@@ -33,221 +25,6 @@ _RAW_DTYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.int8): "I8",
 }
 _DTYPES = {code: dtype for dtype, code in _RAW_DTYPES.items()}
-
-
-# ---- tasks ------------------------------------------------------------------------------------
-
-
-class Names(NamedTuple):
-    """What the caller knows the arguments as, for messages."""
-
-    x: str
-    y: str = ""
-    weights: str = ""
-
-
-class Expected(NamedTuple):
-    """What the models ask of their inputs."""
-
-    architecture: Architecture
-    loss: Loss
-    dtype: np.dtype
-
-
-class Gathered(NamedTuple):
-    """T tasks, contiguous: [T, rows, ...], or packed [sum of rows, ...] with `starts`."""
-
-    x: np.ndarray
-    y: np.ndarray | None
-    weights: np.ndarray | None
-    tasks: int
-    rows: int
-    starts: np.ndarray | None
-    sizes: np.ndarray | None
-    lengths: list[int] | None  # of the list that came, where one came
-
-    def pointers(self) -> Pointers:
-        """For the native core; the arrays must stay alive."""
-        return (
-            address(self.x),
-            address(self.y),
-            address(self.weights),
-            self.rows,
-            address(self.starts),
-            address(self.sizes),
-        )
-
-    def room(self, given: Any, columns: int) -> np.ndarray:
-        """Memory for `columns` values for each row: what is `given` as out, where that fits."""
-        shape = (*self.x.shape[:-1], columns)
-        if given is None:
-            return np.empty(shape, self.x.dtype)
-        if self.lengths is not None:
-            raise ValueError("out: expected None where the arrays come in a list")
-        out = need_array("out", given)
-        if out.dtype != self.x.dtype:
-            raise TypeError(f"out: expected {self.x.dtype}, got {out.dtype}")
-        if out.shape != shape or not out.flags.carray:
-            raise ValueError(
-                f"out: expected a contiguous, writable array of shape {list(shape)}, "
-                f"got shape {list(out.shape)}"
-            )
-        return out
-
-    def shaped(self, outputs: np.ndarray) -> Any:
-        """Rows' values in the form x came in: a list of views where that was a list."""
-        if self.lengths is None:
-            return outputs
-        if self.starts is None:
-            return list(outputs)
-        return np.split(outputs, np.cumsum(self.lengths)[:-1])
-
-
-def address(array: np.ndarray | None) -> int:
-    """Where an array's data lie; 0 for none."""
-    return 0 if array is None else array.__array_interface__["data"][0]
-
-
-def dense(array: np.ndarray) -> np.ndarray:
-    """The array, or a copy of it that is contiguous and aligned."""
-    return np.require(array, requirements=["C", "A"])
-
-
-def need_array(name: str, value: Any) -> np.ndarray:
-    """`value`, or TypeError where it is no numpy array."""
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name}: expected a numpy array, got {type(value).__name__}")
-    if hasattr(value, "mask"):
-        raise TypeError(f"{name}: expected an array without a mask, got {type(value).__name__}")
-    return value
-
-
-def _joined(name: str, values: Sequence[Any], lengths: list[int] | None) -> np.ndarray:
-    """A list's arrays one behind the other, of the given lengths where there are some."""
-    if not values:
-        raise ValueError(
-            f"{name}: expected one array for each task, got an empty list "
-            f"(no tasks at all is an array of shape [0, rows, ...])"
-        )
-    if lengths is not None and len(values) != len(lengths):
-        raise ValueError(f"{name}: expected {len(lengths)} arrays, got {len(values)}")
-    first = need_array(f"{name}[0]", values[0])
-    for t, value in enumerate(values):
-        need_array(f"{name}[{t}]", value)
-        if value.ndim == 0 or value.shape[1:] != first.shape[1:]:
-            like = "".join(f", {n}" for n in first.shape[1:])
-            raise ValueError(
-                f"{name}[{t}]: expected shape [rows{like}] as {name}[0] has, "
-                f"got {list(value.shape)}"
-            )
-        if value.dtype != first.dtype:
-            raise TypeError(f"{name}[{t}]: expected {first.dtype} as {name}[0], got {value.dtype}")
-        if lengths is not None and len(value) != lengths[t]:
-            raise ValueError(f"{name}[{t}]: expected {lengths[t]} rows, got {len(value)}")
-    return np.concatenate(values)
-
-
-def _check_x(name: str, x: np.ndarray, expected: Expected, lead: int) -> np.ndarray:
-    """Bring x into the form [..., in]; `lead` axes come before the features."""
-    if x.dtype != expected.dtype:
-        raise TypeError(f"{name}: expected {expected.dtype} as the weights are, got {x.dtype}")
-    features = expected.architecture.in_features
-    if expected.architecture.flattens and x.ndim > lead + 1:
-        x = x.reshape(*x.shape[:lead], math.prod(x.shape[lead:]))
-    if x.ndim != lead + 1 or x.shape[-1] != features:
-        axes = "tasks, rows" if lead == 2 else "rows"
-        raise ValueError(f"{name}: expected shape [{axes}, {features}], got {list(x.shape)}")
-    return dense(x)
-
-
-def _check_y(name: str, y: np.ndarray, expected: Expected, lead: tuple[int, ...]) -> np.ndarray:
-    """Bring y into the form [...] (classes) or [..., out] for rows of the shape `lead`."""
-    out, shown = expected.architecture.out_features, ", ".join(map(str, lead))
-    if expected.loss.takes_classes:
-        if y.dtype.kind not in "iu":
-            raise TypeError(f"{name}: expected class indices (integers), got {y.dtype}")
-        if y.shape != lead:
-            raise ValueError(f"{name}: expected shape [{shown}], got {list(y.shape)}")
-        return dense(y.astype(np.int64, copy=False))
-    if y.dtype != expected.dtype:
-        raise TypeError(f"{name}: expected {expected.dtype} as the weights are, got {y.dtype}")
-    if y.shape != (*lead, out) and not (out == 1 and y.shape == lead):
-        bare = f" or [{shown}]" if out == 1 else ""
-        raise ValueError(f"{name}: expected shape [{shown}, {out}]{bare}, got {list(y.shape)}")
-    return dense(y)
-
-
-def _check_weights(
-    name: str, weights: np.ndarray, expected: Expected, lead: tuple[int, ...]
-) -> np.ndarray:
-    if weights.dtype != expected.dtype:
-        raise TypeError(f"{name}: expected {expected.dtype}, got {weights.dtype}")
-    if weights.shape != lead:
-        raise ValueError(
-            f"{name}: expected one weight for each row, shape [{', '.join(map(str, lead))}], "
-            f"got {list(weights.shape)}"
-        )
-    return dense(weights)
-
-
-def gather(names: Names, x: Any, y: Any, weights: Any, expected: Expected) -> Gathered:
-    """Check one side's arguments and bring them into one of the two forms.
-
-    Args:
-        names: of the arguments.
-        x: [T, rows, in], or a list of T arrays [rows_t, in]; where the architecture flattens,
-            rows may have any shape of that many elements.
-        y: [T, rows] classes, or [T, rows, out] values ([T, rows] where out is 1), or a list
-            likewise; None where there are no targets.
-        weights: [T, rows], a list of [rows_t], or None.
-        expected: what the models ask for.
-
-    Raises:
-        TypeError: something is no array, or has the wrong dtype.
-        ValueError: something has the wrong shape.
-    """
-    lengths: list[int] | None = None
-    if isinstance(x, (list, tuple)):
-        x, given = _joined(names.x, x, None), x
-        lengths = [len(value) for value in given]
-    x = _check_x(names.x, need_array(names.x, x), expected, 2 if lengths is None else 1)
-    lead = x.shape[:-1]
-    if y is not None:
-        y = _check_y(names.y, _alike(names, names.y, y, lengths), expected, lead)
-    if weights is not None:
-        found = _alike(names, names.weights, weights, lengths)
-        weights = _check_weights(names.weights, found, expected, lead)
-    if lengths is None:
-        return Gathered(x, y, weights, lead[0], lead[1], None, None, None)
-    if min(lengths) == max(lengths):
-        shape = (len(lengths), lengths[0])
-        x, y, weights = (
-            None if a is None else a.reshape(*shape, *a.shape[1:]) for a in (x, y, weights)
-        )
-        return Gathered(x, y, weights, *shape, None, None, lengths)
-    sizes = np.array(lengths, np.int64)
-    starts = np.cumsum(sizes) - sizes
-    return Gathered(x, y, weights, len(lengths), max(lengths), starts, sizes, lengths)
-
-
-def gather_queries(xq: Any, tasks: int, why: str, expected: Expected) -> Gathered:
-    """Queries for so many tasks; TypeError or ValueError as `gather`."""
-    query = gather(Names("xq"), xq, None, None, expected)
-    if query.tasks != tasks:
-        raise ValueError(f"xq: expected {tasks} tasks, {why}, got {query.tasks}")
-    return query
-
-
-def _alike(names: Names, name: str, values: Any, lengths: list[int] | None) -> np.ndarray:
-    """`values` as one array; a list exactly where x was one, of the same lengths."""
-    if lengths is None:
-        return need_array(name, values)
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            f"{name}: expected a list of {len(lengths)} arrays because {names.x} is one, "
-            f"got {type(values).__name__}"
-        )
-    return _joined(name, values, lengths)
 
 
 # ---- models -----------------------------------------------------------------------------------
@@ -375,7 +152,7 @@ class AdaptedArrays(Stacked[np.ndarray]):
         Raises:
             TypeError, ValueError: xq is not that, or one row comes to a batch normalisation.
         """
-        expected = Expected(self.architecture, self.loss, self.dtype)
+        expected = expected_of(self.architecture, self.loss, self.dtype)
         query = gather_queries(xq, self._tasks, "one for each model", expected)
         return self._predict(query, query.room(out, self.architecture.out_features))
 
@@ -467,6 +244,17 @@ class AdaptedArrays(Stacked[np.ndarray]):
     @staticmethod
     def _to_raw(value: np.ndarray) -> Raw:
         return raw_of(value)
+
+
+def expected_of(architecture: Architecture, loss: Loss, dtype: np.dtype) -> Expected:
+    """What models of an architecture ask of their inputs."""
+    return Expected(
+        loss,
+        dtype,
+        in_features=architecture.in_features,
+        out_features=architecture.out_features,
+        flattens=architecture.flattens,
+    )
 
 
 def raw_of(array: np.ndarray) -> Raw:

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pymeta.spec.losses import Loss
+from pymeta.tasks.checks import Expected, Kind, Names, checked, of_table
 
 Rows: TypeAlias = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
 Sizes: TypeAlias = Tensor | np.ndarray | Sequence[int] | None
@@ -37,30 +37,8 @@ _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 _INTEGERS = (*_SIGNED, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 
 
-class Names(NamedTuple):
-    """What the caller knows one side's arguments as, for messages."""
-
-    x: str
-    y: str
-    sizes: str
-    weights: str
-
-
 SUPPORT = Names("xs", "ys", "support_sizes", "support_weights")
 QUERY = Names("xq", "yq", "query_sizes", "query_weights")
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What the model and the loss ask of the inputs; None where it is not known."""
-
-    loss: Loss
-    dtype: torch.dtype
-    device: torch.device
-    in_features: int | None = None
-    out_features: int | None = None
-    flattens: bool = False
-    batch_norm: bool = False
 
 
 @dataclass
@@ -189,107 +167,53 @@ def tensor_of(name: str, value: Any) -> Any:
         raise TypeError(f"{name}: expected an array of numbers, got dtype {value.dtype}") from None
 
 
-def _tensors_of(name: str, values: Any) -> Any:
-    """A list's arrays as tensors, or one array as a tensor; None stays."""
-    if isinstance(values, (list, tuple)):
-        if not any(isinstance(value, np.ndarray) for value in values):
-            return values
-        return [tensor_of(f"{name}[{t}]", value) for t, value in enumerate(values)]
-    return tensor_of(name, values)
+class _Tensors(Kind):
+    """Tensors; arrays become such."""
+
+    noun = "tensor"
+    whose = "as the model's parameters have"
+
+    def one(self, name: str, value: Any, where: str) -> Tensor:
+        """`value` as a dense, real tensor."""
+        if type(value) is not Tensor:
+            value = tensor_of(name, of_table(name, value))
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name}: expected a tensor or array{where}, got {type(value).__name__}"
+                )
+        if value.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+        if value.dtype.is_complex:
+            raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
+        return value
+
+    def is_integer(self, array: Tensor) -> bool:
+        """Whether it holds integers."""
+        return array.dtype in _INTEGERS
+
+    def joined(self, arrays: Sequence[Tensor], equal: bool) -> Tensor:
+        """Stacked or concatenated."""
+        return torch.stack(tuple(arrays)) if equal else torch.cat(tuple(arrays))
+
+    def labels(self, y: Tensor) -> Tensor:
+        """As int64."""
+        return y if y.dtype is torch.int64 else y.long()
+
+    def cast(self, name: str, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weights of any dtype will do."""
+        return weights if weights.dtype == dtype else weights.to(dtype)
+
+    def device_of(self, array: Tensor) -> torch.device:
+        """The tensor's."""
+        return array.device
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
-
-
-def _need_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name}: expected a tensor or array with a leading task axis, or a list of them, "
-            f"one for each task; got {type(value).__name__}"
-        )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
-
-
-def _check_list(name: str, values: Sequence[Any], y: bool) -> None:
-    """Raise unless these are tensors that differ in their number of rows only."""
-    if not values:
-        raise ValueError(
-            f"{name}: expected one tensor for each task, got an empty list "
-            f"(no tasks at all is a tensor of shape [0, rows, ...])"
-        )
-    first = values[0]
-    for t, value in enumerate(values):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}[{t}]: expected a tensor or array, got {type(value).__name__}")
-        if value.ndim < (1 if y else 2):
-            shape = "[rows] or [rows, out]" if y else "[rows, features]"
-            raise ValueError(f"{name}[{t}]: expected shape {shape}, got {_shape(value)}")
-        if value.shape[1:] != first.shape[1:] or value.ndim != first.ndim:
-            raise ValueError(
-                f"{name}[{t}]: expected shape [rows{''.join(f', {n}' for n in first.shape[1:])}] "
-                f"as {name}[0] has, got {_shape(value)}"
-            )
-        if value.dtype != first.dtype or value.device != first.device:
-            raise ValueError(
-                f"{name}[{t}]: expected {first.dtype} on {first.device} as {name}[0], "
-                f"got {value.dtype} on {value.device}"
-            )
-
-
-def _joined(values: Sequence[Tensor], equal: bool) -> Tensor:
-    return torch.stack(tuple(values)) if equal else torch.cat(tuple(values))
-
-
-def _list_like(name: str, values: Any, x_name: str, lengths: list[int]) -> None:
-    """Raise unless `values` is a list whose tensors have the given numbers of rows."""
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            f"{name}: expected a list of {len(lengths)} tensors because {x_name} is one, "
-            f"got {type(values).__name__}"
-        )
-    _check_list(name, values, y=True)
-    if len(values) != len(lengths):
-        raise ValueError(f"{name}: expected {len(lengths)} tensors as {x_name}, got {len(values)}")
-    for t, (value, rows) in enumerate(zip(values, lengths, strict=True)):
-        if value.shape[0] != rows:
-            raise ValueError(
-                f"{name}[{t}]: expected {rows} rows as {x_name}[{t}], got {value.shape[0]}"
-            )
-
-
-def _from_lists(names: Names, x: Any, y: Any, sizes: Any, weights: Any) -> TaskSet:
-    if sizes is not None:
-        raise ValueError(
-            f"{names.sizes}: expected None where {names.x} is a list (its tensors have their own "
-            f"sizes), got {type(sizes).__name__}"
-        )
-    _check_list(names.x, x, y=False)
-    lengths = [len(value) for value in x]
-    if y is not None:
-        _list_like(names.y, y, names.x, lengths)
-    if weights is not None:
-        _list_like(names.weights, weights, names.x, lengths)
-    equal = min(lengths) == max(lengths)
-    out = TaskSet(
-        x=_joined(x, equal),
-        y=None if y is None else _joined(y, equal),
-        weights=None if weights is None else _joined(weights, equal),
-        tasks=len(lengths),
-        rows=max(lengths),
-        names=names,
-        lengths=lengths,
-    )
-    if not equal:
-        out.sizes = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-        out.starts = out.sizes.cumsum(0) - out.sizes
-    return out
+_TENSORS = _Tensors()
 
 
 def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
     """`sizes` as int64 [T] on the CPU; whether they are in range is checked with the values."""
-    sizes = tensor_of(name, sizes)
+    sizes = tensor_of(name, of_table(name, sizes))
     if not isinstance(sizes, Tensor):
         if not isinstance(sizes, (list, tuple)) or not all(type(n) is int for n in sizes):
             raise TypeError(f"{name}: expected integers [T], got {type(sizes).__name__}")
@@ -299,89 +223,9 @@ def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
     if sizes.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected integers, got {sizes.dtype}")
     if sizes.shape != (tasks,):
-        raise ValueError(f"{name}: expected shape [{tasks}], got {_shape(sizes)}")
+        raise ValueError(f"{name}: expected shape [{tasks}], got {list(sizes.shape)}")
     checked: Tensor = sizes
     return dense(checked.to("cpu", torch.int64))
-
-
-def _from_tensors(names: Names, x: Tensor, y: Any, sizes: Any, weights: Any) -> TaskSet:
-    _need_tensor(names.x, x)
-    if x.ndim < 3:
-        raise ValueError(
-            f"{names.x}: expected shape [tasks, rows, features], got {_shape(x)} "
-            f"({x.ndim} dimensions)"
-        )
-    tasks, rows = x.shape[0], x.shape[1]
-    for name, value in ((names.y, y), (names.weights, weights)):
-        if value is not None:
-            _need_tensor(name, value)
-            if value.ndim < 2 or value.shape[0] != tasks or value.shape[1] != rows:
-                raise ValueError(
-                    f"{name}: expected shape [{tasks}, {rows}, ...] to match {names.x}, "
-                    f"got {_shape(value)}"
-                )
-    out = TaskSet(x, y, weights, tasks, rows, names)
-    if sizes is not None:
-        out.sizes = _check_sizes(names.sizes, sizes, tasks)
-    return out
-
-
-def _check_x(x: Tensor, names: Names, expected: Expected, lead: int) -> Tensor:
-    """`x`, flattened to [..., in] where the model begins with that; raises where it cannot fit."""
-    if x.dtype.is_complex:
-        raise TypeError(f"{names.x}: expected real numbers, got {x.dtype}")
-    if expected.in_features is None:
-        return x
-    if x.dtype != expected.dtype:
-        raise TypeError(
-            f"{names.x}: expected {expected.dtype} as the model's parameters have, got {x.dtype}"
-        )
-    if expected.flattens and x.ndim > lead + 1:
-        x = x.flatten(lead)
-    if x.shape[-1] != expected.in_features:
-        raise ValueError(
-            f"{names.x}: expected {expected.in_features} features, which is what the model "
-            f"takes, got {x.shape[-1]} (shape {_shape(x)})"
-        )
-    return x
-
-
-def _check_y(y: Tensor, names: Names, expected: Expected, lead: int, more_axes: bool) -> Tensor:
-    loss, out = expected.loss, expected.out_features
-    if loss.takes_classes:
-        if y.dtype not in _INTEGERS:
-            raise TypeError(
-                f"{names.y}: expected class indices (int64) for {loss.kind}, got {y.dtype}"
-            )
-        if y.ndim != lead:
-            raise ValueError(
-                f"{names.y}: expected class indices of shape [tasks, rows] for {loss.kind} "
-                f"(in a list: [rows]), got {y.ndim - lead} more dimensions: {_shape(y)}"
-            )
-        return y if y.dtype is torch.int64 else y.long()
-    if y.dtype != expected.dtype:
-        raise TypeError(
-            f"{names.y}: expected {expected.dtype} values for {loss.kind}, got {y.dtype}"
-        )
-    if out is None or more_axes:
-        return y
-    if (y.ndim == lead and out == 1) or (y.ndim == lead + 1 and y.shape[-1] == out):
-        return y
-    raise ValueError(
-        f"{names.y}: expected shape [tasks, rows, {out}]"
-        f"{' or [tasks, rows]' if out == 1 else ''}, got {_shape(y)}"
-    )
-
-
-def _check_weights(weights: Tensor, names: Names, expected: Expected, lead: int) -> Tensor:
-    if weights.dtype.is_complex:
-        raise TypeError(f"{names.weights}: expected real numbers, got {weights.dtype}")
-    if weights.ndim != lead:
-        raise ValueError(
-            f"{names.weights}: expected one weight for each row, shape [tasks, rows], "
-            f"got {_shape(weights)}"
-        )
-    return weights if weights.dtype == expected.dtype else weights.to(expected.dtype)
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -389,14 +233,6 @@ def dense(tensor: Tensor) -> Tensor:
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _check_device(name: str, tensor: Tensor, expected: Expected) -> None:
-    if tensor.device != expected.device:
-        raise ValueError(
-            f"{name}: expected a tensor on {expected.device}, where the model's parameters are, "
-            f"got {tensor.device}"
-        )
 
 
 def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: Expected) -> TaskSet:
@@ -415,29 +251,21 @@ def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: E
         TypeError: something has the wrong type or dtype.
         ValueError: something has the wrong shape or device.
     """
-    listed = isinstance(x, (list, tuple))
-    if not type(x) is type(y) is Tensor:
-        x, y = _tensors_of(names.x, x), _tensors_of(names.y, y)
-    weights = _tensors_of(names.weights, weights)
-    if y is None and names.y:
-        raise TypeError(f"{names.y}: expected targets as a tensor, array or list, got None")
-    out = (_from_lists if listed else _from_tensors)(names, x, y, sizes, weights)
-    lead = 1 if out.starts is not None else 2
-    _check_device(names.x, out.x, expected)
-    plain = type(out.x) in _PLAIN
-    out.x = _check_x(out.x, names, expected, lead)
-    more_axes = expected.in_features is not None and out.x.ndim > lead + 1
-    if more_axes:
+    given = checked(_TENSORS, names, x, y, weights, expected, sizes is not None)
+    x = given.x
+    out = TaskSet(x, given.y, given.weights, x.shape[0], 0, names, lengths=given.lengths)
+    if given.lengths is not None:
+        out.tasks, out.rows = len(given.lengths), max(given.lengths)
+    else:
+        out.rows = x.shape[1]
+    if given.packed:
+        out.sizes = torch.tensor(given.lengths, dtype=torch.int64, device="cpu")
+        out.starts = out.sizes.cumsum(0) - out.sizes
+    elif sizes is not None:
+        out.sizes = _check_sizes(names.sizes, sizes, out.tasks)
+    if given.more_axes:
         out.reason = f"{names.x} has more than one feature axis"
-    if out.y is not None:
-        _check_device(names.y, out.y, expected)
-        plain = plain and type(out.y) in _PLAIN
-        out.y = _check_y(out.y, names, expected, lead, more_axes)
-    if out.weights is not None:
-        _check_device(names.weights, out.weights, expected)
-        plain = plain and type(out.weights) in _PLAIN
-        out.weights = _check_weights(out.weights, names, expected, lead)
-    if not plain:
+    if not all(type(v) in _PLAIN for v in (x, given.y, given.weights) if v is not None):
         out.reason = f"an input ({names.x}, {names.y} or {names.weights}) is a tensor subclass"
     return out
 

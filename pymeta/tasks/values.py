@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pymeta.spec.losses import Loss
-from pymeta.tasks.task_set import Expected, TaskSet
+from pymeta.tasks.checks import Expected
+from pymeta.tasks.task_set import TaskSet
 
 
 def counting(loss: Loss, y: Tensor, weights: Tensor | None, lead: int = 1) -> Tensor:

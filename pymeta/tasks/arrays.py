@@ -1,0 +1,163 @@
+"""The tasks of one call as numpy arrays, without torch: what `task_set.py` is for tensors.
+
+There are fewer forms: all tasks have equally many rows (arrays with a leading task axis), or each
+has its own (lists of arrays, one for each task). Nothing is cast: values have the dtype of the
+weights, classes are integers. Arrays that are not contiguous are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from pymeta.tasks.checks import Expected, Kind, Names, checked, cure, of_table
+
+Rows: TypeAlias = "np.ndarray | Sequence[np.ndarray]"
+Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # `Rows` of _native.pyi
+
+
+class Gathered(NamedTuple):
+    """T tasks, contiguous: [T, rows, ...], or packed [sum of rows, ...] with `starts`."""
+
+    x: np.ndarray
+    y: np.ndarray | None
+    weights: np.ndarray | None
+    tasks: int
+    rows: int
+    starts: np.ndarray | None
+    sizes: np.ndarray | None
+    lengths: list[int] | None  # of the list that came, where one came
+
+    def pointers(self) -> Pointers:
+        """For the native core; the arrays must stay alive."""
+        return (
+            address(self.x),
+            address(self.y),
+            address(self.weights),
+            self.rows,
+            address(self.starts),
+            address(self.sizes),
+        )
+
+    def room(self, given: Any, columns: int) -> np.ndarray:
+        """Memory for `columns` values for each row: what is `given` as out, where that fits."""
+        shape = (*self.x.shape[:-1], columns)
+        if given is None:
+            return np.empty(shape, self.x.dtype)
+        if self.lengths is not None:
+            raise ValueError("out: expected None where the arrays come in a list")
+        out = need_array("out", given)
+        if out.dtype != self.x.dtype:
+            raise TypeError(f"out: expected {self.x.dtype}, got {out.dtype}")
+        if out.shape != shape or not out.flags.carray:
+            raise ValueError(
+                f"out: expected a contiguous, writable array of shape {list(shape)}, "
+                f"got shape {list(out.shape)}"
+            )
+        return out
+
+    def shaped(self, outputs: np.ndarray) -> Any:
+        """Rows' values in the form x came in: a list of views where that was a list."""
+        if self.lengths is None:
+            return outputs
+        if self.starts is None:
+            return list(outputs)
+        return np.split(outputs, np.cumsum(self.lengths)[:-1])
+
+
+def address(array: np.ndarray | None) -> int:
+    """Where an array's data lie; 0 for none."""
+    return 0 if array is None else array.__array_interface__["data"][0]
+
+
+def dense(array: np.ndarray) -> np.ndarray:
+    """The array, or a copy of it that is contiguous and aligned."""
+    return np.require(array, requirements=["C", "A"])
+
+
+def need_array(name: str, value: Any) -> np.ndarray:
+    """`value`, or what a table holds; TypeError where it is no numpy array."""
+    value = of_table(name, value)
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected a numpy array, got {type(value).__name__}")
+    if hasattr(value, "mask"):
+        raise TypeError(f"{name}: expected an array without a mask, got {type(value).__name__}")
+    return value
+
+
+class _Arrays(Kind):
+    """numpy arrays, and nothing but them."""
+
+    noun = "array"
+    whose = "as the weights are"
+
+    def one(self, name: str, value: Any, where: str) -> np.ndarray:
+        """`value` as an array."""
+        return need_array(name, value)
+
+    def is_integer(self, array: np.ndarray) -> bool:
+        """Whether it holds integers."""
+        return array.dtype.kind in "iu"
+
+    def joined(self, arrays: Sequence[np.ndarray], equal: bool) -> np.ndarray:
+        """Stacked or concatenated."""
+        return np.stack(arrays) if equal else np.concatenate(arrays)
+
+    def labels(self, y: np.ndarray) -> np.ndarray:
+        """As int64."""
+        return y.astype(np.int64, copy=False)
+
+    def cast(self, name: str, weights: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Weights have the dtype of the model."""
+        if weights.dtype != dtype:
+            raise TypeError(
+                f"{name}: expected {dtype}, got {weights.dtype}; {cure(weights, dtype)}"
+            )
+        return weights
+
+    def device_of(self, array: np.ndarray) -> None:
+        """There is one place only."""
+
+
+_ARRAYS = _Arrays()
+
+
+def gather(names: Names, x: Any, y: Any, weights: Any, expected: Expected) -> Gathered:
+    """Check one side's arguments and bring them into one of the two forms.
+
+    Args:
+        names: of the arguments.
+        x: [T, rows, in], or a list of T arrays [rows_t, in]; where the architecture flattens,
+            rows may have any shape of that many elements.
+        y: [T, rows] classes, or [T, rows, out] values ([T, rows] where out is 1), or a list
+            likewise; None where there are no targets.
+        weights: [T, rows], a list of [rows_t], or None.
+        expected: what the models ask for.
+
+    Raises:
+        TypeError: something is no array, or has the wrong dtype.
+        ValueError: something has the wrong shape.
+    """
+    given = checked(_ARRAYS, names, x, y, weights, expected, sized=False)
+    if given.more_axes:
+        raise ValueError(
+            f"{names.x}: expected one axis of features, got shape {list(given.x.shape)}"
+        )
+    x, y, weights = (None if a is None else dense(a) for a in given[:3])
+    assert x is not None
+    if not given.packed:
+        return Gathered(x, y, weights, x.shape[0], x.shape[1], None, None, given.lengths)
+    assert given.lengths is not None
+    sizes = np.array(given.lengths, np.int64)
+    starts = np.cumsum(sizes) - sizes
+    return Gathered(x, y, weights, len(sizes), int(sizes.max()), starts, sizes, given.lengths)
+
+
+def gather_queries(xq: Any, tasks: int, why: str, expected: Expected) -> Gathered:
+    """Queries for so many tasks; TypeError or ValueError as `gather`."""
+    query = gather(Names("xq"), xq, None, None, expected)
+    if query.tasks != tasks:
+        raise ValueError(f"xq: expected {tasks} tasks, {why}, got {query.tasks}")
+    return query

@@ -1,0 +1,326 @@
+"""The checks of tasks' arrays that ask for types and shapes alone, for torch and numpy alike.
+
+An argument is one array for all tasks ([T, rows, ...]) or a list with one for each ([rows_t, ...]).
+`checked` brings one side's arguments (inputs, targets, row weights) to what the model takes, or
+raises a TypeError or ValueError that names the argument, what was expected, what came, and where
+there is one, the cure. What torch and numpy do each in their way is a `Kind`. Tables and columns of
+pandas or polars are taken for the arrays of their numbers. Nothing here looks at values.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pymeta.spec.losses import Loss
+
+
+class Names(NamedTuple):
+    """What the caller knows one side's arguments as, for messages."""
+
+    x: str
+    y: str = ""
+    sizes: str = ""
+    weights: str = ""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the model and the loss ask of the inputs; None where it is not known."""
+
+    loss: Loss
+    dtype: Any  # torch's or numpy's
+    device: Any = None  # torch's
+    in_features: int | None = None
+    out_features: int | None = None
+    flattens: bool = False
+    batch_norm: bool = False
+
+
+class Checked(NamedTuple):
+    """One side's arguments, checked: [T, rows, ...], or where `packed` [sum of rows, ...]."""
+
+    x: Any
+    y: Any
+    weights: Any
+    lengths: list[int] | None  # of the list that came, where one came
+    packed: bool
+    more_axes: bool  # of features, than one
+
+
+class Kind(ABC):
+    """What differs between torch and numpy."""
+
+    noun: str  # in messages
+    whose: str  # the dtype that inputs must have
+
+    @abstractmethod
+    def one(self, name: str, value: Any, where: str) -> Any:
+        """`value` as an array of this kind; TypeError where it is none, nor a table.
+
+        `where` says how else it could have come.
+        """
+
+    @abstractmethod
+    def is_integer(self, array: Any) -> bool:
+        """Whether it holds integers."""
+
+    @abstractmethod
+    def joined(self, arrays: Sequence[Any], equal: bool) -> Any:
+        """A list's arrays in one: stacked where they are of equal sizes, else one after another."""
+
+    @abstractmethod
+    def labels(self, y: Any) -> Any:
+        """Integers as int64."""
+
+    @abstractmethod
+    def cast(self, name: str, weights: Any, dtype: Any) -> Any:
+        """Weights in the dtype of the model; TypeError where they are to come in it."""
+
+    @abstractmethod
+    def device_of(self, array: Any) -> Any:
+        """Where it is; None where there is one place only."""
+
+
+def _shape(array: Any) -> str:
+    return str(list(array.shape))
+
+
+def of_table(name: str, value: Any) -> Any:
+    """A table or column of pandas or polars as an array; all else as it is."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "to_numpy"):
+        return value
+    array = value.to_numpy()
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        raise TypeError(
+            f"{name}: expected numbers, got a {type(value).__name__} of dtype "
+            f"{getattr(array, 'dtype', '?')}: choose its columns of numbers, without missing ones, "
+            f"or convert it, as by .to_numpy(np.float32)"
+        )
+    return array
+
+
+def cure(given: Any, dtype: Any) -> str:
+    """How the caller gets the dtype that is expected, for messages."""
+    while isinstance(given, (list, tuple)) and given:
+        given = given[0]
+    short = str(dtype).removeprefix("torch.")
+    if hasattr(given, "requires_grad"):
+        return f"cast it, as by .to(torch.{short})"
+    return f"cast it, as by .astype(np.{short})"
+
+
+# ---- lists ------------------------------------------------------------------------------------
+
+
+def _entries(kind: Kind, name: str, values: Sequence[Any], least: int, axes: str) -> list[Any]:
+    """A list's arrays, which may differ in their number of rows only."""
+    if not values:
+        raise ValueError(
+            f"{name}: expected one {kind.noun} for each task, got an empty list "
+            f"(no tasks at all is one of shape [0, rows, ...])"
+        )
+    out = [kind.one(f"{name}[{t}]", value, "") for t, value in enumerate(values)]
+    first = out[0]
+    for t, value in enumerate(out):
+        if value.ndim < least:
+            raise ValueError(f"{name}[{t}]: expected shape {axes}, got {_shape(value)}")
+        if value.shape[1:] != first.shape[1:] or value.ndim != first.ndim:
+            like = "".join(f", {n}" for n in first.shape[1:])
+            raise ValueError(
+                f"{name}[{t}]: expected shape [rows{like}] as {name}[0] has, got {_shape(value)}"
+            )
+        if value.dtype != first.dtype:
+            raise TypeError(f"{name}[{t}]: expected {first.dtype} as {name}[0], got {value.dtype}")
+        if kind.device_of(value) != kind.device_of(first):
+            raise ValueError(
+                f"{name}[{t}]: expected it on {kind.device_of(first)} as {name}[0], "
+                f"got {kind.device_of(value)}"
+            )
+    return out
+
+
+def _alike(kind: Kind, name: str, values: Any, x_name: str, lengths: list[int]) -> list[Any]:
+    """The arrays of a list that goes with the inputs' list."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(
+            f"{name}: expected a list of {len(lengths)} {kind.noun}s because {x_name} is one, "
+            f"got {type(values).__name__}"
+        )
+    out = _entries(kind, name, values, 1, "[rows] or [rows, out]")
+    if len(out) != len(lengths):
+        raise ValueError(
+            f"{name}: expected {len(lengths)} {kind.noun}s as {x_name}, got {len(out)}"
+        )
+    for t, (value, rows) in enumerate(zip(out, lengths, strict=True)):
+        if value.shape[0] != rows:
+            raise ValueError(
+                f"{name}[{t}]: expected {rows} rows as {x_name}[{t}], got {value.shape[0]}"
+            )
+    return out
+
+
+def _check_one_input(names: Names, x: Sequence[Any], y: Any) -> None:
+    """Raise where a list is several inputs of all tasks, rather than one of each."""
+    lead = tuple(getattr(y, "shape", ()))[:2]
+    shapes = [tuple(getattr(value, "shape", ()))[:2] for value in x]
+    if len(lead) == 2 and shapes and all(shape == lead for shape in shapes):
+        raise TypeError(
+            f"{names.x}: expected one input, got {len(x)}, each of shape "
+            f"[{lead[0]}, {lead[1]}, ...] as {names.y}: several inputs are not supported; join "
+            f"them along the last axis, and let the model take them apart"
+        )
+
+
+# ---- single arrays ----------------------------------------------------------------------------
+
+
+def _check_x(kind: Kind, names: Names, x: Any, given: Any, expected: Expected, lead: int) -> Any:
+    """Bring x into the form [..., in], where the model is known to take that."""
+    if x.dtype != expected.dtype:
+        raise TypeError(
+            f"{names.x}: expected {expected.dtype} {kind.whose}, got {x.dtype}; "
+            f"{cure(given, expected.dtype)}"
+        )
+    if expected.flattens and x.ndim > lead + 1:
+        x = x.reshape(*x.shape[:lead], math.prod(x.shape[lead:]))
+    shape = x.shape
+    if len(shape) <= lead or shape[-1] != expected.in_features:
+        got = shape[-1] if len(shape) > lead else "none"
+        raise ValueError(
+            f"{names.x}: expected {expected.in_features} features, which is what the model "
+            f"takes, got {got} (shape {_shape(x)})"
+        )
+    return x
+
+
+def _check_y(kind: Kind, names: Names, y: Any, given: Any, expected: Expected, lead: int) -> Any:
+    """Class indices [*lead], or values [*lead, out] ([*lead] where out is 1)."""
+    loss, out = expected.loss, expected.out_features
+    if loss.takes_classes:
+        if not kind.is_integer(y):
+            raise TypeError(
+                f"{names.y}: expected class indices (integers) for {loss.kind}, got {y.dtype}"
+            )
+        if y.ndim != lead:
+            raise ValueError(
+                f"{names.y}: expected class indices of shape [tasks, rows] for {loss.kind} "
+                f"(in a list: [rows]), got {_shape(y)}"
+            )
+        return kind.labels(y)
+    if y.dtype != expected.dtype:
+        raise TypeError(
+            f"{names.y}: expected {expected.dtype} values for {loss.kind}, got {y.dtype}; "
+            f"{cure(given, expected.dtype)}"
+        )
+    shape = y.shape
+    axes = len(shape) - lead
+    if out is None or (axes == 1 and shape[-1] == out) or (axes == 0 and out == 1):
+        return y
+    raise ValueError(
+        f"{names.y}: expected shape [tasks, rows, {out}]"
+        f"{' or [tasks, rows]' if out == 1 else ''}, got {_shape(y)}"
+    )
+
+
+def _check_weights(kind: Kind, names: Names, weights: Any, expected: Expected, lead: int) -> Any:
+    if weights.ndim != lead:
+        raise ValueError(
+            f"{names.weights}: expected one weight for each row, shape [tasks, rows], "
+            f"got {_shape(weights)}"
+        )
+    return kind.cast(names.weights, weights, expected.dtype)
+
+
+def _check_device(kind: Kind, name: str, array: Any, expected: Expected) -> None:
+    if kind.device_of(array) != expected.device:
+        raise ValueError(
+            f"{name}: expected a {kind.noun} on {expected.device}, where the model's parameters "
+            f"are, got {kind.device_of(array)}"
+        )
+
+
+def checked(
+    kind: Kind, names: Names, x: Any, y: Any, weights: Any, expected: Expected, sized: bool
+) -> Checked:
+    """One side's arguments, checked and brought to one array each.
+
+    Args:
+        kind: torch's or numpy's.
+        names: of the arguments.
+        x: [T, rows, ...], or a list of T arrays [rows_t, ...].
+        y: [T, rows] or [T, rows, out], or a list likewise; None where `names` has none for it.
+        weights: [T, rows], a list of [rows_t], or None.
+        expected: what the model and the loss ask for.
+        sized: whether sizes come along, which a list has none of.
+
+    Raises:
+        TypeError: something has the wrong type or dtype.
+        ValueError: something has the wrong shape or device.
+    """
+    if y is None and names.y:
+        raise TypeError(f"{names.y}: expected targets as a {kind.noun} or a list, got None")
+    given_x, given_y = x, y
+    lengths: list[int] | None = None
+    packed = False
+    if isinstance(x, (list, tuple)):
+        _check_one_input(names, x, y)
+        if sized:
+            raise ValueError(
+                f"{names.sizes}: expected None where {names.x} is a list, whose entries have their "
+                f"own sizes"
+            )
+        entries = _entries(kind, names.x, x, 2, "[rows, features]")
+        lengths = [len(entry) for entry in entries]
+        packed = min(lengths) != max(lengths)
+        x = kind.joined(entries, not packed)
+        both = (names.y, y), (names.weights, weights)
+        y, weights = (
+            None if v is None else kind.joined(_alike(kind, n, v, names.x, lengths), not packed)
+            for n, v in both
+        )
+    else:
+        where = " with a leading task axis, or a list of them, one for each task"
+        x = kind.one(names.x, x, where)
+        shape = x.shape
+        if len(shape) < 3:
+            raise ValueError(
+                f"{names.x}: expected shape [tasks, rows, features], got {_shape(x)} "
+                f"({x.ndim} dimensions)"
+            )
+        lead_of = shape[0], shape[1]
+        y = None if y is None else _to_match(kind, names, names.y, y, lead_of)
+        if weights is not None:
+            weights = _to_match(kind, names, names.weights, weights, lead_of)
+    lead = 1 if packed else 2
+    _check_device(kind, names.x, x, expected)
+    if expected.in_features is not None:
+        x = _check_x(kind, names, x, given_x, expected, lead)
+    more_axes = expected.in_features is not None and x.ndim > lead + 1
+    if y is not None:
+        _check_device(kind, names.y, y, expected)
+        free = Expected(expected.loss, expected.dtype) if more_axes else expected
+        y = _check_y(kind, names, y, given_y, free, lead)
+    if weights is not None:
+        _check_device(kind, names.weights, weights, expected)
+        weights = _check_weights(kind, names, weights, expected, lead)
+    return Checked(x, y, weights, lengths, packed, more_axes)
+
+
+def _to_match(kind: Kind, names: Names, name: str, value: Any, lead: tuple[int, int]) -> Any:
+    """Targets or weights for the rows of x, whose shape begins with `lead`."""
+    value = kind.one(name, value, " with a leading task axis")
+    shape = value.shape
+    if len(shape) < 2 or shape[0] != lead[0] or shape[1] != lead[1]:
+        raise ValueError(
+            f"{name}: expected shape [{lead[0]}, {lead[1]}, ...] to match {names.x}, "
+            f"got {_shape(value)}"
+        )
+    return value
