@@ -242,8 +242,8 @@ def test_an_interrupt_during_an_adapters_call():
     # a process that was started in the background inherits that it ignores SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
     slow, (xs, ys, _) = adapter(3, 100, 2, steps=10**7), data(100, 50, 3, 2)
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         slow.adapt(xs, ys)
         raise SystemExit("it was not interrupted")
     except KeyboardInterrupt:
