@@ -18,7 +18,7 @@ import pymeta
 from pymeta import SGD, Adam, FineTune
 from pymeta.algorithms import finetune
 from pymeta.algorithms import progress as bars
-from pymeta.algorithms.rows import held_out_counts
+from pymeta.algorithms.held_out import held_out_counts
 from pymeta.spec.schedule import SPLIT, permutation
 
 SIZES = [7, 0, 12, 5, 1, 9]

@@ -199,6 +199,26 @@ def test_a_second_differentiation_by_what_is_below_raises():
         torch.autograd.grad(total, encoder.weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_derivatives_are_left_to_torch():
+    net, (xs, ys, xq, yq) = mlp(2, 4, 2), batch()
+    native, _ = both(net)
+    native(xs, ys, xq, yq)  # which the next call would repeat
+    direction, step = torch.randn_like(xs), 1e-6
+    values = [native(xs + s * step * direction, ys, xq, yq).loss.item() for s in (1, -1)]
+    with torch.autograd.forward_ad.dual_level():
+        native(xs, ys, xq, yq)  # no tangent, no fallback
+        dual = torch.autograd.forward_ad.make_dual(xs, direction)
+        with pytest.raises(ValueError, match='backend="native": forward-mode derivatives'):
+            native(dual, ys, xq, yq)
+        native.backend = "auto"
+        with pytest.warns(UserWarning, match="forward-mode derivatives"):
+            loss = native(dual, ys, xq, yq).loss
+        found = torch.autograd.forward_ad.unpack_dual(loss).tangent.item()
+    # truncation is step^2 times a third derivative, rounding eps / step: both below 1e-9
+    assert abs((values[0] - values[1]) / (2 * step) - found) < 1e-7 * max(1, abs(found))
+
+
 def test_torch_differentiates_again():
     """What the native backend refuses: against finite differences of the first gradient."""
     net, data = mlp(2, 3, 2), batch()

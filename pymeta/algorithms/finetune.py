@@ -21,6 +21,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pymeta.algorithms.held_out import (
+    check_classes,
+    held_out_counts,
+    hold_out,
+    table_of,
+    weighted,
+)
 from pymeta.algorithms.learner import (
     Checks,
     Learner,
@@ -29,13 +36,6 @@ from pymeta.algorithms.learner import (
     check_patterns,
 )
 from pymeta.algorithms.progress import Bar, check_progress
-from pymeta.algorithms.rows import (
-    check_classes,
-    held_out_counts,
-    hold_out,
-    table_of,
-    weighted,
-)
 from pymeta.algorithms.starts import Start, own_start
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
@@ -253,7 +253,7 @@ class FineTune(Learner):
 
         Raises:
             TypeError, ValueError: as a call; for what is wrong with a task it is the iterator that
-                raises, and the message says which of the tasks were at hand.
+                raises, and the message says in which tasks.
         """
         check_count("chunk", chunk, 1)
         check_progress(progress)
@@ -385,7 +385,7 @@ class FineTune(Learner):
         return held
 
     def _check_data(self, plan: Plan, expected: Expected, sets: Sequence[TaskSet]) -> None:
-        """Raise for wrong values now, not when a later chunk comes upon them."""
+        """Raise for wrong values before the first chunk, not in the middle of the run."""
         for s in sets:
             check_values(s, expected)
         if self.class_weights is not None:

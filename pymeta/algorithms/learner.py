@@ -103,7 +103,7 @@ def _all_on(device: torch.device, done: Adaptation) -> Adaptation:
 
 
 class NativeCall(NamedTuple):
-    """What `explain` tells of a native call: what the core's own plan of it follows from."""
+    """What `explain` reports of a native call, from which the core derives its plan."""
 
     job: str  # "meta", "adapt" or "reptile"
     schedule: Schedule
@@ -393,7 +393,7 @@ class Learner(nn.Module, ABC):
             return self._looked_at_anew(plan)
 
     def _looked_at_anew(self, plan: Plan | None) -> tuple[Plan, list[Tensor]]:
-        """As `_current`, where the model may have changed and nobody is just calling it."""
+        """As `_current`, under the lock: the model may have changed."""
         if plan is not None and plan.watch.is_current():
             return plan, plan.parameters
         self._forget()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pymeta import native, reference
 from pymeta.algorithms.learner import Checks, Learner, NativeCall, Weights
+from pymeta.backend.inputs import has_tangents, in_forward_mode
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.models.adapted import Adapted, shaped
@@ -250,6 +251,10 @@ class MAML(Learner):
     def _reason(self, plan: Plan, *sets: TaskSet) -> str | None:
         """As the base class has it; the native core has no gradient for targets and weights."""
         reason = super()._reason(plan, *sets)
+        if reason is None and in_forward_mode():
+            inputs = [v for s in sets for v in (s.x, s.y, s.weights)]
+            if has_tangents([*plan.parameters, self._parameters.get("lr"), *inputs]):
+                return "forward-mode derivatives are asked for, which the native core lacks"
         if reason is not None or not torch.is_grad_enabled():
             return reason
         for s in sets:

@@ -228,7 +228,7 @@ def _runs_native(handle: str) -> bool:
 
 
 def _rows(values: Any, lengths: list[int]) -> Tensor | None:
-    """A list's tensors one behind the other; they must have the given numbers of rows."""
+    """A list's tensors one after another; they must have the given numbers of rows."""
     if values is None:
         return None
     if len(values) != len(lengths) or [v.shape[0] for v in values] != lengths:

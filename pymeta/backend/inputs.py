@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pymeta import native
 from pymeta.backend.plan import Plan
 from pymeta.tasks.task_set import TaskSet, dense
 from pymeta.tasks.values import check_sizes, check_values
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of torch.autograd.forward_ad is open."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward-mode derivatives are to go through any of the tensors."""
+    unpack: Callable[..., Any] = forward_ad.unpack_dual
+    return any(t is not None and unpack(t).tangent is not None for t in tensors)
 
 
 def native_lr(plan: Plan, lr: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
-"""One native MAML call, prepared: for all task sets of one form, and to be made again at once.
+"""A native MAML call, prepared once for all task sets of the same shapes, and quick to repeat.
 
-A small meta-batch takes the core a few microseconds, less than it takes to look its tensors over.
-So what follows from shapes is worked out once (`PreparedCall`). And a call like the one before it
-skips the checks: everything that they ask of its tensors and of the model, other than values, shows
-in a few attributes, which `again` compares. Where any differs it does nothing, and the checks have
-to say what to make of it. Values (labels, weights, sizes) are not its business: the core checks
-them itself, or, on a device, nobody does (where somebody is to, no call is made again).
+The core needs a few microseconds for a small meta-batch, less than Python needs to check its
+tensors. So what follows from shapes is computed once, in a `PreparedCall`. A call with tensors of
+the same form as the one before skips the checks: `again` compares a few attributes instead, and
+does nothing where one differs, so that the checks decide. Values (labels, weights, sizes) are not
+compared: the core checks them itself. On a device they go unchecked; with PYMETA_CHECK_VALUES=1 no
+call is repeated this way.
 
 The same code serves CUDA tensors. What differs for them is in `device.py`; here it shows in
-`Plan.core`, which calls the core there, in `inputs.ready`, and in whose memory may be used again.
+`Plan.core`, which calls the core there, in `inputs.ready`, and in which memory is reused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from pymeta import native
 from pymeta.backend.device import Device
 from pymeta.backend.gradients import Gradients, Layout, Lease, Wanted, with_graph
-from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
+from pymeta.backend.inputs import chained, in_forward_mode, native_lr, predicted_shape, ready
 from pymeta.backend.plan import Plan
 from pymeta.spec.once import NATIVE
 from pymeta.spec.watch import forms, forms_there
@@ -100,7 +100,7 @@ class PreparedCall:
 
         Args:
             parameters: in the chain's order; they and all others contiguous.
-            lr: as its shape was said to be.
+            lr: [columns] or [rows, columns], as the call was prepared for.
             support: its `native.rows`.
             query: its `native.rows`.
             gradients: where they go, if any are wanted.
@@ -190,7 +190,7 @@ class PreparedCall:
         return True
 
     def _may_be_made_there(self, device: Device) -> bool:
-        """Whether nobody is to check values, and `lr` is one of the stream and no graph's."""
+        """Whether values go unchecked, and `lr` belongs to this stream and to no CUDA graph."""
         return not (native.checking_values or device.stream() != self._stream or device.capturing())
 
     def again(self, xs: Any, ys: Any, xq: Any, yq: Any) -> Results | None:
@@ -202,6 +202,7 @@ class PreparedCall:
         if not (
             type(xs) is type(ys) is type(xq) is type(yq) is Tensor
             and self._watch.is_current()
+            and not in_forward_mode()
             and (device is None or self._may_be_made_there(device))
         ):
             return None

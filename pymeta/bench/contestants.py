@@ -31,7 +31,7 @@ class Prepared:
         run: asks for the case's result.
         read: of what `run` returned: loss or None, and the results, wherever they lie.
         wait: until what `run` returned is there.
-        burst: seconds a call of so many calls, one behind the other.
+        burst: seconds a call of so many calls, one after another.
         compile_s: what the first call took beyond a later one.
         note: what was chosen: executor, threads, form.
         threads: how many of the CPU's cores it may use.

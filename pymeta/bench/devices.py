@@ -3,7 +3,7 @@
 Two figures for every contestant:
 
     wall    one call and the wait for its result, by the host's clock: what a user waits for
-    burst   calls one behind the other and one wait at the end, divided by their number: what the
+    burst   calls one after another and one wait at the end, divided by their number: what the
             device takes where the host does not hold it up. On a CUDA device torch's contestants
             have it from two CUDA events around the burst, JAX (whose streams torch's events do
             not see) from the host's clock.
@@ -47,7 +47,7 @@ def timed(
 
 
 def host_burst(run: Run, calls: int, wait: Callable[[Any], None] = nothing) -> float:
-    """Seconds a call of so many, one behind the other, by the host's clock."""
+    """Seconds a call of so many, one after another, by the host's clock."""
     start = time.perf_counter()
     for _ in range(calls - 1):
         run()

@@ -371,7 +371,7 @@ class Adapter:
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
-    """A copy that nobody can write to."""
+    """A read-only copy."""
     array = np.array(array, order="C")
     array.flags.writeable = False
     return array

@@ -228,7 +228,7 @@ class Stacked(ABC, Generic[Array]):
     def save(self, path: Path) -> None:
         """Write all models into one safetensors file; what they share is written once.
 
-        The file is written under another name and then put in place, so that nobody sees half
+        The file is written under another name and then renamed, so that no reader sees half
         of it.
 
         Raises:
@@ -287,7 +287,7 @@ class Stacked(ABC, Generic[Array]):
     @staticmethod
     @abstractmethod
     def _joined(values: list[Array]) -> Array:
-        """[T_i, ...] one behind the other."""
+        """[T_i, ...] one after another."""
 
     @staticmethod
     @abstractmethod

@@ -52,7 +52,7 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         iterations: meta-batches of MAML and Reptile.
         tasks_per_batch: groups in a meta-batch.
         draw: which they are: "groups" draws every group equally often, "rows" in proportion to
-            its rows, which keeps many small groups from being learnt by heart.
+            its rows, which keeps the network from memorising many small groups.
         task_rows: at most so many rows of each group are used in a meta-batch; None for all.
         support: rows of a task that are support in MAML, as a fraction or a number; the others
             are query rows. A group of one row has only that query row, with nothing to adapt to.

@@ -77,7 +77,7 @@ class Fields:
         return isinstance(self._left.get(name), kind)
 
     def end(self) -> None:
-        """Raise where an entry is left that nobody asked for."""
+        """Raise where an entry is left over."""
         if self._left:
             raise ValueError(f"{self.what}: unknown entry {_brief(next(iter(self._left)))}")
 

@@ -241,7 +241,7 @@ def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: E
     Args:
         names: `SUPPORT` or `QUERY`.
         x: [T, rows, ...], or a list of T tensors [rows_t, ...]; here as everywhere, numpy arrays
-            are as good as tensors.
+            are accepted wherever tensors are.
         y: [T, rows] or [T, rows, out], or a list likewise; None where `names` has none for it.
         sizes: how many of its rows each task uses, [T] integers, or None for all.
         weights: [T, rows], a list of [rows_t], or None.

@@ -1,7 +1,6 @@
 """What fine-tuning does to the rows of all tasks at once: class weights, and rows held out.
 
-Both work on the rows that count, wherever they lie: `_Rows` numbers them, one task behind the
-other, in uniform, padded and packed sets alike.
+`_Rows` numbers the rows of the tasks, task after task, in uniform, padded and packed sets alike.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pymeta.tasks.task_set import TaskSet
 
 
 class _Rows(NamedTuple):
-    """The rows of a set's tasks, [n] of them, one task behind the other.
+    """The rows of a set's tasks, [n] of them, task after task.
 
     Attributes:
         sizes: [T] int64, rows of each task.
@@ -106,7 +105,7 @@ def held_out_counts(sizes: Tensor, fraction: float) -> Tensor:
 
 
 def _orders(sizes: Tensor, seed: int, task_ids: Tensor | None) -> Tensor:
-    """A permutation of each task's rows, one behind the other: int64 [sum of sizes]."""
+    """A permutation of each task's rows, one after another: int64 [sum of sizes]."""
     if native.missing() is None:
         out = torch.empty(int(sizes.sum()), dtype=torch.int64, device="cpu")
         address = 0 if task_ids is None else task_ids.data_ptr()
