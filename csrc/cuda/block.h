@@ -44,7 +44,19 @@ struct Block {
   }
   // Whole quads: `size` is a multiple of four, as the sizes of arrays in a workspace are.
   PYMETA_FN PYMETA_NOINLINE static void copy(Real* to, const Real* from, std::size_t size) {
-    each(size / 4, [=](std::size_t i) { store_quad(to + 4 * i, load_quad(from + 4 * i)); });
+    // Four quads on their way at once: the second-level cache takes some 300 cycles to answer.
+    constexpr unsigned together = 4;
+    const unsigned quads = static_cast<unsigned>(size / 4), step = thread_count();
+    unsigned i = thread_index();
+    for (; i + (together - 1) * step < quads; i += together * step) {
+      Quad held[together];
+#pragma unroll
+      for (unsigned k = 0; k < together; ++k) held[k] = load_quad(from + 4 * (i + k * step));
+#pragma unroll
+      for (unsigned k = 0; k < together; ++k) store_quad(to + 4 * (i + k * step), held[k]);
+    }
+    for (; i < quads; i += step) store_quad(to + 4 * i, load_quad(from + 4 * i));
+    sync();
   }
   template <class Body>  // body(offset into the matrix, feature, row)
   PYMETA_FN static void map(const Extent& extent, int features, Body body) {

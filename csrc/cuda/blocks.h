@@ -13,10 +13,11 @@
 PYMETA_KERNEL_BEGIN
 
 constexpr int kWarp = 32;
-constexpr int kWarps = 16;              // that keep a multiprocessor busy
-constexpr int kFewWarps = 8;            // that do not
-constexpr std::int64_t kChunks = 2048;  // at most: more than any device runs at once
-constexpr std::size_t kSumsBytes = std::size_t{256} << 20;
+constexpr int kWarps = 16;    // that keep a multiprocessor busy
+constexpr int kFewWarps = 8;  // that do not
+// Chunks of tasks, at most: ten times as many as an H100 runs at once (792), so that few blocks wait for the last ones.
+constexpr std::int64_t kChunks = 8192;
+constexpr std::size_t kSumsBytes = std::size_t{128} << 20;
 constexpr std::size_t kReserved = 1024;  // shared memory that the system takes of each block
 
 class BlockCall {
@@ -118,7 +119,10 @@ class BlockCall {
       return bytes > kNearPlace ? (bytes - kNearPlace) / sizeof(Real) / 16 * 16 : 0;
     };
     const std::size_t whole = Workspace<Block>(call_).size;
-    const int enough = (kWarps * kWarp + threads - 1) / threads;
+    // A multiprocessor that gets few tasks has all of its memory for them.
+    const std::int64_t share = (call_.tasks + device.multiprocessors - 1) / device.multiprocessors;
+    const std::int64_t busy = (kWarps * kWarp + threads - 1) / threads;
+    const int enough = static_cast<int>(share < 1 ? 1 : share < busy ? share : busy);
     std::size_t best = scalars(most);
     for (int tasks = 1; tasks <= enough; ++tasks) {
       const std::size_t budget = scalars(device.multiprocessor_bytes / tasks - kReserved);
@@ -142,6 +146,7 @@ class BlockCall {
     frame.call = call_;
     frame.job = job_;
     frame.network = network;
+    frame.network.tensors = nullptr;  // the host's; nothing on the device asks for them
     frame.loss = *call_.loss;
     for (int l = 0; l < network.layer_count; ++l) frame.layers[l] = network.layers[l];
     for (int t = 0; t < network.tensor_count; ++t) {

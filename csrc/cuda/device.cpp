@@ -54,14 +54,18 @@ std::string find_cuda_reason() {
 
 int attribute(cudaDeviceAttr which, int ordinal) {
   int value = 0;
-  cudaDeviceGetAttribute(&value, which, ordinal);
+  if (cudaDeviceGetAttribute(&value, which, ordinal) != cudaSuccess)
+    cudaGetLastError();  // or the next launch would report it
   return value;
 }
 
 DeviceFacts find_facts(int ordinal) {
   DeviceFacts facts;
   cudaDeviceProp properties;
-  if (cudaGetDeviceProperties(&properties, ordinal) == cudaSuccess) facts.name = properties.name;
+  if (cudaGetDeviceProperties(&properties, ordinal) == cudaSuccess)
+    facts.name = properties.name;
+  else
+    cudaGetLastError();
   facts.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, ordinal) +
                      attribute(cudaDevAttrComputeCapabilityMinor, ordinal);
   facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, ordinal);
@@ -78,9 +82,12 @@ class OnDevice {
  public:
   explicit OnDevice(int ordinal) {
     check(cudaGetDevice(&before_));
-    if (before_ != ordinal) check(cudaSetDevice(ordinal));
+    changed_ = before_ != ordinal;
+    if (changed_) check(cudaSetDevice(ordinal));
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);  // setting a device may create its context
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
@@ -89,6 +96,7 @@ class OnDevice {
     if (wrong != cudaSuccess) throw std::runtime_error(cudaGetErrorString(wrong));
   }
   int before_ = 0;
+  bool changed_ = false;
 };
 
 #else

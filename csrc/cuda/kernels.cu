@@ -29,10 +29,10 @@ struct Launcher {
   static int few(int threads) { return threads; }
 
   const char* pack(int blocks, int threads, const Frame& frame) const {
+    if (const char* wrong = allow_shared_memory()) return wrong;
     return launch(pack_start_kernel, blocks, threads, 0, frame);
   }
   const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame) const {
-    if (const char* wrong = allow_shared_memory()) return wrong;
     return launch(run_tasks_kernel, blocks, threads, bytes, frame);
   }
   const char* reduce(int blocks, int threads, const Frame& frame) const {
@@ -53,9 +53,12 @@ struct Launcher {
     if (wrong == cudaSuccess)
       wrong = cudaFuncSetAttribute(run_tasks_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    bytes);
-    if (wrong == cudaSuccess)  // as many tasks at once as the planner counts on, not more of L1
-      wrong = cudaFuncSetAttribute(run_tasks_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared);
+    // As many tasks at once as the planner counts on, not more of L1. All three alike: between kernels that ask for
+    // different shares a multiprocessor runs empty.
+    for (auto kernel : {pack_start_kernel, run_tasks_kernel, reduce_sums_kernel})
+      if (wrong == cudaSuccess)
+        wrong = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared);
     if (wrong != cudaSuccess) return cudaGetErrorString(wrong);
     if (device < most_devices) allowed[device].store(true, std::memory_order_release);
     return nullptr;

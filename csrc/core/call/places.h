@@ -31,21 +31,23 @@ struct Places {
   std::size_t used = 0;                // of it
   std::size_t used_far = 0;
 
-  static std::size_t lines(std::size_t scalars) {
+  PYMETA_FN static std::size_t lines(std::size_t scalars) {
     constexpr std::size_t line = 64 / sizeof(Real);
     return (scalars + line - 1) / line * line;
   }
-  bool fits(std::size_t scalars) const { return lines(scalars) <= most - used; }
-  Place take(std::size_t scalars) {
+  PYMETA_FN bool fits(std::size_t scalars) const { return lines(scalars) <= most - used; }
+  PYMETA_FN Place take(std::size_t scalars) {
     return fits(scalars) ? take_from(used, scalars) : take_far(scalars);
   }
-  Place take_if(bool wanted, std::size_t scalars) { return wanted ? take(scalars) : kNowhere; }
-  Place take_far(std::size_t scalars) {
+  PYMETA_FN Place take_if(bool wanted, std::size_t scalars) {
+    return wanted ? take(scalars) : kNowhere;
+  }
+  PYMETA_FN Place take_far(std::size_t scalars) {
     return kTwoMemories ? take_from(used_far, scalars) | kFar : take_from(used, scalars);
   }
 
  private:
-  static Place take_from(std::size_t& end, std::size_t scalars) {
+  PYMETA_FN static Place take_from(std::size_t& end, std::size_t scalars) {
     const std::size_t place = end;
     end += lines(scalars);
     return static_cast<Place>(place);
@@ -65,7 +67,7 @@ struct PackedTensor {
 };
 
 template <class X>
-PackedTensor packed_vector(int features) {
+PYMETA_FN PackedTensor packed_vector(int features) {
   return {0, 1, features, static_cast<int>(X::stride(features)), false};
 }
 

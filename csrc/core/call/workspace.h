@@ -27,7 +27,8 @@ struct ParameterLayout {
   std::size_t transposed_size = 0;
   bool narrow;  // the last layer is a NarrowLinear
 
-  ParameterLayout(const Network& network, bool input_gradient) : narrow(is_last_narrow(network)) {
+  PYMETA_FN ParameterLayout(const Network& network, bool input_gradient)
+      : narrow(is_last_narrow(network)) {
     Places places, transposed_places;
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
@@ -91,7 +92,7 @@ struct TapeLayout {
   std::size_t size;
 
   template <class X>
-  void lay_out(const Network& network, int rows, bool with_deltas, bool with_tangents) {
+  PYMETA_FN void lay_out(const Network& network, int rows, bool with_deltas, bool with_tangents) {
     Places places;
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
@@ -114,7 +115,7 @@ struct TapeLayout {
   }
 
   template <class X>
-  static void take_kept(Places& places, const Layer& layer, int rows, Place* kept) {
+  PYMETA_FN static void take_kept(Places& places, const Layer& layer, int rows, Place* kept) {
     with_layer<X>(layer.kind, [&](auto rules) {
       for (int i = 0; i < kMaxKept; ++i) {
         const std::size_t scalars = rules.kept_scalars(layer, rows, i);
@@ -137,7 +138,7 @@ struct TangentLayout {
   std::size_t size;
 
   template <class X>
-  void lay_out(const Network& network, int rows) {
+  PYMETA_FN void lay_out(const Network& network, int rows) {
     Places places;
     std::size_t widest = static_cast<std::size_t>(rows) * X::stride(network.in_features());
     for (int l = 0; l < network.layer_count; ++l) {
@@ -176,6 +177,15 @@ struct SetLayout {
     dx = input_gradient ? places.take(matrix) : kNowhere;
   }
 };
+
+// Do the products of the first layer read the caller's own rows?
+template <class X>
+PYMETA_FN bool reads_rows_in_place(const Network& network, bool last_is_narrow) {
+  bool in_place = false;
+  with_variant<X>(network, 0, last_is_narrow,
+                  [&](auto rules) { in_place = X::kReadsInputInPlace && rules.kReadsRowsInPlace; });
+  return in_place;
+}
 
 // The whole workspace of a thread.
 template <class X>
@@ -224,11 +234,7 @@ struct Workspace {
         call.max_query > call.max_validation ? call.max_query : call.max_validation;
     const bool stores_gradient =
         keeps_gradients || call.lr.per_element || !call.optimizer.is_plain();
-    bool in_place = false;  // products read the caller's own rows
-    with_variant<X>(network, 0, parameters.narrow, [&](auto rules) {
-      in_place = X::kReadsInputInPlace && rules.kReadsRowsInPlace;
-    });
-    const bool copy_input = !in_place;
+    const bool copy_input = !reads_rows_in_place<X>(network, parameters.narrow);
     bool starts_apart = false;
     for (int t = 0; t < network.tensor_count; ++t)
       starts_apart = starts_apart || call.starts_apart(t);

@@ -56,11 +56,11 @@ struct Linear {
   PYMETA_FN static int in(const LayerPass& p) { return p.layer.in.channels; }
   PYMETA_FN static int out(const LayerPass& p) { return p.layer.out.channels; }
 
-  static PackedTensor packed_weight(const Layer& layer) {
+  PYMETA_FN static PackedTensor packed_weight(const Layer& layer) {
     return {0, layer.in.channels, layer.out.channels,
             static_cast<int>(X::stride(layer.out.channels)), true};
   }
-  static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
+  PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
 
   PYMETA_FN static void forward(const LayerPass& p, const Destination& to) {
     const Term term{p.x, p.weight};
@@ -130,7 +130,7 @@ struct NarrowLinear {
   PYMETA_FN static int in(const LayerPass& p) { return p.layer.in.channels; }
   PYMETA_FN static int out(const LayerPass& p) { return p.layer.out.channels; }
 
-  static PackedTensor packed_weight(const Layer& layer) {
+  PYMETA_FN static PackedTensor packed_weight(const Layer& layer) {
     return {0, layer.out.channels, layer.in.channels,
             static_cast<int>(X::stride(layer.in.channels)), false};
   }

@@ -26,8 +26,8 @@ struct LoneActivation {
   static constexpr bool kTransposesWeight = false;
   static constexpr bool kReadsRowsInPlace = false;
 
-  static PackedTensor packed_weight(const Layer&) { return {}; }
-  static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
+  PYMETA_FN static PackedTensor packed_weight(const Layer&) { return {}; }
+  PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
 
   PYMETA_FN static void forward(const LayerPass& p, const Destination& to) {
     pass_on<X>(p.extent, p.layer.in.features(), p.x.p, to);

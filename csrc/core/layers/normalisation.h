@@ -73,10 +73,10 @@ struct Normalisation {
   static constexpr bool kTransposesWeight = false;
   static constexpr bool kReadsRowsInPlace = false;
 
-  static PackedTensor packed_weight(const Layer& layer) {
+  PYMETA_FN static PackedTensor packed_weight(const Layer& layer) {
     return packed_vector<X>(layer.out.features());
   }
-  static std::size_t kept_scalars(const Layer& layer, int rows, int i) {
+  PYMETA_FN static std::size_t kept_scalars(const Layer& layer, int rows, int i) {
     const int features = layer.out.features();
     if (i == 0) return static_cast<std::size_t>(rows) * X::stride(features);
     return static_cast<std::size_t>(kOverRows ? X::vectors(features) : rows) * kWidth;
