@@ -11,7 +11,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 KINDS = {".h", ".cpp", ".cu", ".cuh"}
 LONGEST = 560  # lines of a file
 
-# What each room may include besides itself. The emulated blocks of cuda/ run on threads of their own.
+# What each room may include besides itself.
 ROOMS = {
     "core": set(),
     "cpu": {"core"},

@@ -1,7 +1,10 @@
 #include "planner.h"
 
 #include <algorithm>
+#include <new>
 #include <numeric>
+#include <stdexcept>
+#include <utility>
 
 #include "registry.h"
 
@@ -10,6 +13,20 @@ namespace {
 
 // Below this much work (about ten microseconds) waking a second thread costs more than it saves.
 constexpr double kSmallWork = 3e4;
+
+// What earlier plans of this thread left. A call within a call (of a signal's handler) takes others.
+thread_local std::vector<PlanMemory> idle_memory;
+
+PlanMemory take_plan_memory(std::size_t bytes) {
+  for (PlanMemory& memory : idle_memory)
+    if (memory.bytes >= bytes) {
+      PlanMemory taken = std::move(memory);
+      memory = std::move(idle_memory.back());
+      idle_memory.pop_back();
+      return taken;
+    }
+  return {std::unique_ptr<char[]>(new char[bytes]), bytes};
+}
 
 // Sums of all chunks together, for an executor that keeps the order of another one.
 constexpr std::size_t kMostSums = std::size_t{64} << 20;
@@ -66,7 +83,8 @@ Plan<Real>::Plan(Call<Real>& call, Job job) : call_(call), job_(job) {
   Candidate best = chosen >= 0 ? planned(table.executors[chosen], nullptr) : cheapest(table);
   const bool small = best.needs->cost < kSmallWork;
   const int threads = small ? 1 : num_threads();
-  if (chosen < 0 && best.needs->chunks < static_cast<std::size_t>(threads))
+  const std::int64_t most_chunks = std::min<std::int64_t>(threads, call.tasks);
+  if (chosen < 0 && static_cast<std::int64_t>(best.needs->chunks) < most_chunks)
     best = quickest(table, best, threads);
   executor_ = best.executor;
   needs_ = best.needs;
@@ -76,11 +94,21 @@ Plan<Real>::Plan(Call<Real>& call, Job job) : call_(call), job_(job) {
 }
 
 template <class Real>
+Plan<Real>::~Plan() {
+  try {
+    for (int i = 0; i < planned_count_; ++i) idle_memory.push_back(std::move(storage_[i]));
+  } catch (const std::bad_alloc&) {  // then it is not kept
+  }
+}
+
+template <class Real>
 typename Plan<Real>::Candidate Plan<Real>::planned(const ExecutorTable<Real>& executor,
                                                    const Needs* like) {
-  storage_.emplace_back(new char[executor.plan_bytes + 64]);
-  const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(storage_.back().get());
-  Candidate candidate{&executor, nullptr, storage_.back().get() + (64 - at % 64)};
+  if (planned_count_ == kMostPlans) throw std::length_error("more plans than a call weighs");
+  PlanMemory& memory = storage_[planned_count_++];
+  memory = take_plan_memory(executor.plan_bytes + 64);
+  const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(memory.data.get());
+  Candidate candidate{&executor, nullptr, memory.data.get() + (64 - at % 64)};
   candidate.needs = executor.plan(call_, job_, like, candidate.plan);
   return candidate;
 }

@@ -11,11 +11,18 @@
 
 namespace pymeta {
 
+// Where an executor lays out its plan of a call: blocks that a thread uses again and again.
+struct PlanMemory {
+  std::unique_ptr<char[]> data;
+  std::size_t bytes = 0;
+};
+
 template <class Real>
 class Plan {
  public:
   // Refers to `call`, whose largest sizes are known (check.h).
   Plan(Call<Real>& call, Job job);
+  ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -38,7 +45,9 @@ class Plan {
 
   Call<Real>& call_;
   const Job job_;
-  std::vector<std::unique_ptr<char[]>> storage_;
+  static constexpr int kMostPlans = 16;  // that are weighed
+  PlanMemory storage_[kMostPlans];
+  int planned_count_ = 0;
   const ExecutorTable<Real>* executor_;
   const Needs* needs_;
   void* plan_;

@@ -6,6 +6,9 @@
 namespace pymeta {
 namespace {
 
+// Estimated cycles of calls that are over before anybody would miss an interrupt, were the estimate off by thirty.
+constexpr double kShort = 1e6;
+
 void run_on_threads(const Team& team, std::int64_t count, IndexBody body, void* context) {
   parallel_for(team.threads, count, body, context, static_cast<Interrupt*>(team.owner));
 }
@@ -15,8 +18,8 @@ void run_on_threads(const Team& team, std::int64_t count, IndexBody body, void* 
 template <class Real>
 bool run(Call<Real>& call, Job job, Interrupt* interrupt) {
   check(call, job);
-  call.stop = interrupt ? interrupt->stop() : nullptr;
   Plan<Real> plan(call, job);
+  call.stop = interrupt && plan.needs().cost > kShort ? interrupt->stop() : nullptr;
   plan.order();
   const WorkingMemory memory(plan.needs().bytes(plan.threads()));
   plan.run(Team{plan.threads(), interrupt, run_on_threads}, memory.data());
