@@ -572,7 +572,7 @@ def test_files_of_any_structure_and_dtype(dtype, tmp_path):
     again = pymeta.Adapted.load(tmp_path / "m.safetensors", net)
     for name, value in models.parameters.items():
         assert torch.equal(again.parameters[name], value)
-    with pytest.raises(ValueError, match=r"no chain of layers; pymeta\.Adapted loads it"):
+    with pytest.raises(ValueError, match=r"not a chain of layers; load it with pymeta\.Adapted"):
         pymeta.AdaptedArrays.load(tmp_path / "m.safetensors")
 
 

@@ -144,7 +144,7 @@ REFUSED = {
         r"takes 4 features, the one before it gives 3",
     ),
     "skip": (forward_as(lambda s, x: s.b(s.a(x)) + x), r"not a chain|add has no native"),
-    "fork": (forward_as(lambda s, x: s.b(x)), r"parameter a\.weight is no part of the chain"),
+    "fork": (forward_as(lambda s, x: s.b(x)), r"parameter a\.weight is not part of the chain"),
     "twice": (forward_as(lambda s, x: s.b(s.a(s.a(x)))), r"parameter a\.weight is used more"),
     "direct": (forward_as(lambda s, x: s.b(s.a(x * s.scale))), r"uses scale directly"),
     "function": (forward_as(lambda s, x: s.b(torch.cos(s.a(x)))), r"cos has no native kernel"),

@@ -600,7 +600,7 @@ def test_bad_rows(fitted):
             call(X, y, groups=g, sample_weight=np.ones(3))
     with pytest.raises(ValueError, match="sample_weight: all weights are zero"):
         quick().fit(X, y, groups=g, sample_weight=np.zeros(len(g)))
-    with pytest.raises(ValueError, match=r"y: \['maybe'\] are no classes"):
+    with pytest.raises(ValueError, match=r"y: \['maybe'\] are not classes"):
         fitted.adapt(X, np.where(g == 0, "maybe", y), groups=g)
     with pytest.raises(ValueError, match="features"):
         fitted.adapt(X[:, :1], y, groups=g)

@@ -1,8 +1,8 @@
 """FineTune: T data sets, one start, and every one of the T models trained in the same call.
 
 Nothing is meta-learned here. Each task is trained for some epochs by SGD or Adam (what they do is
-written down in `pymeta/reference`), from a shared start or one of its own, with what keeps small
-data sets honest: frozen parameters, a pull towards the start (L2-SP; Li, Grandvalet, Davoine 2018,
+defined in `pymeta/reference`), from a shared start or one of its own, with what small data sets
+need: frozen parameters, a pull towards the start (L2-SP; Li, Grandvalet, Davoine 2018,
 arXiv:1802.01483), weight decay, class weights, and held out rows with early stopping.
 
 A run goes through the tasks in chunks. What a chunk needs besides inputs and outputs (copies of
@@ -76,15 +76,15 @@ def _check_validation_rows(value: Any) -> str:
 
 
 class FineTune(Learner):
-    """Fine-tune `model` to many tasks, each for itself.
+    """Fine-tune `model` to many tasks, each independently.
 
     The model's own parameters are the start and stay as they are.
 
-    Memory: for each task the result has the parameters that are not frozen (24-64-64-1 in float32:
-    5,825 of 4 bytes), one byte of status, and with `curves` up to two numbers for each epoch and
-    three more. Beside these there is what each thread works in, which `explain()` tells, and one
-    chunk's rows where some are held out. Inputs are used where they lie, but for lists, which are
-    joined, and what is not contiguous. `stream` takes any number of tasks.
+    Memory: for each task the result holds the parameters that are not frozen (of 24-64-64-1,
+    5,825 numbers), one byte of status, and with `curves` up to two numbers for each epoch and
+    three more. Each thread needs working memory, which `explain()` reports, and where rows are held
+    out, one chunk's rows are copied. Inputs are not copied, except lists, which are joined, and
+    tensors that are not contiguous. `stream` takes any number of tasks.
 
     Args:
         model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
@@ -92,7 +92,7 @@ class FineTune(Learner):
         loss: "mse", "huber", "cross_entropy", "bce_with_logits", or the torch.nn loss module.
         optimizer: `pymeta.SGD(...)` or `pymeta.Adam(...)`; its state is each task's own.
         lr: instead of `optimizer`, the step size of plain SGD.
-        epochs: how often all of a task's rows are gone through.
+        epochs: passes over each task's rows.
         batch_size: rows of a step, shuffled for each epoch as `pymeta.Schedule` says; None for all
             rows at once.
         anchor: the penalty anchor/2 |theta - start|^2 on what is adapted (L2-SP).
@@ -149,7 +149,7 @@ class FineTune(Learner):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        """Check the arguments and look at the model."""
+        """Check the arguments and examine the model."""
         check_number("anchor", anchor)
         super().__init__(
             model, loss=loss, lr=lr, optimizer=optimizer, backend=backend, anchor=float(anchor)
@@ -196,7 +196,7 @@ class FineTune(Learner):
         curves: bool = False,
         progress: bool | None = None,
     ) -> Adapted:
-        """The models of T tasks. There is no graph.
+        """Fine-tune T tasks; the models carry no graph.
 
         Args:
             xs: inputs [T, rows, ...], or a list of T tensors [rows_t, ...]; tensors or arrays.

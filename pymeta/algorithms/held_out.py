@@ -67,7 +67,7 @@ def _classes(s: TaskSet, rows: _Rows, loss: Loss, out: int | None = None) -> np.
 
 
 def check_classes(s: TaskSet, loss: Loss) -> None:
-    """ValueError where a target is no class."""
+    """ValueError where a target is not a class."""
     if not loss.takes_classes:
         _classes(s, _Rows.of(s), loss)
 
@@ -121,7 +121,7 @@ def _orders(sizes: Tensor, seed: int, task_ids: Tensor | None) -> Tensor:
 
 
 def _chosen(s: TaskSet, sizes: Tensor, index: Tensor) -> TaskSet:
-    """The rows of a set that lie at `index`, `sizes` [T] of them for each task; copies."""
+    """The rows of a set at `index`, `sizes` [T] of them for each task; copies."""
     lead = 1 if s.starts is not None else 2
     index = index.to(s.x.device)
     equal = bool((sizes == sizes[0]).all())

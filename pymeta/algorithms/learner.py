@@ -230,7 +230,7 @@ class Learner(nn.Module, ABC):
 
     @property
     def anchor(self) -> float:
-        """The weight of the pull towards the start; 0 but for FineTune."""
+        """The weight of the pull towards the start; 0 except in FineTune."""
         return self._anchor
 
     @property
@@ -343,7 +343,7 @@ class Learner(nn.Module, ABC):
         return expected
 
     def _expected(self, plan: Plan, s: TaskSet) -> Expected:
-        """What the inputs must be like; for a model that is no chain, find its output's width."""
+        """What inputs are expected; for a model that is not a chain, find its output's width."""
         if plan.expected.out_features is not None or not plan.expected.loss.takes_classes:
             return plan.expected
         shape = self._output_shape(plan, s)
@@ -378,7 +378,7 @@ class Learner(nn.Module, ABC):
     # ---- the model as it is now ---------------------------------------------------------------
 
     def _look(self) -> Plan:
-        """Look at the model for the first time; ValueError where it cannot run as asked for."""
+        """Examine the model for the first time; ValueError where it cannot run as requested."""
         plan, _ = self._current()
         if self.backend == "native" and plan.reason is not None:
             raise ValueError(f'backend="native": {plan.reason}')
@@ -451,7 +451,7 @@ class Learner(nn.Module, ABC):
         return text
 
     def _last_call(self, plan: Plan) -> NativeCall | None:
-        """The last native call, if there was one since the model was looked at."""
+        """The last native call, if there was one since the model was examined."""
         return self._last
 
     # ---- copies -------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class MAML(Learner):
         optimizer: Optimizer | None = None,
         backend: str = "auto",
     ) -> None:
-        """Check the arguments and look at the model."""
+        """Check the arguments and examine the model."""
         super().__init__(
             model,
             loss=loss,

@@ -1,4 +1,4 @@
-"""Native calls on a device: what a call is told of it, its stream, its memory, and CUDA graphs.
+"""Native calls on a device: its stream, its memory, and CUDA graphs.
 
 A `Device` is a GPU, or the emulated one: the CUDA executor's own code on threads of the host, which
 tensors on the CPU go to after `native.set_executor("emulated")`. A call on a device

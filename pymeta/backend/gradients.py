@@ -45,7 +45,7 @@ class Gradients:
 
 
 class Layout:
-    """Where in one flat buffer the wanted gradients lie, and the buffers that no graph uses.
+    """The layout of the wanted gradients in one flat buffer, and the buffers that are free.
 
     Attributes:
         wanted: whether the gradients of the parameters, of lr, of xs and of xq are wanted.

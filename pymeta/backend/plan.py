@@ -59,7 +59,7 @@ def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
     for name, p in parameters.items():
         if isinstance(p, UninitializedParameter):
             raise ValueError(
-                f"model: parameter {name} is not initialised yet; run the model once before"
+                f"model: parameter {name} is not initialised yet; run the model once first"
             )
         if p.dtype.is_complex:
             raise TypeError(f"model: parameter {name} is {p.dtype}; expected real numbers")
@@ -77,12 +77,12 @@ def _unfit(parameters: Mapping[str, Tensor]) -> str | None:
         if p.dtype not in DTYPE_CODES:
             return f"parameter {name} is {p.dtype}; the native core has float32 and float64"
         if type(p) not in _PARAMETER_TYPES or p.layout is not torch.strided:
-            return f"parameter {name} is no plain dense tensor ({type(p).__name__})"
+            return f"parameter {name} is not a plain dense tensor ({type(p).__name__})"
     return None
 
 
 class Plan:
-    """A model, a loss and what is adapted, made ready for many calls.
+    """A model, a loss and what is adapted, prepared for many calls.
 
     Attributes:
         names: the parameters, in the order of `named_parameters()`.
@@ -111,7 +111,7 @@ class Plan:
         anchor: float = 0.0,
         adapts: bool = True,
     ) -> None:
-        """Look at the model; raises TypeError or ValueError where no backend can run it.
+        """Examine the model; TypeError or ValueError where no backend can run it.
 
         `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by;
         where it only predicts with adapted weights, `adapts` is False, and a normalisation

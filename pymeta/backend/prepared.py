@@ -62,7 +62,7 @@ class PreparedCall:
         query: TaskSet,
         wanted: Wanted,
     ) -> None:
-        """Work it out; lr is [columns] or [rows, columns], in the order the core wants."""
+        """Prepare it; lr is [columns] or [rows, columns], in the order that the core expects."""
         self.plan = plan
         self.dtype_code = plan.dtype_code
         self.steps = steps
@@ -232,7 +232,7 @@ def prepare(
     query: TaskSet,
     wanted: Wanted | None = None,
 ) -> tuple[PreparedCall, Tensor]:
-    """The call, and lr as it takes it; the sets are made ready for it.
+    """The prepared call, and lr in the form it takes; the sets are brought into theirs.
 
     `wanted` left out means all that require grad, if grad is enabled.
     """

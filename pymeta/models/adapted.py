@@ -70,7 +70,7 @@ def _padded(predictions: list[Tensor], rows: int) -> Tensor:
 
 
 def architecture(plan: Plan) -> Architecture | None:
-    """The chain of layers of a plan's model; None where the model is no chain."""
+    """The chain of layers of a plan's model; None where the model is not a chain."""
     d = plan.description
     if not isinstance(d, Description):
         return None
@@ -190,7 +190,7 @@ class Adapted(Stacked[Tensor]):
 
     @property
     def _plan(self) -> Plan:
-        """The plan of the model; made anew in a copy, which must not be of another shape."""
+        """The plan of the model; a copy makes its own, and must still have the same shapes."""
         if self._made is None:
             plan = Plan(self._model, self.loss, None, "network", adapts=False)
             own = {n: p.shape[1:] for n, p in self.parameters.items()}

@@ -7,8 +7,8 @@
     adapter.adapt_predict(xs, ys, xq, out=out)    # one task, in microseconds
     models = adapter.adapt(xs, ys)                # or many at once: a pymeta.AdaptedArrays
 
-The results are to the last bit those of the learner it was made from: the same native core does
-the same steps. One task goes through a native `Engine`, which keeps everything it needs between
+The results are bitwise those of the learner it was made from: the same native core takes the
+same steps. One task goes through a native `Engine`, which keeps everything it needs between
 calls; many tasks go through the same calls as the learners'.
 """
 
@@ -89,7 +89,7 @@ class Adapter:
         anchor: float = 0.0,
         class_weights: ClassWeights = None,
     ) -> None:
-        """Copy what is given; a learner's `adapter()` and `load` are the ways to come here.
+        """Copy the arguments; use a learner's `adapter()` or `load` rather than this.
 
         `lr` are the values of a `LearnableLR`, in the learner's layout; None where the optimiser
         has a number.

@@ -83,7 +83,9 @@ class AdaptedArrays(Stacked[np.ndarray]):
         """
         saved = load(path, verify)
         if saved.architecture is None:
-            raise ValueError(f"{path}: its models are no chain of layers; pymeta.Adapted loads it")
+            raise ValueError(
+                f"{path}: its models are not a chain of layers; load it with pymeta.Adapted"
+            )
         raws = [*saved.stacked.values(), *saved.shared.values()]
         if len({raw.dtype for raw in raws}) != 1 or raws[0].dtype not in ("F32", "F64"):
             raise ValueError(f"{path}: its weights are neither all F32 nor all F64")
@@ -258,7 +260,7 @@ def expected_of(architecture: Architecture, loss: Loss, dtype: np.dtype) -> Expe
 
 
 def raw_of(array: np.ndarray) -> Raw:
-    """An array as it lies in a file."""
+    """An array in its stored form."""
     return Raw(_RAW_DTYPES[array.dtype], array.shape, dense(array).reshape(-1).view(np.uint8))
 
 

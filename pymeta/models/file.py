@@ -43,7 +43,7 @@ _LARGEST_HEADER = 100_000_000  # the limit of safetensors itself
 
 
 class Raw(NamedTuple):
-    """A tensor as it lies in a file: safetensors' name of its dtype, its shape, its bytes."""
+    """A tensor as stored in a file: safetensors' name of its dtype, its shape, its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -150,12 +150,12 @@ def write(path: Path, kind: str, described: Mapping[str, Any], tensors: Mapping[
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("an entry is there twice")
+        raise ValueError("an entry appears twice")
     return found
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _parsed(what: str, text: str | bytes) -> Any:
@@ -182,7 +182,7 @@ def _read_header(file: Any, size: int) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length % 8 or length > min(size - 8, _LARGEST_HEADER):
         raise ValueError(
-            f"no safetensors file, or a truncated one: {size} bytes, "
+            f"not a safetensors file, or a truncated one: {size} bytes, "
             f"of which the header would be {length}"
         )
     header = _parsed("the header", file.read(length))
@@ -197,7 +197,7 @@ def _check_kind(metadata: dict[str, Any], kind: str) -> None:
         raise ValueError(f"its format is {found!r}, not {FORMAT!r}; pymeta did not write it")
     version = metadata.get("version")
     if not isinstance(version, str) or not (version.isascii() and version.isdigit()):
-        raise ValueError(f"its version is {version!r}, which is no number")
+        raise ValueError(f"its version is {version!r}, which is not a number")
     if len(version) > 9 or int(version) > VERSION:
         raise ValueError(f"written by a newer pymeta: version {version}, this one reads {VERSION}")
     if int(version) < 1:

@@ -81,7 +81,7 @@ class Stacked(ABC, Generic[Array]):
 
     Attributes:
         loss: what they were adapted by, as a description.
-        history: what was seen meanwhile, where it was asked for.
+        history: the learning curves, where they were requested.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class Stacked(ABC, Generic[Array]):
 
     @abstractmethod
     def _architecture(self) -> Architecture | None:
-        """The chain of layers; None where the structure is no chain."""
+        """The chain of layers; None where the structure is not a chain."""
 
     @staticmethod
     @abstractmethod
@@ -307,7 +307,7 @@ class Stacked(ABC, Generic[Array]):
     @staticmethod
     @abstractmethod
     def _to_raw(value: Array) -> Raw:
-        """An array as it lies in a file."""
+        """An array in its stored form."""
 
 
 @dataclass(frozen=True)

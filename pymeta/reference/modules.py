@@ -134,7 +134,7 @@ def _check_embedding_core(
     weight: Any, x: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> None:  # fmt: skip
-    """torch.embedding, likewise; -1 is no padding here."""
+    """torch.embedding, likewise; here -1 means no padding."""
     _check_embedding(
         x, weight, None if padding_idx < 0 else padding_idx, None, 2.0, scale_grad_by_freq
     )

@@ -41,7 +41,7 @@ class Validation:
         self.curve = [loss(start)]
 
     def __call__(self, theta: Parameters) -> bool:
-        """Take note of an epoch; whether it is the last one."""
+        """Record an epoch; returns whether it is the last one."""
         lowest = self.curve[self.best_epoch]
         self.curve.append(self.loss(theta))
         epoch = len(self.curve) - 1

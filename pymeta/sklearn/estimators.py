@@ -151,7 +151,7 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         X, y = validate_data(self, X, y, dtype=self._form.dtype, order="C", reset=False)
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
-            raise ValueError(f"y: {unknown[:5].tolist()} are no classes that fit has seen")
+            raise ValueError(f"y: {unknown[:5].tolist()} are not classes that fit has seen")
         self._adapt(X, y, labels_of(groups, X), sample_weight)
         return self
 

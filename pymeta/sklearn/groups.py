@@ -1,4 +1,4 @@
-"""Groups: the labels of rows, told apart and gathered."""
+"""Groups: the labels of rows, checked and collected."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _of_one_kind(labels: Array) -> Array:
 
 
 def labels_of(groups: Any, X: Any) -> Array:
-    """`groups` as an array [rows] of labels that can be told apart; missing ones are refused."""
+    """`groups` as an array [rows] of comparable labels; missing ones are refused."""
     labels = _as_array(groups)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]

@@ -116,4 +116,4 @@ class Parameters(BaseEstimator):
             real("adapt_lr", self.adapt_lr)
         real("adapt_validation", self.adapt_validation, 1.0)
         if self.adapt_patience is not None and self.adapt_validation == 0:
-            raise ValueError("adapt_patience: there are no rows to look at: adapt_validation is 0")
+            raise ValueError("adapt_patience: expected adapt_validation > 0 with it, got 0")

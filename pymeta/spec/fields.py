@@ -20,7 +20,7 @@ class Fields:
         self._left = dict(value)
 
     def take(self, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
-        """An entry of one of these types; a bool is no number."""
+        """An entry of one of these types; a bool does not count as a number."""
         if name not in self._left:
             raise ValueError(f"{self.what}: {name} is missing")
         value = self._left.pop(name)
@@ -87,7 +87,7 @@ class Fields:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise ValueError(f"{self.what}: {name}: {_brief(value)} is no finite number")
+            raise ValueError(f"{self.what}: {name}: {_brief(value)} is not a finite number")
         return number
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class History:
-    """What was seen while T tasks were fine-tuned; an epoch that did not run has NaN.
+    """The learning curves of T fine-tuned tasks; an epoch that did not run has NaN.
 
     Attributes:
         train: [T, epochs], each epoch's mean training loss.

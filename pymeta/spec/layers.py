@@ -21,7 +21,7 @@ IDENTITY: Layer = ("identity",)
 
 
 class Refused(Exception):
-    """Raised while a model is looked at; its message is the reason why it is not native."""
+    """Raised while a model is examined; its message is the reason why it is not native."""
 
 
 def _affine(m: nn.Module) -> tuple[bool, bool]:

@@ -204,7 +204,7 @@ def _called(node: fx.Node, name: str, current: fx.Node) -> Layer:
 
 @contextmanager
 def _untouched(module: nn.Module) -> Iterator[None]:
-    """A block in which the forward may run without a trace: it is no call of the user's.
+    """A block in which the forward may run without side effects: the user did not call it.
 
     What it assigns to modules is put back, and it sees copies of the buffers.
     """
@@ -276,7 +276,7 @@ def _parameter_names(steps: list[_Step], model: nn.Module) -> tuple[str, ...]:
         raise Refused(f"parameter {twice} is used more than once")
     unused = [n for n in known.values() if n not in set(names)]
     if unused:
-        raise Refused(f"parameter {unused[0]} is no part of the chain")
+        raise Refused(f"parameter {unused[0]} is not part of the chain")
     return tuple(names)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 NATIVE = (
     'the native meta-gradient cannot be differentiated again; pymeta.MAML(..., backend="torch") can'
 )
-REPTILE = "Reptile's direction cannot be differentiated: it is no derivative of a loss"
+REPTILE = "Reptile's direction cannot be differentiated: it is not the derivative of a loss"
 
 
 class _Once(torch.autograd.Function):

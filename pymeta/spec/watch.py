@@ -1,4 +1,4 @@
-"""Whether what was looked at is still what it was: one answer for models, plans and calls.
+"""Whether something has changed since it was examined: one answer for models, plans and calls.
 
 A `Watch` holds the objects that were found at some places (a parameter in a module's `_parameters`,
 an attribute in its `__dict__`), and the form of some tensors. It is current as long as each place
@@ -84,7 +84,7 @@ class Watch:
     def and_also(
         self, places: Iterable[Place], tensors: Sequence[Tensor], there: bool = False
     ) -> Watch:
-        """One that watches more places and tensors; `there` says that devices are told apart."""
+        """A copy that watches more places and tensors; `there`: distinguish devices of one type."""
         other = object.__new__(Watch)
         other.__dict__.update(self.__dict__)
         known = {(id(place), key) for place, key in zip(self._places, self._keys, strict=True)}

@@ -68,7 +68,7 @@ class Gathered(NamedTuple):
 
 
 def address(array: np.ndarray | None) -> int:
-    """Where an array's data lie; 0 for none."""
+    """The address of an array's data; 0 for none."""
     return 0 if array is None else array.__array_interface__["data"][0]
 
 
@@ -78,7 +78,7 @@ def dense(array: np.ndarray) -> np.ndarray:
 
 
 def need_array(name: str, value: Any) -> np.ndarray:
-    """`value`, or what a table holds; TypeError where it is no numpy array."""
+    """`value`, or a table's values; TypeError unless that is a numpy array."""
     value = of_table(name, value)
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name}: expected a numpy array, got {type(value).__name__}")

@@ -229,7 +229,7 @@ def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """`tensor` as it must lie in memory for its pointer to be read: contiguous, not negated."""
+    """`tensor` with the memory layout that the core can read: contiguous, not negated."""
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
