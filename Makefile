@@ -126,7 +126,7 @@ guard: $(STAMP)/build $(STAMP)/torch $(STAMP)/test
 	for at in end start; do \
 	  export PYMETA_GUARD_AT=$$at; build/guarded-objects/native_test && (cd build/guarded && \
 	  PYTHONPATH=$(abspath build/guarded) $(ONE_THREAD) venv/bin/python -m pytest -p no:cacheprovider \
-	  tests/test_kernels.py tests/test_recipes.py tests/test_adapter.py tests/test_faults.py) || exit 1; \
+	  tests/test_kernels.py tests/test_bits.py tests/test_recipes.py tests/test_adapter.py tests/test_faults.py) || exit 1; \
 	done
 
 # libFuzzer comes with atheris, the instrumentation from clang++.

@@ -22,7 +22,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import cases
 import hypothesis
+import test_bits
 import test_kernels
 import test_recipes
 import torch
@@ -43,7 +45,7 @@ DTYPE = st.sampled_from(DTYPES)
 @st.composite
 def large_cases(draw):
     """More rows and tasks than the tests' cases have: several tiles, several vectors of tasks."""
-    case = draw(test_kernels.cases())
+    case = draw(cases.cases())
     return replace(case, tasks=draw(TASKS), support=draw(ROWS), query=draw(ROWS))
 
 
@@ -57,7 +59,7 @@ def large_recipes(draw):
 
 
 def steepest(problem: test_recipes.Adaptations) -> float:
-    """The largest |mean| / std that a normalisation of the start meets (test_kernels.Wanted)."""
+    """The largest |mean| / std that a normalisation of the start meets (cases.Wanted)."""
     net, found = copy.deepcopy(problem.net).double(), [1.0]
 
     def look(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -100,30 +102,30 @@ def inner(test: Any) -> Callable[..., Any]:
 
 # name: what is checked, of what, and how many examples make a round
 ROUNDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
-    "cases": (test_kernels.compare, (test_kernels.cases(),), 20),
+    "cases": (cases.compare, (cases.cases(),), 20),
     "recipes": (compare_recipe, (test_recipes.recipes(),), 20),
-    "large cases": (test_kernels.compare, (large_cases(),), 8),
+    "large cases": (cases.compare, (large_cases(),), 8),
     "large recipes": (compare_recipe, (large_recipes(),), 6),
-    "factored": (test_kernels.compare, (test_kernels.factored_cases(),), 8),
+    "factored": (cases.compare, (cases.factored_cases(),), 8),
     "bits": (
-        inner(test_kernels.test_a_tasks_bits_are_its_own),
-        (test_kernels.cases(tasks=(1, 3, 8, 17, 33, 70)), DTYPE, ISAS),
+        inner(test_bits.test_a_tasks_bits_are_its_own),
+        (cases.cases(tasks=(1, 3, 8, 17, 33, 70)), DTYPE, ISAS),
         15,
     ),
     "factored bits": (
-        inner(test_kernels.test_a_factored_tasks_bits_are_its_own),
-        (test_kernels.factored_cases(), DTYPE, ISAS),
+        inner(test_bits.test_a_factored_tasks_bits_are_its_own),
+        (cases.factored_cases(), DTYPE, ISAS),
         8,
     ),
     "predictions": (
-        inner(test_kernels.test_an_adapted_models_predictions_are_the_calls_own),
-        (test_kernels.cases(tasks=(2, 5, 17, 33)), DTYPE, ISAS),
+        inner(test_bits.test_an_adapted_models_predictions_are_the_calls_own),
+        (cases.cases(tasks=(2, 5, 17, 33)), DTYPE, ISAS),
         15,
     ),
     "diverged": (
         inner(test_kernels.test_a_diverged_task_is_its_own_affair),
         (
-            test_kernels.cases(tasks=(2, 5, 17, 33)),
+            cases.cases(tasks=(2, 5, 17, 33)),
             st.sampled_from(sorted(test_kernels.POISONS)),
             st.sampled_from(["xs", "ys", "xq"]),
             DTYPE,

@@ -18,6 +18,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import FIXED, Case, Problem, Wanted, cases, is_kinked, meta_gradient, of_tasks
+from cases import walk as walk_along
 from helpers import batch, gradients, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,8 +36,6 @@ from kernels import (
     same_bits,
     shaken,
 )
-from test_kernels import FIXED, Case, Problem, Wanted, cases, is_kinked, meta_gradient, of_tasks
-from test_kernels import walk as walk_along
 from test_recipes import Adaptations, Recipe, recipes
 from torch import nn
 

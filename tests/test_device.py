@@ -17,9 +17,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from cases import Case, Problem, Wanted, is_kinked, walk
 from helpers import assert_close, batch, gradients, mlp
 from kernels import DTYPES, EPS, same_bits, using
-from test_kernels import Case, Problem, Wanted, is_kinked, walk
 from torch import Tensor, nn
 
 import pymeta

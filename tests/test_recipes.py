@@ -200,7 +200,7 @@ def without_nan(value) -> torch.Tensor:
 def compare(recipe: Recipe) -> bool:
     """One recipe on every path, in float64; whether the tasks stayed finite, so that it counts.
 
-    As in test_kernels.py, the error that an honest kernel may have is the machine epsilon times a
+    As in cases.py, the error that an honest kernel may have is the machine epsilon times a
     condition number, for which what the reference loses in float32 (`shaken`) stands, and has as
     its floor the rounding of sums of as many terms as there are.
     """
