@@ -1,6 +1,8 @@
 """The short way through a repeated call: taken where it may be, left where anything differs."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -195,6 +197,24 @@ def test_negated_sizes_and_learnable_rates_are_read_as_they_are():
     wanted = module(*data, support_sizes=sizes).loss
     module.lr.data = torch._neg_view(-module.lr.data)
     assert_close(module(*data, support_sizes=torch._neg_view(-sizes)).loss, wanted)
+
+
+def test_a_learner_and_its_model_go_when_nothing_refers_to_them():
+    """Without a circle of references, so that their memory does not wait for the collector."""
+    net, data = mlp(2, 4, 2), batch()
+    module = make(net, lr=pymeta.LearnableLR(0.1))
+    for _ in range(2):
+        module(*data).loss.backward()
+        with torch.no_grad():
+            module(*data)
+    gone = [weakref.ref(held) for held in (module, net, net[0].weight, module.lr)]
+    gc.collect()
+    gc.disable()
+    try:
+        del module, net
+        assert [ref() for ref in gone] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_graphs_do_not_share_memory():

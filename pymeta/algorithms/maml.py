@@ -169,7 +169,7 @@ class MAML(Learner):
         )
         if plain:
             before = self._prepared.get(torch.is_grad_enabled())
-            results = None if before is None else before.again(xs, ys, xq, yq)
+            results = None if before is None else before.again(self.__dict__, xs, ys, xq, yq)
             if results is not None:
                 return Outcome(*results)
         plan, parameters = self._current()

@@ -31,7 +31,10 @@ from pymeta.tasks.task_set import TaskSet
 Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # what native.rows gives
 Results: TypeAlias = tuple[Tensor, Tensor, Tensor]  # loss [], losses [T], predictions
 
-_SETTINGS = ("steps", "first_order", "backend", "lr")  # of a MAML, besides its model and loss
+
+def _settings(owner: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a call depends on besides its arguments and the model, from a MAML's attributes."""
+    return owner["steps"], owner["first_order"], owner["backend"], owner.get("lr")
 
 
 def _as_it_came(given: Any, used: Tensor | None) -> bool:
@@ -181,9 +184,10 @@ class PreparedCall:
         used = (support.x, support.y, query.x, query.y)
         if not all(map(_as_it_came, data, used)) or self.plan.lr_order is not None:
             return False
-        places = _places(owner)
-        learnable = [lr] if owner["_parameters"].get("lr") is not None else []
-        self._watch = self.plan.watch.and_also(places, learnable, device is not None)
+        own = owner["_parameters"]
+        places = [(own, name) for name in own]  # of lr, where it is learnable
+        self._watch = self.plan.watch.and_also(places, [lr] if own else [], device is not None)
+        self._settings = _settings(owner)  # not the owner, which holds this call
         self._lr, self._stream = lr, None if device is None else device.stream()
         self._forms_of = forms if device is None else forms_there
         self._forms = self._forms_of(list(data))
@@ -193,14 +197,15 @@ class PreparedCall:
         """Whether values go unchecked, and `lr` belongs to this stream and to no CUDA graph."""
         return not (native.checking_values or device.stream() != self._stream or device.capturing())
 
-    def again(self, xs: Any, ys: Any, xq: Any, yq: Any) -> Results | None:
+    def again(self, owner: Mapping[str, Any], xs: Any, ys: Any, xq: Any, yq: Any) -> Results | None:
         """The results, after `remember`; None where the call would not be the same.
 
-        Whether grad is enabled must be as it was.
+        Whether grad is enabled must be as it was. `owner` is as for `remember`.
         """
         device = self.plan.device
         if not (
             type(xs) is type(ys) is type(xq) is type(yq) is Tensor
+            and _settings(owner) == self._settings
             and self._watch.is_current()
             and not in_forward_mode()
             and (device is None or self._may_be_made_there(device))
@@ -215,12 +220,6 @@ class PreparedCall:
         except RuntimeError:  # a layout without strides or without a pointer
             return None
         return self(self.plan.parameters, self._lr, xs, xq, support, query)
-
-
-def _places(owner: Any) -> list[tuple[dict[str, Any], str]]:
-    """Where a MAML has its settings; a learnable lr is a parameter."""
-    own = [(owner, name) for name in _SETTINGS if name in owner]
-    return [*own, *((owner["_parameters"], name) for name in owner["_parameters"])]
 
 
 def prepare(
