@@ -64,7 +64,7 @@ void remember_main_thread();
 
 // run(), during which other threads have the GIL; in the main thread it ends soon after a signal whose handler raises.
 template <class Real>
-void run_interruptibly(Call<Real>& call, Job job);
+void run_interruptibly(Call<Real>& call);
 
 void bind_network(pybind11::module_& m);
 void bind_problem(pybind11::module_& m);

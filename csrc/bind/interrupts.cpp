@@ -36,22 +36,22 @@ void remember_main_thread() {
 }
 
 template <class Real>
-void run_interruptibly(Call<Real>& call, Job job) {
+void run_interruptibly(Call<Real>& call) {
   if (std::this_thread::get_id() != main_thread.load()) {
     const ReleasedGil released;
-    run(call, job);
+    run(call);
     return;
   }
   bool finished;
   {
     ReleasedGil released;
     Interrupt interrupt(poll_signals, released.state());
-    finished = run(call, job, &interrupt);
+    finished = run(call, &interrupt);
   }
   if (!finished) throw py::error_already_set();
 }
 
-template void run_interruptibly(Call<float>&, Job);
-template void run_interruptibly(Call<double>&, Job);
+template void run_interruptibly(Call<float>&);
+template void run_interruptibly(Call<double>&);
 
 }  // namespace pymeta

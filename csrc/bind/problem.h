@@ -90,7 +90,7 @@ class Problem {
       call.lr_gradient = pointer<Real>(lr_gradient);
       call.xs_gradient = pointer<Real>(xs_gradient);
       call.xq_gradient = pointer<Real>(xq_gradient);
-      return execute(call, Job::meta, "meta_gradient", device);
+      return execute(call, "meta_gradient", device);
     });
   }
 
@@ -109,7 +109,7 @@ class Problem {
       call.parameter_per_task = flags(per_task, stacked);
       call.support = rows<Real>(support);
       if (validation) {
-        if (!call.by_epochs()) refuse("validation: needs epochs");
+        if (call.job != Job::fine_tune) refuse("validation: needs epochs");
         call.validation = rows<Real>(*validation);
       }
       call.patience = patience;
@@ -119,7 +119,7 @@ class Problem {
       call.validation_curves = pointer<Real>(validation_curves);
       call.best_epochs = pointer<std::int64_t>(best_epochs);
       call.epochs_run = pointer<std::int64_t>(epochs_run);
-      return execute(call, Job::adapt, "adapt", device);
+      return execute(call, "adapt", device);
     });
   }
 
@@ -133,16 +133,16 @@ class Problem {
       std::vector<Real*> starts, sinks;
       Call<Real> call = describe<Real>(parameters, starts, lr, lr_rows, lr_columns, 0, tasks);
       set_schedule(call, schedule);
-      if (call.by_epochs()) refuse("schedule: expected a number of steps");
+      if (call.job == Job::fine_tune) refuse("schedule: expected a number of steps");
       call.support = rows<Real>(support);
-      call.sums_differences = true;
+      call.job = Job::reptile;
       call.losses = pointer<Real>(losses);
       call.mean_loss = pointer<Real>(mean_loss);
       if (gradients) {
         sinks = pointers<Real>(*gradients, "gradients");
         call.gradients = sinks.data();
       }
-      return execute(call, Job::adapt, "reptile", device);
+      return execute(call, "reptile", device);
     });
   }
 
@@ -162,9 +162,10 @@ class Problem {
       call.adapted = none;
       call.parameter_per_task = flags(per_task, stacked);
       call.query = rows<Real>(query);
+      call.job = Job::predict;
       call.query.y = nullptr;
       call.predictions = pointer<Real>(predictions);
-      return execute(call, Job::predict, "predict", device);
+      return execute(call, "predict", device);
     });
   }
 
@@ -199,18 +200,17 @@ class Problem {
       set_schedule(call, schedule);
       Real* none[kMaxTensors] = {};
       if (job != "adapt") call.gradients = none;
-      call.sums_differences = job == "reptile";
+      if (job != "adapt") call.job = job == "meta" ? Job::meta : Job::reptile;
       call.first_order = !second_order;
       call.max_support = support_rows;
       call.max_query = job == "meta" ? query_rows : 0;
       call.max_validation = validation_rows;
       if (validation_rows > 0) call.validation.x = &some;
-      const Job kind = job == "meta" ? Job::meta : Job::adapt;
       if (device) {
-        describe_blocks(*device, plan_on(*device, call, kind), result);
+        describe_blocks(*device, plan_on(*device, call), result);
         return;
       }
-      const Plan<Real> plan(call, kind);
+      const Plan<Real> plan(call);
       const Needs& needs = plan.needs();
       result["executor"] = plan.executor();
       result["isa"] = isa();
@@ -303,7 +303,8 @@ class Problem {
     if ((steps < 0) == (epochs < 0)) refuse("schedule: expected either steps or epochs");
     if (batch_size < 0) refuse("schedule: batch_size " + std::to_string(batch_size));
     call.steps = steps < 0 ? 0 : steps;
-    call.epochs = epochs < 0 ? -1 : epochs;
+    call.job = epochs < 0 ? Job::adapt : Job::fine_tune;
+    call.epochs = epochs < 0 ? 0 : epochs;
     call.batches = {batch_size, seed, stream, pointer<std::int64_t>(task_ids)};
   }
 
@@ -316,20 +317,19 @@ class Problem {
 
   // Returns the bytes of workspace that the call needs on a device; with fewer it is not run.
   template <class Real>
-  static std::size_t execute(Call<Real>& call, Job job, const char* name,
-                             const MaybeDevice& device) {
+  static std::size_t execute(Call<Real>& call, const char* name, const MaybeDevice& device) {
     if (!device) {
-      run_interruptibly(call, job);
+      run_interruptibly(call);
       return 0;
     }
     const ReleasedGil released;
     const auto& [ordinal, stream, workspace, bytes] = *device;
-    assume_largest(call, job);
-    const BlockPlan plan = plan_on(ordinal, call, job);
+    assume_largest(call);
+    const BlockPlan plan = plan_on(ordinal, call);
     const std::size_t needed = plan.workspace_bytes;
     if (workspace == 0 || bytes < needed) return needed;
     try {
-      run_on(ordinal, stream, pointer<char>(workspace), plan, call, job);
+      run_on(ordinal, stream, pointer<char>(workspace), plan, call);
     } catch (const std::runtime_error& error) {
       throw std::runtime_error("cuda:" + std::to_string(ordinal) + ": " + name + ": " +
                                error.what());
@@ -338,7 +338,7 @@ class Problem {
   }
   // Sizes of tasks lie on the device: each may be as large as the set's rows say.
   template <class Real>
-  static void assume_largest(Call<Real>& call, Job job) {
+  static void assume_largest(Call<Real>& call) {
     const auto largest = [](const RowSet<Real>& set) {
       if (0 > set.rows || set.rows > (1 << 24))
         refuse("rows: expected 0 to 2^24, got " + std::to_string(set.rows));
@@ -348,8 +348,8 @@ class Problem {
     const bool labels = takes_labels(*call.loss);
     for (RowSet<Real>* set : {&call.support, &call.query, &call.validation})
       set->has_weightless = set->weights || (labels && set->y);
-    call.max_support = job == Job::predict ? 0 : largest(call.support);
-    call.max_query = job == Job::adapt && !call.predictions ? 0 : largest(call.query);
+    call.max_support = call.has_support() ? largest(call.support) : 0;
+    call.max_query = call.has_query() ? largest(call.query) : 0;
     call.max_validation = call.validation.x ? largest(call.validation) : 0;
     if (call.steps_of(call.max_support) > kMostSteps)
       refuse("epochs: more than 2^30 inner steps for the largest task");

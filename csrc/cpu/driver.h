@@ -28,8 +28,8 @@ template <class X>
 class Driver {
  public:
   // `like`, where given: the needs of another executor whose order of sums is kept (Needs::interleaved).
-  Driver(const Call<Real>& call, Job job, const Needs* like)
-      : call_(call), job_(job), workspace_(call), binder_(call), needs_(lay_out(like)) {}
+  Driver(const Call<Real>& call, const Needs* like)
+      : call_(call), workspace_(call), binder_(call), needs_(lay_out(like)) {}
 
   const Needs& needs() const { return needs_; }
 
@@ -131,7 +131,7 @@ class Driver {
                 2 * call_.corrections());
     return places.used;
   }
-  bool wants_gradient() const { return call_.sums_gradients(job_); }
+  bool wants_gradient() const { return call_.sums_gradients(); }
 
   // What a chunk leaves: its gradient sums and those of the learning rate, a scalar for each element (no lanes).
   std::size_t gradient_sums() const {
@@ -157,7 +157,7 @@ class Driver {
   }
 
   // The factored first layer (core/layers/factored_linear.h): the tasks' Factors of a wave, and the gradient they make.
-  bool has_factors() const { return workspace_.factorable && job_ != Job::predict; }
+  bool has_factors() const { return workspace_.factorable && call_.job != Job::predict; }
   bool all_factored() const {
     return is_factored(*call_.network, call_.max_support) && !call_.support.has_weightless &&
            !call_.query.has_weightless;
@@ -194,9 +194,9 @@ class Driver {
   double cost() const {
     const bool second = call_.second_order(), gradient = call_.wants_gradient();
     const double steps = static_cast<double>(call_.steps_of(call_.max_support));
-    const int batches = call_.by_epochs() ? call_.batches.count(call_.max_support) : 1;
+    const int batches = call_.job == Job::fine_tune ? call_.batches.count(call_.max_support) : 1;
     const bool part = call_.batches.size > 0 && call_.batches.size < call_.max_support;
-    const double support_rows = call_.by_epochs()
+    const double support_rows = call_.job == Job::fine_tune
                                     ? steps * call_.max_support / (batches ? batches : 1)
                                 : part ? steps * call_.batches.size
                                        : steps * call_.max_support;
@@ -315,9 +315,8 @@ class Driver {
   void process(std::int64_t index, std::int64_t in_wave, InnerLoop<X>& loop, Real* memory,
                const Totals& totals) {
     const Item<X> work = item(index);
-    ItemArrays<X> arrays(binder_, workspace_, shared_, memory, job_, work, factors_of(in_wave));
-    ItemJob<X, ItemArrays<X>>(call_, job_, workspace_, shared_, Memory{memory}, loop, arrays,
-                              totals)
+    ItemArrays<X> arrays(binder_, workspace_, shared_, memory, work, factors_of(in_wave));
+    ItemJob<X, ItemArrays<X>>(call_, workspace_, shared_, Memory{memory}, loop, arrays, totals)
         .run();
   }
 
@@ -348,7 +347,7 @@ class Driver {
           sets[used++] = {{call_.support.x + call_.support.start(task) * in, in},
                           call_.support.size(task),
                           factors.support};
-          if (job_ == Job::meta)
+          if (call_.job == Job::meta)
             sets[used++] = {{call_.query.x + call_.query.start(task) * in, in},
                             call_.query.size(task),
                             factors.query};
@@ -467,7 +466,6 @@ class Driver {
   }
 
   const Call<Real>& call_;
-  const Job job_;
   const Workspace<X> workspace_;
   const Binder<X> binder_;
   const Needs needs_;

@@ -32,14 +32,13 @@ class ItemArrays {
   using Parameters = typename InnerLoop<X>::Parameters;
 
   ItemArrays(const Binder<X>& binder, const Workspace<X>& workspace, const Shared& shared,
-             Real* memory, Job job, const Item<X>& work, const Factors& factors)
+             Real* memory, const Item<X>& work, const Factors& factors)
       : call_(binder.call()),
         binder_(binder),
         workspace_(workspace),
         layout_(workspace.parameters),
         shared_(shared),
         memory_(memory),
-        job_(job),
         work_(work),
         factors_(factors) {}
 
@@ -75,7 +74,7 @@ class ItemArrays {
               call_.parameters[t][work_.task[lane] * layout_.tensors[t].elements() + from];
       });
     }
-    if (job_ == Job::predict) return;
+    if (call_.job == Job::predict) return;
     for (int l = 0; l < call_.network->layer_count; ++l) {
       const int t = call_.network->layers[l].weight;
       if (layout_.transposed[l] == kNowhere || !call_.starts_apart(t)) continue;
@@ -176,7 +175,6 @@ class ItemArrays {
   const ParameterLayout<X>& layout_;
   const Shared& shared_;
   Real* memory_;
-  Job job_;
   const Item<X>& work_;
   Factors factors_;
 };

@@ -18,8 +18,8 @@
 PYMETA_KERNEL_BEGIN
 
 template <class X>
-const Needs* plan(const Call<Real>& call, Job job, const Needs* like, void* plan) {
-  return &(new (plan) Driver<X>(call, job, like))->needs();
+const Needs* plan(const Call<Real>& call, const Needs* like, void* plan) {
+  return &(new (plan) Driver<X>(call, like))->needs();
 }
 template <class X>
 void run(void* plan, const Team& team, char* memory) {

@@ -47,7 +47,7 @@ struct ExecutorTable {
   const char* name;
   std::size_t plan_bytes;
   // `like` (or null): needs of another executor, whose order of sums is kept.
-  const Needs* (*plan)(const Call<Real>&, Job, const Needs* like, void* plan);
+  const Needs* (*plan)(const Call<Real>&, const Needs* like, void* plan);
   void (*run)(void* plan, const Team&, char* memory);
   // Writes Needs::start bytes: the start for Call::packed_start of calls that differ in their rows only.
   void (*pack)(const void* plan, Real* start);

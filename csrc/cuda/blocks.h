@@ -22,7 +22,7 @@ constexpr std::size_t kReserved = 1024;  // shared memory that the system takes 
 
 class BlockCall {
  public:
-  BlockCall(const Call<Real>& call, Job job) : call_(call), job_(job) {}
+  explicit BlockCall(const Call<Real>& call) : call_(call) {}
 
   BlockPlan plan(const DeviceFacts& device, int threads, std::size_t block_bytes) const {
     BlockPlan p{};
@@ -80,7 +80,7 @@ class BlockCall {
                          2 * call_.corrections());
   }
   std::size_t gradient_sums(const Workspace<Block>& workspace) const {
-    return call_.sums_gradients(job_) ? workspace.parameters.size : 0;
+    return call_.sums_gradients() ? workspace.parameters.size : 0;
   }
   std::size_t lr_sums(const Workspace<Block>& workspace) const {
     return call_.lr_gradient ? workspace.lr_scalars(call_) : 0;
@@ -144,7 +144,6 @@ class BlockCall {
   void describe(Frame& frame) const {
     const Network& network = *call_.network;
     frame.call = call_;
-    frame.job = job_;
     frame.network = network;
     frame.network.tensors = nullptr;  // the host's; nothing on the device asks for them
     frame.loss = *call_.loss;
@@ -168,12 +167,11 @@ class BlockCall {
   }
 
   const Call<Real>& call_;
-  const Job job_;
 };
 
-inline BlockPlan plan_blocks(const Call<Real>& call, Job job, const DeviceFacts& device,
-                             int threads, std::size_t block_bytes) {
-  return BlockCall(call, job).plan(device, threads, block_bytes);
+inline BlockPlan plan_blocks(const Call<Real>& call, const DeviceFacts& device, int threads,
+                             std::size_t block_bytes) {
+  return BlockCall(call).plan(device, threads, block_bytes);
 }
 
 PYMETA_KERNEL_END

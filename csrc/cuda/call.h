@@ -25,7 +25,6 @@ struct Frame {
   int groups[kMostTensors];
   Workspace<Block> workspace;
   Shared shared;
-  Job job;
   Real* sums;  // [chunks, sums_size]: gradients, then those of the learning rate
   std::size_t sums_size, gradient_sums, lr_sums;
   std::int64_t chunks, each;  // tasks of a chunk
@@ -90,9 +89,7 @@ PYMETA_FN inline void run_tasks(const Frame& given) {
     const std::int64_t first = chunk * frame.each;
     for (std::int64_t task = first; task < first + frame.each && task < call.tasks; ++task) {
       TaskArrays arrays(call, workspace, frame.shared, memory, task);
-      ItemJob<Block, TaskArrays>(call, frame.job, workspace, frame.shared, memory, loop, arrays,
-                                 totals)
-          .run();
+      ItemJob<Block, TaskArrays>(call, workspace, frame.shared, memory, loop, arrays, totals).run();
       totals.fresh = false;
       sync();  // before the next task's rows take the place of this one's
     }

@@ -194,7 +194,7 @@ void set_block_options(const BlockOptions& options) {
 }
 
 template <class Real>
-BlockPlan plan_on(int ordinal, const Call<Real>& call, Job job) {
+BlockPlan plan_on(int ordinal, const Call<Real>& call) {
   const DeviceFacts& facts = device_facts(ordinal);
   if (ordinal != kEmulated && facts.capability < 80)
     refuse("device: " + facts.name + " has compute capability " +
@@ -205,7 +205,7 @@ BlockPlan plan_on(int ordinal, const Call<Real>& call, Job job) {
     refuse("block_threads: expected a multiple of 32 on a GPU, got " +
            std::to_string(options.threads));
   const BlockPlan plan =
-      kernels_of<Real>(ordinal).plan(call, job, facts, options.threads, options.bytes);
+      kernels_of<Real>(ordinal).plan(call, facts, options.threads, options.bytes);
   if (plan.far_scalars >= kLargestTask)
     refuse("tasks: one of them needs " + std::to_string(plan.far_scalars * sizeof(Real) >> 30) +
            " GiB of workspace on the device, more than " +
@@ -215,21 +215,21 @@ BlockPlan plan_on(int ordinal, const Call<Real>& call, Job job) {
 
 template <class Real>
 void run_on(int ordinal, std::uintptr_t stream, char* workspace, const BlockPlan& plan,
-            const Call<Real>& call, Job job) {
+            const Call<Real>& call) {
 #ifdef PYMETA_HAS_CUDA
   if (ordinal != kEmulated) {
     const OnDevice guard(ordinal);
-    if (const char* wrong = kernels_of<Real>(ordinal).run(call, job, plan, stream, workspace))
+    if (const char* wrong = kernels_of<Real>(ordinal).run(call, plan, stream, workspace))
       throw std::runtime_error(wrong);
     return;
   }
 #endif
-  kernels_of<Real>(ordinal).run(call, job, plan, stream, workspace);
+  kernels_of<Real>(ordinal).run(call, plan, stream, workspace);
 }
 
-template BlockPlan plan_on(int, const Call<float>&, Job);
-template BlockPlan plan_on(int, const Call<double>&, Job);
-template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<float>&, Job);
-template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<double>&, Job);
+template BlockPlan plan_on(int, const Call<float>&);
+template BlockPlan plan_on(int, const Call<double>&);
+template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<float>&);
+template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<double>&);
 
 }  // namespace pymeta

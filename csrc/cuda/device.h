@@ -37,11 +37,9 @@ struct BlockPlan {
 // One instance for each machine and Real (blocks.h).
 template <class Real>
 struct BlockKernels {
-  BlockPlan (*plan)(const Call<Real>&, Job, const DeviceFacts&, int threads,
-                    std::size_t block_bytes);
+  BlockPlan (*plan)(const Call<Real>&, const DeviceFacts&, int threads, std::size_t block_bytes);
   // Null, or what went wrong.
-  const char* (*run)(const Call<Real>&, Job, const BlockPlan&, std::uintptr_t stream,
-                     char* workspace);
+  const char* (*run)(const Call<Real>&, const BlockPlan&, std::uintptr_t stream, char* workspace);
 };
 
 // Why the CUDA executor cannot run in this process; empty where it can.
@@ -65,9 +63,9 @@ void set_block_options(const BlockOptions& options);  // throws std::invalid_arg
 // The call on a device; addresses in it are the device's. Call::max_support and its like are known, and what can be known
 // without looking at the device's data was checked.
 template <class Real>
-BlockPlan plan_on(int ordinal, const Call<Real>& call, Job job);
+BlockPlan plan_on(int ordinal, const Call<Real>& call);
 template <class Real>
 void run_on(int ordinal, std::uintptr_t stream, char* workspace, const BlockPlan& plan,
-            const Call<Real>& call, Job job);  // throws std::runtime_error
+            const Call<Real>& call);  // throws std::runtime_error
 
 }  // namespace pymeta

@@ -24,9 +24,9 @@ struct Launcher {
   }
 };
 
-const char* run_blocks(const Call<Real>& call, Job job, const BlockPlan& plan, std::uintptr_t,
+const char* run_blocks(const Call<Real>& call, const BlockPlan& plan, std::uintptr_t,
                        char* workspace) {
-  return BlockCall(call, job).run(plan, Launcher{}, workspace);
+  return BlockCall(call).run(plan, Launcher{}, workspace);
 }
 
 PYMETA_KERNEL_END

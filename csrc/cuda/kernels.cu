@@ -72,10 +72,9 @@ struct Launcher {
   }
 };
 
-const char* run_blocks(const Call<Real>& call, Job job, const BlockPlan& plan,
-                       std::uintptr_t stream, char* workspace) {
-  return BlockCall(call, job).run(plan, Launcher{reinterpret_cast<cudaStream_t>(stream)},
-                                  workspace);
+const char* run_blocks(const Call<Real>& call, const BlockPlan& plan, std::uintptr_t stream,
+                       char* workspace) {
+  return BlockCall(call).run(plan, Launcher{reinterpret_cast<cudaStream_t>(stream)}, workspace);
 }
 
 PYMETA_KERNEL_END

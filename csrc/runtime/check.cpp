@@ -128,13 +128,13 @@ void check_minibatches(const Call<Real>& call) {
 }  // namespace
 
 template <class Real>
-void check(Call<Real>& call, Job job) {
+void check(Call<Real>& call) {
   const auto largest = [&](RowSet<Real>& set, const SetNames& names) {
     return SetCheck<Real>(call, set, names).run();
   };
-  call.max_support = job == Job::predict ? 0 : largest(call.support, kSupport);
+  call.max_support = call.has_support() ? largest(call.support, kSupport) : 0;
   check_minibatches(call);
-  call.max_query = job == Job::adapt && !call.predictions ? 0 : largest(call.query, kQuery);
+  call.max_query = call.has_query() ? largest(call.query, kQuery) : 0;
   call.max_validation = call.validation.x ? largest(call.validation, kValidation) : 0;
   if (call.max_support > 0 && !call.support.y) refuse("ys: expected targets, got none");
   if (call.max_validation > 0 && !call.validation.y) refuse("yv: expected targets, got none");
@@ -142,7 +142,7 @@ void check(Call<Real>& call, Job job) {
     refuse("epochs: more than 2^30 inner steps for the largest task");
 }
 
-template void check(Call<float>&, Job);
-template void check(Call<double>&, Job);
+template void check(Call<float>&);
+template void check(Call<double>&);
 
 }  // namespace pymeta

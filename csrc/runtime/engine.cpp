@@ -54,7 +54,7 @@ Engine<Real>::Engine(const Call<Real>& recipe)
   call_.lr.groups = groups_.data();
   call_.tasks = 1;
   // Fixed steps on all rows are what a meta-learner's evaluation does; it factors a wide first layer.
-  job_ = call_.by_epochs() || call_.batches.size > 0 ? Job::adapt : Job::meta;
+  if (call_.job == Job::adapt && call_.batches.size == 0) call_.job = Job::meta;
   if (call_.steps > kMostSteps) throw std::invalid_argument("steps: more than 2^30");
   call_.max_support = kUsualRows;
   while (call_.max_support > 1 && call_.steps_of(call_.max_support) > kUsualSteps)
@@ -99,7 +99,7 @@ Engine<Real>::Block::Block(const Engine& engine)
 template <class Real>
 const Needs& Engine<Real>::Block::plan(const Engine& engine) {
   planned_ = false;
-  needs_ = *engine.executor_->plan(call, engine.job_, nullptr, plan_at());
+  needs_ = *engine.executor_->plan(call, nullptr, plan_at());
   planned_ = true;
   rows_ = call.max_support;
   query_rows_ = call.max_query;
@@ -139,8 +139,8 @@ void Engine<Real>::adapt_predict(const Real* xs, const void* ys, const Real* wei
   call.support = {xs, ys, weights, rows, nullptr, nullptr, false};
   call.query = {xq, nullptr, nullptr, query_rows, nullptr, nullptr, false};
   call.predictions = out;
-  if (job_ == Job::meta) call.losses = &loss;
-  check(call, job_);
+  if (call.job == Job::meta) call.losses = &loss;
+  check(call);
   char* const memory = block.memory_for(*this);
   const bool is_packed = block.needs().start <= start_.size() * sizeof(Real);
   call.packed_start = is_packed ? start_.data() : nullptr;

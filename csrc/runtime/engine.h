@@ -78,7 +78,6 @@ class Engine {
   bool adapted_[kMaxTensors];
 
   Call<Real> call_;
-  Job job_;
   const ExecutorTable<Real>* executor_;  // in use when it was made: start_ is in its layout
   std::vector<Real> start_;
   mutable std::array<std::atomic<Block*>, 64> idle_{};

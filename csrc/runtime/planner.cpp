@@ -76,7 +76,7 @@ std::vector<std::int64_t> longest_first(const Call<Real>& call, const Needs& nee
 }  // namespace
 
 template <class Real>
-Plan<Real>::Plan(Call<Real>& call, Job job) : call_(call), job_(job) {
+Plan<Real>::Plan(Call<Real>& call) : call_(call) {
   const Kernels<Real>& table =
       kernels<Real>();  // once: another thread may choose another meanwhile
   const int chosen = chosen_executor();
@@ -109,7 +109,7 @@ typename Plan<Real>::Candidate Plan<Real>::planned(const ExecutorTable<Real>& ex
   memory = take_plan_memory(executor.plan_bytes + 64);
   const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(memory.data.get());
   Candidate candidate{&executor, nullptr, memory.data.get() + (64 - at % 64)};
-  candidate.needs = executor.plan(call_, job_, like, candidate.plan);
+  candidate.needs = executor.plan(call_, like, candidate.plan);
   return candidate;
 }
 

@@ -21,7 +21,7 @@ template <class Real>
 class Plan {
  public:
   // Refers to `call`, whose largest sizes are known (check.h).
-  Plan(Call<Real>& call, Job job);
+  explicit Plan(Call<Real>& call);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -44,7 +44,6 @@ class Plan {
   Candidate quickest(const Kernels<Real>& kernels, const Candidate& cheapest, int threads);
 
   Call<Real>& call_;
-  const Job job_;
   static constexpr int kMostPlans = 16;  // that are weighed
   PlanMemory storage_[kMostPlans];
   int planned_count_ = 0;

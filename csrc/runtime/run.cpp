@@ -16,9 +16,9 @@ void run_on_threads(const Team& team, std::int64_t count, IndexBody body, void* 
 }  // namespace
 
 template <class Real>
-bool run(Call<Real>& call, Job job, Interrupt* interrupt) {
-  check(call, job);
-  Plan<Real> plan(call, job);
+bool run(Call<Real>& call, Interrupt* interrupt) {
+  check(call);
+  Plan<Real> plan(call);
   call.stop = interrupt && plan.needs().cost > kShort ? interrupt->stop() : nullptr;
   plan.order();
   const WorkingMemory memory(plan.needs().bytes(plan.threads()));
@@ -26,7 +26,7 @@ bool run(Call<Real>& call, Job job, Interrupt* interrupt) {
   return !interrupt || !interrupt->was_requested();
 }
 
-template bool run(Call<float>&, Job, Interrupt*);
-template bool run(Call<double>&, Job, Interrupt*);
+template bool run(Call<float>&, Interrupt*);
+template bool run(Call<double>&, Interrupt*);
 
 }  // namespace pymeta

@@ -10,6 +10,6 @@ namespace pymeta {
 
 // Throws what check() throws; std::bad_alloc. False where `interrupt` (or null) ended the call, whose results are then nobody's.
 template <class Real>
-bool run(Call<Real>& call, Job job, Interrupt* interrupt = nullptr);
+bool run(Call<Real>& call, Interrupt* interrupt = nullptr);
 
 }  // namespace pymeta

@@ -11,14 +11,14 @@ namespace pymeta::testing {
 
 // On an emulated device, with memory of exactly the size asked for that holds NaN.
 template <class Real>
-void run_on_blocks(Call<Real>& call, Job job) {
-  pymeta::check(call, job);
-  const BlockPlan plan = plan_on(kEmulated, call, job);
+void run_on_blocks(Call<Real>& call) {
+  pymeta::check(call);
+  const BlockPlan plan = plan_on(kEmulated, call);
   const std::size_t bytes = plan.workspace_bytes;
   std::unique_ptr<char, decltype(&std::free)> memory(
       static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64)), &std::free);
   std::memset(memory.get(), 0xff, bytes);
-  run_on(kEmulated, 0, memory.get(), plan, call, job);
+  run_on(kEmulated, 0, memory.get(), plan, call);
 }
 
 // Loosely, as float is near double.

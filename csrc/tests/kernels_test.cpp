@@ -222,9 +222,9 @@ void check_refusals() {
   split.support = 5;
   CHECK(refuses([&] {
           const Data data = make_data(split, 1);
-          Problem<float>(split, data).results([](Call<float>& call, Job job) {
-            if (job == Job::adapt && !call.by_epochs()) call.batches.size = 4;
-            run(call, job);
+          Problem<float>(split, data).results([](Call<float>& call) {
+            if (call.job == Job::adapt) call.batches.size = 4;
+            run(call);
           });
         }),
         "a minibatch of one row under BatchNorm");
@@ -244,10 +244,10 @@ void check_longest_first(const std::string& executor) {
   Problem<Real> problem(setup, make_data(setup, 1));
   static std::vector<std::int64_t> rows_in_turn;
   static Call<Real>* running;
-  problem.results([&](Call<Real>& call, Job job) {
-    if (job != Job::meta) return;
-    pymeta::check(call, job);
-    Plan<Real> plan(call, job);
+  problem.results([&](Call<Real>& call) {
+    if (call.job != Job::meta) return;
+    pymeta::check(call);
+    Plan<Real> plan(call);
     plan.order();
     const Aligned memory(plan.needs().bytes(3));
     rows_in_turn.clear();

@@ -256,11 +256,11 @@ struct Results {
 };
 
 template <class Real>
-using Runner = std::function<void(Call<Real>&, Job)>;
+using Runner = std::function<void(Call<Real>&)>;
 
 template <class Real>
-void run_as_usual(Call<Real>& call, Job job) {
-  run(call, job);
+void run_as_usual(Call<Real>& call) {
+  run(call);
 }
 
 // A problem in one precision, ready to be called any number of times.
@@ -372,22 +372,23 @@ class Problem {
       c.xs_gradient = r.xs_gradient.data();
       c.xq_gradient = r.xq_gradient.data();
     }
-    runner(c, Job::meta);
+    runner(c);
   }
   void adapt(Real* const* adapted, const Runner<Real>& runner) {
     Call<Real> c = call();
     c.support = support.set;
     c.adapted_parameters = adapted;
-    runner(c, Job::adapt);
+    c.job = Job::adapt;
+    runner(c);
   }
   void reptile(Results<Real>& r, Real* const* differences, const Runner<Real>& runner) {
     Call<Real> c = call();
     c.support = support.set;
     c.batches = {batch(), 11, 12, nullptr};
-    c.sums_differences = true;
+    c.job = Job::reptile;
     c.losses = r.step_losses.data();
     c.gradients = differences;
-    runner(c, Job::adapt);
+    runner(c);
   }
   // From the tasks' adapted parameters on, with the query set to validate by.
   void fine_tune(Results<Real>& r, const std::vector<Real*>& starts, Real* const* tuned,
@@ -410,7 +411,8 @@ class Problem {
     c.validation_curves = r.validation_curves.data();
     c.best_epochs = r.best_epochs.data();
     c.epochs_run = r.epochs_run.data();
-    runner(c, Job::adapt);
+    c.job = Job::fine_tune;
+    runner(c);
   }
   void predict(const std::vector<Real*>& adapted, const Exact<Real>& predictions,
                const Runner<Real>& runner) {
@@ -425,7 +427,8 @@ class Problem {
     c.query.y = nullptr;
     c.query.weights = nullptr;
     c.predictions = predictions.data();
-    runner(c, Job::predict);
+    c.job = Job::predict;
+    runner(c);
   }
 
   static constexpr int kEpochs = 3;
@@ -471,11 +474,11 @@ struct Aligned {
 // A run on working memory of exactly the size asked for, every byte of it set before: to NaN.
 template <class Real>
 Runner<Real> on_dirty_memory(const std::string& name) {
-  return [name](Call<Real>& call, Job job) {
-    pymeta::check(call, job);
+  return [name](Call<Real>& call) {
+    pymeta::check(call);
     const ExecutorTable<Real>& executor = executor_named<Real>(name);
     const Aligned plan(executor.plan_bytes);
-    const Needs& needs = *executor.plan(call, job, nullptr, plan.data.get());
+    const Needs& needs = *executor.plan(call, nullptr, plan.data.get());
     const Aligned memory(needs.bytes(1));
     executor.run(plan.data.get(), Team{1, nullptr, run_alone}, memory.data.get());
   };

@@ -129,8 +129,9 @@ class InnerLoop {
   PYMETA_FN void add_loss(const Step& now, const Tape& tape) {
     const Extent& extent = now.set->extent;
     const Vec loss = X::sum_rows_in_order(extent, tape.at(tape.layout->row_losses));
-    loss_sum_ = loss_sum_ +
-                (state_.call.by_epochs() ? select(now.active, loss * now.set->rows, zero()) : loss);
+    loss_sum_ = loss_sum_ + (state_.call.job == Job::fine_tune
+                                 ? select(now.active, loss * now.set->rows, zero())
+                                 : loss);
   }
 
   // theta[k + 1] and the tape of step k; the reverse sweep begins with the last tape as it is.

@@ -20,11 +20,9 @@ PYMETA_KERNEL_BEGIN
 template <class X, class Arrays>
 class ItemJob {
  public:
-  PYMETA_FN ItemJob(const Call<Real>& call, Job job, const Workspace<X>& workspace,
-                    const Shared& shared, const Memory& memory, InnerLoop<X>& loop, Arrays& arrays,
-                    const Totals& totals)
+  PYMETA_FN ItemJob(const Call<Real>& call, const Workspace<X>& workspace, const Shared& shared,
+                    const Memory& memory, InnerLoop<X>& loop, Arrays& arrays, const Totals& totals)
       : call_(call),
-        job_(job),
         workspace_(workspace),
         shared_(shared),
         memory_(memory),
@@ -34,8 +32,8 @@ class ItemJob {
 
   PYMETA_FN void run() {
     if (workspace_.start != kNowhere) arrays_.start();
-    if (job_ == Job::predict) return write_predictions(loop_.start());
-    if (call_.by_epochs()) return run_epochs();
+    if (call_.job == Job::predict) return write_predictions(loop_.start());
+    if (call_.job == Job::fine_tune) return run_epochs();
     if (call_.batches.size > 0) {
       auto batches = arrays_.batches();
       return write(loop_.adapt(batches));
@@ -60,7 +58,7 @@ class ItemJob {
   using Parameters = typename InnerLoop<X>::Parameters;
 
   PYMETA_FN void adapt_or_learn(const ItemSet& support) {
-    if (job_ == Job::adapt) {
+    if (call_.job != Job::meta) {
       const WholeSet steps(support, shared_.corrections);
       const Parameters theta = loop_.adapt(steps);
       materialise(support);
@@ -107,7 +105,7 @@ class ItemJob {
 
   // All that is asked for of adapted parameters.
   PYMETA_FN void write(const Parameters& theta) {
-    if (call_.sums_gradients(job_)) loop_.add_difference(theta, totals_);
+    if (call_.sums_gradients()) loop_.add_difference(theta, totals_);
     if (call_.losses) arrays_.write_losses(loop_.mean_step_loss());
     if (call_.status) arrays_.write_status(theta);
     for (int t = 0; t < call_.network->tensor_count; ++t)
@@ -123,7 +121,6 @@ class ItemJob {
   }
 
   const Call<Real>& call_;
-  const Job job_;
   const Workspace<X>& workspace_;
   const Shared& shared_;
   const Memory& memory_;

@@ -11,8 +11,9 @@
 
 namespace pymeta {
 
-// What a call computes: the meta-gradient, adapted parameters (or Reptile's sum of them), outputs.
-enum class Job { meta, adapt, predict };
+// What a call computes: the query loss after adaptation and its gradient; adapted parameters; the gradient of Reptile, which is
+// the mean of start - adapted; parameters adapted by epochs; outputs.
+enum class Job : std::uint8_t { meta, adapt, reptile, fine_tune, predict };
 
 template <class Real>
 struct RowSet {
@@ -91,6 +92,7 @@ struct StopRequest {
 
 template <class Real>
 struct Call {
+  Job job = Job::meta;
   const Network* network = nullptr;
   const Loss* loss = nullptr;
   const bool* adapted = nullptr;            // [tensors] does the inner loop change this tensor?
@@ -100,11 +102,10 @@ struct Call {
   Optimizer optimizer;
   LearningRate<Real> lr;
   int steps = 0;
-  int epochs = -1;    // at least 0: so many passes over a task's rows, and `steps` does not count
+  int epochs = 0;     // fine_tune: passes over a task's rows, in place of `steps`
   int patience = -1;  // at least 0: a task stops after so many epochs without a better validation
   Minibatches batches;
   bool first_order = false;
-  bool sums_differences = false;  // Reptile: gradients are those of start - adapted
   std::int64_t tasks = 0;
   RowSet<Real> support;
   RowSet<Real> query;
@@ -140,7 +141,7 @@ struct Call {
 
   PYMETA_MEMBER bool is_stopped() const { return stop && stop->requested(stop->context); }
   PYMETA_MEMBER bool wants_gradient() const {
-    return !sums_differences && (gradients || lr_gradient || xs_gradient || xq_gradient);
+    return job == Job::meta && (gradients || lr_gradient || xs_gradient || xq_gradient);
   }
   PYMETA_MEMBER bool second_order() const { return wants_gradient() && !first_order && steps > 0; }
   // Does the meta-gradient go back through the steps?
@@ -165,10 +166,14 @@ struct Call {
   PYMETA_MEMBER bool starts_apart(int tensor) const {
     return parameter_per_task && parameter_per_task[tensor];
   }
-  PYMETA_MEMBER bool by_epochs() const { return epochs >= 0; }
+  // Is a set of these looked at?
+  PYMETA_MEMBER bool has_support() const { return job != Job::predict; }
+  PYMETA_MEMBER bool has_query() const {
+    return job == Job::meta || job == Job::predict || predictions;
+  }
   // Are gradients wanted that are summed over tasks?
-  PYMETA_MEMBER bool sums_gradients(Job job) const {
-    return job == Job::meta ? wants_gradient() : sums_differences && gradients;
+  PYMETA_MEMBER bool sums_gradients() const {
+    return wants_gradient() || (job == Job::reptile && gradients);
   }
   // Adam's corrections: one for each step of the task that makes the most; 0 for other optimisers.
   PYMETA_MEMBER std::size_t corrections() const {
@@ -178,7 +183,7 @@ struct Call {
   }
   // Inner steps of a task of so many rows.
   PYMETA_MEMBER std::int64_t steps_of(int rows) const {
-    return by_epochs() ? static_cast<std::int64_t>(epochs) * batches.count(rows) : steps;
+    return job == Job::fine_tune ? static_cast<std::int64_t>(epochs) * batches.count(rows) : steps;
   }
 };
 

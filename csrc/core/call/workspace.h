@@ -227,7 +227,7 @@ struct Workspace {
     direction_is_v = steps_scale_gradient(call);
     keeps_gradients = reverses && (call.lr_gradient || !direction_is_v);
     const int kept = call.steps > 1 && reverses ? call.steps : 1;
-    sums_losses = call.sums_differences || call.train_curves;
+    sums_losses = call.job == Job::reptile || call.train_curves;
     const bool minibatches = call.batches.size > 0 && call.batches.size < call.max_support;
     const int step_rows = minibatches ? call.batches.size : call.max_support;
     const int evaluated =
@@ -280,7 +280,7 @@ struct Workspace {
     state_adjoints = take_if(reverses && states > 0, states);
     lr_accumulated = take_if(call.lr_gradient, lr_scalars(call));
     best = take_if(call.validation.x, parameters.size);
-    accumulated = take_if((call.wants_gradient() || call.sums_differences) && X::kElement > 1,
+    accumulated = take_if((call.wants_gradient() || call.job == Job::reptile) && X::kElement > 1,
                           parameters.size);
     saved = saves_steps ? places.take_far(of_a_step * kept) : kNowhere;
     size = places.used;

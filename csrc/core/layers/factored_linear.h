@@ -23,7 +23,7 @@ inline bool is_factorable(const Call<Real>& call) {
   if (first.kind != LayerKind::linear || first.in.channels < 64 || first.out.channels < 16)
     return false;
   if (call.xs_gradient || call.xq_gradient || !steps_scale_gradient(call)) return false;
-  if (call.sums_differences || call.by_epochs() || call.batches.size > 0) return false;
+  if (call.job == Job::reptile || call.job == Job::fine_tune || call.batches.size > 0) return false;
   return !call.starts_apart(first.weight);
 }
 // Of one task alone, so that its result does not depend on the others.
