@@ -22,7 +22,7 @@ from pymeta.backend.inputs import chained
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.spec.modules import Function, outside_graphs
-from pymeta.spec.once import NATIVE, once
+from pymeta.spec.once import NATIVE
 from pymeta.tasks.checks import Names
 from pymeta.tasks.task_set import QUERY, SUPPORT, TaskSet, check_same_tasks, dense, task_set
 
@@ -182,6 +182,32 @@ def _(
     )
 
 
+@torch.library.custom_op(
+    "pymeta::scaled_once",
+    mutates_args=(),
+    schema="(Tensor flat, Tensor gradient, Tensor[] origins) -> Tensor",
+)
+def scaled_once(flat: Tensor, gradient: Tensor, origins: list[Tensor]) -> Tensor:
+    """The flat gradient times the incoming scalar; its derivative raises.
+
+    `origins` are what it depends on. They are arguments so that a compiled backward keeps them:
+    only then does autograd find that it would have to differentiate it, and refuse.
+    """
+    return flat * gradient
+
+
+@scaled_once.register_fake
+def _(flat: Tensor, gradient: Tensor, origins: list[Tensor]) -> Tensor:
+    return torch.empty_like(flat)
+
+
+def _refuse(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(NATIVE)
+
+
+scaled_once.register_autograd(_refuse)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (_, parameters, lr, xs, _, _, _, xq, _, _, _, _, _, wanted) = inputs
     ctx.save_for_backward(output[3])
@@ -199,9 +225,8 @@ def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
     extras: list[Tensor | None] = [None, None, None]
     if gradient is not None:
         (flat,) = ctx.saved_tensors
-        parts = (flat * gradient).split_with_sizes([by.numel() for by in ctx.by])
-        shaped = [part.view(by.shape) for part, by in zip(parts, ctx.by, strict=True)]
-        views = iter(once(NATIVE, shaped, (gradient, *ctx.by)))
+        parts = scaled_once(flat, gradient, ctx.by).split_with_sizes([by.numel() for by in ctx.by])
+        views = iter(part.view(by.shape) for part, by in zip(parts, ctx.by, strict=True))
         parameters = [next(views) if trains else None for trains in ctx.trains]
         extras = [next(views) if wanted else None for wanted in ctx.wanted[1:]]
     lr, xs, xq = extras
