@@ -519,6 +519,10 @@ BAD_GROUPS = {
         lambda g: np.array([None if i == 3 else str(i) for i in g], dtype=object),
         r"30 rows have no group \(None\)",
     ),
+    "a complex NaN": (lambda g: np.where(g == 3, complex(np.nan), g), "30 rows have no group"),
+    "masked": (lambda g: np.ma.array(g, mask=g == 3), r"30 rows have no group \(masked\)"),
+    "a set": (lambda g: set(range(len(g))), "got the set"),
+    "a dictionary": (lambda g: dict.fromkeys(range(len(g))), "got the dict"),
     "NaT": (
         lambda g: np.where(g == 3, np.datetime64("NaT"), np.datetime64("2020-01-01")),
         "30 rows have no group",

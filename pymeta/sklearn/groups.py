@@ -19,9 +19,12 @@ def _is_missing(label: Any) -> bool:
 
 def _as_array(groups: Any) -> Array:
     """`groups` as an array, of objects where numpy would make strings of what is none."""
+    if isinstance(groups, np.ma.MaskedArray) and np.any(groups.mask):
+        raise ValueError(f"groups: {np.sum(groups.mask)} rows have no group (masked)")
     if hasattr(groups, "__array__"):
         return np.asarray(groups)
-    if isinstance(groups, (str, bytes)) or not hasattr(groups, "__len__"):
+    unordered = isinstance(groups, (set, frozenset, dict))
+    if isinstance(groups, (str, bytes)) or unordered or not hasattr(groups, "__len__"):
         raise ValueError(
             f"groups: expected a label for each row of X, got the {type(groups).__name__} "
             f"{str(groups)[:60]!r}"
@@ -55,7 +58,7 @@ def labels_of(groups: Any, X: Any) -> Array:
     if labels.dtype.kind in "mM":
         missing = labels[np.isnat(labels)].tolist()
     else:
-        missing = [g for g in labels.tolist() if labels.dtype.kind in "fO" and _is_missing(g)]
+        missing = [g for g in labels.tolist() if labels.dtype.kind in "fcO" and _is_missing(g)]
     if missing:
         raise ValueError(f"groups: {len(missing)} rows have no group ({missing[0]!r})")
     return _of_one_kind(labels) if labels.dtype.kind == "O" else labels
