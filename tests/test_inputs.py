@@ -506,6 +506,7 @@ TASK_IDS = {
     "large": (ValueError, r"task_ids: expected integers below 2\^63", [0, 2**63, 1]),
     "floats": (TypeError, r"task_ids: expected integers, got torch\.float32", torch.ones(3)),
     "type": (TypeError, r"task_ids: expected integers \[T\], got str", "abc"),
+    "in it": (TypeError, r"task_ids: expected integers \[T\], got a float in it", [0, 1.0, 2]),
 }
 
 

@@ -76,6 +76,11 @@ def test_gradients_of_inputs_and_flattened_inputs(repeats):
     assert repeats == [True, True, False, True, True]
 
 
+def no_memory(like):
+    """Zeros as autograd makes them where a derivative is known to vanish: their pointer is null."""
+    return torch._efficientzerotensor(like.shape, dtype=like.dtype)
+
+
 CHANGES = {
     "tasks": lambda d: tuple(v[:2] for v in d),
     "rows": lambda d: (*d[:2], d[2][:, :3].contiguous(), d[3][:, :3].contiguous()),
@@ -86,6 +91,7 @@ CHANGES = {
     "negated": lambda d: (torch.complex(d[0], d[0]).conj().imag, *d[1:]),
     "negated but contiguous": lambda d: (torch._neg_view(d[0]), *d[1:]),
     "negated targets": lambda d: (*d[:3], torch._neg_view(d[3])),
+    "zeros without memory": lambda d: (no_memory(d[0]), *d[1:]),
 }
 
 

@@ -160,12 +160,28 @@ def test_wrong_settings_are_named_and_change_nothing(kind, name, value, error):
     assert getattr(learner, name) is before
 
 
-@pytest.mark.parametrize("name", ["optimizer", "anchor", "schedule"])
-def test_what_cannot_be_set_raises(name):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("optimizer", Adam(0.1)),
+        ("anchor", 0.1),
+        ("schedule", 0.1),
+        ("adapted_patterns", ["0.*"]),
+        ("adapt", ["0.*"]),
+    ],
+)
+def test_what_cannot_be_set_raises(name, value):
     tuner = FineTune(mlp(2, 4, 1), **FINETUNE)
     for learner in (tuner, copy.deepcopy(tuner)):
         with pytest.raises(AttributeError, match=name):
-            setattr(learner, name, Adam(0.1) if name == "optimizer" else 0.1)
+            setattr(learner, name, value)
+
+
+def test_the_method_adapt_is_not_hidden_by_patterns():
+    learner = pymeta.MAML(mlp(2, 4, 2), loss="mse", lr=0.1, steps=1)
+    with pytest.raises(AttributeError, match="set adapted_patterns"):
+        learner.adapt = ["2.*"]
+    assert callable(learner.adapt)
 
 
 def test_settings_that_do_not_go_together_raise_at_the_next_call():

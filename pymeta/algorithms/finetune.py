@@ -62,6 +62,11 @@ _LARGEST_DEVICE_CHUNK = 65536
 _LARGEST_TORCH_CHUNK = 512
 
 
+def _check_no_patterns(value: Any) -> None:
+    if value is not None:
+        raise AttributeError("adapted_patterns cannot be set: set freeze, which names the others")
+
+
 def _check_fraction(value: Any) -> float:
     check_number("validation", value)
     if value >= 1:
@@ -120,6 +125,7 @@ class FineTune(Learner):
 
     _checks: ClassVar[Checks] = {
         **Learner._checks,
+        "adapted_patterns": lambda self, value: _check_no_patterns(value),
         "epochs": lambda self, value: check_count("epochs", value),
         "batch_size": lambda self, value: check_batch_size(value),
         "freeze": lambda self, value: check_patterns("freeze", value),

@@ -152,6 +152,12 @@ class Learner(nn.Module, ABC):
         "adapted_patterns": lambda self, value: check_patterns("adapt", value),
         "backend": lambda self, value: native.backend(value),
     }
+    # what the constructor takes and a learner keeps
+    _fixed: ClassVar[Mapping[str, str]] = {
+        "adapt": "it is the method that adapts; set adapted_patterns",
+        "optimizer": "make a new learner for another one; its lr may be set as lr",
+        "anchor": "make a new learner for another one",
+    }
     # those that a plan is made of
     _of_the_plan: ClassVar[frozenset[str]] = frozenset({"model", "loss", "adapted_patterns"})
 
@@ -193,6 +199,8 @@ class Learner(nn.Module, ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a setting is checked, and what was made of the old one is dropped."""
+        if name in self._fixed:
+            raise AttributeError(f"{name} cannot be set: {self._fixed[name]}")
         check = self._checks.get(name)
         if check is not None:
             value = check(self, value)

@@ -41,6 +41,8 @@ def _as_it_came(given: Any, used: Tensor | None) -> bool:
     """Whether the core can read the tensor `given`, as it did when that had become `used`."""
     if type(given) is not Tensor or not given.is_contiguous() or used is None or given.is_neg():
         return False
+    if given._is_zerotensor():
+        return False
     if used is given:
         return True
     # a view in another shape, as where the model begins with Flatten

@@ -31,7 +31,15 @@ def hooked(module: nn.Module) -> bool:
 def forms(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """All about some tensors but their values; of their devices, whether it is the CPU."""
     return [
-        (t.shape, t.dtype, t.is_cpu, t.requires_grad, t.is_contiguous(), t.is_neg())
+        (
+            t.shape,
+            t.dtype,
+            t.is_cpu,
+            t.requires_grad,
+            t.is_contiguous(),
+            t.is_neg(),
+            t._is_zerotensor(),
+        )
         for t in tensors
     ]
 
@@ -39,7 +47,15 @@ def forms(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 def forms_there(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     """As `forms`, with the devices themselves, which takes longer."""
     return [
-        (t.shape, t.dtype, t.device, t.requires_grad, t.is_contiguous(), t.is_neg())
+        (
+            t.shape,
+            t.dtype,
+            t.device,
+            t.requires_grad,
+            t.is_contiguous(),
+            t.is_neg(),
+            t._is_zerotensor(),
+        )
         for t in tensors
     ]
 

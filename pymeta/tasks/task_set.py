@@ -211,12 +211,19 @@ class _Tensors(Kind):
 _TENSORS = _Tensors()
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
     """`sizes` as int64 [T] on the CPU; whether they are in range is checked with the values."""
     sizes = tensor_of(name, of_table(name, sizes))
     if not isinstance(sizes, Tensor):
-        if not isinstance(sizes, (list, tuple)) or not all(type(n) is int for n in sizes):
+        if not isinstance(sizes, (list, tuple)):
             raise TypeError(f"{name}: expected integers [T], got {type(sizes).__name__}")
+        wrong = next((n for n in sizes if not _is_integer(n)), None)
+        if wrong is not None:
+            raise TypeError(f"{name}: expected integers [T], got a {type(wrong).__name__} in it")
         if any(abs(n) >= 2**63 for n in sizes):
             raise ValueError(f"{name}: expected integers below 2^63, got {max(sizes, key=abs)}")
         sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
@@ -229,9 +236,11 @@ def _check_sizes(name: str, sizes: Any, tasks: int) -> Tensor:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """`tensor` with the memory layout that the core can read: contiguous, not negated."""
+    """`tensor` with the memory layout that the core can read: contiguous, not negated, there."""
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
+    if tensor._is_zerotensor():  # zeros that have no memory, which autograd uses
+        tensor = tensor.clone()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
