@@ -18,11 +18,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pymeta import native
 from pymeta.backend.device import Device
 from pymeta.backend.gradients import Gradients, Layout, Lease, Wanted, with_graph
-from pymeta.backend.inputs import chained, in_forward_mode, native_lr, predicted_shape, ready
+from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
 from pymeta.backend.plan import Plan
 from pymeta.spec.once import NATIVE
 from pymeta.spec.watch import forms, forms_there
@@ -189,10 +190,11 @@ class PreparedCall:
         own = owner["_parameters"]
         places = [(own, name) for name in own]  # of lr, where it is learnable
         self._watch = self.plan.watch.and_also(places, [lr] if own else [], device is not None)
+        self._is_there = self._watch.is_there
         self._settings = _settings(owner)  # not the owner, which holds this call
         self._lr, self._stream = lr, None if device is None else device.stream()
         self._forms_of = forms if device is None else forms_there
-        self._forms = self._forms_of(list(data))
+        self._forms = self._forms_of([*self._watch.tensors, *data])
         return True
 
     def _may_be_made_there(self, device: Device) -> bool:
@@ -208,13 +210,13 @@ class PreparedCall:
         if not (
             type(xs) is type(ys) is type(xq) is type(yq) is Tensor
             and _settings(owner) == self._settings
-            and self._watch.is_current()
-            and not in_forward_mode()
+            and self._is_there()
+            and forward_ad._current_level < 0
             and (device is None or self._may_be_made_there(device))
         ):
             return None
         try:
-            if self._forms_of([xs, ys, xq, yq]) != self._forms:
+            if self._forms_of([*self._watch.tensors, xs, ys, xq, yq]) != self._forms:
                 return None
             _, support_rows, query_rows, *_ = self.last
             support = (xs.data_ptr(), ys.data_ptr(), 0, support_rows, 0, 0)

@@ -227,9 +227,11 @@ class Adapter:
         """
         if not type(xs) is type(ys) is type(xq) is np.ndarray:
             xs = of_table("xs", xs)
-            if isinstance(xs, np.ndarray) and xs.ndim == 2:  # tables, or arrays with a mask
+            if not isinstance(xs, np.ndarray):
+                return self._many(xs, ys, xq, out, weights)
+            if xs.ndim == 2:  # tables, or arrays with a mask
                 xs, ys, xq = need_array("xs", xs), need_array("ys", ys), need_array("xq", xq)
-        if not isinstance(xs, np.ndarray) or xs.ndim != 2:
+        if xs.ndim != 2:
             return self._many(xs, ys, xq, out, weights)
         if weights is not None:
             weights = need_array("weights", weights)
