@@ -208,3 +208,17 @@ def test_class_weights_do_not_look_at_rows_left_out(backend, weights):
         one = adapter.adapt(x.numpy(), y.numpy(), weights=w.numpy())
         values = [torch.from_numpy(v) for v in one.parameters.values()]
         assert_close(values, list(wanted.parameters.values()))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_single_row_that_does_not_count_is_no_set_of_one_row(backend):
+    x, y, _ = rows("mse", 6)
+    module = pymeta.MAML(network(True), loss="mse", lr=0.1, steps=1, backend=backend)
+    query = without(rows("mse", 7))[:2]
+    found = module(x[:, :1], y[:, :1], *query, support_weights=torch.zeros(len(x), 1))
+    start = module(x[:, :0], y[:, :0], *query)
+    torch.testing.assert_close(found.task_losses, start.task_losses, rtol=1e-5, atol=1e-6)
+    tune = pymeta.FineTune(network(True), loss="mse", lr=0.1, epochs=1, backend=backend)
+    adapted = tune(x[:, :1], y[:, :1], weights=torch.zeros(len(x), 1)).parameters
+    for name, start in tune.model.named_parameters():
+        assert torch.equal(adapted[name], start.detach().expand_as(adapted[name]))

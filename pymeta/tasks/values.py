@@ -118,12 +118,7 @@ def _check_weight_values(s: TaskSet) -> None:
         )
 
 
-def check_sizes(s: TaskSet, expected: Expected) -> None:
-    """The checks that read sizes alone, which are on the CPU wherever the data are.
-
-    Raises:
-        ValueError: a size is out of range, or there is one row under BatchNorm.
-    """
+def _check_range(s: TaskSet) -> None:
     if s.sizes is not None and s.starts is None:
         wrong = (s.sizes < 0) | (s.sizes > s.rows)
         if bool(wrong.any()):
@@ -131,6 +126,15 @@ def check_sizes(s: TaskSet, expected: Expected) -> None:
             raise ValueError(
                 f"{s.names.sizes}: task {task}: size {int(s.sizes[task])} is not in 0..{s.rows}"
             )
+
+
+def check_sizes(s: TaskSet, expected: Expected) -> None:
+    """The checks that read sizes alone, which are on the CPU wherever the data are.
+
+    Raises:
+        ValueError: a size is out of range, or there is one row under BatchNorm.
+    """
+    _check_range(s)
     if expected.batch_norm and (1 in s.counts if s.sizes is not None else s.rows == 1 and s.tasks):
         _check_single_rows(replace(s, y=None), expected.loss)
 
@@ -142,7 +146,10 @@ def check_values(s: TaskSet, expected: Expected) -> None:
         ValueError: sizes, labels, probabilities or weights out of range, or one row that counts
             under BatchNorm.
     """
-    check_sizes(s, expected)
+    if s.y is None:
+        check_sizes(s, expected)
+    else:  # whose values say how many rows count
+        _check_range(s)
     if s.weights is not None:
         _check_weight_values(s)
     if s.y is None:
