@@ -62,9 +62,11 @@ class OtherRounding(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ not in self.names or func._schema.is_mutable:
+        found, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name not in self.names or func._schema.is_mutable:
             return found
+        if name in ("sum", "mean", "prod") and found.numel() == args[0].numel():
+            return found  # of one number each, which is exact
         return tuple(map(self.move, found)) if isinstance(found, tuple) else self.move(found)
 
     def move(self, value: Any) -> Any:

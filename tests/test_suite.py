@@ -64,6 +64,7 @@ def test_torch_rounds_otherwise_and_by_no_more_than_an_epsilon():
         first, second = torch.mm(a, b), torch.mm(a, b)
         assert torch.equal(a + b, torch.add(a, b))  # rounded alike everywhere
         assert torch.equal(torch.ones(7).sum(), torch.tensor(7.0))
+        assert torch.equal(a[:, :1].mean(1), a[:, 0])  # of one number each
     assert not torch.equal(first, second)
     assert (first - alone).abs().max() <= 2 * torch.finfo(a.dtype).eps * alone.abs().max()
     with OtherRounding(ROUNDED | ALIKE):
