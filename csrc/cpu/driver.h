@@ -71,10 +71,10 @@ class Driver {
     Real* rates = transposed + layout().transposed_size;
     const Network& network = *call_.network;
     for (int t = 0; t < network.tensor_count; ++t)
-      if (!call_.starts_apart(t)) pack(t, call_.parameters[t], memory);
+      if (!call_.has_own_start(t)) pack(t, call_.parameters[t], memory);
     for (int l = 0; l < network.layer_count; ++l) {
       const int t = network.layers[l].weight;
-      if (layout().transposed[l] == kNowhere || call_.starts_apart(t)) continue;
+      if (layout().transposed[l] == kNowhere || call_.has_own_start(t)) continue;
       const PackedTensor& packed = layout().tensors[t];
       for (int q = 0; q < packed.inner; ++q)  // torch's own layout, with padded rows
         memcpy(transposed + layout().transposed[l] + q * X::stride(packed.outer),

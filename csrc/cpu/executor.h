@@ -46,15 +46,15 @@ struct Executor {
   }
 
   template <class Body>  // body(offset) for every vector of `size` scalars
-  static void each(std::size_t size, Body body) {
+  static void for_vectors(std::size_t size, Body body) {
     for (std::size_t i = 0; i < size; i += kWidth) body(i);
   }
   template <class Body>
-  static void each_index(int count, Body body) {
+  static void for_indices(int count, Body body) {
     for (int i = 0; i < count; ++i) body(i);
   }
   static void copy(Real* to, const Real* from, std::size_t size) {
-    each(size, [=](std::size_t i) { store(to + i, load(from + i)); });
+    for_vectors(size, [=](std::size_t i) { store(to + i, load(from + i)); });
   }
 
   template <class Body>  // body(offset into the matrix, offset into a feature vector, row)
@@ -212,7 +212,7 @@ struct Executor {
   template <class Body>
   static void fold(const PackedTensor& packed, Real* into, Body body) {
     Vec sum = load(into);
-    each(packed.scalars(), [&](std::size_t i) { sum = body(i, sum); });
+    for_vectors(packed.scalars(), [&](std::size_t i) { sum = body(i, sum); });
     store(into, sum);
   }
 

@@ -53,7 +53,7 @@ constexpr int max_tile_rows(int columns) {
 
 // visit(m, n) for every vector of a tile, unrolled.
 template <int M, int N, class Visitor>
-inline __attribute__((always_inline)) void each_vector(Visitor visit) {
+inline __attribute__((always_inline)) void for_tile(Visitor visit) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -88,11 +88,11 @@ struct Epilogue {
   inline __attribute__((always_inline)) void finish(Vec (&sum)[M][N], int row0, int column0) const {
     // A masked sum is 0 behind each of the epilogues that have a mask.
     if (keep)
-      each_vector<M, N>(
+      for_tile<M, N>(
           [&](int m, int n) { sum[m][n] = where_kept(sum[m][n], keep + (row0 + m) * kWidth); });
     const long first = row0 * row + column0 * kWidth;
     const auto put = [&](auto value) __attribute__((always_inline)) {
-      each_vector<M, N>([&](int m, int n) {
+      for_tile<M, N>([&](int m, int n) {
         const long at = first + m * row + n * kWidth;
         store(out + at, value(sum[m][n], at));
       });
@@ -123,9 +123,9 @@ void tile(const Product& p, int row, int column, const Epilogue& epilogue) {
   Vec sum[M][N];
   if (p.init) {
     const Real* init = p.init + row * p.init_row + column * kWidth;
-    each_vector<M, N>([&](int m, int n) { sum[m][n] = load(init + m * p.init_row + n * kWidth); });
+    for_tile<M, N>([&](int m, int n) { sum[m][n] = load(init + m * p.init_row + n * kWidth); });
   } else {
-    each_vector<M, N>([&](int m, int n) { sum[m][n] = zero(); });
+    for_tile<M, N>([&](int m, int n) { sum[m][n] = zero(); });
   }
   for (int s = 0; s < p.segment_count; ++s) {
     const Segment& segment = p.segments[s];

@@ -65,7 +65,7 @@ class ItemArrays {
   void start() const {
     Real* start = memory_ + workspace_.start;
     for (int t = 0; t < call_.network->tensor_count; ++t) {
-      if (!call_.starts_apart(t)) continue;
+      if (!call_.has_own_start(t)) continue;
       memset(start + layout_.tensors[t].place, 0,
              sizeof(Real) * layout_.scalars(t));  // the padding
       layout_.elements(t, [&](std::size_t from, std::size_t place) {
@@ -77,7 +77,7 @@ class ItemArrays {
     if (call_.job == Job::predict) return;
     for (int l = 0; l < call_.network->layer_count; ++l) {
       const int t = call_.network->layers[l].weight;
-      if (layout_.transposed[l] == kNowhere || !call_.starts_apart(t)) continue;
+      if (layout_.transposed[l] == kNowhere || !call_.has_own_start(t)) continue;
       const PackedTensor& packed = layout_.tensors[t];
       X::transpose(packed.outer, packed.inner, start + packed.place,
                    memory_ + workspace_.start_transposed + layout_.transposed[l]);

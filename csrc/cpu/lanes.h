@@ -26,14 +26,14 @@ struct Lanes : Lane {
     Vec sum[kPartials] = {};
 
     void dot(const Real* a, const Real* b, int n) {
-      each(n, [&](int i, Vec s) {
+      for_partials(n, [&](int i, Vec s) {
         return fma(load(a + static_cast<long>(i) * kWidth), load(b + static_cast<long>(i) * kWidth),
                    s);
       });
     }
     template <class Body>
     void add(int n, Body body) {
-      each(n, [&](int i, Vec s) { return s + body(i); });
+      for_partials(n, [&](int i, Vec s) { return s + body(i); });
     }
     Vec total() {
 #pragma GCC unroll 4
@@ -46,7 +46,7 @@ struct Lanes : Lane {
    private:
     // Unrolled so that every partial sum is a register.
     template <class Body>
-    void each(int n, Body body) {
+    void for_partials(int n, Body body) {
       int first = 0;
       for (; first + kPartials <= n; first += kPartials) {
 #pragma GCC unroll 16

@@ -32,13 +32,13 @@ struct Block {
   // ---- elements ------------------------------------------------------------------------------------------------
 
   template <class Body>
-  PYMETA_FN static void each(std::size_t size, Body body) {
+  PYMETA_FN static void for_vectors(std::size_t size, Body body) {
     const unsigned all = static_cast<unsigned>(size);  // a task's arrays are no larger
     for (unsigned i = thread_index(); i < all; i += thread_count()) body(i);
     sync();
   }
   template <class Body>
-  PYMETA_FN static void each_index(int count, Body body) {
+  PYMETA_FN static void for_indices(int count, Body body) {
     for (int i = thread_index(); i < count; i += thread_count()) body(i);
     sync();
   }
@@ -114,7 +114,7 @@ struct Block {
     if (!sink.out) return;
     const Epilogue epilogue = sunk(sink, 0);
     const long row = stride(features);
-    each_index(features, [&](int c) {
+    for_indices(features, [&](int c) {
       Real sum = 0;
       for (int r = 0; r < extent.rows; ++r) sum += body(r * row + c, static_cast<long>(c));
       epilogue.emit(sum, 0, c);
@@ -259,8 +259,8 @@ struct Block {
     Real* parts = scratch();
     for (int first = 0; first < count; first += together) {
       const int now = count - first < together ? count - first : together;
-      each_index(now * kParts, [&](int i) { parts[i] = part(first + i / kParts, i % kParts); });
-      each_index(now, [&](int i) {
+      for_indices(now * kParts, [&](int i) { parts[i] = part(first + i / kParts, i % kParts); });
+      for_indices(now, [&](int i) {
         const Real* p = parts + i * kParts;
         emit(first + i, ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7])));
       });
@@ -272,13 +272,13 @@ struct Block {
     Real* partials = scratch();
     Real* groups = partials + kPartials;
     const int elements = static_cast<int>(packed.elements());
-    each_index(kPartials, [&](int p) {
+    for_indices(kPartials, [&](int p) {
       Real sum = 0;
       for (int i = p; i < elements; i += kPartials)
         sum = body(static_cast<std::size_t>(i / packed.inner) * packed.row + i % packed.inner, sum);
       partials[p] = sum;
     });
-    each_index(kGroups, [&](int g) {
+    for_indices(kGroups, [&](int g) {
       Real sum = 0;
       for (int p = g; p < kPartials; p += kGroups) sum += partials[p];
       groups[g] = sum;

@@ -53,7 +53,7 @@ class BlockCall {
     frame.sums = frame.packed + packed_size(frame.workspace);
     frame.far = frame.sums + sums_size(frame.workspace) * plan.chunks;
     frame.chunks = plan.chunks;
-    frame.each = plan.chunks ? (call_.tasks + plan.chunks - 1) / plan.chunks : 0;
+    frame.tasks_per_chunk = plan.chunks ? (call_.tasks + plan.chunks - 1) / plan.chunks : 0;
     const Real* rates = frame.packed + frame.workspace.parameters.size;
     frame.shared = {frame.packed, nullptr, call_.lr.per_element ? rates : nullptr,
                     call_.corrections() ? rates + frame.workspace.rate_scalars(call_) : nullptr};
@@ -92,8 +92,8 @@ class BlockCall {
     const std::size_t bytes = sizeof(Real) * sums_size(workspace);
     std::int64_t most = bytes ? static_cast<std::int64_t>(kSumsBytes / bytes) : kChunks;
     most = most < 64 ? 64 : most > kChunks ? kChunks : most;
-    const std::int64_t each = (call_.tasks + most - 1) / most;
-    return each ? (call_.tasks + each - 1) / each : 0;
+    const std::int64_t tasks_per_chunk = (call_.tasks + most - 1) / most;
+    return tasks_per_chunk ? (call_.tasks + tasks_per_chunk - 1) / tasks_per_chunk : 0;
   }
 
   // A thread for each tile of 4 x 4 of the largest product; more where there are fewer tasks than multiprocessors could hold.
@@ -150,7 +150,7 @@ class BlockCall {
     for (int l = 0; l < network.layer_count; ++l) frame.layers[l] = network.layers[l];
     for (int t = 0; t < network.tensor_count; ++t) {
       frame.adapted[t] = call_.adapted[t];
-      frame.per_task[t] = call_.starts_apart(t);
+      frame.per_task[t] = call_.has_own_start(t);
       frame.groups[t] = call_.lr.groups && !call_.lr.per_element ? call_.lr.groups[t] : 0;
       frame.parameters[t] = call_.parameters[t];
       frame.gradients[t] = call_.gradients ? call_.gradients[t] : nullptr;

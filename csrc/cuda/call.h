@@ -27,8 +27,8 @@ struct Frame {
   Shared shared;
   Real* sums;  // [chunks, sums_size]: gradients, then those of the learning rate
   std::size_t sums_size, gradient_sums, lr_sums;
-  std::int64_t chunks, each;  // tasks of a chunk
-  Real* far;                  // [blocks, workspace.size_far]
+  std::int64_t chunks, tasks_per_chunk;
+  Real* far;  // [blocks, workspace.size_far]
 
   // What follows is read where it is; a block has its own copy of what comes before.
   double weight[kBlockWeights], pos_weight[kBlockWeights];
@@ -68,8 +68,8 @@ PYMETA_FN inline Frame& own_frame(const Frame& given) {
   Frame& own = *reinterpret_cast<Frame*>(shared_memory() + kFramePlace);
   const double* from = reinterpret_cast<const double*>(&given);
   double* to = reinterpret_cast<double*>(&own);
-  Block::each_index(static_cast<int>(kFrameCopied / sizeof(double)),
-                    [&](int i) { to[i] = from[i]; });
+  Block::for_indices(static_cast<int>(kFrameCopied / sizeof(double)),
+                     [&](int i) { to[i] = from[i]; });
   if (thread_index() == 0) own.settle(given);
   sync();
   return own;
@@ -84,10 +84,11 @@ PYMETA_FN inline void run_tasks(const Frame& given) {
   for (std::int64_t chunk = block_index(); chunk < frame.chunks; chunk += block_count()) {
     Real* sums = frame.sums + chunk * static_cast<std::int64_t>(frame.sums_size);
     Totals totals{sums, sums + frame.gradient_sums, true, workspace.parameters.size};
-    Block::each(frame.lr_sums, [&](std::size_t i) { totals.lr_gradient[i] = 0; });
+    Block::for_vectors(frame.lr_sums, [&](std::size_t i) { totals.lr_gradient[i] = 0; });
     InnerLoop<Block> loop(call, workspace, frame.shared, memory);
-    const std::int64_t first = chunk * frame.each;
-    for (std::int64_t task = first; task < first + frame.each && task < call.tasks; ++task) {
+    const std::int64_t first = chunk * frame.tasks_per_chunk;
+    for (std::int64_t task = first; task < first + frame.tasks_per_chunk && task < call.tasks;
+         ++task) {
       TaskArrays arrays(call, workspace, frame.shared, memory, task);
       ItemJob<Block, TaskArrays>(call, workspace, frame.shared, memory, loop, arrays, totals).run();
       totals.fresh = false;
@@ -166,7 +167,7 @@ PYMETA_FN inline void reduce_sums(const Frame& frame) {
   constexpr int all = kReduceColumns * kReduceGroups;
   if (block_index() == block_count() - 1) {
     if (!call.mean_loss) return;
-    Block::each_index(all, [&](int i) {
+    Block::for_indices(all, [&](int i) {
       double sum = 0;
       for (std::int64_t task = i; task < call.tasks; task += all)
         sum += static_cast<double>(call.losses[task]);
@@ -181,7 +182,7 @@ PYMETA_FN inline void reduce_sums(const Frame& frame) {
   }
   const std::size_t first = static_cast<std::size_t>(block_index()) * kReduceColumns;
   Real* sums = reinterpret_cast<Real*>(partial);  // [groups, columns]
-  Block::each_index(all, [&](int i) {
+  Block::for_indices(all, [&](int i) {
     const std::size_t column = first + i % kReduceColumns;
     Real sum = 0;
     for (std::int64_t chunk = i / kReduceColumns; chunk < frame.chunks && column < frame.sums_size;
@@ -189,7 +190,7 @@ PYMETA_FN inline void reduce_sums(const Frame& frame) {
       sum += frame.sums[chunk * static_cast<std::int64_t>(frame.sums_size) + column];
     sums[i] = sum;
   });
-  Block::each_index(kReduceColumns, [&](int c) {
+  Block::for_indices(kReduceColumns, [&](int c) {
     const std::size_t column = first + c;
     if (column >= frame.gradient_sums + frame.lr_sums) return;
     Real sum = sums[c];

@@ -90,8 +90,8 @@ class TaskBinder {
   // counting [rows]: 1 for a row that counts, 0 for one that does not
   PYMETA_FN void mark(const RowSet<Real>& set, const TaskRows& offered, Real* counting) const {
     const BoundRows rows{set.start(task_), offered};
-    Block::each_index(offered.count,
-                      [&](int r) { counting[r] = Real(call_.weighs(set, rows.row(r)) ? 1 : 0); });
+    Block::for_indices(offered.count,
+                       [&](int r) { counting[r] = Real(call_.weighs(set, rows.row(r)) ? 1 : 0); });
   }
 
   // A row's share of the mean is its weight over the sum of what the rows count.
@@ -107,7 +107,7 @@ class TaskBinder {
       Block::map(extent, out, [&](long, long o, int r) {
         targets[o * rows + r] = static_cast<const Real*>(set.y)[bound.row(r) * out + o];
       });
-    Block::each_index(rows, [&](int r) {
+    Block::for_indices(rows, [&](int r) {
       const std::int64_t row = bound.row(r);
       const Real weight = set.weights ? checked_weight(set.weights[row]) : Real(1);
       if (labels) {
@@ -123,7 +123,7 @@ class TaskBinder {
     if (!labels) total *= Real(out);
     // A set that weighs nothing has loss 0 and no gradient.
     const Real share = total > 0 ? Real(1) / total : total == 0 ? Real(0) : total;
-    Block::each_index(rows, [&](int r) { scale[r] *= share; });
+    Block::for_indices(rows, [&](int r) { scale[r] *= share; });
   }
   // The sum of what the rows weigh, with the weights of their classes.
   PYMETA_FN static Real total_weight(const Loss& loss, const Extent& extent, const Real* targets,
@@ -207,7 +207,7 @@ class TaskBatches {
     const Draw draw{call_.batches.seed, call_.batches.stream, id, static_cast<std::uint64_t>(epoch),
                     Purpose::epoch};
     std::int32_t* drawn = order_ + call_.max_support;
-    Block::each_index(rows_, [&](int i) {
+    Block::for_indices(rows_, [&](int i) {
       order_[i] = i;
       if (i > 0) drawn[i] = exchange_place(draw, rows_, i);
     });
@@ -280,9 +280,9 @@ class TaskArrays {
   PYMETA_FN void start() const {
     Real* start = memory_.at(workspace_.start);
     for (int t = 0; t < call_.network->tensor_count; ++t) {
-      if (!call_.starts_apart(t)) continue;
+      if (!call_.has_own_start(t)) continue;
       const Real* from = call_.parameters[t] + task_ * layout_.tensors[t].elements();
-      each_element(
+      for_elements(
           t, [=](std::size_t index, std::size_t at) { start[at] = from[index]; },
           layout_.tensors[t].place);
     }
@@ -305,7 +305,7 @@ class TaskArrays {
   }
   PYMETA_FN void write_adapted(int t, const Real* from) const {
     Real* to = call_.adapted_parameters[t] + task_ * layout_.tensors[t].elements();
-    each_element(t, [=](std::size_t index, std::size_t at) { to[index] = from[at]; }, 0);
+    for_elements(t, [=](std::size_t index, std::size_t at) { to[index] = from[at]; }, 0);
   }
   PYMETA_FN void write_predictions(const ItemSet& query, const Real* y) const {
     const int out = call_.network->out_features(), rows = query.extent.rows;
@@ -341,10 +341,10 @@ class TaskArrays {
   // body(index in torch's layout, place in the packed one counted from `first`): neighbouring threads have neighbouring
   // indices.
   template <class Body>
-  PYMETA_FN void each_element(int t, Body body, std::size_t first) const {
+  PYMETA_FN void for_elements(int t, Body body, std::size_t first) const {
     const PackedTensor& p = layout_.tensors[t];
     const int across = p.transposed ? p.outer : p.inner;
-    Block::each_index(p.outer * p.inner, [&](int index) {
+    Block::for_indices(p.outer * p.inner, [&](int index) {
       const int line = index / across, column = index % across;
       const int outer = p.transposed ? column : line, inner = p.transposed ? line : column;
       body(static_cast<std::size_t>(index),

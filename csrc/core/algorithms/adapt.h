@@ -106,7 +106,7 @@ class InnerLoop {
     for (int t = 0; t < s.network.tensor_count; ++t) {
       const std::size_t place = s.layout.tensors[t].place;
       const Real *from = start().tensor(t), *to = theta.tensor(t);
-      X::each(s.layout.scalars(t), [&](std::size_t i) {
+      X::for_vectors(s.layout.scalars(t), [&](std::size_t i) {
         const Real* base = totals.base(place + i);
         const Vec difference = load(from + i) - load(to + i);
         store(totals.gradient + place + i, base ? load(base) + difference : difference);

@@ -17,7 +17,7 @@ PYMETA_FN PYMETA_NOINLINE void keep_best(const State<X>& s,
   s.for_adapted([&](int t, std::size_t place, std::size_t size) {
     const Real* from = theta.tensor(t);
     Real* best = s.memory.at(s.ws.best) + place;
-    X::each(size, [&](std::size_t i) {
+    X::for_vectors(size, [&](std::size_t i) {
       store(best + i, select(better, load(from + i), load(best + i)));
     });
   });

@@ -63,7 +63,7 @@ class MetaGradient {
   PYMETA_FN void add_v(const Real* v) const {
     const std::size_t summed =
         state_.factored ? state_.layout.size_without_first : state_.layout.size;
-    X::each(summed, [&](std::size_t i) {
+    X::for_vectors(summed, [&](std::size_t i) {
       const Real* base = totals_.base(i);
       store(totals_.gradient + i, base ? load(base) + load(v + i) : load(v + i));
     });
@@ -129,7 +129,7 @@ class MetaGradient {
     const IntVec clips = (common.clip < Real(1)) & (norm > zero());
     const Vec slope = select(clips, -(common.clip / (norm + Real(1e-6)) / norm * along), zero());
     s.for_adapted([&](int, std::size_t place, std::size_t size) {
-      X::each(size, [=](std::size_t i) {
+      X::for_vectors(size, [=](std::size_t i) {
         store(u + place + i, fma(slope, load(g + place + i), common.clip * load(u + place + i)));
       });
     });
@@ -140,8 +140,8 @@ class MetaGradient {
   }
   PYMETA_FN void clear_state_adjoints() const {
     if (state_.ws.direction_is_v) return;
-    X::each(state_.call.optimizer.states() * state_.layout.size,
-            [&](std::size_t i) { store(state_adjoint(0) + i, zero()); });
+    X::for_vectors(state_.call.optimizer.states() * state_.layout.size,
+                   [&](std::size_t i) { store(state_adjoint(0) + i, zero()); });
   }
 
   // ---- the learning rate -----------------------------------------------------------------------------------------

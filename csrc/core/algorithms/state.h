@@ -251,10 +251,10 @@ struct State {
   }
   // The start of a tensor: the item's own or the one that all share.
   PYMETA_FN const Real* start_of(int t) const {
-    return call.starts_apart(t) ? memory.at(ws.start) : shared.theta;
+    return call.has_own_start(t) ? memory.at(ws.start) : shared.theta;
   }
   PYMETA_FN const Real* start_transposed_of(int t) const {
-    return call.starts_apart(t) ? memory.at(ws.start_transposed) : shared.theta_transposed;
+    return call.has_own_start(t) ? memory.at(ws.start_transposed) : shared.theta_transposed;
   }
   // Before a clip is known: `common` has the factor 1.
   PYMETA_FN Vec gradient_norm(int k, const Parameters& theta, const StepCommon& common) const {

@@ -163,7 +163,7 @@ struct Call {
     return false;
   }
   // Does each task have a start of its own for this tensor?
-  PYMETA_MEMBER bool starts_apart(int tensor) const {
+  PYMETA_MEMBER bool has_own_start(int tensor) const {
     return parameter_per_task && parameter_per_task[tensor];
   }
   // Is a set of these looked at?

@@ -235,9 +235,9 @@ struct Workspace {
     const bool stores_gradient =
         keeps_gradients || call.lr.per_element || !call.optimizer.is_plain();
     const bool copy_input = !reads_rows_in_place<X>(network, parameters.narrow);
-    bool starts_apart = false;
+    bool own_starts = false;
     for (int t = 0; t < network.tensor_count; ++t)
-      starts_apart = starts_apart || call.starts_apart(t);
+      own_starts = own_starts || call.has_own_start(t);
     const std::size_t states = call.optimizer.states() * parameters.size;
     const std::size_t each_step = keeps_gradients ? call.steps : 1;
     support_tape.lay_out<X>(network, step_rows, true, second);
@@ -271,8 +271,8 @@ struct Workspace {
                               copy_input || call.validation.has_weightless, false);
     order =
         take_if(minibatches, static_cast<std::size_t>(X::kTasks) * X::kOrders * call.max_support);
-    start = take_if(starts_apart, parameters.size);
-    start_transposed = take_if(starts_apart, parameters.transposed_size);
+    start = take_if(own_starts, parameters.size);
+    start_transposed = take_if(own_starts, parameters.transposed_size);
     if (factorable)
       factored.lay_out<X>(places, network.layers[0], call.max_support, call.max_query);
     gradients = take_if(stores_gradient, parameters.size * each_step);

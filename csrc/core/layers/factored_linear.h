@@ -24,7 +24,7 @@ inline bool is_factorable(const Call<Real>& call) {
     return false;
   if (call.xs_gradient || call.xq_gradient || !steps_scale_gradient(call)) return false;
   if (call.job == Job::reptile || call.job == Job::fine_tune || call.batches.size > 0) return false;
-  return !call.starts_apart(first.weight);
+  return !call.has_own_start(first.weight);
 }
 // Of one task alone, so that its result does not depend on the others.
 PYMETA_FN inline bool is_factored(const Network& network, int support_rows) {
@@ -121,10 +121,10 @@ class FactoredLinear {
  private:
   PYMETA_FN Real* at(Place place) const { return memory_.at(place); }
   PYMETA_FN void clear(Real* p) const {
-    X::each(support_.rows * row_, [=](std::size_t i) { store(p + i, zero()); });
+    X::for_vectors(support_.rows * row_, [=](std::size_t i) { store(p + i, zero()); });
   }
   PYMETA_FN void add(const Real* d, Real scale, Real* to) const {
-    X::each(support_.rows * row_, [=](std::size_t i) {
+    X::for_vectors(support_.rows * row_, [=](std::size_t i) {
       store(to + i, fma(broadcast(scale), load(d + i), load(to + i)));
     });
   }

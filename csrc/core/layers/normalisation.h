@@ -88,7 +88,7 @@ struct Normalisation {
     Real *kept_h = p.kept[0], *kept_inverse = p.kept[1];
     const Real eps = Real(p.layer.eps);
     X::with_epilogue(to, X::stride(s.features), p.extent, [&](const auto& emit) {
-      X::each_index(s.count(), [&](int slice) {
+      X::for_indices(s.count(), [&](int slice) {
         // Centred twice: what the rounded mean left over would spoil the backward formulas, which rely on mean h = 0.
         const auto in = [&](int i) { return load(x + s.at(slice, i)); };
         const Vec mean = s.mean(slice, in);
@@ -112,7 +112,7 @@ struct Normalisation {
     const Slices<X, kOverRows> s{p.extent, p.layer.out.features()};
     const Real *d = p.d, *gamma = p.weight, *kept_h = p.kept[0], *kept_inverse = p.kept[1];
     X::with_epilogue(below, X::stride(s.features), p.extent, [&](const auto& emit) {
-      X::each_index(s.count(), [&](int slice) {
+      X::for_indices(s.count(), [&](int slice) {
         const auto h = [&](int i) { return load(kept_h + s.at(slice, i)); };
         const auto e = [&](int i) {
           return load(d + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1);
@@ -143,7 +143,7 @@ struct Normalisation {
     const Real *kept_h = p.kept[0], *kept_inverse = p.kept[1];
     Real *kept_rh = t.kept[0], *kept_q = t.kept[1];
     X::with_epilogue(to, X::stride(s.features), p.extent, [&](const auto& emit) {
-      X::each_index(s.count(), [&](int slice) {
+      X::for_indices(s.count(), [&](int slice) {
         const auto h = [&](int i) { return load(kept_h + s.at(slice, i)); };
         const auto in = [&](int i) { return rx ? load(rx + s.at(slice, i)) : zero(); };
         const Vec inverse = load(kept_inverse + static_cast<long>(slice) * kWidth);
@@ -169,7 +169,7 @@ struct Normalisation {
     const Real *kept_h = p.kept[0], *kept_inverse = p.kept[1], *kept_rh = t.kept[0],
                *kept_q = t.kept[1];
     X::with_epilogue(below, X::stride(s.features), p.extent, [&](const auto& emit) {
-      X::each_index(s.count(), [&](int slice) {
+      X::for_indices(s.count(), [&](int slice) {
         const auto h = [&](int i) { return load(kept_h + s.at(slice, i)); };
         const auto rh = [&](int i) { return load(kept_rh + s.at(slice, i)); };
         const auto e = [&](int i) {

@@ -69,7 +69,7 @@ template <class X>
 PYMETA_FN PYMETA_NOINLINE void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
                                              Real* gradient) {
   with_loss(loss, [&](auto rules) {
-    X::each_index(s.blocks, [&](int b) {
+    X::for_indices(s.blocks, [&](int b) {
       const Vec value = rules.value(loss, s, b, gradient);
       store(row_losses + b * kWidth, s.kept(load(s.scale + b * kWidth) * value, b));
     });
@@ -81,7 +81,7 @@ template <class X>
 PYMETA_FN PYMETA_NOINLINE void loss_hessian_product(const Loss& loss, const LossRows& s,
                                                     const Real* r, Real* product) {
   with_loss(loss, [&](auto rules) {
-    X::each_index(s.blocks, [&](int b) { rules.hessian_product(loss, s, b, r, product); });
+    X::for_indices(s.blocks, [&](int b) { rules.hessian_product(loss, s, b, r, product); });
   });
 }
 

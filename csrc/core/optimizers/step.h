@@ -53,7 +53,7 @@ template <class X, class Rule>
 PYMETA_FN PYMETA_NOINLINE void take_step(const Rule& rule, const StepArrays& a,
                                          const StepCommon& common, std::size_t size,
                                          Real* theta_next) {
-  X::each(size, [&](std::size_t i) {
+  X::for_vectors(size, [&](std::size_t i) {
     const Vec theta = load(a.theta + i);
     Vec state[kMaxStates];
     for (int s = 0; s < Rule::kStates; ++s)
@@ -86,8 +86,8 @@ PYMETA_FN PYMETA_NOINLINE void step_rate_gradient(const Rule& rule, const StepAr
     return fma(-select(common.active, d, zero()), load(v + i), sum);
   };
   if (a.rates)
-    X::each(packed.scalars(),
-            [&](std::size_t i) { store(lr_gradient + i, share(i, load(lr_gradient + i))); });
+    X::for_vectors(packed.scalars(),
+                   [&](std::size_t i) { store(lr_gradient + i, share(i, load(lr_gradient + i))); });
   else
     X::fold(packed, lr_gradient, share);
 }
@@ -98,7 +98,7 @@ template <class X, class Rule>
 PYMETA_FN PYMETA_NOINLINE void step_vjp(const Rule& rule, const StepArrays& a,
                                         const StepCommon& common, std::size_t size, Real* v,
                                         Real* u, Real* const* d_state) {
-  X::each(size, [&](std::size_t i) {
+  X::for_vectors(size, [&](std::size_t i) {
     const Vec theta = load(a.theta + i), g = clipped_gradient(a, common, i), dv = load(v + i);
     Vec after[kMaxStates], adjoint[kMaxStates];
     for (int s = 0; s < Rule::kStates; ++s) {
