@@ -31,7 +31,7 @@ struct LinearSpec {
 
 PYMETA_KERNEL_BEGIN
 
-// x W (+ rx' ...): the terms of a product and of its tangent. A tangent that is zero adds no term.
+// The terms of a product and of its tangent: x W, and rx W + x U. A tangent that is zero adds none.
 struct LinearTerms {
   Term terms[2];
   int count = 0;
