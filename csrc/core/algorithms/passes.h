@@ -77,7 +77,7 @@ class Passes {
 
   // From layer `from` on; what lies below is on the tape already.
   PYMETA_FN PYMETA_NOINLINE void forward(const Parameters& theta, int from = 0) const {
-    for (int l = from; l <= last_; ++l) {
+    for (int l = from; l <= last_ && !state_.call.is_stopped(); ++l) {
       const Layer& layer = network_.layers[l];
       const ActivationKind kind = layer.activation.kind;
       Real* z = tape_.at(tape_.layout->layers[l].z);
@@ -106,7 +106,7 @@ class Passes {
         pass_on<X>(set_.extent, network_.out_features(), top, gated(last_, tape_.d(last_)));
       finish_delta(last_);
     }
-    for (int l = last_; l >= lowest; --l) {
+    for (int l = last_; l >= lowest && !state_.call.is_stopped(); --l) {
       const Layer& layer = network_.layers[l];
       with_rules(l, [&](const auto& rules) {
         const LayerPass p = pass(l, theta, delta(l));
@@ -122,7 +122,7 @@ class Passes {
   PYMETA_FN PYMETA_NOINLINE void tangent_forward(const Parameters& theta,
                                                  const Direction& u) const {
     Real* ry = tangent(state_.ws.tangent.ry);
-    for (int l = 0; l <= last_; ++l) {
+    for (int l = 0; l <= last_ && !state_.call.is_stopped(); ++l) {
       const Layer& layer = network_.layers[l];
       Real* ra = tangent(tangents(l).ra);
       Real* rz = tangent(tangents(l).rz);
@@ -152,7 +152,7 @@ class Passes {
       if (is_relu(last_)) pass_on<X>(set_.extent, network_.out_features(), rd, gated(last_, rd));
       finish_delta_tangent(last_, rd);
     }
-    for (int l = last_; l >= 0; --l) {
+    for (int l = last_; l >= 0 && !state_.call.is_stopped(); --l) {
       const Layer& layer = network_.layers[l];
       with_rules(l, [&](const auto& rules) {
         const LayerPass p = pass(l, theta, delta(l));

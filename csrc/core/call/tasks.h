@@ -84,7 +84,7 @@ struct Minibatches {
   }
 };
 
-// Asked between steps and between tasks whether the call is to end early, its results then being nobody's.
+// Asked between tasks, steps and layers whether the call is to end early, its results then being nobody's.
 struct StopRequest {
   bool (*requested)(void* context);
   void* context;
@@ -139,7 +139,13 @@ struct Call {
   const std::int64_t* order = nullptr;        // [T] tasks sorted by size, or null: as they come
   const std::int64_t* chunk_order = nullptr;  // [chunks] which starts when, or null: as they come
 
-  PYMETA_MEMBER bool is_stopped() const { return stop && stop->requested(stop->context); }
+  PYMETA_MEMBER bool is_stopped() const {
+#ifdef __CUDA_ARCH__
+    return false;  // a kernel runs to its end, and calls nothing of the host's
+#else
+    return stop && stop->requested(stop->context);
+#endif
+  }
   PYMETA_MEMBER bool wants_gradient() const {
     return job == Job::meta && (gradients || lr_gradient || xs_gradient || xq_gradient);
   }
