@@ -42,6 +42,10 @@ def forms_there(tensors: Sequence[Tensor]) -> list[Any]:
     return [*map(_there, ts), *map(_contiguous, ts), *map(_negated, ts), *map(_zero, ts)]
 
 
+def _columns(places: Sequence[Place]) -> tuple[list[dict[str, Any]], list[str]]:
+    return [place for place, _ in places], [key for _, key in places]
+
+
 class Watch:
     """The objects at some places, the modules around them, and the forms of some tensors."""
 
@@ -60,15 +64,14 @@ class Watch:
             holders: of those, the modules whose children count.
             counted: whether one attribute more is a change: a forward of its own, say.
         """
-        # Hooks are seen when their dictionary is exchanged, and when something is put into it.
-        found = [*places, *((m.__dict__, name) for m in modules for name in HOOKS)]
-        found += [(m._modules, name) for m in holders for name in m._modules]
+        found = [*places, *((m._modules, name) for m in holders for name in m._modules)]
         self._places = [place for place, _ in found]
         self._keys = [key for _, key in found]
         self._objects = [place[key] for place, key in found]
-        hooks = [m.__dict__[name] for m in modules for name in HOOKS]
-        self._without = [some for some in hooks if not some]
-        self._with = [some for some in hooks if some]
+        # Whatever dictionary a module has for hooks now, none may be in it, or some still.
+        hooks = [(m.__dict__, name) for m in modules for name in HOOKS]
+        self._free = _columns([place for place in hooks if not place[0][place[1]]])
+        self._taken = _columns([place for place in hooks if place[0][place[1]]])
         self._modules = list(modules)
         self._types = list(map(type, modules))
         self._attributes = [m.__dict__ for m in modules] if counted else []
@@ -108,8 +111,8 @@ class Watch:
             return False
         return (
             same
-            and not any(self._without)
-            and all(self._with)
+            and not any(map(operator.getitem, *self._free))
+            and all(map(operator.getitem, *self._taken))
             and list(map(len, self._attributes)) == self._counts
             and list(map(type, self._modules)) == self._types
             and list(map(list, self._children)) == self._order
