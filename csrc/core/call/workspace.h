@@ -236,8 +236,7 @@ struct Workspace {
         keeps_gradients || call.lr.per_element || !call.optimizer.is_plain();
     const bool copy_input = !reads_rows_in_place<X>(network, parameters.narrow);
     bool own_starts = false;
-    for (int t = 0; t < network.tensor_count; ++t)
-      own_starts = own_starts || call.has_own_start(t);
+    for (int t = 0; t < network.tensor_count; ++t) own_starts = own_starts || call.has_own_start(t);
     const std::size_t states = call.optimizer.states() * parameters.size;
     const std::size_t each_step = keeps_gradients ? call.steps : 1;
     support_tape.lay_out<X>(network, step_rows, true, second);
