@@ -284,6 +284,7 @@ class Driver {
       memset(totals.gradient + totals.clear, 0, sizeof(Real) * layout().scalars(first));
     }
     if (lr_sums() > 0) memset(totals.lr_gradient, 0, sizeof(Real) * workspace_.lr_scalars(call_));
+    const StopScope stop(call_.stop);
     InnerLoop<X> loop(call_, workspace_, shared_, Memory{memory});
     const std::int64_t interleaved = needs_.interleaved;
     const std::int64_t run = chunk / interleaved * needs_.items_in_chunk;

@@ -13,6 +13,8 @@
 
 #include "simd.h"
 
+#include "../core/call/tasks.h"
+
 PYMETA_KERNEL_BEGIN
 
 struct Segment {
@@ -172,12 +174,44 @@ void panel(const Product& p, int column, const Epilogue& epilogue) {
   for (int t = taller; t < tiles; ++t, row += base) regular(p, row, column, epilogue);
 }
 
+// What a thread's long products ask between their panels; what they leave when they are stopped is nobody's.
+inline const StopRequest*& stop_of_this_thread() {
+  static thread_local const StopRequest* stop = nullptr;
+  return stop;
+}
+class StopScope {
+ public:
+  explicit StopScope(const StopRequest* stop) : before_(stop_of_this_thread()) {
+    stop_of_this_thread() = stop;
+  }
+  ~StopScope() { stop_of_this_thread() = before_; }
+  StopScope(const StopScope&) = delete;
+  StopScope& operator=(const StopScope&) = delete;
+
+ private:
+  const StopRequest* const before_;
+};
+inline bool is_stopped() {
+  const StopRequest* const stop = stop_of_this_thread();
+  return stop && stop->requested(stop->context);
+}
+
+// So many multiply-adds of vectors, about half a millisecond, are long.
+inline bool is_long(const Product& p, int columns) {
+  constexpr double long_product = 1 << 20;
+  double depth = 0;
+  for (int s = 0; s < p.segment_count; ++s) depth += p.segments[s].depth;
+  return depth * p.rows * columns > long_product;
+}
+
 template <class Access>
 void all_panels(const Product& p, const Epilogue& epilogue) {
+  const bool asks = is_long(p, Access::kMaxColumns);
   const int panels = (p.columns + Access::kMaxColumns - 1) / Access::kMaxColumns;
   const int base = p.columns / panels, wider = p.columns % panels;
   int column = 0;
   for (int i = 0; i < panels; ++i) {
+    if (asks && is_stopped()) return;
     const int width = base + (i < wider);
     switch (width) {
       case 1:
@@ -212,8 +246,10 @@ void multiply(const Product& p, const Epilogue& epilogue) {
     if (p.rows * depth * kVectorBytes > fits) {
       constexpr int height = max_tile_rows(Access::kMaxColumns);
       const int bands = (p.rows + height - 1) / height;
+      const bool asks = is_long(p, p.columns);
       Product band = p;
       for (int i = 0; i < bands; ++i) {
+        if (asks && is_stopped()) return;
         band.rows = p.rows / bands + (i < p.rows % bands);
         all_panels<Access>(band, epilogue);
         band.first_row += band.rows;

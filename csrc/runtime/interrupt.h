@@ -1,6 +1,6 @@
 // How a long call is ended early: its calling thread asks now and then whether it is to end, all others look at a flag.
 //
-// The kernels ask between tasks, steps and layers (Call::is_stopped), which costs a few nanoseconds; the question itself
+// The kernels ask between tasks, steps, layers and the panels of long products (Call::is_stopped), which costs a few nanoseconds; the question itself
 // (for Python: has a signal come?) is put every kInterval.
 #pragma once
 

@@ -269,6 +269,37 @@ void check_longest_first(const std::string& executor) {
   CHECK(rows_in_turn.front() > rows_in_turn.back(), executor + ": the longest chunk is not first");
 }
 
+// A call of few long products asks while they run whether it is to end.
+template <class Real>
+void check_long_products_ask(const std::string& executor) {
+  Setup setup;
+  setup.chain = Chain().linear(40, 640).act(ActivationKind::relu).linear(640, 640);
+  setup.tasks = 1, setup.support = 1200, setup.query = 2, setup.steps = 1;
+  setup.input_gradients = false;
+  set_executor(executor);
+  set_num_threads(1);
+  long asked = 0, in_meta = 0;
+  const StopRequest stop{[](void* context) {
+                           ++*static_cast<long*>(context);
+                           return false;
+                         },
+                         &asked};
+  Problem<Real>(setup, make_data(setup, 1)).results([&](Call<Real>& call) {
+    pymeta::check(call);
+    call.stop = &stop;
+    Plan<Real> plan(call);
+    plan.order();
+    const Aligned memory(plan.needs().bytes(1));
+    asked = 0;
+    plan.run(Team{1, nullptr, run_alone}, memory.data.get());
+    if (call.job == Job::meta) in_meta = asked;
+    call.stop = nullptr;
+  });
+  // Two layers ask two dozen times between their passes; their panels ask more than that.
+  CHECK(in_meta > 60, executor + ": asked " + std::to_string(in_meta) + " times");
+  set_executor("auto");
+}
+
 void test_kernels() {
   for (const std::string& each : isas()) {
     set_isa(each);
@@ -287,7 +318,10 @@ void test_kernels() {
       set_executor("auto");
     }
   }
-  for (const std::string executor : {"rows", "lanes"}) check_longest_first<float>(executor);
+  for (const std::string executor : {"rows", "lanes"}) {
+    check_longest_first<float>(executor);
+    check_long_products_ask<float>(executor);
+  }
   set_executor("auto");
   for (const std::string& each : isas()) {
     set_isa(each);

@@ -84,7 +84,7 @@ struct Minibatches {
   }
 };
 
-// Asked between tasks, steps and layers whether the call is to end early, its results then being nobody's.
+// Asked between tasks, steps, layers and the parts of a long product whether the call is to end early, its results then being nobody's.
 struct StopRequest {
   bool (*requested)(void* context);
   void* context;
