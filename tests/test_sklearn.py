@@ -336,6 +336,18 @@ def test_class_weight():
             assert yes[1] > yes[0] + 0.1
 
 
+def test_balanced_classes_are_those_of_the_rows_that_count():
+    X, y, g = opposites()
+    weights = np.where((y == "no") & (np.arange(len(y)) % 4 > 0), 0.0, 1.0)
+    model = quick(class_weight="balanced", iterations=1)
+    counted = model.fit(X, y, groups=g, sample_weight=weights)._class_weights
+    kept = weights > 0
+    assert np.array_equal(counted, model.fit(X[kept], y[kept], groups=g[kept])._class_weights)
+    assert counted[0] > 1.5 * counted[1]  # "no" is rare among them
+    none_of_no = np.where(y == "no", 0.0, 1.0)
+    assert np.isfinite(model.fit(X, y, groups=g, sample_weight=none_of_no)._class_weights).all()
+
+
 def test_three_classes():
     X, _, g = opposites(groups=9, rows=60)
     y = np.array(["low", "middle", "top"])[(np.digitize(X[:, 0], [-0.5, 0.5]) + g) % 3]

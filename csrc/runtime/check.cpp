@@ -20,7 +20,7 @@ std::string task_row(const char* name, std::int64_t task, std::int64_t row) {
 
 std::string number(double value) {
   char text[32];
-  std::snprintf(text, sizeof text, "%g", value);
+  std::snprintf(text, sizeof text, "%.9g", value);
   return text;
 }
 

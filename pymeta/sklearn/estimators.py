@@ -122,9 +122,16 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
             raise ValueError(f"y: expected two classes or more, got one class, {self.classes_[0]}")
         self._class_weights = None
         if self.class_weight is not None:
-            self._class_weights = compute_class_weight(
-                self.class_weight, classes=self.classes_, y=y
+            # A row of weight 0 is as good as absent here, too. A class that has no other rows
+            # weighs 1: nothing is multiplied by it.
+            weights = self._row_weights(X, y, sample_weight)
+            counted = y if weights is None else y[weights > 0]
+            here = np.isin(self.classes_, counted)
+            found = np.ones(len(self.classes_))
+            found[here] = compute_class_weight(
+                self.class_weight, classes=self.classes_[here], y=counted
             )
+            self._class_weights = found
         self._fit(X, y, groups, sample_weight)
         return self
 

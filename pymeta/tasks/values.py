@@ -78,7 +78,7 @@ def _check_probabilities(s: TaskSet, loss: Loss) -> None:
         row = y.flatten(0, lead - 1)[index]
         value = float(row[(row < 0) | (row > 1)][0])
         raise ValueError(
-            f"{s.names.y}: {s.place(index)}: target {value:g} is not in 0..1; bce_with_logits "
+            f"{s.names.y}: {s.place(index)}: target {value:.9g} is not in 0..1; bce_with_logits "
             f"takes probabilities (labels of -1 and +1: use (y + 1) / 2)"
         )
 
