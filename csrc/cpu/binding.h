@@ -129,6 +129,11 @@ class Binder {
     template <class Body>  // body(place among the bound rows, row of the caller's arrays)
     void visit(int lane, Body body) const {
       const int rows = offered(lane);
+      if (are_consecutive()) {
+        const std::int64_t row = first(lane);
+        for (int r = 0; r < rows; ++r) body(r, row + r);
+        return;
+      }
       int place = 0;
       for (int r = 0; r < rows; ++r) {
         const std::int64_t row = first(lane) + (selection_ ? selection_->rows[lane][r] : r);

@@ -198,8 +198,8 @@ inline bool is_stopped() {
 
 // So many multiply-adds of vectors, about half a millisecond, are long.
 inline bool is_long(const Product& p, int columns) {
-  constexpr double long_product = 1 << 20;
-  double depth = 0;
+  constexpr std::int64_t long_product = 1 << 20;
+  std::int64_t depth = 0;
   for (int s = 0; s < p.segment_count; ++s) depth += p.segments[s].depth;
   return depth * p.rows * columns > long_product;
 }
