@@ -13,7 +13,11 @@
 //     value(loss, rows, block, gradient)        the rows' losses before `scale`; where `gradient` [out, rows] is wanted, the
 //                                               gradient with respect to the outputs, times scale
 //     hessian_product(loss, rows, block, r, product)    the Hessian times r [out, rows], times scale
-// A loss that is a sum over outputs gives `Elementwise` the value, slope and curvature of one element instead.
+//     target_gradient(loss, rows, block, gradient)      the gradient with respect to the targets [out, rows], times scale
+//     target_tangent(loss, rows, block, r, product)     the derivative with respect to the targets of the gradient's product with
+//                                                       r [out, rows], times scale: what reaches them through an inner step
+// of which a loss of labels has the first two, and one that is a sum over outputs gives `Elementwise` the derivatives of one
+// element instead. Those two about targets are called after `value` of the same outputs, as `hessian_product` is.
 // A new loss is one such file, a line in registry.h, its torch form in pymeta/reference (the oracle), and a line in the tests.
 #pragma once
 
@@ -48,7 +52,9 @@ PYMETA_FN inline Real class_factor(const double* weights, int o) {
 // Losses that are sums over outputs of a function of one output y and its target t. Element has
 //   Element(loss, o)                              what it knows of output o
 //   add_value(y, t, sum, slope, probability)      sum + its value; gives its slope, and may keep a probability
-//   curvature(y, t, probability)
+//   curvature(y, t, probability)                  d2 / dy2
+//   target_slope(y, t, probability)               d / dt
+//   mixed(y, t, probability)                      d2 / dy dt
 template <class Element>
 struct Elementwise {
   PYMETA_FN static Vec value(const Loss& loss, const LossRows& s, int b, Real* gradient) {
@@ -71,6 +77,26 @@ struct Elementwise {
       const Vec curvature = element.curvature(
           load(s.outputs + s.at(o, b)), load(s.targets + s.at(o, b)), s.probability + s.at(o, b));
       store(product + s.at(o, b), s.kept(scale * curvature * load(r + s.at(o, b)), b));
+    }
+  }
+  PYMETA_FN static void target_gradient(const Loss& loss, const LossRows& s, int b,
+                                        Real* gradient) {
+    const Vec scale = load(s.scale + b * kWidth);
+    for (int o = 0; o < s.out; ++o) {
+      const Element element(loss, o);
+      const Vec slope = element.target_slope(
+          load(s.outputs + s.at(o, b)), load(s.targets + s.at(o, b)), s.probability + s.at(o, b));
+      store(gradient + s.at(o, b), s.kept(scale * slope, b));
+    }
+  }
+  PYMETA_FN static void target_tangent(const Loss& loss, const LossRows& s, int b, const Real* r,
+                                       Real* product) {
+    const Vec scale = load(s.scale + b * kWidth);
+    for (int o = 0; o < s.out; ++o) {
+      const Element element(loss, o);
+      const Vec mixed = element.mixed(load(s.outputs + s.at(o, b)), load(s.targets + s.at(o, b)),
+                                      s.probability + s.at(o, b));
+      store(product + s.at(o, b), s.kept(scale * mixed * load(r + s.at(o, b)), b));
     }
   }
 };

@@ -1,4 +1,4 @@
-// The squared error, as torch.nn.MSELoss:  (y - t)^2,  slope 2 (y - t),  curvature 2
+// The squared error, as torch.nn.MSELoss:  (y - t)^2,  slope 2 (y - t),  curvature 2;  d/dt 2 (t - y),  d2/dy dt -2
 #pragma once
 
 #include "loss.h"
@@ -26,6 +26,8 @@ struct MseElement {
     return fma(error, error, sum);
   }
   PYMETA_FN Vec curvature(Vec, Vec, const Real*) const { return broadcast(2); }
+  PYMETA_FN Vec target_slope(Vec y, Vec t, const Real*) const { return (t - y) + (t - y); }
+  PYMETA_FN Vec mixed(Vec, Vec, const Real*) const { return broadcast(-2); }
 };
 using Mse = Elementwise<MseElement>;
 

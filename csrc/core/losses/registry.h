@@ -64,6 +64,19 @@ PYMETA_FN void with_loss(const Loss& loss, Visitor visit) {
   }
 }
 
+// Nothing where targets are labels.
+template <class Visitor>
+PYMETA_FN void with_values_loss(const Loss& loss, Visitor visit) {
+  switch (loss.kind) {
+#define PYMETA_CASE(name, rules)                         \
+  case LossKind::name:                                   \
+    if constexpr (!rules##Spec::kLabels) visit(rules{}); \
+    return;
+    PYMETA_LOSSES(PYMETA_CASE)
+#undef PYMETA_CASE
+  }
+}
+
 // row_losses [rows] and, where wanted, gradient [out, rows].
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
@@ -82,6 +95,26 @@ PYMETA_FN PYMETA_NOINLINE void loss_hessian_product(const Loss& loss, const Loss
                                                     const Real* r, Real* product) {
   with_loss(loss, [&](auto rules) {
     X::for_indices(s.blocks, [&](int b) { rules.hessian_product(loss, s, b, r, product); });
+  });
+}
+
+// Of a loss whose targets are no labels, after loss_gradient of the same outputs:
+
+// the gradient with respect to the targets [out, rows],
+template <class X>
+PYMETA_FN PYMETA_NOINLINE void loss_target_gradient(const Loss& loss, const LossRows& s,
+                                                    Real* gradient) {
+  with_values_loss(loss, [&](auto rules) {
+    X::for_indices(s.blocks, [&](int b) { rules.target_gradient(loss, s, b, gradient); });
+  });
+}
+
+// and what reaches them of the gradient's tangent: d2 loss / (d targets d outputs) times r [out, rows].
+template <class X>
+PYMETA_FN PYMETA_NOINLINE void loss_target_tangent(const Loss& loss, const LossRows& s,
+                                                   const Real* r, Real* product) {
+  with_values_loss(loss, [&](auto rules) {
+    X::for_indices(s.blocks, [&](int b) { rules.target_tangent(loss, s, b, r, product); });
   });
 }
 
