@@ -177,6 +177,30 @@ def test_what_cannot_be_set_raises(name, value):
             setattr(learner, name, value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_cannot_be_deleted(kind):
+    make, options = KINDS[kind]
+    learner = make(mlp(2, 4, 1), **options)
+    learner.note = "kept"
+    for name in [*learner._checks, "anchor", "optimizer"]:
+        before = getattr(learner, name)
+        with pytest.raises(AttributeError, match=f"^{name} cannot be deleted: a {make.__name__} "):
+            delattr(learner, name)
+        assert getattr(learner, name) == before
+    del learner.note  # which is nobody's setting
+    with pytest.raises(AttributeError, match="note"):
+        learner.note  # noqa: B018
+
+
+def test_a_learnable_rate_cannot_be_deleted():
+    learner = pymeta.MAML(mlp(2, 4, 2), loss="mse", lr=pymeta.LearnableLR(0.1), steps=1)
+    with pytest.raises(
+        AttributeError, match="lr cannot be deleted: a MAML has no calls without it"
+    ):
+        del learner.lr
+    assert isinstance(learner.lr, torch.nn.Parameter)
+
+
 def test_the_method_adapt_is_not_hidden_by_patterns():
     learner = pymeta.MAML(mlp(2, 4, 2), loss="mse", lr=0.1, steps=1)
     with pytest.raises(AttributeError, match="set adapted_patterns"):

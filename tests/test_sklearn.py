@@ -533,6 +533,19 @@ BAD_GROUPS = {
     ),
     "a complex NaN": (lambda g: np.where(g == 3, complex(np.nan), g), "30 rows have no group"),
     "masked": (lambda g: np.ma.array(g, mask=g == 3), r"30 rows have no group \(masked\)"),
+    "columns": (
+        lambda g: np.stack([g, g], 1),
+        r"one label .* shape \[\d+, 2\]; to group by several",
+    ),
+    "tuples": (lambda g: [(i, "a") for i in g], r"shape \[\d+, 2\]; .*join them into one label"),
+    "tuples in an array": (
+        lambda g: np.array([*((i, "a") for i in g), None], dtype=object)[:-1],
+        r"got the tuple \(.*, 'a'\); .*join them into one label",
+    ),
+    "a structured array": (
+        lambda g: np.array([(i, 2.0) for i in g], dtype=[("a", int), ("b", float)]),
+        r"got the tuple \(.*, 2.0\); .*join them into one label",
+    ),
     "a set": (lambda g: set(range(len(g))), "got the set"),
     "a dictionary": (lambda g: dict.fromkeys(range(len(g))), "got the dict"),
     "NaT": (

@@ -207,6 +207,45 @@ def test_batch_norm_needs_two_rows_that_count():
 
 
 @pytest.mark.parametrize("path", PATHS, ids="-".join)
+@pytest.mark.parametrize("by_label", [False, True], ids=["weight", "label"])
+def test_one_row_that_does_not_count_is_no_row_under_batch_norm(path, by_label):
+    """Of tasks with one row each: nothing to adapt to, and a query loss of 0."""
+    loss = "cross_entropy" if by_label else "mse"
+    x, y, weights = (v[:, LEFT_OUT[:1]] for v in rows(loss, 11, by_label=by_label))
+    kept = [v[:, KEPT].contiguous() for v in rows(loss, 12, by_label=by_label)]
+    module = pymeta.MAML(network(True), loss=make_loss(loss), lr=0.1, steps=2, backend="native")
+    with using(*path):
+        got = module(x, y, *kept[:2], support_weights=weights)
+        start = module(*kept[:2], *kept[:2], steps=0)
+        assert same_bits(got.task_losses, start.task_losses)
+        nothing = module(*kept[:2], x, y, query_weights=weights)
+        assert nothing.task_losses.tolist() == [0.0] * TASKS
+        if by_label:
+            y = torch.zeros_like(y)
+        else:
+            weights = torch.ones_like(weights)
+        with pytest.raises(ValueError, match="xs: task 0 has one row, "):
+            module(x.nan_to_num(), y, *kept[:2], support_weights=weights)
+
+
+@pytest.mark.parametrize("by_label", [False, True], ids=["weight", "label"])
+def test_one_of_several_rows_that_counts_makes_nan_on_a_device(by_label):
+    """Values are not looked at before: what the CPU refuses is no loss there."""
+    loss = "cross_entropy" if by_label else "mse"
+    x, y, weights = (v[:, KEPT].contiguous() for v in rows(loss, 13, by_label=by_label))
+    if by_label:
+        y[3, 1:] = IGNORED
+    else:
+        weights[3, 1:] = 0.0
+    module = pymeta.MAML(network(True), loss=make_loss(loss), lr=0.1, steps=2, backend="native")
+    with using(*next(p for p in PATHS if p[1] == "emulated")):
+        losses = module(x, y, x, y, query_weights=weights).task_losses
+        assert losses.isnan().tolist() == [False, False, False, True, False]
+        losses = module(x, y, x, y, support_weights=weights).task_losses
+        assert losses.isnan().tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("path", PATHS, ids="-".join)
 def test_targets_of_bce_are_probabilities(path):
     x, y, _ = rows("mse", 10)
     x, y = x.nan_to_num(0.5, 0.5, 0.5), y.nan_to_num(0.5).clamp(0.0, 1.0)

@@ -27,10 +27,11 @@ void parallel(const Team& team, std::int64_t count, Body body) {
 template <class X>
 class Driver {
  public:
-  // `like`, where given: the needs of another executor whose order of sums is kept (Needs::interleaved).
-  Driver(const Call<Real>& call, const Needs* like)
-      : call_(call), workspace_(call), binder_(call), needs_(lay_out(like)) {}
+  explicit Driver(const Call<Real>& call)
+      : call_(call), workspace_(call), binder_(call), needs_(lay_out(nullptr)) {}
 
+  // Sums are added in the order of another executor from now on, whose needs these are (Needs::interleaved).
+  void keep_order(const Needs& like) { needs_ = lay_out(&like); }
   const Needs& needs() const { return needs_; }
 
   void run(const Team& team, char* memory) {
@@ -469,7 +470,7 @@ class Driver {
   const Call<Real>& call_;
   const Workspace<X> workspace_;
   const Binder<X> binder_;
-  const Needs needs_;
+  Needs needs_;
   Shared shared_{};
   Real* sums_ = nullptr;  // [chunks, sums_size]
   Real* workspaces_ = nullptr;

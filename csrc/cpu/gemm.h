@@ -32,6 +32,12 @@ struct Product {
   const Real* init = nullptr;  // vector (m, n) at init + m * init_row + n * kWidth, or null: zero
   long init_row = 0;
   int first_row = 0;
+
+  std::int64_t depth() const {  // of all segments
+    std::int64_t sum = 0;
+    for (int s = 0; s < segment_count; ++s) sum += segments[s].depth;
+    return sum;
+  }
 };
 
 struct Broadcast {
@@ -174,7 +180,7 @@ void panel(const Product& p, int column, const Epilogue& epilogue) {
   for (int t = taller; t < tiles; ++t, row += base) regular(p, row, column, epilogue);
 }
 
-// What a thread's long products ask between their panels; what they leave when they are stopped is nobody's.
+// What a thread's long products ask between their bands and panels, once at each place; what they leave when they are stopped is nobody's.
 inline const StopRequest*& stop_of_this_thread() {
   static thread_local const StopRequest* stop = nullptr;
   return stop;
@@ -191,17 +197,12 @@ class StopScope {
  private:
   const StopRequest* const before_;
 };
-inline bool is_stopped() {
-  const StopRequest* const stop = stop_of_this_thread();
-  return stop && stop->requested(stop->context);
-}
+inline bool is_stopped() { return StopRequest::is_made(stop_of_this_thread()); }
 
 // So many multiply-adds of vectors, about half a millisecond, are long.
 inline bool is_long(const Product& p, int columns) {
   constexpr std::int64_t long_product = 1 << 20;
-  std::int64_t depth = 0;
-  for (int s = 0; s < p.segment_count; ++s) depth += p.segments[s].depth;
-  return depth * p.rows * columns > long_product;
+  return p.depth() * p.rows * columns > long_product;
 }
 
 template <class Access>
@@ -211,7 +212,7 @@ void all_panels(const Product& p, const Epilogue& epilogue) {
   const int base = p.columns / panels, wider = p.columns % panels;
   int column = 0;
   for (int i = 0; i < panels; ++i) {
-    if (asks && is_stopped()) return;
+    if (asks && i > 0 && is_stopped()) return;
     const int width = base + (i < wider);
     switch (width) {
       case 1:
@@ -240,16 +241,14 @@ template <class Access>
 void multiply(const Product& p, const Epilogue& epilogue) {
   if (p.rows <= 0 || p.columns <= 0) return;
   if constexpr (Access::kElement > 1) {
-    constexpr long fits = 28 << 10;
-    long depth = 0;
-    for (int s = 0; s < p.segment_count; ++s) depth += p.segments[s].depth;
-    if (p.rows * depth * kVectorBytes > fits) {
+    constexpr std::int64_t fits = 28 << 10;
+    if (p.rows * p.depth() * kVectorBytes > fits) {
       constexpr int height = max_tile_rows(Access::kMaxColumns);
       const int bands = (p.rows + height - 1) / height;
       const bool asks = is_long(p, p.columns);
       Product band = p;
       for (int i = 0; i < bands; ++i) {
-        if (asks && is_stopped()) return;
+        if (asks && i > 0 && is_stopped()) return;
         band.rows = p.rows / bands + (i < p.rows % bands);
         all_panels<Access>(band, epilogue);
         band.first_row += band.rows;

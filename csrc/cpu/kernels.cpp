@@ -8,8 +8,6 @@
 
 #include <new>
 
-#include "driver.h"
-
 // EXECUTOR(name, class): a new one has its include and its line here. The first is the one for a single task.
 #define PYMETA_EXECUTORS(EXECUTOR) \
   EXECUTOR(rows, RowsExecutor)     \
@@ -18,8 +16,14 @@
 PYMETA_KERNEL_BEGIN
 
 template <class X>
-const Needs* plan(const Call<Real>& call, const Needs* like, void* plan) {
-  return &(new (plan) Driver<X>(call, like))->needs();
+const Needs* plan(const Call<Real>& call, void* plan) {
+  return &(new (plan) Driver<X>(call))->needs();
+}
+template <class X>
+const Needs* keep_order(void* plan, const Needs& like) {
+  Driver<X>& driver = *static_cast<Driver<X>*>(plan);
+  driver.keep_order(like);
+  return &driver.needs();
 }
 template <class X>
 void run(void* plan, const Team& team, char* memory) {
@@ -31,7 +35,7 @@ void pack(const void* plan, Real* start) {
 }
 
 constexpr ExecutorTable<Real> kExecutors[] = {
-#define PYMETA_ENTRY(name, X) {#name, sizeof(Driver<X>), plan<X>, run<X>, pack<X>},
+#define PYMETA_ENTRY(name, X) {#name, sizeof(Driver<X>), plan<X>, keep_order<X>, run<X>, pack<X>},
     PYMETA_EXECUTORS(PYMETA_ENTRY)
 #undef PYMETA_ENTRY
 };

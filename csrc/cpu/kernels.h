@@ -46,8 +46,9 @@ template <class Real>
 struct ExecutorTable {
   const char* name;
   std::size_t plan_bytes;
-  // `like` (or null): needs of another executor, whose order of sums is kept.
-  const Needs* (*plan)(const Call<Real>&, const Needs* like, void* plan);
+  const Needs* (*plan)(const Call<Real>&, void* plan);
+  // The needs where the order of sums is that of another executor: `like` are that one's.
+  const Needs* (*keep_order)(void* plan, const Needs& like);
   void (*run)(void* plan, const Team&, char* memory);
   // Writes Needs::start bytes: the start for Call::packed_start of calls that differ in their rows only.
   void (*pack)(const void* plan, Real* start);

@@ -42,6 +42,8 @@ class TaskBinder {
       result.targets = memory_.at(places.targets);
       result.scale = memory_.at(places.scale);
       bind_targets(set, rows, places);
+      // One row that counts is no set to normalise by. In a minibatch it is taken as it is.
+      if (!chosen && count == 1 && mixes_rows(*call_.network)) spoil(memory_.at(places.scale));
     }
     return result;
   }
@@ -92,6 +94,11 @@ class TaskBinder {
     const BoundRows rows{set.start(task_), offered};
     Block::for_indices(offered.count,
                        [&](int r) { counting[r] = Real(call_.weighs(set, rows.row(r)) ? 1 : 0); });
+  }
+
+  // scale [1]: the loss is NaN, and all that depends on it.
+  PYMETA_FN static void spoil(Real* scale) {
+    Block::for_indices(1, [&](int r) { scale[r] = Real(NAN); });
   }
 
   // A row's share of the mean is its weight over the sum of what the rows count.

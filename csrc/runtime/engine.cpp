@@ -99,7 +99,7 @@ Engine<Real>::Block::Block(const Engine& engine)
 template <class Real>
 const Needs& Engine<Real>::Block::plan(const Engine& engine) {
   planned_ = false;
-  needs_ = *engine.executor_->plan(call, nullptr, plan_at());
+  needs_ = *engine.executor_->plan(call, plan_at());
   planned_ = true;
   rows_ = call.max_support;
   query_rows_ = call.max_query;

@@ -80,7 +80,7 @@ Plan<Real>::Plan(Call<Real>& call) : call_(call) {
   const Kernels<Real>& table =
       kernels<Real>();  // once: another thread may choose another meanwhile
   const int chosen = chosen_executor();
-  Candidate best = chosen >= 0 ? planned(table.executors[chosen], nullptr) : cheapest(table);
+  Candidate best = chosen >= 0 ? planned(table.executors[chosen]) : cheapest(table);
   const bool small = best.needs->cost < kSmallWork;
   const int threads = small ? 1 : num_threads();
   const std::int64_t most_chunks = std::min<std::int64_t>(threads, call.tasks);
@@ -101,25 +101,28 @@ Plan<Real>::~Plan() {
   }
 }
 
+// Laid out when it is first asked for.
 template <class Real>
-typename Plan<Real>::Candidate Plan<Real>::planned(const ExecutorTable<Real>& executor,
-                                                   const Needs* like) {
+typename Plan<Real>::Candidate Plan<Real>::planned(const ExecutorTable<Real>& executor) {
+  for (int i = 0; i < planned_count_; ++i)
+    if (planned_[i].executor == &executor) return planned_[i];
   if (planned_count_ == kMostPlans) throw std::length_error("more plans than a call weighs");
   PlanMemory& memory = storage_[planned_count_++];
   memory = take_plan_memory(executor.plan_bytes + 64);
   const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(memory.data.get());
   Candidate candidate{&executor, nullptr, memory.data.get() + (64 - at % 64)};
-  candidate.needs = executor.plan(call_, like, candidate.plan);
+  candidate.needs = executor.plan(call_, candidate.plan);
+  planned_[planned_count_ - 1] = candidate;
   return candidate;
 }
 
 template <class Real>
 typename Plan<Real>::Candidate Plan<Real>::cheapest(const Kernels<Real>& table) {
-  Candidate best = planned(table.executors[0], nullptr);
+  Candidate best = planned(table.executors[0]);
   for (int i = 1; i < table.executor_count; ++i) {
     // A factored task's bits must not depend on how many tasks come with it.
     if (call_.tasks <= 1 || best.needs->factored) break;
-    const Candidate other = planned(table.executors[i], nullptr);
+    const Candidate other = planned(table.executors[i]);
     if (other.needs->cost < best.needs->cost) best = other;
   }
   return best;
@@ -133,13 +136,14 @@ typename Plan<Real>::Candidate Plan<Real>::quickest(const Kernels<Real>& table,
   // The gradient of a rate that many elements share is summed over them in an order of the executor's own.
   if (cheapest.needs->factored || (has_sums && call_.lr_gradient && !call_.lr.per_element))
     return cheapest;
+  if (has_sums && cheapest.needs->tasks_in_item == 1) return cheapest;
   Candidate best = cheapest;
   for (int i = 0; i < table.executor_count; ++i) {
     const ExecutorTable<Real>& executor = table.executors[i];
     if (&executor == cheapest.executor) continue;
-    const Candidate own = planned(executor, nullptr);
-    if (has_sums && (own.needs->tasks_in_item > 1 || cheapest.needs->tasks_in_item == 1)) continue;
-    const Candidate other = has_sums ? planned(executor, cheapest.needs) : own;
+    Candidate other = planned(executor);
+    if (has_sums && other.needs->tasks_in_item > 1) continue;
+    if (has_sums) other.needs = executor.keep_order(other.plan, *cheapest.needs);
     if (other.needs->sums * other.needs->chunks > kMostSums) continue;
     if (time_of(*other.needs, threads) < time_of(*best.needs, threads)) best = other;
   }

@@ -39,13 +39,14 @@ class Plan {
     const Needs* needs = nullptr;
     void* plan = nullptr;
   };
-  Candidate planned(const ExecutorTable<Real>& executor, const Needs* like);
+  Candidate planned(const ExecutorTable<Real>& executor);
   Candidate cheapest(const Kernels<Real>& kernels);
   Candidate quickest(const Kernels<Real>& kernels, const Candidate& cheapest, int threads);
 
   Call<Real>& call_;
-  static constexpr int kMostPlans = 16;  // that are weighed
+  static constexpr int kMostPlans = 16;  // that are weighed: one of each executor
   PlanMemory storage_[kMostPlans];
+  Candidate planned_[kMostPlans];
   int planned_count_ = 0;
   const ExecutorTable<Real>* executor_;
   const Needs* needs_;

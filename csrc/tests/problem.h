@@ -478,7 +478,7 @@ Runner<Real> on_dirty_memory(const std::string& name) {
     pymeta::check(call);
     const ExecutorTable<Real>& executor = executor_named<Real>(name);
     const Aligned plan(executor.plan_bytes);
-    const Needs& needs = *executor.plan(call, nullptr, plan.data.get());
+    const Needs& needs = *executor.plan(call, plan.data.get());
     const Aligned memory(needs.bytes(1));
     executor.run(plan.data.get(), Team{1, nullptr, run_alone}, memory.data.get());
   };

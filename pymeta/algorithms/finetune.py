@@ -28,14 +28,9 @@ from pymeta.algorithms.held_out import (
     table_of,
     weighted,
 )
-from pymeta.algorithms.learner import (
-    Checks,
-    Learner,
-    Weights,
-    check_minibatches,
-    check_patterns,
-)
+from pymeta.algorithms.learner import Learner, Weights, check_minibatches
 from pymeta.algorithms.progress import Bar, check_progress
+from pymeta.algorithms.settings import Checks, check_patterns, checks_of
 from pymeta.algorithms.starts import Start, own_start
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
@@ -46,7 +41,7 @@ from pymeta.spec.inner import Adaptation
 from pymeta.spec.losses import Loss
 from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer, check_number
-from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
+from pymeta.spec.schedule import Schedule, check_count
 from pymeta.tasks.checks import Expected, Names
 from pymeta.tasks.task_set import Rows, Sizes, TaskSet, check_same_tasks, check_task_ids, task_set
 from pymeta.tasks.values import check_values, counts_that_count
@@ -123,18 +118,17 @@ class FineTune(Learner):
             where the native core cannot run the model (the message says why).
     """
 
-    _checks: ClassVar[Checks] = {
-        **Learner._checks,
-        "adapted_patterns": lambda self, value: _check_no_patterns(value),
-        "epochs": lambda self, value: check_count("epochs", value),
-        "batch_size": lambda self, value: check_batch_size(value),
-        "freeze": lambda self, value: check_patterns("freeze", value),
-        "class_weights": lambda self, value: check_class_weights(value, self.loss),
-        "validation": lambda self, value: _check_fraction(value),
-        "validation_rows": lambda self, value: _check_validation_rows(value),
-        "patience": lambda self, v: None if v is None else check_count("patience", v, 1),
-        "seed": lambda self, value: check_count("seed", value, most=LARGEST_SEED),
-    }
+    _checks: ClassVar[Checks] = checks_of(
+        "epochs",
+        "batch_size",
+        "seed",
+        adapted_patterns=lambda self, value: _check_no_patterns(value),
+        freeze=lambda self, value: check_patterns("freeze", value),
+        class_weights=lambda self, value: check_class_weights(value, self.loss),
+        validation=lambda self, value: _check_fraction(value),
+        validation_rows=lambda self, value: _check_validation_rows(value),
+        patience=lambda self, v: None if v is None else check_count("patience", v, 1),
+    )
     _of_the_plan: ClassVar[frozenset[str]] = Learner._of_the_plan | {"freeze"}
 
     def __init__(

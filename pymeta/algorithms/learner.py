@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import native, reference
+from pymeta.algorithms.settings import Checks, checks_of, one_optimizer
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.models.adapted import Adapted
 from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation, InnerLoop
-from pymeta.spec.losses import Loss, describe_loss
+from pymeta.spec.losses import Loss
 from pymeta.spec.modules import check_statistics, one_at_a_time
 from pymeta.spec.network import Description
-from pymeta.spec.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
+from pymeta.spec.optimizers import SGD, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import Schedule
+from pymeta.spec.transforms import LACKS, in_transform
 from pymeta.tasks.checks import Expected
 from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, TaskSet, check_task_ids, task_set
 from pymeta.tasks.values import check_values
@@ -36,46 +38,6 @@ if TYPE_CHECKING:
     from pymeta.models.adapter import Adapter
 
 Weights: TypeAlias = Rows | None
-Checks: TypeAlias = Mapping[str, Callable[[Any, Any], Any]]
-
-
-def _check_model(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _one_optimizer(lr: Any, optimizer: Any, learnable: bool) -> Optimizer:
-    """The inner optimiser given by exactly one of `lr` and `optimizer`."""
-    if (lr is None) == (optimizer is None):
-        both = "neither" if lr is None else "both"
-        raise ValueError(f"lr, optimizer: expected exactly one of them, got {both}")
-    if optimizer is None:
-        optimizer = SGD(lr if isinstance(lr, LearnableLR) else check_lr("lr", lr))
-    elif not isinstance(optimizer, (SGD, Adam)):
-        raise TypeError(
-            f"optimizer: expected pymeta.SGD or pymeta.Adam, got {type(optimizer).__name__}"
-        )
-    if isinstance(optimizer.lr, LearnableLR) and not learnable:
-        name = "lr" if lr is not None else "optimizer.lr"
-        raise TypeError(f"{name}: expected a number, got a LearnableLR, which only MAML can learn")
-    kept: Optimizer = optimizer
-    return kept
-
-
-def check_patterns(name: str, patterns: Any) -> tuple[str, ...] | None:
-    """Patterns for fnmatch as a tuple; TypeError unless they are a list of strings or None."""
-    if patterns is None:
-        return None
-    if (
-        isinstance(patterns, str)
-        or not isinstance(patterns, Sequence)
-        or not all(isinstance(p, str) for p in patterns)
-    ):
-        raise TypeError(
-            f"{name}: expected a list of patterns such as ['4.*'], got {type(patterns).__name__}"
-        )
-    return tuple(patterns)
 
 
 def check_minibatches(plan: Plan, counts: Sequence[int] | TaskSet, schedule: Schedule) -> None:
@@ -145,13 +107,7 @@ class Learner(nn.Module, ABC):
     """
 
     # what a setting has to be: name -> (learner, value) -> what is kept
-    _checks: ClassVar[Checks] = {
-        "model": lambda self, value: _check_model(value),
-        "loss": lambda self, value: describe_loss(value),
-        "lr": lambda self, value: self._checked_lr(value),
-        "adapted_patterns": lambda self, value: check_patterns("adapt", value),
-        "backend": lambda self, value: native.backend(value),
-    }
+    _checks: ClassVar[Checks] = checks_of()
     # what the constructor takes and a learner keeps
     _fixed: ClassVar[Mapping[str, str]] = {
         "adapt": "it is the method that adapts; set adapted_patterns",
@@ -191,7 +147,7 @@ class Learner(nn.Module, ABC):
         self.adapted_patterns = adapt
         self.backend = backend
         self._anchor = anchor
-        self._rule = _one_optimizer(lr, optimizer, learns_lr)
+        self._rule = one_optimizer(lr, optimizer, learns_lr)
         rate = self._rule.lr
         self._per = rate.per if isinstance(rate, LearnableLR) else "network"
         if not isinstance(rate, LearnableLR):
@@ -208,6 +164,14 @@ class Learner(nn.Module, ABC):
         if name in self._of_the_plan:
             self._plan = None
             self._forget()
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute that is no setting."""
+        if name in self._checks or name in self._fixed:
+            raise AttributeError(
+                f"{name} cannot be deleted: a {type(self).__name__} has no calls without it"
+            )
+        super().__delattr__(name)
 
     def _checked_lr(self, value: Any) -> Any:
         """A new step size: a number, or where it is learnable a parameter of the same shape."""
@@ -336,6 +300,8 @@ class Learner(nn.Module, ABC):
         """Why this call runs in torch; None where the native core does it."""
         if self.backend == "torch":
             return 'backend="torch" was asked for'
+        if in_transform():
+            return LACKS
         return plan.reason or next((s.reason for s in sets if s.reason is not None), None)
 
     def _to_torch(self, plan: Plan, reason: str, frames: int, *sets: TaskSet) -> Expected:
@@ -411,7 +377,7 @@ class Learner(nn.Module, ABC):
                 f"model: a learnable lr was made for the adapted parameters "
                 f"{', '.join(self._learns)}, but now they are {', '.join(plan.adapted)}"
             )
-        self._plan = plan
+        self._plan = None if in_transform() else plan  # which would hold tensors of it
         return plan, plan.parameters
 
     def _made_plan(self) -> Plan:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import native, reference
-from pymeta.algorithms.learner import Checks, Learner, NativeCall, Weights
+from pymeta.algorithms.learner import Learner, NativeCall, Weights
+from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend.inputs import has_tangents, in_forward_mode
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
@@ -67,11 +68,7 @@ class MAML(Learner):
             where the native core cannot run the model (the message says why).
     """
 
-    _checks: ClassVar[Checks] = {
-        **Learner._checks,
-        "steps": lambda self, value: check_count("steps", value),
-        "first_order": lambda self, value: _check_flag("first_order", value),
-    }
+    _checks: ClassVar[Checks] = checks_of("steps", "first_order")
 
     def __init__(
         self,
@@ -291,12 +288,6 @@ class MAML(Learner):
         restore: Callable[[dict[str, Any]], None] = super().__setstate__
         restore(state)
         self._handle = _register(self)
-
-
-def _check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-    return value
 
 
 def _register(maml: MAML) -> str:

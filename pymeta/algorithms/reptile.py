@@ -19,18 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import reference
-from pymeta.algorithms.learner import (
-    Checks,
-    Learner,
-    NativeCall,
-    Weights,
-    check_minibatches,
-)
+from pymeta.algorithms.learner import Learner, NativeCall, Weights, check_minibatches
+from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.models.adapted import Adapted
 from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer
-from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_batch_size, check_count
+from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_count
+from pymeta.spec.transforms import in_transform
 from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, check_task_ids, task_set
 
 _OF_ADAPT = 2**62  # the stream of all calls that are no training
@@ -78,12 +74,7 @@ class Reptile(Learner):
             where the native core cannot run the model (the message says why).
     """
 
-    _checks: ClassVar[Checks] = {
-        **Learner._checks,
-        "steps": lambda self, value: check_count("steps", value),
-        "batch_size": lambda self, value: check_batch_size(value),
-        "seed": lambda self, value: check_count("seed", value, most=LARGEST_SEED),
-    }
+    _checks: ClassVar[Checks] = checks_of("steps", "batch_size", "seed")
 
     def __init__(
         self,
@@ -154,6 +145,11 @@ class Reptile(Learner):
             self._last = NativeCall("reptile", schedule, support.tasks, support.rows)
             outcome = native_adapt.reptile(plan, parameters, inner.lr, inner, support, ids)
         else:
+            if in_transform():
+                raise RuntimeError(
+                    "Reptile's gradient is set to theta - mean of theta_t, which a transform of "
+                    "torch.func (grad, vmap, ...) cannot derive: use out.loss.backward()"
+                )
             self._to_torch(plan, reason, 5, support)
             named = dict(zip(plan.names, parameters, strict=True))
             numbers = None if ids is None else ids.tolist()

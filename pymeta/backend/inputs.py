@@ -55,7 +55,7 @@ def ready(plan: Plan, s: TaskSet) -> TaskSet:
     if native.checking_values and not device.capturing():
         check_values(s, plan.expected)
     else:
-        check_sizes(s, plan.expected)
+        check_sizes(s, plan.expected, waits=not device.capturing())
     if s.sizes is not None:
         parts = [s.sizes] if s.starts is None else [s.sizes, s.starts]
         sizes, *starts = device.upload(f"sizes of the tasks of {s.names.x}", torch.stack(parts))

@@ -26,6 +26,7 @@ from pymeta.backend.gradients import Gradients, Layout, Lease, Wanted, with_grap
 from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
 from pymeta.backend.plan import Plan
 from pymeta.spec.once import NATIVE
+from pymeta.spec.transforms import in_transform
 from pymeta.spec.watch import forms, forms_there
 from pymeta.tasks.task_set import TaskSet
 
@@ -212,6 +213,7 @@ class PreparedCall:
             and _settings(owner) == self._settings
             and self._is_there()
             and forward_ad._current_level < 0
+            and not in_transform()
             and (device is None or self._may_be_made_there(device))
         ):
             return None

@@ -27,6 +27,7 @@ from pymeta.spec.history import History
 from pymeta.spec.losses import describe_loss
 from pymeta.spec.modules import drop_running_statistics, one_at_a_time
 from pymeta.spec.network import Description
+from pymeta.spec.transforms import in_transform
 from pymeta.tasks.checks import Names
 from pymeta.tasks.task_set import QUERY, Rows, Sizes, TaskSet, dense, task_set
 from pymeta.tasks.values import check_values
@@ -279,7 +280,7 @@ class Adapted(Stacked[Tensor]):
             raise ValueError(
                 f"xq: expected {self._tasks} tasks, one for each model, got {query.tasks}"
             )
-        if self._native and plan.reason is None and query.reason is None:
+        if self._native and not (plan.reason or query.reason or in_transform()):
             return shaped(native_adapt.predict(plan, self._stacked, self._shared, query), query)
         check_values(query, plan.expected)
         if query.tasks == 0:

@@ -30,7 +30,7 @@ def _as_array(groups: Any) -> Array:
             f"{str(groups)[:60]!r}"
         )
     labels = list(groups)
-    if any(np.ndim(label) for label in labels):  # a table, for its shape to be refused
+    if any(np.ndim(label) for label in labels):  # a table, for its shape to be looked at
         return np.asarray(labels, dtype=object)
     objects = np.empty(len(labels), dtype=object)
     objects[:] = labels
@@ -45,11 +45,31 @@ def _of_one_kind(labels: Array) -> Array:
     return np.asarray(labels.tolist()) if kinds else labels
 
 
+def _refuse_tables(labels: Array) -> None:
+    """ValueError where rows have several labels: columns, tuples, lists."""
+    cure = (
+        "to group by several columns, join them into one label, as in "
+        '[f"{a}|{b}" for a, b in groups]'
+    )
+    if labels.ndim > 1:
+        raise ValueError(
+            f"groups: expected one label for each row of X, got shape {list(labels.shape)}; {cure}"
+        )
+    # of a structured array, of pandas' MultiIndex
+    several = next((g for g in labels.tolist() if np.ndim(g)), None) if labels.ndim else None
+    if several is not None:
+        raise ValueError(
+            f"groups: expected one label for each row of X, got the {type(several).__name__} "
+            f"{str(several)[:60]}; {cure}"
+        )
+
+
 def labels_of(groups: Any, X: Any) -> Array:
     """`groups` as an array [rows] of comparable labels; missing ones are refused."""
     labels = _as_array(groups)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
+    _refuse_tables(labels)
     if labels.shape != (len(X),):
         raise ValueError(
             f"groups: expected a label for each row of X, shape [{len(X)}], "

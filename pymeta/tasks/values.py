@@ -6,8 +6,6 @@ decided before a call.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -92,9 +90,11 @@ def counts_that_count(s: TaskSet, loss: Loss) -> list[int]:
     return [int(part.sum()) for part in parts]
 
 
-def _check_single_rows(s: TaskSet, loss: Loss) -> None:
-    """Raise where one row alone would be normalised."""
+def _check_single_rows(s: TaskSet, loss: Loss, of_single_rows: bool = False) -> None:
+    """Raise where one row alone would be normalised; perhaps only of the tasks with one row."""
     counts = counts_that_count(s, loss)
+    if of_single_rows:
+        counts = [count if rows == 1 else 0 for count, rows in zip(counts, s.counts, strict=True)]
     if 1 in counts:
         task = counts.index(1)
         that_counts = " that counts" if s.counts[task] > 1 else ""
@@ -128,15 +128,21 @@ def _check_range(s: TaskSet) -> None:
             )
 
 
-def check_sizes(s: TaskSet, expected: Expected) -> None:
-    """The checks that read sizes alone, which are on the CPU wherever the data are.
+def check_sizes(s: TaskSet, expected: Expected, waits: bool = True) -> None:
+    """The checks that read sizes, which are on the CPU wherever the data are.
+
+    Values are read only where a task has a single row under BatchNorm which perhaps does not
+    count; not without `waits`, where nobody may wait for the data.
 
     Raises:
-        ValueError: a size is out of range, or there is one row under BatchNorm.
+        ValueError: a size is out of range, or there is one row that counts under BatchNorm.
     """
     _check_range(s)
-    if expected.batch_norm and (1 in s.counts if s.sizes is not None else s.rows == 1 and s.tasks):
-        _check_single_rows(replace(s, y=None), expected.loss)
+    single = 1 in s.counts if s.sizes is not None else s.rows == 1 and s.tasks
+    if not expected.batch_norm or not single:
+        return
+    if s.y is None or waits or (s.weights is None and not expected.loss.takes_classes):
+        _check_single_rows(s, expected.loss, of_single_rows=True)
 
 
 def check_values(s: TaskSet, expected: Expected) -> None:

@@ -88,6 +88,11 @@ struct Minibatches {
 struct StopRequest {
   bool (*requested)(void* context);
   void* context;
+
+  // Is there somebody to ask (null: nobody), and is the answer yes?
+  static bool is_made(const StopRequest* request) {
+    return request && request->requested(request->context);
+  }
 };
 
 template <class Real>
@@ -143,7 +148,7 @@ struct Call {
 #ifdef __CUDA_ARCH__
     return false;  // a kernel runs to its end, and calls nothing of the host's
 #else
-    return stop && stop->requested(stop->context);
+    return StopRequest::is_made(stop);
 #endif
   }
   PYMETA_MEMBER bool wants_gradient() const {

@@ -29,21 +29,21 @@ PYMETA_MEMBER inline void for_each_loss_spec(Visitor visit) {
 #undef PYMETA_VISIT
 }
 
+// What `fact(description)` says of the description of a loss.
+template <class Fact>
+PYMETA_MEMBER inline bool holds_for(const Loss& loss, Fact fact) {
+  bool holds = false;
+  for_each_loss_spec(
+      [&](LossKind kind, auto spec) { holds = holds || (kind == loss.kind && fact(spec)); });
+  return holds;
+}
 // Are targets class labels?
 PYMETA_MEMBER inline bool takes_labels(const Loss& loss) {
-  bool labels = false;
-  for_each_loss_spec([&](LossKind kind, auto spec) {
-    labels = labels || (kind == loss.kind && decltype(spec)::kLabels);
-  });
-  return labels;
+  return holds_for(loss, [](auto spec) { return decltype(spec)::kLabels; });
 }
 // Must they be in 0..1?
 PYMETA_MEMBER inline bool takes_probabilities(const Loss& loss) {
-  bool probabilities = false;
-  for_each_loss_spec([&](LossKind kind, auto spec) {
-    probabilities = probabilities || (kind == loss.kind && decltype(spec)::kProbabilities);
-  });
-  return probabilities;
+  return holds_for(loss, [](auto spec) { return decltype(spec)::kProbabilities; });
 }
 
 }  // namespace pymeta
