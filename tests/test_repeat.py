@@ -280,6 +280,6 @@ def test_batched_backward_and_default_devices():
 def test_transforms_of_torch_func_are_refused():
     module, data = make(mlp(2, 4, 2)), batch()
     for _ in range(2):
-        with pytest.raises(ValueError, match="a transform of torch.func"):
+        with pytest.raises(ValueError, match=r"a transform of torch\.func"):
             torch.func.vmap(lambda s: module(*data).loss * s)(torch.ones(2))
         module(*data)
