@@ -1,12 +1,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-# x, y, weights: pointers; rows per task; starts, sizes: pointers to int64 [T], or 0
-_Rows = tuple[int, int, int, int, int, int]
-
-# steps, epochs (one of them -1), batch size (0: all rows), seed, stream, pointer to int64 [T] or 0
-_Schedule = tuple[int, int, int, int, int, int]
-
 # ordinal (-1: the emulated one), stream, address and bytes of the workspace. Calls with a device
 # take addresses on it and return the workspace bytes that they need; with fewer they do nothing.
 _Device = tuple[int, int, int, int]
@@ -69,79 +63,11 @@ class Problem(metaclass=_Type):
         lr_groups: Sequence[int] | None = None,
         optimizer: Optimizer | None = None,
     ) -> None: ...
-    def meta_gradient(
-        self,
-        dtype: int,
-        parameters: Sequence[int],
-        lr: int,
-        lr_rows: int,
-        lr_columns: int,
-        steps: int,
-        first_order: bool,
-        tasks: int,
-        support: _Rows,
-        query: _Rows,
-        losses: int,
-        predictions: int,
-        gradients: Sequence[int] | None,
-        lr_gradient: int = 0,
-        xs_gradient: int = 0,
-        xq_gradient: int = 0,
-        mean_loss: int = 0,
-        device: _Device | None = None,
-    ) -> int: ...
-    def adapt(
-        self,
-        dtype: int,
-        parameters: Sequence[int],
-        per_task: Sequence[bool],
-        lr: int,
-        lr_rows: int,
-        lr_columns: int,
-        schedule: _Schedule,
-        tasks: int,
-        support: _Rows,
-        adapted: Sequence[int],
-        *,
-        validation: _Rows | None = None,
-        patience: int = -1,
-        status: int = 0,
-        train_curves: int = 0,
-        validation_curves: int = 0,
-        best_epochs: int = 0,
-        epochs_run: int = 0,
-        device: _Device | None = None,
-    ) -> int: ...
-    def reptile(
-        self,
-        dtype: int,
-        parameters: Sequence[int],
-        lr: int,
-        lr_rows: int,
-        lr_columns: int,
-        schedule: _Schedule,
-        tasks: int,
-        support: _Rows,
-        losses: int,
-        mean_loss: int,
-        gradients: Sequence[int] | None,
-        device: _Device | None = None,
-    ) -> int: ...
-    def predict(
-        self,
-        dtype: int,
-        parameters: Sequence[int],
-        per_task: Sequence[bool],
-        tasks: int,
-        query: _Rows,
-        predictions: int,
-        device: _Device | None = None,
-    ) -> int: ...
     def plan(
         self,
         dtype: int,
         job: str,
-        schedule: _Schedule,
+        schedule: Schedule,
         tasks: int,
         support_rows: int,
         query_rows: int = 0,
@@ -151,16 +77,100 @@ class Problem(metaclass=_Type):
     ) -> dict[str, Any]: ...
     def unfit_for_device(self) -> str | None: ...
 
+# Addresses are those of contiguous arrays that the caller keeps alive, 0 for what is absent.
+# T: tasks.
+
+# One set of rows of all tasks: x [total rows, in], y [total rows, out] or int64 [total rows],
+# weights [total rows]; `rows` from one task to the next; starts, sizes int64 [T].
+class Rows(metaclass=_Type):
+    def __init__(
+        self,
+        x: int = 0,
+        y: int = 0,
+        weights: int = 0,
+        rows: int = 0,
+        starts: int = 0,
+        sizes: int = 0,
+    ) -> None: ...
+
+# values [rows, columns]; step k uses row min(k, rows - 1).
+class Rates(metaclass=_Type):
+    def __init__(self, values: int, rows: int = 1, columns: int = 1) -> None: ...
+
+# Either steps or epochs, the other is -1; batch_size 0: all rows; task_ids int64 [T].
+class Schedule(metaclass=_Type):
+    def __init__(
+        self,
+        steps: int = -1,
+        epochs: int = -1,
+        batch_size: int = 0,
+        seed: int = 0,
+        stream: int = 0,
+        task_ids: int = 0,
+    ) -> None: ...
+
+# Where gradients go: of each parameter tensor (0 for none; empty: of none at all), of the rates,
+# of the inputs of both sets.
+class Gradients(metaclass=_Type):
+    def __init__(
+        self, parameters: Sequence[int] = (), lr: int = 0, xs: int = 0, xq: int = 0
+    ) -> None: ...
+
+# Where everything else goes: mean_loss [1], losses [T], predictions [total query rows, out],
+# adapted parameters [T, ...] each, status int8 [T], curves [T, epochs] and [T, epochs + 1],
+# int64 [T] twice.
+class Results(metaclass=_Type):
+    mean_loss: int
+    losses: int
+    predictions: int
+    adapted: Sequence[int]
+    status: int
+    train_curves: int
+    validation_curves: int
+    best_epochs: int
+    epochs_run: int
+    def __init__(self) -> None: ...
+
+class Call(metaclass=_Type):
+    tasks: int
+    start: Sequence[int]
+    own_starts: Sequence[bool]  # which tensors of the start are [T, ...]; empty: none
+    rates: Rates
+    schedule: Schedule
+    first_order: bool
+    patience: int
+    support: Rows
+    query: Rows
+    validation: Rows | None
+    results: Results
+    gradients: Gradients | None
+    # job: "meta", "adapt", "reptile" or "predict"; dtype: 4 or 8
+    def __init__(self, problem: Problem, dtype: int, job: str) -> None: ...
+    def run(self, device: _Device | None = None) -> int: ...
+    # A meta-gradient again, with other arrays; the call itself does not change.
+    def repeat(
+        self,
+        start: Sequence[int],
+        rates: int,
+        xs: int,
+        ys: int,
+        xq: int,
+        yq: int,
+        mean_loss: int,
+        losses: int,
+        predictions: int,
+        gradients: Gradients | None,
+        device: _Device | None = None,
+    ) -> int: ...
+
 class Engine(metaclass=_Type):
     def __init__(
         self,
         problem: Problem,
         dtype: int,
-        parameters: Sequence[int],
-        lr: int,
-        lr_rows: int,
-        lr_columns: int,
-        schedule: _Schedule,
+        start: Sequence[int],
+        rates: Rates,
+        schedule: Schedule,
     ) -> None: ...
     def adapt_predict(
         self, xs: _Buffer, ys: _Buffer, xq: _Buffer, out: _Buffer, weights: _Buffer | None = None

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pymeta.spec.schedule import Schedule
     from pymeta.tasks.task_set import TaskSet
 
 BACKENDS = ("auto", "native", "torch")
@@ -236,19 +237,31 @@ def _read_environment() -> None:
 # ---- what calls are made of -------------------------------------------------------------------
 
 
-def rows(s: TaskSet) -> tuple[int, int, int, int, int, int]:
-    """The `Rows` of a task set: pointers and sizes, 0 for what is absent.
+def rows(s: TaskSet) -> Any:
+    """The `Rows` of a task set, as the core reads them.
 
     The caller keeps the tensors alive, and has made them contiguous.
     """
     starts, sizes = (s.starts, s.sizes) if s.there is None else s.there
-    return (
+    return extension().Rows(
         s.x.data_ptr(),
         0 if s.y is None else s.y.data_ptr(),
         0 if s.weights is None else s.weights.data_ptr(),
         s.rows,
         0 if starts is None else starts.data_ptr(),
         0 if sizes is None else sizes.data_ptr(),
+    )
+
+
+def schedule(s: Schedule, task_ids: int = 0) -> Any:
+    """The native `Schedule`; `task_ids` is the address of [T] int64, or 0."""
+    return extension().Schedule(
+        steps=-1 if s.steps is None else s.steps,
+        epochs=-1 if s.epochs is None else s.epochs,
+        batch_size=s.batch_size or 0,
+        seed=s.seed,
+        stream=s.stream,
+        task_ids=task_ids,
     )
 
 

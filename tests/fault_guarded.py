@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,7 @@ class Call:
         columns = sum(case.sizes) if case.per_element else 1
         self.lr = self.array(np.full((2, columns), 0.05))
         self.support, self.query, self.validation = (self.rows(n) for n in case.rows)
-        self.rates = (address(self.lr), *self.lr.shape)
+        self.rates = lib.Rates(address(self.lr), *self.lr.shape)
 
     def normal(self, *shape: int) -> np.ndarray:
         return self.random.normal(size=shape) * 0.3
@@ -116,69 +115,88 @@ class Call:
         weights = self.array(self.random.random(total)) if case.weighted else None
         return x, y, weights, rows, starts, sizes
 
-    def pointers(self, rows: tuple[Any, ...]) -> tuple[int, ...]:
-        return tuple(v if isinstance(v, int) else address(v) for v in rows)
+    def native(self, rows: tuple[Any, ...]) -> Any:
+        return lib.Rows(*(v if isinstance(v, int) else address(v) for v in rows))
 
     def result(self, *shape: int) -> int:
         return address(self.pages.room(shape, self.case.real))
 
-    def made(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    def made(self, problem: Any, job: str, **parts: Any) -> None:
         """A call, here or on the emulated device with a workspace of what it asks for."""
-        print(f"  {call.__name__}", flush=True)
+        print(f"  {job}", flush=True)
+        call = lib.Call(problem, np.dtype(self.case.real).itemsize, job)
+        for name, value in parts.items():
+            setattr(call, name, value)
         if not self.on_device:
-            call(*arguments, **options)
+            call.run()
             return
-        needed = call(*arguments, **options, device=(-1, 0, 0, 0))
+        needed = call.run(device=(-1, 0, 0, 0))
         room = self.pages.room(needed, np.uint8)
-        assert call(*arguments, **options, device=(-1, 0, address(room), needed)) == needed
+        assert call.run(device=(-1, 0, address(room), needed)) == needed
+
+    def results(self, **where: int | list[int]) -> Any:
+        made = lib.Results()
+        for name, value in where.items():
+            setattr(made, name, value)
+        return made
 
     def run(self, problem: Any, planted: bool) -> None:
-        case, none = self.case, [False] * len(self.case.sizes)
-        code, tasks = np.dtype(case.real).itemsize, case.tasks + planted
+        case, tasks = self.case, self.case.tasks + planted
         start = [address(p) for p in self.start]
-        support, query = self.pointers(self.support), self.pointers(self.query)
+        support, query = self.native(self.support), self.native(self.query)
         x_rows, q_rows = len(self.support[0]), len(self.query[0])
-        gradients = [self.result(n) for n in case.sizes] if case.wants[0] else None
+        gradients = [self.result(n) for n in case.sizes] if case.wants[0] else []
         predictions = self.result(q_rows, case.out)
-        self.made(problem.predict, code, start, none, tasks, query, predictions)
-        self.made(
-            problem.meta_gradient, code, start, *self.rates, case.steps, case.wants[1], tasks,
-            support, query, self.result(tasks), predictions, gradients,
+        shared = {"tasks": tasks, "start": start}
+        self.made(problem, "predict", **shared, query=query,
+                  results=self.results(predictions=predictions))  # fmt: skip
+        extras = (
             self.result(*self.lr.shape) if case.wants[2] else 0,
             self.result(x_rows, case.inputs) if case.wants[3] else 0,
             self.result(q_rows, case.inputs) if case.wants[4] else 0,
-            self.result(1),
-        )  # fmt: skip
-        ids = address(self.pages.array(np.arange(tasks)))
-        by_steps = (case.steps, -1, case.batch, 7, 1, ids)
-        by_epochs = (-1, case.steps, case.batch, 7, 1, ids)
+        )
+        shared |= {"rates": self.rates, "support": support}
         self.made(
-            problem.reptile, code, start, *self.rates, by_steps, tasks, support, self.result(tasks),
-            self.result(1), gradients,
+            problem, "meta", **shared, query=query, schedule=lib.Schedule(steps=case.steps),
+            first_order=case.wants[1], gradients=lib.Gradients(gradients, *extras),
+            results=self.results(
+                losses=self.result(tasks), mean_loss=self.result(1), predictions=predictions
+            ),
+        )  # fmt: skip
+        batches = {
+            "batch_size": case.batch, "seed": 7, "stream": 1,
+            "task_ids": address(self.pages.array(np.arange(tasks))),
+        }  # fmt: skip
+        by_steps = lib.Schedule(steps=case.steps, **batches)
+        by_epochs = lib.Schedule(epochs=case.steps, **batches)
+        self.made(
+            problem, "reptile", **shared, schedule=by_steps, gradients=lib.Gradients(gradients),
+            results=self.results(losses=self.result(tasks), mean_loss=self.result(1)),
         )  # fmt: skip
         own = [
             address(self.array(self.normal(tasks, n))) if apart else s
             for n, s, apart in zip(case.sizes, start, case.own, strict=True)
         ]
-        adapted = [self.result(tasks, n) for n in case.sizes]
-        self.made(
-            problem.adapt, code, own, case.own, *self.rates,
-            by_steps if case.wants[5] else by_epochs, tasks, support, adapted,
-            validation=None if case.wants[5] else self.pointers(self.validation),
-            patience=-1 if case.wants[5] else 1,
+        results = self.results(
+            adapted=[self.result(tasks, n) for n in case.sizes],
             status=address(self.pages.room(tasks, np.int8)),
-            train_curves=0 if case.wants[5] else self.result(tasks, case.steps),
-            validation_curves=0 if case.wants[5] else self.result(tasks, case.steps + 1),
-            best_epochs=0 if case.wants[5] else address(self.pages.room(tasks, np.int64)),
-            epochs_run=0 if case.wants[5] else address(self.pages.room(tasks, np.int64)),
-        )  # fmt: skip
+        )
+        shared |= {"start": own, "own_starts": case.own, "results": results}
+        if case.wants[5]:
+            self.made(problem, "adapt", **shared, schedule=by_steps)
+            return
+        results.train_curves = self.result(tasks, case.steps)
+        results.validation_curves = self.result(tasks, case.steps + 1)
+        results.best_epochs = address(self.pages.room(tasks, np.int64))
+        results.epochs_run = address(self.pages.room(tasks, np.int64))
+        self.made(problem, "adapt", **shared, schedule=by_epochs, patience=1,
+                  validation=self.native(self.validation))  # fmt: skip
 
     def run_engine(self, problem: Any) -> None:
         print("  Engine", flush=True)
         case, code = self.case, np.dtype(self.case.real).itemsize
-        schedule = (case.steps, -1, 0, 0, 0, 0)
         start = [address(p) for p in self.start]
-        engine = lib.Engine(problem, code, start, *self.rates, schedule)
+        engine = lib.Engine(problem, code, start, self.rates, lib.Schedule(steps=case.steps))
         rows, queries = case.rows[:2]
         y = self.random.integers(0, case.out, rows).astype(np.int64)
         if case.loss != "cross_entropy":

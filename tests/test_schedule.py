@@ -136,8 +136,3 @@ def test_wrong_schedules_are_refused(case):
     error, message, options = BAD[case]
     with pytest.raises(error, match=message):
         Schedule(**{"steps": 3, **options})
-
-
-def test_as_the_core_takes_it():
-    assert Schedule(steps=3).for_native() == (3, -1, 0, 0, 0, 0)
-    assert Schedule(None, 2, 5, 7, 9).for_native(64) == (-1, 2, 5, 7, 9, 64)

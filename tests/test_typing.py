@@ -120,8 +120,8 @@ def test_the_stubs_signatures_are_the_native_modules(name):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("mean_loss: int = 0", "mean: int = 0"),
-        ("mean_loss: int = 0", "mean_loss: int = 1"),
+        ("sizes: int = 0", "size: int = 0"),
+        ("sizes: int = 0", "sizes: int = 1"),
         ("delta: float = 1.0", "delta: float"),
         ("weights: _Buffer | None = None", "*, weights: _Buffer | None = None"),
     ],

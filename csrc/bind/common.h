@@ -67,7 +67,9 @@ template <class Real>
 void run_interruptibly(Call<Real>& call);
 
 void bind_network(pybind11::module_& m);
+void bind_parts(pybind11::module_& m);  // of a call; before what takes them
 void bind_problem(pybind11::module_& m);
+void bind_call(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_settings(pybind11::module_& m);
 

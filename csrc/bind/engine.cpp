@@ -2,7 +2,7 @@
 
 #include "../runtime/engine.h"
 
-#include "problem.h"
+#include "call.h"
 
 namespace pymeta {
 namespace {
@@ -108,12 +108,17 @@ class EngineHolder {
 };
 
 std::unique_ptr<EngineHolder> make_engine(const Problem& problem, int dtype,
-                                          const std::vector<Address>& parameters, Address lr,
-                                          int lr_rows, int lr_columns,
-                                          const ScheduleTuple& schedule) {
+                                          const std::vector<Address>& start, const Rates& rates,
+                                          const Schedule& schedule) {
   std::unique_ptr<EngineHolder> made;
-  problem.with_recipe(dtype, parameters, lr, lr_rows, lr_columns, schedule, [&](const auto& call) {
-    using Real = std::remove_const_t<std::remove_pointer_t<decltype(call.lr.values)>>;
+  with_real(dtype, [&](auto real) {
+    using Real = decltype(real);
+    const std::vector<Real*> tensors = problem.pointers<Real>(start, "start");
+    Call<Real> call = problem.describe<Real>(
+        tensors.data(), {pointer<Real>(rates.values), rates.rows, rates.columns, false, nullptr});
+    call.tasks = 1;
+    call.job = Job::adapt;
+    put_schedule(schedule, call);
     made = std::make_unique<EngineHolder>(std::make_unique<Engine<Real>>(call));
   });
   return made;
@@ -123,8 +128,8 @@ std::unique_ptr<EngineHolder> make_engine(const Problem& problem, int dtype,
 
 void bind_engine(py::module_& m) {
   py::class_<EngineHolder>(m, "Engine")
-      .def(py::init(&make_engine), py::arg("problem"), py::arg("dtype"), py::arg("parameters"),
-           py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"), py::arg("schedule"))
+      .def(py::init(&make_engine), py::arg("problem"), py::arg("dtype"), py::arg("start"),
+           py::arg("rates"), py::arg("schedule"))
       .def("adapt_predict", &EngineHolder::adapt_predict, py::arg("xs"), py::arg("ys"),
            py::arg("xq"), py::arg("out"), py::arg("weights") = py::none());
 }

@@ -14,7 +14,9 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   if (const std::string reason = no_isa_reason(); !reason.empty()) throw py::import_error(reason);
   remember_main_thread();
   bind_network(m);
+  bind_parts(m);
   bind_problem(m);
+  bind_call(m);
   bind_engine(m);
   bind_settings(m);
 }

@@ -1,33 +1,73 @@
 #include "problem.h"
 
+#include "call.h"
+
 namespace pymeta {
+namespace {
+
+void describe_blocks(int ordinal, const BlockPlan& plan, py::dict& result) {
+  const DeviceFacts& facts = device_facts(ordinal);
+  result["executor"] = "block";
+  result["isa"] = ordinal == kEmulated ? facts.name : "sm_" + std::to_string(facts.capability);
+  result["threads"] = plan.threads;
+  result["blocks"] = plan.blocks;
+  result["block_bytes"] = plan.block_bytes;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["kept"] = plan.saves ? "workspace" : "shared";
+  result["factored"] = false;
+}
+
+// How a call of these sizes would run.
+py::dict plan_of(const Problem& problem, int dtype, const std::string& job,
+                 const Schedule& schedule, std::int64_t tasks, int support_rows, int query_rows,
+                 int validation_rows, bool second_order, const std::optional<int>& device) {
+  if (support_rows < 0 || query_rows < 0 || validation_rows < 0)
+    refuse("support_rows, query_rows, validation_rows: expected at least 0");
+  if (tasks < 0) refuse("tasks: expected at least 0, got " + std::to_string(tasks));
+  if (job != "meta" && job != "adapt" && job != "reptile")
+    refuse("job: expected 'meta', 'adapt' or 'reptile', got '" + job + "'");
+  py::dict result;
+  with_real(dtype, [&](auto real) {
+    using Real = decltype(real);
+    const Real* start[kMaxTensors] = {};
+    Real* none[kMaxTensors] = {};
+    const Real some{};
+    const int columns = problem.per_element() ? problem.adapted_elements() : 1;
+    Call<Real> call = problem.describe<Real>(start, {nullptr, 1, columns, false, nullptr});
+    call.tasks = tasks;
+    call.job = job == "meta" ? Job::meta : job == "adapt" ? Job::adapt : Job::reptile;
+    put_schedule(schedule, call);
+    if (job != "adapt") call.gradients = none;
+    call.first_order = !second_order;
+    call.max_support = support_rows;
+    call.max_query = job == "meta" ? query_rows : 0;
+    call.max_validation = validation_rows;
+    if (validation_rows > 0) call.validation.x = &some;
+    if (device) {
+      describe_blocks(*device, plan_on(*device, call), result);
+      return;
+    }
+    const Plan<Real> plan(call);
+    const Needs& needs = plan.needs();
+    result["executor"] = plan.executor();
+    result["isa"] = isa();
+    result["threads"] = plan.threads();
+    result["workspace_bytes"] = needs.workspace;
+    result["shared_bytes"] = needs.shared + needs.sums * needs.chunks;
+    result["factored"] = needs.factored;
+  });
+  return result;
+}
+
+}  // namespace
 
 void bind_problem(py::module_& m) {
-  py::class_<Problem>(m, "Problem")
+  py::class_<Problem, std::shared_ptr<Problem>>(m, "Problem")
       .def(py::init<std::shared_ptr<OwnedNetwork>, const LossHolder&, const std::vector<bool>&,
                     const std::optional<std::vector<int>>&, const Optimizer*>(),
            py::arg("network"), py::arg("loss"), py::arg("adapted"),
            py::arg("lr_groups") = py::none(), py::arg("optimizer") = py::none())
-      .def("meta_gradient", &Problem::meta_gradient, py::arg("dtype"), py::arg("parameters"),
-           py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"), py::arg("steps"),
-           py::arg("first_order"), py::arg("tasks"), py::arg("support"), py::arg("query"),
-           py::arg("losses"), py::arg("predictions"), py::arg("gradients"),
-           py::arg("lr_gradient") = 0, py::arg("xs_gradient") = 0, py::arg("xq_gradient") = 0,
-           py::arg("mean_loss") = 0, py::arg("device") = py::none())
-      .def("adapt", &Problem::adapt, py::arg("dtype"), py::arg("parameters"), py::arg("per_task"),
-           py::arg("lr"), py::arg("lr_rows"), py::arg("lr_columns"), py::arg("schedule"),
-           py::arg("tasks"), py::arg("support"), py::arg("adapted"), py::kw_only(),
-           py::arg("validation") = py::none(), py::arg("patience") = -1, py::arg("status") = 0,
-           py::arg("train_curves") = 0, py::arg("validation_curves") = 0,
-           py::arg("best_epochs") = 0, py::arg("epochs_run") = 0, py::arg("device") = py::none())
-      .def("reptile", &Problem::reptile, py::arg("dtype"), py::arg("parameters"), py::arg("lr"),
-           py::arg("lr_rows"), py::arg("lr_columns"), py::arg("schedule"), py::arg("tasks"),
-           py::arg("support"), py::arg("losses"), py::arg("mean_loss"), py::arg("gradients"),
-           py::arg("device") = py::none())
-      .def("predict", &Problem::predict, py::arg("dtype"), py::arg("parameters"),
-           py::arg("per_task"), py::arg("tasks"), py::arg("query"), py::arg("predictions"),
-           py::arg("device") = py::none())
-      .def("plan", &Problem::plan, py::arg("dtype"), py::arg("job"), py::arg("schedule"),
+      .def("plan", &plan_of, py::arg("dtype"), py::arg("job"), py::arg("schedule"),
            py::arg("tasks"), py::arg("support_rows"), py::arg("query_rows") = 0,
            py::arg("validation_rows") = 0, py::arg("second_order") = false,
            py::arg("device") = py::none())

@@ -80,7 +80,7 @@ def _planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
     """The executor of a call, and how the call was cut, in words."""
     s = call.schedule
     turns = f"{s.steps} steps" if s.epochs is None else f"{s.epochs} epochs"
-    arguments = (plan.dtype_code, call.job, s.for_native(), *call[2:])
+    arguments = (plan.dtype_code, call.job, native.schedule(s), *call[2:])
     if plan.device is None:
         p = plan.problem.plan(*arguments)
         how = f"{p['threads']} threads, {p['workspace_bytes']} bytes of workspace each"

@@ -17,12 +17,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pymeta import native, reference
+from pymeta import reference
 from pymeta.algorithms.learner import Learner, NativeCall, Weights
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend.inputs import has_tangents, in_forward_mode
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import PreparedCall, prepare
+from pymeta.backend.prepared import PreparedCall, addresses, prepare
 from pymeta.models.adapted import Adapted, shaped
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
@@ -179,9 +179,7 @@ class MAML(Learner):
             return self._in_torch(plan, parameters, steps, support, query, reason)
         lr = self._lr(plan)
         call, native_lr = prepare(plan, lr, steps, self.first_order, support, query)
-        results = call(
-            parameters, native_lr, support.x, query.x, native.rows(support), native.rows(query)
-        )
+        results = call(parameters, native_lr, support.x, query.x, addresses(support, query))
         if query.lengths is not None:
             loss, losses, predictions = results
             return Outcome(loss, losses, shaped(predictions, query))

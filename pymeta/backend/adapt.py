@@ -10,7 +10,14 @@ from torch import Tensor
 
 from pymeta import native
 from pymeta.backend.gradients import Layout, Lease, with_graph
-from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
+from pymeta.backend.inputs import (
+    address,
+    chained,
+    native_lr,
+    native_rates,
+    predicted_shape,
+    ready,
+)
 from pymeta.backend.plan import Plan
 from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation
@@ -22,19 +29,11 @@ if TYPE_CHECKING:
     from pymeta.spec.schedule import Schedule
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _ids_there(plan: Plan, task_ids: Tensor | None) -> Tensor | None:
     """The tasks' ids where the core reads them."""
     if task_ids is None or plan.device is None:
         return task_ids
     return plan.device.upload("task_ids", task_ids)
-
-
-def _lr_arguments(lr: Tensor) -> tuple[int, int, int]:
-    return lr.data_ptr(), 1 if lr.ndim == 1 else lr.shape[0], lr.shape[-1]
 
 
 def memory(
@@ -108,25 +107,27 @@ def adapt(
 
     if s.tasks > 0:
         schedule = inner.schedule
-        shapes = s.tasks, s.rows, None if watched is None else watched.rows, lr.shape
-        call = plan.core("adapt", shapes, schedule.for_native()[:3], *start)
-        call(
-            plan.dtype_code,
-            [start.get(n, p).data_ptr() for n, p in zip(names, shared, strict=True)],
-            [n in start for n in names],
-            *_lr_arguments(lr),
-            schedule.for_native(_address(ids)),
-            s.tasks,
-            native.rows(s),
-            [_address(out.parameters.get(n) if n in plan.adapted else None) for n in names],
-            validation=None if watched is None else native.rows(watched),
-            patience=-1 if patience is None else patience,
-            status=out.status.data_ptr(),
-            train_curves=0 if history is None else _address(history.train),
-            validation_curves=0 if history is None else _address(history.validation),
-            best_epochs=0 if history is None else _address(history.best_epochs),
-            epochs_run=0 if history is None else _address(history.epochs),
-        )
+        call = plan.call("adapt")
+        call.tasks = s.tasks
+        call.start = [start.get(n, p).data_ptr() for n, p in zip(names, shared, strict=True)]
+        call.own_starts = [n in start for n in names]
+        call.rates = native_rates(lr)
+        call.schedule = native.schedule(schedule, address(ids))
+        call.support = native.rows(s)
+        call.validation = None if watched is None else native.rows(watched)
+        call.patience = -1 if patience is None else patience
+        results = call.results
+        results.adapted = [
+            address(out.parameters.get(n) if n in plan.adapted else None) for n in names
+        ]
+        results.status = out.status.data_ptr()
+        if history is not None:
+            results.train_curves = address(history.train)
+            results.validation_curves = address(history.validation)
+            results.best_epochs = address(history.best_epochs)
+            results.epochs_run = address(history.epochs)
+        watched_rows = None if watched is None else watched.rows
+        plan.runner(call.run, "adapt", s.tasks, s.rows, watched_rows, lr.shape, schedule, *start)()
     kept = {n: p for n, p in start.items() if n not in plan.adapted}
     return Adaptation({**out.parameters, **kept}, out.status, history)
 
@@ -152,19 +153,15 @@ def reptile(
         if gradients is not None:
             gradients.flat.zero_()
     else:
-        schedule = inner.schedule
-        call = plan.core("reptile", s.tasks, s.rows, schedule.for_native()[:3], wanted)
-        call(
-            plan.dtype_code,
-            [p.data_ptr() for p in chained(plan, parameters)],
-            *_lr_arguments(lr),
-            schedule.for_native(_address(ids)),
-            s.tasks,
-            native.rows(s),
-            losses.data_ptr(),
-            loss.data_ptr(),
-            None if gradients is None else gradients.of_parameters,
-        )
+        call = plan.call("reptile")
+        call.tasks = s.tasks
+        call.start = [p.data_ptr() for p in chained(plan, parameters)]
+        call.rates = native_rates(lr)
+        call.schedule = native.schedule(inner.schedule, address(ids))
+        call.support = native.rows(s)
+        call.results.losses, call.results.mean_loss = losses.data_ptr(), loss.data_ptr()
+        call.gradients = None if gradients is None else gradients.native
+        plan.runner(call.run, "reptile", s.tasks, s.rows, inner.schedule, wanted)()
     if layout is not None and gradients is not None:
         inputs = layout.inputs(parameters, lr, s.x, s.x)
         loss = with_graph(Lease(gradients, layout.idle), loss, inputs, REPTILE)
@@ -181,12 +178,11 @@ def predict(
     # the core leaves rows that only pad untouched
     make = q.x.new_zeros if q.padded else q.x.new_empty
     predictions = make(predicted_shape(plan, q))
-    plan.core("predict", q.tasks, q.rows, *stacked)(
-        plan.dtype_code,
-        [t.data_ptr() for t in tensors],
-        [n in stacked for n in names],
-        q.tasks,
-        native.rows(q),
-        predictions.data_ptr(),
-    )
+    call = plan.call("predict")
+    call.tasks = q.tasks
+    call.start = [t.data_ptr() for t in tensors]
+    call.own_starts = [n in stacked for n in names]
+    call.query = native.rows(q)
+    call.results.predictions = predictions.data_ptr()
+    plan.runner(call.run, "predict", q.tasks, q.rows, *stacked)()
     return predictions

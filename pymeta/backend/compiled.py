@@ -17,10 +17,9 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pymeta import native
 from pymeta.backend.inputs import chained
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import PreparedCall, prepare
+from pymeta.backend.prepared import PreparedCall, addresses, prepare
 from pymeta.spec.modules import Function, outside_graphs
 from pymeta.spec.once import NATIVE
 from pymeta.tasks.checks import Names
@@ -128,9 +127,9 @@ def meta_gradient(
     gradients = (wanted[0] and bool(plan.trainable), wanted[1], wanted[2], wanted[3])
     call, rate = prepare(plan, rate, steps, maml.first_order, support, query, gradients)
     memory = call.memory()
-    rows = native.rows(support), native.rows(query)
     ordered = chained(plan, [dense(p) for p in parameters])
-    loss, losses, predictions = call.run(ordered, rate, *rows, memory)
+    data = addresses(support, query)
+    loss, losses, predictions = call.run(ordered, rate, data, memory)
     flat = losses.new_empty(0) if memory is None else _in_given_order(call, memory.flat, lr)
     predictions = predictions.flatten(0, 1) if _flat(query, packed[1]) else predictions
     return loss, losses, predictions, flat

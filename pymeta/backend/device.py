@@ -116,16 +116,15 @@ class Device:
     def run(
         self, method: Callable[..., int], key: Hashable, *arguments: Any, **options: Any
     ) -> None:
-        """Queue a call of a native Problem.
+        """Queue a native call.
 
         Args:
-            method: one of the Problem's; it returns how many bytes of workspace it needs, and
+            method: `run` or `repeat` of one; it returns how many bytes of workspace it needs, and
                 does nothing but that where it is given fewer.
             key: what its need depends on. Needs are remembered by it; a wrong one costs time only.
             arguments: of the method.
             options: likewise, by name.
         """
-        key = method.__name__, key
         stream, given = self.stream(), -1
         needed = self._needs.get(key) or method(
             *arguments, device=(self.ordinal, stream, 0, 0), **options

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pymeta import native
 from pymeta.backend.plan import Plan
 from pymeta.spec.once import once
 
@@ -23,13 +24,13 @@ Wanted: TypeAlias = tuple[bool, bool, bool, bool]
 
 
 class Gradients:
-    """Memory for the wanted gradients: flat, as tensors of their shapes, and as pointers.
+    """Memory for the wanted gradients: flat, as tensors of their shapes, and as the core takes it.
 
     It may be used again on the `stream` it was made on, which is 0 on the CPU; where that is None,
     it may not.
     """
 
-    __slots__ = ("flat", "of_inputs", "of_parameters", "stream", "tensors")
+    __slots__ = ("flat", "native", "stream", "tensors")
 
     def __init__(self, layout: Layout, stream: int | None = 0) -> None:
         """Allocate it, without values."""
@@ -40,8 +41,11 @@ class Gradients:
         self.flat = flat
         parts = flat.split_with_sizes([math.prod(shape) for shape in layout.shapes])
         self.tensors = [part.view(shape) for part, shape in zip(parts, layout.shapes, strict=True)]
-        self.of_parameters = [base + at if at >= 0 else 0 for at in layout.offsets]
-        self.of_inputs = [base + at if at >= 0 else 0 for at in layout.extra_offsets]
+        parameters, extras = (
+            [base + at if at >= 0 else 0 for at in offsets]
+            for offsets in (layout.offsets, layout.extra_offsets)
+        )
+        self.native = native.extension().Gradients(parameters, *extras)
 
 
 class Layout:

@@ -26,6 +26,17 @@ def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
     return any(t is not None and unpack(t).tangent is not None for t in tensors)
 
 
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def native_rates(lr: Tensor) -> Any:
+    """The native `Rates` of [columns] or [rows, columns] step sizes."""
+    rows = 1 if lr.ndim == 1 else lr.shape[0]
+    return native.extension().Rates(lr.data_ptr(), rows, lr.shape[-1])
+
+
 def native_lr(plan: Plan, lr: Tensor) -> Tensor:
     """The step sizes in the parameters' dtype and the chain's order."""
     if lr.dtype is not plan.expected.dtype:

@@ -188,13 +188,16 @@ class Plan:
             reason = self.problem.unfit_for_device()
         return reason
 
-    def core(self, name: str, *key: Hashable) -> Callable[..., Any]:
-        """The Problem's method `name`, to be called where the parameters are.
+    def call(self, job: str) -> Any:
+        """A native call, whose parts are to be filled in."""
+        return native.extension().Call(self.problem, self.dtype_code, job)
+
+    def runner(self, run: Callable[..., Any], *key: Hashable) -> Callable[..., Any]:
+        """A call's `run` or `repeat`, to be made where the parameters are.
 
         Which bytes of workspace a device needs for it has to follow from `key`.
         """
-        method: Callable[..., Any] = getattr(self.problem, name)
-        return method if self.device is None else partial(self.device.run, method, key)
+        return run if self.device is None else partial(self.device.run, run, key)
 
     def _lr_groups(self, chain: Sequence[str], named: Mapping[str, Tensor]) -> list[int] | None:
         """Each chain parameter's column; None, and `lr_order` set, where elements have theirs."""

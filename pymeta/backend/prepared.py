@@ -23,20 +23,32 @@ from torch.autograd import forward_ad
 from pymeta import native
 from pymeta.backend.device import Device
 from pymeta.backend.gradients import Gradients, Layout, Lease, Wanted, with_graph
-from pymeta.backend.inputs import chained, native_lr, predicted_shape, ready
+from pymeta.backend.inputs import (
+    address,
+    chained,
+    native_lr,
+    native_rates,
+    predicted_shape,
+    ready,
+)
 from pymeta.backend.plan import Plan
 from pymeta.spec.once import NATIVE
 from pymeta.spec.transforms import in_transform
 from pymeta.spec.watch import forms, forms_there
 from pymeta.tasks.task_set import TaskSet
 
-Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # what native.rows gives
+Addresses: TypeAlias = tuple[int, int, int, int]  # of xs, ys, xq, yq
 Results: TypeAlias = tuple[Tensor, Tensor, Tensor]  # loss [], losses [T], predictions
 
 
 def _settings(owner: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a call depends on besides its arguments and the model, from a MAML's attributes."""
     return owner["steps"], owner["first_order"], owner["backend"], owner.get("lr")
+
+
+def addresses(support: TaskSet, query: TaskSet) -> Addresses:
+    """Where the sets' inputs and targets lie."""
+    return address(support.x), address(support.y), address(query.x), address(query.y)
 
 
 def _as_it_came(given: Any, used: Tensor | None) -> bool:
@@ -71,12 +83,7 @@ class PreparedCall:
     ) -> None:
         """Prepare it; lr is [columns] or [rows, columns], in the order that the core expects."""
         self.plan = plan
-        self.dtype_code = plan.dtype_code
-        self.steps = steps
-        self.first_order = first_order
         self.tasks = support.tasks
-        self.lr_rows = 1 if lr.ndim == 1 else lr.shape[0]
-        self.lr_columns = lr.shape[-1]
         self.predicted = predicted_shape(plan, query)
         # The core leaves what only pads untouched: rows of predictions, of gradients of inputs.
         self.pads = query.padded
@@ -84,7 +91,14 @@ class PreparedCall:
         self.layout = Layout.of(plan, wanted, (lr, support.x, query.x))
         second_order = self.layout is not None and not first_order
         self.last = (support.tasks, support.rows, query.rows, steps, second_order)
-        self.core = plan.core("meta_gradient", self.last, wanted, self.lr_rows)
+        self.native = plan.call("meta")
+        self.native.tasks = self.tasks
+        self.native.start = [0] * len(plan.chain)  # they come with each call
+        self.native.rates = native_rates(lr)
+        self.native.schedule = native.extension().Schedule(steps=steps)
+        self.native.first_order = first_order
+        self.native.support, self.native.query = native.rows(support), native.rows(query)
+        self.repeat = plan.runner(self.native.repeat, "meta", self.last, wanted, lr.shape)
 
     def memory(self) -> Gradients | None:
         """Where `run` may put the gradients; None where none are wanted."""
@@ -99,8 +113,7 @@ class PreparedCall:
         self,
         parameters: Sequence[Tensor],
         lr: Tensor,
-        support: Pointers,
-        query: Pointers,
+        data: Addresses,
         gradients: Gradients | None,
     ) -> Results:
         """Call the core.
@@ -108,8 +121,7 @@ class PreparedCall:
         Args:
             parameters: in the chain's order; they and all others contiguous.
             lr: [columns] or [rows, columns], as the call was prepared for.
-            support: its `native.rows`.
-            query: its `native.rows`.
+            data: the addresses of xs, ys, xq and yq.
             gradients: where they go, if any are wanted.
 
         Returns:
@@ -121,41 +133,25 @@ class PreparedCall:
         predictions = make(*self.predicted)
         if self.tasks == 0:
             return loss.zero_(), losses, predictions
-        self.core(
-            self.dtype_code,
+        self.repeat(
             [p.data_ptr() for p in parameters],
             lr.data_ptr(),
-            self.lr_rows,
-            self.lr_columns,
-            self.steps,
-            self.first_order,
-            self.tasks,
-            support,
-            query,
+            *data,
+            loss.data_ptr(),
             losses.data_ptr(),
             predictions.data_ptr(),
-            None if gradients is None else gradients.of_parameters,
-            *((0, 0, 0) if gradients is None else gradients.of_inputs),
-            loss.data_ptr(),
+            None if gradients is None else gradients.native,
         )
         return loss, losses, predictions
 
     def __call__(
-        self,
-        parameters: list[Tensor],
-        lr: Tensor,
-        xs: Tensor,
-        xq: Tensor,
-        support: Pointers,
-        query: Pointers,
+        self, parameters: list[Tensor], lr: Tensor, xs: Tensor, xq: Tensor, data: Addresses
     ) -> Results:
         """`run`, and where gradients are wanted an autograd node that holds them."""
         plan, layout = self.plan, self.layout
         plan.last = self.last
         gradients = self.memory()
-        loss, losses, predictions = self.run(
-            chained(plan, parameters), lr, support, query, gradients
-        )
+        loss, losses, predictions = self.run(chained(plan, parameters), lr, data, gradients)
         if layout is not None and gradients is not None:
             inputs = layout.inputs(parameters, lr, xs, xq)
             loss = with_graph(Lease(gradients, layout.idle), loss, inputs, NATIVE)
@@ -220,12 +216,10 @@ class PreparedCall:
         try:
             if self._forms_of([*self._watch.tensors, xs, ys, xq, yq]) != self._forms:
                 return None
-            _, support_rows, query_rows, *_ = self.last
-            support = (xs.data_ptr(), ys.data_ptr(), 0, support_rows, 0, 0)
-            query = (xq.data_ptr(), yq.data_ptr(), 0, query_rows, 0, 0)
+            data = xs.data_ptr(), ys.data_ptr(), xq.data_ptr(), yq.data_ptr()
         except RuntimeError:  # a layout without strides or without a pointer
             return None
-        return self(self.plan.parameters, self._lr, xs, xq, support, query)
+        return self(self.plan.parameters, self._lr, xs, xq, data)
 
 
 def prepare(

@@ -77,31 +77,24 @@ def kernel(case: Case, data: Data) -> tuple[Run, Read]:
     stacked = (case.tasks,) if case.job == "finetune" else ()
     results = [np.empty((*stacked, *p.shape), np.float32) for p in data.parameters]
     pointers, made = [_pointer(p) for p in data.parameters], [_pointer(r) for r in results]
-    support = (_pointer(data.xs), _pointer(data.ys), 0, case.support, 0, 0)
-    query = (_pointer(data.xq), _pointer(data.yq), 0, case.query, 0, 0)
-    rate, schedule = (_pointer(lr), 1, 1), (case.steps, -1, 0, 0, 0, 0)
-    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "maml": (
-            problem.meta_gradient,
-            (4, pointers, *rate, case.steps, case.first_order, case.tasks, support, query)
-            + (_pointer(losses), _pointer(predictions), made, 0, 0, 0, _pointer(mean)),
-        ),
-        "reptile": (
-            problem.reptile,
-            (4, pointers, *rate, schedule, case.tasks, support, _pointer(losses), _pointer(mean))
-            + (made,),
-        ),
-        "finetune": (
-            problem.adapt,
-            (4, pointers, [False] * len(pointers), *rate, schedule, case.tasks, support, made),
-        ),
-    }
-    function, arguments = calls[case.job]
+    lib = native.extension()
+    call = lib.Call(problem, 4, {"maml": "meta", "finetune": "adapt"}.get(case.job, case.job))
+    call.tasks, call.start, call.first_order = case.tasks, pointers, case.first_order
+    call.rates, call.schedule = lib.Rates(_pointer(lr)), lib.Schedule(steps=case.steps)
+    call.support = lib.Rows(_pointer(data.xs), _pointer(data.ys), rows=case.support)
+    call.query = lib.Rows(_pointer(data.xq), _pointer(data.yq), rows=case.query)
+    if case.job == "finetune":
+        call.results.adapted = made
+    else:
+        call.results.losses, call.results.mean_loss = _pointer(losses), _pointer(mean)
+        call.gradients = lib.Gradients(made)
+    if case.job == "maml":
+        call.results.predictions = _pointer(predictions)
     # the arrays are a default argument so that they live as long as the function
     alive = (data, lr, losses, mean, predictions)
 
     def run(alive: tuple[Any, ...] = alive) -> tuple[Array | None, list[Array]]:
-        function(*arguments)
+        call.run()
         return None if case.job == "finetune" else mean, results
 
     return run, _as_it_is
@@ -127,7 +120,7 @@ def adapter_trip(case: Case, data: Data) -> tuple[Run, Read]:
 def executor(case: Case) -> str:
     """Which executor and instruction set the planner chooses, e.g. "lanes avx512"."""
     job = {"maml": "meta", "reptile": "reptile", "finetune": "adapt"}[case.job]
-    schedule = (case.steps, -1, 0, 0, 0, 0)
+    schedule = native.extension().Schedule(steps=case.steps)
     exact = case.job == "maml" and not case.first_order
     p = _problem(case).plan(
         4, job, schedule, case.tasks, case.support, case.query, second_order=exact

@@ -129,9 +129,8 @@ class Adapter:
             self._problem,
             DTYPE_CODES[self.dtype],
             [address(p) for p in self._start],
-            address(self._native_lr),
-            *self._native_lr.shape,
-            schedule.for_native(),
+            self._rates(),
+            native.schedule(schedule),
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -284,21 +283,21 @@ class Adapter:
         shapes = self.architecture.shapes()
         made = {n: np.empty((support.tasks, *shapes[n]), self.dtype) for n in self.adapted}
         status = np.zeros(support.tasks, np.int8)
+        call = native.extension().Call(self._problem, DTYPE_CODES[self.dtype], "adapt")
+        call.tasks = support.tasks
+        call.start = [address(p) for p in self._start]
+        call.rates = self._rates()
+        call.schedule = native.schedule(schedule, address(ids))
+        call.support = support.native_rows()
+        call.results.adapted = [address(made.get(name)) for name in self.architecture.chain]
+        call.results.status = address(status)
         with _weights_by_name():
-            self._problem.adapt(
-                DTYPE_CODES[self.dtype],
-                [address(p) for p in self._start],
-                [False] * len(self._start),
-                address(self._native_lr),
-                *self._native_lr.shape,
-                schedule.for_native(address(ids)),
-                support.tasks,
-                support.pointers(),
-                [address(made.get(name)) for name in self.architecture.chain],
-                status=address(status),
-            )
+            call.run()
         shared = {n: p for n, p in self.parameters.items() if n not in made}
         return AdaptedArrays(self.architecture, self.loss, made, shared, support.tasks, status)
+
+    def _rates(self) -> Any:
+        return native.extension().Rates(address(self._native_lr), *self._native_lr.shape)
 
     def _scheduled(self, steps: Any) -> Schedule:
         if steps is None:

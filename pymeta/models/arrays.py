@@ -163,14 +163,13 @@ class AdaptedArrays(Stacked[np.ndarray]):
         names = self.architecture.chain
         given = {**self._stacked, **self._shared}
         weights = [dense(given[name]) for name in names]
-        self._problem.predict(
-            DTYPE_CODES[self.dtype],
-            [address(w) for w in weights],
-            [n in self._stacked for n in names],
-            self._tasks,
-            query.pointers(),
-            address(out),
-        )
+        call = native.extension().Call(self._problem, DTYPE_CODES[self.dtype], "predict")
+        call.tasks = self._tasks
+        call.start = [address(w) for w in weights]
+        call.own_starts = [n in self._stacked for n in names]
+        call.query = query.native_rows()
+        call.results.predictions = address(out)
+        call.run()
         return query.shaped(out)
 
     def predict_proba(self, xq: Rows) -> Any:

@@ -102,12 +102,6 @@ class Schedule:
         check_count("seed", self.seed, most=LARGEST_SEED)
         check_count("stream", self.stream, most=LARGEST_SEED)
 
-    def for_native(self, task_ids: int = 0) -> tuple[int, int, int, int, int, int]:
-        """As the native core takes it; `task_ids` is the address of int64 [T], 0 for all 0."""
-        steps = -1 if self.steps is None else self.steps
-        epochs = -1 if self.epochs is None else self.epochs
-        return steps, epochs, self.batch_size or 0, self.seed, self.stream, task_ids
-
     def batch_count(self, rows: int) -> int:
         """The number of batches in an epoch of a task with `rows` rows."""
         size = rows if self.batch_size is None else self.batch_size

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from pymeta import native
 from pymeta.tasks.checks import Expected, Kind, Names, checked, cure, of_table
 
 Rows: TypeAlias = "np.ndarray | Sequence[np.ndarray]"
-Pointers: TypeAlias = tuple[int, int, int, int, int, int]  # `Rows` of _native.pyi
 
 
 class Gathered(NamedTuple):
@@ -30,9 +30,9 @@ class Gathered(NamedTuple):
     sizes: np.ndarray | None
     lengths: list[int] | None  # of the list that came, where one came
 
-    def pointers(self) -> Pointers:
-        """For the native core; the arrays must stay alive."""
-        return (
+    def native_rows(self) -> Any:
+        """The native `Rows`; the arrays must stay alive."""
+        return native.extension().Rows(
             address(self.x),
             address(self.y),
             address(self.weights),

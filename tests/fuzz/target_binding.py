@@ -16,7 +16,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -157,7 +156,7 @@ def a_problem(source: Source) -> Made:
 
 
 def a_schedule(source: Source, ids: np.ndarray | None = None, *, steps_only: bool = False) -> Any:
-    """(steps, epochs, ...): few steps, for their number alone decides how long a call runs."""
+    """Few steps or epochs, for their number alone decides how long a call runs."""
     count = source.below(MOST_STEPS)
     by_epochs = not steps_only and bool(source.below(2))
     steps, epochs = (-1, count) if by_epochs else (count, -1)
@@ -167,7 +166,8 @@ def a_schedule(source: Source, ids: np.ndarray | None = None, *, steps_only: boo
     if source.chance(6):
         steps, epochs = source.pick(((-1, -1), (0, 0), (2, 2), (-(2**31), 1), (2**31, -1)))
     seed, stream = (source.pick((0, 1, 2**63, 2**64 - 1)) for _ in range(2))
-    return steps, epochs, batch, seed, stream, 0 if ids is None else ids.ctypes.data
+    where = 0 if ids is None else ids.ctypes.data
+    return lib.Schedule(steps, epochs, batch, seed, stream, where), epochs
 
 
 class Set:
@@ -203,11 +203,11 @@ class Set:
             if tasks and source.chance(32) and not trusted:
                 self.sizes[source.below(tasks)] = min(max(source.integer(), -(2**63)), 2**63 - 1)
 
-    def pointers(self) -> tuple[int, ...]:
+    def native(self) -> Any:
         def of(array: np.ndarray | None) -> int:
             return 0 if array is None else array.ctypes.data
 
-        return of(self.x), of(self.y), of(self.weights), self.rows, 0, of(self.sizes)
+        return lib.Rows(of(self.x), of(self.y), of(self.weights), self.rows, 0, of(self.sizes))
 
 
 def run(source: Source, on_device: bool, call: Callable[..., Any]) -> None:
@@ -220,6 +220,13 @@ def run(source: Source, on_device: bool, call: Callable[..., Any]) -> None:
     at = room.ctypes.data + -room.ctypes.data % 256
     given = needed - 1 if needed and source.chance(32) else needed
     assert call(device=(-1, 0, at, given)) == needed
+
+
+def put(source: Source, target: Any, **parts: Any) -> None:
+    """Set the parts of a call; now and then one is anything (but arrays stay what they are)."""
+    for name, value in parts.items():
+        odd_ones = ("first_order", "patience", "own_starts", "rates", "schedule")
+        setattr(target, name, odd(source, value) if name in odd_ones else value)
 
 
 def addresses(arrays: list[np.ndarray]) -> list[int]:
@@ -240,52 +247,52 @@ def call(source: Source, made: Made) -> None:
     ids = np.arange(tasks)
     losses, mean = np.empty(tasks, real), np.empty(1, real)
     predictions = np.empty((tasks, query.rows, made.model.outputs), real)
-    sinks = [np.empty_like(p) for p in start] if source.below(2) else None
-    gradients = None if sinks is None else addresses(sinks)
-    common = (odd_dtype(source, code), odd_addresses(source, addresses(start)))
-    rates = (lr.ctypes.data, *lr.shape)
-    job = source.below(4)
-    if job == 0:
+    sinks = [np.empty_like(p) for p in start] if source.below(2) else []
+    gradients = odd_addresses(source, addresses(sinks)) if sinks else []
+    name = source.pick(("meta", "adapt", "reptile", "predict"))
+    native_call = lib.Call(made.native, odd_dtype(source, code), name)
+    put(
+        source, native_call, tasks=tasks, start=odd_addresses(source, addresses(start)),
+        rates=lib.Rates(lr.ctypes.data, *lr.shape), support=support.native(), query=query.native(),
+        first_order=bool(source.below(2)),
+    )  # fmt: skip
+    results = native_call.results
+    arrays: list[Any] = []  # live until the call is over
+    if name == "meta":
         extra = [np.empty_like(lr), np.empty_like(support.x), np.empty_like(query.x)]
         wanted = [a.ctypes.data if source.below(2) else 0 for a in extra]
-        run(source, device, partial(
-            made.native.meta_gradient, *common, *rates,
-            odd_count(source, source.below(MOST_STEPS)), bool(source.below(2)),
-            tasks, support.pointers(), query.pointers(), losses.ctypes.data,
-            predictions.ctypes.data, odd_addresses(source, gradients), *wanted, mean.ctypes.data,
-        ))  # fmt: skip
-    elif job == 1:
-        schedule = a_schedule(source, ids if source.below(2) else None)
-        held = (
-            Set(source, made, tasks, real, device) if schedule[1] >= 0 and source.below(2) else None
-        )
-        epochs = max(schedule[1], 0)
+        arrays += extra
+        steps = odd_count(source, source.below(MOST_STEPS))
+        put(source, native_call, schedule=lib.Schedule(steps=steps),
+            gradients=lib.Gradients(gradients, *wanted))  # fmt: skip
+        results.predictions = predictions.ctypes.data
+    elif name == "adapt":
+        schedule, epochs = a_schedule(source, ids if source.below(2) else None)
+        held = Set(source, made, tasks, real, device) if epochs >= 0 and source.below(2) else None
+        epochs = max(epochs, 0)
         made_of = [np.empty((tasks, p.size), real) for p in start]
         curves = np.empty((tasks, epochs)), np.empty((tasks, epochs + 1))
         counts = [np.empty(tasks, np.int64) for _ in range(2)]
         status = np.empty(tasks, np.int8)
         stacked = [bool(source.chance(32)) for _ in start]
-        own = [np.tile(p, (tasks, 1)) if s else p for p, s in zip(start, stacked, strict=True)]
-        run(source, device, partial(
-            made.native.adapt, common[0], addresses(own), stacked, *rates, schedule, tasks,
-            support.pointers(), addresses(made_of),
-            validation=None if held is None else held.pointers(),
-            patience=source.pick((-1, 0, 1, 2**31 - 1)), status=status.ctypes.data,
-            train_curves=curves[0].ctypes.data if epochs else 0,
-            validation_curves=curves[1].ctypes.data if held else 0,
-            best_epochs=counts[0].ctypes.data, epochs_run=counts[1].ctypes.data,
-        ))  # fmt: skip
-    elif job == 2:
-        run(source, device, partial(
-            made.native.reptile, *common, *rates, a_schedule(source, ids, steps_only=True), tasks,
-            support.pointers(), losses.ctypes.data, mean.ctypes.data,
-            odd_addresses(source, gradients),
-        ))  # fmt: skip
+        # All of them, for which of them are stacked may come out otherwise.
+        own = [np.tile(p, (max(tasks, 1), 1)) for p in start]
+        arrays += [held, made_of, curves, counts, status, own]
+        put(source, native_call, start=addresses(own), own_starts=stacked, schedule=schedule,
+            validation=None if held is None else held.native(),
+            patience=source.pick((-1, 0, 1, 2**31 - 1)))  # fmt: skip
+        results.adapted, results.status = addresses(made_of), status.ctypes.data
+        results.train_curves = curves[0].ctypes.data if epochs else 0
+        results.validation_curves = curves[1].ctypes.data if held else 0
+        results.best_epochs, results.epochs_run = (c.ctypes.data for c in counts)
+    elif name == "reptile":
+        put(source, native_call, schedule=a_schedule(source, ids, steps_only=True)[0],
+            gradients=lib.Gradients(gradients))  # fmt: skip
     else:
-        run(source, device, partial(
-            made.native.predict, *common, [False] * len(start), tasks, query.pointers(),
-            predictions.ctypes.data,
-        ))  # fmt: skip
+        results.predictions = predictions.ctypes.data
+    if name in ("meta", "reptile"):
+        results.losses, results.mean_loss = losses.ctypes.data, mean.ctypes.data
+    run(source, device, native_call.run)
 
 
 def use_engine(source: Source, made: Made) -> None:
@@ -296,8 +303,8 @@ def use_engine(source: Source, made: Made) -> None:
     lr = made.lr(source, np.dtype(real).type)
     start = [np.full(n, 0.1, real) for n in made.model.sizes]
     engine = lib.Engine(
-        made.native, odd_dtype(source, np.dtype(real).itemsize), addresses(start), lr.ctypes.data,
-        *lr.shape, a_schedule(source),
+        made.native, odd_dtype(source, np.dtype(real).itemsize), addresses(start),
+        odd(source, lib.Rates(lr.ctypes.data, *lr.shape)), odd(source, a_schedule(source)[0]),
     )  # fmt: skip
     for _ in range(1 + source.below(3)):
         rows, queries = source.below(7), source.below(7)
@@ -318,8 +325,8 @@ def use_engine(source: Source, made: Made) -> None:
 def look_at_plan(source: Source, made: Made) -> None:
     found = made.native.plan(
         odd(source, source.pick((4, 8))), odd(source, source.pick(("meta", "adapt", "reptile"))),
-        (source.integer(), source.integer(), source.integer(), 0, 0, 0)
-        if source.chance(128) else a_schedule(source),
+        lib.Schedule(source.integer(), source.integer(), source.integer())
+        if source.chance(128) else a_schedule(source)[0],
         source.integer(), *(source.integer() for _ in range(3)), bool(source.below(2)),
         **({"device": odd(source, -1)} if emulates() and source.below(2) else {}),
     )  # fmt: skip

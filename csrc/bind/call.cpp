@@ -1,0 +1,245 @@
+#include "call.h"
+
+#include <algorithm>
+
+namespace pymeta {
+namespace {
+
+Job job_of(const std::string& name) {
+  if (name == "meta") return Job::meta;
+  if (name == "adapt") return Job::adapt;  // by epochs where its schedule says so
+  if (name == "reptile") return Job::reptile;
+  if (name == "predict") return Job::predict;
+  refuse("job: expected 'meta', 'adapt', 'reptile' or 'predict', got '" + name + "'");
+}
+
+// Sizes of tasks lie on the device: each may be as large as the set's rows say.
+template <class Real>
+void assume_largest(Call<Real>& call) {
+  const auto largest = [](const RowSet<Real>& set) {
+    if (0 > set.rows || set.rows > (1 << 24))
+      refuse("rows: expected 0 to 2^24, got " + std::to_string(set.rows));
+    return static_cast<int>(set.rows);
+  };
+  // Nor has anybody looked for rows that weigh nothing: the kernel does, where there may be some.
+  const bool labels = takes_labels(*call.loss);
+  for (RowSet<Real>* set : {&call.support, &call.query, &call.validation})
+    set->has_weightless = set->weights || (labels && set->y);
+  call.max_support = call.has_support() ? largest(call.support) : 0;
+  call.max_query = call.has_query() ? largest(call.query) : 0;
+  call.max_validation = call.validation.x ? largest(call.validation) : 0;
+  if (call.steps_of(call.max_support) > kMostSteps)
+    refuse("epochs: more than 2^30 inner steps for the largest task");
+}
+
+template <class Real>
+std::size_t execute(Call<Real>& call, const MaybeDevice& device) {
+  if (!device) {
+    run_interruptibly(call);
+    return 0;
+  }
+  const ReleasedGil released;
+  const auto& [ordinal, stream, workspace, bytes] = *device;
+  assume_largest(call);
+  const BlockPlan plan = plan_on(ordinal, call);
+  if (workspace == 0 || bytes < plan.workspace_bytes) return plan.workspace_bytes;
+  try {
+    run_on(ordinal, stream, pointer<char>(workspace), plan, call);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error("cuda:" + std::to_string(ordinal) + ": " + error.what());
+  }
+  return plan.workspace_bytes;
+}
+
+template <class Real>
+void put_gradients(const Problem& problem, const Gradients& gradients, Described<Real>& to) {
+  if (!gradients.parameters.empty()) {
+    to.gradients = problem.pointers<Real>(gradients.parameters, "gradients.parameters");
+    to.call.gradients = to.gradients.data();
+  }
+  to.call.lr_gradient = pointer<Real>(gradients.lr);
+  to.call.xs_gradient = pointer<Real>(gradients.xs);
+  to.call.xq_gradient = pointer<Real>(gradients.xq);
+}
+
+template <class Real>
+void put_results(const Problem& problem, const Results& results, Described<Real>& to) {
+  Call<Real>& call = to.call;
+  call.mean_loss = pointer<Real>(results.mean_loss);
+  call.losses = pointer<Real>(results.losses);
+  call.predictions = pointer<Real>(results.predictions);
+  if (!results.adapted.empty()) {
+    to.adapted = problem.pointers<Real>(results.adapted, "results.adapted");
+    call.adapted_parameters = to.adapted.data();
+  }
+  call.status = pointer<std::int8_t>(results.status);
+  call.train_curves = pointer<Real>(results.train_curves);
+  call.validation_curves = pointer<Real>(results.validation_curves);
+  call.best_epochs = pointer<std::int64_t>(results.best_epochs);
+  call.epochs_run = pointer<std::int64_t>(results.epochs_run);
+}
+
+}  // namespace
+
+template <class Real>
+void put_schedule(const Schedule& schedule, Call<Real>& call) {
+  if ((schedule.steps < 0) == (schedule.epochs < 0))
+    refuse("schedule: expected either steps or epochs");
+  if (schedule.batch_size < 0)
+    refuse("schedule: batch_size " + std::to_string(schedule.batch_size));
+  call.steps = std::max(schedule.steps, 0);
+  call.epochs = std::max(schedule.epochs, 0);
+  call.batches = {schedule.batch_size, schedule.seed, schedule.stream,
+                  pointer<std::int64_t>(schedule.task_ids)};
+  if (schedule.epochs < 0) return;
+  if (call.job != Job::adapt) refuse("schedule: expected a number of steps");
+  call.job = Job::fine_tune;
+}
+template void put_schedule(const Schedule&, Call<float>&);
+template void put_schedule(const Schedule&, Call<double>&);
+
+CallParts::CallParts(std::shared_ptr<const Problem> problem, int dtype, const std::string& job)
+    : problem_(std::move(problem)), dtype_(dtype), job_(job_of(job)) {
+  with_real(dtype, [](auto) { return 0; });
+}
+
+template <class Real>
+void CallParts::describe(Described<Real>& to) const {
+  if (tasks < 0) refuse("tasks: expected at least 0, got " + std::to_string(tasks));
+  const std::size_t tensors = static_cast<std::size_t>(problem_->network().tensor_count);
+  to.start = problem_->pointers<Real>(start, "start");
+  to.call = problem_->describe<Real>(
+      to.start.data(), {pointer<Real>(rates.values), rates.rows, rates.columns, false, nullptr});
+  Call<Real>& call = to.call;
+  call.job = job_;
+  call.tasks = tasks;
+  if (!own_starts.empty()) {
+    if (own_starts.size() != tensors)
+      refuse("own_starts: expected " + std::to_string(tensors) + " values, got " +
+             std::to_string(own_starts.size()));
+    std::copy(own_starts.begin(), own_starts.end(), to.own_starts);
+    call.parameter_per_task = to.own_starts;
+  }
+  call.query = query.set<Real>();
+  put_results(*problem_, results, to);
+  if (job_ == Job::predict) {
+    static const bool none[kMaxTensors] = {};
+    static const int no_groups[kMaxTensors] = {};
+    call.optimizer = {};
+    call.lr.per_element = false;
+    call.lr.groups = no_groups;
+    call.adapted = none;
+    call.query.y = nullptr;
+    return;
+  }
+  if (!rates.values && problem_->adapted_elements() > 0) refuse("rates: expected values");
+  put_schedule(schedule, call);
+  if (call.batches.size > 0 && job_ == Job::meta)
+    refuse("schedule: a meta-gradient takes all rows");
+  call.first_order = first_order;
+  call.patience = patience;
+  call.support = support.set<Real>();
+  if (validation) {
+    if (call.job != Job::fine_tune) refuse("validation: needs epochs");
+    call.validation = validation->set<Real>();
+  }
+  if (gradients) put_gradients(*problem_, *gradients, to);
+}
+
+std::size_t CallParts::run(const MaybeDevice& device) const {
+  return with_real(dtype_, [&](auto real) {
+    Described<decltype(real)> described;
+    describe(described);
+    return execute(described.call, device);
+  });
+}
+
+std::size_t CallParts::repeat(const Repeated& other, const MaybeDevice& device) const {
+  if (job_ != Job::meta) refuse("repeat: expected a call of job 'meta'");
+  return with_real(dtype_, [&](auto real) {
+    using Real = decltype(real);
+    Described<Real> described;
+    describe(described);
+    Call<Real>& call = described.call;
+    described.start = problem_->pointers<Real>(other.start, "start");
+    call.parameters = described.start.data();
+    call.lr.values = pointer<Real>(other.rates);
+    call.support.x = pointer<Real>(other.xs);
+    call.support.y = pointer<void>(other.ys);
+    call.query.x = pointer<Real>(other.xq);
+    call.query.y = pointer<void>(other.yq);
+    call.mean_loss = pointer<Real>(other.mean_loss);
+    call.losses = pointer<Real>(other.losses);
+    call.predictions = pointer<Real>(other.predictions);
+    if (other.gradients) put_gradients(*problem_, *other.gradients, described);
+    return execute(call, device);
+  });
+}
+
+void bind_parts(py::module_& m) {
+  py::class_<Rows>(m, "Rows").def(
+      py::init([](Address x, Address y, Address weights, std::int64_t rows, Address starts,
+                  Address sizes) { return Rows{x, y, weights, rows, starts, sizes}; }),
+      py::arg("x") = 0, py::arg("y") = 0, py::arg("weights") = 0, py::arg("rows") = 0,
+      py::arg("starts") = 0, py::arg("sizes") = 0);
+  py::class_<Rates>(m, "Rates")
+      .def(py::init(
+               [](Address values, int rows, int columns) { return Rates{values, rows, columns}; }),
+           py::arg("values"), py::arg("rows") = 1, py::arg("columns") = 1);
+  py::class_<Schedule>(m, "Schedule")
+      .def(py::init([](int steps, int epochs, int batch_size, std::uint64_t seed,
+                       std::uint64_t stream, Address task_ids) {
+             return Schedule{steps, epochs, batch_size, seed, stream, task_ids};
+           }),
+           py::arg("steps") = -1, py::arg("epochs") = -1, py::arg("batch_size") = 0,
+           py::arg("seed") = 0, py::arg("stream") = 0, py::arg("task_ids") = 0);
+  py::class_<Gradients>(m, "Gradients")
+      .def(py::init([](std::vector<Address> parameters, Address lr, Address xs, Address xq) {
+             return Gradients{std::move(parameters), lr, xs, xq};
+           }),
+           py::arg("parameters") = std::vector<Address>{}, py::arg("lr") = 0, py::arg("xs") = 0,
+           py::arg("xq") = 0);
+  py::class_<Results>(m, "Results")
+      .def(py::init<>())
+      .def_readwrite("mean_loss", &Results::mean_loss)
+      .def_readwrite("losses", &Results::losses)
+      .def_readwrite("predictions", &Results::predictions)
+      .def_readwrite("adapted", &Results::adapted)
+      .def_readwrite("status", &Results::status)
+      .def_readwrite("train_curves", &Results::train_curves)
+      .def_readwrite("validation_curves", &Results::validation_curves)
+      .def_readwrite("best_epochs", &Results::best_epochs)
+      .def_readwrite("epochs_run", &Results::epochs_run);
+}
+
+void bind_call(py::module_& m) {
+  py::class_<CallParts>(m, "Call")
+      .def(py::init<std::shared_ptr<const Problem>, int, const std::string&>(), py::arg("problem"),
+           py::arg("dtype"), py::arg("job"))
+      .def_readwrite("tasks", &CallParts::tasks)
+      .def_readwrite("start", &CallParts::start)
+      .def_readwrite("own_starts", &CallParts::own_starts)
+      .def_readwrite("rates", &CallParts::rates)
+      .def_readwrite("schedule", &CallParts::schedule)
+      .def_readwrite("first_order", &CallParts::first_order)
+      .def_readwrite("patience", &CallParts::patience)
+      .def_readwrite("support", &CallParts::support)
+      .def_readwrite("query", &CallParts::query)
+      .def_readwrite("validation", &CallParts::validation)
+      .def_readwrite("results", &CallParts::results)
+      .def_readwrite("gradients", &CallParts::gradients)
+      .def("run", &CallParts::run, py::arg("device") = py::none())
+      .def(
+          "repeat",
+          [](const CallParts& call, const std::vector<Address>& start, Address rates, Address xs,
+             Address ys, Address xq, Address yq, Address mean_loss, Address losses,
+             Address predictions, const Gradients* gradients, const MaybeDevice& device) {
+            return call.repeat(
+                {start, rates, xs, ys, xq, yq, mean_loss, losses, predictions, gradients}, device);
+          },
+          py::arg("start"), py::arg("rates"), py::arg("xs"), py::arg("ys"), py::arg("xq"),
+          py::arg("yq"), py::arg("mean_loss"), py::arg("losses"), py::arg("predictions"),
+          py::arg("gradients"), py::arg("device") = py::none());
+}
+
+}  // namespace pymeta

@@ -1,0 +1,113 @@
+// A call with named parts: what Python fills in, and how it becomes a Call of the core.
+//
+// Each struct is bound under its name with the members below; addresses are those of arrays that the caller keeps alive, 0
+// for what is absent. pymeta/_native.pyi says what each holds.
+#pragma once
+
+#include <tuple>
+
+#include "problem.h"
+
+namespace pymeta {
+
+// One set of rows of all tasks (core/call/tasks.h: RowSet).
+struct Rows {
+  Address x = 0, y = 0, weights = 0;
+  std::int64_t rows = 0;
+  Address starts = 0, sizes = 0;
+
+  template <class Real>
+  RowSet<Real> set() const {
+    return {pointer<Real>(x),
+            pointer<void>(y),
+            pointer<Real>(weights),
+            rows,
+            pointer<std::int64_t>(starts),
+            pointer<std::int64_t>(sizes),
+            false};
+  }
+};
+
+struct Rates {
+  Address values = 0;
+  int rows = 1, columns = 1;
+};
+
+// Either steps or epochs; the other is -1.
+struct Schedule {
+  int steps = -1, epochs = -1, batch_size = 0;
+  std::uint64_t seed = 0, stream = 0;
+  Address task_ids = 0;
+};
+
+// Where gradients go.
+struct Gradients {
+  std::vector<Address> parameters;  // empty: of none of them
+  Address lr = 0, xs = 0, xq = 0;
+};
+
+// Where everything else goes.
+struct Results {
+  Address mean_loss = 0, losses = 0, predictions = 0;
+  std::vector<Address> adapted;
+  Address status = 0, train_curves = 0, validation_curves = 0, best_epochs = 0, epochs_run = 0;
+};
+
+// ordinal, stream, address and bytes of the workspace
+using DeviceTuple = std::tuple<int, Address, Address, std::size_t>;
+using MaybeDevice = std::optional<DeviceTuple>;
+
+// What differs from one meta-gradient to the next that is like it.
+struct Repeated {
+  const std::vector<Address>& start;
+  Address rates, xs, ys, xq, yq, mean_loss, losses, predictions;
+  const Gradients* gradients;
+};
+
+// A Call of the core, and the arrays of pointers that it points to.
+template <class Real>
+struct Described {
+  Call<Real> call;
+  std::vector<Real*> start, gradients, adapted;
+  bool own_starts[kMaxTensors] = {};
+
+  Described() = default;
+  Described(const Described&) = delete;
+  Described& operator=(const Described&) = delete;
+};
+
+// Puts a schedule into a call whose job is set; an adaptation by epochs becomes Job::fine_tune.
+template <class Real>
+void put_schedule(const Schedule& schedule, Call<Real>& call);
+
+class CallParts {
+ public:
+  CallParts(std::shared_ptr<const Problem> problem, int dtype, const std::string& job);
+
+  std::int64_t tasks = 0;
+  std::vector<Address> start;
+  std::vector<bool> own_starts;  // empty: none
+  Rates rates;
+  Schedule schedule;
+  bool first_order = false;
+  int patience = -1;
+  Rows support, query;
+  std::optional<Rows> validation;
+  Results results;
+  std::optional<Gradients> gradients;
+
+  // Both return the bytes of workspace that the call needs on a device; with fewer it is not run.
+  std::size_t run(const MaybeDevice& device) const;
+  // A meta-gradient again, with other arrays; this call itself does not change.
+  std::size_t repeat(const Repeated& other, const MaybeDevice& device) const;
+
+ private:
+  template <class Real>
+  void describe(Described<Real>& to) const;
+
+  std::shared_ptr<const Problem> problem_;
+  int dtype_;
+  Job job_;
+};
+
+}  // namespace pymeta
