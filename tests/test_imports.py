@@ -21,7 +21,10 @@ ALLOWED = {
     "backend": {"native", "spec", "tasks"},
     "models": {"native", "spec", "tasks", "reference", "backend"},
     "algorithms": {"native", "spec", "tasks", "reference", "backend", "models"},
-    "sklearn": {"spec", "models"},  # and the learners by their public names
+    "data": {"spec", "tasks", "models"},
+    "metrics": {"tasks", "data"},
+    "learners": {"spec", "tasks"},
+    "sklearn": {"spec", "tasks", "models"},  # and the learners by their public names
 }
 FREE = {"info", "bench", "_native"}  # commands, and the compiled module
 LONGEST = 520  # lines

@@ -18,10 +18,10 @@ from sklearn.utils.validation import (
 
 from pymeta.models.arrays import AdaptedArrays
 from pymeta.sklearn.episodes import Draw, Rows
-from pymeta.sklearn.groups import Array, labels_of, members_of
 from pymeta.sklearn.network import Form, inner_optimizer
 from pymeta.sklearn.parameters import Parameters
 from pymeta.sklearn.training import count, meta_train, pooled
+from pymeta.tasks.groups import Array, labels_of, members_of
 
 _COPIED = 256  # models at a time
 

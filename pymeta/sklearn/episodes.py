@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from pymeta.sklearn.groups import Array
 from pymeta.sklearn.parameters import Parameters
+from pymeta.tasks.groups import Array
 
 if TYPE_CHECKING:
     import torch

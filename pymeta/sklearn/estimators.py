@@ -15,8 +15,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pymeta.models.arrays import softmax
 from pymeta.sklearn.base import MetaEstimator
-from pymeta.sklearn.groups import Array, labels_of
 from pymeta.sklearn.parameters import one_of
+from pymeta.tasks.groups import Array, labels_of
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

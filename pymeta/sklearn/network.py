@@ -7,10 +7,10 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymeta.models.arrays import AdaptedArrays
-from pymeta.sklearn.groups import Array
 from pymeta.sklearn.parameters import ACTIVATIONS
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.losses import describe_loss
+from pymeta.tasks.groups import Array
 
 if TYPE_CHECKING:
     import torch

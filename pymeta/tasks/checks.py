@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymeta.spec.losses import Loss
+from pymeta.tasks.ragged import Ragged
 
 
 class Names(NamedTuple):
@@ -147,6 +148,21 @@ def _entries(kind: Kind, name: str, values: Sequence[Any], least: int, axes: str
     return out
 
 
+def _first_of(kind: Kind, name: str, values: Sequence[Any]) -> list[Any]:
+    """The arrays of the inputs' list, checked; of `Ragged` ones, which are alike, the first."""
+    few = values[:1] if isinstance(values, Ragged) else values
+    return _entries(kind, name, few, 2, "[rows, features]")
+
+
+def _joined(kind: Kind, name: str, given: Any, entries: list[Any], equal: bool) -> Any:
+    """A list's arrays in one; what is given as `Ragged` lies in one already."""
+    if not isinstance(given, Ragged):
+        return kind.joined(entries, equal)
+    values = kind.one(name, given.values, "")
+    shape = len(given), int(given.sizes[0]), *values.shape[1:]
+    return values.reshape(shape) if equal else values
+
+
 def _alike(kind: Kind, name: str, values: Any, x_name: str, lengths: list[int]) -> list[Any]:
     """The arrays of a list that goes with the inputs' list."""
     if not isinstance(values, (list, tuple)):
@@ -154,6 +170,8 @@ def _alike(kind: Kind, name: str, values: Any, x_name: str, lengths: list[int]) 
             f"{name}: expected a list of {len(lengths)} {kind.noun}s because {x_name} is one, "
             f"got {type(values).__name__}"
         )
+    if isinstance(values, Ragged) and values.sizes.tolist() == lengths:
+        return _entries(kind, name, values[:1], 1, "[rows] or [rows, out]")
     out = _entries(kind, name, values, 1, "[rows] or [rows, out]")
     if len(out) != len(lengths):
         raise ValueError(
@@ -277,14 +295,14 @@ def checked(
                 f"{names.sizes}: expected None where {names.x} is a list, whose entries have their "
                 f"own sizes"
             )
-        entries = _entries(kind, names.x, x, 2, "[rows, features]")
-        lengths = [len(entry) for entry in entries]
-        packed = min(lengths) != max(lengths)
-        x = kind.joined(entries, not packed)
-        both = (names.y, y), (names.weights, weights)
+        entries = _first_of(kind, names.x, x)
+        lengths = x.sizes.tolist() if isinstance(x, Ragged) else [len(entry) for entry in entries]
+        equal = min(lengths) == max(lengths)
+        packed = not equal
+        x = _joined(kind, names.x, x, entries, equal)
         y, weights = (
-            None if v is None else kind.joined(_alike(kind, n, v, names.x, lengths), not packed)
-            for n, v in both
+            None if v is None else _joined(kind, n, v, _alike(kind, n, v, names.x, lengths), equal)
+            for n, v in ((names.y, y), (names.weights, weights))
         )
     else:
         where = " with a leading task axis, or a list of them, one for each task"

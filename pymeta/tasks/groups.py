@@ -17,16 +17,16 @@ def _is_missing(label: Any) -> bool:
         return True
 
 
-def _as_array(groups: Any) -> Array:
+def _as_array(groups: Any, name: str) -> Array:
     """`groups` as an array, of objects where numpy would make strings of what is none."""
     if isinstance(groups, np.ma.MaskedArray) and np.any(groups.mask):
-        raise ValueError(f"groups: {np.sum(groups.mask)} rows have no group (masked)")
+        raise ValueError(f"{name}: {np.sum(groups.mask)} rows have no group (masked)")
     if hasattr(groups, "__array__"):
         return np.asarray(groups)
     unordered = isinstance(groups, (set, frozenset, dict))
     if isinstance(groups, (str, bytes)) or unordered or not hasattr(groups, "__len__"):
         raise ValueError(
-            f"groups: expected a label for each row of X, got the {type(groups).__name__} "
+            f"{name}: expected a label for each row of X, got the {type(groups).__name__} "
             f"{str(groups)[:60]!r}"
         )
     labels = list(groups)
@@ -37,15 +37,15 @@ def _as_array(groups: Any) -> Array:
     return objects
 
 
-def _of_one_kind(labels: Array) -> Array:
+def _of_one_kind(labels: Array, name: str) -> Array:
     """Labels that are objects as numbers or strings, if all of them are."""
     kinds = {"str" if isinstance(g, str) else type(g).__name__ for g in labels}
     if "str" in kinds and len(kinds) > 1:
-        raise TypeError(f"groups: expected labels of one kind, got {' and '.join(sorted(kinds))}")
+        raise TypeError(f"{name}: expected labels of one kind, got {' and '.join(sorted(kinds))}")
     return np.asarray(labels.tolist()) if kinds else labels
 
 
-def _refuse_tables(labels: Array) -> None:
+def _refuse_tables(labels: Array, name: str) -> None:
     """ValueError where rows have several labels: columns, tuples, lists."""
     cure = (
         "to group by several columns, join them into one label, as in "
@@ -53,26 +53,29 @@ def _refuse_tables(labels: Array) -> None:
     )
     if labels.ndim > 1:
         raise ValueError(
-            f"groups: expected one label for each row of X, got shape {list(labels.shape)}; {cure}"
+            f"{name}: expected one label for each row of X, got shape {list(labels.shape)}; {cure}"
         )
     # of a structured array, of pandas' MultiIndex
     several = next((g for g in labels.tolist() if np.ndim(g)), None) if labels.ndim else None
     if several is not None:
         raise ValueError(
-            f"groups: expected one label for each row of X, got the {type(several).__name__} "
+            f"{name}: expected one label for each row of X, got the {type(several).__name__} "
             f"{str(several)[:60]}; {cure}"
         )
 
 
-def labels_of(groups: Any, X: Any) -> Array:
-    """`groups` as an array [rows] of comparable labels; missing ones are refused."""
-    labels = _as_array(groups)
+def labels_of(groups: Any, X: Any, name: str = "groups") -> Array:
+    """`groups` as an array [rows] of comparable labels; missing ones are refused.
+
+    `name` is what the caller calls them, for messages.
+    """
+    labels = _as_array(groups, name)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    _refuse_tables(labels)
+    _refuse_tables(labels, name)
     if labels.shape != (len(X),):
         raise ValueError(
-            f"groups: expected a label for each row of X, shape [{len(X)}], "
+            f"{name}: expected a label for each row of X, shape [{len(X)}], "
             f"got shape {list(labels.shape)}"
         )
     if labels.dtype.kind in "mM":
@@ -80,8 +83,8 @@ def labels_of(groups: Any, X: Any) -> Array:
     else:
         missing = [g for g in labels.tolist() if labels.dtype.kind in "fcO" and _is_missing(g)]
     if missing:
-        raise ValueError(f"groups: {len(missing)} rows have no group ({missing[0]!r})")
-    return _of_one_kind(labels) if labels.dtype.kind == "O" else labels
+        raise ValueError(f"{name}: {len(missing)} rows have no group ({missing[0]!r})")
+    return _of_one_kind(labels, name) if labels.dtype.kind == "O" else labels
 
 
 def members_of(labels: Array) -> tuple[Array, list[Array]]:
