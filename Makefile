@@ -32,7 +32,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
   sanitize sanitize-native sanitize-python guard fuzz soak arrangements
 .DELETE_ON_ERROR:
 
-test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs
+test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs $(STAMP)/serve
 	$(BIN)/python -m pytest
 
 demo: $(STAMP)/pymeta $(STAMP)/examples
@@ -52,7 +52,7 @@ format: $(STAMP)/test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-typing: $(STAMP)/pymeta $(STAMP)/test
+typing: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/serve
 	$(BIN)/python -m pytest tests/test_typing.py
 
 # Both are built in environments that hold the build requirements alone, the wheel from the sdist: what the sdist lacks,
@@ -149,7 +149,7 @@ soak: $(STAMP)/pymeta $(STAMP)/test
 	$(BIN)/python tests/soak.py $(SECONDS)
 
 # NAMES="'isa avx2' 'one core'" runs these alone; the whole takes an hour.
-arrangements: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs
+arrangements: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs $(STAMP)/serve
 	$(BIN)/python tests/arrangements.py $(NAMES)
 
 cuda: $(STAMP)/build $(STAMP)/test
@@ -205,7 +205,7 @@ $(STAMP)/build: $(STAMP)/venv constraints.txt
 needed = $(PIP) install -c constraints.txt $(shell $(PYTHON) -c 'import tomllib; \
   print(*(repr(r) for r in tomllib.load(open("pyproject.toml", "rb"))$(1)))')
 
-$(STAMP)/test $(STAMP)/bench $(STAMP)/docs $(STAMP)/examples: $(STAMP)/torch pyproject.toml
+$(STAMP)/test $(STAMP)/bench $(STAMP)/docs $(STAMP)/examples $(STAMP)/serve $(STAMP)/postgres: $(STAMP)/torch pyproject.toml
 	$(call needed,["project"]["optional-dependencies"]["$(notdir $@)"])
 	@touch $@
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 _VARIABLES = (
@@ -201,6 +203,13 @@ def main() -> int:
         all_passed = all_passed and passed
         print(f"self-test   {'passed' if passed else 'FAILED'}: relative difference {error:.1e}")
     return 0 if all_passed else 1
+
+
+def command(words: Sequence[str]) -> int:
+    """`pymeta info`."""
+    parser = ArgumentParser(prog="pymeta info", description=(__doc__ or "").split("\n\n")[1])
+    parser.parse_args(list(words))
+    return main()
 
 
 if __name__ == "__main__":

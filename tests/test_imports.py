@@ -25,8 +25,9 @@ ALLOWED = {
     "metrics": {"tasks", "data"},
     "learners": {"spec", "tasks"},
     "sklearn": {"spec", "tasks", "models"},  # and the learners by their public names
+    "serve": {"spec", "models"},  # and the learners by their public names
 }
-FREE = {"info", "bench", "_native"}  # commands, and the compiled module
+FREE = {"info", "bench", "cli", "__main__", "_native"}  # commands, and the compiled module
 LONGEST = 520  # lines
 
 

@@ -30,6 +30,7 @@ VERSION = pymeta.__version__
 PACKAGE = Path(pymeta.__file__).parent
 SOURCE = Path(os.environ.get("PYMETA_SOURCE", Path(__file__).resolve().parents[1]))
 INFO = f"pymeta-{VERSION}.dist-info"
+DIST_INFO = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
 LIMIT = 20_000_000  # bytes of an archive
 
 elf = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
@@ -39,7 +40,7 @@ elf = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
 SYSTEM = re.compile(r"(libc|libm|libgcc_s|libpthread|libdl|librt)\.so\.\d+|ld-linux[-\w]*\.so\.\d+")
 IN_WHEEL = re.compile(
     rf"pymeta/(\w+/)*\w+\.py|pymeta/bench/chosen\.json|pymeta/py\.typed|pymeta/_native\.pyi|pymeta/_native\.[\w-]+\.(so|pyd)"
-    rf"|{re.escape(INFO)}/(METADATA|WHEEL|RECORD|licenses/LICENSE|sboms/[\w.-]+\.json)"
+    rf"|{re.escape(INFO)}/(METADATA|WHEEL|RECORD|entry_points\.txt|licenses/LICENSE|sboms/[\w.-]+\.json)"
 )
 IN_SDIST = re.compile(
     r"PKG-INFO|pyproject\.toml|CMakeLists\.txt|LICENSE|README\.md|CHANGELOG\.md"
@@ -180,7 +181,7 @@ def wheel_problems(files: Files, size: int) -> list[str]:
         "pymeta/__init__.py",
         "pymeta/models/adapter.py",
     }
-    wanted |= {f"{INFO}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    wanted |= {f"{INFO}/{name}" for name in DIST_INFO}
     problems = file_problems(files, IN_WHEEL, wanted)
     if sum(name.endswith((".so", ".pyd")) for name in files) != 1:
         problems.append("not one extension")
@@ -211,6 +212,7 @@ def good_wheel() -> Files:
     files[f"{INFO}/METADATA"] = _metadata()
     files[f"{INFO}/WHEEL"] = b"Wheel-Version: 1.0\n"
     files[f"{INFO}/licenses/LICENSE"] = b"Apache"
+    files[f"{INFO}/entry_points.txt"] = b"[console_scripts]\npymeta = pymeta.cli:main\n"
     return with_record(files)
 
 
@@ -248,6 +250,7 @@ DAMAGE = {
     ),
     "stray pymeta.libs/libgomp-1.so.1": adding("pymeta.libs/libgomp-1.so.1"),
     "stray csrc/core/call/network.h": adding("csrc/core/call/network.h"),
+    f"no {INFO}/entry_points.txt": without(f"{INFO}/entry_points.txt"),
     "no pymeta/py.typed": without("pymeta/py.typed"),
     "no pymeta/_native.pyi": without("pymeta/_native.pyi"),
     "not one extension": adding("pymeta/_native.cp39-win_amd64.pyd"),

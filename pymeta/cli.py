@@ -1,0 +1,65 @@
+"""The command `pymeta`: a table of subcommands, each a function imported when it is asked for.
+
+A subcommand is a line of `COMMANDS`. Its function takes the words after its name and returns the
+exit status; it parses them itself, so that `pymeta --help` imports nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a subcommand is, as "module:function", and what it does, in a line."""
+
+    home: str
+    help: str
+
+
+COMMANDS = {
+    "info": Command("pymeta.info:command", "what runs here and why, and a self-test"),
+    "serve": Command("pymeta.serve.command:serve", "adapt and predict over HTTP"),
+    "retrain": Command("pymeta.serve.command:retrain", "train on a service's rows, promote"),
+    "token": Command("pymeta.serve.command:token", "make a token for a service's token file"),
+}
+
+
+def usage() -> str:
+    """What `pymeta --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: pymeta COMMAND ...", "", *lines, "", "pymeta COMMAND --help says more."]
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a subcommand; its exit status, or 2 where there is no such command.
+
+    Args:
+        words: the command line after `pymeta`; None for this process's.
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        import pymeta
+
+        print(pymeta.__version__)
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        print(f"pymeta: no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module, _, function = command.home.partition(":")
+    try:
+        run = getattr(import_module(module), function)
+    except ImportError as error:  # names the extra
+        print(f"pymeta {words[0]}: {error}", file=sys.stderr)
+        return 1
+    status: int = run(words[1:])
+    return status

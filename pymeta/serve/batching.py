@@ -1,0 +1,239 @@
+"""Micro-batching: the tasks of concurrent requests in one native call.
+
+A task's bits do not depend on its neighbours, so that who is in a batch changes nothing but the
+time. The first request of a batch sets the latest moment at which it starts, `wait` seconds later;
+the batch starts sooner where it is full, or where no other request has begun to arrive: a lone
+client never waits. That moment is watched by turns of the event loop rather than by a
+timer, whose grain of a millisecond is coarser than the wait.
+
+A call that is expected to be short runs on the event loop, since a thread's way there and back
+costs more; a longer one runs in a thread, and the loop goes on meanwhile. The estimate is the
+recent time for each row. A batch that fails as a whole is run again task by task, so that an error
+reaches the request that caused it and no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from pymeta.models.arrays import AdaptedArrays
+from pymeta.serve.gate import Arrivals
+from pymeta.serve.metrics import Metrics
+from pymeta.serve.model import Model
+from pymeta.serve.problem import Problem, busy, unavailable
+from pymeta.serve.settings import Settings
+from pymeta.serve.wire import Tasks
+
+_FIRST_SECONDS_PER_ROW = 20e-6  # until there is a measurement
+
+
+@dataclass
+class Done:
+    """What a request gets back."""
+
+    outputs: list[np.ndarray]  # of each task [rows, out]
+    status: list[int]  # of each task, 1 where a prediction is not finite
+    models: AdaptedArrays | None  # the adapted weights, where they were asked for
+
+
+@dataclass
+class _Item:
+    model: Model
+    tasks: Tasks
+    keeps: bool  # whether the adapted weights are wanted
+    done: asyncio.Future[Done]
+    since: float
+
+    @property
+    def key(self) -> tuple[int, bool]:
+        """What items of one native call have in common."""
+        return id(self.model), self.tasks.weights is None
+
+
+class Batcher:
+    """Collects tasks and runs them; one for each service, used on its event loop alone."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        executor: Executor,
+        arrivals: Arrivals,
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            settings: how long to wait, and for how many.
+            metrics: where batch sizes and times go.
+            executor: for longer calls.
+            arrivals: knows of requests that are about to join.
+        """
+        self._wait = settings.batch_wait_us * 1e-6
+        self._most = settings.batch_tasks
+        self._inline = settings.inline_us * 1e-6
+        self._limit = settings.limits.queue_tasks
+        self._metrics, self._executor, self._arrivals = metrics, executor, arrivals
+        self._waiting: list[_Item] = []
+        self._tasks = 0  # of those waiting
+        self._held = 0  # tasks that wait or run
+        self._deadline = 0.0
+        self._ticking = False
+        self._closed = False
+        self._running: set[asyncio.Task[None]] = set()
+        self._per_row = _FIRST_SECONDS_PER_ROW
+
+    async def submit(self, model: Model, tasks: Tasks, *, keeps: bool = False) -> Done:
+        """Adapt to tasks and predict; with whoever else asks at the same time.
+
+        Raises:
+            Problem: 429 where too much waits already, 422 where the tasks will not do, 503 where
+                the service is closing.
+        """
+        count = len(tasks.xs)
+        if self._closed:
+            raise unavailable("the service is shutting down")
+        if self._held and self._held + count > self._limit:
+            raise busy(f"{self._held} tasks are waiting or running; at most {self._limit} may")
+        loop = asyncio.get_running_loop()
+        item = _Item(model, tasks, keeps, loop.create_future(), perf_counter())
+        if not self._waiting:
+            self._deadline = loop.time() + self._wait
+        self._waiting.append(item)
+        self._tasks += count
+        self._held += count
+        self._metrics.queue.set(self._held)
+        try:
+            if self._tasks >= self._most:
+                self._start()
+            elif not self._ticking:
+                self._ticking = True
+                loop.call_soon(self._tick, loop)
+            return await item.done
+        finally:
+            self._held -= count
+            self._metrics.queue.set(self._held)
+
+    async def close(self) -> None:
+        """Run what was accepted, and accept no more."""
+        self._closed = True
+        self._start()
+        while self._running:
+            await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A turn of the loop later: start, or look again next turn."""
+        late = loop.time() >= self._deadline
+        if self._waiting and not late and self._arrivals.fresh(self._wait):
+            loop.call_soon(self._tick, loop)
+            return
+        self._ticking = False
+        self._start()
+
+    def _start(self) -> None:
+        """Run all that waits, a native call for each model (and for weights or none)."""
+        waiting, self._waiting, self._tasks = self._waiting, [], 0
+        groups: dict[tuple[int, bool], list[_Item]] = {}
+        for item in waiting:
+            groups.setdefault(item.key, []).append(item)
+        for items in groups.values():
+            rows = sum(item.tasks.rows for item in items)
+            if rows * self._per_row <= self._inline:
+                self._settle(items, _outcomes(items), rows)
+                continue
+            running = asyncio.get_running_loop().create_task(self._in_thread(items, rows))
+            self._running.add(running)
+            running.add_done_callback(self._running.discard)
+
+    async def _in_thread(self, items: list[_Item], rows: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._settle(items, await loop.run_in_executor(self._executor, _outcomes, items), rows)
+
+    def _settle(self, items: list[_Item], found: _Found, rows: int) -> None:
+        """Hand out results, and count."""
+        tasks = sum(len(item.tasks.xs) for item in items)
+        self._metrics.batch.observe(tasks)
+        self._metrics.adaptations.inc(tasks)
+        self._metrics.stages["native"].observe(found.seconds)
+        if rows:
+            self._per_row += 0.1 * (found.seconds / rows - self._per_row)
+        for item, outcome in zip(items, found.outcomes, strict=True):
+            self._metrics.stages["queue"].observe(max(0.0, found.began - item.since))
+            if item.done.done():  # whoever asked is gone
+                continue
+            if isinstance(outcome, Exception):
+                item.done.set_exception(outcome)
+            else:
+                self._metrics.diverged.inc(sum(outcome.status))
+                item.done.set_result(outcome)
+
+
+@dataclass
+class _Found:
+    outcomes: list[Done | Exception]
+    began: float
+    seconds: float
+
+
+def _outcomes(items: list[_Item]) -> _Found:
+    """Run items that have a key in common; never raises."""
+    began = perf_counter()
+    outcomes: list[Done | Exception]
+    try:
+        outcomes = list(run(items[0].model, [(i.tasks, i.keeps) for i in items]))
+    except Exception as error:
+        if len(items) == 1:
+            outcomes = [_explained(error)]
+        else:
+            outcomes = [_outcomes([item]).outcomes[0] for item in items]
+    return _Found(outcomes, began, perf_counter() - began)
+
+
+def _explained(error: Exception) -> Exception:
+    """What the request is told: the adapter's own words where they are about its values."""
+    if isinstance(error, (ValueError, TypeError)) and not isinstance(error, UnicodeError):
+        return Problem(422, f"tasks: {error}", "tasks")
+    if isinstance(error, MemoryError):
+        return unavailable("not enough memory for this call now")
+    return error
+
+
+def run(model: Model, requests: list[tuple[Tasks, bool]]) -> list[Done]:
+    """One native call for the tasks of several requests, all with weights or all without.
+
+    Raises:
+        TypeError, ValueError: the adapter refuses a value.
+    """
+    if len(requests) == 1 and len(requests[0][0].xs) == 1 and not requests[0][1]:
+        return [_lone(model, requests[0][0])]
+    xs = [x for tasks, _ in requests for x in tasks.xs]
+    ys = [y for tasks, _ in requests for y in tasks.ys]
+    xq = [q for tasks, _ in requests for q in tasks.xq]
+    weights = None
+    if requests[0][0].weights is not None:
+        weights = [w for tasks, _ in requests for w in tasks.weights or ()]
+    models = model.adapter.adapt(xs, ys, weights=weights)
+    outputs = models(xq)
+    status = [_status(output) for output in outputs]
+    done, first = [], 0
+    for tasks, keeps in requests:
+        end = first + len(tasks.xs)
+        own = models[list(range(first, end))] if keeps else None  # a copy, of its tasks alone
+        done.append(Done(outputs[first:end], status[first:end], own))
+        first = end
+    return done
+
+
+def _lone(model: Model, tasks: Tasks) -> Done:
+    """A single task goes through the adapter's engine, which allocates nothing."""
+    weights = None if tasks.weights is None else tasks.weights[0]
+    output = model.adapter.adapt_predict(tasks.xs[0], tasks.ys[0], tasks.xq[0], weights=weights)
+    return Done([output], [_status(output)], None)
+
+
+def _status(output: np.ndarray) -> int:
+    return int(not np.isfinite(output).all())

@@ -1,0 +1,81 @@
+"""POST /v1/adapt-predict: tasks in, predictions out, nothing kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pymeta.models.arrays import AdaptedArrays
+from pymeta.serve import explain, schemas, wire
+from pymeta.serve.routes.base import (
+    EXPLAIN,
+    PROBABILITIES,
+    Route,
+    documented,
+    needs,
+    service_of,
+)
+from pymeta.serve.service import Service, flag
+
+router = APIRouter(route_class=Route, tags=["predictions"])
+
+
+@router.post(
+    "/v1/adapt-predict",
+    **documented(
+        "Adapt to each task's support rows and predict its query rows",
+        schemas.Predictions,
+        schemas.AdaptPredict,
+        binary=(wire.NPZ, wire.ARROW),
+        parameters=(EXPLAIN, PROBABILITIES),
+    ),
+)
+@needs("read")
+async def adapt_predict(request: Request) -> Response:
+    """One or many tasks, each with its own number of rows."""
+    service = service_of(request)
+    kind = wire.kind_of(request.headers.get("content-type"))
+    explains, probabilities = flag(request, "explain"), flag(request, "probabilities")
+    body = await service.body(request)
+    model = service.model
+    with service.metrics.stage("decode"):
+        tasks = wire.read_tasks(kind, body, model, service.settings.limits)
+        if explains:
+            explain.check_cost(tasks.xq, service.settings.limits.explained_values)
+    done = await service.batcher.submit(model, tasks, keeps=explains)
+    answer = wire.Answer(model.version, done.outputs, done.status)
+    if probabilities:
+        answer.probabilities = model.probabilities(done.outputs)
+    if not explains:
+        with service.metrics.stage("encode"):
+            return wire.respond(kind, answer)
+    means = [explain.mean_of(x) for x in tasks.xs]
+    return await explained(service, kind, answer, done.models, means, tasks.xq)
+
+
+async def explained(
+    service: Service,
+    kind: str,
+    answer: wire.Answer,
+    models: AdaptedArrays | None,
+    means: Sequence[np.ndarray],
+    xq: Sequence[np.ndarray],
+) -> Response:
+    """The answer with attributions and reasons; computed in a thread."""
+    assert models is not None
+
+    def work() -> Response:
+        with service.metrics.stage("explain"):
+            found = explain.attributions(models, means, xq, answer.predictions)
+            answer.attributions = [each.values for each in found]
+            answer.explained = [each.output for each in found]
+            described = explain.described(found, service.features)
+        with service.metrics.stage("encode"):
+            return wire.respond(kind, answer, described, explain.METHOD)
+
+    return await asyncio.get_running_loop().run_in_executor(service.threads, work)
