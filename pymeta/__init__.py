@@ -1,7 +1,7 @@
 """pymeta: adapt many small models at once, and learn where they should start.
 
 `import pymeta` is cheap and does not import torch; the names below are loaded when first used.
-Adapters, adapted arrays and the descriptions of optimisers and schedules need no torch at all.
+Adapters, adapted arrays and the descriptions of losses, optimisers and schedules need no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pymeta.models.arrays import AdaptedArrays
     from pymeta.native import free_memory, num_threads, set_num_threads
     from pymeta.spec.history import History
+    from pymeta.spec.losses import QuantileLoss, StudentTNLLLoss
     from pymeta.spec.optimizers import SGD, Adam, LearnableLR
     from pymeta.spec.schedule import Schedule
 
@@ -31,6 +32,8 @@ _HOMES = {
     "AdaptedArrays": "models.arrays",
     "Adapter": "models.adapter",
     "History": "spec.history",
+    "QuantileLoss": "spec.losses",
+    "StudentTNLLLoss": "spec.losses",
     "SGD": "spec.optimizers",
     "Adam": "spec.optimizers",
     "LearnableLR": "spec.optimizers",
@@ -51,9 +54,11 @@ __all__ = [
     "History",
     "LearnableLR",
     "Outcome",
+    "QuantileLoss",
     "Reptile",
     "ReptileOutcome",
     "Schedule",
+    "StudentTNLLLoss",
     "free_memory",
     "num_threads",
     "set_num_threads",

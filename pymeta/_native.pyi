@@ -36,6 +36,8 @@ class Loss(metaclass=_Type):
         ignore_index: int = -100,
         weight: Sequence[float] = (),
         pos_weight: Sequence[float] = (),
+        levels: Sequence[float] = (),
+        dof: float = 1.0,
     ) -> None: ...
 
 class Optimizer(metaclass=_Type):

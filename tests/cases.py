@@ -8,9 +8,10 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from helpers import LOSSES, gradients, targets
+from helpers import LOSSES, MORE_LOSSES, gradients, targets
 from hypothesis import strategies as st
 from kernels import (
     ACTIVATIONS,
@@ -31,6 +32,7 @@ from kernels import (
 from torch import nn
 
 import pymeta
+from pymeta.spec.losses import describe_loss
 
 # ---- cases ------------------------------------------------------------------------------------
 
@@ -88,15 +90,22 @@ def make_net(case: Case) -> nn.Sequential:
     return net
 
 
-def make_loss(case: Case, dtype: torch.dtype) -> str | nn.Module:
-    if not case.loss_options:
+def make_loss(case: Case) -> Any:
+    if not case.loss_options or case.loss in WITHOUT_OPTIONS:
         return case.loss
+    if case.loss == "quantile":
+        return pymeta.QuantileLoss((0.2, 0.9))
+    if case.loss == "student_t_nll":
+        return pymeta.StudentTNLLLoss(2.5)
     weight = torch.rand(case.out) + 0.25
     if case.loss == "cross_entropy":
         return nn.CrossEntropyLoss(weight=weight, label_smoothing=0.25, ignore_index=-7)
     if case.loss == "bce_with_logits":
         return nn.BCEWithLogitsLoss(weight=weight, pos_weight=weight.flip(0) * 3)
     return nn.HuberLoss(delta=0.5) if case.loss == "huber" else nn.MSELoss()
+
+
+WITHOUT_OPTIONS = ("l1", "poisson_nll", "qlike", "gaussian_nll")
 
 
 def make_sizes(case: Case, rows: int) -> list[int]:
@@ -128,7 +137,10 @@ class Side:
 
 def make_side(case: Case, rows: int) -> Side:
     x = torch.randn(case.tasks, rows, case.inputs)
-    y = targets(case.loss, case.tasks, rows, out=case.out, dtype=torch.float32)
+    columns = case.out
+    if case.loss in MORE_LOSSES:
+        columns = describe_loss(make_loss(case)).target_columns(case.out)
+    y = targets(case.loss, case.tasks, rows, out=columns, dtype=torch.float32)
     # Rows that do not count are in no batch statistics, and one row that does would be refused:
     # test_weightless_rows.py has these.
     left_out = 0.0 if case.batch_norm else 0.2
@@ -151,7 +163,7 @@ class Problem:
         masks = (None, names[::2], names[-1:], [n for n in names if "bias" in n] or names[:1])
         self.adapt = masks[case.mask] if names else None
         self.rate = float(torch.tensor(0.05 + 0.15 * torch.rand(()).item()))
-        self.loss = make_loss(case, torch.float32)
+        self.loss = make_loss(case)
         self.support = make_side(case, case.support)
         self.query = make_side(case, case.query)
         self.lr_values = torch.rand(100_000) * 0.2
@@ -214,14 +226,18 @@ class Problem:
 
 
 @st.composite
-def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None):
+def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES):
     chain = draw(chains() if chain is None else chain)
     lr = draw(st.sampled_from([None, None, "network", "layer", "parameter"]))
     if not any(len(layer) > 2 and (layer[0] == "linear" or layer[3]) for layer in chain):
         chain = (("linear", chain[0][1], chain[0][1], True), *chain)
+    loss = draw(st.sampled_from(losses))
+    out = Case(chain).out
+    if loss in MORE_LOSSES and out % 2:  # some have two outputs for each target
+        chain = (*chain, ("linear", out, out + 1, True))
     return Case(
         chain=chain,
-        loss=draw(st.sampled_from(LOSSES)),
+        loss=loss,
         loss_options=draw(st.booleans()),
         tasks=draw(st.sampled_from(tasks)),
         support=draw(st.integers(2, 8)),
@@ -319,7 +335,7 @@ class Wanted:
 def is_kinked(case: Case) -> bool:
     names = {layer[0] for layer in case.chain}
     kinked = {n for n, make in ACTIVATIONS.items() if type(make()) in KINKS}
-    return bool(names & kinked) or case.loss == "huber"
+    return bool(names & kinked) or case.loss in ("huber", "l1", "quantile")
 
 
 def walk(problem: Problem) -> tuple[float, float]:
@@ -369,6 +385,9 @@ def walk(problem: Problem) -> tuple[float, float]:
                 if case.loss == "huber":
                     delta = problem.loss.delta if case.loss_options else 1.0
                     look_for_kinks((y - side.y[t, :rows]).abs(), delta)
+                if case.loss in ("l1", "quantile"):
+                    each = y.shape[1] // side.y.shape[-1]
+                    look_for_kinks(y - side.y[t, :rows].repeat(1, each), 0.0)
     return found["nearest"], found["steepest"]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 LOSSES = ("mse", "huber", "cross_entropy", "bce_with_logits")
+MORE_LOSSES = ("l1", "quantile", "poisson_nll", "qlike", "gaussian_nll", "student_t_nll")
 
 
 def mlp(*widths: int, act: type[nn.Module] = nn.Tanh, dtype: torch.dtype = torch.float64):
@@ -20,11 +21,15 @@ def mlp(*widths: int, act: type[nn.Module] = nn.Tanh, dtype: torch.dtype = torch
 
 
 def targets(loss: str, *lead: int, out: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random targets that suit a loss: classes, 0/1 values, or numbers."""
+    """Random targets [*lead, out] that suit a loss: classes [*lead], 0/1 values, or numbers."""
     if loss == "cross_entropy":
         return torch.randint(0, out, lead)
     values = torch.randn(*lead, out, dtype=dtype)
-    return (values > 0).to(dtype) if loss == "bce_with_logits" else values
+    if loss == "bce_with_logits":
+        return (values > 0).to(dtype)
+    if loss == "poisson_nll":
+        return values.abs().mul(2).floor()
+    return values.square() if loss == "qlike" else values
 
 
 def batch(
@@ -93,6 +98,8 @@ def torch_loss(name: str):
     return {
         "mse": f.mse_loss,
         "huber": f.huber_loss,
+        "l1": f.l1_loss,
+        "poisson_nll": f.poisson_nll_loss,
         "cross_entropy": f.cross_entropy,
         "bce_with_logits": f.binary_cross_entropy_with_logits,
     }[name]

@@ -22,7 +22,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import pymeta
-from pymeta import AdaptedArrays
+from pymeta import AdaptedArrays, QuantileLoss, StudentTNLLLoss
 from pymeta.sklearn import METHODS, MetaClassifier, MetaRegressor
 from pymeta.sklearn.episodes import Draw, Rows
 
@@ -368,6 +368,67 @@ def test_regression(loss):
     later, truth, groups = levels(rows=40)
     assert model.score(later, truth) < 0.3
     assert model.score(later, truth, groups=groups) > 0.8
+
+
+def noisy(loss, rows=60, seed=0):
+    """Groups of another noise each: X, y, g, and each row's true scale."""
+    rng = np.random.default_rng(seed)
+    g = np.repeat(np.arange(12), rows)
+    X, scale = rng.uniform(-1, 1, (len(g), 1)), 0.5 + 0.25 * g
+    noise = rng.normal(size=len(g))
+    if loss == "poisson_nll":
+        return X, rng.poisson(4 * scale).astype(float), g, 4 * scale
+    if loss == "qlike":
+        return X, (100 * scale * noise) ** 2, g, (100 * scale) ** 2
+    return X, 50 + 10 * X[:, 0] + scale * noise, g, scale
+
+
+ADAPTS = {"hidden": (8,), "inner_lr": 0.02, "inner_optimizer": "adam", "adapt_epochs": 200}
+
+
+@pytest.mark.parametrize("loss", ["poisson_nll", "qlike"])
+def test_a_log_link_predicts_rates_and_variances(loss):
+    X, y, g, mean = noisy(loss)
+    model = MetaRegressor("pooled", loss=loss, epochs=20, random_state=0, **ADAPTS)
+    model.fit(X, y, groups=g).adapt(X, y, groups=g)
+    assert model.y_mean_ == 0 and model.y_scale_ == pytest.approx(y.mean())
+    predicted = model.predict(X, groups=g)
+    assert (predicted > 0).all()
+    of_groups = [(predicted[g == k].mean(), mean[g == k][0]) for k in range(12)]
+    assert all(0.5 < got / wanted < 2 for got, wanted in of_groups)
+    with pytest.raises(ValueError, match=f"^y: row 3: expected numbers of at least 0 for {loss}"):
+        model.adapt(X[:5], np.array([1, 2, 0, -1.0, 1]), groups=g[:5])
+    model.adapt(X[:5], np.array([1, 2, 0, -1.0, 1]), g[:5], sample_weight=[1, 1, 1, 0, 1])
+    with pytest.raises(ValueError, match=r"^y: row 0: "):
+        MetaRegressor(loss=loss).fit(X, y - y.max(), groups=g)
+
+
+def test_quantiles():
+    X, y, g, _ = noisy("mse")
+    bands = QuantileLoss([0.1, 0.5, 0.9])
+    model = clone(MetaRegressor("pooled", loss=bands, epochs=20, random_state=0, **ADAPTS))
+    model.fit(X, y, groups=g).adapt(X, y, groups=g)
+    low, middle, high = model.predict(X, groups=g).T
+    assert 0.7 < ((low <= y) & (y <= high)).mean() < 0.9 and (y <= middle).mean() < 0.6
+    assert 0 < model.score(X, y, groups=g) < 1
+    assert model.score(X, y, groups=g) > model.score(X, y)
+    one = MetaRegressor("pooled", loss=QuantileLoss(0.9), epochs=2).fit(X, y)
+    assert one.predict(X).shape == (len(X),)
+    with pytest.raises(AttributeError, match=r"^predict_scale: .* got quantile"):
+        one.predict_scale(X)
+
+
+@pytest.mark.parametrize("loss", ["gaussian_nll", StudentTNLLLoss(30)])
+def test_a_likelihood_predicts_a_scale(loss):
+    X, y, g, scale = noisy(loss)
+    model = MetaRegressor("pooled", loss=loss, epochs=20, random_state=0, **ADAPTS)
+    model.fit(X, y, groups=g).adapt(X, y, groups=g)
+    assert model.score(X, y, groups=g) > 0.8
+    got = model.predict_scale(X, groups=g)
+    assert np.corrcoef(got, scale)[0, 1] > 0.8
+    assert 0.5 < np.median(got / scale) < 1.5
+    copied = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(copied.predict_scale(X, groups=g), got)
 
 
 def test_regression_has_its_own_units():

@@ -89,7 +89,7 @@ class EngineHolder {
       y.expect_shape(rows, 0, true);
     } else {
       y.expect_type(type, sizeof(Real), expected);
-      y.expect_shape(rows, engine.out_features(), engine.out_features() == 1);
+      y.expect_shape(rows, engine.target_columns(), engine.target_columns() == 1);
     }
     std::optional<Lent> w;
     if (!weights.is_none()) {

@@ -23,24 +23,35 @@ namespace {
 
 std::unique_ptr<LossHolder> make_loss(const std::string& kind, double delta, double label_smoothing,
                                       std::int64_t ignore_index, std::vector<double> weight,
-                                      std::vector<double> pos_weight) {
+                                      std::vector<double> pos_weight, std::vector<double> levels,
+                                      double dof) {
   auto holder = std::make_unique<LossHolder>();
   Loss& loss = holder->loss;
   bool found = false;
   for_each_loss_spec([&](LossKind known, auto spec) {
     if (kind != spec.kName) return;
     loss.kind = known;
+    loss.dof = dof;
+    loss.constant = spec.constant(loss);
     found = true;
   });
   if (!found) refuse("loss: unknown kind '" + kind + "'");
   if (!(delta > 0)) refuse("loss: delta must be > 0");
   if (!(label_smoothing >= 0 && label_smoothing <= 1))
     refuse("loss: label_smoothing must be in 0..1");
+  if (!(dof > 0) || !std::isfinite(dof)) refuse("loss: dof must be > 0");
+  if (loss.kind == LossKind::quantile && levels.empty()) refuse("loss: levels must not be empty");
+  if (loss.kind != LossKind::quantile && !levels.empty()) refuse("loss: only quantile has levels");
+  for (const double level : levels)
+    if (!(level > 0 && level < 1)) refuse("loss: levels must be in (0, 1)");
+  if (levels.size() > 1 << 24) refuse("loss: more than 2^24 levels");
   loss.delta = delta;
   loss.label_smoothing = label_smoothing;
   loss.ignore_index = ignore_index;
   holder->weight = std::move(weight);
   holder->pos_weight = std::move(pos_weight);
+  loss.level_count = levels.empty() ? 1 : static_cast<int>(levels.size());
+  holder->levels = std::move(levels);
   return holder;
 }
 
@@ -97,7 +108,8 @@ void bind_network(py::module_& m) {
   py::class_<LossHolder>(m, "Loss").def(
       py::init(&make_loss), py::arg("kind"), py::kw_only(), py::arg("delta") = 1.0,
       py::arg("label_smoothing") = 0.0, py::arg("ignore_index") = -100,
-      py::arg("weight") = std::vector<double>{}, py::arg("pos_weight") = std::vector<double>{});
+      py::arg("weight") = std::vector<double>{}, py::arg("pos_weight") = std::vector<double>{},
+      py::arg("levels") = std::vector<double>{}, py::arg("dof") = 1.0);
 
   py::class_<Optimizer>(m, "Optimizer")
       .def(py::init(&make_optimizer), py::arg("kind"), py::kw_only(), py::arg("momentum") = 0.0,

@@ -19,7 +19,7 @@ namespace py = pybind11;
 
 struct LossHolder {
   Loss loss;
-  std::vector<double> weight, pos_weight;
+  std::vector<double> weight, pos_weight, levels;
 };
 
 std::vector<std::int64_t> parameter_sizes(const Network& network);
@@ -51,6 +51,10 @@ class Problem {
       if (!values->empty() && values->size() != out)
         refuse("loss: expected a weight for each of " + std::to_string(out) + " outputs, got " +
                std::to_string(values->size()));
+    if (network_->out_features() % outputs_per_target(loss_.loss) != 0)
+      refuse("loss: expected a multiple of " + std::to_string(outputs_per_target(loss_.loss)) +
+             " outputs, got " + std::to_string(out));
+    loss_.loss.levels = loss_.levels.empty() ? nullptr : loss_.levels.data();
     loss_.loss.weight = loss_.weight.empty() ? nullptr : loss_.weight.data();
     loss_.loss.pos_weight = loss_.pos_weight.empty() ? nullptr : loss_.pos_weight.data();
   }

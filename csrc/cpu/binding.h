@@ -195,10 +195,10 @@ class Binder {
     const RowSet<Real>& set = rows.set();
     const Loss& loss = *call_.loss;
     const bool labels = takes_labels(loss);
-    const int out = call_.network->out_features();
+    const int columns = target_columns(loss, call_.network->out_features());
     const long classes = X::class_stride(extent.rows);
     if (X::kTasks == 1 || extent.keep) {
-      memset(targets, 0, sizeof(Real) * classes * (labels ? 1 : out));
+      memset(targets, 0, sizeof(Real) * classes * columns);
       memset(scale, 0, sizeof(Real) * classes);
     }
     for (int lane = 0; lane < rows.lanes(); ++lane) {
@@ -213,13 +213,13 @@ class Binder {
           t[at] = Real(label);
           total += loss.weight ? weight * Real(loss.weight[label]) : weight;
         } else {
-          const Real* y = static_cast<const Real*>(set.y) + row * out;
-          for (int o = 0; o < out; ++o) t[o * classes + at] = y[o];
+          const Real* y = static_cast<const Real*>(set.y) + row * columns;
+          for (int o = 0; o < columns; ++o) t[o * classes + at] = y[o];
           total += weight;
         }
         s[at] = weight;
       });
-      if (!labels) total *= Real(out);
+      if (!labels) total *= Real(columns);
       // A set that weighs nothing has loss 0 and no gradient.
       const Real share = total > 0 ? Real(1) / total : Real(0);
       for (int r = 0; r < rows.count(lane); ++r) s[static_cast<long>(r) * X::kElement] *= share;

@@ -160,6 +160,8 @@ class BlockCall {
     for (int o = 0; o < network.out_features() && o < kBlockWeights; ++o) {
       if (call_.loss->weight) frame.weight[o] = call_.loss->weight[o];
       if (call_.loss->pos_weight) frame.pos_weight[o] = call_.loss->pos_weight[o];
+      if (o < call_.loss->level_count && call_.loss->levels)
+        frame.levels[o] = call_.loss->levels[o];
     }
     frame.gradient_sums = gradient_sums(frame.workspace);
     frame.lr_sums = lr_sums(frame.workspace);

@@ -31,7 +31,7 @@ struct Frame {
   Real* far;  // [blocks, workspace.size_far]
 
   // What follows is read where it is; a block has its own copy of what comes before.
-  double weight[kBlockWeights], pos_weight[kBlockWeights];
+  double weight[kBlockWeights], pos_weight[kBlockWeights], levels[kBlockWeights];
   const Real* parameters[kMostTensors];
   Real* gradients[kMostTensors];
   Real* adapted_parameters[kMostTensors];
@@ -44,6 +44,7 @@ struct Frame {
     network.layers = layers;
     if (loss.weight) loss.weight = lies.weight;
     if (loss.pos_weight) loss.pos_weight = lies.pos_weight;
+    if (loss.levels) loss.levels = lies.levels;
     call.network = &network;
     call.loss = &loss;
     call.adapted = adapted;

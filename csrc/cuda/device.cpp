@@ -181,6 +181,9 @@ std::string unfit_for_blocks(const Network& network, const Loss& loss) {
   if ((loss.weight || loss.pos_weight) && network.out_features() > kBlockWeights)
     return "the loss has weights for " + std::to_string(network.out_features()) +
            " outputs; the CUDA executor takes " + std::to_string(kBlockWeights);
+  if (loss.level_count > kBlockWeights)
+    return "the loss has " + std::to_string(loss.level_count) +
+           " levels; the CUDA executor takes " + std::to_string(kBlockWeights);
   return "";
 }
 

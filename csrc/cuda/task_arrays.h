@@ -106,13 +106,14 @@ class TaskBinder {
                               const SetLayout& places) const {
     const Loss& loss = *call_.loss;
     const bool labels = takes_labels(loss);
-    const int out = call_.network->out_features(), rows = bound.chosen.count;
+    const int out = call_.network->out_features(), columns = target_columns(loss, out);
+    const int rows = bound.chosen.count;
     Real* targets = memory_.at(places.targets);
     Real* scale = memory_.at(places.scale);
     const Extent extent{rows, nullptr, Real(rows)};
     if (!labels)
-      Block::map(extent, out, [&](long, long o, int r) {
-        targets[o * rows + r] = static_cast<const Real*>(set.y)[bound.row(r) * out + o];
+      Block::map(extent, columns, [&](long, long o, int r) {
+        targets[o * rows + r] = static_cast<const Real*>(set.y)[bound.row(r) * columns + o];
       });
     Block::for_indices(rows, [&](int r) {
       const std::int64_t row = bound.row(r);
@@ -123,11 +124,11 @@ class TaskBinder {
         scale[r] = in_range ? weight : Real(NAN);
         targets[r] = Real(in_range ? label : 0);
       } else {
-        scale[r] = takes(loss, targets + r, out, rows) ? weight : Real(NAN);
+        scale[r] = takes(loss, targets + r, columns, rows) ? weight : Real(NAN);
       }
     });
     Real total = labels || set.weights ? total_weight(loss, extent, targets, scale) : Real(rows);
-    if (!labels) total *= Real(out);
+    if (!labels) total *= Real(columns);
     // A set that weighs nothing has loss 0 and no gradient.
     const Real share = total > 0 ? Real(1) / total : total == 0 ? Real(0) : total;
     Block::for_indices(rows, [&](int r) { scale[r] *= share; });
@@ -144,10 +145,12 @@ class TaskBinder {
     return sum;
   }
   // Are a row's targets (one in every `step`) what the loss takes?
-  PYMETA_FN static bool takes(const Loss& loss, const Real* targets, int out, int step) {
-    if (!takes_probabilities(loss)) return true;
-    for (int o = 0; o < out; ++o)
-      if (targets[o * step] < 0 || targets[o * step] > 1) return false;
+  PYMETA_FN static bool takes(const Loss& loss, const Real* targets, int columns, int step) {
+    const TargetKind kind = target_kind(loss);
+    if (kind == TargetKind::values) return true;
+    for (int o = 0; o < columns; ++o)
+      if (targets[o * step] < 0 || (kind == TargetKind::probabilities && targets[o * step] > 1))
+        return false;
     return true;
   }
   PYMETA_FN static Real checked_weight(Real weight) {

@@ -39,8 +39,8 @@ class SetCheck {
   SetCheck(const Call<Real>& call, RowSet<Real>& set, const SetNames& names)
       : call_(call), set_(set), names_(names), out_(call.network->out_features()) {
     if (!call.loss || !set.y) return;
-    labels_ = takes_labels(*call.loss);
-    probabilities_ = takes_probabilities(*call.loss);
+    kind_ = target_kind(*call.loss);
+    columns_ = target_columns(*call.loss, out_);
   }
 
   // Returns the rows of the largest task; says in the set whether there are rows that weigh nothing.
@@ -51,7 +51,7 @@ class SetCheck {
       const std::int64_t rows = size(task);
       largest = std::max(largest, rows);
       const std::int64_t counting =
-          set_.weights || labels_ || probabilities_ ? look_at_rows(task, rows) : rows;
+          set_.weights || kind_ != TargetKind::values ? look_at_rows(task, rows) : rows;
       set_.has_weightless = set_.has_weightless || counting < rows;
       if (batch_norm && counting == 1)
         refuse(std::string(names_.x) + ": task " + std::to_string(task) + " has one row" +
@@ -79,9 +79,10 @@ class SetCheck {
       if (set_.weights) check_weight(task, row, set_.weights[start + row]);
       if (!call_.weighs(set_, start + row)) continue;
       ++counting;
-      if (labels_) check_label(task, row, static_cast<const std::int64_t*>(set_.y)[start + row]);
-      if (probabilities_)
-        check_probabilities(task, row, static_cast<const Real*>(set_.y) + (start + row) * out_);
+      if (kind_ == TargetKind::labels)
+        check_label(task, row, static_cast<const std::int64_t*>(set_.y)[start + row]);
+      else if (kind_ != TargetKind::values)
+        check_range(task, row, static_cast<const Real*>(set_.y) + (start + row) * columns_);
     }
     return counting;
   }
@@ -95,20 +96,24 @@ class SetCheck {
       refuse(task_row(names_.y, task, row) + "label " + std::to_string(label) + " is not in 0.." +
              std::to_string(out_ - 1));
   }
-  // y [out]. A NaN is as in the other losses: the loss is NaN.
-  void check_probabilities(std::int64_t task, std::int64_t row, const Real* y) const {
-    for (int o = 0; o < out_; ++o)
-      if (y[o] < 0 || y[o] > 1)
+  // y [columns]. A NaN is as in the other losses: the loss is NaN.
+  void check_range(std::int64_t task, std::int64_t row, const Real* y) const {
+    const bool probabilities = kind_ == TargetKind::probabilities;
+    for (int o = 0; o < columns_; ++o)
+      if (y[o] < 0 || (probabilities && y[o] > 1))
         refuse(task_row(names_.y, task, row) + "target " + number(y[o]) +
-               " is not in 0..1; bce_with_logits takes probabilities (labels of -1 and +1: use (y "
-               "+ 1) / 2)");
+               (probabilities ? " is not in 0..1; bce_with_logits takes probabilities (labels of "
+                                "-1 and +1: use (y + 1) / 2)"
+                              : " is below 0; " + std::string(loss_name(*call_.loss)) +
+                                    " takes numbers of at least 0"));
   }
 
   const Call<Real>& call_;
   RowSet<Real>& set_;
   const SetNames& names_;
   const int out_;
-  bool labels_ = false, probabilities_ = false;
+  TargetKind kind_ = TargetKind::values;
+  int columns_ = 0;
 };
 
 // A minibatch of one row cannot be normalised by its own statistics.

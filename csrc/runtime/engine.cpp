@@ -34,6 +34,8 @@ Engine<Real>::Engine(const Call<Real>& recipe)
   if (loss_.pos_weight) pos_weight_.assign(loss_.pos_weight, loss_.pos_weight + out);
   loss_.weight = weight_.empty() ? nullptr : weight_.data();
   loss_.pos_weight = pos_weight_.empty() ? nullptr : pos_weight_.data();
+  if (loss_.levels) levels_.assign(loss_.levels, loss_.levels + loss_.level_count);
+  loss_.levels = levels_.empty() ? nullptr : levels_.data();
   for (int t = 0; t < recipe.network->tensor_count; ++t) {
     const Tensor& tensor = network_.tensors[t];
     const std::size_t size = static_cast<std::size_t>(tensor.rows) * tensor.columns;

@@ -28,9 +28,10 @@ class Engine {
 
   int in_features() const { return network_.network.in_features(); }
   int out_features() const { return network_.network.out_features(); }
+  int target_columns() const { return pymeta::target_columns(loss_, out_features()); }
   bool takes_labels() const { return pymeta::takes_labels(loss_); }
 
-  // xs [rows, in], ys [rows, out] or int64 labels [rows], weights [rows] or null, xq [query_rows, in] ->
+  // xs [rows, in], ys [rows, target columns] or int64 labels [rows], weights [rows] or null, xq [query_rows, in] ->
   // out [query_rows, out]. Throws std::invalid_argument for labels or weights out of range; std::bad_alloc.
   void adapt_predict(const Real* xs, const void* ys, const Real* weights, int rows, const Real* xq,
                      int query_rows, Real* out) const;
@@ -70,7 +71,7 @@ class Engine {
   // What call_ points to.
   OwnedNetwork network_;
   Loss loss_;
-  std::vector<double> weight_, pos_weight_;
+  std::vector<double> weight_, pos_weight_, levels_;
   std::vector<std::vector<Real>> tensors_;
   std::vector<const Real*> parameters_;
   std::vector<Real> rates_;

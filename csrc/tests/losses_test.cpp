@@ -30,22 +30,25 @@ struct Trial {
   Loss loss;
   Numbers outputs, targets, scale, kept, row_losses;
 
-  Trial(const char* called, const Loss& of, bool labels, Random& random)
-      : name(called),
+  Trial(const Loss& of, Random& random)
+      : name(loss_name(of)),
         loss(of),
         outputs(kOut * kRows),
-        targets(labels ? kRows : kOut * kRows),
+        targets(static_cast<std::size_t>(target_columns(of, kOut)) * kRows),
         scale(kRows),
         kept(kOut * kRows),
         row_losses(kRows) {
     for (double& y : outputs) y = 2 * random.symmetric();
-    for (double& t : targets) t = labels ? double(random.below(kOut)) : random.uniform();
+    for (double& t : targets) t = takes_labels(of) ? double(random.below(kOut)) : random.uniform();
     for (double& s : scale) s = random.uniform();
     scale[kRows - 1] = 0;
   }
 
   LossRows rows() {
-    return {kOut, kRows, outputs.data(), targets.data(), scale.data(), kept.data(), nullptr};
+    return {kOut,           target_columns(loss, kOut),
+            kRows,          outputs.data(),
+            targets.data(), scale.data(),
+            kept.data(),    nullptr};
   }
   double value() {
     loss_gradient<X>(loss, rows(), row_losses.data(), nullptr);
@@ -84,13 +87,13 @@ struct Trial {
     }
   }
 
-  void run(bool labels, Random& random) {
+  void run(Random& random) {
     Numbers r(outputs.size()), product(outputs.size()), to_targets(targets.size());
     for (double& v : r) v = random.symmetric();
     compare("gradient", gradient(), outputs, [&] { return value(); });
     loss_hessian_product<X>(loss, rows(), r.data(), product.data());
     compare("Hessian product", product, outputs, [&] { return gradient_along(r); });
-    if (labels) return;
+    if (takes_labels(loss)) return;
     gradient();
     loss_target_gradient<X>(loss, rows(), to_targets.data());
     compare("gradient to targets", to_targets, targets, [&] { return value(); });
@@ -102,18 +105,24 @@ struct Trial {
 
 void test_each_loss() {
   const double weight[kOut] = {0.5, 1.5, 2, 0.75}, pos_weight[kOut] = {3, 1, 0.25, 2};
+  const double levels[2] = {0.25, 0.9};
   for_each_loss_spec([&](LossKind kind, auto spec) {
     for (std::uint64_t seed = 1; seed <= 6; ++seed) {
       Random random(seed);
       Loss loss;
       loss.kind = kind;
+      loss.levels = levels;
+      loss.dof = 3;
       if (seed % 2 == 0) {
         loss.delta = 0.5;
         loss.label_smoothing = 0.25;
         loss.weight = weight;
         loss.pos_weight = pos_weight;
+        loss.level_count = 2;
+        loss.dof = 0.5;
       }
-      Trial(spec.kName, loss, spec.kLabels, random).run(spec.kLabels, random);
+      loss.constant = spec.constant(loss);
+      Trial(loss, random).run(random);
     }
   });
 }

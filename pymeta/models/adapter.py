@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from pymeta.spec.class_weights import (
     row_factors,
 )
 from pymeta.spec.fields import Fields
-from pymeta.spec.losses import Loss, check_width, native_loss, read_loss
+from pymeta.spec.losses import Loss, check_width, loss_fields, native_loss, read_loss
 from pymeta.spec.optimizers import (
     LearnableLR,
     Optimizer,
@@ -339,7 +339,7 @@ class Adapter:
         """
         described = {
             "architecture": self.architecture.described(),
-            "loss": asdict(self.loss),
+            "loss": loss_fields(self.loss),
             "recipe": {
                 "adapted": list(self.adapted),
                 "optimizer": described_optimizer(self.optimizer),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from pymeta.models.file import Contents, Path, Raw, errors_about, read, write
 from pymeta.spec.architecture import Architecture, Shape, read_architecture
 from pymeta.spec.fields import Fields
 from pymeta.spec.history import History
-from pymeta.spec.losses import Loss, check_width, read_loss
+from pymeta.spec.losses import Loss, check_width, loss_fields, read_loss
 
 Array = TypeVar("Array")  # torch.Tensor or np.ndarray
 Self = TypeVar("Self", bound="Stacked[Any]")
@@ -242,7 +242,7 @@ class Stacked(ABC, Generic[Array]):
         own[".status"] = self.status
         described = {
             "architecture": None if architecture is None else architecture.described(),
-            "loss": asdict(self.loss),
+            "loss": loss_fields(self.loss),
             "models": {
                 "tasks": self._tasks,
                 "names": list(self._names),

@@ -1,14 +1,27 @@
 """The loss of a task: the definition of what `pymeta.spec.losses` describes, in torch operations.
 
-    mse, huber, bce_with_logits    sum_r w_r mean_o l(r, o) / sum_r w_r
-    cross_entropy                  sum_r w_r ce_r / sum_r w_r c[y_r]
+    cross_entropy    sum_r w_r ce_r / sum_r w_r c[y_r]
+    all others       sum_r w_r mean_j l(r, j) / sum_r w_r
 
-with w the weights of the rows (1 when none are given), c the class weights, and ce_r the class
-weighted, label smoothed value that torch gives row r. Without row weights these are exactly
-torch's reduction="mean". A set without weight (no rows, or all of them of weight 0) has loss 0.
+with w the weights of the rows (1 when none are given), c the class weights, ce_r the class
+weighted, label smoothed value that torch gives row r, and l(r, j) the loss of target t = t[r, j]
+and what the model has for it: an output y, K of them for K levels of quantile, or an output y and
+a log scale s.
+
+    mse, huber, l1, bce_with_logits    as torch has them
+    poisson_nll      e^y - t y: torch's of a log rate, without the term of t alone
+    qlike            y + t e^-y: log h + t / h of a predicted variance h = e^y (Patton 2011)
+    quantile         mean over levels q of q max(t - y_q, 0) + (1 - q) max(y_q - t, 0)
+    gaussian_nll     s + z^2 / 2 + log(2 pi) / 2  with  z = (y - t) e^-s
+    student_t_nll    s + (v + 1) / 2 log(1 + z^2 / v) + log B(1/2, v / 2) + log(v) / 2
+
+Without row weights those that torch has are exactly its reduction="mean". A set without weight (no
+rows, or all of them of weight 0) has loss 0.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -45,8 +58,40 @@ def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor
     return _weighted_mean(weights * torch.where(kept, value, 0.0), weights * row_class_weight)
 
 
-def _elementwise(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each element, in the shape of `outputs` [rows, ...]."""
+def _quantile(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The quantile loss of targets [rows, columns], of which outputs [rows, K * columns] are."""
+    each = outputs.chunk(len(loss.levels), dim=1) if len(loss.levels) > 1 else (outputs,)
+    # relu, whose slope at 0 is 0
+    parts = [
+        level * (targets - y).relu() + (1 - level) * (y - targets).relu()
+        for level, y in zip(loss.levels, each, strict=True)
+    ]
+    return torch.stack(parts).mean(0)
+
+
+def _location_scale(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The negative log likelihood of targets [rows, columns]."""
+    location, log_scale = outputs.chunk(2, dim=1)
+    z = (location - targets) * (-log_scale).exp()
+    if loss.kind == "gaussian_nll":
+        return log_scale + z.square() / 2 + math.log(2 * math.pi) / 2
+    v = loss.dof
+    constant = math.lgamma(v / 2) - math.lgamma((v + 1) / 2) + math.log(v * math.pi) / 2
+    return log_scale + (v + 1) / 2 * (z.square() / v).log1p() + constant
+
+
+def _of_targets(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each target, in the shape of `targets` [rows, ...]."""
+    if loss.kind == "quantile":
+        return _quantile(loss, outputs, targets)
+    if loss.kind in ("gaussian_nll", "student_t_nll"):
+        return _location_scale(loss, outputs, targets)
+    if loss.kind == "l1":
+        return (outputs - targets).abs()
+    if loss.kind == "poisson_nll":
+        return outputs.exp() - targets * outputs
+    if loss.kind == "qlike":
+        return outputs + targets * (-outputs).exp()
     if loss.kind == "mse":
         return (outputs - targets).square()  # mse_loss has no bfloat16 up to torch 2.5
     if loss.kind == "huber":
@@ -60,14 +105,32 @@ def _elementwise(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def _fitting(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Targets with the axis of columns; ValueError where outputs are not for such targets."""
+    each = loss.outputs_per_target
+    if targets.ndim == 1 and outputs.ndim == 2 and outputs.shape[1] == each:
+        targets = targets.unsqueeze(-1)
+    fits = outputs.shape == targets.shape
+    if each > 1:
+        fits = outputs.ndim == targets.ndim == 2 and outputs.shape[1] == each * targets.shape[1]
+    if not fits:
+        of_each = f" (it has {each} outputs for each target)" if each > 1 else ""
+        raise ValueError(
+            f"model: outputs of shape {list(outputs.shape)} do not fit "
+            f"targets of shape {list(targets.shape)} of {loss.kind}{of_each}"
+        )
+    return targets
+
+
 def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """The loss of one set of rows: the definition, in differentiable torch operations.
 
     Args:
         loss: the loss.
-        outputs: [rows, out] (or [rows], or [rows, ...] where every row's mean is meant).
-        targets: [rows] class indices for cross_entropy; otherwise outputs' shape, or [rows]
-            where out is 1.
+        outputs: [rows, out] (or [rows], or [rows, ...] where every row's mean is meant, for a
+            loss of one output for each target).
+        targets: [rows] class indices for cross_entropy; otherwise outputs' shape, or
+            [rows, columns] where a target has more outputs than one; or [rows] for one column.
         weights: [rows], or None for all ones.
 
     Returns:
@@ -91,13 +154,7 @@ def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | No
                 f"got {list(outputs.shape)}"
             )
         return _cross_entropy(loss, outputs, targets, weights)
-    if targets.ndim == 1 and outputs.ndim == 2 and outputs.shape[1] == 1:
-        targets = targets.unsqueeze(-1)
-    if targets.shape != outputs.shape:
-        raise ValueError(
-            f"model: outputs of shape {list(outputs.shape)} do not fit "
-            f"targets of shape {list(targets.shape)}"
-        )
-    values = _elementwise(loss, outputs, targets)
+    targets = _fitting(loss, outputs, targets)
+    values = _of_targets(loss, outputs, targets)
     row_values = values.flatten(1).mean(-1) if values.ndim > 1 else values
     return _weighted_mean(weights * row_values, weights)

@@ -36,7 +36,7 @@ class MetaEstimator(Parameters):
 
     # ---- what the subclasses know ----------------------------------------------------------------
 
-    def _loss_name(self) -> str:
+    def _loss_name(self) -> Any:
         raise NotImplementedError
 
     def _outputs(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import ClassifierMixin, RegressorMixin
-from sklearn.metrics import accuracy_score, r2_score
+from sklearn.metrics import accuracy_score, d2_pinball_score, r2_score
 from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from pymeta.models.arrays import softmax
 from pymeta.sklearn.base import MetaEstimator
 from pymeta.sklearn.parameters import one_of
+from pymeta.spec.losses import Loss, QuantileLoss, StudentTNLLLoss, describe_loss
 from pymeta.tasks.groups import Array, labels_of
 
 
@@ -217,18 +218,45 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         return of_class if weights is None else weights * of_class
 
 
+_REGRESSION = (
+    "mse", "huber", "l1", "quantile", "poisson_nll", "qlike", "gaussian_nll", "student_t_nll",
+)  # fmt: skip
+
+
+def _regression_loss(loss: Any) -> Loss:
+    """A loss of the regressor; ValueError unless it is one."""
+    if not isinstance(loss, (QuantileLoss, StudentTNLLLoss)):
+        one_of("loss", loss, _REGRESSION)
+    return describe_loss(loss)
+
+
+def _check_amounts(y: Array, weights: Array | None, loss: Loss) -> None:
+    """ValueError where a target that weighs something is negative, for a loss with a log link."""
+    wrong = y < 0 if weights is None else (y < 0) & (weights > 0)
+    if loss.targets == "amounts" and wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"y: row {at}: expected numbers of at least 0 for {loss.kind}, got {float(y[at])}"
+        )
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class MetaRegressor(RegressorMixin, MetaEstimator):
     """One small neural regressor for each group, all from one meta-learned start.
 
     Targets are standardised inside: `fit` takes the mean and the standard deviation of all its
     (weighted) rows, the networks see the quotients, also in `adapt`, and predictions are scaled
-    back. Losses and `loss_curve_` are in those units.
+    back. Where a loss has a log link ("poisson_nll", "qlike"), targets are divided by their mean
+    alone. Losses and `loss_curve_` are in those units.
 
     All arguments but the loss are those of `MetaClassifier`, and so are all other attributes.
 
     Args:
-        loss: "mse", or "huber": quadratic up to one standard deviation, then linear.
+        loss: "mse"; "huber": quadratic up to one standard deviation, then linear; "l1"; "quantile"
+            (the median) or a `pymeta.QuantileLoss` of one level or several; "poisson_nll" for
+            counts and "qlike" for variances, both of the logarithm of what is predicted;
+            "gaussian_nll", "student_t_nll" or a `pymeta.StudentTNLLLoss`, which predict a scale
+            beside the location.
 
     Attributes:
         y_mean_: what is subtracted from targets.
@@ -238,14 +266,14 @@ class MetaRegressor(RegressorMixin, MetaEstimator):
         TypeError, ValueError: in `fit`, where a parameter is not as described.
     """
 
-    loss: str = "mse"
+    loss: Any = "mse"
 
     def fit(self, X: Any, y: Any, groups: Any = None, sample_weight: Any = None) -> MetaRegressor:
         """Learn the shared start.
 
         Args:
             X: [rows, features], numbers without NaN or infinities.
-            y: [rows], numbers.
+            y: [rows], numbers; of at least 0 where the loss has a log link.
             groups: [rows], each row's group: numbers or strings. None for one group of all rows.
             sample_weight: [rows], weights of the rows' losses, >= 0. A row of weight 0 is as
                 good as absent.
@@ -254,14 +282,19 @@ class MetaRegressor(RegressorMixin, MetaEstimator):
             The estimator, without adapted groups (unless `adapt_on_fit`).
         """
         self._check_parameters()
-        one_of("loss", self.loss, ("mse", "huber"))
+        loss = _regression_loss(self.loss)
         X, y = validate_data(self, X, y, dtype=self.dtype, order="C", y_numeric=True)
         y = y.astype(np.float64)
         weights = self._row_weights(X, y, sample_weight)
         weights = np.ones(len(y)) if weights is None or not weights.any() else weights
-        self.y_mean_ = float(np.average(y, weights=weights))
-        deviation = math.sqrt(np.average((y - self.y_mean_) ** 2, weights=weights))
-        self.y_scale_ = deviation if deviation > 0 else 1.0
+        mean = float(np.average(y, weights=weights))
+        _check_amounts(y, weights, loss)
+        if loss.targets == "amounts":
+            self.y_mean_, scale = 0.0, mean
+        else:
+            self.y_mean_ = mean
+            scale = math.sqrt(np.average((y - mean) ** 2, weights=weights))
+        self.y_scale_ = scale if scale > 0 else 1.0
         self._fit(X, y, groups, sample_weight)
         return self
 
@@ -285,27 +318,71 @@ class MetaRegressor(RegressorMixin, MetaEstimator):
         X, y = validate_data(
             self, X, y, dtype=self._form.dtype, order="C", y_numeric=True, reset=False
         )
+        _check_amounts(y, self._row_weights(X, y, sample_weight), self._loss)
         self._adapt(X, y, labels_of(groups, X), sample_weight)
         return self
 
     def predict(self, X: Any, groups: Any = None) -> Array:
-        """The prediction for each row, [rows].
+        """The prediction for each row, [rows]; [rows, levels] for a quantile loss of several.
+
+        For a likelihood it is the location, for a log link the rate or variance itself.
 
         Args:
             X: [rows, features].
             groups: [rows], each row's group; None where all rows are for the shared start.
         """
-        return self._raw(X, groups)[:, 0] * self.y_scale_ + self.y_mean_
+        raw, loss = self._raw(X, groups), self._loss
+        if loss.targets == "amounts":
+            return np.exp(raw[:, 0]) * self.y_scale_
+        several = len(loss.levels) > 1
+        return (raw if several else raw[:, 0]) * self.y_scale_ + self.y_mean_
+
+    def predict_scale(self, X: Any, groups: Any = None) -> Array:
+        """The scale that a likelihood predicts for each row, [rows].
+
+        The standard deviation for "gaussian_nll"; for Student's t distribution, of more than two
+        degrees of freedom v, that is the scale times sqrt(v / (v - 2)).
+
+        Args:
+            X: [rows, features].
+            groups: [rows], each row's group; None where all rows are for the shared start.
+
+        Raises:
+            AttributeError: the loss predicts no scale.
+        """
+        check_is_fitted(self)
+        if self._loss.kind not in ("gaussian_nll", "student_t_nll"):
+            raise AttributeError(
+                f"predict_scale: expected the loss gaussian_nll or student_t_nll, "
+                f"got {self._loss.kind}"
+            )
+        return np.exp(self._raw(X, groups)[:, 1]) * self.y_scale_
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> float:
-        """The R^2 of `predict(X, groups)`."""
-        return float(r2_score(y, self.predict(X, groups), sample_weight=sample_weight))
+        """The R^2 of `predict(X, groups)`.
 
-    def _loss_name(self) -> str:
+        Of several quantiles it is the mean of their D^2, which compares the pinball loss with that
+        of the empirical quantile.
+        """
+        predicted = self.predict(X, groups)
+        if predicted.ndim == 1:
+            return float(r2_score(y, predicted, sample_weight=sample_weight))
+        levels = zip(self._loss.levels, predicted.T, strict=True)
+        each = [
+            d2_pinball_score(y, p, alpha=level, sample_weight=sample_weight) for level, p in levels
+        ]
+        return float(np.mean(each))
+
+    @property
+    def _loss(self) -> Loss:
+        """That of the fitted networks."""
+        return describe_loss(self._form.loss)
+
+    def _loss_name(self) -> Any:
         return self.loss
 
     def _outputs(self) -> int:
-        return 1
+        return describe_loss(self.loss).outputs_per_target
 
     def _target(self, y: Array, dtype: Any) -> Array:
         return ((y.astype(np.float64) - self.y_mean_) / self.y_scale_).astype(dtype)

@@ -22,7 +22,7 @@ class Form(NamedTuple):
     widths: tuple[int, ...]  # of the input, the hidden layers and the output
     activation: str
     dtype: str
-    loss: str
+    loss: Any  # a name, or a description of pymeta.spec.losses
     head_only: bool
 
     def initial(self, rng: Any) -> dict[str, Array]:

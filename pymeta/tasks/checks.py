@@ -220,7 +220,7 @@ def _check_x(kind: Kind, names: Names, x: Any, given: Any, expected: Expected, l
 
 
 def _check_y(kind: Kind, names: Names, y: Any, given: Any, expected: Expected, lead: int) -> Any:
-    """Class indices [*lead], or values [*lead, out] ([*lead] where out is 1)."""
+    """Class indices [*lead], or values [*lead, columns] ([*lead] where that is 1)."""
     loss, out = expected.loss, expected.out_features
     if loss.takes_classes:
         if not kind.is_integer(y):
@@ -240,11 +240,17 @@ def _check_y(kind: Kind, names: Names, y: Any, given: Any, expected: Expected, l
         )
     shape = y.shape
     axes = len(shape) - lead
-    if out is None or (axes == 1 and shape[-1] == out) or (axes == 0 and out == 1):
+    if out is None:
         return y
+    columns = loss.target_columns(out)
+    if (axes == 1 and shape[-1] == columns) or (axes == 0 and columns == 1):
+        return y
+    each = loss.outputs_per_target
     raise ValueError(
-        f"{names.y}: expected shape [tasks, rows, {out}]"
-        f"{' or [tasks, rows]' if out == 1 else ''}, got {_shape(y)}"
+        f"{names.y}: expected shape [tasks, rows, {columns}]"
+        f"{' or [tasks, rows]' if columns == 1 else ''}"
+        f"{f' ({loss.kind} has {each} outputs for each target)' if each > 1 else ''}, "
+        f"got {_shape(y)}"
     )
 
 

@@ -6,6 +6,8 @@ decided before a call.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,19 +68,23 @@ def _check_labels(s: TaskSet, loss: Loss, classes: int) -> None:
         raise ValueError(f"{s.names.y}: {s.place(index)}: label {label} is not in 0..{classes - 1}")
 
 
-def _check_probabilities(s: TaskSet, loss: Loss) -> None:
-    """A NaN is as in the other losses: the loss is NaN."""
+def _check_range_of_targets(s: TaskSet, loss: Loss) -> None:
+    """Probabilities are in 0..1, amounts at least 0; a NaN is as in all losses: the loss is NaN."""
     assert s.y is not None
     lead = 1 if s.starts is not None else 2
     y = s.y.detach().flatten(lead) if s.y.ndim > lead else s.y.detach().unsqueeze(-1)
-    index = _first_wrong(((y < 0) | (y > 1)).any(-1), s, loss)
+    most = 1.0 if loss.targets == "probabilities" else math.inf
+    index = _first_wrong(((y < 0) | (y > most)).any(-1), s, loss)
     if index is not None:
         row = y.flatten(0, lead - 1)[index]
-        value = float(row[(row < 0) | (row > 1)][0])
-        raise ValueError(
-            f"{s.names.y}: {s.place(index)}: target {value:.9g} is not in 0..1; bce_with_logits "
-            f"takes probabilities (labels of -1 and +1: use (y + 1) / 2)"
+        value = float(row[(row < 0) | (row > most)][0])
+        wrong = (
+            "is not in 0..1; bce_with_logits takes probabilities (labels of -1 and +1: use "
+            "(y + 1) / 2)"
+            if loss.targets == "probabilities"
+            else f"is below 0; {loss.kind} takes numbers of at least 0"
         )
+        raise ValueError(f"{s.names.y}: {s.place(index)}: target {value:.9g} {wrong}")
 
 
 def counts_that_count(s: TaskSet, loss: Loss) -> list[int]:
@@ -162,7 +168,7 @@ def check_values(s: TaskSet, expected: Expected) -> None:
         return
     if expected.loss.takes_classes and expected.out_features is not None:
         _check_labels(s, expected.loss, expected.out_features)
-    if expected.loss.kind == "bce_with_logits":
-        _check_probabilities(s, expected.loss)
+    if expected.loss.targets in ("probabilities", "amounts"):
+        _check_range_of_targets(s, expected.loss)
     if expected.batch_norm:
         _check_single_rows(s, expected.loss)

@@ -175,12 +175,14 @@ struct State {
       return c ? c : d(l);
     }
     PYMETA_FN LossRows loss_rows(const ItemSet& set) const {
-      return {state->network.out_features(),
+      const int out = state->network.out_features();
+      return {out,
+              target_columns(*state->call.loss, out),
               X::blocks(set.extent.rows),
               at(layout->y),
               set.targets,
               set.scale,
-              at(layout->probability),
+              at(layout->kept),
               set.extent.keep};
     }
   };

@@ -93,6 +93,10 @@ struct Loss {
   const double* weight =
       nullptr;  // [out] class weights (cross_entropy) or output weights (bce), or null
   const double* pos_weight = nullptr;  // [out] bce_with_logits, or null
+  const double* levels = nullptr;      // [level_count] quantile: those predicted of each target
+  int level_count = 1;
+  double dof = 1;       // student_t_nll: degrees of freedom
+  double constant = 0;  // added to the loss of each target (LossSpec)
 };
 
 }  // namespace pymeta

@@ -87,7 +87,7 @@ struct LayerTape {
 // One pass of a set through the network.
 struct TapeLayout {
   LayerTape layers[kMostLayers];
-  Place y, dy, probability;  // class-major outputs, their deltas, softmax or sigmoid
+  Place y, dy, kept;  // class-major outputs, their deltas, what the loss keeps of its value
   Place row_losses;
   std::size_t size;
 
@@ -109,7 +109,7 @@ struct TapeLayout {
         static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
     y = places.take(classes);
     dy = places.take_if(with_deltas, classes);
-    probability = places.take(classes);
+    kept = places.take(classes);
     row_losses = places.take(X::class_stride(rows));
     size = places.used;
   }
@@ -169,9 +169,9 @@ struct SetLayout {
   void lay_out(Places& places, const Network& network, const Loss& loss, int rows, bool copy_input,
                bool input_gradient) {
     const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(network.in_features());
-    const int target_columns = takes_labels(loss) ? 1 : network.out_features();
+    const int columns = target_columns(loss, network.out_features());
     x = copy_input ? places.take(matrix) : kNowhere;
-    targets = places.take(static_cast<std::size_t>(target_columns) * X::class_stride(rows));
+    targets = places.take(static_cast<std::size_t>(columns) * X::class_stride(rows));
     scale = places.take(X::class_stride(rows));
     keep = places.take(static_cast<std::size_t>(rows) * kWidth);
     dx = input_gradient ? places.take(matrix) : kNowhere;

@@ -7,10 +7,9 @@
 
 namespace pymeta {
 
-struct BceWithLogitsSpec {
+struct BceWithLogitsSpec : LossSpec {
   static constexpr const char* kName = "bce_with_logits";
-  static constexpr bool kLabels = false;
-  static constexpr bool kProbabilities = true;
+  static constexpr TargetKind kTargets = TargetKind::probabilities;
 };
 
 }  // namespace pymeta

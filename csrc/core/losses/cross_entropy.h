@@ -7,10 +7,9 @@
 
 namespace pymeta {
 
-struct CrossEntropySpec {
+struct CrossEntropySpec : LossSpec {
   static constexpr const char* kName = "cross_entropy";
-  static constexpr bool kLabels = true;
-  static constexpr bool kProbabilities = false;
+  static constexpr TargetKind kTargets = TargetKind::labels;
 };
 
 }  // namespace pymeta
@@ -48,7 +47,7 @@ struct CrossEntropy {
     Vec sum = zero();
     for (int o = 0; o < s.out; ++o) {
       const Vec e = exp(load(s.outputs + s.at(o, b)) - top);
-      store(s.probability + s.at(o, b), e);
+      store(s.kept + s.at(o, b), e);
       sum = sum + e;
     }
     const Vec log_sum = log(sum) + top;
@@ -56,12 +55,12 @@ struct CrossEntropy {
     const CrossEntropyRow row = cross_entropy_row(loss, s.out, label);
     const Real smooth = Real(loss.label_smoothing / s.out);
     for (int o = 0; o < s.out; ++o) {
-      const Vec p = load(s.probability + s.at(o, b)) / sum;
-      store(s.probability + s.at(o, b), p);
+      const Vec p = load(s.kept + s.at(o, b)) / sum;
+      store(s.kept + s.at(o, b), p);
       Vec q = select(label == broadcast(Real(o)), row.own, zero());
       if (smooth != 0) q = q + broadcast(class_factor(loss.weight, o) * smooth);
       value = value + select(q == Real(0), zero(), q * (log_sum - load(s.outputs + s.at(o, b))));
-      if (gradient) store(gradient + s.at(o, b), s.kept(scale * (row.kappa * p - q), b));
+      if (gradient) store(gradient + s.at(o, b), s.masked(scale * (row.kappa * p - q), b));
     }
     return value;
   }
@@ -71,11 +70,11 @@ struct CrossEntropy {
     const CrossEntropyRow row = cross_entropy_row(loss, s.out, load(s.targets + b * kWidth));
     Vec mean = zero();
     for (int o = 0; o < s.out; ++o)
-      mean = fma(load(s.probability + s.at(o, b)), load(r + s.at(o, b)), mean);
+      mean = fma(load(s.kept + s.at(o, b)), load(r + s.at(o, b)), mean);
     const Vec factor = scale * row.kappa;
     for (int o = 0; o < s.out; ++o)
       store(product + s.at(o, b),
-            s.kept(factor * load(s.probability + s.at(o, b)) * (load(r + s.at(o, b)) - mean), b));
+            s.masked(factor * load(s.kept + s.at(o, b)) * (load(r + s.at(o, b)) - mean), b));
   }
 };
 

@@ -6,10 +6,8 @@
 
 namespace pymeta {
 
-struct HuberSpec {
+struct HuberSpec : LossSpec {
   static constexpr const char* kName = "huber";
-  static constexpr bool kLabels = false;
-  static constexpr bool kProbabilities = false;
 };
 
 }  // namespace pymeta

@@ -5,10 +5,8 @@
 
 namespace pymeta {
 
-struct MseSpec {
+struct MseSpec : LossSpec {
   static constexpr const char* kName = "mse";
-  static constexpr bool kLabels = false;
-  static constexpr bool kProbabilities = false;
 };
 
 }  // namespace pymeta

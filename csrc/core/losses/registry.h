@@ -3,15 +3,27 @@
 
 #include "bce_with_logits.h"
 #include "cross_entropy.h"
+#include "gaussian_nll.h"
 #include "huber.h"
+#include "l1.h"
 #include "mse.h"
+#include "poisson_nll.h"
+#include "qlike.h"
+#include "quantile.h"
+#include "student_t_nll.h"
 
 // LOSS(kind, rules); the description is rulesSpec. The first is what a Loss is before it is told.
-#define PYMETA_LOSSES(LOSS)         \
-  LOSS(mse, Mse)                    \
-  LOSS(huber, Huber)                \
-  LOSS(cross_entropy, CrossEntropy) \
-  LOSS(bce_with_logits, BceWithLogits)
+#define PYMETA_LOSSES(LOSS)            \
+  LOSS(mse, Mse)                       \
+  LOSS(huber, Huber)                   \
+  LOSS(cross_entropy, CrossEntropy)    \
+  LOSS(bce_with_logits, BceWithLogits) \
+  LOSS(l1, L1)                         \
+  LOSS(quantile, Quantile)             \
+  LOSS(poisson_nll, PoissonNll)        \
+  LOSS(qlike, Qlike)                   \
+  LOSS(gaussian_nll, GaussianNll)      \
+  LOSS(student_t_nll, StudentTNll)
 
 namespace pymeta {
 
@@ -29,21 +41,41 @@ PYMETA_MEMBER inline void for_each_loss_spec(Visitor visit) {
 #undef PYMETA_VISIT
 }
 
-// What `fact(description)` says of the description of a loss.
-template <class Fact>
-PYMETA_MEMBER inline bool holds_for(const Loss& loss, Fact fact) {
-  bool holds = false;
-  for_each_loss_spec(
-      [&](LossKind kind, auto spec) { holds = holds || (kind == loss.kind && fact(spec)); });
-  return holds;
+// visit(its description).
+template <class Visitor>
+PYMETA_MEMBER inline void with_loss_spec(const Loss& loss, Visitor visit) {
+  switch (loss.kind) {
+#define PYMETA_CASE(kind, rules) \
+  case LossKind::kind:           \
+    return visit(rules##Spec{});
+    PYMETA_LOSSES(PYMETA_CASE)
+#undef PYMETA_CASE
+  }
 }
-// Are targets class labels?
+
+PYMETA_MEMBER inline const char* loss_name(const Loss& loss) {
+  const char* name = "";
+  with_loss_spec(loss, [&](auto spec) { name = decltype(spec)::kName; });
+  return name;
+}
+// What targets are.
+PYMETA_MEMBER inline TargetKind target_kind(const Loss& loss) {
+  TargetKind kind{};
+  with_loss_spec(loss, [&](auto spec) { kind = decltype(spec)::kTargets; });
+  return kind;
+}
 PYMETA_MEMBER inline bool takes_labels(const Loss& loss) {
-  return holds_for(loss, [](auto spec) { return decltype(spec)::kLabels; });
+  return target_kind(loss) == TargetKind::labels;
 }
-// Must they be in 0..1?
-PYMETA_MEMBER inline bool takes_probabilities(const Loss& loss) {
-  return holds_for(loss, [](auto spec) { return decltype(spec)::kProbabilities; });
+// How many outputs a network has for each target.
+PYMETA_MEMBER inline int outputs_per_target(const Loss& loss) {
+  int outputs = 1;
+  with_loss_spec(loss, [&](auto spec) { outputs = decltype(spec)::kOutputs; });
+  return outputs > 0 ? outputs : loss.level_count;
+}
+// Columns of the targets that a network of `out` outputs is held against.
+PYMETA_MEMBER inline int target_columns(const Loss& loss, int out) {
+  return takes_labels(loss) ? 1 : out / outputs_per_target(loss);
 }
 
 }  // namespace pymeta
@@ -68,9 +100,9 @@ PYMETA_FN void with_loss(const Loss& loss, Visitor visit) {
 template <class Visitor>
 PYMETA_FN void with_values_loss(const Loss& loss, Visitor visit) {
   switch (loss.kind) {
-#define PYMETA_CASE(name, rules)                         \
-  case LossKind::name:                                   \
-    if constexpr (!rules##Spec::kLabels) visit(rules{}); \
+#define PYMETA_CASE(name, rules)                                               \
+  case LossKind::name:                                                         \
+    if constexpr (rules##Spec::kTargets != TargetKind::labels) visit(rules{}); \
     return;
     PYMETA_LOSSES(PYMETA_CASE)
 #undef PYMETA_CASE
@@ -84,7 +116,7 @@ PYMETA_FN PYMETA_NOINLINE void loss_gradient(const Loss& loss, const LossRows& s
   with_loss(loss, [&](auto rules) {
     X::for_indices(s.blocks, [&](int b) {
       const Vec value = rules.value(loss, s, b, gradient);
-      store(row_losses + b * kWidth, s.kept(load(s.scale + b * kWidth) * value, b));
+      store(row_losses + b * kWidth, s.masked(load(s.scale + b * kWidth) * value, b));
     });
   });
 }
@@ -100,7 +132,7 @@ PYMETA_FN PYMETA_NOINLINE void loss_hessian_product(const Loss& loss, const Loss
 
 // Of a loss whose targets are no labels, after loss_gradient of the same outputs:
 
-// the gradient with respect to the targets [out, rows],
+// the gradient with respect to the targets [columns, rows],
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void loss_target_gradient(const Loss& loss, const LossRows& s,
                                                     Real* gradient) {
@@ -109,7 +141,8 @@ PYMETA_FN PYMETA_NOINLINE void loss_target_gradient(const Loss& loss, const Loss
   });
 }
 
-// and what reaches them of the gradient's tangent: d2 loss / (d targets d outputs) times r [out, rows].
+// and what reaches them of the gradient's tangent: d2 loss / (d targets d outputs) times r [out, rows], into product
+// [columns, rows].
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void loss_target_tangent(const Loss& loss, const LossRows& s,
                                                    const Real* r, Real* product) {
