@@ -32,6 +32,7 @@ from kernels import (
 from torch import nn
 
 import pymeta
+from pymeta import native
 from pymeta.spec.losses import describe_loss
 
 # ---- cases ------------------------------------------------------------------------------------
@@ -483,7 +484,7 @@ def factored_cases(draw):
 
 def is_factored(problem: Problem, rows: int) -> bool:
     plan = problem.module(torch.float32)._plan
-    schedule = (problem.case.steps, -1, 0, 0, 0, 0)
+    schedule = native.extension().Schedule(steps=problem.case.steps)
     found = plan.problem.plan(4, "meta", schedule, 8, rows, rows, second_order=True)
     return found["factored"]
 

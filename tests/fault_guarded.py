@@ -41,7 +41,9 @@ class Case:
         self.network = lib.Network(self.layers)
         self.sizes = self.network.parameter_sizes
         self.inputs, self.out = self.network.in_features, self.network.out_features
-        self.loss = chance.choice(("mse", "huber", "cross_entropy", "bce_with_logits"))
+        losses = ["mse", "huber", "cross_entropy", "bce_with_logits", "l1", "qlike"]
+        self.loss = chance.choice(losses + ["gaussian_nll"] * (self.out % 2 == 0))
+        self.columns = self.out // 2 if self.loss == "gaussian_nll" else self.out  # of targets
         self.optimizer = chance.choice(OPTIMIZERS)
         self.per_element = chance.random() < 0.3
         self.real = chance.choice((np.float32, np.float64))
@@ -111,7 +113,7 @@ class Call:
         if case.loss == "cross_entropy":
             y = self.pages.array(self.random.integers(0, case.out, total).astype(np.int64))
         else:
-            y = self.array((self.normal(total, case.out) > 0) * 1.0)
+            y = self.array((self.normal(total, case.columns) > 0) * 1.0)
         weights = self.array(self.random.random(total)) if case.weighted else None
         return x, y, weights, rows, starts, sizes
 
@@ -200,7 +202,7 @@ class Call:
         rows, queries = case.rows[:2]
         y = self.random.integers(0, case.out, rows).astype(np.int64)
         if case.loss != "cross_entropy":
-            y = (self.normal(rows, case.out) > 0).astype(case.real)
+            y = (self.normal(rows, case.columns) > 0).astype(case.real)
         engine.adapt_predict(
             self.array(self.normal(rows, case.inputs)),
             self.pages.array(y),

@@ -31,7 +31,7 @@ CONSTRUCTION = {
     "model": (TypeError, r"model: expected a torch\.nn\.Module, got str", {"model": "net"}),
     "loss name": (ValueError, r"loss: expected one of mse, .*got 'mae'", {"loss": "mae"}),
     "loss type": (TypeError, r"loss: .*got function", {"loss": nn.functional.mse_loss}),
-    "loss module": (ValueError, r"loss: .*got L1Loss", {"loss": nn.L1Loss()}),
+    "loss module": (ValueError, r"loss: .*got CTCLoss", {"loss": nn.CTCLoss()}),
     "reduction": (ValueError, r'reduction="mean".*"sum"', {"loss": nn.MSELoss(reduction="sum")}),
     "class weights": (
         ValueError,

@@ -10,14 +10,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cases import LIN, SMOOTH, Case, Problem, Wanted, cases, compare
+from cases import LIN, SMOOTH, Case, Problem, Wanted, cases, compare, of_tasks
 from helpers import MORE_LOSSES, assert_close, batch, gradients, loop_meta_loss, mlp, targets
 from hypothesis import given, settings
-from kernels import EPS, PATHS, PROFILE, using
+from kernels import DTYPES, EPS, EXECUTORS, PATHS, PROFILE, same_bits, using
 from torch import nn
 
 import pymeta
-from pymeta import MAML, Adapter, FineTune, QuantileLoss, Reptile, StudentTNLLLoss
+from pymeta import MAML, Adapter, FineTune, QuantileLoss, Reptile, StudentTNLLLoss, native
 from pymeta.reference.loss import task_loss
 from pymeta.spec.losses import Loss, describe_loss
 
@@ -205,6 +205,23 @@ def test_finite_differences_of_the_native_loss(isa, executor, loss):
     rounding = 64 * EPS[torch.float64] * (1 + abs(float(value.detach()))) / 1e-5
     assert abs(slope) > 1e3 * rounding
     assert abs(slope - near) <= abs(near - far) + rounding
+
+
+@pytest.mark.parametrize("loss", MORE_LOSSES)
+def test_both_executors_have_the_same_bits(loss):
+    """A task's, on every instruction set; and those of the task alone."""
+    case = Case(SMOOTH["mlp"], loss=loss, loss_options=True, tasks=19, form="list", weights=True)
+    problem, every = Problem(case), range(19)
+    for dtype in DTYPES:
+        module = problem.module(dtype)
+        for isa in native.isas():
+            got = []
+            for executor in EXECUTORS:
+                with using(isa, executor):
+                    got.append(problem.results(module))
+                    alone = problem.results(module, [7])
+                assert same_bits(of_tasks(got[-1], [7]), of_tasks(alone, [0])), (isa, executor)
+            assert same_bits(*(of_tasks(g, every) for g in got)), isa
 
 
 @pytest.mark.parametrize("isa, executor", PATHS)

@@ -26,7 +26,10 @@ from pymeta import native
 ALLOWED = (ValueError, TypeError, OverflowError, MemoryError, NotImplementedError)
 ACTIVATIONS = (("relu",), ("tanh",), ("sigmoid",), ("silu",), ("gelu",), ("gelu_tanh",),
                ("leaky_relu", 0.1), ("elu", 1.0), ("softplus", 1.0, 20.0))  # fmt: skip
-LOSSES = ("mse", "huber", "cross_entropy", "bce_with_logits")
+LOSSES = (
+    "mse", "huber", "cross_entropy", "bce_with_logits", "l1", "quantile", "poisson_nll", "qlike",
+    "gaussian_nll", "student_t_nll",
+)  # fmt: skip
 WIDTHS = (1, 2, 3, 5, 8, 17)
 MOST_STEPS = 6
 
@@ -117,7 +120,9 @@ def a_model(source: Source) -> Model:
 def a_loss(source: Source, outputs: int) -> tuple[str, Any]:
     kind = odd(source, source.pick(LOSSES))
     options: dict[str, Any] = {}
-    for name in ("delta", "label_smoothing"):
+    if kind == "quantile":
+        options["levels"] = odd(source, [source.pick((0.5, 0.1, source.number()))])
+    for name in ("delta", "label_smoothing", "dof"):
         if source.chance(64):
             options[name] = odd(source, source.number())
     if source.chance(64):
