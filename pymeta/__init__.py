@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pymeta.native import free_memory, num_threads, set_num_threads
     from pymeta.spec.history import History
     from pymeta.spec.losses import QuantileLoss, StudentTNLLLoss
-    from pymeta.spec.optimizers import SGD, Adam, LearnableLR
+    from pymeta.spec.optimizers import SGD, Adam, LearnableLR, RMSprop
     from pymeta.spec.schedule import Schedule
 
 _HOMES = {
@@ -36,6 +36,7 @@ _HOMES = {
     "StudentTNLLLoss": "spec.losses",
     "SGD": "spec.optimizers",
     "Adam": "spec.optimizers",
+    "RMSprop": "spec.optimizers",
     "LearnableLR": "spec.optimizers",
     "Schedule": "spec.schedule",
     "free_memory": "native",
@@ -55,6 +56,7 @@ __all__ = [
     "LearnableLR",
     "Outcome",
     "QuantileLoss",
+    "RMSprop",
     "Reptile",
     "ReptileOutcome",
     "Schedule",

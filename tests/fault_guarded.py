@@ -27,6 +27,8 @@ OPTIMIZERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     ("sgd", {"clip_norm": 0.5, "anchor": 0.1}),
     ("adam", {"beta1": 0.9, "beta2": 0.99, "eps": 1e-3}),
+    ("rmsprop", {"alpha": 0.9, "eps": 1e-3}),
+    ("rmsprop", {"alpha": 0.9, "eps": 1e-3, "momentum": 0.5, "centered": True}),
 )
 
 lib = native.extension()

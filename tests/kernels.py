@@ -59,9 +59,9 @@ def using(isa=None, executor=None, threads=None):
         native.set_block_threads(before[3])
 
 
-# Inner optimisers, all of them, and each of their options with something to do. Adam divides by
-# sqrt(s) + eps: with a small eps it is a sign function of gradients near 0, which no rounding
-# survives, so eps is large where results are compared through it.
+# Inner optimisers, all of them, and each of their options with something to do. Adam and RMSprop
+# divide by sqrt(s) + eps: with a small eps that is a sign function of gradients near 0, which no
+# rounding survives, so eps is large where results are compared through it.
 OPTIMIZERS = {
     "plain": pymeta.SGD,
     "decay": lambda lr: pymeta.SGD(lr, weight_decay=0.1),
@@ -72,6 +72,9 @@ OPTIMIZERS = {
     "adam, decay": lambda lr: pymeta.Adam(lr, (0.8, 0.9), 0.1, weight_decay=0.2, clip_norm=0.4),
     "adam without momentum": lambda lr: pymeta.Adam(lr, (0.0, 0.999), 0.1),
     "adamw": lambda lr: pymeta.Adam(lr, (0.9, 0.95), 0.1, weight_decay=0.2, decoupled=True),
+    "rmsprop": lambda lr: pymeta.RMSprop(lr, 0.9, 0.1, weight_decay=0.1, clip_norm=0.4),
+    "rmsprop, momentum": lambda lr: pymeta.RMSprop(lr, 0.95, 0.1, momentum=0.7),
+    "rmsprop, centered": lambda lr: pymeta.RMSprop(lr, 0.8, 0.1, momentum=0.5, centered=True),
 }
 
 ACTIVATIONS = {

@@ -49,6 +49,9 @@ RULES = {
     },
     "adam": {"optimizer": pymeta.Adam(0.05, betas=(0.5, 0.9))},
     "adamw": {"optimizer": pymeta.Adam(0.05, weight_decay=0.1, decoupled=True, clip_norm=1.0)},
+    "rmsprop": {
+        "optimizer": pymeta.RMSprop(0.05, 0.8, 1e-3, momentum=0.5, centered=True, clip_norm=1.0)
+    },
     **{
         f"per {per}{' and step' if per_step else ''}": {
             "lr": pymeta.LearnableLR(0.1, per, per_step=per_step)

@@ -127,6 +127,7 @@ def same(a, b) -> bool:
         {"optimizer": pymeta.SGD(0.5, 0.9, True, 0.01, 1.0), "lr": None},
         {"schedule": pymeta.Schedule(epochs=3, batch_size=None, seed=2**63 - 1, stream=2**62)},
         {"loss": Loss("bce_with_logits", pos_weight=(3.0,)), "anchor": 0.0},
+        {"optimizer": pymeta.RMSprop(0.5, 0.9, 1e-3, 0.1, 0.5, True, 2.0), "lr": None},
         {"class_weights": "balanced"},
         {"loss": Loss("huber", delta=0.5)},
         {"class_weights": (1.0, 0.5)},

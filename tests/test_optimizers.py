@@ -11,7 +11,7 @@ from helpers import assert_close, batch, gradients, mlp
 from torch import nn
 
 import pymeta
-from pymeta import SGD, Adam, reference
+from pymeta import SGD, Adam, RMSprop, reference
 from pymeta.spec.losses import Loss
 from pymeta.spec.optimizers import rates
 from pymeta.spec.schedule import Schedule, permutation
@@ -39,6 +39,19 @@ RULES = {
     "adamw": (
         Adam(LR, weight_decay=0.1, decoupled=True),
         lambda p: torch.optim.AdamW(p, LR, weight_decay=0.1),
+    ),
+    "rmsprop": (RMSprop(LR, eps=1e-6), lambda p: torch.optim.RMSprop(p, LR, eps=1e-6)),
+    "rmsprop decay": (
+        RMSprop(LR, alpha=0.8, eps=1e-3, weight_decay=0.1, momentum=0.5, clip_norm=0.2),
+        lambda p: torch.optim.RMSprop(p, LR, 0.8, 1e-3, weight_decay=0.1, momentum=0.5),
+    ),
+    "rmsprop centered": (
+        RMSprop(LR, alpha=0.9, eps=1e-3, centered=True),
+        lambda p: torch.optim.RMSprop(p, LR, 0.9, 1e-3, centered=True),
+    ),
+    "rmsprop all": (
+        RMSprop(LR, alpha=0.9, eps=1e-3, weight_decay=0.1, momentum=0.9, centered=True),
+        lambda p: torch.optim.RMSprop(p, LR, 0.9, 1e-3, 0.1, momentum=0.9, centered=True),
     ),
 }
 
@@ -139,6 +152,9 @@ SMOOTH = {name: rule for name, (rule, _) in RULES.items() if isinstance(rule, SG
     "reptile": Adam(LR, betas=(0.0, 0.999), eps=0.1),
     "adam decay": Adam(LR, weight_decay=0.1, eps=0.1, clip_norm=0.2),
     "adamw": Adam(LR, weight_decay=0.1, eps=0.1, decoupled=True),
+    "rmsprop": RMSprop(LR, 0.8, eps=0.1, weight_decay=0.1, clip_norm=0.2),
+    "rmsprop momentum": RMSprop(LR, 0.8, eps=0.1, momentum=0.5),
+    "rmsprop all": RMSprop(LR, 0.8, eps=0.1, weight_decay=0.1, momentum=0.5, centered=True),
 }
 BACKENDS = ["torch", "native"]
 
@@ -186,9 +202,9 @@ def test_meta_gradients_agree_between_backends(name, first_order):
         found.append([out.loss, *gradients(out.loss, *module.parameters(), data[0])])
     assert_close(found[0][0], found[1][0])
     for got, wanted in zip(*found, strict=True):
-        # Adam divides by the root of a running mean of squares; an error in a small gradient
+        # the others divide by the root of a running mean of squares; an error in a small gradient
         # grows by 1 / (sqrt(s) + eps), which here is below 1e5
-        assert_close(got, wanted, terms=10**10 if isinstance(rule, Adam) else 1000)
+        assert_close(got, wanted, terms=1000 if isinstance(rule, SGD) else 10**10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -209,8 +225,11 @@ def test_first_order_takes_the_gradients_alone_as_constants(backend):
         assert_close(got, wanted)
 
 
+DEAD = ["momentum", "clip", "adam", "adam decay", "rmsprop", "rmsprop decay", "rmsprop all"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["momentum", "clip", "adam", "adam decay"])
+@pytest.mark.parametrize("name", DEAD)
 def test_dead_units_and_zero_gradients_have_finite_derivatives(name, backend):
     net = mlp(2, 4, 2, act=nn.ReLU)
     with torch.no_grad():
@@ -262,6 +281,13 @@ BAD = {
     "beta type": (TypeError, r"Adam\.betas: .*got str", Adam, {"betas": ("a", 0.9)}),
     "eps": (ValueError, r"Adam\.eps: .*got -1e-08", Adam, {"eps": -1e-8}),
     "decoupled": (TypeError, r"Adam\.decoupled: expected a bool", Adam, {"decoupled": 1}),
+    "alpha": (ValueError, r"RMSprop\.alpha: .*>= 0 and < 1, got 1", RMSprop, {"alpha": 1}),
+    "alpha type": (TypeError, r"RMSprop\.alpha: .*got str", RMSprop, {"alpha": "0.9"}),
+    "rmsprop eps": (ValueError, r"RMSprop\.eps: .*got -1", RMSprop, {"eps": -1}),
+    "rmsprop momentum": (ValueError, r"RMSprop\.momentum: .*nan", RMSprop, {"momentum": math.nan}),
+    "rmsprop lr": (ValueError, r"RMSprop\.lr: .*got -1", RMSprop, {"lr": -1}),
+    "rmsprop clip": (ValueError, r"RMSprop\.clip_norm: .*> 0, got 0", RMSprop, {"clip_norm": 0.0}),
+    "centered": (TypeError, r"RMSprop\.centered: expected a bool", RMSprop, {"centered": 1}),
 }
 
 
@@ -282,5 +308,7 @@ def test_numbers_of_numpy_are_numbers():
     sgd = pymeta.SGD(np.float32(0.5), momentum=np.float32(0.25), clip_norm=np.int64(2))
     assert sgd == pymeta.SGD(0.5, momentum=0.25, clip_norm=2.0)
     adam = pymeta.Adam(np.float64(0.5), eps=np.float32(0.125), weight_decay=np.float16(1))
-    assert json.dumps([*vars(sgd).values(), *vars(adam).values()])
+    rmsprop = pymeta.RMSprop(np.float32(0.5), np.float32(0.25), np.float16(1), momentum=np.int8(1))
+    assert rmsprop == pymeta.RMSprop(0.5, alpha=0.25, eps=1.0, momentum=1.0)
+    assert json.dumps([*vars(sgd).values(), *vars(adam).values(), *vars(rmsprop).values()])
     assert type(pymeta.LearnableLR(np.float32(0.5)).initial) is float

@@ -13,7 +13,7 @@ from helpers import LOSSES, assert_close, assert_promised, batch, gradients, mlp
 from torch import nn
 
 import pymeta
-from pymeta import SGD, Adam, Reptile
+from pymeta import SGD, Adam, Reptile, RMSprop
 from pymeta.spec.schedule import permutation
 
 OF_ADAPT = 2**62
@@ -27,6 +27,10 @@ MAKERS = {
     "adamw": (
         Adam(0.02, weight_decay=0.2, decoupled=True),
         lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.2),
+    ),
+    "rmsprop": (
+        RMSprop(0.02, 0.9, 1e-4, momentum=0.5),
+        lambda p: torch.optim.RMSprop(p, 0.02, 0.9, 1e-4, momentum=0.5),
     ),
 }
 
@@ -364,7 +368,7 @@ CONSTRUCTION = {
     ),
     "optimizer": (
         TypeError,
-        r"optimizer: expected pymeta\.SGD or pymeta\.Adam, got type",
+        r"optimizer: expected pymeta\.SGD, pymeta\.Adam or pymeta\.RMSprop, got",
         {"lr": None, "optimizer": torch.optim.Adam},
     ),
     "steps": (ValueError, r"steps: expected an integer >= 0, got -1", {"steps": -1}),

@@ -130,7 +130,7 @@ def test_many_threads_give_what_one_gives():
 def test_classes_weights_and_other_optimisers():
     xs, _, xq = tasks(rows=12)
     ys = np.random.default_rng(2).integers(0, 2, (5, 12))
-    for optimizer in (pymeta.SGD(0.1, momentum=0.9), pymeta.Adam(0.05)):
+    for optimizer in (pymeta.SGD(0.1, momentum=0.9), pymeta.Adam(0.05), pymeta.RMSprop(0.05)):
         adapter = make(
             DEEP, loss=Loss("cross_entropy"), optimizer=optimizer, class_weights="balanced"
         )

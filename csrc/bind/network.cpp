@@ -58,26 +58,30 @@ std::unique_ptr<LossHolder> make_loss(const std::string& kind, double delta, dou
 // ---- optimisers --------------------------------------------------------------------------------------------------
 
 std::unique_ptr<Optimizer> make_optimizer(const std::string& kind, double momentum, bool nesterov,
-                                          double beta1, double beta2, double eps,
-                                          double weight_decay, bool decoupled, double clip_norm,
-                                          double anchor) {
+                                          double beta1, double beta2, double eps, double alpha,
+                                          bool centered, double weight_decay, bool decoupled,
+                                          double clip_norm, double anchor) {
   auto made = std::make_unique<Optimizer>();
   if (kind == "adam")
     made->kind = OptimizerKind::adam;
+  else if (kind == "rmsprop")
+    made->kind = OptimizerKind::rmsprop;
   else if (kind != "sgd")
     refuse("optimizer: unknown kind '" + kind + "'");
   for (const double value : {momentum, eps, weight_decay, clip_norm, anchor})
     if (!(value >= 0) || !std::isfinite(value))
       refuse("optimizer: expected finite numbers >= 0, got " + std::to_string(value));
-  for (const double beta : {beta1, beta2})
-    if (!(beta >= 0 && beta < 1))
-      refuse("optimizer: betas must be in [0, 1), got " + std::to_string(beta));
+  for (const double decay : {beta1, beta2, alpha})
+    if (!(decay >= 0 && decay < 1))
+      refuse("optimizer: betas and alpha must be in [0, 1), got " + std::to_string(decay));
   if (nesterov && momentum == 0) refuse("optimizer: nesterov needs a momentum");
-  made->momentum = made->kind == OptimizerKind::sgd ? momentum : 0;
+  made->momentum = made->kind == OptimizerKind::adam ? 0 : momentum;
   made->nesterov = nesterov;
   made->beta1 = beta1;
   made->beta2 = beta2;
   made->eps = eps;
+  made->alpha = alpha;
+  made->centered = centered;
   made->weight_decay = weight_decay;
   made->decoupled = decoupled;
   made->clip_norm = clip_norm;
@@ -114,8 +118,9 @@ void bind_network(py::module_& m) {
   py::class_<Optimizer>(m, "Optimizer")
       .def(py::init(&make_optimizer), py::arg("kind"), py::kw_only(), py::arg("momentum") = 0.0,
            py::arg("nesterov") = false, py::arg("beta1") = 0.0, py::arg("beta2") = 0.0,
-           py::arg("eps") = 0.0, py::arg("weight_decay") = 0.0, py::arg("decoupled") = false,
-           py::arg("clip_norm") = 0.0, py::arg("anchor") = 0.0);
+           py::arg("eps") = 0.0, py::arg("alpha") = 0.0, py::arg("centered") = false,
+           py::arg("weight_decay") = 0.0, py::arg("decoupled") = false, py::arg("clip_norm") = 0.0,
+           py::arg("anchor") = 0.0);
 }
 
 }  // namespace pymeta

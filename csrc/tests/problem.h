@@ -98,6 +98,18 @@ inline Optimizer adam(double beta1, double weight_decay, bool decoupled, double 
   return o;
 }
 
+inline Optimizer rmsprop(double momentum, bool centered, double weight_decay, double clip_norm) {
+  Optimizer o;
+  o.kind = OptimizerKind::rmsprop;
+  o.alpha = 0.8;
+  o.eps = 0.05;
+  o.momentum = momentum;
+  o.centered = centered;
+  o.weight_decay = weight_decay;
+  o.clip_norm = clip_norm;
+  return o;
+}
+
 struct SideData {
   std::vector<double> x, y, weights;
   std::vector<std::int64_t> labels, starts, sizes;

@@ -67,6 +67,16 @@ std::vector<Setup> setups() {
   all.push_back(s);
 
   s = Setup{};
+  s.name = "rmsprop";
+  s.chain.linear(3, 9).act(A::tanh).linear(9, 2);
+  s.steps = 4, s.tasks = 19, s.form = Form::packed, s.optimizer = rmsprop(0, false, 0.1, 0.5);
+  all.push_back(s);
+
+  s.name = "rmsprop, centered, with momentum";
+  s.rates = Rates::elements, s.optimizer = rmsprop(0.5, true, 0, 0);
+  all.push_back(s);
+
+  s = Setup{};
   s.name = "wide end";
   s.chain.linear(4, 3).act(A::leaky_relu, 0.1).linear(3, 70).act(A::relu);
   s.tasks = 17, s.smooth = false, s.steps = 1;

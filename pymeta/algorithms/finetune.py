@@ -1,8 +1,8 @@
 """FineTune: T data sets, one start, and every one of the T models trained in the same call.
 
-Nothing is meta-learned here. Each task is trained for some epochs by SGD or Adam (what they do is
-defined in `pymeta/reference`), from a shared start or one of its own, with what small data sets
-need: frozen parameters, a pull towards the start (L2-SP; Li, Grandvalet, Davoine 2018,
+Nothing is meta-learned here. Each task is trained for some epochs by SGD, Adam or RMSprop (what
+they do is defined in `pymeta/reference`), from a shared start or one of its own, with what small
+data sets need: frozen parameters, a pull towards the start (L2-SP; Li, Grandvalet, Davoine 2018,
 arXiv:1802.01483), weight decay, class weights, and held out rows with early stopping.
 
 A run goes through the tasks in chunks. What a chunk needs besides inputs and outputs (copies of
@@ -90,7 +90,8 @@ class FineTune(Learner):
         model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
             knows runs there; everything else runs in torch, with one warning.
         loss: "mse", "huber", "cross_entropy", "bce_with_logits", or the torch.nn loss module.
-        optimizer: `pymeta.SGD(...)` or `pymeta.Adam(...)`; its state is each task's own.
+        optimizer: `pymeta.SGD(...)`, `pymeta.Adam(...)` or `pymeta.RMSprop(...)`; its state is
+            each task's own.
         lr: instead of `optimizer`, the step size of plain SGD.
         epochs: passes over each task's rows.
         batch_size: rows of a step, shuffled for each epoch as `pymeta.Schedule` says; None for all

@@ -58,8 +58,9 @@ class MAML(Learner):
         first_order: take inner gradients as constants (FOMAML; Finn et al. 2017, section 5.2).
         adapt: fnmatch patterns of the parameter names that the inner loop changes; None for
             all. Parameters that do not require grad are neither adapted nor given gradients.
-        optimizer: `pymeta.SGD(...)` or `pymeta.Adam(...)`, instead of `lr`, which alone means
-            plain SGD. The meta-gradient goes through its momentum and clipping too.
+        optimizer: `pymeta.SGD(...)`, `pymeta.Adam(...)` or `pymeta.RMSprop(...)`, instead of `lr`,
+            which alone means plain SGD. The meta-gradient goes through its momentum and clipping
+            too.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
 

@@ -57,8 +57,8 @@ class Reptile(Learner):
         model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
             knows runs there; everything else runs in torch, with one warning.
         loss: "mse", "huber", "cross_entropy", "bce_with_logits", or the torch.nn loss module.
-        optimizer: the inner one, `pymeta.SGD(...)` or `pymeta.Adam(...)`; its state starts
-            afresh in each task. The paper uses Adam with betas=(0, 0.999).
+        optimizer: the inner one, `pymeta.SGD(...)`, `pymeta.Adam(...)` or `pymeta.RMSprop(...)`;
+            its state starts afresh in each task. The paper uses Adam with betas=(0, 0.999).
         lr: instead of `optimizer`, the step size of plain SGD.
         steps: number of inner steps.
         batch_size: rows of each inner step, shuffled for each epoch as `pymeta.Schedule` says;

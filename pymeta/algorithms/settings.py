@@ -9,7 +9,7 @@ from torch import nn
 
 from pymeta import native
 from pymeta.spec.losses import describe_loss
-from pymeta.spec.optimizers import SGD, Adam, LearnableLR, Optimizer, check_lr
+from pymeta.spec.optimizers import OPTIMIZERS, SGD, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import LARGEST_SEED, check_batch_size, check_count
 
 # name -> (learner, value) -> what is kept
@@ -29,9 +29,11 @@ def one_optimizer(lr: Any, optimizer: Any, learnable: bool) -> Optimizer:
         raise ValueError(f"lr, optimizer: expected exactly one of them, got {both}")
     if optimizer is None:
         optimizer = SGD(lr if isinstance(lr, LearnableLR) else check_lr("lr", lr))
-    elif not isinstance(optimizer, (SGD, Adam)):
+    elif type(optimizer) not in OPTIMIZERS.values():
+        rules = [f"pymeta.{rule.__name__}" for rule in OPTIMIZERS.values()]
         raise TypeError(
-            f"optimizer: expected pymeta.SGD or pymeta.Adam, got {type(optimizer).__name__}"
+            f"optimizer: expected {', '.join(rules[:-1])} or {rules[-1]}, "
+            f"got {type(optimizer).__name__}"
         )
     if isinstance(optimizer.lr, LearnableLR) and not learnable:
         name = "lr" if lr is not None else "optimizer.lr"

@@ -27,7 +27,7 @@ from pymeta.tasks.checks import Expected
 from pymeta.tasks.task_set import dense
 
 if TYPE_CHECKING:
-    from pymeta.spec.optimizers import SGD, Adam
+    from pymeta.spec.optimizers import Optimizer
 
 DTYPE_CODES = {torch.float32: 4, torch.float64: 8}
 _PARAMETER_TYPES = (nn.Parameter, Tensor)
@@ -107,7 +107,7 @@ class Plan:
         loss: Loss,
         patterns: Sequence[str] | None,
         per: str,
-        optimizer: SGD | Adam | None = None,
+        optimizer: Optimizer | None = None,
         anchor: float = 0.0,
         adapts: bool = True,
     ) -> None:

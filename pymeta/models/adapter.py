@@ -67,7 +67,7 @@ class Adapter:
         out_features: columns of the outputs.
         dtype: of all inputs (but classes, which are integers) and outputs.
         loss: a description of the loss.
-        optimizer: `pymeta.SGD` or `pymeta.Adam`.
+        optimizer: `pymeta.SGD`, `pymeta.Adam` or `pymeta.RMSprop`.
         lr: its step sizes [columns] or [steps, columns], as the learner had them.
         schedule: how many steps, on which rows.
         anchor: the weight of the pull towards the start.

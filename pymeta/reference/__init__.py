@@ -6,8 +6,8 @@ For each task t, starting at the shared parameters theta (or at ones of its own)
     g_k       = grad L(theta_k; batch k of support_t)              k = 0 .. steps-1
     theta_k+1 = theta_k - lr_k * direction(g_0 .. g_k)
 
-with the batches of `spec/schedule.py` (all rows, where there are none) and the direction of SGD or
-Adam (`task.py`). Three algorithms use it:
+with the batches of `spec/schedule.py` (all rows, where there are none) and the direction of SGD,
+Adam or RMSprop (`rules.py`). Three algorithms use it:
 
     MAML       loss = mean over t of L(theta_steps; query_t)       Finn et al. 2017, 1703.03400
     Reptile    gradient = theta - mean over t of theta_steps       Nichol et al. 2018, 1803.02999

@@ -2,77 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from pymeta.reference.loss import task_loss
 from pymeta.reference.modules import By, Called, Parameters
+from pymeta.reference.rules import direction, first_state
 from pymeta.spec.inner import InnerLoop
 from pymeta.spec.losses import Loss
-from pymeta.spec.optimizers import SGD, Adam, Optimizer
 from pymeta.spec.schedule import Batch
 from pymeta.tasks.values import counting
 
 Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # one task's x, y, row weights
-
-# ---- one step ---------------------------------------------------------------------------------
-
-
-class Moments(NamedTuple):
-    """What an optimiser remembers of the gradients: running means, and Adam's of squares."""
-
-    first: Parameters
-    second: Parameters
-
-
-def _root(square: Tensor) -> Tensor:
-    """The square root, whose derivative at 0 is taken as 0.
-
-    A dead unit's gradients are exactly 0, where autograd alone would make NaN of it.
-    """
-    zero = square == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
-
-
-def _clipped(gradient: Parameters, norm: float | None) -> Parameters:
-    """As `torch.nn.utils.clip_grad_norm_`."""
-    if norm is None or not gradient:
-        return gradient
-    total = _root(torch.stack([g.square().sum() for g in gradient.values()]).sum())
-    factor = (norm / (total + 1e-6)).clamp(max=1.0)
-    return {name: g * factor for name, g in gradient.items()}
-
-
-def _direction(
-    rule: Optimizer, step: int, theta: Parameters, gradient: Parameters, moments: Moments
-) -> tuple[Parameters, Moments]:
-    """The direction d of theta <- theta - lr d, as torch.optim.SGD, Adam and AdamW have it."""
-    g, (first, second) = _clipped(gradient, rule.clip_norm), moments
-    decoupled = isinstance(rule, Adam) and rule.decoupled
-    if rule.weight_decay and not decoupled:
-        g = {n: g[n] + rule.weight_decay * p for n, p in theta.items()}
-    if isinstance(rule, SGD):
-        if not rule.momentum:
-            return g, moments
-        first = {n: rule.momentum * m + g[n] for n, m in first.items()}
-        ahead = {n: g[n] + rule.momentum * m for n, m in first.items()} if rule.nesterov else first
-        return ahead, Moments(first, second)
-    beta1, beta2 = rule.betas
-    first = {n: beta1 * m + (1 - beta1) * g[n] for n, m in first.items()}
-    second = {n: beta2 * s + (1 - beta2) * g[n].square() for n, s in second.items()}
-    unbias1, unbias2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
-    d = {
-        n: m / unbias1 / (_root(second[n]) / math.sqrt(unbias2) + rule.eps)
-        for n, m in first.items()
-    }
-    if decoupled:
-        d = {n: d[n] + rule.weight_decay * p for n, p in theta.items()}
-    return d, Moments(first, second)
-
 
 # ---- one task ---------------------------------------------------------------------------------
 
@@ -121,8 +65,7 @@ def adapt_task(
         The adapted parameters, and the loss of each step's batch before that step.
     """
     theta, losses = start, []
-    zeros = {name: torch.zeros_like(p) for name, p in start.items()}
-    moments = Moments(zeros, zeros)
+    state = first_state(inner.optimizer, start)
     for step, batch in enumerate(inner.schedule.batches(support[0].shape[0], task_id)):
         rows = _rows(support, batch)
         x, y, weights = that_count(inner.loss, rows) if sift else rows
@@ -142,9 +85,9 @@ def adapt_task(
             gradient = {name: g.detach() for name, g in gradient.items()}
         if inner.anchor:
             gradient = {n: g + inner.anchor * (theta[n] - start[n]) for n, g in gradient.items()}
-        direction, moments = _direction(inner.optimizer, step, theta, gradient, moments)
+        d, state = direction(inner.optimizer, step, theta, gradient, state)
         theta = {
-            name: p - inner.rates.of(inner.lr, step, name, p.shape) * direction[name]
+            name: p - inner.rates.of(inner.lr, step, name, p.shape) * d[name]
             for name, p in theta.items()
         }
         if batch.ends_epoch and watch is not None and watch(theta):

@@ -1,22 +1,24 @@
 """Inner-loop optimisers and learnable step sizes, as plain descriptions.
 
-`SGD(...)`, `Adam(...)` and `LearnableLR(...)` only say what is meant; `pymeta/reference` defines
-what the optimisers do. `Rates` is the layout of the lr values they stand for: a row for each step
-(the last row is reused by all later steps), and in a row one value for the whole network, for each
-layer, or for each element of the adapted parameters.
+`SGD(...)`, `Adam(...)`, `RMSprop(...)` and `LearnableLR(...)` only say what is meant;
+`pymeta/reference` defines what the optimisers do. `Rates` is the layout of the lr values they stand
+for: a row for each step (the last row is reused by all later steps), and in a row one value for the
+whole network, for each layer, or for each element of the adapted parameters.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pymeta import native
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -92,13 +94,17 @@ def _check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
+def _check_decay(name: str, value: Any, expected: str = "a number") -> None:
+    check_number(name, value)
+    if value >= 1:
+        raise ValueError(f"{name}: expected {expected} >= 0 and < 1, got {value}")
+
+
 def _check_betas(name: str, betas: Any) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"{name}: expected two numbers (beta1, beta2), got {betas!r}")
     for beta in betas:
-        check_number(name, beta)
-        if beta >= 1:
-            raise ValueError(f"{name}: expected numbers >= 0 and < 1, got {beta}")
+        _check_decay(name, beta, "numbers")
 
 
 def _check_common(kind: str, lr: Any, weight_decay: Any, clip_norm: Any) -> None:
@@ -175,55 +181,83 @@ class Adam:
         _keep_floats(self, "lr", "eps", "weight_decay", "clip_norm")
 
 
-Optimizer: TypeAlias = SGD | Adam
+@dataclass(frozen=True)
+class RMSprop:
+    """RMSprop (Hinton 2012; centered by Graves 2013, arXiv:1308.0850), as `torch.optim.RMSprop`.
+
+    Args:
+        lr: step size, a number or a `LearnableLR`.
+        alpha: decay of the running mean of the gradients' squares.
+        eps: added to the denominator, which is the root of that mean.
+        weight_decay: L2 penalty; weight_decay * theta is added to the gradient.
+        momentum: m <- momentum * m + gradient / denominator, and the step is along m.
+        centered: the denominator is the root of a running variance of the gradient instead.
+        clip_norm: as for `SGD`.
+
+    Raises:
+        TypeError, ValueError: a value is out of its range.
+    """
+
+    lr: float | LearnableLR
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    centered: bool = False
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _check_common("RMSprop", self.lr, self.weight_decay, self.clip_norm)
+        _check_decay("RMSprop.alpha", self.alpha)
+        check_number("RMSprop.eps", self.eps)
+        check_number("RMSprop.momentum", self.momentum)
+        _check_flag("RMSprop.centered", self.centered)
+        _keep_floats(self, "lr", "alpha", "eps", "weight_decay", "momentum", "clip_norm")
+
+
+Optimizer: TypeAlias = SGD | Adam | RMSprop
+
+# by the names of the native core and of files
+OPTIMIZERS: Mapping[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "rmsprop": RMSprop}
+
+
+def _kind_of(optimizer: Optimizer) -> str:
+    return next(kind for kind, rule in OPTIMIZERS.items() if type(optimizer) is rule)
 
 
 def native_optimizer(description: Optimizer, anchor: float = 0.0) -> Any:
     """The native twin of an inner optimiser (its lr goes along with each call)."""
-    common = {
-        "weight_decay": description.weight_decay,
-        "clip_norm": description.clip_norm or 0.0,
-        "anchor": anchor,
-    }
-    if isinstance(description, Adam):
-        beta1, beta2 = description.betas
-        return native.extension().Optimizer(
-            "adam",
-            beta1=beta1,
-            beta2=beta2,
-            eps=description.eps,
-            decoupled=description.decoupled,
-            **common,
-        )
-    return native.extension().Optimizer(
-        "sgd", momentum=description.momentum, nesterov=description.nesterov, **common
-    )
+    settings = asdict(description)
+    del settings["lr"]
+    if "betas" in settings:
+        settings["beta1"], settings["beta2"] = settings.pop("betas")
+    settings["clip_norm"] = description.clip_norm or 0.0
+    return native.extension().Optimizer(_kind_of(description), anchor=anchor, **settings)
 
 
 def described_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     """As JSON."""
-    return {"kind": "adam" if isinstance(optimizer, Adam) else "sgd", **asdict(optimizer)}
+    return {"kind": _kind_of(optimizer), **asdict(optimizer)}
 
 
 def read_optimizer(fields: Fields) -> Optimizer:
     """The optimiser that `described_optimizer` made JSON of; ValueError where it is none."""
     kind = fields.text("kind")
-    options: dict[str, Any] = {
-        "lr": _read_lr(fields),
-        "weight_decay": fields.number("weight_decay"),
-        "clip_norm": None if fields.is_null("clip_norm") else fields.number("clip_norm"),
-    }
-    if kind == "adam":
-        betas = fields.numbers("betas")
-        options |= {"betas": betas, "eps": fields.number("eps")}
-        options["decoupled"] = fields.boolean("decoupled")
-    elif kind == "sgd":
-        options["momentum"] = fields.number("momentum")
-        options["nesterov"] = fields.boolean("nesterov")
-    else:
+    if kind not in OPTIMIZERS:
         raise ValueError(f"{fields.what}: unknown kind {kind[:60]!r}")
+    readers = {
+        "lr": lambda name: _read_lr(fields),
+        "clip_norm": lambda name: None if fields.is_null(name) else fields.number(name),
+        "betas": fields.numbers,
+        "nesterov": fields.boolean,
+        "decoupled": fields.boolean,
+        "centered": fields.boolean,
+    }
+    names = [field.name for field in dataclass_fields(OPTIMIZERS[kind])]
+    options: dict[str, Any] = {name: readers.get(name, fields.number)(name) for name in names}
     fields.end()
-    return (Adam if kind == "adam" else SGD)(**options)
+    return OPTIMIZERS[kind](**options)
 
 
 def _read_lr(fields: Fields) -> float | LearnableLR:

@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 ODD = (None, True, False, 0, 1, 2, -1, 2**24, 2**30, 2**31, 2**63, 10**400, 0.5, -0.0, 1e300, "",
-       "relu", "linear", "layer_norm", "mse", "adam", "sgd", "parameter", "0.weight", ".lr",
-       ".status", "\ud800", "F16", "I8", [], {}, [[]], [0, 0])  # fmt: skip
+       "relu", "linear", "layer_norm", "mse", "adam", "sgd", "rmsprop", "parameter", "0.weight",
+       ".lr", ".status", "\ud800", "F16", "I8", [], {}, [[]], [0, 0])  # fmt: skip
 
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:

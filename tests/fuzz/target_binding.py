@@ -135,14 +135,14 @@ def a_loss(source: Source, outputs: int) -> tuple[str, Any]:
 
 
 def an_optimizer(source: Source) -> Any:
-    names = ("momentum", "beta1", "beta2", "eps", "weight_decay", "clip_norm", "anchor")
+    names = ("momentum", "beta1", "beta2", "eps", "alpha", "weight_decay", "clip_norm", "anchor")
     options = {
         n: odd(source, source.pick((0.5, 0.1, source.number()))) for n in names if source.chance(64)
     }
-    for name in ("nesterov", "decoupled"):
+    for name in ("nesterov", "decoupled", "centered"):
         if source.chance(64):
             options[name] = odd(source, bool(source.below(2)))
-    return lib.Optimizer(odd(source, source.pick(("sgd", "adam"))), **options)
+    return lib.Optimizer(odd(source, source.pick(("sgd", "adam", "rmsprop"))), **options)
 
 
 def a_problem(source: Source) -> Made:

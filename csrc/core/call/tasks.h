@@ -49,13 +49,15 @@ struct LearningRate {
 };
 
 // The inner optimiser (optimizers/ has the formulas).
-enum class OptimizerKind : std::uint8_t { sgd, adam };
+enum class OptimizerKind : std::uint8_t { sgd, adam, rmsprop };
 
 struct Optimizer {
   OptimizerKind kind = OptimizerKind::sgd;
-  double momentum = 0;  // sgd
-  bool nesterov = false;
-  double beta1 = 0, beta2 = 0, eps = 0;  // adam
+  double momentum = 0;                   // sgd, rmsprop
+  bool nesterov = false;                 // sgd
+  double beta1 = 0, beta2 = 0, eps = 0;  // adam; eps of rmsprop, too
+  double alpha = 0;                      // rmsprop
+  bool centered = false;
   double weight_decay = 0;
   bool decoupled = false;  // AdamW: the decay is no part of the gradient
   double clip_norm = 0;    // largest norm of a task's gradient; 0: any
@@ -68,7 +70,9 @@ struct Optimizer {
   }
   // Arrays of the parameters' size that it keeps from step to step.
   PYMETA_MEMBER int states() const {
-    return kind == OptimizerKind::adam ? 2 : momentum != 0 ? 1 : 0;
+    if (kind == OptimizerKind::adam) return 2;
+    if (kind == OptimizerKind::rmsprop) return momentum != 0 || centered ? 3 : 1;
+    return momentum != 0 ? 1 : 0;
   }
 };
 

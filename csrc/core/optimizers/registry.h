@@ -4,6 +4,7 @@
 #include "adam.h"
 #include "gradient_step.h"
 #include "momentum.h"
+#include "rmsprop.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -11,6 +12,9 @@ PYMETA_KERNEL_BEGIN
 template <class Visitor>
 PYMETA_FN void with_rule(const Optimizer& optimizer, Visitor visit) {
   if (optimizer.kind == OptimizerKind::adam) return visit(Adam(optimizer));
+  if (optimizer.kind == OptimizerKind::rmsprop)
+    return optimizer.states() == 1 ? visit(RmsProp<true>(optimizer))
+                                   : visit(RmsProp<false>(optimizer));
   if (optimizer.momentum != 0) return visit(Momentum(optimizer));
   visit(GradientStep(optimizer));
 }

@@ -18,7 +18,7 @@
 
 PYMETA_KERNEL_BEGIN
 
-constexpr int kMaxStates = 2;
+constexpr int kMaxStates = 3;
 
 // What the bias corrections of Adam make of a step, for each lane; the other rules do not look at it.
 struct Correction {
