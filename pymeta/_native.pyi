@@ -56,6 +56,7 @@ class Optimizer(metaclass=_Type):
         decoupled: bool = False,
         clip_norm: float = 0.0,
         anchor: float = 0.0,
+        anchor_rows: float = 0.0,
     ) -> None: ...
 
 class Problem(metaclass=_Type):
@@ -77,6 +78,9 @@ class Problem(metaclass=_Type):
         query_rows: int = 0,
         validation_rows: int = 0,
         second_order: bool = False,
+        lr_rows: int = 1,
+        wanted: Sequence[bool] = [True, False, False, False],  # of parameters, lr, xs, xq
+        has_anchors: bool = False,
         device: int | None = None,
     ) -> dict[str, Any]: ...
     def unfit_for_device(self) -> str | None: ...
@@ -143,6 +147,7 @@ class Call(metaclass=_Type):
     schedule: Schedule
     first_order: bool
     patience: int
+    anchors: int  # [T] strengths of the pull towards the start, or 0: the optimizer's
     support: Rows
     query: Rows
     validation: Rows | None

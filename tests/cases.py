@@ -63,6 +63,7 @@ class Case:
     lr: str | None = None  # LearnableLR(per=...), or None: a number
     per_step: bool = False
     optimizer: str = "plain"  # one of OPTIMIZERS
+    anchor: str | None = None  # "one" for all tasks, over their "rows", or each of its "own"
     mask: int = 0  # which of the ways to adapt only some parameters
     input_gradients: bool = True
     seed: int = 0
@@ -125,15 +126,19 @@ class Side:
     y: torch.Tensor
     weights: torch.Tensor | None
     sizes: list[int]
+    anchors: torch.Tensor | None = None  # of the support side, where tasks have their own
 
     def to(self, dtype):
         y = self.y.to(dtype) if self.y.is_floating_point() else self.y
         weights = None if self.weights is None else self.weights.to(dtype)
-        return Side(self.x.to(dtype), y, weights, self.sizes)
+        anchors = None if self.anchors is None else self.anchors.to(dtype)
+        return Side(self.x.to(dtype), y, weights, self.sizes, anchors)
 
     def of(self, tasks: list[int]):
         weights = None if self.weights is None else self.weights[tasks]
-        return Side(self.x[tasks], self.y[tasks], weights, [self.sizes[t] for t in tasks])
+        anchors = None if self.anchors is None else self.anchors[tasks]
+        sizes = [self.sizes[t] for t in tasks]
+        return Side(self.x[tasks], self.y[tasks], weights, sizes, anchors)
 
 
 def make_side(case: Case, rows: int) -> Side:
@@ -168,6 +173,8 @@ class Problem:
         self.support = make_side(case, case.support)
         self.query = make_side(case, case.query)
         self.lr_values = torch.rand(100_000) * 0.2
+        if case.anchor == "own":
+            self.support.anchors = 2 * torch.rand(case.tasks)
 
     def module(self, dtype: torch.dtype, backend: str = "native") -> pymeta.MAML:
         case = self.case
@@ -175,8 +182,9 @@ class Problem:
         lr = self.rate
         if case.lr:
             lr = pymeta.LearnableLR(lr, case.lr, case.per_step)
+        pull = {"one": {"anchor": 0.75}, "rows": {"anchor_rows": 3.0}}.get(case.anchor, {})
         module = pymeta.MAML(
-            net, loss=self.loss, optimizer=OPTIMIZERS[case.optimizer](lr), steps=case.steps,
+            net, **pull, loss=self.loss, optimizer=OPTIMIZERS[case.optimizer](lr), steps=case.steps,
             first_order=case.first_order, adapt=self.adapt, backend=backend,
         )  # fmt: skip
         if case.lr:
@@ -196,7 +204,7 @@ class Problem:
         out = module(*arguments, **options)
         found = dict(zip(inputs, gradients(out.loss, *inputs.values()), strict=True))
         models = module.adapt(
-            *arguments[:2], **{k: v for k, v in options.items() if k.startswith("support")}
+            *arguments[:2], **{k: v for k, v in options.items() if not k.startswith("query")}
         )
         return {
             "loss": out.loss.detach(),
@@ -211,7 +219,7 @@ class Problem:
 
     def arguments(self, support: Side, query: Side) -> tuple[list, dict]:
         """What MAML is called with, in the case's form."""
-        arguments, options = [], {}
+        arguments, options = [], {} if support.anchors is None else {"anchor": support.anchors}
         for name, side in (("support", support), ("query", query)):
             values = [side.x, side.y, side.weights]
             if self.case.form == "list":
@@ -250,6 +258,7 @@ def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES):
         lr=lr,
         per_step=lr is not None and draw(st.booleans()),
         optimizer=draw(st.sampled_from(["plain", *sorted(OPTIMIZERS)])),
+        anchor=draw(st.sampled_from([None, None, "one", "rows", "own"])),
         mask=draw(st.sampled_from([0, 0, 1, 2, 3])),
         input_gradients=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
@@ -374,7 +383,7 @@ def walk(problem: Problem) -> tuple[float, float]:
             )
     support, query = problem.support.to(torch.float64), problem.query.to(torch.float64)
     arguments, options = problem.arguments(support, query)
-    options = {k: v for k, v in options.items() if k.startswith("support")}
+    options = {k: v for k, v in options.items() if not k.startswith("query")}
     for step in range(case.steps + 1):
         models = module.adapt(*arguments[:2], steps=step, **options)
         for side in (support, query) if step == case.steps else (support,):
@@ -476,6 +485,7 @@ def factored_cases(draw):
         "lr": draw(st.sampled_from([None, None, "network"])),
         "per_step": False,
         "optimizer": draw(st.sampled_from(["plain", "plain", "plain", "momentum"])),
+        "anchor": draw(st.sampled_from([None, None, None, "own"])),
         "input_gradients": False,
         "tasks": case.tasks if case.form == "uniform" else min(case.tasks, 9),
     }

@@ -50,7 +50,7 @@ CONSTRUCTION = {
     "lr twice": (ValueError, r"lr, optimizer: .*got both", {"optimizer": pymeta.SGD(0.1)}),
     "optimizer": (
         TypeError,
-        r"optimizer: expected pymeta\.SGD or pymeta\.Adam, got float",
+        r"optimizer: expected pymeta\.SGD, pymeta\.Adam or pymeta\.RMSprop, got float",
         {"lr": None, "optimizer": 0.1},
     ),
     "steps negative": (ValueError, r"steps: expected an integer >= 0, got -1", {"steps": -1}),

@@ -130,6 +130,7 @@ def test_factored_tasks_in_several_waves():
     [
         ("mse", "plain"), ("cross_entropy", "plain"), ("bce_with_logits", "plain"),
         ("mse", "nesterov"), ("cross_entropy", "adam, decay"), ("bce_with_logits", "adamw"),
+        ("mse", "rmsprop"), ("mse", "rmsprop, centered"),
     ],
 )  # fmt: skip
 def test_finite_differences_of_the_native_loss(isa, executor, name, loss, optimizer):
@@ -139,7 +140,8 @@ def test_finite_differences_of_the_native_loss(isa, executor, name, loss, optimi
     at 2h shows (theirs is four times as large), and by the rounding of the loss over h.
     """
     case = Case(SMOOTH[name], loss=loss, loss_options=True, tasks=5, form="list", lr="parameter",
-                per_step=True, steps=3, weights=True, optimizer=optimizer, seed=3)  # fmt: skip
+                per_step=True, steps=3, weights=True, optimizer=optimizer, anchor="own",
+                seed=3)  # fmt: skip
     problem = Problem(case)
     module = problem.module(torch.float64)
     support, query = problem.support.to(torch.float64), problem.query.to(torch.float64)

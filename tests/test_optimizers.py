@@ -12,6 +12,7 @@ from torch import nn
 
 import pymeta
 from pymeta import SGD, Adam, RMSprop, reference
+from pymeta.spec.anchors import Anchor
 from pymeta.spec.losses import Loss
 from pymeta.spec.optimizers import rates
 from pymeta.spec.schedule import Schedule, permutation
@@ -130,7 +131,7 @@ def test_the_anchor_is_a_penalty():
     net, (xs, ys, *_) = mlp(2, 4, 2), batch(tasks=1)
     rule = SGD(LR, momentum=0.9, clip_norm=0.5)
     parameters = {n: p.detach() for n, p in net.named_parameters()}
-    inner = inner_loop(net, rule, Schedule(steps=5), anchor=0.7)
+    inner = inner_loop(net, rule, Schedule(steps=5), anchor=Anchor(0.7))
     done = reference.adapt(net, parameters, list(parameters), inner, supports(xs, ys))
     twin = copy.deepcopy(net)
     optimizer = torch.optim.SGD(twin.parameters(), LR, momentum=0.9)

@@ -36,6 +36,7 @@ import pymeta
 from pymeta import native, reference
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
+from pymeta.spec.anchors import Anchor
 from pymeta.spec.losses import describe_loss
 from pymeta.spec.schedule import Schedule, permutation
 from pymeta.tasks.checks import Names
@@ -55,6 +56,8 @@ class Recipe:
     epochs: int | None = 3
     batch_size: int | None = None
     anchor: float = 0.0
+    anchor_rows: float = 0.0
+    own_anchors: bool = False
     frozen: int = 0  # of the parameters, from the first on
     own_starts: int = 0  # of the parameters, from the last on
     tasks: int = 5
@@ -103,6 +106,7 @@ class Adaptations:
         names = list(named)
         self.adapted = names[min(recipe.frozen, len(names) - 1) :] if names else []
         self.ids = torch.randint(0, 2**40, (recipe.tasks,))
+        self.anchors = 2 * torch.rand(recipe.tasks)
 
     def follow(self, twin, dtype: torch.dtype, tasks: list[int] | None = None) -> dict:
         """All that the adaptation of these tasks gives, as {name: value}."""
@@ -110,7 +114,8 @@ class Adaptations:
         tasks = list(range(recipe.tasks)) if tasks is None else tasks
         self.net.to(dtype)  # its values were made in float32, so nothing is lost on the way
         loss, rule = describe_loss(recipe.loss), OPTIMIZERS[recipe.optimizer](0.1)
-        plan = Plan(self.net, loss, self.adapted or None, "network", rule, recipe.anchor)
+        pull = Anchor(recipe.anchor, recipe.anchor_rows)
+        plan = Plan(self.net, loss, self.adapted or None, "network", rule, pull)
         if twin is native_adapt:
             assert plan.reason is None, plan.reason
 
@@ -124,7 +129,7 @@ class Adaptations:
             return task_set(names, column(0), column(1), None, column(2), plan.expected)
 
         inner = reference.InnerLoop(
-            loss, plan.lr_tensor(0.1), plan.rates, recipe.schedule, False, rule, recipe.anchor
+            loss, plan.lr_tensor(0.1), plan.rates, recipe.schedule, False, rule, pull
         )
         support = packed(SUPPORT, self.support)
         ids = self.ids[tasks] if recipe.own_shuffles else None
@@ -133,6 +138,7 @@ class Adaptations:
             "validation": packed(VALIDATION, self.validation) if recipe.validates else None,
             "patience": recipe.patience,
             "curves": recipe.epochs is not None,
+            "anchors": self.anchors[tasks].to(dtype) if recipe.own_anchors else None,
             "task_ids": ids,
         }
         parameters = [p.detach() for p in plan.parameters]
@@ -151,14 +157,19 @@ class Adaptations:
             with torch.enable_grad():
                 if twin is native_adapt:
                     made = native_adapt.reptile(
-                        plan, plan.parameters, inner.lr, inner, support, ids
+                        plan, plan.parameters, inner.lr, inner, support, ids, options["anchors"]
                     )
                 else:
                     named = dict(zip(plan.names, plan.parameters, strict=True))
-                    made = reference.reptile(self.net, named, plan.adapted, inner, support, ids)
+                    made = reference.reptile(
+                        self.net, named, plan.adapted, inner, support, ids, options["anchors"]
+                    )
                 results["losses"] = made[1]
                 results["differences"] = torch.autograd.grad(made[0], plan.parameters)
         return results
+
+
+ANCHORS = [{}, {}, {"anchor": 0.5}, {"anchor_rows": 2.0}, {"own_anchors": True}]
 
 
 @st.composite
@@ -177,7 +188,7 @@ def recipes(draw):
         epochs=draw(st.integers(0, 4)) if by_epochs else None,
         # no minibatch of one row where BatchNorm would have to normalise it
         batch_size=draw(st.sampled_from([None, 3] if batch_norm else [None, 1, 2, 3, 4, 20])),
-        anchor=draw(st.sampled_from([0.0, 0.0, 0.5])),
+        **draw(st.sampled_from(ANCHORS)),
         frozen=draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
         own_starts=draw(st.sampled_from([0, 0, 1, 2, 9])),
         tasks=draw(st.sampled_from([1, 2, 5, 17, 20, 40])),

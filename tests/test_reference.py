@@ -9,6 +9,7 @@ from torch import nn
 import pymeta
 from pymeta import reference
 from pymeta.reference.loss import task_loss
+from pymeta.spec.anchors import Anchor
 from pymeta.spec.losses import Loss, describe_loss
 from pymeta.spec.optimizers import rates
 from pymeta.spec.schedule import Schedule
@@ -453,7 +454,7 @@ def support_of(xs, ys):
 def test_adapting_all_tasks_at_once_is_one_by_one(size, names):
     """Equal tasks go through vmap, with their curves and starts; those with ids do not."""
     net, (xs, ys, *_) = mlp(2, 4, 2), batch()
-    inner = inner_loop(net, Schedule(epochs=3, batch_size=size, seed=1), names, anchor=0.1)
+    inner = inner_loop(net, Schedule(epochs=3, batch_size=size, seed=1), names, anchor=Anchor(0.1))
     parameters = {n: p.detach() for n, p in net.named_parameters()}
     own = {n: torch.randn(3, *parameters[n].shape).double() for n in ("0.weight", "0.bias")}
 

@@ -60,6 +60,31 @@ def test_a_meta_gradient_has_the_bits_of_one_thread(isa, tasks, rates, ragged):
 RATES = {"layer": "layer", "element": "parameter"}
 
 
+@pytest.mark.parametrize("per", ["network", "layer", "parameter"])
+def test_explain_names_the_executor_that_ran(per):
+    """A rate that many weights share sums its gradient in an order of the executor's own."""
+    module = meta_learner(lr=pymeta.LearnableLR(0.1, per))
+    data = batch(tasks=64, dtype=torch.float32)
+
+    def rate_gradient():
+        module._prepared.clear()
+        return gradients(module(*data).loss, module.lr)
+
+    with using(threads=32):
+        found = rate_gradient()
+        said = module.explain()
+        with torch.no_grad():
+            module(*data)
+        assert "rows: " in module.explain()  # nothing is summed, and single tasks are faster
+    bits = {}
+    for executor in ("rows", "lanes"):
+        with using(executor=executor):
+            bits[executor] = rate_gradient()
+    assert not same_bits(bits["rows"], bits["lanes"])
+    assert same_bits(found, bits["lanes"])  # whose order `rows` can keep for rates of elements
+    assert ("rows: " if per == "parameter" else "lanes: ") in said
+
+
 def test_reptile_has_the_bits_of_one_thread():
     torch.manual_seed(0)
     net = mlp(2, 16, 16, 2, dtype=torch.float32)

@@ -138,6 +138,7 @@ void CallParts::describe(Described<Real>& to) const {
     refuse("schedule: a meta-gradient takes all rows");
   call.first_order = first_order;
   call.patience = patience;
+  call.anchors = pointer<Real>(anchors);
   call.support = support.set<Real>();
   if (validation) {
     if (call.job != Job::fine_tune) refuse("validation: needs epochs");
@@ -223,6 +224,7 @@ void bind_call(py::module_& m) {
       .def_readwrite("schedule", &CallParts::schedule)
       .def_readwrite("first_order", &CallParts::first_order)
       .def_readwrite("patience", &CallParts::patience)
+      .def_readwrite("anchors", &CallParts::anchors)
       .def_readwrite("support", &CallParts::support)
       .def_readwrite("query", &CallParts::query)
       .def_readwrite("validation", &CallParts::validation)

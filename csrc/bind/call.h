@@ -89,6 +89,7 @@ class CallParts {
   std::vector<bool> own_starts;  // empty: none
   Rates rates;
   Schedule schedule;
+  Address anchors = 0;  // [T], in place of the optimiser's
   bool first_order = false;
   int patience = -1;
   Rows support, query;

@@ -60,7 +60,7 @@ std::unique_ptr<LossHolder> make_loss(const std::string& kind, double delta, dou
 std::unique_ptr<Optimizer> make_optimizer(const std::string& kind, double momentum, bool nesterov,
                                           double beta1, double beta2, double eps, double alpha,
                                           bool centered, double weight_decay, bool decoupled,
-                                          double clip_norm, double anchor) {
+                                          double clip_norm, double anchor, double anchor_rows) {
   auto made = std::make_unique<Optimizer>();
   if (kind == "adam")
     made->kind = OptimizerKind::adam;
@@ -68,12 +68,13 @@ std::unique_ptr<Optimizer> make_optimizer(const std::string& kind, double moment
     made->kind = OptimizerKind::rmsprop;
   else if (kind != "sgd")
     refuse("optimizer: unknown kind '" + kind + "'");
-  for (const double value : {momentum, eps, weight_decay, clip_norm, anchor})
+  for (const double value : {momentum, eps, weight_decay, clip_norm, anchor, anchor_rows})
     if (!(value >= 0) || !std::isfinite(value))
       refuse("optimizer: expected finite numbers >= 0, got " + std::to_string(value));
   for (const double decay : {beta1, beta2, alpha})
     if (!(decay >= 0 && decay < 1))
       refuse("optimizer: betas and alpha must be in [0, 1), got " + std::to_string(decay));
+  if (anchor != 0 && anchor_rows != 0) refuse("optimizer: expected one of anchor and anchor_rows");
   if (nesterov && momentum == 0) refuse("optimizer: nesterov needs a momentum");
   made->momentum = made->kind == OptimizerKind::adam ? 0 : momentum;
   made->nesterov = nesterov;
@@ -86,6 +87,7 @@ std::unique_ptr<Optimizer> make_optimizer(const std::string& kind, double moment
   made->decoupled = decoupled;
   made->clip_norm = clip_norm;
   made->anchor = anchor;
+  made->anchor_rows = anchor_rows;
   return made;
 }
 
@@ -120,7 +122,7 @@ void bind_network(py::module_& m) {
            py::arg("nesterov") = false, py::arg("beta1") = 0.0, py::arg("beta2") = 0.0,
            py::arg("eps") = 0.0, py::arg("alpha") = 0.0, py::arg("centered") = false,
            py::arg("weight_decay") = 0.0, py::arg("decoupled") = false, py::arg("clip_norm") = 0.0,
-           py::arg("anchor") = 0.0);
+           py::arg("anchor") = 0.0, py::arg("anchor_rows") = 0.0);
 }
 
 }  // namespace pymeta

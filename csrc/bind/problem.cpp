@@ -17,10 +17,23 @@ void describe_blocks(int ordinal, const BlockPlan& plan, py::dict& result) {
   result["factored"] = false;
 }
 
+// Of the parameters, the learning rates, xs and xq: whether their gradients are wanted.
+using Wanted = std::array<bool, 4>;
+
+template <class Real>
+void put_wanted(const Wanted& wanted, Call<Real>& call, Real* const* somewhere, Real* some) {
+  if (call.job != Job::meta && call.job != Job::reptile) return;
+  if (wanted[0]) call.gradients = somewhere;
+  if (wanted[1]) call.lr_gradient = some;
+  if (wanted[2]) call.xs_gradient = some;
+  if (wanted[3]) call.xq_gradient = some;
+}
+
 // How a call of these sizes would run.
 py::dict plan_of(const Problem& problem, int dtype, const std::string& job,
                  const Schedule& schedule, std::int64_t tasks, int support_rows, int query_rows,
-                 int validation_rows, bool second_order, const std::optional<int>& device) {
+                 int validation_rows, bool second_order, int lr_rows, const Wanted& wanted,
+                 bool has_anchors, const std::optional<int>& device) {
   if (support_rows < 0 || query_rows < 0 || validation_rows < 0)
     refuse("support_rows, query_rows, validation_rows: expected at least 0");
   if (tasks < 0) refuse("tasks: expected at least 0, got " + std::to_string(tasks));
@@ -31,13 +44,14 @@ py::dict plan_of(const Problem& problem, int dtype, const std::string& job,
     using Real = decltype(real);
     const Real* start[kMaxTensors] = {};
     Real* none[kMaxTensors] = {};
-    const Real some{};
+    Real some{};
     const int columns = problem.per_element() ? problem.adapted_elements() : 1;
-    Call<Real> call = problem.describe<Real>(start, {nullptr, 1, columns, false, nullptr});
+    Call<Real> call = problem.describe<Real>(start, {nullptr, lr_rows, columns, false, nullptr});
     call.tasks = tasks;
     call.job = job == "meta" ? Job::meta : job == "adapt" ? Job::adapt : Job::reptile;
     put_schedule(schedule, call);
-    if (job != "adapt") call.gradients = none;
+    put_wanted(wanted, call, none, &some);
+    if (has_anchors) call.anchors = &some;
     call.first_order = !second_order;
     call.max_support = support_rows;
     call.max_query = job == "meta" ? query_rows : 0;
@@ -69,7 +83,8 @@ void bind_problem(py::module_& m) {
            py::arg("lr_groups") = py::none(), py::arg("optimizer") = py::none())
       .def("plan", &plan_of, py::arg("dtype"), py::arg("job"), py::arg("schedule"),
            py::arg("tasks"), py::arg("support_rows"), py::arg("query_rows") = 0,
-           py::arg("validation_rows") = 0, py::arg("second_order") = false,
+           py::arg("validation_rows") = 0, py::arg("second_order") = false, py::arg("lr_rows") = 1,
+           py::arg("wanted") = Wanted{true, false, false, false}, py::arg("has_anchors") = false,
            py::arg("device") = py::none())
       .def("unfit_for_device", &Problem::unfit_for_device);
 }

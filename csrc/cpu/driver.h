@@ -212,7 +212,7 @@ class Driver {
     if (X::kTransposes)
       work += steps * kTransposeCost * (second ? 2 : 1) *
               static_cast<double>(layout().transposed_size / kWidth);
-    if (!call_.optimizer.is_plain())
+    if (!call_.has_plain_steps())
       work += steps * kRuleCost * (1 + call_.optimizer.states()) *
               static_cast<double>(layout().size / kWidth) * (second ? 3 : 1);
     const double bytes = static_cast<double>(workspace_.size) * sizeof(Real);

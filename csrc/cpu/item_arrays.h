@@ -84,6 +84,12 @@ class ItemArrays {
     }
   }
 
+  Vec anchor() const {
+    Vec anchor = zero();
+    for (int lane = 0; lane < work_.count; ++lane) anchor[lane] = call_.anchor_of(work_.task[lane]);
+    return X::kTasks == 1 ? broadcast(anchor[0]) : anchor;
+  }
+
   void write_losses(Vec loss) const {
     for (int lane = 0; lane < work_.count; ++lane) call_.losses[work_.task[lane]] = loss[lane];
   }

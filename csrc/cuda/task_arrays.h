@@ -298,6 +298,8 @@ class TaskArrays {
     }
   }
 
+  PYMETA_FN Vec anchor() const { return call_.anchor_of(task_); }
+
   PYMETA_FN void write_losses(Vec loss) const {
     if (thread_index() == 0) call_.losses[task_] = loss;
   }

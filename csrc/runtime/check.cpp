@@ -130,10 +130,19 @@ void check_minibatches(const Call<Real>& call) {
   }
 }
 
+template <class Real>
+void check_anchors(const Call<Real>& call) {
+  for (std::int64_t task = 0; call.anchors && task < call.tasks; ++task)
+    if (!(call.anchors[task] >= 0) || !std::isfinite(call.anchors[task]))
+      refuse("anchor: task " + std::to_string(task) + ": expected a finite number >= 0, got " +
+             number(call.anchors[task]));
+}
+
 }  // namespace
 
 template <class Real>
 void check(Call<Real>& call) {
+  check_anchors(call);
   const auto largest = [&](RowSet<Real>& set, const SetNames& names) {
     return SetCheck<Real>(call, set, names).run();
   };

@@ -48,5 +48,6 @@ def from_learner(learner: Learner) -> Adapter:
         schedule=learner.schedule,
         lr=array(learner._lr(plan)) if learned else None,
         anchor=learner.anchor,
+        anchor_rows=learner.anchor_rows,
         class_weights=getattr(learner, "class_weights", None),
     )

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.held_out import (
     check_classes,
     held_out_counts,
@@ -97,6 +98,8 @@ class FineTune(Learner):
         batch_size: rows of a step, shuffled for each epoch as `pymeta.Schedule` says; None for all
             rows at once.
         anchor: the penalty anchor/2 |theta - start|^2 on what is adapted (L2-SP).
+        anchor_rows: in its place: anchor_rows / n for a task that trains on n rows that count, so
+            that the start is worth as much as so many rows.
         freeze: fnmatch patterns of parameter names that stay as they are in the start; so do
             parameters that do not require grad.
         class_weights: None, or what the weights of the rows are multiplied by: a number for each
@@ -142,6 +145,7 @@ class FineTune(Learner):
         epochs: int,
         batch_size: int | None = None,
         anchor: float = 0.0,
+        anchor_rows: float | None = None,
         freeze: Sequence[str] | None = None,
         class_weights: str | Sequence[float] | None = None,
         validation: float = 0.0,
@@ -151,9 +155,14 @@ class FineTune(Learner):
         backend: str = "auto",
     ) -> None:
         """Check the arguments and examine the model."""
-        check_number("anchor", anchor)
         super().__init__(
-            model, loss=loss, lr=lr, optimizer=optimizer, backend=backend, anchor=float(anchor)
+            model,
+            loss=loss,
+            lr=lr,
+            optimizer=optimizer,
+            backend=backend,
+            anchor=anchor,
+            anchor_rows=anchor_rows,
         )
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.freeze = freeze
@@ -194,6 +203,7 @@ class FineTune(Learner):
         weights: Weights = None,
         validation_data: Sequence[Rows] | None = None,
         task_ids: Sequence[int] | Tensor | None = None,
+        anchor: Anchors = None,
         curves: bool = False,
         progress: bool | None = None,
     ) -> Adapted:
@@ -211,6 +221,8 @@ class FineTune(Learner):
                 instead of rows held out.
             task_ids: [T] integers >= 0 that set the shuffles of the tasks apart; left out,
                 tasks of equal sizes are shuffled alike.
+            anchor: [T], the strength of each task's pull towards its start, in place of the
+                constructor's.
             curves: whether the models get a `history` of the epochs' losses.
             progress: True for a bar on stderr; None for one if the run turns out to be long and
                 stderr is a terminal. For CUDA tensors it counts what was queued.
@@ -225,7 +237,8 @@ class FineTune(Learner):
                 running statistics; with backend="native" also whatever only torch could run.
         """
         data = {"sizes": sizes, "weights": weights, "validation_data": validation_data}
-        options: dict[str, Any] = {"start": start, **data, "task_ids": task_ids, "curves": curves}
+        options: dict[str, Any] = {"start": start, **data, "task_ids": task_ids}
+        options |= {"anchor": anchor, "curves": curves}
         if torch.compiler.is_compiling():
             return _eagerly(self, xs, ys, progress, options)
         return self._tuned(xs, ys, progress, 7, **options)
@@ -306,6 +319,7 @@ class FineTune(Learner):
         weights: Weights = None,
         validation_data: Sequence[Rows] | None = None,
         task_ids: Sequence[int] | Tensor | None = None,
+        anchor: Anchors = None,
         curves: bool = False,
     ) -> Adapted:
         """The call, its warnings naming the line `frames` calls up from here."""
@@ -315,6 +329,7 @@ class FineTune(Learner):
         support = task_set(_TRAIN, xs, ys, sizes, weights, plan.expected)
         held = self._validation_set(validation_data, support, plan)
         ids = check_task_ids(task_ids, support.tasks)
+        anchors = anchors_of(anchor, support.tasks, plan)
         tasks = support.tasks
         own, parameters = own_start(start, plan, parameters, tasks)
         sets = (support,) if held is None else (support, held)
@@ -324,6 +339,7 @@ class FineTune(Learner):
         if reason is not None:
             expected = self._to_torch(plan, reason, frames, *sets)
         self._check_data(plan, expected, sets)
+        check_values_of(anchors)
         validated = held is not None or self.validation > 0
         out = native_adapt.memory(plan, parameters, tasks, self.schedule, curves, validated)
         rows = sum(support.counts)
@@ -352,6 +368,7 @@ class FineTune(Learner):
                     patience=self.patience,
                     curves=curves,
                     task_ids=part_ids,
+                    anchors=None if anchors is None else anchors[first:last],
                     **options,
                 )
                 if in_torch:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import native, reference
+from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.settings import Checks, checks_of, one_optimizer
 from pymeta.backend import adapt as native_adapt
+from pymeta.backend.gradients import Wanted
 from pymeta.backend.plan import Plan
 from pymeta.models.adapted import Adapted
+from pymeta.spec.anchors import check_anchor
 from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation, InnerLoop
 from pymeta.spec.losses import Loss
@@ -74,6 +77,9 @@ class NativeCall(NamedTuple):
     query_rows: int = 0
     validation_rows: int = 0
     second_order: bool = False
+    lr_rows: int = 1
+    wanted: Wanted = (True, False, False, False)
+    has_anchors: bool = False
 
 
 def _planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
@@ -113,6 +119,7 @@ class Learner(nn.Module, ABC):
         "adapt": "it is the method that adapts; set adapted_patterns",
         "optimizer": "make a new learner for another one; its lr may be set as lr",
         "anchor": "make a new learner for another one",
+        "anchor_rows": "make a new learner for another one",
     }
     # those that a plan is made of
     _of_the_plan: ClassVar[frozenset[str]] = frozenset({"model", "loss", "adapted_patterns"})
@@ -129,6 +136,7 @@ class Learner(nn.Module, ABC):
         adapt: Sequence[str] | None = None,
         backend: str = "auto",
         anchor: float = 0.0,
+        anchor_rows: float | None = None,
         learns_lr: bool = False,
     ) -> None:
         """Check what is common to the learners. `_look` has to follow.
@@ -146,7 +154,7 @@ class Learner(nn.Module, ABC):
         self.loss: Loss = loss  # type: ignore[assignment]  # __setattr__ makes one of it
         self.adapted_patterns = adapt
         self.backend = backend
-        self._anchor = anchor
+        self._anchor = check_anchor(anchor, anchor_rows)
         self._rule = one_optimizer(lr, optimizer, learns_lr)
         rate = self._rule.lr
         self._per = rate.per if isinstance(rate, LearnableLR) else "network"
@@ -202,8 +210,13 @@ class Learner(nn.Module, ABC):
 
     @property
     def anchor(self) -> float:
-        """The weight of the pull towards the start; 0 except in FineTune."""
-        return self._anchor
+        """The strength of the pull towards the start, where it is one for all tasks."""
+        return self._anchor.strength
+
+    @property
+    def anchor_rows(self) -> float | None:
+        """What is divided by the number of a task's rows to be its strength; None: nothing is."""
+        return self._anchor.rows or None
 
     @property
     @abstractmethod
@@ -243,6 +256,7 @@ class Learner(nn.Module, ABC):
             self._last = NativeCall("adapt", schedule, *sizes)
             return native_adapt.adapt(plan, parameters, inner.lr, inner, support, **options)
         named = {n: p.detach() for n, p in zip(plan.names, parameters, strict=True)}
+        check_values_of(options.get("anchors"))
         return reference.adapt(self.model, named, plan.adapted, inner, support, **options)
 
     def _adapted_to(
@@ -253,18 +267,21 @@ class Learner(nn.Module, ABC):
         sizes: Sizes,
         weights: Weights,
         task_ids: Sequence[int] | Tensor | None = None,
+        anchor: Anchors = None,
     ) -> Adapted:
         """The models adapted to the support sets of T tasks; for `adapt` itself to call."""
         with torch.no_grad():
             plan, parameters = self._current()
             support = task_set(SUPPORT, xs, ys, sizes, weights, plan.expected)
             ids = check_task_ids(task_ids, support.tasks)
+            anchors = anchors_of(anchor, support.tasks, plan)
             check_minibatches(plan, support, schedule)
             reason = self._reason(plan, support)
             in_torch = reason is not None
             if reason is not None:
                 self._to_torch(plan, reason, 4, support)
-            done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, task_ids=ids)
+            options = {"task_ids": ids, "anchors": anchors}
+            done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, **options)
             return self._adapted(plan, parameters, done, support.tasks, in_torch)
 
     def _adapted(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import reference
+from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.learner import Learner, NativeCall, Weights
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend.inputs import has_tangents, in_forward_mode
@@ -61,6 +62,10 @@ class MAML(Learner):
         optimizer: `pymeta.SGD(...)`, `pymeta.Adam(...)` or `pymeta.RMSprop(...)`, instead of `lr`,
             which alone means plain SGD. The meta-gradient goes through its momentum and clipping
             too.
+        anchor: the penalty anchor/2 |theta - start|^2 on what is adapted (L2-SP); the
+            meta-gradient goes through it, at both of its ends.
+        anchor_rows: in its place: anchor_rows / n for a task of n rows that count, so that the
+            start is worth as much as so many rows.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
 
@@ -81,6 +86,8 @@ class MAML(Learner):
         first_order: bool = False,
         adapt: Sequence[str] | None = None,
         optimizer: Optimizer | None = None,
+        anchor: float = 0.0,
+        anchor_rows: float | None = None,
         backend: str = "auto",
     ) -> None:
         """Check the arguments and examine the model."""
@@ -91,6 +98,8 @@ class MAML(Learner):
             optimizer=optimizer,
             adapt=adapt,
             backend=backend,
+            anchor=anchor,
+            anchor_rows=anchor_rows,
             learns_lr=True,
         )
         self.steps = steps
@@ -122,6 +131,7 @@ class MAML(Learner):
         query_sizes: Sizes = None,
         support_weights: Weights = None,
         query_weights: Weights = None,
+        anchor: Anchors = None,
     ) -> Outcome:
         """Adapt to every task's support set and evaluate on its query set.
 
@@ -140,6 +150,8 @@ class MAML(Learner):
             query_sizes: [T], likewise for xq.
             support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses.
             query_weights: likewise for the query rows.
+            anchor: [T], the strength of each task's pull towards the start, in place of the
+                constructor's.
 
         Returns:
             The `Outcome`.
@@ -157,9 +169,11 @@ class MAML(Learner):
                 (xs, ys, support_sizes, support_weights),
                 (xq, yq, query_sizes, query_weights),
                 steps,
+                anchor,
             )
         plain = (
             steps is None
+            and anchor is None
             and support_sizes is None
             and query_sizes is None
             and support_weights is None
@@ -175,11 +189,15 @@ class MAML(Learner):
         support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
         query = task_set(QUERY, xq, yq, query_sizes, query_weights, plan.expected)
         check_same_tasks(support, query)
+        anchors = anchors_of(anchor, support.tasks, plan)
         reason = self._reason(plan, support, query)
+        if reason is None and anchors is not None and anchors.requires_grad:
+            reason = "anchor requires grad, which the native core has no gradient for"
         if reason is not None:
-            return self._in_torch(plan, parameters, steps, support, query, reason)
+            return self._in_torch(plan, parameters, steps, support, query, reason, anchors)
         lr = self._lr(plan)
-        call, native_lr = prepare(plan, lr, steps, self.first_order, support, query)
+        options = (steps, self.first_order, support, query)
+        call, native_lr = prepare(plan, lr, *options, anchors=anchors)
         results = call(parameters, native_lr, support.x, query.x, addresses(support, query))
         if query.lengths is not None:
             loss, losses, predictions = results
@@ -197,6 +215,7 @@ class MAML(Learner):
         steps: int | None = None,
         support_sizes: Sizes = None,
         support_weights: Weights = None,
+        anchor: Anchors = None,
     ) -> Adapted:
         """The models adapted to T tasks, without any graph.
 
@@ -206,6 +225,7 @@ class MAML(Learner):
             steps: the number of inner steps, instead of the one given at construction.
             support_sizes: as in `forward`.
             support_weights: as in `forward`.
+            anchor: as in `forward`.
 
         Returns:
             T models, to be used as `models(xq)`, `models[t]`, `models.parameters`.
@@ -214,7 +234,7 @@ class MAML(Learner):
             TypeError, ValueError: as `forward`.
         """
         schedule = self.schedule if steps is None else Schedule(check_count("steps", steps))
-        return self._adapted_to(schedule, xs, ys, support_sizes, support_weights)
+        return self._adapted_to(schedule, xs, ys, support_sizes, support_weights, anchor=anchor)
 
     @property
     def schedule(self) -> Schedule:
@@ -231,13 +251,15 @@ class MAML(Learner):
         support: TaskSet,
         query: TaskSet,
         reason: str,
+        anchors: Tensor | None,
     ) -> Outcome:
         """The call by `pymeta/reference`."""
         expected = self._to_torch(plan, reason, 6, support, query)
+        check_values_of(anchors)
         named = dict(zip(plan.names, parameters, strict=True))
         inner = self._inner(plan, Schedule(steps), self.first_order)
         loss, losses, predictions = reference.meta_loss(
-            self.model, named, plan.adapted, inner, support, query
+            self.model, named, plan.adapted, inner, support, query, anchors
         )
         if query.tasks == 0:
             out = self._output_shape(plan, query)
@@ -266,17 +288,17 @@ class MAML(Learner):
     def _last_call(self, plan: Plan) -> NativeCall | None:
         if plan.last is None:  # what the calls leave, but not `adapt`
             return self._last
-        tasks, support, query, steps, second = plan.last
-        return NativeCall("meta", Schedule(steps), tasks, support, query, 0, second)
+        tasks, support, query, steps, *how = plan.last
+        return NativeCall("meta", Schedule(steps), tasks, support, query, 0, *how)
 
     # ---- torch.compile, copies ----------------------------------------------------------------
 
     def _compiled(
-        self, support: tuple[Any, ...], query: tuple[Any, ...], steps: int | None
+        self, support: tuple[Any, ...], query: tuple[Any, ...], steps: int | None, anchor: Anchors
     ) -> Outcome:
         from pymeta.backend import compiled
 
-        return Outcome(*compiled.forward(self, support, query, steps))
+        return Outcome(*compiled.forward(self, support, query, steps, anchor))
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import reference
+from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.learner import Learner, NativeCall, Weights, check_minibatches
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
@@ -65,6 +66,8 @@ class Reptile(Learner):
             None for all rows of the task.
         adapt: fnmatch patterns of the parameter names that the inner loop changes; None for
             all. The others, and those that do not require grad, stay as they are.
+        anchor: the penalty anchor/2 |theta - start|^2 on what is adapted (L2-SP).
+        anchor_rows: in its place: anchor_rows / n for a task of n rows that count.
         seed: of the shuffles.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
@@ -86,11 +89,22 @@ class Reptile(Learner):
         steps: int,
         batch_size: int | None = None,
         adapt: Sequence[str] | None = None,
+        anchor: float = 0.0,
+        anchor_rows: float | None = None,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
         """Check the arguments and examine the model."""
-        super().__init__(model, loss=loss, lr=lr, optimizer=optimizer, adapt=adapt, backend=backend)
+        super().__init__(
+            model,
+            loss=loss,
+            lr=lr,
+            optimizer=optimizer,
+            adapt=adapt,
+            backend=backend,
+            anchor=anchor,
+            anchor_rows=anchor_rows,
+        )
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self._stream = 0
         self._look()
@@ -111,6 +125,7 @@ class Reptile(Learner):
         support_sizes: Sizes = None,
         support_weights: Weights = None,
         task_ids: Sequence[int] | Tensor | None = None,
+        anchor: Anchors = None,
     ) -> ReptileOutcome:
         """Adapt to every task; `outcome.loss.backward()` gives theta - mean of theta_t.
 
@@ -123,6 +138,8 @@ class Reptile(Learner):
             support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses.
             task_ids: [T] integers >= 0 that set the shuffles of the tasks apart; left out,
                 tasks of equal sizes are shuffled alike.
+            anchor: [T], the strength of each task's pull towards the start, in place of the
+                constructor's.
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
@@ -132,18 +149,23 @@ class Reptile(Learner):
                 CUDA tensors are not waited for, as in `MAML.forward`.
         """
         if torch.compiler.is_compiling():
-            return _eagerly(self, xs, ys, steps, support_sizes, support_weights, task_ids)
+            return _eagerly(self, xs, ys, steps, support_sizes, support_weights, task_ids, anchor)
         plan, parameters = self._current()
         trains = torch.is_grad_enabled()
         schedule = self._scheduled(steps, self._stream if trains else _OF_ADAPT)
         support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
         ids = check_task_ids(task_ids, support.tasks)
+        anchors = anchors_of(anchor, support.tasks, plan)
         check_minibatches(plan, support, schedule)
         inner = self._inner(plan, schedule)
         reason = self._reason(plan, support)
         if reason is None:
-            self._last = NativeCall("reptile", schedule, support.tasks, support.rows)
-            outcome = native_adapt.reptile(plan, parameters, inner.lr, inner, support, ids)
+            sizes = (support.tasks, support.rows)
+            wanted = (trains and bool(plan.trainable), False, False, False)
+            self._last = NativeCall(
+                "reptile", schedule, *sizes, wanted=wanted, has_anchors=anchors is not None
+            )
+            outcome = native_adapt.reptile(plan, parameters, inner.lr, inner, support, ids, anchors)
         else:
             if in_transform():
                 raise RuntimeError(
@@ -152,8 +174,11 @@ class Reptile(Learner):
                 )
             self._to_torch(plan, reason, 5, support)
             named = dict(zip(plan.names, parameters, strict=True))
+            check_values_of(anchors)
             numbers = None if ids is None else ids.tolist()
-            outcome = reference.reptile(self.model, named, plan.adapted, inner, support, numbers)
+            outcome = reference.reptile(
+                self.model, named, plan.adapted, inner, support, numbers, anchors
+            )
         if trains:
             self._stream += 1
         return ReptileOutcome(*outcome)
@@ -167,6 +192,7 @@ class Reptile(Learner):
         support_sizes: Sizes = None,
         support_weights: Weights = None,
         task_ids: Sequence[int] | Tensor | None = None,
+        anchor: Anchors = None,
     ) -> Adapted:
         """The models adapted to T tasks, without any graph.
 
@@ -179,6 +205,7 @@ class Reptile(Learner):
             support_sizes: as in `forward`.
             support_weights: as in `forward`.
             task_ids: as in `forward`.
+            anchor: as in `forward`.
 
         Returns:
             T models, to be used as `models(xq)`, `models[t]`, `models.parameters`.
@@ -187,7 +214,8 @@ class Reptile(Learner):
             TypeError, ValueError: as `forward`.
         """
         schedule = self._scheduled(steps, _OF_ADAPT)
-        return self._adapted_to(schedule, xs, ys, support_sizes, support_weights, task_ids)
+        options = (support_sizes, support_weights, task_ids, anchor)
+        return self._adapted_to(schedule, xs, ys, *options)
 
     def _scheduled(self, steps: Any, stream: int) -> Schedule:
         steps = self.steps if steps is None else check_count("steps", steps)
@@ -208,9 +236,22 @@ class Reptile(Learner):
 
 @outside_graphs
 def _eagerly(
-    learner: Reptile, xs: Any, ys: Any, steps: Any, sizes: Any, weights: Any, task_ids: Any
+    learner: Reptile,
+    xs: Any,
+    ys: Any,
+    steps: Any,
+    sizes: Any,
+    weights: Any,
+    task_ids: Any,
+    anchor: Any,
 ) -> ReptileOutcome:
     """The call while torch.compile traces: left to eager mode."""
     return learner.forward(
-        xs, ys, steps=steps, support_sizes=sizes, support_weights=weights, task_ids=task_ids
+        xs,
+        ys,
+        steps=steps,
+        support_sizes=sizes,
+        support_weights=weights,
+        task_ids=task_ids,
+        anchor=anchor,
     )

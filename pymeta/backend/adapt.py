@@ -77,6 +77,7 @@ def adapt(
     patience: int | None = None,
     curves: bool = False,
     task_ids: Tensor | None = None,
+    anchors: Tensor | None = None,
     out: Adaptation | None = None,
 ) -> Adaptation:
     """The native twin of `reference.adapt`.
@@ -92,6 +93,7 @@ def adapt(
         patience: epochs without a better validation loss after which a task stops.
         curves: whether to keep the losses of the epochs.
         task_ids: [T] int64.
+        anchors: [T], dense, where the tasks have strengths of their own.
         out: contiguous memory for the result; made where left out.
     """
     lr, s = native_lr(plan, lr), ready(plan, support)
@@ -116,6 +118,7 @@ def adapt(
         call.support = native.rows(s)
         call.validation = None if watched is None else native.rows(watched)
         call.patience = -1 if patience is None else patience
+        call.anchors = address(anchors)
         results = call.results
         results.adapted = [
             address(out.parameters.get(n) if n in plan.adapted else None) for n in names
@@ -127,7 +130,8 @@ def adapt(
             results.best_epochs = address(history.best_epochs)
             results.epochs_run = address(history.epochs)
         watched_rows = None if watched is None else watched.rows
-        plan.runner(call.run, "adapt", s.tasks, s.rows, watched_rows, lr.shape, schedule, *start)()
+        key = (s.tasks, s.rows, watched_rows, lr.shape, schedule, anchors is None, *start)
+        plan.runner(call.run, "adapt", *key)()
     kept = {n: p for n, p in start.items() if n not in plan.adapted}
     return Adaptation({**out.parameters, **kept}, out.status, history)
 
@@ -139,6 +143,7 @@ def reptile(
     inner: InnerLoop,
     support: TaskSet,
     task_ids: Tensor | None = None,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The native twin of `reference.reptile`: (loss [], task losses [T])."""
     lr, s = native_lr(plan, lr), ready(plan, support)
@@ -159,9 +164,11 @@ def reptile(
         call.rates = native_rates(lr)
         call.schedule = native.schedule(inner.schedule, address(ids))
         call.support = native.rows(s)
+        call.anchors = address(anchors)
         call.results.losses, call.results.mean_loss = losses.data_ptr(), loss.data_ptr()
         call.gradients = None if gradients is None else gradients.native
-        plan.runner(call.run, "reptile", s.tasks, s.rows, inner.schedule, wanted)()
+        anchored = anchors is not None
+        plan.runner(call.run, "reptile", s.tasks, s.rows, inner.schedule, wanted, anchored)()
     if layout is not None and gradients is not None:
         inputs = layout.inputs(parameters, lr, s.x, s.x)
         loss = with_graph(Lease(gradients, layout.idle), loss, inputs, REPTILE)

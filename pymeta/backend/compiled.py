@@ -272,19 +272,19 @@ def _traced_side(x: Any, y: Any, sizes: Any, weights: Any) -> tuple[Side, list[i
 
 
 @outside_graphs
-def _eagerly(maml: Owner, support: Side, query: Side, steps: int | None) -> Any:
+def _eagerly(maml: Owner, support: Side, query: Side, steps: int | None, anchor: Any) -> Any:
     names = ("support_sizes", "support_weights", "query_sizes", "query_weights")
     options = dict(zip(names, (*support[2:], *query[2:]), strict=True))
-    return maml.forward(*support[:2], *query[:2], steps=steps, **options)
+    return maml.forward(*support[:2], *query[:2], steps=steps, anchor=anchor, **options)
 
 
-def forward(maml: Owner, support: Side, query: Side, steps: int | None) -> Any:
+def forward(maml: Owner, support: Side, query: Side, steps: int | None, anchor: Any = None) -> Any:
     """`MAML.forward` while torch.compile traces; sides are (x, y, sizes, weights).
 
     Returns what goes into an `Outcome`.
     """
-    if not _runs_native(maml._handle):
-        return _eagerly(maml, support, query, steps)
+    if anchor is not None or not _runs_native(maml._handle):
+        return _eagerly(maml, support, query, steps, anchor)
     (xs, ys, ws, ss), support_lengths = _traced_side(*support)
     (xq, yq, wq, sq), query_lengths = _traced_side(*query)
     parameters = list(maml.model.parameters())

@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from pymeta import native
 from pymeta.backend.device import Device, unusable
+from pymeta.spec.anchors import NO_ANCHOR, Anchor
 from pymeta.spec.losses import Loss, check_width, native_loss
 from pymeta.spec.modules import one_at_a_time
 from pymeta.spec.network import Description, Unsupported, describe
@@ -108,7 +109,7 @@ class Plan:
         patterns: Sequence[str] | None,
         per: str,
         optimizer: Optimizer | None = None,
-        anchor: float = 0.0,
+        anchor: Anchor = NO_ANCHOR,
         adapts: bool = True,
     ) -> None:
         """Examine the model; TypeError or ValueError where no backend can run it.
@@ -136,7 +137,7 @@ class Plan:
         self.problem: Any = None
         self.chain: list[int] = []
         self.lr_order: Tensor | None = None
-        self.last: tuple[int, int, int, int, bool] | None = None
+        self.last: tuple[Any, ...] | None = None
         self.lrs: dict[tuple[float, int], Tensor] = {}
         self.optimizer = optimizer
         self.anchor = anchor

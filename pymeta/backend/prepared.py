@@ -80,6 +80,7 @@ class PreparedCall:
         support: TaskSet,
         query: TaskSet,
         wanted: Wanted,
+        anchors: Tensor | None = None,
     ) -> None:
         """Prepare it; lr is [columns] or [rows, columns], in the order that the core expects."""
         self.plan = plan
@@ -90,13 +91,18 @@ class PreparedCall:
         self.pads_gradients = (wanted[2] or wanted[3]) and (support.padded or query.padded)
         self.layout = Layout.of(plan, wanted, (lr, support.x, query.x))
         second_order = self.layout is not None and not first_order
-        self.last = (support.tasks, support.rows, query.rows, steps, second_order)
+        lr_rows = 1 if lr.ndim == 1 else lr.shape[0]
+        anchored = anchors is not None
+        sizes = (support.tasks, support.rows, query.rows)
+        self.last = (*sizes, steps, second_order, lr_rows, wanted, anchored)
+        self.anchors = anchors  # kept, for the core reads them
         self.native = plan.call("meta")
         self.native.tasks = self.tasks
         self.native.start = [0] * len(plan.chain)  # they come with each call
         self.native.rates = native_rates(lr)
         self.native.schedule = native.extension().Schedule(steps=steps)
         self.native.first_order = first_order
+        self.native.anchors = address(anchors)
         self.native.support, self.native.query = native.rows(support), native.rows(query)
         self.repeat = plan.runner(self.native.repeat, "meta", self.last, wanted, lr.shape)
 
@@ -230,6 +236,7 @@ def prepare(
     support: TaskSet,
     query: TaskSet,
     wanted: Wanted | None = None,
+    anchors: Tensor | None = None,
 ) -> tuple[PreparedCall, Tensor]:
     """The prepared call, and lr in the form it takes; the sets are brought into theirs.
 
@@ -241,4 +248,5 @@ def prepare(
         wanted = (bool(plan.trainable), lr.requires_grad, *requires)
         if not torch.is_grad_enabled():
             wanted = (False, False, False, False)
-    return PreparedCall(plan, lr, steps, first_order, support, query, wanted), lr
+    call = PreparedCall(plan, lr, steps, first_order, support, query, wanted, anchors)
+    return call, lr

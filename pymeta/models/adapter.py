@@ -26,6 +26,7 @@ import numpy as np
 from pymeta import native
 from pymeta.models.arrays import DTYPE_CODES, AdaptedArrays, array_of, expected_of, raw_of
 from pymeta.models.file import Contents, Path, read, write
+from pymeta.spec.anchors import check_anchor
 from pymeta.spec.architecture import Architecture, read_architecture
 from pymeta.spec.class_weights import (
     ClassWeights,
@@ -41,7 +42,6 @@ from pymeta.spec.losses import Loss, check_width, loss_fields, native_loss, read
 from pymeta.spec.optimizers import (
     LearnableLR,
     Optimizer,
-    check_number,
     described_optimizer,
     native_optimizer,
     rates,
@@ -70,7 +70,8 @@ class Adapter:
         optimizer: `pymeta.SGD`, `pymeta.Adam` or `pymeta.RMSprop`.
         lr: its step sizes [columns] or [steps, columns], as the learner had them.
         schedule: how many steps, on which rows.
-        anchor: the weight of the pull towards the start.
+        anchor: the strength of the pull towards the start.
+        anchor_rows: in its place, None or what is divided by a task's rows to be its strength.
         class_weights: what weighs rows by their class: None, "balanced", or one for each class.
         adapted: the names of the parameters that are adapted.
         parameters: {name: array} the start, read-only.
@@ -87,6 +88,7 @@ class Adapter:
         schedule: Schedule,
         lr: np.ndarray | None = None,
         anchor: float = 0.0,
+        anchor_rows: float | None = None,
         class_weights: ClassWeights = None,
     ) -> None:
         """Copy the arguments; use a learner's `adapter()` or `load` rather than this.
@@ -101,14 +103,14 @@ class Adapter:
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
-        self.anchor = anchor
+        self.anchor, self.anchor_rows = anchor, anchor_rows
         self.class_weights = check_class_weights(class_weights, loss)
         self.adapted = tuple(adapted)
         self.in_features = architecture.in_features
         self.out_features = architecture.out_features
         check_width(loss, self.out_features)
         check_class_count(self.class_weights, loss, self.out_features)
-        check_number("anchor", anchor)
+        pull = check_anchor(anchor, anchor_rows)
         self.parameters = _checked_parameters(architecture, parameters)
         self.dtype = next(iter(self.parameters.values())).dtype
         if isinstance(optimizer.lr, LearnableLR) == (lr is None):
@@ -122,7 +124,7 @@ class Adapter:
             native_loss(loss),
             [name in self.adapted for name in architecture.chain],
             groups,
-            native_optimizer(optimizer, anchor),
+            native_optimizer(optimizer, pull),
         )
         self._start = [self.parameters[name] for name in architecture.chain]
         self._engine = lib.Engine(
@@ -317,7 +319,8 @@ class Adapter:
     def _parts(self) -> dict[str, Any]:
         """The arguments of the constructor."""
         names = ("architecture", "parameters", "adapted", "loss", "optimizer", "schedule")
-        parts = {name: getattr(self, name) for name in (*names, "anchor", "class_weights")}
+        pull = ("anchor", "anchor_rows")
+        parts = {name: getattr(self, name) for name in (*names, *pull, "class_weights")}
         return {**parts, "lr": self._learned_lr()}
 
     def _learned_lr(self) -> np.ndarray | None:
@@ -345,6 +348,8 @@ class Adapter:
                 "optimizer": described_optimizer(self.optimizer),
                 "schedule": described_schedule(self.schedule),
                 "anchor": self.anchor,
+                # only where there is one: files without it are read by earlier versions, too
+                **({} if self.anchor_rows is None else {"anchor_rows": self.anchor_rows}),
                 "class_weights": self.class_weights,
             },
         }
@@ -472,6 +477,7 @@ def _read_parts(contents: Contents) -> dict[str, Any]:
         "optimizer": read_optimizer(recipe.object("optimizer")),
         "schedule": read_schedule(recipe.object("schedule")),
         "anchor": recipe.number("anchor"),
+        "anchor_rows": recipe.number("anchor_rows") if "anchor_rows" in recipe else None,
         "class_weights": read_class_weights(recipe),
     }
     recipe.end()

@@ -7,11 +7,12 @@ For each task t, starting at the shared parameters theta (or at ones of its own)
     theta_k+1 = theta_k - lr_k * direction(g_0 .. g_k)
 
 with the batches of `spec/schedule.py` (all rows, where there are none) and the direction of SGD,
-Adam or RMSprop (`rules.py`). Three algorithms use it:
+Adam or RMSprop (`rules.py`). Where there is a pull towards the start, g_k has
+anchor * (theta_k - theta_0) in it as well. Three algorithms use it:
 
     MAML       loss = mean over t of L(theta_steps; query_t)       Finn et al. 2017, 1703.03400
     Reptile    gradient = theta - mean over t of theta_steps       Nichol et al. 2018, 1803.02999
-    FineTune   g_k += anchor * (theta_k - theta_0), and validation after every epoch
+    FineTune   validation after every epoch
 
 MAML's gradient by theta, lr and the inputs is what autograd makes of exactly these lines: inner
 gradients are differentiated through (second order), or grad L is taken as constant where

@@ -23,16 +23,21 @@ from pymeta.tasks.values import leaves_out
 # ---- all tasks --------------------------------------------------------------------------------
 
 
-def _loop(one: Callable[..., Any], sets: Sequence[TaskSet], tasks: int) -> list[Any]:
-    return [one(*(s.of_task(t) for s in sets)) for t in range(tasks)]
+def _own(anchors: Tensor | None, start: Parameters | None = None) -> dict[str, Any]:
+    """What the tasks have of their own, [T, ...] each: their anchors, their starts."""
+    own: dict[str, Any] = {} if anchors is None else {"anchor": anchors}
+    return {**own, "start": dict(start)} if start else own
 
 
 def _together(
-    model: Applied, one: Callable[..., Any], sets: Sequence[TaskSet], own: Parameters | None = None
+    model: Applied,
+    one: Callable[..., Any],
+    sets: Sequence[TaskSet],
+    own: dict[str, Any] | None = None,
 ) -> Any:
     """`one` over all tasks at once, or None where that cannot be done.
 
-    `own` is {name: [T, ...]}, a last argument of `one`, where it has one.
+    `own` is a tree of tensors [T, ...], a last argument of `one`, where it has one.
     """
     if not all(s.uniform for s in sets):
         return None
@@ -41,6 +46,10 @@ def _together(
     if own is not None:
         arguments, dims = (*arguments, own), (*dims, 0 if own else None)
     return model.together(one, dims, *arguments)
+
+
+def _each(values: Tensor | None, tasks: int) -> Sequence[Tensor | None]:
+    return [None] * tasks if values is None else values.unbind(0)
 
 
 def _connected_zero(parameters: Mapping[str, Tensor], lr: Tensor, *inputs: Tensor) -> Tensor:
@@ -61,6 +70,7 @@ def meta_loss(
     inner: InnerLoop,
     support: TaskSet,
     query: TaskSet,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor] | Tensor]:
     """The mean query loss over tasks, differentiable by everything that went in.
 
@@ -71,6 +81,7 @@ def meta_loss(
         inner: loss, lr, steps.
         support: T tasks.
         query: T tasks.
+        anchors: [T], the strength of each task's pull towards the start, in place of `inner`'s.
 
     Returns:
         The loss [], task losses [T] and predictions: [T, rows, out] where all tasks have equal
@@ -82,16 +93,20 @@ def meta_loss(
     sift = leaves_out(support, inner.loss) or leaves_out(query, inner.loss)
     with applied(model) as use:
 
-        def one(support_set: Set, query_set: Set) -> tuple[Tensor, Tensor]:
+        def one(support_set: Set, query_set: Set, own: dict[str, Any]) -> tuple[Tensor, Tensor]:
             called, start = use.of_a_task(dict(parameters))
             adapted, fixed = _split(start, names)
-            return task_outcome(called, inner, adapted, fixed, support_set, query_set, sift)
+            pull = own.get("anchor")
+            return task_outcome(called, inner, adapted, fixed, support_set, query_set, sift, pull)
 
-        done = None if sift else _together(use, one, (support, query))
+        done = None if sift else _together(use, one, (support, query), _own(anchors))
         if done is not None:
             each_loss, predictions = cast(tuple[Tensor, Tensor], done)
             return each_loss.mean(), each_loss, predictions
-        each = _loop(one, (support, query), support.tasks)
+        each = [
+            one(cast(Set, support.of_task(t)), cast(Set, query.of_task(t)), _own(pull))
+            for t, pull in enumerate(_each(anchors, support.tasks))
+        ]
     losses = torch.stack([loss for loss, _ in each])
     return losses.mean(), losses, [outputs for _, outputs in each]
 
@@ -114,6 +129,7 @@ def _adapt_one(
     validation: Set | None = None,
     patience: int | None = None,
     sift: bool = False,
+    anchor: Tensor | None = None,
 ) -> tuple[Parameters, Tensor, Validation | None]:
     """One task's adapted parameters, losses of its steps [steps], and validation."""
     called, parameters = model.of_a_task(parameters)
@@ -129,7 +145,7 @@ def _adapt_one(
             return task_loss(inner.loss, outputs, y, weights)
 
         watch = Validation(validation_loss, start, patience)
-    theta, losses = adapt_task(called, inner, start, fixed, support, task_id, watch, sift)
+    theta, losses = adapt_task(called, inner, start, fixed, support, task_id, watch, sift, anchor)
     if watch is not None:
         theta = watch.best
     # vmap wants every output to be a new tensor, also after no step at all
@@ -147,30 +163,32 @@ def _adapt_tasks(
     task_ids: Sequence[int] | None,
     validation: TaskSet | None = None,
     patience: int | None = None,
+    anchors: Tensor | None = None,
 ) -> _Tasks:
     """Adapt to every task; `own` is {name: [T, ...]} of what they do not share."""
     tasks = support.tasks
     sift = leaves_out(support, inner.loss)
     with applied(model) as use:
 
-        def one(support_set: Set, mine: Parameters) -> tuple[Parameters, Tensor]:
-            return _adapt_one(use, inner, names, {**parameters, **mine}, support_set)[:2]
+        def one(support_set: Set, mine: dict[str, Any]) -> tuple[Parameters, Tensor]:
+            whole = {**parameters, **mine.get("start", {})}
+            pull = mine.get("anchor")
+            return _adapt_one(use, inner, names, whole, support_set, anchor=pull)[:2]
 
         alike = validation is None and task_ids is None and tasks > 0 and not sift
-        done = _together(use, one, (support,), own) if alike else None
+        done = _together(use, one, (support,), _own(anchors, own)) if alike else None
         if done is not None:
             stacked, losses = cast(tuple[Parameters, Tensor], done)
             return _Tasks(stacked, losses.unbind(0), [None] * tasks)
         each = []
-        for t in range(tasks):
+        for t, pull in enumerate(_each(anchors, tasks)):
             mine = {name: values[t] for name, values in own.items()}
             task_id = 0 if task_ids is None else int(task_ids[t])
             watched = None if validation is None else cast(Set, validation.of_task(t))
             whole = {**parameters, **mine}
             support_set = cast(Set, support.of_task(t))  # support sets have targets
-            each.append(
-                _adapt_one(use, inner, names, whole, support_set, task_id, watched, patience, sift)
-            )
+            options = (task_id, watched, patience, sift, pull)
+            each.append(_adapt_one(use, inner, names, whole, support_set, *options))
     stacked = {name: parameters[name].new_empty(0, *parameters[name].shape) for name in names}
     if tasks:
         stacked = {name: torch.stack([theta[name] for theta, _, _ in each]) for name in names}
@@ -220,6 +238,7 @@ def adapt(
     patience: int | None = None,
     curves: bool = False,
     task_ids: Sequence[int] | None = None,
+    anchors: Tensor | None = None,
 ) -> Adaptation:
     """Adapt to every task.
 
@@ -237,10 +256,20 @@ def adapt(
         patience: stop a task after so many epochs in a row without a lower validation loss.
         curves: whether a history is wanted (where the schedule has epochs).
         task_ids: [T], tell the tasks' shuffles from each other's; all 0 where left out.
+        anchors: [T], the strength of each task's pull towards its start, in place of `inner`'s.
     """
     own = dict(start or {})
     tasks = _adapt_tasks(
-        model, dict(parameters), names, inner, support, own, task_ids, validation, patience
+        model,
+        dict(parameters),
+        names,
+        inner,
+        support,
+        own,
+        task_ids,
+        validation,
+        patience,
+        anchors,
     )
     history = None
     if curves:
@@ -274,6 +303,7 @@ def reptile(
     inner: InnerLoop,
     support: TaskSet,
     task_ids: Sequence[int] | None = None,
+    anchors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reptile's direction as the gradient of a loss (Nichol et al. 2018, algorithm 2).
 
@@ -284,6 +314,7 @@ def reptile(
         inner: how.
         support: T tasks.
         task_ids: [T], as for `adapt`.
+        anchors: [T], as for `adapt`.
 
     Returns:
         The mean [] of the task losses, whose gradient by each parameter theta is theta - mean
@@ -292,7 +323,7 @@ def reptile(
     """
     with torch.no_grad():
         at = {name: p.detach() for name, p in parameters.items()}
-        tasks = _adapt_tasks(model, at, names, inner, support, {}, task_ids)
+        tasks = _adapt_tasks(model, at, names, inner, support, {}, task_ids, anchors=anchors)
         losses = inner.lr.new_zeros(support.tasks)
         for t, steps in enumerate(tasks.losses):
             losses[t] = steps.mean() if steps.numel() else 0.0

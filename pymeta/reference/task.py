@@ -48,6 +48,7 @@ def adapt_task(
     task_id: int = 0,
     watch: Callable[[Parameters], bool] | None = None,
     sift: bool = False,
+    anchor: Tensor | None = None,
 ) -> tuple[Parameters, list[Tensor]]:
     """The inner loop.
 
@@ -60,12 +61,15 @@ def adapt_task(
         task_id: tells the task's shuffles from others'.
         watch: is shown the parameters after each epoch; ends the loop by returning True.
         sift: whether there may be rows that do not count.
+        anchor: [], the strength of the task's pull towards the start, in place of the recipe's.
 
     Returns:
         The adapted parameters, and the loss of each step's batch before that step.
     """
     theta, losses = start, []
     state = first_state(inner.optimizer, start)
+    counting_rows = len((that_count(inner.loss, support) if sift else support)[1])
+    pull = inner.anchor.of(counting_rows) if anchor is None else anchor
     for step, batch in enumerate(inner.schedule.batches(support[0].shape[0], task_id)):
         rows = _rows(support, batch)
         x, y, weights = that_count(inner.loss, rows) if sift else rows
@@ -83,8 +87,8 @@ def adapt_task(
         losses.append(loss)
         if inner.first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
-        if inner.anchor:
-            gradient = {n: g + inner.anchor * (theta[n] - start[n]) for n, g in gradient.items()}
+        if anchor is not None or pull:
+            gradient = {n: g + pull * (theta[n] - start[n]) for n, g in gradient.items()}
         d, state = direction(inner.optimizer, step, theta, gradient, state)
         theta = {
             name: p - inner.rates.of(inner.lr, step, name, p.shape) * d[name]
@@ -103,12 +107,14 @@ def task_outcome(
     support: Set,
     query: Set,
     sift: bool = False,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One task: adapt on the support set; (loss on the query set [], outputs [rows, out]).
 
-    Where rows are to be sifted, those that do not count have outputs all the same.
+    `anchor` is as for `adapt_task`. Where rows are to be sifted, those that do not count have
+    outputs all the same.
     """
-    adapted, _ = adapt_task(model, inner, adapted, fixed, support, sift=sift)
+    adapted, _ = adapt_task(model, inner, adapted, fixed, support, sift=sift, anchor=anchor)
     x, y, weights = that_count(inner.loss, query) if sift else query
     outputs = model({**fixed, **adapted}, x)
     loss = task_loss(inner.loss, outputs, y, weights)

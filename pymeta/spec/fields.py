@@ -19,6 +19,10 @@ class Fields:
         self.what = what
         self._left = dict(value)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is an entry of this name that was not taken."""
+        return name in self._left
+
     def take(self, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
         """An entry of one of these types; a bool does not count as a number."""
         if name not in self._left:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pymeta.spec.anchors import NO_ANCHOR, Anchor
 from pymeta.spec.history import History
 from pymeta.spec.losses import Loss
 from pymeta.spec.optimizers import SGD, Optimizer, Rates
@@ -27,7 +28,7 @@ class InnerLoop:
         schedule: how many steps, and on which rows.
         first_order: take the gradients of the loss as constants.
         optimizer: the rule of a step; its lr is not looked at, `lr` takes its place.
-        anchor: pulls towards the start, by the penalty anchor/2 |theta - start|^2.
+        anchor: pulls towards the start, where a call has no strength of each task's own.
     """
 
     loss: Loss
@@ -36,7 +37,7 @@ class InnerLoop:
     schedule: Schedule
     first_order: bool = False
     optimizer: Optimizer = _PLAIN
-    anchor: float = 0.0
+    anchor: Anchor = NO_ANCHOR
 
 
 @dataclass

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pymeta.spec.anchors import Anchor
     from pymeta.spec.fields import Fields
 
 _PER = ("network", "layer", "parameter")
@@ -226,14 +227,16 @@ def _kind_of(optimizer: Optimizer) -> str:
     return next(kind for kind, rule in OPTIMIZERS.items() if type(optimizer) is rule)
 
 
-def native_optimizer(description: Optimizer, anchor: float = 0.0) -> Any:
+def native_optimizer(description: Optimizer, anchor: Anchor | None = None) -> Any:
     """The native twin of an inner optimiser (its lr goes along with each call)."""
     settings = asdict(description)
     del settings["lr"]
     if "betas" in settings:
         settings["beta1"], settings["beta2"] = settings.pop("betas")
     settings["clip_norm"] = description.clip_norm or 0.0
-    return native.extension().Optimizer(_kind_of(description), anchor=anchor, **settings)
+    if anchor is not None:
+        settings |= {"anchor": anchor.strength, "anchor_rows": anchor.rows}
+    return native.extension().Optimizer(_kind_of(description), **settings)
 
 
 def described_optimizer(optimizer: Optimizer) -> dict[str, Any]:

@@ -333,6 +333,8 @@ def look_at_plan(source: Source, made: Made) -> None:
         lib.Schedule(source.integer(), source.integer(), source.integer())
         if source.chance(128) else a_schedule(source)[0],
         source.integer(), *(source.integer() for _ in range(3)), bool(source.below(2)),
+        odd(source, source.pick((1, 2, 3))), odd(source, [bool(source.below(2)) for _ in range(4)]),
+        bool(source.below(2)),
         **({"device": odd(source, -1)} if emulates() and source.below(2) else {}),
     )  # fmt: skip
     assert found["threads"] >= 1

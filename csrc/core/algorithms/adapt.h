@@ -29,6 +29,9 @@ class InnerLoop {
   // The item's first layer, where it is a factored one; null otherwise.
   PYMETA_FN void set_factored(FactoredLinear<X>* layer) { state_.factored = layer; }
 
+  // The strength of each task's pull towards its start; where the call has none, 0.
+  PYMETA_FN void set_anchor(Vec anchor) { state_.anchor = anchor; }
+
   // K inner steps; returns theta[K]. batches.step(k) says what step k works on.
   template <class Batches>
   PYMETA_FN Parameters adapt(Batches& batches) {
@@ -60,8 +63,7 @@ class InnerLoop {
     if (s.ws.sums_losses) add_loss(now, tape);
     const Parameters next = s.adapted(k + 1);
     Real* own = const_cast<Real*>(next.own);
-    const bool fused =
-        s.call.optimizer.is_plain() && !s.rates.per_element() && !s.ws.keeps_gradients;
+    const bool fused = s.call.has_plain_steps() && !s.rates.per_element() && !s.ws.keeps_gradients;
     passes.backward(
         theta,
         [&](int t) {

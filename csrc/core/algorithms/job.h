@@ -2,6 +2,7 @@
 //
 // `Arrays` is an executor's way between an item and the caller's arrays (cpu/item_arrays.h, cuda/task_arrays.h):
 //   start()                        brings in the item's own start, where tasks have theirs
+//   anchor()                       the strength of each task's pull towards its start
 //   set(rows, layout)              an ItemSet of the rows that count
 //   leaves_out(rows)               does any row of the item not count?
 //   set_of_all(rows, layout)       an ItemSet of all rows, for predictions alone
@@ -32,6 +33,7 @@ class ItemJob {
 
   PYMETA_FN void run() {
     if (workspace_.start != kNowhere) arrays_.start();
+    if (call_.is_anchored()) loop_.set_anchor(arrays_.anchor());
     if (call_.job == Job::predict) return write_predictions(loop_.start());
     if (call_.job == Job::fine_tune) return run_epochs();
     if (call_.batches.size > 0) {

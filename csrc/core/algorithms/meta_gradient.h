@@ -3,7 +3,8 @@
 //   loss = L_query(theta[K])
 //   v = dL_query/dtheta at theta[K]
 //   for k = K-1 .. 0:   (lr[k] gets -d[k] v)   u = the adjoint of g[k], -lr[k] v in plain SGD;   v += H[k] u
-//   v is the meta-gradient.
+//                       with an anchor  v += a u,  p -= a u:  g[k] has a (theta[k] - theta[0]) in it
+//   v + p is the meta-gradient.
 //
 // H[k] u, the Hessian of the support loss at theta[k] times u, is a tangent pass over the tape of step k
 // (Pearlmutter 1994): no graph, no approximation, and the tangent of the first layer's input delta is what flows
@@ -51,7 +52,7 @@ class MetaGradient {
       if (state_.factored) state_.factored->begin_reverse(tape.d(0));
     if (!keep_v) return;
     const WholeSet steps(support_, state_.shared.corrections);
-    clear_state_adjoints();
+    clear_adjoints();
     for (int k = state_.call.steps - 1; k >= 0 && !state_.call.is_stopped(); --k)
       reverse_step(k, steps.step(k));
     if (!state_.call.second_order()) add_v(v);
@@ -83,6 +84,7 @@ class MetaGradient {
     } else {
       rule_vjp(k, theta, step);
       u = s.memory.at(s.ws.u);
+      if (s.ws.pull != kNowhere) anchor_vjp(k);
     }
     if (!s.call.second_order()) return;
     s.transpose(u, s.memory.at(s.ws.u_transposed));
@@ -113,24 +115,47 @@ class MetaGradient {
         step_vjp<X>(rule, own, common, size, v, s.memory.at(s.ws.u) + place, d_state);
       });
     });
-    if (s.call.optimizer.clip_norm > 0 && s.call.second_order()) clip_vjp(k, common);
+    // A first-order gradient is a constant, but the anchor's part of it is none.
+    if (s.call.optimizer.clip_norm > 0 && (s.call.second_order() || s.call.is_anchored()))
+      clip_vjp(k, theta, common);
   }
 
   // The clip is g c(n) with n = |g| and c = min(1, clip / (n + 1e-6)):  u = c u + (c' / n) (g . u) g.
-  PYMETA_FN void clip_vjp(int k, const StepCommon& common) const {
+  PYMETA_FN void clip_vjp(int k, const Parameters& theta, const StepCommon& common) const {
     const State<X>& s = state_;
     const Vec norm = common.norm;
-    const Real* g = s.gradient(k);
+    StepCommon unclipped = common;
+    unclipped.clip = broadcast(1);
     Real* u = s.memory.at(s.ws.u);
     const Vec along = s.sum_adapted([&](int t) {
-      const std::size_t place = place_of(t);
-      return [=](std::size_t at) { return load(g + place + at) * load(u + place + at); };
+      return [&unclipped, own = s.step_arrays(k, t, theta), u_of = u + place_of(t)](
+                 std::size_t at) { return clipped_gradient(own, unclipped, at) * load(u_of + at); };
     });
     const IntVec clips = (common.clip < Real(1)) & (norm > zero());
     const Vec slope = select(clips, -(common.clip / (norm + Real(1e-6)) / norm * along), zero());
+    s.for_adapted([&](int t, std::size_t place, std::size_t size) {
+      const StepArrays own = s.step_arrays(k, t, theta);
+      X::for_vectors(size, [&, place](std::size_t i) {
+        store(u + place + i,
+              fma(slope, clipped_gradient(own, unclipped, i), common.clip * load(u + place + i)));
+      });
+    });
+  }
+
+  // The anchor's part of g[k]: at theta[k] into v, at the start into p. At k = 0 the two are one, and cancel.
+  PYMETA_FN void anchor_vjp(int k) const {
+    const State<X>& s = state_;
+    Real *v = s.memory.at(s.ws.v), *u = s.memory.at(s.ws.u), *pull = s.memory.at(s.ws.pull);
     s.for_adapted([&](int, std::size_t place, std::size_t size) {
-      X::for_vectors(size, [=](std::size_t i) {
-        store(u + place + i, fma(slope, load(g + place + i), common.clip * load(u + place + i)));
+      X::for_vectors(size, [=, &s](std::size_t i) {
+        const std::size_t at = place + i;
+        if (k == 0) {
+          store(v + at, load(v + at) + load(pull + at));
+        } else {
+          const Vec share = s.anchor * load(u + at);
+          store(v + at, load(v + at) + share);
+          store(pull + at, load(pull + at) - share);
+        }
       });
     });
   }
@@ -138,10 +163,13 @@ class MetaGradient {
   PYMETA_FN Real* state_adjoint(int i) const {
     return state_.memory.at(state_.ws.state_adjoints) + i * state_.layout.size;
   }
-  PYMETA_FN void clear_state_adjoints() const {
+  PYMETA_FN void clear_adjoints() const {
     if (state_.ws.direction_is_v) return;
-    X::for_vectors(state_.call.optimizer.states() * state_.layout.size,
-                   [&](std::size_t i) { store(state_adjoint(0) + i, zero()); });
+    const auto clear = [](Real* array, std::size_t size) {
+      X::for_vectors(size, [=](std::size_t i) { store(array + i, zero()); });
+    };
+    clear(state_adjoint(0), state_.call.optimizer.states() * state_.layout.size);
+    if (state_.ws.pull != kNowhere) clear(state_.memory.at(state_.ws.pull), state_.layout.size);
   }
 
   // ---- the learning rate -----------------------------------------------------------------------------------------

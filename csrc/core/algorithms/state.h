@@ -76,6 +76,7 @@ struct State {
   Memory memory;
   Rates rates;
   FactoredLinear<X>* factored = nullptr;  // the item's first layer, where it is a factored one
+  Vec anchor = zero();                    // the strength of each task's pull towards the start
   int lowest_adapted = 0;                 // the lowest layer that the inner loop changes
 
   PYMETA_FN State(const Call<Real>& of, const Workspace<X>& workspace, const Shared& common,
@@ -211,7 +212,7 @@ struct State {
                  rates.per_element() ? Real(0) : rates.rate(k, t),
                  theta.tensor(t),
                  gradient(k) + place,
-                 call.optimizer.anchor != 0 ? start().tensor(t) : nullptr,
+                 call.is_anchored() ? start().tensor(t) : nullptr,
                  {},
                  {}};
     for (int s = 0; s < call.optimizer.states(); ++s) {
@@ -232,12 +233,7 @@ struct State {
     return total;
   }
   PYMETA_FN StepCommon step_common(int k, const Parameters& theta, const Step& step) const {
-    StepCommon common{broadcast(Real(call.optimizer.anchor)),
-                      broadcast(1),
-                      zero(),
-                      step.correction,
-                      step.active,
-                      step.all_active};
+    StepCommon common{anchor, broadcast(1), zero(), step.correction, step.active, step.all_active};
     if (call.optimizer.clip_norm > 0) {
       common.norm = gradient_norm(k, theta, common);
       common.clip = minimum(broadcast(Real(call.optimizer.clip_norm)) / (common.norm + Real(1e-6)),

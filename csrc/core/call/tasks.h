@@ -62,11 +62,13 @@ struct Optimizer {
   bool decoupled = false;  // AdamW: the decay is no part of the gradient
   double clip_norm = 0;    // largest norm of a task's gradient; 0: any
   double anchor = 0;       // pull towards the start (L2-SP)
+  double anchor_rows = 0;  // in its place: the pull of a task is this over the number of its rows
 
+  PYMETA_MEMBER bool is_anchored() const { return anchor != 0 || anchor_rows != 0; }
   // theta - lr g and nothing else
   PYMETA_MEMBER bool is_plain() const {
     return kind == OptimizerKind::sgd && momentum == 0 && weight_decay == 0 && clip_norm == 0 &&
-           anchor == 0;
+           !is_anchored();
   }
   // Arrays of the parameters' size that it keeps from step to step.
   PYMETA_MEMBER int states() const {
@@ -109,6 +111,7 @@ struct Call {
   const bool* parameter_per_task =
       nullptr;  // [tensors] stacked [T, ...] instead of shared; null: all shared
   Optimizer optimizer;
+  const Real* anchors = nullptr;  // [T] the pull of each task, in place of the optimiser's; or null
   LearningRate<Real> lr;
   int steps = 0;
   int epochs = 0;     // fine_tune: passes over a task's rows, in place of `steps`
@@ -162,8 +165,11 @@ struct Call {
   // Does the meta-gradient go back through the steps?
   PYMETA_MEMBER bool reverses() const {
     return wants_gradient() && steps > 0 &&
-           (!first_order || lr_gradient || optimizer.weight_decay != 0);
+           (!first_order || lr_gradient || optimizer.weight_decay != 0 || is_anchored());
   }
+  PYMETA_MEMBER bool is_anchored() const { return anchors || optimizer.is_anchored(); }
+  // Is every step theta - lr g and nothing else?
+  PYMETA_MEMBER bool has_plain_steps() const { return optimizer.is_plain() && !anchors; }
   // Does a row of a set count? One of weight 0, or with the ignored label, is left out of its set, whatever it holds.
   PYMETA_MEMBER bool weighs(const RowSet<Real>& set, std::int64_t row) const {
     if (set.weights && set.weights[row] == 0) return false;
@@ -176,6 +182,20 @@ struct Call {
     for (int r = 0; set.has_weightless && r < set.size(task); ++r)
       if (!weighs(set, first + r)) return true;
     return false;
+  }
+  // How many of a task's rows count.
+  PYMETA_MEMBER int counting_rows(const RowSet<Real>& set, std::int64_t task) const {
+    if (!set.has_weightless) return set.size(task);
+    int count = 0;
+    for (int r = 0; r < set.size(task); ++r) count += weighs(set, set.start(task) + r);
+    return count;
+  }
+  // The strength of a task's pull towards its start.
+  PYMETA_MEMBER Real anchor_of(std::int64_t task) const {
+    if (anchors) return anchors[task];
+    if (optimizer.anchor_rows == 0) return Real(optimizer.anchor);
+    const int rows = counting_rows(support, task);
+    return Real(optimizer.anchor_rows / (rows > 0 ? rows : 1));
   }
   // Does each task have a start of its own for this tensor?
   PYMETA_MEMBER bool has_own_start(int tensor) const {

@@ -204,7 +204,7 @@ struct Workspace {
   Place accumulated, lr_accumulated;  // sums over the items of a chunk (Totals)
   Place start, start_transposed;      // the item's own start, where tasks have theirs
   Place theta, theta_transposed, gradients, states, best, saved;
-  Place v, u, u_transposed, state_adjoints, support, query, tangents;
+  Place v, u, u_transposed, state_adjoints, pull, support, query, tangents;
   Place order;       // int32 [kTasks kOrders, largest support set]: the shuffled rows of an epoch
   std::size_t size;  // scalars
   std::size_t size_far;
@@ -232,8 +232,7 @@ struct Workspace {
     const int step_rows = minibatches ? call.batches.size : call.max_support;
     const int evaluated =
         call.max_query > call.max_validation ? call.max_query : call.max_validation;
-    const bool stores_gradient =
-        keeps_gradients || call.lr.per_element || !call.optimizer.is_plain();
+    const bool stores_gradient = keeps_gradients || call.lr.per_element || !call.has_plain_steps();
     const bool copy_input = !reads_rows_in_place<X>(network, parameters.narrow);
     bool own_starts = false;
     for (int t = 0; t < network.tensor_count; ++t) own_starts = own_starts || call.has_own_start(t);
@@ -277,6 +276,7 @@ struct Workspace {
     gradients = take_if(stores_gradient, parameters.size * each_step);
     this->states = take_if(states > 0, states * each_step);
     state_adjoints = take_if(reverses && states > 0, states);
+    pull = take_if(reverses && call.is_anchored() && call.steps > 1, parameters.size);
     lr_accumulated = take_if(call.lr_gradient, lr_scalars(call));
     best = take_if(call.validation.x, parameters.size);
     accumulated = take_if((call.wants_gradient() || call.job == Job::reptile) && X::kElement > 1,

@@ -7,7 +7,7 @@ PYMETA_KERNEL_BEGIN
 
 // Is every step theta - lr g, with one rate for all adapted tensors?
 inline bool steps_scale_gradient(const Call<Real>& call) {
-  if (!call.optimizer.is_plain() || call.lr.per_element) return false;
+  if (!call.has_plain_steps() || call.lr.per_element) return false;
   int group = -1;
   for (int t = 0; t < call.network->tensor_count; ++t) {
     if (!call.adapted[t]) continue;

@@ -1,12 +1,13 @@
 // One inner step of a tensor, and its vector-Jacobian product for the reverse sweep, element by element:
 //
-//   g      = dL/dtheta + anchor (theta - start)
+//   g      = dL/dtheta + anchor (theta - start)               anchor: a number of each task's own
 //   g      = g min(1, clip / (|g| + 1e-6))                    |g| over all adapted tensors of the task
 //   d      = rule(theta, g, state)                            the rule moves its state on
 //   theta' = theta - lr d
 // The reverse sweep, given v = dL/dtheta' and the adjoints of the state:
 //   lr gets -d v;  ad = -lr v;  the rule turns ad into the adjoints of g, theta and the state before
-//   v += adjoint of theta;  u = adjoint of g, back through the clip;  v += H u        (algorithms/meta_gradient.h)
+//   v += adjoint of theta;  u = adjoint of g, back through the clip;  v += H u + anchor u;  the start gets -anchor u
+//                                                                                     (algorithms/meta_gradient.h)
 //
 // Where the rule is the plain one and one scalar rate serves all adapted tensors, the step is fused into the store of
 // the gradient, and v itself is the direction of the Hessian-vector product, which is then scaled: no u is stored.
