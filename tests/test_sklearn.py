@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
+import itertools
 import pickle
 import subprocess
 import sys
@@ -472,12 +474,28 @@ def test_a_linear_model():
 
 def test_anchor_holds_models_near_the_start():
     X, y, g = opposites()
-    free = quick(inner_steps=20).fit(X, y, groups=g).adapt(X, y, groups=g)
-    held = quick(inner_steps=20, anchor=10.0).fit(X, y, groups=g).adapt(X, y, groups=g)
+    model = quick(inner_steps=20).fit(X, y, groups=g)
+    free = copy.deepcopy(model).adapt(X, y, groups=g)
+    rows = np.bincount(np.unique(g, return_inverse=True)[1])
+    assert (rows == rows[0]).all()
+    strength = copy.deepcopy(model).set_params(anchor=10.0).adapt(X, y, groups=g)
+    worth = copy.deepcopy(model).set_params(anchor_rows=10.0 * rows[0]).adapt(X, y, groups=g)
     for name, p in free.models_.parameters.items():
-        q = held.models_.parameters[name]
+        q = strength.models_.parameters[name]
         assert np.array_equal(p[0], q[0])
         assert np.abs(q[1:] - q[0]).max() < 0.5 * np.abs(p[1:] - p[0]).max()
+        assert np.array_equal(q, worth.models_.parameters[name])
+
+
+@pytest.mark.parametrize("method", ["maml", "reptile"])
+def test_the_start_is_learned_under_the_pull(method):
+    X, y, g = opposites(groups=6, rows=20)
+    starts = [
+        quick(method=method, iterations=3, **pull).fit(X, y, groups=g).models_.state_dict(0)
+        for pull in ({}, {"anchor": 10.0}, {"anchor_rows": 60.0})
+    ]
+    for one, other in itertools.combinations(starts, 2):
+        assert not np.array_equal(one["0.weight"], other["0.weight"])
 
 
 def test_validation_keeps_the_better_epoch():
@@ -538,6 +556,8 @@ def test_diverged_training_is_an_error(method):
         ("meta_lr", None, TypeError),
         ("weight_decay", -1, ValueError),
         ("anchor", -1.0, ValueError),
+        ("anchor_rows", 0, ValueError),
+        ("anchor_rows", "20", TypeError),
         ("inner_steps", 0, ValueError),
         ("inner_steps", 2.0, TypeError),
         ("iterations", 0, ValueError),

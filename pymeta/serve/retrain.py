@@ -152,13 +152,12 @@ def chosen_method(adapter: Adapter, method: str) -> str:
     plain = (
         adapter.schedule.steps is not None
         and adapter.schedule.batch_size is None
-        and adapter.anchor == 0
         and adapter.class_weights is None
     )
     if method == "maml" and not plain:
         raise ValueError(
-            "method: maml is for recipes of a number of steps on all rows, without an anchor or "
-            "class weights; expected reptile"
+            "method: maml is for recipes of a number of steps on all rows, without class weights; "
+            "expected reptile"
         )
     if method != "auto":
         return method

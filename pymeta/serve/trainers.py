@@ -13,7 +13,6 @@ from pymeta.models.adapter import Adapter
 from pymeta.serve.evaluate import Task
 from pymeta.serve.retrain import names_of, with_start
 from pymeta.spec.architecture import Architecture
-from pymeta.spec.losses import Loss
 
 Layer = tuple[Any, ...]
 
@@ -65,29 +64,17 @@ def chain_of(net: nn.Sequential) -> list[str]:
     return [name for name, _ in net.named_parameters()]
 
 
-def loss_module(loss: Loss) -> nn.Module:
-    """The torch module that a description is of."""
-    weight = torch.tensor(loss.weight) if loss.weight else None
-    if loss.kind == "mse":
-        return nn.MSELoss()
-    if loss.kind == "huber":
-        return nn.HuberLoss(delta=loss.delta)
-    if loss.takes_classes:
-        return nn.CrossEntropyLoss(
-            weight, ignore_index=loss.ignore_index, label_smoothing=loss.label_smoothing
-        )
-    positive = torch.tensor(loss.pos_weight) if loss.pos_weight else None
-    return nn.BCEWithLogitsLoss(weight, pos_weight=positive)
-
-
 def maml(adapter: Adapter, episodes: int, lr: float, draw: Callable[[], Sequence[Task]]) -> Adapter:
     """The adapter after so many meta-gradient steps of Adam; learned step sizes move as well."""
     net = network(adapter.architecture, dict(adapter.parameters))
     own = dict(zip(adapter.architecture.chain, chain_of(net), strict=True))
+    loss: Any = adapter.loss  # a description is taken, too
     learner = pymeta.MAML(
         net,
-        loss=loss_module(adapter.loss),
+        loss=loss,
         optimizer=adapter.optimizer,
+        anchor=adapter.anchor,
+        anchor_rows=adapter.anchor_rows,
         steps=adapter.schedule.steps or 0,
         adapt=[own[name] for name in adapter.adapted],
         backend="native",

@@ -18,7 +18,7 @@ from sklearn.utils.validation import (
 
 from pymeta.models.arrays import AdaptedArrays
 from pymeta.sklearn.episodes import Draw, Rows
-from pymeta.sklearn.network import Form, inner_optimizer
+from pymeta.sklearn.network import Form, inner_optimizer, pull
 from pymeta.sklearn.parameters import Parameters
 from pymeta.sklearn.training import count, meta_train, pooled
 from pymeta.tasks.groups import Array, labels_of, members_of
@@ -124,7 +124,7 @@ class MetaEstimator(Parameters):
             optimizer=inner_optimizer(self.inner_optimizer, lr),
             epochs=count(self.adapt_epochs) or int(self.inner_steps),
             batch_size=count(self.inner_batch_size),
-            anchor=float(self.anchor),
+            **pull(self),
             freeze=[n for n in start if not self._form.adapts(n)] or None,
             validation=float(self.adapt_validation),
             validation_rows="random" if self.shuffle else "last",

@@ -40,7 +40,7 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         hidden: widths of the hidden layers; () for a linear model.
         activation: "relu", "tanh", "elu", "gelu" or "silu".
         inner_optimizer: what takes the steps on a group, here and in `adapt`: "sgd", "momentum"
-            (SGD with momentum 0.9) or "adam".
+            (SGD with momentum 0.9), "adam" or "rmsprop".
         inner_lr: its step size.
         inner_steps: its steps on a group in `fit`.
         inner_batch_size: rows of a step in `adapt` and in Reptile; None for all of the group's
@@ -64,7 +64,10 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         pretrain_epochs: epochs of pooled training before MAML or Reptile begins.
         adapt_lr: step size in `adapt`; None for `inner_lr`.
         adapt_epochs: passes over a group's rows in `adapt`; None for `inner_steps`.
-        anchor: strength of the pull back to the start in `adapt` (L2-SP).
+        anchor: strength of the pull back to the start (L2-SP), in `adapt` and in the inner steps
+            of `fit`.
+        anchor_rows: in its place: the start is worth so many rows, the strength is this over the
+            rows of the group; None for `anchor`.
         adapt_validation: fraction of each group's rows that `adapt` holds out, to keep the best
             epoch's weights; with shuffle=False the last ones.
         adapt_patience: stop a group after so many epochs without improvement on those rows.

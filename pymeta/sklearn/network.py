@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymeta.models.arrays import AdaptedArrays
-from pymeta.sklearn.parameters import ACTIVATIONS
+from pymeta.sklearn.parameters import ACTIVATIONS, Parameters
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.losses import describe_loss
 from pymeta.tasks.groups import Array
@@ -75,4 +75,12 @@ def inner_optimizer(name: str, lr: float) -> Any:
     lr = float(lr)
     if name == "adam":
         return pymeta.Adam(lr)
+    if name == "rmsprop":
+        return pymeta.RMSprop(lr)
     return pymeta.SGD(lr, momentum=0.9) if name == "momentum" else pymeta.SGD(lr)
+
+
+def pull(settings: Parameters) -> dict[str, Any]:
+    """A learner's options of the pull to the start."""
+    rows = settings.anchor_rows
+    return {"anchor": float(settings.anchor), "anchor_rows": None if rows is None else float(rows)}

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator
 
 METHODS = ("maml", "reptile", "pooled")
 ACTIVATIONS = {"relu": "ReLU", "tanh": "Tanh", "elu": "ELU", "gelu": "GELU", "silu": "SiLU"}
-OPTIMIZERS = ("sgd", "momentum", "adam")
+OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
 
 
 def one_of(name: str, value: Any, among: Iterable[str]) -> None:
@@ -82,6 +82,7 @@ class Parameters(BaseEstimator):
     adapt_lr: float | None = None
     adapt_epochs: int | None = None
     anchor: float = 0.0
+    anchor_rows: float | None = None
     adapt_validation: float = 0.0
     adapt_patience: int | None = None
     adapt_on_fit: bool = False
@@ -112,6 +113,13 @@ class Parameters(BaseEstimator):
                 integer(name, getattr(self, name), value)
         for name in ("inner_lr", "meta_lr", "weight_decay", "anchor"):
             real(name, getattr(self, name))
+        if self.anchor_rows is not None:
+            real("anchor_rows", self.anchor_rows)
+            if self.anchor_rows == 0 or self.anchor:
+                raise ValueError(
+                    f"anchor_rows: expected None, or a number > 0 and anchor=0 with it, got "
+                    f"{self.anchor_rows} and anchor={self.anchor}"
+                )
         if self.adapt_lr is not None:
             real("adapt_lr", self.adapt_lr)
         real("adapt_validation", self.adapt_validation, 1.0)

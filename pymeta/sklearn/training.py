@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pymeta.sklearn.episodes import Draw, Rows
-from pymeta.sklearn.network import Form, inner_optimizer
+from pymeta.sklearn.network import Form, inner_optimizer, pull
 from pymeta.sklearn.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def _maml(
         network,
         loss=form.loss,
         optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
+        **pull(settings),
         steps=int(settings.inner_steps),
         first_order=bool(settings.first_order),
         adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
@@ -118,6 +119,7 @@ def _reptile(
         network,
         loss=form.loss,
         optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
+        **pull(settings),
         steps=int(settings.inner_steps),
         batch_size=count(settings.inner_batch_size),
         adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],

@@ -20,7 +20,7 @@ import numpy as np
 
 import pymeta
 from pymeta.spec.architecture import Architecture
-from pymeta.spec.losses import Loss
+from pymeta.spec.losses import describe_loss
 
 SOON = 120.0  # seconds after which a test gives up; a loaded machine may need many of them
 STALLED, BROKEN_OFF = object(), object()  # in the place of a chunk of a body
@@ -35,7 +35,7 @@ def adapter(seed: int = 0, layers=LAYERS, loss="mse", dtype=np.float32, **option
     random = np.random.default_rng(seed)
     start = {n: random.normal(size=s).astype(dtype) for n, s in chain.shapes().items()}
     recipe = {"optimizer": pymeta.SGD(0.1), "schedule": pymeta.Schedule(steps=3), **options}
-    return pymeta.Adapter(chain, start, adapted=names, loss=Loss(loss), **recipe)
+    return pymeta.Adapter(chain, start, adapted=names, loss=describe_loss(loss), **recipe)
 
 
 def wide_adapter(seed: int = 0, **options):
