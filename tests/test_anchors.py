@@ -295,12 +295,18 @@ def test_under_torch_compile():
 
 
 @pytest.mark.parametrize("options", [{"anchor": 0.5}, {"anchor_rows": 3.0}, {}], ids=str)
-def test_adapters_and_their_files(options, tmp_path):
+@pytest.mark.parametrize("kind", ["MAML", "FineTune"])
+def test_adapters_and_their_files(kind, options, tmp_path):
     net, (x, y, xq, _) = mlp(2, 4, 2), batch(tasks=4, support=7)
-    learner = FineTune(net, loss="mse", lr=0.1, epochs=2, batch_size=3, backend="native", **options)
-    learner.adapter().save(tmp_path / "adapter")
     sizes = [7, 2, 5, 3]
-    wanted = learner(x, y, sizes=sizes)
+    if kind == "MAML":
+        learner = maml(net, **options)
+        wanted = learner.adapt(x, y, support_sizes=sizes)
+    else:
+        shared = {"loss": "mse", "lr": 0.1, "backend": "native", **options}
+        learner = FineTune(net, epochs=2, batch_size=3, **shared)
+        wanted = learner(x, y, sizes=sizes)
+    learner.adapter().save(tmp_path / "adapter")
     for adapter in (learner.adapter(), Adapter.load(tmp_path / "adapter")):
         assert adapter.anchor_rows == options.get("anchor_rows")
         lists = [[v[t, :n].numpy() for t, n in enumerate(sizes)] for v in (x, y)]

@@ -69,7 +69,8 @@ def moved(problem: Problem, device: torch.device = DEVICE) -> Problem:
     for name in ("support", "query"):
         side = getattr(problem, name)
         parts = [on(device, v) for v in (side.x, side.y, side.weights)]
-        setattr(problem, name, type(side)(*parts, side.sizes))
+        anchors = None if side.anchors is None else on(device, side.anchors)
+        setattr(problem, name, type(side)(*parts, side.sizes, anchors))
     return problem
 
 
