@@ -5,6 +5,7 @@
 # make lint / format    check / rewrite the style of Python and C++
 # make typing    mypy --strict over pymeta/, and the stub of the native module against the module
 # make wheel     build the sdist and from it the wheel, repair and test both; they end up in dist/
+# make test-postgres    the service's store against a PostgreSQL server, installed where there is none (Debian, root)
 # make test-torch TORCH=2.8.0    the tests on another torch, in an environment of their own (slow: a large download)
 # make sanitize  native and Python tests under Address- and UndefinedBehaviorSanitizer; pool and blocks under ThreadSanitizer
 # make guard     native tests and kernel tests with working memory between pages that nobody may touch
@@ -29,7 +30,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 # One recipe for each purpose; a target's stamp says that its packages are in .venv.
 .PHONY: test demo bench docs lint format typing wheel test-wheel test-torch cuda arm64 clean distclean \
-  sanitize sanitize-native sanitize-python guard fuzz soak arrangements
+  sanitize sanitize-native sanitize-python guard fuzz soak arrangements test-postgres
 .DELETE_ON_ERROR:
 
 test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs $(STAMP)/serve
@@ -143,6 +144,11 @@ fuzz: $(STAMP)/build $(STAMP)/torch $(STAMP)/fuzz
 	  PYTHONPATH=$(abspath build/fuzzed) PYMETA_FUZZ_FOUND=$(abspath build/fuzz) $(ONE_THREAD) \
 	  build/fuzzed/venv/bin/python build/fuzzed/tests/fuzz/run.py $$target $(SECONDS) || exit 1; \
 	done
+
+# The store's tests against a server of their own, which Debian's package brings where there is none.
+test-postgres: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/serve $(STAMP)/postgres
+	command -v initdb || ls /usr/lib/postgresql/*/bin/initdb || apt-get install -y --no-install-recommends postgresql
+	PYMETA_TEST_POSTGRES=1 $(BIN)/python -m pytest tests/serve/test_serve_store.py tests/serve/test_serve_faults.py
 
 soak: SECONDS = 3600
 soak: $(STAMP)/pymeta $(STAMP)/test

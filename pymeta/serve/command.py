@@ -31,7 +31,11 @@ def serve(words: Sequence[str]) -> int:
         )
     logs.to_stderr(options.log_level)
     try:
-        limits = Limits(body_bytes=options.max_body_mb * 2**20, kept_rows=options.kept_rows)
+        limits = Limits(
+            body_bytes=options.max_body_mb * 2**20,
+            body_seconds=options.patience,
+            kept_rows=options.kept_rows,
+        )
         settings = Settings(
             batch_wait_us=options.batch_wait_us,
             window_rows=options.window_rows,
@@ -50,14 +54,14 @@ def serve(words: Sequence[str]) -> int:
             retrain=options.retrain,
             retrain_options=options.retrain_options.split(),
         )
-        listener = server.bind(options.host, options.port)
+        listener = server.bind(options.host, options.port, options.patience)
     except (OSError, ValueError, Problem) as error:
         return _refused(str(error))
     host, port = listener.getsockname()[:2]
     fields = {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}
     fields["model"] = made.state.service.model.version
-    logs.LOGGER.info("listening", extra={"fields": fields})
-    server.serve(made, listener)
+    print(json.dumps(fields), flush=True)  # the log, whatever its level, goes to stderr
+    server.serve(made, listener, options.patience)
     return 0
 
 
@@ -76,6 +80,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--window-days", type=float, help="and at most so old, before the newest")
     add("--kept-rows", type=int, default=10_000, help="rows kept of an entity")
     add("--max-body-mb", type=int, default=32, help="of a request")
+    add("--patience", type=float, default=30.0, help="seconds for a request to arrive, or a reader")
     add("--feature-names", type=Path, help="a file with a name on each line, for reasons")
     add("--retrain", metavar="CRON", help="when to retrain, in UTC, as in '0 3 * * *'")
     add("--retrain-options", default="", help="of pymeta retrain, as in '--episodes 500'")

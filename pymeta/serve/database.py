@@ -1,9 +1,9 @@
 """Connections to SQLite and PostgreSQL, and what becomes of their errors.
 
 SQLite: a write-ahead log that is synced at each commit, so that readers and the writer do not wait
-for each other; a writer asks for its turn at once, and waits for it up to `_WAIT_SECONDS`; erased
-bytes are overwritten. The file is made here at the start and never again: where it is gone,
-requests fail until it is back, and a file put in its place is found.
+for each other; a writer asks for its turn at once, and waits for it (5 seconds, or as the URL says
+by ?timeout=); erased bytes are overwritten. The file is made here at the start and never again:
+where it is gone, requests fail until it is back, and a file put in its place is found.
 """
 
 from __future__ import annotations
@@ -105,20 +105,20 @@ def _sqlite(url: URL) -> Engine:
     if url.database in (None, "", ":memory:"):
         raise ValueError("store: expected a file, as in sqlite:///pymeta.db; got none")
     path = Path(str(url.database)).absolute()
-    wait_ms = round(1000 * _WAIT_SECONDS)
+    wait = _wait_of(url)
 
     def opened(mode: str) -> sqlite3.Connection:
         return sqlite3.connect(
             f"file:{quote(str(path))}?mode={mode}",
             uri=True,
-            timeout=_WAIT_SECONDS,
+            timeout=wait,
             check_same_thread=False,
             isolation_level=None,  # transactions begin where we say so
         )
 
     def creator() -> sqlite3.Connection:
         connection = opened("rw")
-        connection.execute(f"PRAGMA busy_timeout = {wait_ms}")
+        connection.execute(f"PRAGMA busy_timeout = {round(1000 * wait)}")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -141,6 +141,18 @@ def _sqlite(url: URL) -> Engine:
     )
     _watch(engine, path)
     return engine
+
+
+def _wait_of(url: URL) -> float:
+    """How long a writer waits for its turn, in seconds."""
+    given = dict(url.query)
+    try:
+        wait = float(str(given.pop("timeout", _WAIT_SECONDS)))
+    except ValueError:
+        wait = -1.0
+    if given or not 0 <= wait <= 600:
+        raise ValueError("store: expected no options but ?timeout=SECONDS, from 0 to 600")
+    return wait
 
 
 def _watch(engine: Engine, path: Path) -> None:

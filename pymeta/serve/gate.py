@@ -43,6 +43,10 @@ class Arrivals:
         return perf_counter() - next(reversed(self._since.values())) < seconds
 
 
+class _ClientGone(Exception):
+    """There is nobody to answer."""
+
+
 class Gate:
     """ASGI around the app."""
 
@@ -51,7 +55,7 @@ class Gate:
         self._app, self._metrics, self._arrivals = app, metrics, arrivals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request; an answer that nobody takes is left off."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -65,13 +69,18 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", name)]
-            await send(message)
+            try:
+                await send(message)
+            except Exception as error:
+                raise _ClientGone from error
 
         self._arrivals.begin(scope)
         self._metrics.in_flight.inc()
         try:
             try:
                 await self._app(scope, receive, answer)
+            except _ClientGone:
+                status = 0
             except Exception as error:
                 if not isinstance(error, Problem):
                     LOGGER.error("failed", exc_info=error, extra={"fields": _fields(scope)})

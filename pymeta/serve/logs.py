@@ -43,3 +43,9 @@ def to_stderr(level: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether uvicorn says what we do not know: we leave an answer off when its client is gone."""
+    return not record.getMessage().startswith("ASGI callable returned without")

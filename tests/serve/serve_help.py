@@ -113,6 +113,7 @@ class InProcess:
         headers: dict[str, str] | None = None,
         chunks: list[Any] | None = None,
         server: str = "127.0.0.1",
+        gone: bool = False,
     ) -> Answer:
         data = body if isinstance(body, bytes) else b"" if body is None else _dumped(body)
         given = {"host": "localhost", "content-type": "application/json", **(headers or {})}
@@ -127,6 +128,8 @@ class InProcess:
         sent: list[Any] = []
 
         async def receive() -> Any:
+            if sent and gone:
+                return {"type": "http.disconnect"}
             if not left or left[0] is STALLED:
                 await asyncio.Event().wait()
             chunk = left.pop(0)
@@ -136,8 +139,12 @@ class InProcess:
 
         async def send(message: Any) -> None:
             sent.append(message)
+            if gone:
+                raise RuntimeError("the handle is closed")
 
         await self.app(scope, receive, send)
+        if gone:
+            return Answer(0, {}, b"")
         found = {k.decode().lower(): v.decode() for k, v in sent[0]["headers"]}
         return Answer(sent[0]["status"], found, b"".join(m.get("body", b"") for m in sent[1:]))
 
@@ -177,11 +184,12 @@ class Process:
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
         self.folder = folder
         command = [sys.executable, "-m", "pymeta", "serve", "adapter.safetensors", "--port", "0"]
-        self._log = (folder / "log.jsonl").open("ab")
+        self._log, self._said = (folder / "log.jsonl").open("ab"), (folder / "said").open("wb")
         self.start_of_log = self._log.tell()
         self.process = subprocess.Popen(
             [*command, *options],
             cwd=folder,
+            stdout=self._said,
             stderr=self._log,
             env={**os.environ, "PYMETA_NUM_THREADS": "1", **environment},
         )
@@ -197,9 +205,9 @@ class Process:
 
         def ready() -> bool:
             assert self.process.poll() is None, (self.folder / "log.jsonl").read_text()
-            for line in self.lines():
-                if line["message"] == "listening":
-                    self.port = int(line["url"].rpartition(":")[2])
+            said = (self.folder / "said").read_text()
+            if said.endswith("\n"):
+                self.port = int(json.loads(said)["url"].rpartition(":")[2])
             with contextlib.suppress(OSError, http.client.HTTPException):
                 return bool(self.port) and self.call("GET", "/readyz").status == 200
             return False
@@ -219,7 +227,7 @@ class Process:
             given = {"Content-Type": "application/json", **(headers or {})}
             connection.request(method, path, data, given)
             got = connection.getresponse()
-            return Answer(got.status, dict(got.getheaders()), got.read())
+            return Answer(got.status, {k.lower(): v for k, v in got.getheaders()}, got.read())
         finally:
             connection.close()
 
@@ -227,7 +235,7 @@ class Process:
         """SIGKILL."""
         self.process.kill()
         self.process.wait(SOON)
-        self._log.close()
+        self._close()
 
     def stop(self) -> int:
         """SIGTERM; the exit status."""
@@ -237,7 +245,11 @@ class Process:
             return self.process.wait(SOON)
         finally:
             self.process.kill()
-            self._log.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._log.close()
+        self._said.close()
 
 
 @contextlib.contextmanager

@@ -130,6 +130,15 @@ def test_an_error_is_500_and_a_line_without_its_message(service, lines, monkeypa
     assert "has no attribute" not in json.dumps(lines())
 
 
+def test_a_client_that_is_gone_is_no_error(service, lines):
+    got = service.call("GET", "/openapi.json", gone=True)
+    assert got.status == 0
+    assert [line["message"] for line in lines()] == ["request"]
+    assert lines()[0]["status"] == 0
+    text = service.call("GET", "/metrics").body.decode()
+    assert 'pymeta_answers_total{route="other",status="broken off"} 1.0' in text
+
+
 @pytest.mark.parametrize("given", ["", "a b", "x" * 65, "a\nb", "ä"])
 def test_a_request_id_that_is_none_is_replaced(service, given):
     got = service.call("GET", "/healthz", headers={"x-request-id": given})
