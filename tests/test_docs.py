@@ -31,11 +31,12 @@ import pytest
 import source_tree
 
 import pymeta
+import pymeta.data
 
 ROOT = source_tree.need("README.md", "mkdocs.yml", "docs")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = {"docs/gpu.md": ["needs a CUDA device"]}
-NEEDS = {"docs/sklearn.md": ("sklearn", "pandas")}
+NEEDS = {"docs/data.md": ("sklearn", "pandas"), "docs/sklearn.md": ("sklearn", "pandas")}
 LANGUAGES = {"python", "text", "console", "cpp", "diff", "json", "bibtex"}
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 
@@ -230,6 +231,7 @@ def test_the_reference_has_every_public_name():
     shown = set(re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE))
     wanted = {f"pymeta.{name}" for name in pymeta.__all__}
     wanted |= {"pymeta.sklearn.MetaClassifier", "pymeta.sklearn.MetaRegressor"}
+    wanted |= {f"pymeta.data.{name}" for name in pymeta.data.__all__}
     assert wanted <= shown, wanted - shown
 
 
