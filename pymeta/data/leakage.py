@@ -91,8 +91,9 @@ def check_fit(panel: Panel, prep: Preprocessor) -> None:
         late = int((panel.times <= prep._until).sum())
         if late:
             raise ValueError(
-                f"prep: it was fitted on rows up to {_brief(prep._until)}, and {late} of the panel's "
-                f"{len(panel)} rows are not later; fit it on rows before {_brief(panel.times.min())}"
+                f"prep: it was fitted on rows up to {_brief(prep._until)}, and {late} of the "
+                f"panel's {len(panel)} rows are not later; fit it on rows before "
+                f"{_brief(panel.times.min())}"
             )
 
 
