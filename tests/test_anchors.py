@@ -279,6 +279,20 @@ def test_settings_are_fixed():
     assert maml(mlp(2, 4, 2), anchor_rows=20).anchor_rows == 20
 
 
+def test_explain_knows_of_them():
+    """Steps with a pull keep the gradient, which plain ones do not."""
+    net, (xs, ys, xq, yq) = mlp(2, 4, 2), batch()
+    module = maml(net)
+    said = set()
+    for call in (lambda **o: module(xs, ys, xq, yq, **o), lambda **o: module.adapt(xs, ys, **o)):
+        for options in ({}, {"anchor": torch.ones(3)}):
+            call(**options)
+            said.add(module.explain())
+            module._forget()
+            module._plan.last = None
+    assert len(said) == 4
+
+
 def test_under_torch_compile():
     """A call with strengths of its own is left to eager mode; it is not without them."""
     net, data = mlp(2, 4, 2), batch()

@@ -253,7 +253,8 @@ class Learner(nn.Module, ABC):
             watched = options.get("validation")
             validation_rows = 0 if watched is None else watched.rows
             sizes = (support.tasks, support.rows, 0, validation_rows)
-            self._last = NativeCall("adapt", schedule, *sizes)
+            has_anchors = options.get("anchors") is not None
+            self._last = NativeCall("adapt", schedule, *sizes, has_anchors=has_anchors)
             return native_adapt.adapt(plan, parameters, inner.lr, inner, support, **options)
         named = {n: p.detach() for n, p in zip(plan.names, parameters, strict=True)}
         check_values_of(options.get("anchors"))
