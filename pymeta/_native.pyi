@@ -67,6 +67,7 @@ class Problem(metaclass=_Type):
         adapted: Sequence[bool],
         lr_groups: Sequence[int] | None = None,
         optimizer: Optimizer | None = None,
+        query_loss: Loss | None = None,
     ) -> None: ...
     def plan(
         self,
@@ -99,6 +100,9 @@ class Rows(metaclass=_Type):
         rows: int = 0,
         starts: int = 0,
         sizes: int = 0,
+        offset: int = 0,
+        weight_columns: int = 1,
+        has_distributions: bool = False,
     ) -> None: ...
 
 # values [rows, columns]; step k uses row min(k, rows - 1).
@@ -182,7 +186,14 @@ class Engine(metaclass=_Type):
         schedule: Schedule,
     ) -> None: ...
     def adapt_predict(
-        self, xs: _Buffer, ys: _Buffer, xq: _Buffer, out: _Buffer, weights: _Buffer | None = None
+        self,
+        xs: _Buffer,
+        ys: _Buffer,
+        xq: _Buffer,
+        out: _Buffer,
+        weights: _Buffer | None = None,
+        offset: _Buffer | None = None,
+        query_offset: _Buffer | None = None,
     ) -> None: ...
 
 def shuffle(

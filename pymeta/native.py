@@ -250,6 +250,9 @@ def rows(s: TaskSet) -> Any:
         s.rows,
         0 if starts is None else starts.data_ptr(),
         0 if sizes is None else sizes.data_ptr(),
+        0 if s.offset is None else s.offset.data_ptr(),
+        s.weight_columns,
+        s.distributions,
     )
 
 

@@ -67,6 +67,7 @@ class Case:
     mask: int = 0  # which of the ways to adapt only some parameters
     input_gradients: bool = True
     seed: int = 0
+    beside: tuple[str, ...] = ()  # of "soft" labels, weights of "elements", "offset"
 
     @property
     def inputs(self) -> int:
@@ -127,18 +128,21 @@ class Side:
     weights: torch.Tensor | None
     sizes: list[int]
     anchors: torch.Tensor | None = None  # of the support side, where tasks have their own
+    offset: torch.Tensor | None = None
 
     def to(self, dtype):
         y = self.y.to(dtype) if self.y.is_floating_point() else self.y
         weights = None if self.weights is None else self.weights.to(dtype)
         anchors = None if self.anchors is None else self.anchors.to(dtype)
-        return Side(self.x.to(dtype), y, weights, self.sizes, anchors)
+        offset = None if self.offset is None else self.offset.to(dtype)
+        return Side(self.x.to(dtype), y, weights, self.sizes, anchors, offset)
 
     def of(self, tasks: list[int]):
         weights = None if self.weights is None else self.weights[tasks]
         anchors = None if self.anchors is None else self.anchors[tasks]
         sizes = [self.sizes[t] for t in tasks]
-        return Side(self.x[tasks], self.y[tasks], weights, sizes, anchors)
+        offset = None if self.offset is None else self.offset[tasks]
+        return Side(self.x[tasks], self.y[tasks], weights, sizes, anchors, offset)
 
 
 def make_side(case: Case, rows: int) -> Side:
@@ -155,7 +159,18 @@ def make_side(case: Case, rows: int) -> Side:
     weights = torch.rand(case.tasks, rows) if case.weights else None
     if weights is not None:
         weights[torch.rand(weights.shape) < left_out] = 0.0
-    return Side(x, y, weights, make_sizes(case, rows))
+    side = Side(x, y, weights, make_sizes(case, rows))
+    if "offset" in case.beside:
+        side.offset = torch.randn(case.tasks, rows, case.out)
+    if "soft" in case.beside and case.loss == "cross_entropy":
+        side.y = torch.randn(case.tasks, rows, case.out).softmax(-1)
+    if "elements" in case.beside and case.loss != "cross_entropy":
+        side.weights = torch.rand(y.shape)
+        masked = torch.rand(y.shape) < 0.3
+        masked[..., 0] &= not case.batch_norm  # so that the row counts
+        side.weights[masked] = 0.0
+        side.y[masked] = math.nan
+    return side
 
 
 class Problem:
@@ -221,7 +236,7 @@ class Problem:
         """What MAML is called with, in the case's form."""
         arguments, options = [], {} if support.anchors is None else {"anchor": support.anchors}
         for name, side in (("support", support), ("query", query)):
-            values = [side.x, side.y, side.weights]
+            values = [side.x, side.y, side.weights, side.offset]
             if self.case.form == "list":
                 values = [
                     None if v is None else [v[t, :n] for t, n in enumerate(side.sizes)]
@@ -230,12 +245,18 @@ class Problem:
             elif self.case.form == "padded":
                 options[f"{name}_sizes"] = side.sizes
             arguments += values[:2]
-            options[f"{name}_weights"] = values[2]
+            options[f"{name}_weights"], options[f"{name}_offset"] = values[2:]
         return arguments, options
 
 
+def besides(loss: str) -> list[tuple[str, ...]]:
+    """What a case of a loss may have beside."""
+    own = "soft" if loss == "cross_entropy" else "elements"
+    return [(own, "offset"), (own,), ("offset",)]
+
+
 @st.composite
-def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES):
+def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES, beside=False):
     chain = draw(chains() if chain is None else chain)
     lr = draw(st.sampled_from([None, None, "network", "layer", "parameter"]))
     if not any(len(layer) > 2 and (layer[0] == "linear" or layer[3]) for layer in chain):
@@ -262,6 +283,7 @@ def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES):
         mask=draw(st.sampled_from([0, 0, 1, 2, 3])),
         input_gradients=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
+        beside=draw(st.sampled_from(besides(loss))) if beside else (),
     )
 
 
@@ -392,6 +414,8 @@ def walk(problem: Problem) -> tuple[float, float]:
                     continue
                 values = {n: v[t] for n, v in models.parameters.items()}
                 y = torch.func.functional_call(net, values, (side.x[t, :rows],))
+                if side.offset is not None:
+                    y = y + side.offset[t, :rows]
                 if case.loss == "huber":
                     delta = problem.loss.delta if case.loss_options else 1.0
                     look_for_kinks((y - side.y[t, :rows]).abs(), delta)

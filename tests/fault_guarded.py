@@ -46,6 +46,9 @@ class Case:
         losses = ["mse", "huber", "cross_entropy", "bce_with_logits", "l1", "qlike"]
         self.loss = chance.choice(losses + ["gaussian_nll"] * (self.out % 2 == 0))
         self.columns = self.out // 2 if self.loss == "gaussian_nll" else self.out  # of targets
+        self.shifts, beside = chance.random() < 0.4, chance.random() < 0.5
+        self.soft = beside and self.loss == "cross_entropy"
+        self.by_target = beside and self.loss != "cross_entropy"  # whose weights these are
         self.optimizer = chance.choice(OPTIMIZERS)
         self.per_element = chance.random() < 0.3
         self.real = chance.choice((np.float32, np.float64))
@@ -102,7 +105,7 @@ class Call:
         return self.pages.array(values.astype(self.case.real))
 
     def rows(self, rows: int) -> tuple[Any, ...]:
-        """x, y, weights, starts, sizes of one set; ragged ones are packed without a gap."""
+        """What `Rows` takes, of one set; ragged ones are packed without a gap."""
         case = self.case
         sizes = starts = None
         total = case.tasks * rows
@@ -112,12 +115,17 @@ class Call:
             starts = self.pages.array((np.cumsum(counts) - counts).astype(np.int64))
             total = int(counts.sum())
         x = self.array(self.normal(total, case.inputs))
-        if case.loss == "cross_entropy":
+        if case.soft:
+            y = self.array(self.random.random((total, case.out)))
+        elif case.loss == "cross_entropy":
             y = self.pages.array(self.random.integers(0, case.out, total).astype(np.int64))
         else:
             y = self.array((self.normal(total, case.columns) > 0) * 1.0)
-        weights = self.array(self.random.random(total)) if case.weighted else None
-        return x, y, weights, rows, starts, sizes
+        weights, columns = None, case.columns if case.weighted and case.by_target else 1
+        if case.weighted:
+            weights = self.array(self.random.random((total, columns)))
+        offset = self.array(self.normal(total, case.out)) if case.shifts else None
+        return x, y, weights, rows, starts, sizes, offset, columns, case.soft
 
     def native(self, rows: tuple[Any, ...]) -> Any:
         return lib.Rows(*(v if isinstance(v, int) else address(v) for v in rows))
@@ -203,14 +211,17 @@ class Call:
         engine = lib.Engine(problem, code, start, self.rates, lib.Schedule(steps=case.steps))
         rows, queries = case.rows[:2]
         y = self.random.integers(0, case.out, rows).astype(np.int64)
-        if case.loss != "cross_entropy":
+        if case.loss != "cross_entropy" or case.soft:
             y = (self.normal(rows, case.columns) > 0).astype(case.real)
+        columns = case.columns if case.by_target else 1
+        weights = self.random.random((rows, columns) if columns > 1 else rows)
         engine.adapt_predict(
             self.array(self.normal(rows, case.inputs)),
             self.pages.array(y),
             self.array(self.normal(queries, case.inputs)),
             self.pages.room((queries, case.out), case.real),
-            self.array(self.random.random(rows)) if case.weighted else None,
+            self.array(weights) if case.weighted else None,
+            *(self.array(self.normal(n, case.out)) for n in (rows, queries) if case.shifts),
         )
 
 

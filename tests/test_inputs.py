@@ -398,12 +398,13 @@ def test_numpy_arrays_are_not_copied():
 def test_parts_of_task_sets():
     xs, ys, *_ = batch(tasks=4)
     expected = Expected(describe_loss("mse"), torch.float64, torch.device("cpu"))
-    weights, sizes = torch.rand(4, 5).double(), [5, 0, 2, 3]
-    lists = [[v[:n] for v, n in zip(whole, sizes, strict=True)] for whole in (xs, ys, weights)]
+    weights, sizes, offset = torch.rand(4, 5).double(), [5, 0, 2, 3], torch.rand_like(ys)
+    whole = (xs, ys, weights, offset)
+    lists = [[v[:n] for v, n in zip(values, sizes, strict=True)] for values in whole]
     sets = [
-        task_set(SUPPORT, xs, ys, None, weights, expected),
-        task_set(SUPPORT, xs, ys, sizes, weights, expected),
-        task_set(SUPPORT, lists[0], lists[1], None, lists[2], expected),
+        task_set(SUPPORT, xs, ys, None, weights, expected, offset),
+        task_set(SUPPORT, xs, ys, sizes, weights, expected, offset),
+        task_set(SUPPORT, lists[0], lists[1], None, lists[2], expected, lists[3]),
     ]
     for s in sets:
         for first, last in ((0, 4), (1, 3), (2, 4), (1, 1)):

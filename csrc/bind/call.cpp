@@ -22,9 +22,8 @@ void assume_largest(Call<Real>& call) {
     return static_cast<int>(set.rows);
   };
   // Nor has anybody looked for rows that weigh nothing: the kernel does, where there may be some.
-  const bool labels = takes_labels(*call.loss);
   for (RowSet<Real>* set : {&call.support, &call.query, &call.validation})
-    set->has_weightless = set->weights || (labels && set->y);
+    set->has_weightless = set->weights || (set->y && takes_labels(call.loss_of(*set)));
   call.max_support = call.has_support() ? largest(call.support) : 0;
   call.max_query = call.has_query() ? largest(call.query) : 0;
   call.max_validation = call.validation.x ? largest(call.validation) : 0;
@@ -103,6 +102,18 @@ CallParts::CallParts(std::shared_ptr<const Problem> problem, int dtype, const st
   with_real(dtype, [](auto) { return 0; });
 }
 
+// With the loss that its targets are held against.
+template <class Real>
+RowSet<Real> CallParts::described_set(const Rows& rows, bool is_query) const {
+  RowSet<Real> set = rows.set<Real>();
+  set.loss = problem_->loss(is_query, rows.has_distributions);
+  const int columns = target_columns(*set.loss, problem_->network().out_features());
+  if (set.weight_columns != 1 && (set.weight_columns != columns || is_of_classes(*set.loss)))
+    refuse("weight_columns: expected 1 or the " + std::to_string(columns) +
+           " columns of targets, got " + std::to_string(set.weight_columns));
+  return set;
+}
+
 template <class Real>
 void CallParts::describe(Described<Real>& to) const {
   if (tasks < 0) refuse("tasks: expected at least 0, got " + std::to_string(tasks));
@@ -120,7 +131,7 @@ void CallParts::describe(Described<Real>& to) const {
     std::copy(own_starts.begin(), own_starts.end(), to.own_starts);
     call.parameter_per_task = to.own_starts;
   }
-  call.query = query.set<Real>();
+  call.query = described_set<Real>(query, job_ == Job::meta);
   put_results(*problem_, results, to);
   if (job_ == Job::predict) {
     static const bool none[kMaxTensors] = {};
@@ -139,10 +150,10 @@ void CallParts::describe(Described<Real>& to) const {
   call.first_order = first_order;
   call.patience = patience;
   call.anchors = pointer<Real>(anchors);
-  call.support = support.set<Real>();
+  call.support = described_set<Real>(support, false);
   if (validation) {
     if (call.job != Job::fine_tune) refuse("validation: needs epochs");
-    call.validation = validation->set<Real>();
+    call.validation = described_set<Real>(*validation, false);
   }
   if (gradients) put_gradients(*problem_, *gradients, to);
 }
@@ -180,9 +191,12 @@ std::size_t CallParts::repeat(const Repeated& other, const MaybeDevice& device) 
 void bind_parts(py::module_& m) {
   py::class_<Rows>(m, "Rows").def(
       py::init([](Address x, Address y, Address weights, std::int64_t rows, Address starts,
-                  Address sizes) { return Rows{x, y, weights, rows, starts, sizes}; }),
+                  Address sizes, Address offset, int weight_columns, bool has_distributions) {
+        return Rows{x, y, weights, rows, starts, sizes, offset, weight_columns, has_distributions};
+      }),
       py::arg("x") = 0, py::arg("y") = 0, py::arg("weights") = 0, py::arg("rows") = 0,
-      py::arg("starts") = 0, py::arg("sizes") = 0);
+      py::arg("starts") = 0, py::arg("sizes") = 0, py::arg("offset") = 0,
+      py::arg("weight_columns") = 1, py::arg("has_distributions") = false);
   py::class_<Rates>(m, "Rates")
       .def(py::init(
                [](Address values, int rows, int columns) { return Rates{values, rows, columns}; }),

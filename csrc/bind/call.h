@@ -15,6 +15,9 @@ struct Rows {
   Address x = 0, y = 0, weights = 0;
   std::int64_t rows = 0;
   Address starts = 0, sizes = 0;
+  Address offset = 0;
+  int weight_columns = 1;
+  bool has_distributions = false;  // targets are such, not labels
 
   template <class Real>
   RowSet<Real> set() const {
@@ -24,7 +27,9 @@ struct Rows {
             rows,
             pointer<std::int64_t>(starts),
             pointer<std::int64_t>(sizes),
-            false};
+            false,
+            weights ? weight_columns : 1,
+            pointer<Real>(offset)};
   }
 };
 
@@ -105,6 +110,8 @@ class CallParts {
  private:
   template <class Real>
   void describe(Described<Real>& to) const;
+  template <class Real>
+  RowSet<Real> described_set(const Rows& rows, bool is_query) const;
 
   std::shared_ptr<const Problem> problem_;
   int dtype_;

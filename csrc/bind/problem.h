@@ -18,7 +18,7 @@ namespace pymeta {
 namespace py = pybind11;
 
 struct LossHolder {
-  Loss loss;
+  Loss loss, of_distributions;
   std::vector<double> weight, pos_weight, levels;
 };
 
@@ -26,15 +26,16 @@ std::vector<std::int64_t> parameter_sizes(const Network& network);
 
 class Problem {
  public:
+  // `query_loss`: what query sets of a meta-gradient are judged by, or null: the same as all others.
   Problem(std::shared_ptr<OwnedNetwork> owned, const LossHolder& loss,
           const std::vector<bool>& adapted, const std::optional<std::vector<int>>& lr_groups,
-          const Optimizer* optimizer)
+          const Optimizer* optimizer, const LossHolder* query_loss)
       : owned_(std::move(owned)),
         network_(&owned_->network),
         loss_(loss),
+        query_loss_(query_loss ? *query_loss : loss),
         optimizer_(optimizer ? *optimizer : Optimizer{}) {
     const std::size_t tensors = static_cast<std::size_t>(network_->tensor_count);
-    const std::size_t out = static_cast<std::size_t>(network_->out_features());
     if (adapted.size() != tensors)
       refuse("adapted: expected " + std::to_string(tensors) + " values, got " +
              std::to_string(adapted.size()));
@@ -44,19 +45,8 @@ class Problem {
     std::copy(adapted.begin(), adapted.end(), adapted_);
     per_element_ = !lr_groups;
     if (lr_groups) groups_ = *lr_groups;
-    if (loss_.pos_weight.size() == 1) loss_.pos_weight.assign(out, loss_.pos_weight[0]);
-    if (loss_.weight.size() == 1 && !takes_labels(loss_.loss))
-      loss_.weight.assign(out, loss_.weight[0]);
-    for (const auto* values : {&loss_.weight, &loss_.pos_weight})
-      if (!values->empty() && values->size() != out)
-        refuse("loss: expected a weight for each of " + std::to_string(out) + " outputs, got " +
-               std::to_string(values->size()));
-    if (network_->out_features() % outputs_per_target(loss_.loss) != 0)
-      refuse("loss: expected a multiple of " + std::to_string(outputs_per_target(loss_.loss)) +
-             " outputs, got " + std::to_string(out));
-    loss_.loss.levels = loss_.levels.empty() ? nullptr : loss_.levels.data();
-    loss_.loss.weight = loss_.weight.empty() ? nullptr : loss_.weight.data();
-    loss_.loss.pos_weight = loss_.pos_weight.empty() ? nullptr : loss_.pos_weight.data();
+    settle(loss_);
+    settle(query_loss_);
   }
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
@@ -108,14 +98,41 @@ class Problem {
   }
 
   std::optional<std::string> unfit_for_device() const {
-    const std::string reason = unfit_for_blocks(*network_, loss_.loss);
-    return reason.empty() ? std::nullopt : std::optional(reason);
+    for (const LossHolder* holder : {&loss_, &query_loss_}) {
+      const std::string reason = unfit_for_blocks(*network_, holder->loss);
+      if (!reason.empty()) return reason;
+    }
+    return std::nullopt;
+  }
+  // What targets are held against, be they labels or distributions over the classes.
+  const Loss* loss(bool of_queries, bool has_distributions) const {
+    const LossHolder& holder = of_queries ? query_loss_ : loss_;
+    return has_distributions ? &holder.of_distributions : &holder.loss;
   }
 
  private:
+  // Checks a loss against the network, and has it point to its own numbers.
+  void settle(LossHolder& holder) const {
+    const std::size_t out = static_cast<std::size_t>(network_->out_features());
+    if (holder.pos_weight.size() == 1) holder.pos_weight.assign(out, holder.pos_weight[0]);
+    if (holder.weight.size() == 1 && !takes_labels(holder.loss))
+      holder.weight.assign(out, holder.weight[0]);
+    for (const auto* values : {&holder.weight, &holder.pos_weight})
+      if (!values->empty() && values->size() != out)
+        refuse("loss: expected a weight for each of " + std::to_string(out) + " outputs, got " +
+               std::to_string(values->size()));
+    if (network_->out_features() % outputs_per_target(holder.loss) != 0)
+      refuse("loss: expected a multiple of " + std::to_string(outputs_per_target(holder.loss)) +
+             " outputs, got " + std::to_string(out));
+    holder.loss.levels = holder.levels.empty() ? nullptr : holder.levels.data();
+    holder.loss.weight = holder.weight.empty() ? nullptr : holder.weight.data();
+    holder.loss.pos_weight = holder.pos_weight.empty() ? nullptr : holder.pos_weight.data();
+    holder.of_distributions = of_distributions(holder.loss);
+  }
+
   std::shared_ptr<OwnedNetwork> owned_;
   const Network* network_;
-  LossHolder loss_;
+  LossHolder loss_, query_loss_;
   Optimizer optimizer_;
   bool adapted_[kMaxTensors] = {};
   bool per_element_ = false;

@@ -69,10 +69,19 @@ class Binder {
       result.x = {x, X::stride(in)};
       bind_inputs(rows, extent, x);
     }
+    result.loss = &call_.loss_of(set);
+    if (set.offset) {
+      bind_columns(rows, extent, output_columns(), set.offset, memory + places.offset);
+      result.offset = memory + places.offset;
+    }
     if (set.y) {
       result.targets = memory + places.targets;
       result.scale = memory + places.scale;
       bind_targets(rows, extent, memory + places.targets, memory + places.scale);
+      if (set.weight_columns > 1) {
+        bind_columns(rows, extent, set.weight_columns, set.weights, memory + places.elements);
+        result.elements = memory + places.elements;
+      }
     }
     return result;
   }
@@ -191,9 +200,24 @@ class Binder {
     return done;
   }
 
+  int output_columns() const { return call_.network->out_features(); }
+
+  // [rows, columns] of the caller to a class-major array, whose padding is zero.
+  void bind_columns(const ItemRows& rows, const Extent& extent, int columns, const Real* from,
+                    Real* to) const {
+    const long classes = X::class_stride(extent.rows);
+    if (X::kTasks == 1 || extent.keep) memset(to, 0, sizeof(Real) * classes * columns);
+    for (int lane = 0; lane < rows.lanes(); ++lane)
+      rows.visit(lane, [&](int r, std::int64_t row) {
+        const Real* values = from + row * columns;
+        Real* at = to + lane + static_cast<long>(r) * X::kElement;
+        for (int c = 0; c < columns; ++c) at[c * classes] = values[c];
+      });
+  }
+
   void bind_targets(const ItemRows& rows, const Extent& extent, Real* targets, Real* scale) const {
     const RowSet<Real>& set = rows.set();
-    const Loss& loss = *call_.loss;
+    const Loss& loss = call_.loss_of(set);
     const bool labels = takes_labels(loss);
     const int columns = target_columns(loss, call_.network->out_features());
     const long classes = X::class_stride(extent.rows);
@@ -206,7 +230,9 @@ class Binder {
       Real* s = scale + lane;
       Real total = 0;
       rows.visit(lane, [&](int r, std::int64_t row) {
-        const Real weight = set.weights ? set.weights[row] : Real(1);
+        const Real* own = set.weights ? set.weights + row * set.weight_columns : nullptr;
+        const bool by_element = set.weight_columns > 1;
+        const Real weight = own && !by_element ? own[0] : Real(1);
         const long at = static_cast<long>(r) * X::kElement;
         if (labels) {
           const std::int64_t label = static_cast<const std::int64_t*>(set.y)[row];
@@ -214,12 +240,14 @@ class Binder {
           total += loss.weight ? weight * Real(loss.weight[label]) : weight;
         } else {
           const Real* y = static_cast<const Real*>(set.y) + row * columns;
-          for (int o = 0; o < columns; ++o) t[o * classes + at] = y[o];
-          total += weight;
+          for (int o = 0; o < columns; ++o)
+            t[o * classes + at] = by_element && own[o] == 0 ? Real(0) : y[o];
+          if (!by_element) total += weight;
+          for (int o = 0; by_element && o < columns; ++o) total += own[o];
         }
         s[at] = weight;
       });
-      if (!labels) total *= Real(columns);
+      if (set.weight_columns == 1) total *= Real(mean_columns(loss, call_.network->out_features()));
       // A set that weighs nothing has loss 0 and no gradient.
       const Real share = total > 0 ? Real(1) / total : Real(0);
       for (int r = 0; r < rows.count(lane); ++r) s[static_cast<long>(r) * X::kElement] *= share;

@@ -146,7 +146,6 @@ class BlockCall {
     frame.call = call_;
     frame.network = network;
     frame.network.tensors = nullptr;  // the host's; nothing on the device asks for them
-    frame.loss = *call_.loss;
     for (int l = 0; l < network.layer_count; ++l) frame.layers[l] = network.layers[l];
     for (int t = 0; t < network.tensor_count; ++t) {
       frame.adapted[t] = call_.adapted[t];
@@ -157,12 +156,9 @@ class BlockCall {
       frame.adapted_parameters[t] =
           call_.adapted_parameters ? call_.adapted_parameters[t] : nullptr;
     }
-    for (int o = 0; o < network.out_features() && o < kBlockWeights; ++o) {
-      if (call_.loss->weight) frame.weight[o] = call_.loss->weight[o];
-      if (call_.loss->pos_weight) frame.pos_weight[o] = call_.loss->pos_weight[o];
-      if (o < call_.loss->level_count && call_.loss->levels)
-        frame.levels[o] = call_.loss->levels[o];
-    }
+    const RowSet<Real>* const sets[] = {&call_.support, &call_.query, &call_.validation};
+    for (int i = 0; i < 3; ++i) frame.losses[i] = call_.loss_of(*sets[i]);
+    for (int i = 0; i < 2; ++i) frame.arrays[i].copy(frame.losses[i], network.out_features());
     frame.gradient_sums = gradient_sums(frame.workspace);
     frame.lr_sums = lr_sums(frame.workspace);
     frame.sums_size = sums_size(frame.workspace);

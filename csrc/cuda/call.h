@@ -14,12 +14,31 @@ PYMETA_KERNEL_BEGIN
 
 constexpr int kMostTensors = 2 * kMostLayers;
 
+// What a loss points to.
+struct LossArrays {
+  double weight[kBlockWeights], pos_weight[kBlockWeights], levels[kBlockWeights];
+
+  void copy(const Loss& loss, int out) {
+    for (int o = 0; o < out && o < kBlockWeights; ++o) {
+      if (loss.weight) weight[o] = loss.weight[o];
+      if (loss.pos_weight) pos_weight[o] = loss.pos_weight[o];
+    }
+    for (int k = 0; loss.levels && k < loss.level_count && k < kBlockWeights; ++k)
+      levels[k] = loss.levels[k];
+  }
+  PYMETA_FN void put_into(Loss& loss) const {
+    if (loss.weight) loss.weight = weight;
+    if (loss.pos_weight) loss.pos_weight = pos_weight;
+    if (loss.levels) loss.levels = levels;
+  }
+};
+
 // Pointers of `call` to what lies in the frame itself are set where it is read (Frame::settle).
 struct Frame {
   Call<Real> call;
   Network network;
   Layer layers[kMostLayers];
-  Loss loss;
+  Loss losses[3];  // of the support, query and validation sets
   bool adapted[kMostTensors];
   bool per_task[kMostTensors];
   int groups[kMostTensors];
@@ -31,7 +50,7 @@ struct Frame {
   Real* far;  // [blocks, workspace.size_far]
 
   // What follows is read where it is; a block has its own copy of what comes before.
-  double weight[kBlockWeights], pos_weight[kBlockWeights], levels[kBlockWeights];
+  LossArrays arrays[2];  // of the support and validation sets' losses, and of the query set's
   const Real* parameters[kMostTensors];
   Real* gradients[kMostTensors];
   Real* adapted_parameters[kMostTensors];
@@ -42,11 +61,13 @@ struct Frame {
   // `lies` is the frame as it was given: where the part that is not copied lies.
   PYMETA_FN void settle(const Frame& lies) {
     network.layers = layers;
-    if (loss.weight) loss.weight = lies.weight;
-    if (loss.pos_weight) loss.pos_weight = lies.pos_weight;
-    if (loss.levels) loss.levels = lies.levels;
     call.network = &network;
-    call.loss = &loss;
+    RowSet<Real>* const sets[] = {&call.support, &call.query, &call.validation};
+    for (int i = 0; i < 3; ++i) {
+      lies.arrays[i == 1].put_into(losses[i]);
+      sets[i]->loss = &losses[i];
+    }
+    call.loss = &losses[0];
     call.adapted = adapted;
     call.lr.groups = groups;
     call.parameters = lies.parameters;
@@ -57,7 +78,7 @@ struct Frame {
   }
 };
 
-constexpr std::size_t kFrameCopied = offsetof(Frame, weight);
+constexpr std::size_t kFrameCopied = offsetof(Frame, arrays);
 static_assert(kFrameCopied % sizeof(double) == 0, "copied in words");
 static_assert(sizeof(Frame) <= 8192, "a kernel's parameters");
 

@@ -38,10 +38,19 @@ class TaskBinder {
                    nullptr,
                    places.dx == kNowhere ? nullptr : memory_.at(places.dx),
                    Real(offered.count)};
+    result.loss = &call_.loss_of(set);
+    if (set.offset) {
+      bind_columns(rows, call_.network->out_features(), set.offset, memory_.at(places.offset));
+      result.offset = memory_.at(places.offset);
+    }
     if (set.y) {
       result.targets = memory_.at(places.targets);
       result.scale = memory_.at(places.scale);
-      bind_targets(set, rows, places);
+      if (set.weight_columns > 1) {
+        bind_columns(rows, set.weight_columns, set.weights, memory_.at(places.elements));
+        result.elements = memory_.at(places.elements);
+      }
+      bind_targets(set, rows, places, result.elements);
       // One row that counts is no set to normalise by. In a minibatch it is taken as it is.
       if (!chosen && count == 1 && mixes_rows(*call_.network)) spoil(memory_.at(places.scale));
     }
@@ -96,6 +105,13 @@ class TaskBinder {
                        [&](int r) { counting[r] = Real(call_.weighs(set, rows.row(r)) ? 1 : 0); });
   }
 
+  // [rows, columns] of the caller to a class-major array
+  PYMETA_FN static void bind_columns(const BoundRows& bound, int columns, const Real* from,
+                                     Real* to) {
+    const int rows = bound.chosen.count;
+    Block::map({rows, nullptr, Real(rows)}, columns,
+               [=](long, long c, int r) { to[c * rows + r] = from[bound.row(r) * columns + c]; });
+  }
   // scale [1]: the loss is NaN, and all that depends on it.
   PYMETA_FN static void spoil(Real* scale) {
     Block::for_indices(1, [&](int r) { scale[r] = Real(NAN); });
@@ -103,8 +119,8 @@ class TaskBinder {
 
   // A row's share of the mean is its weight over the sum of what the rows count.
   PYMETA_FN void bind_targets(const RowSet<Real>& set, const BoundRows& bound,
-                              const SetLayout& places) const {
-    const Loss& loss = *call_.loss;
+                              const SetLayout& places, const Real* elements) const {
+    const Loss& loss = call_.loss_of(set);
     const bool labels = takes_labels(loss);
     const int out = call_.network->out_features(), columns = target_columns(loss, out);
     const int rows = bound.chosen.count;
@@ -113,11 +129,15 @@ class TaskBinder {
     const Extent extent{rows, nullptr, Real(rows)};
     if (!labels)
       Block::map(extent, columns, [&](long, long o, int r) {
-        targets[o * rows + r] = static_cast<const Real*>(set.y)[bound.row(r) * columns + o];
+        const bool weighs = !elements || elements[o * rows + r] != 0;
+        targets[o * rows + r] =
+            weighs ? static_cast<const Real*>(set.y)[bound.row(r) * columns + o] : Real(0);
       });
     Block::for_indices(rows, [&](int r) {
       const std::int64_t row = bound.row(r);
-      const Real weight = set.weights ? checked_weight(set.weights[row]) : Real(1);
+      const Real weight = elements      ? checked_elements(elements + r, columns, rows)
+                          : set.weights ? checked_weight(set.weights[row])
+                                        : Real(1);
       if (labels) {
         const std::int64_t label = static_cast<const std::int64_t*>(set.y)[row];
         const bool in_range = label >= 0 && label < out;
@@ -128,10 +148,13 @@ class TaskBinder {
       }
     });
     Real total = labels || set.weights ? total_weight(loss, extent, targets, scale) : Real(rows);
-    if (!labels) total *= Real(columns);
+    if (!elements) total *= Real(mean_columns(loss, out));
     // A set that weighs nothing has loss 0 and no gradient.
     const Real share = total > 0 ? Real(1) / total : total == 0 ? Real(0) : total;
-    Block::for_indices(rows, [&](int r) { scale[r] *= share; });
+    // The elements have their weights themselves; what is wrong with one of them shows here.
+    Block::for_indices(rows, [&](int r) {
+      scale[r] = elements ? (scale[r] - scale[r] == 0 ? share : Real(NAN)) : scale[r] * share;
+    });
   }
   // The sum of what the rows weigh, with the weights of their classes.
   PYMETA_FN static Real total_weight(const Loss& loss, const Extent& extent, const Real* targets,
@@ -147,11 +170,17 @@ class TaskBinder {
   // Are a row's targets (one in every `step`) what the loss takes?
   PYMETA_FN static bool takes(const Loss& loss, const Real* targets, int columns, int step) {
     const TargetKind kind = target_kind(loss);
-    if (kind == TargetKind::values) return true;
+    if (kind != TargetKind::probabilities && kind != TargetKind::amounts) return true;
     for (int o = 0; o < columns; ++o)
       if (targets[o * step] < 0 || (kind == TargetKind::probabilities && targets[o * step] > 1))
         return false;
     return true;
+  }
+  // The sum of a row's weights, one in every `step`.
+  PYMETA_FN static Real checked_elements(const Real* weights, int columns, int step) {
+    Real sum = 0;
+    for (int c = 0; c < columns; ++c) sum += checked_weight(weights[c * step]);
+    return sum;
   }
   PYMETA_FN static Real checked_weight(Real weight) {
     return weight >= 0 && weight - weight == 0 ? weight : Real(NAN);

@@ -39,8 +39,8 @@ class SetCheck {
   SetCheck(const Call<Real>& call, RowSet<Real>& set, const SetNames& names)
       : call_(call), set_(set), names_(names), out_(call.network->out_features()) {
     if (!call.loss || !set.y) return;
-    kind_ = target_kind(*call.loss);
-    columns_ = target_columns(*call.loss, out_);
+    kind_ = target_kind(call.loss_of(set));
+    columns_ = target_columns(call.loss_of(set), out_);
   }
 
   // Returns the rows of the largest task; says in the set whether there are rows that weigh nothing.
@@ -76,13 +76,16 @@ class SetCheck {
     const std::int64_t start = set_.start(task);
     std::int64_t counting = 0;
     for (std::int64_t row = 0; row < rows; ++row) {
-      if (set_.weights) check_weight(task, row, set_.weights[start + row]);
+      const Real* weights =
+          set_.weights ? set_.weights + (start + row) * set_.weight_columns : nullptr;
+      for (int c = 0; weights && c < set_.weight_columns; ++c) check_weight(task, row, weights[c]);
       if (!call_.weighs(set_, start + row)) continue;
       ++counting;
       if (kind_ == TargetKind::labels)
         check_label(task, row, static_cast<const std::int64_t*>(set_.y)[start + row]);
-      else if (kind_ != TargetKind::values)
-        check_range(task, row, static_cast<const Real*>(set_.y) + (start + row) * columns_);
+      else if (kind_ == TargetKind::probabilities || kind_ == TargetKind::amounts)
+        check_range(task, row, static_cast<const Real*>(set_.y) + (start + row) * columns_,
+                    set_.weight_columns > 1 ? weights : nullptr);
     }
     return counting;
   }
@@ -96,15 +99,15 @@ class SetCheck {
       refuse(task_row(names_.y, task, row) + "label " + std::to_string(label) + " is not in 0.." +
              std::to_string(out_ - 1));
   }
-  // y [columns]. A NaN is as in the other losses: the loss is NaN.
-  void check_range(std::int64_t task, std::int64_t row, const Real* y) const {
+  // y [columns], and their weights or null. A NaN is as in the other losses: the loss is NaN.
+  void check_range(std::int64_t task, std::int64_t row, const Real* y, const Real* weights) const {
     const bool probabilities = kind_ == TargetKind::probabilities;
     for (int o = 0; o < columns_; ++o)
-      if (y[o] < 0 || (probabilities && y[o] > 1))
+      if ((y[o] < 0 || (probabilities && y[o] > 1)) && !(weights && weights[o] == 0))
         refuse(task_row(names_.y, task, row) + "target " + number(y[o]) +
                (probabilities ? " is not in 0..1; bce_with_logits takes probabilities (labels of "
                                 "-1 and +1: use (y + 1) / 2)"
-                              : " is below 0; " + std::string(loss_name(*call_.loss)) +
+                              : " is below 0; " + std::string(loss_name(call_.loss_of(set_))) +
                                     " takes numbers of at least 0"));
   }
 

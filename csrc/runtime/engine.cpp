@@ -36,6 +36,7 @@ Engine<Real>::Engine(const Call<Real>& recipe)
   loss_.pos_weight = pos_weight_.empty() ? nullptr : pos_weight_.data();
   if (loss_.levels) levels_.assign(loss_.levels, loss_.levels + loss_.level_count);
   loss_.levels = levels_.empty() ? nullptr : levels_.data();
+  loss_of_distributions_ = of_distributions(loss_);
   for (int t = 0; t < recipe.network->tensor_count; ++t) {
     const Tensor& tensor = network_.tensors[t];
     const std::size_t size = static_cast<std::size_t>(tensor.rows) * tensor.columns;
@@ -106,14 +107,25 @@ const Needs& Engine<Real>::Block::plan(const Engine& engine) {
   rows_ = call.max_support;
   query_rows_ = call.max_query;
   has_weightless_ = call.support.has_weightless;
+  beside_ = {call.support.loss == &engine.loss_of_distributions_, call.support.weight_columns,
+             call.support.offset, call.query.offset};
   return needs_;
+}
+
+// Are the sizes and what else the memory depends on as they were?
+template <class Real>
+bool Engine<Real>::Block::is_planned_for(const Engine& engine) const {
+  const bool distributions = call.support.loss == &engine.loss_of_distributions_;
+  return planned_ && rows_ == call.max_support && query_rows_ == call.max_query &&
+         has_weightless_ == call.support.has_weightless &&
+         beside_.has_distributions == distributions &&
+         beside_.weight_columns == call.support.weight_columns &&
+         !beside_.offset == !call.support.offset && !beside_.query_offset == !call.query.offset;
 }
 
 template <class Real>
 char* Engine<Real>::Block::memory_for(const Engine& engine) {
-  if (planned_ && rows_ == call.max_support && query_rows_ == call.max_query &&
-      has_weightless_ == call.support.has_weightless)
-    return memory_.get();
+  if (is_planned_for(engine)) return memory_.get();
   const std::size_t needed = plan(engine).bytes(1);
   const std::size_t bytes = kKeepsPages ? (needed + 4095) / 4096 * 4096 : needed;
   if (kKeepsPages ? bytes > bytes_ : bytes != bytes_) {
@@ -129,7 +141,8 @@ char* Engine<Real>::Block::memory_for(const Engine& engine) {
 
 template <class Real>
 void Engine<Real>::adapt_predict(const Real* xs, const void* ys, const Real* weights, int rows,
-                                 const Real* xq, int query_rows, Real* out) const {
+                                 const Real* xq, int query_rows, Real* out,
+                                 const Beside& beside) const {
   struct Loan {  // given back whatever happens
     const Engine& engine;
     std::unique_ptr<Block> block;
@@ -138,8 +151,11 @@ void Engine<Real>::adapt_predict(const Real* xs, const void* ys, const Real* wei
   Block& block = *loan.block;
   Call<Real>& call = block.call;
   Real loss;
-  call.support = {xs, ys, weights, rows, nullptr, nullptr, false};
+  call.support = {xs, ys, weights, rows, nullptr, nullptr, false, beside.weight_columns};
+  call.support.offset = beside.offset;
+  call.support.loss = beside.has_distributions ? &loss_of_distributions_ : &loss_;
   call.query = {xq, nullptr, nullptr, query_rows, nullptr, nullptr, false};
+  call.query.offset = beside.query_offset;
   call.predictions = out;
   if (call.job == Job::meta) call.losses = &loss;
   check(call);

@@ -31,10 +31,18 @@ class Engine {
   int target_columns() const { return pymeta::target_columns(loss_, out_features()); }
   bool takes_labels() const { return pymeta::takes_labels(loss_); }
 
+  // What a task may have beside its rows.
+  struct Beside {
+    bool has_distributions = false;  // ys [rows, out] in place of labels
+    int weight_columns = 1;          // more than one: weights [rows, weight_columns]
+    const Real* offset = nullptr;    // [rows, out] is added to the outputs
+    const Real* query_offset = nullptr;
+  };
+
   // xs [rows, in], ys [rows, target columns] or int64 labels [rows], weights [rows] or null, xq [query_rows, in] ->
   // out [query_rows, out]. Throws std::invalid_argument for labels or weights out of range; std::bad_alloc.
   void adapt_predict(const Real* xs, const void* ys, const Real* weights, int rows, const Real* xq,
-                     int query_rows, Real* out) const;
+                     int query_rows, Real* out, const Beside& beside) const;
 
  private:
   struct FreesPages {
@@ -60,6 +68,8 @@ class Engine {
     bool planned_ = false;
     int rows_ = -1, query_rows_ = -1;
     bool has_weightless_ = false;
+    Beside beside_;  // of which the plan depends on what there is
+    bool is_planned_for(const Engine& engine) const;
     Needs needs_{};
     std::unique_ptr<char[]> storage_;
     std::size_t bytes_ = 0;
@@ -70,7 +80,7 @@ class Engine {
 
   // What call_ points to.
   OwnedNetwork network_;
-  Loss loss_;
+  Loss loss_, loss_of_distributions_;
   std::vector<double> weight_, pos_weight_, levels_;
   std::vector<std::vector<Real>> tensors_;
   std::vector<const Real*> parameters_;

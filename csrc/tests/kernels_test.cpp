@@ -166,7 +166,7 @@ void check_engine(const Setup& setup, const std::string& name) {
   Exact<std::int64_t> labels(6);
   const void* targets = engine->takes_labels() ? static_cast<const void*>(labels.data()) : y.data();
   const auto call = [&] {
-    engine->adapt_predict(x.data(), targets, nullptr, 6, x.data(), 6, out.data());
+    engine->adapt_predict(x.data(), targets, nullptr, 6, x.data(), 6, out.data(), {});
   };
   call();
   const long before = allocations;

@@ -28,9 +28,9 @@ constexpr double kStep = 1e-5;
 struct Trial {
   const char* name;
   Loss loss;
-  Numbers outputs, targets, scale, kept, row_losses;
+  Numbers outputs, targets, scale, elements, kept, row_losses;
 
-  Trial(const Loss& of, Random& random)
+  Trial(const Loss& of, bool by_element, Random& random)
       : name(loss_name(of)),
         loss(of),
         outputs(kOut * kRows),
@@ -42,13 +42,21 @@ struct Trial {
     for (double& t : targets) t = takes_labels(of) ? double(random.below(kOut)) : random.uniform();
     for (double& s : scale) s = random.uniform();
     scale[kRows - 1] = 0;
+    if (!by_element || is_of_classes(of)) return;
+    for (std::size_t i = 0; i < targets.size(); ++i)
+      elements.push_back(random.below(3) == 0 ? 0 : random.uniform());
   }
 
   LossRows rows() {
-    return {kOut,           target_columns(loss, kOut),
-            kRows,          outputs.data(),
-            targets.data(), scale.data(),
-            kept.data(),    nullptr};
+    return {kOut,
+            target_columns(loss, kOut),
+            kRows,
+            outputs.data(),
+            targets.data(),
+            scale.data(),
+            elements.empty() ? nullptr : elements.data(),
+            kept.data(),
+            nullptr};
   }
   double value() {
     loss_gradient<X>(loss, rows(), row_losses.data(), nullptr);
@@ -103,6 +111,28 @@ struct Trial {
   }
 };
 
+// A target of weight 0 contributes nothing, whatever it and its outputs are.
+void test_masked_targets() {
+  for_each_loss_spec([&](LossKind kind, auto spec) {
+    Random random(7);
+    Loss loss;
+    loss.kind = kind;
+    const double level = 0.25;
+    loss.levels = &level;
+    loss.constant = spec.constant(loss);
+    Trial trial(loss, true, random);
+    if (trial.elements.empty()) return;
+    trial.elements[0] = 0;
+    const double before = trial.value();
+    const Numbers gradient = trial.gradient();
+    for (std::size_t o = 0; o < trial.outputs.size(); o += trial.targets.size())
+      trial.outputs[o] = std::nan("");
+    trial.targets[0] = std::nan("");
+    CHECK(trial.value() == before && trial.gradient() == gradient && gradient[0] == 0,
+          std::string(trial.name) + ": a target of weight 0 shows");
+  });
+}
+
 void test_each_loss() {
   const double weight[kOut] = {0.5, 1.5, 2, 0.75}, pos_weight[kOut] = {3, 1, 0.25, 2};
   const double levels[2] = {0.25, 0.9};
@@ -122,7 +152,7 @@ void test_each_loss() {
         loss.dof = 0.5;
       }
       loss.constant = spec.constant(loss);
-      Trial(loss, random).run(random);
+      Trial(loss, seed % 3 == 0, random).run(random);
     }
   });
 }
@@ -130,5 +160,8 @@ void test_each_loss() {
 PYMETA_KERNEL_END
 
 namespace pymeta::testing {
-void test_losses() { one_number::test_each_loss(); }
+void test_losses() {
+  one_number::test_each_loss();
+  one_number::test_masked_targets();
+}
 }  // namespace pymeta::testing

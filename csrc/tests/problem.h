@@ -348,7 +348,7 @@ class Problem {
                          : support.y.data() + s * out;
     engine.adapt_predict(support.x.data() + s * in, ys,
                          setup_.weights ? support.weights.data() + s : nullptr, rows,
-                         query.x.data() + q * in, query_rows, got.data());
+                         query.x.data() + q * in, query_rows, got.data(), {});
     return std::memcmp(got.data(), wanted.predictions.data() + q * out,
                        got.size() * sizeof(Real)) == 0;
   }

@@ -27,6 +27,7 @@ from pymeta.algorithms.held_out import (
     held_out_counts,
     hold_out,
     table_of,
+    validation_set,
     weighted,
 )
 from pymeta.algorithms.learner import Learner, Weights, check_minibatches
@@ -44,13 +45,10 @@ from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer, check_number
 from pymeta.spec.schedule import Schedule, check_count
 from pymeta.tasks.checks import Expected, Names
-from pymeta.tasks.task_set import Rows, Sizes, TaskSet, check_same_tasks, check_task_ids, task_set
+from pymeta.tasks.task_set import Rows, Sizes, TaskSet, check_task_ids, task_set
 from pymeta.tasks.values import check_values, counts_that_count
 
-_TRAIN = Names("xs", "ys", "sizes", "weights")
-_VALIDATION = Names(
-    "validation_data[0]", "validation_data[1]", "validation_data's sizes", "validation_data[2]"
-)
+_TRAIN = Names("xs", "ys", "sizes", "weights", "offset")
 _CHUNK_WORK = 4e10  # multiplications and additions of a chunk: some tenths of a second
 _DEVICE_CHUNK_WORK = 1e12  # likewise
 _LARGEST_CHUNK = 4096
@@ -201,7 +199,8 @@ class FineTune(Learner):
         start: Start | None = None,
         sizes: Sizes = None,
         weights: Weights = None,
-        validation_data: Sequence[Rows] | None = None,
+        offset: Rows | None = None,
+        validation_data: Sequence[Rows | None] | None = None,
         task_ids: Sequence[int] | Tensor | None = None,
         anchor: Anchors = None,
         curves: bool = False,
@@ -216,9 +215,12 @@ class FineTune(Learner):
             start: where the tasks begin, in place of the model's parameters: the result of an
                 earlier call, or {name: [T, ...]} for some of the parameters, frozen ones too.
             sizes: [T], how many of its rows each task uses, where xs is padded.
-            weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses.
-            validation_data: (x, y) or (x, y, weights) like xs, ys, weights, to validate on
-                instead of rows held out.
+            weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses; or in the
+                shape of ys, of single targets, of which those of weight 0 contribute nothing.
+            offset: [T, rows, out], [T, rows] where out is 1, or a list of single tasks': added
+                to the model's outputs before the loss.
+            validation_data: (x, y), (x, y, weights) or (x, y, weights, offset) like xs, ys,
+                weights, offset, to validate on instead of rows held out; weights or None.
             task_ids: [T] integers >= 0 that set the shuffles of the tasks apart; left out,
                 tasks of equal sizes are shuffled alike.
             anchor: [T], the strength of each task's pull towards its start, in place of the
@@ -236,8 +238,8 @@ class FineTune(Learner):
                 of one row under batch normalisation, a normalisation layer that would use
                 running statistics; with backend="native" also whatever only torch could run.
         """
-        data = {"sizes": sizes, "weights": weights, "validation_data": validation_data}
-        options: dict[str, Any] = {"start": start, **data, "task_ids": task_ids}
+        options: dict[str, Any] = {"start": start, "sizes": sizes, "weights": weights}
+        options |= {"offset": offset, "validation_data": validation_data, "task_ids": task_ids}
         options |= {"anchor": anchor, "curves": curves}
         if torch.compiler.is_compiling():
             return _eagerly(self, xs, ys, progress, options)
@@ -317,7 +319,8 @@ class FineTune(Learner):
         start: Start | None = None,
         sizes: Sizes = None,
         weights: Weights = None,
-        validation_data: Sequence[Rows] | None = None,
+        offset: Rows | None = None,
+        validation_data: Sequence[Rows | None] | None = None,
         task_ids: Sequence[int] | Tensor | None = None,
         anchor: Anchors = None,
         curves: bool = False,
@@ -326,8 +329,10 @@ class FineTune(Learner):
         if not isinstance(curves, bool):
             raise TypeError(f"curves: expected a bool, got {type(curves).__name__}")
         plan, parameters = self._current()
-        support = task_set(_TRAIN, xs, ys, sizes, weights, plan.expected)
-        held = self._validation_set(validation_data, support, plan)
+        support = task_set(_TRAIN, xs, ys, sizes, weights, plan.expected, offset)
+        held = validation_set(
+            validation_data, self.validation, self.patience, support, plan.expected
+        )
         ids = check_task_ids(task_ids, support.tasks)
         anchors = anchors_of(anchor, support.tasks, plan)
         tasks = support.tasks
@@ -379,28 +384,6 @@ class FineTune(Learner):
             self._last = call._replace(tasks=tasks)
         out.parameters |= {n: v.clone() for n, v in own.items() if n not in plan.adapted}
         return self._adapted(plan, parameters, out, tasks, in_torch)
-
-    def _validation_set(self, data: Any, support: TaskSet, plan: Plan) -> TaskSet | None:
-        """The validation data as a task set, if there are any."""
-        if data is None:
-            if self.patience is not None and not self.validation:
-                raise ValueError(
-                    "patience: expected validation > 0 or validation_data with it, got neither"
-                )
-            return None
-        if self.validation:
-            raise ValueError(
-                f"validation_data: expected None where a fraction of the rows is held out "
-                f"(validation={self.validation}), got {type(data).__name__}"
-            )
-        if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
-            got = f"{len(data)} entries" if isinstance(data, (tuple, list)) else type(data).__name__
-            raise TypeError(f"validation_data: expected (x, y) or (x, y, weights), got {got}")
-        x, y, *weights = data
-        weights_or_none = weights[0] if weights else None
-        held = task_set(_VALIDATION, x, y, None, weights_or_none, plan.expected)
-        check_same_tasks(support, held)
-        return held
 
     def _check_data(self, plan: Plan, expected: Expected, sets: Sequence[TaskSet]) -> None:
         """Raise for wrong values before the first chunk, not in the middle of the run."""

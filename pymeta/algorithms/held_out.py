@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from pymeta import native
 from pymeta.spec.class_weights import class_table, classes_of, row_factors
 from pymeta.spec.losses import Loss
 from pymeta.spec.schedule import SPLIT, permutation
-from pymeta.tasks.checks import Expected
-from pymeta.tasks.task_set import TaskSet
+from pymeta.tasks.checks import Expected, Names
+from pymeta.tasks.task_set import TaskSet, check_same_tasks, task_set
 
 
 class _Rows(NamedTuple):
@@ -52,6 +52,11 @@ class _Rows(NamedTuple):
 def _classes(s: TaskSet, rows: _Rows, loss: Loss, out: int | None = None) -> np.ndarray:
     """Each row's class, as `classes_of` has it."""
     assert s.y is not None
+    if s.distributions:
+        raise ValueError(
+            f"class_weights: expected None where {s.names.y} are distributions over the classes; "
+            f"give the loss's module its weight"
+        )
     y = s.y.detach().reshape(-1).cpu()[rows.place]
     y = y if loss.takes_classes else y.double()
     weights = None if s.weights is None else s.weights.detach().reshape(-1).cpu()[rows.place]
@@ -68,7 +73,7 @@ def _classes(s: TaskSet, rows: _Rows, loss: Loss, out: int | None = None) -> np.
 
 def check_classes(s: TaskSet, loss: Loss) -> None:
     """ValueError where a target is not a class."""
-    if not loss.takes_classes:
+    if not loss.takes_classes or s.distributions:
         _classes(s, _Rows.of(s), loss)
 
 
@@ -93,6 +98,50 @@ def weighted(s: TaskSet, table: np.ndarray, expected: Expected) -> TaskSet:
     values[rows.place] = torch.from_numpy(row_factors(found, rows.task.numpy(), table))
     values = values.view(lead).to(expected.device, expected.dtype)
     return replace(s, weights=values if s.weights is None else s.weights * values)
+
+
+# ---- rows given ----------------------------------------------------------------------------
+
+_VALIDATION = Names(
+    *("validation_data[0]", "validation_data[1]", "validation_data's sizes"),
+    *("validation_data[2]", "validation_data[3]"),
+)
+
+
+def validation_set(
+    data: Any, fraction: float, patience: int | None, support: TaskSet, expected: Expected
+) -> TaskSet | None:
+    """The validation data of FineTune as a task set, if there are any.
+
+    Args:
+        data: (x, y), (x, y, weights) or (x, y, weights, offset), or None.
+        fraction: of the rows that is held out instead.
+        patience: FineTune's, which needs one of the two.
+        support: the tasks.
+        expected: what the model and the loss ask for.
+
+    Raises:
+        TypeError: `data` is none of these.
+        ValueError: there are both, or patience without either.
+    """
+    if data is None:
+        if patience is not None and not fraction:
+            raise ValueError(
+                "patience: expected validation > 0 or validation_data with it, got neither"
+            )
+        return None
+    if fraction:
+        raise ValueError(
+            f"validation_data: expected None where a fraction of the rows is held out "
+            f"(validation={fraction}), got {type(data).__name__}"
+        )
+    if not isinstance(data, (tuple, list)) or not 2 <= len(data) <= 4:
+        got = f"{len(data)} entries" if isinstance(data, (tuple, list)) else type(data).__name__
+        raise TypeError(f"validation_data: expected (x, y) or (x, y, weights, offset), got {got}")
+    x, y, weights, offset = (*data, None, None)[:4]
+    held = task_set(_VALIDATION, x, y, None, weights, expected, offset)
+    check_same_tasks(support, held)
+    return held
 
 
 # ---- rows held out ----------------------------------------------------------------------------
@@ -135,7 +184,16 @@ def _chosen(s: TaskSet, sizes: Tensor, index: Tensor) -> TaskSet:
 
     x = take(s.x)
     assert x is not None
-    out = TaskSet(x, take(s.y), take(s.weights), s.tasks, int(sizes.max()), s.names)
+    out = TaskSet(
+        x,
+        take(s.y),
+        take(s.weights),
+        s.tasks,
+        int(sizes.max()),
+        s.names,
+        offset=take(s.offset),
+        distributions=s.distributions,
+    )
     if not equal:
         out.sizes, out.starts = sizes, sizes.cumsum(0) - sizes
     return out

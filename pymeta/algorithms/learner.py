@@ -269,11 +269,12 @@ class Learner(nn.Module, ABC):
         weights: Weights,
         task_ids: Sequence[int] | Tensor | None = None,
         anchor: Anchors = None,
+        offset: Rows | None = None,
     ) -> Adapted:
         """The models adapted to the support sets of T tasks; for `adapt` itself to call."""
         with torch.no_grad():
             plan, parameters = self._current()
-            support = task_set(SUPPORT, xs, ys, sizes, weights, plan.expected)
+            support = task_set(SUPPORT, xs, ys, sizes, weights, plan.expected, offset)
             ids = check_task_ids(task_ids, support.tasks)
             anchors = anchors_of(anchor, support.tasks, plan)
             check_minibatches(plan, support, schedule)

@@ -131,6 +131,8 @@ class MAML(Learner):
         query_sizes: Sizes = None,
         support_weights: Weights = None,
         query_weights: Weights = None,
+        support_offset: Rows | None = None,
+        query_offset: Rows | None = None,
         anchor: Anchors = None,
     ) -> Outcome:
         """Adapt to every task's support set and evaluate on its query set.
@@ -141,15 +143,22 @@ class MAML(Learner):
 
         Args:
             xs: support inputs [T, rows, ...], or a list of T tensors [rows_t, ...].
-            ys: support targets: class indices [T, rows] for cross_entropy; otherwise
-                [T, rows, out], or [T, rows] where out is 1; a list where xs is one.
+            ys: support targets: class indices [T, rows] for cross_entropy, or distributions
+                over the classes [T, rows, out]; otherwise [T, rows, out], or [T, rows] where out
+                is 1; a list where xs is one. Where the loss has several outputs for each target,
+                there are as many columns as targets.
             xq: query inputs, like xs, with their own number of rows.
             yq: query targets, like ys.
             steps: the number of inner steps, instead of the one given at construction.
             support_sizes: [T], how many of its rows each task uses, where xs is padded.
             query_sizes: [T], likewise for xq.
-            support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses.
+            support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses; or
+                in the shape of ys, weights of single targets, of which those of weight 0
+                contribute nothing, whatever they hold.
             query_weights: likewise for the query rows.
+            support_offset: [T, rows, out], [T, rows] where out is 1, or a list of single tasks':
+                added to the model's outputs before the loss.
+            query_offset: likewise for the query rows, and part of the predictions.
             anchor: [T], the strength of each task's pull towards the start, in place of the
                 constructor's.
 
@@ -169,7 +178,9 @@ class MAML(Learner):
                 (xs, ys, support_sizes, support_weights),
                 (xq, yq, query_sizes, query_weights),
                 steps,
-                anchor,
+                anchor=anchor,
+                support_offset=support_offset,
+                query_offset=query_offset,
             )
         plain = (
             steps is None
@@ -178,6 +189,8 @@ class MAML(Learner):
             and query_sizes is None
             and support_weights is None
             and query_weights is None
+            and support_offset is None
+            and query_offset is None
         )
         if plain:
             before = self._prepared.get(torch.is_grad_enabled())
@@ -186,8 +199,11 @@ class MAML(Learner):
                 return Outcome(*results)
         plan, parameters = self._current()
         steps = self.steps if steps is None else check_count("steps", steps)
-        support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
-        query = task_set(QUERY, xq, yq, query_sizes, query_weights, plan.expected)
+        expected = plan.expected
+        support = task_set(
+            SUPPORT, xs, ys, support_sizes, support_weights, expected, support_offset
+        )
+        query = task_set(QUERY, xq, yq, query_sizes, query_weights, expected, query_offset)
         check_same_tasks(support, query)
         anchors = anchors_of(anchor, support.tasks, plan)
         reason = self._reason(plan, support, query)
@@ -215,6 +231,7 @@ class MAML(Learner):
         steps: int | None = None,
         support_sizes: Sizes = None,
         support_weights: Weights = None,
+        support_offset: Rows | None = None,
         anchor: Anchors = None,
     ) -> Adapted:
         """The models adapted to T tasks, without any graph.
@@ -225,6 +242,7 @@ class MAML(Learner):
             steps: the number of inner steps, instead of the one given at construction.
             support_sizes: as in `forward`.
             support_weights: as in `forward`.
+            support_offset: as in `forward`.
             anchor: as in `forward`.
 
         Returns:
@@ -234,7 +252,8 @@ class MAML(Learner):
             TypeError, ValueError: as `forward`.
         """
         schedule = self.schedule if steps is None else Schedule(check_count("steps", steps))
-        return self._adapted_to(schedule, xs, ys, support_sizes, support_weights, anchor=anchor)
+        sizes, weights, offset = support_sizes, support_weights, support_offset
+        return self._adapted_to(schedule, xs, ys, sizes, weights, anchor=anchor, offset=offset)
 
     @property
     def schedule(self) -> Schedule:
@@ -270,13 +289,14 @@ class MAML(Learner):
         """As the base class has it; the native core has no gradient for targets and weights."""
         reason = super()._reason(plan, *sets)
         if reason is None and in_forward_mode():
-            inputs = [v for s in sets for v in (s.x, s.y, s.weights)]
+            inputs = [v for s in sets for v in (s.x, s.y, s.weights, s.offset)]
             if has_tangents([*plan.parameters, self._parameters.get("lr"), *inputs]):
                 return "forward-mode derivatives are asked for, which the native core lacks"
         if reason is not None or not torch.is_grad_enabled():
             return reason
         for s in sets:
-            for name, value in ((s.names.y, s.y), (s.names.weights, s.weights)):
+            n = s.names
+            for name, value in ((n.y, s.y), (n.weights, s.weights), (n.offset, s.offset)):
                 if value is not None and value.requires_grad:
                     return f"{name} requires grad, which the native core has no gradient for"
         return None
@@ -294,11 +314,11 @@ class MAML(Learner):
     # ---- torch.compile, copies ----------------------------------------------------------------
 
     def _compiled(
-        self, support: tuple[Any, ...], query: tuple[Any, ...], steps: int | None, anchor: Anchors
+        self, support: tuple[Any, ...], query: tuple[Any, ...], steps: int | None, **eager: Any
     ) -> Outcome:
         from pymeta.backend import compiled
 
-        return Outcome(*compiled.forward(self, support, query, steps, anchor))
+        return Outcome(*compiled.forward(self, support, query, steps, **eager))
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""

@@ -124,6 +124,7 @@ class Reptile(Learner):
         steps: int | None = None,
         support_sizes: Sizes = None,
         support_weights: Weights = None,
+        support_offset: Rows | None = None,
         task_ids: Sequence[int] | Tensor | None = None,
         anchor: Anchors = None,
     ) -> ReptileOutcome:
@@ -135,7 +136,10 @@ class Reptile(Learner):
                 or [T, rows] where out is 1; a list where xs is one.
             steps: the number of inner steps, instead of the one given at construction.
             support_sizes: [T], how many of its rows each task uses, where xs is padded.
-            support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses.
+            support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses; or
+                in the shape of ys, of single targets.
+            support_offset: [T, rows, out], [T, rows] where out is 1, or a list of single tasks':
+                added to the model's outputs before the loss.
             task_ids: [T] integers >= 0 that set the shuffles of the tasks apart; left out,
                 tasks of equal sizes are shuffled alike.
             anchor: [T], the strength of each task's pull towards the start, in place of the
@@ -149,11 +153,15 @@ class Reptile(Learner):
                 CUDA tensors are not waited for, as in `MAML.forward`.
         """
         if torch.compiler.is_compiling():
-            return _eagerly(self, xs, ys, steps, support_sizes, support_weights, task_ids, anchor)
+            sizes, weights, offset = support_sizes, support_weights, support_offset
+            return _eagerly(self, xs, ys, steps, sizes, weights, offset, task_ids, anchor)
         plan, parameters = self._current()
         trains = torch.is_grad_enabled()
         schedule = self._scheduled(steps, self._stream if trains else _OF_ADAPT)
-        support = task_set(SUPPORT, xs, ys, support_sizes, support_weights, plan.expected)
+        expected = plan.expected
+        support = task_set(
+            SUPPORT, xs, ys, support_sizes, support_weights, expected, support_offset
+        )
         ids = check_task_ids(task_ids, support.tasks)
         anchors = anchors_of(anchor, support.tasks, plan)
         check_minibatches(plan, support, schedule)
@@ -191,6 +199,7 @@ class Reptile(Learner):
         steps: int | None = None,
         support_sizes: Sizes = None,
         support_weights: Weights = None,
+        support_offset: Rows | None = None,
         task_ids: Sequence[int] | Tensor | None = None,
         anchor: Anchors = None,
     ) -> Adapted:
@@ -204,6 +213,7 @@ class Reptile(Learner):
             steps: the number of inner steps, instead of the one given at construction.
             support_sizes: as in `forward`.
             support_weights: as in `forward`.
+            support_offset: as in `forward`.
             task_ids: as in `forward`.
             anchor: as in `forward`.
 
@@ -214,8 +224,8 @@ class Reptile(Learner):
             TypeError, ValueError: as `forward`.
         """
         schedule = self._scheduled(steps, _OF_ADAPT)
-        options = (support_sizes, support_weights, task_ids, anchor)
-        return self._adapted_to(schedule, xs, ys, *options)
+        sizes, weights, offset = support_sizes, support_weights, support_offset
+        return self._adapted_to(schedule, xs, ys, sizes, weights, task_ids, anchor, offset)
 
     def _scheduled(self, steps: Any, stream: int) -> Schedule:
         steps = self.steps if steps is None else check_count("steps", steps)
@@ -242,6 +252,7 @@ def _eagerly(
     steps: Any,
     sizes: Any,
     weights: Any,
+    offset: Any,
     task_ids: Any,
     anchor: Any,
 ) -> ReptileOutcome:
@@ -252,6 +263,7 @@ def _eagerly(
         steps=steps,
         support_sizes=sizes,
         support_weights=weights,
+        support_offset=offset,
         task_ids=task_ids,
         anchor=anchor,
     )

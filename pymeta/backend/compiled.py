@@ -272,19 +272,21 @@ def _traced_side(x: Any, y: Any, sizes: Any, weights: Any) -> tuple[Side, list[i
 
 
 @outside_graphs
-def _eagerly(maml: Owner, support: Side, query: Side, steps: int | None, anchor: Any) -> Any:
+def _eagerly(maml: Owner, support: Side, query: Side, steps: int | None, **eager: Any) -> Any:
     names = ("support_sizes", "support_weights", "query_sizes", "query_weights")
     options = dict(zip(names, (*support[2:], *query[2:]), strict=True))
-    return maml.forward(*support[:2], *query[:2], steps=steps, anchor=anchor, **options)
+    return maml.forward(*support[:2], *query[:2], steps=steps, **eager, **options)
 
 
-def forward(maml: Owner, support: Side, query: Side, steps: int | None, anchor: Any = None) -> Any:
+def forward(maml: Owner, support: Side, query: Side, steps: int | None, **eager: Any) -> Any:
     """`MAML.forward` while torch.compile traces; sides are (x, y, sizes, weights).
+
+    A call with one of the options `eager` is left to eager mode.
 
     Returns what goes into an `Outcome`.
     """
-    if anchor is not None or not _runs_native(maml._handle):
-        return _eagerly(maml, support, query, steps, anchor)
+    if any(value is not None for value in eager.values()) or not _runs_native(maml._handle):
+        return _eagerly(maml, support, query, steps, **eager)
     (xs, ys, ws, ss), support_lengths = _traced_side(*support)
     (xq, yq, wq, sq), query_lengths = _traced_side(*query)
     parameters = list(maml.model.parameters())

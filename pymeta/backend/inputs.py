@@ -60,6 +60,8 @@ def ready(plan: Plan, s: TaskSet) -> TaskSet:
         s.y = dense(s.y)
     if s.weights is not None:
         s.weights = dense(s.weights)
+    if s.offset is not None:
+        s.offset = dense(s.offset)
     device = plan.device
     if device is None:
         return s

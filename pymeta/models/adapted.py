@@ -32,7 +32,7 @@ from pymeta.tasks.checks import Names
 from pymeta.tasks.task_set import QUERY, Rows, Sizes, TaskSet, dense, task_set
 from pymeta.tasks.values import check_values
 
-_NAMES = Names("xq", "", QUERY.sizes, "")
+_NAMES = Names("xq", "", QUERY.sizes, "", "offset")
 
 _RAW_DTYPES = {
     torch.float64: "F64",
@@ -260,12 +260,14 @@ class Adapted(Stacked[Tensor]):
         return {name: copies[id(value)] for name, value in given.items()}
 
     @torch.no_grad()
-    def __call__(self, xq: Rows, query_sizes: Sizes = None) -> Any:
+    def __call__(self, xq: Rows, query_sizes: Sizes = None, *, offset: Rows | None = None) -> Any:
         """Every model's raw outputs on its own rows.
 
         Args:
             xq: [T, rows, ...], or a list of T tensors [rows_t, ...].
             query_sizes: [T], how many of its rows each task uses, where xq is padded.
+            offset: [T, rows, out], [T, rows] where out is 1, or a list of single tasks': added
+                to the outputs.
 
         Returns:
             [T, rows, out]; a list of [rows_t, out] where xq is a list.
@@ -275,7 +277,7 @@ class Adapted(Stacked[Tensor]):
             ValueError: a wrong shape, size or device, or another number of tasks.
         """
         plan = self._plan
-        query = task_set(_NAMES, xq, None, query_sizes, None, plan.expected)
+        query = task_set(_NAMES, xq, None, query_sizes, None, plan.expected, offset)
         if query.tasks != self._tasks:
             raise ValueError(
                 f"xq: expected {self._tasks} tasks, one for each model, got {query.tasks}"
@@ -289,7 +291,9 @@ class Adapted(Stacked[Tensor]):
         return shaped(reference.predict(self._model, self._stacked, self._shared, query), query)
 
     @torch.no_grad()
-    def predict_proba(self, xq: Rows, query_sizes: Sizes = None) -> Any:
+    def predict_proba(
+        self, xq: Rows, query_sizes: Sizes = None, *, offset: Rows | None = None
+    ) -> Any:
         """Every model's probabilities on its own rows.
 
         For cross_entropy the softmax of the outputs over the classes; for bce_with_logits the
@@ -300,6 +304,7 @@ class Adapted(Stacked[Tensor]):
         Args:
             xq: as for a call.
             query_sizes: as for a call; rows beyond them are 0.
+            offset: as for a call.
 
         Returns:
             [T, rows, out]; a list of [rows_t, out] where xq is a list.
@@ -310,7 +315,7 @@ class Adapted(Stacked[Tensor]):
             ValueError: as a call.
         """
         self._check_classifies()
-        outputs = self(xq, query_sizes)
+        outputs = self(xq, query_sizes, offset=offset)
         if isinstance(outputs, list):
             return [self._probabilities(o) for o in outputs]
         out = self._probabilities(outputs)

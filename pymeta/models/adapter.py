@@ -51,7 +51,7 @@ from pymeta.spec.schedule import Schedule, check_count, described_schedule, read
 from pymeta.tasks.arrays import Gathered, Rows, address, dense, gather, gather_queries, need_array
 from pymeta.tasks.checks import Names, cure, of_table
 
-_SUPPORT = Names("xs", "ys", "", "weights")
+_SUPPORT = Names("xs", "ys", "", "weights", "offset")
 _LARGEST_ID = 2**63 - 1
 
 
@@ -176,6 +176,7 @@ class Adapter:
         ys: Rows,
         *,
         weights: Rows | None = None,
+        offset: Rows | None = None,
         steps: int | None = None,
         task_ids: Sequence[int] | np.ndarray | None = None,
     ) -> AdaptedArrays:
@@ -184,9 +185,13 @@ class Adapter:
         Args:
             xs: [T, rows, in] arrays of `dtype`, or a list of T arrays [rows_t, in]. Arrays that
                 are not contiguous are copied.
-            ys: [T, rows] classes for cross_entropy; otherwise values [T, rows, out], or
-                [T, rows] where out is 1; a list where xs is one.
-            weights: [T, rows] weights of the rows' losses, or a list of [rows_t].
+            ys: [T, rows] classes for cross_entropy, or distributions over them [T, rows, out];
+                otherwise values [T, rows, out], or [T, rows] where out is 1; a list where xs is
+                one. Where the loss has several outputs for each target, as many columns as targets.
+            weights: [T, rows] weights of the rows' losses, or a list of [rows_t]; or in the shape
+                of ys, of single targets, of which those of weight 0 contribute nothing.
+            offset: [T, rows, out] ([T, rows] where out is 1), or a list: added to the outputs
+                before the loss.
             steps: instead of the recipe's, where that counts steps.
             task_ids: [T] numbers that set the tasks' shuffles apart; all 0 if left out.
 
@@ -194,7 +199,7 @@ class Adapter:
             TypeError: an argument is no array, or has a mask, or another dtype. Nothing is cast.
             ValueError: a wrong shape, or a label or weight out of range.
         """
-        support = self._weighted(gather(_SUPPORT, xs, ys, weights, self._expected))
+        support = self._weighted(gather(_SUPPORT, xs, ys, weights, self._expected, offset))
         return self._adapt(support, self._scheduled(steps), _ids(task_ids, support.tasks))
 
     def adapt_predict(
@@ -205,6 +210,8 @@ class Adapter:
         out: np.ndarray | None = None,
         *,
         weights: Rows | None = None,
+        offset: Rows | None = None,
+        query_offset: Rows | None = None,
     ) -> Any:
         """Adapt, and predict with what was adapted: the raw outputs.
 
@@ -218,7 +225,9 @@ class Adapter:
             xq: [rows, in]; or [T, rows, in], or a list.
             out: [rows, out], or [T, rows, out], contiguous: where the result goes. None for new
                 memory, and where xq is a list.
-            weights: one task's [rows]; or as for `adapt`.
+            weights: one task's [rows], or in the shape of its ys; or as for `adapt`.
+            offset: one task's [rows, out] ([rows] where out is 1); or as for `adapt`.
+            query_offset: likewise for xq, and part of the result.
 
         Returns:
             `out`; a list of [rows_t, out] where xq is a list.
@@ -229,23 +238,27 @@ class Adapter:
         if not type(xs) is type(ys) is type(xq) is np.ndarray:
             xs = of_table("xs", xs)
             if not isinstance(xs, np.ndarray):
-                return self._many(xs, ys, xq, out, weights)
+                return self._many(xs, ys, xq, out, weights, offset, query_offset)
             if xs.ndim == 2:  # tables, or arrays with a mask
                 xs, ys, xq = need_array("xs", xs), need_array("ys", ys), need_array("xq", xq)
         if xs.ndim != 2:
-            return self._many(xs, ys, xq, out, weights)
+            return self._many(xs, ys, xq, out, weights, offset, query_offset)
         if weights is not None:
             weights = need_array("weights", weights)
+        offsets: tuple[Any, ...] = ()
+        if offset is not None or query_offset is not None:
+            given = ("offset", offset), ("query_offset", query_offset)
+            offsets = tuple(None if v is None else need_array(n, v) for n, v in given)
         if out is None:
             out = np.empty((*np.shape(xq)[:1], self.out_features), self.dtype)
         if self.class_weights is not None:
             weights = self._weighted(self._one(xs, ys, weights)).weights
             weights = None if weights is None else weights[0]
         try:
-            self._engine.adapt_predict(xs, ys, xq, out, weights)
+            self._engine.adapt_predict(xs, ys, xq, out, weights, *offsets)
         except (TypeError, ValueError):
             # what only lies in memory in another way is copied; all else raises again
-            lying_well = _as_engines_want(xs, ys, xq, out, weights)
+            lying_well = _as_engines_want(xs, ys, xq, out, weights, *offsets)
             with _weights_by_name(), self._curing():
                 self._engine.adapt_predict(*lying_well)
         return out
@@ -272,10 +285,14 @@ class Adapter:
         weights = None if weights is None else need_array("weights", weights)[None]
         return gather(_SUPPORT, xs[None], ys, weights, self._expected)
 
-    def _many(self, xs: Any, ys: Any, xq: Any, out: Any, weights: Any) -> Any:
+    def _many(
+        self, xs: Any, ys: Any, xq: Any, out: Any, weights: Any, offset: Any, query_offset: Any
+    ) -> Any:
         """`adapt_predict` for many tasks; all arguments are checked before anything is run."""
-        support = self._weighted(gather(_SUPPORT, xs, ys, weights, self._expected))
-        query = gather_queries(xq, support.tasks, "as xs has", self._expected)
+        expected = self._expected
+        support = self._weighted(gather(_SUPPORT, xs, ys, weights, expected, offset))
+        why, name = "as xs has", "query_offset"
+        query = gather_queries(xq, support.tasks, why, expected, query_offset, name)
         out = query.room(out, self.out_features)
         return self._adapt(support, self.schedule, None)._predict(query, out)
 
@@ -415,6 +432,8 @@ def _class_weighted(
     A wrong label is left for the native core to find.
     """
     assert support.y is not None
+    if support.distributions:
+        raise ValueError("class_weights: expected None where ys are distributions over the classes")
     tasks = support.tasks
     sizes = np.full(tasks, support.rows) if support.sizes is None else support.sizes
     task = np.repeat(np.arange(tasks), sizes)
@@ -441,14 +460,16 @@ def _ids(task_ids: Any, tasks: int) -> np.ndarray | None:
     return ids.astype(np.int64)
 
 
-def _as_engines_want(xs: Any, ys: Any, xq: Any, out: Any, weights: Any) -> tuple[Any, ...]:
+def _as_engines_want(
+    xs: Any, ys: Any, xq: Any, out: Any, weights: Any, *offsets: Any
+) -> tuple[Any, ...]:
     """One task's arrays made contiguous and integers int64, where they are arrays."""
     if isinstance(ys, np.ndarray) and ys.dtype.kind in "iu":
         ys = ys.astype(np.int64, copy=False)
-    xs, ys, xq, weights = (
-        dense(a) if isinstance(a, np.ndarray) else a for a in (xs, ys, xq, weights)
+    xs, ys, xq, weights, *shifts = (
+        dense(a) if isinstance(a, np.ndarray) else a for a in (xs, ys, xq, weights, *offsets)
     )
-    return xs, ys, xq, out, weights
+    return xs, ys, xq, out, weights, *shifts
 
 
 @contextmanager

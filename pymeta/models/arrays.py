@@ -140,13 +140,17 @@ class AdaptedArrays(Stacked[np.ndarray]):
         """
         return {name: value.copy() for name, value in self._of_task(self._number(task)).items()}
 
-    def __call__(self, xq: Rows, out: np.ndarray | None = None) -> Any:
+    def __call__(
+        self, xq: Rows, out: np.ndarray | None = None, *, offset: Rows | None = None
+    ) -> Any:
         """Every model's raw outputs on its own rows.
 
         Args:
             xq: [T, rows, in], or a list of T arrays [rows_t, in], of the weights' dtype.
             out: [T, rows, out], contiguous, where the result goes; None for new memory, and
                 where xq is a list.
+            offset: [T, rows, out], [T, rows] where out is 1, or a list of single tasks': added
+                to the outputs.
 
         Returns:
             [T, rows, out]; a list of [rows_t, out] where xq is a list.
@@ -155,7 +159,7 @@ class AdaptedArrays(Stacked[np.ndarray]):
             TypeError, ValueError: xq is not that, or one row comes to a batch normalisation.
         """
         expected = expected_of(self.architecture, self.loss, self.dtype)
-        query = gather_queries(xq, self._tasks, "one for each model", expected)
+        query = gather_queries(xq, self._tasks, "one for each model", expected, offset)
         return self._predict(query, query.room(out, self.architecture.out_features))
 
     def _predict(self, query: Gathered, out: np.ndarray) -> Any:
@@ -172,7 +176,7 @@ class AdaptedArrays(Stacked[np.ndarray]):
         call.run()
         return query.shaped(out)
 
-    def predict_proba(self, xq: Rows) -> Any:
+    def predict_proba(self, xq: Rows, *, offset: Rows | None = None) -> Any:
         """Every model's probabilities on its own rows.
 
         For cross_entropy the softmax of the outputs over the classes; for bce_with_logits the
@@ -182,6 +186,7 @@ class AdaptedArrays(Stacked[np.ndarray]):
 
         Args:
             xq: as for a call.
+            offset: as for a call.
 
         Returns:
             [T, rows, out]; a list of [rows_t, out] where xq is a list.
@@ -192,7 +197,7 @@ class AdaptedArrays(Stacked[np.ndarray]):
             ValueError: as a call.
         """
         self._check_classifies()
-        outputs = self(xq)
+        outputs = self(xq, offset=offset)
         squash = softmax if self.loss.takes_classes else sigmoid
         return [squash(o) for o in outputs] if isinstance(outputs, list) else squash(outputs)
 

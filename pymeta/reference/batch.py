@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from pymeta.reference.loss import task_loss
+from pymeta.reference.loss import shifted, task_loss
 from pymeta.reference.modules import Applied, Parameters, applied
 from pymeta.reference.task import Set, adapt_task, task_outcome, that_count
 from pymeta.reference.validation import Validation, weighs
@@ -41,7 +41,7 @@ def _together(
     """
     if not all(s.uniform for s in sets):
         return None
-    arguments: tuple[Any, ...] = tuple((s.x, s.y, s.weights) for s in sets)
+    arguments: tuple[Any, ...] = tuple((s.x, s.y, s.weights, s.offset) for s in sets)
     dims: tuple[Any, ...] = tuple(tuple(None if v is None else 0 for v in a) for a in arguments)
     if own is not None:
         arguments, dims = (*arguments, own), (*dims, 0 if own else None)
@@ -137,11 +137,11 @@ def _adapt_one(
     watch = None
     held = None if validation is None else that_count(inner.loss, validation)
     if held is not None and weighs(inner.loss, held):
-        x, y, weights = held
+        x, y, weights, offset = held
 
         def validation_loss(theta: Parameters) -> Tensor:
             with model.evaluating():
-                outputs = called({**fixed, **theta}, x)
+                outputs = shifted(called({**fixed, **theta}, x), offset)
             return task_loss(inner.loss, outputs, y, weights)
 
         watch = Validation(validation_loss, start, patience)
@@ -348,22 +348,24 @@ def predict(
         model: the module.
         stacked: {name: [T, ...]} the parameters that each task has of its own.
         shared: {name: [...]} all others.
-        query: T tasks; targets and weights are not looked at.
+        query: T tasks; targets and weights are not looked at, an offset is added.
     """
     if query.tasks == 0:
         return []
     with applied(model) as use:
 
-        def one(own: Parameters, x: Tensor) -> Tensor:
+        def one(own: Parameters, x: Tensor, offset: Tensor | None) -> Tensor:
             called, parameters = use.of_a_task({**shared, **own})
-            return called(parameters, x)
+            return shifted(called(parameters, x), offset)
 
         done = None
         if query.uniform:
-            done = use.together(one, (0 if stacked else None, 0), dict(stacked), query.x)
+            dims = 0 if stacked else None, 0, None if query.offset is None else 0
+            done = use.together(one, dims, dict(stacked), query.x, query.offset)
         if done is not None:
             return cast(Tensor, done)
-        return [
-            one({n: p[t] for n, p in stacked.items()}, query.of_task(t)[0])
-            for t in range(query.tasks)
-        ]
+        each = []
+        for t in range(query.tasks):
+            x, _, _, offset = query.of_task(t)
+            each.append(one({n: p[t] for n, p in stacked.items()}, x, offset))
+        return each

@@ -1,12 +1,14 @@
 """The loss of a task: the definition of what `pymeta.spec.losses` describes, in torch operations.
 
-    cross_entropy    sum_r w_r ce_r / sum_r w_r c[y_r]
+    cross_entropy    sum_r w_r ce_r / sum_r w_r c[y_r]  of labels
+                     sum_r w_r ce_r / sum_r w_r         of distributions over the classes
     all others       sum_r w_r mean_j l(r, j) / sum_r w_r
+                     sum_rj w_rj l(r, j) / sum_rj w_rj  where each target has its weight
 
 with w the weights of the rows (1 when none are given), c the class weights, ce_r the class
 weighted, label smoothed value that torch gives row r, and l(r, j) the loss of target t = t[r, j]
 and what the model has for it: an output y, K of them for K levels of quantile, or an output y and
-a log scale s.
+a log scale s. A target of weight 0 contributes nothing, whatever it is.
 
     mse, huber, l1, bce_with_logits    as torch has them
     poisson_nll      e^y - t y: torch's of a log rate, without the term of t alone
@@ -43,10 +45,15 @@ def _constants(values: tuple[float, ...], like: Tensor) -> Tensor:
 
 
 def _cross_entropy(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy of logits [rows, C] and class indices [rows]."""
+    """Cross-entropy of logits [rows, C] and class indices [rows], or distributions [rows, C]."""
     classes = outputs.shape[-1]
     class_weights = _constants(loss.weight, outputs) if loss.weight else outputs.new_ones(classes)
     log_p = F.log_softmax(outputs, dim=-1)
+    if targets.is_floating_point():
+        e = loss.label_smoothing
+        q = class_weights * ((1 - e) * targets + e / classes)
+        value = -torch.where(q == 0, 0.0, q * log_p).sum(-1)
+        return _weighted_mean(weights * value, weights)
     kept = targets != loss.ignore_index
     labels = torch.where(kept, targets, 0).unsqueeze(-1)
     row_class_weight = class_weights.expand(outputs.shape).gather(-1, labels).squeeze(-1)
@@ -122,6 +129,27 @@ def _fitting(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     return targets
 
 
+def _weighted_by_target(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The mean over single targets [rows, columns], by weights of the same shape."""
+    with torch.no_grad():  # a gradient to a weight of 0 is the target's loss, where there is one
+        masked = (weights == 0) & ~_of_targets(loss, outputs, targets).isfinite()
+    targets = torch.where(masked, 0.0, targets)
+    outputs = torch.where(masked.repeat(1, loss.outputs_per_target), 0.0, outputs)
+    return _weighted_mean(weights * _of_targets(loss, outputs, targets), weights)
+
+
+def shifted(outputs: Tensor, offset: Tensor | None) -> Tensor:
+    """Outputs with an offset of as many numbers added to them; ValueError where they are not."""
+    if offset is None:
+        return outputs
+    if offset.numel() != outputs.numel():
+        raise ValueError(
+            f"model: outputs of shape {list(outputs.shape)} do not fit an offset of shape "
+            f"{list(offset.shape)}"
+        )
+    return outputs + offset.view(outputs.shape)
+
+
 def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """The loss of one set of rows: the definition, in differentiable torch operations.
 
@@ -129,9 +157,10 @@ def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | No
         loss: the loss.
         outputs: [rows, out] (or [rows], or [rows, ...] where every row's mean is meant, for a
             loss of one output for each target).
-        targets: [rows] class indices for cross_entropy; otherwise outputs' shape, or
-            [rows, columns] where a target has more outputs than one; or [rows] for one column.
-        weights: [rows], or None for all ones.
+        targets: [rows] class indices for cross_entropy, or [rows, classes] distributions;
+            otherwise outputs' shape, or [rows, columns] where a target has more outputs than one;
+            or [rows] for one column.
+        weights: [rows], [rows, columns] of single targets, or None for all ones.
 
     Returns:
         A scalar.
@@ -155,6 +184,8 @@ def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | No
             )
         return _cross_entropy(loss, outputs, targets, weights)
     targets = _fitting(loss, outputs, targets)
+    if weights.ndim > 1:
+        return _weighted_by_target(loss, outputs, targets, weights)
     values = _of_targets(loss, outputs, targets)
     row_values = values.flatten(1).mean(-1) if values.ndim > 1 else values
     return _weighted_mean(weights * row_values, weights)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pymeta.reference.loss import task_loss
+from pymeta.reference.loss import shifted, task_loss
 from pymeta.reference.modules import By, Called, Parameters
 from pymeta.reference.rules import direction, first_state
 from pymeta.spec.inner import InnerLoop
@@ -16,7 +16,8 @@ from pymeta.spec.losses import Loss
 from pymeta.spec.schedule import Batch
 from pymeta.tasks.values import counting
 
-Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # one task's x, y, row weights
+# one task's x, y, weights, and what is added to the outputs
+Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 # ---- one task ---------------------------------------------------------------------------------
 
@@ -25,18 +26,21 @@ def _rows(task: Set, batch: Batch) -> Set:
     """A batch's rows of a task."""
     if batch.rows is None:
         return task
-    x, y, weights = task
-    index = torch.from_numpy(batch.rows).to(x.device)
-    return x[index], y[index], None if weights is None else weights[index]
+    return _at(task, torch.from_numpy(batch.rows).to(task[0].device))
+
+
+def _at(task: Set, rows: Tensor) -> Set:
+    """Some rows of a set, by their numbers or a mask."""
+    x, y, weights, offset = task
+    weights = None if weights is None else weights[rows]
+    return x[rows], y[rows], weights, None if offset is None else offset[rows]
 
 
 def that_count(loss: Loss, task: Set) -> Set:
     """The rows of a set that count; all others are left out, whatever they hold."""
-    x, y, weights = task
+    _, y, weights, _ = task
     count = counting(loss, y, weights)
-    if bool(count.all()):
-        return task
-    return x[count], y[count], None if weights is None else weights[count]
+    return task if bool(count.all()) else _at(task, count)
 
 
 def adapt_task(
@@ -72,17 +76,18 @@ def adapt_task(
     pull = inner.anchor.of(counting_rows) if anchor is None else anchor
     for step, batch in enumerate(inner.schedule.batches(support[0].shape[0], task_id)):
         rows = _rows(support, batch)
-        x, y, weights = that_count(inner.loss, rows) if sift else rows
+        used = that_count(inner.loss, rows) if sift else rows
 
         def batch_loss(
-            adapted: Parameters, buffers: Parameters, x: Tensor, y: Tensor, w: Tensor | None
+            adapted: Parameters, buffers: Parameters, used: Set
         ) -> tuple[Tensor, Parameters]:
+            x, y, w, offset = used
             outputs, buffers = model.with_buffers({**fixed, **adapted}, buffers, x)
-            return task_loss(inner.loss, outputs, y, w), buffers
+            return task_loss(inner.loss, shifted(outputs, offset), y, w), buffers
 
         with model.normalising(By(single=sift and batch.rows is not None)):
             gradient, (loss, model.buffers) = torch.func.grad_and_value(batch_loss, has_aux=True)(
-                theta, model.buffers, x, y, weights
+                theta, model.buffers, used
             )
         losses.append(loss)
         if inner.first_order:
@@ -115,12 +120,12 @@ def task_outcome(
     outputs all the same.
     """
     adapted, _ = adapt_task(model, inner, adapted, fixed, support, sift=sift, anchor=anchor)
-    x, y, weights = that_count(inner.loss, query) if sift else query
-    outputs = model({**fixed, **adapted}, x)
+    x, y, weights, offset = that_count(inner.loss, query) if sift else query
+    outputs = shifted(model({**fixed, **adapted}, x), offset)
     loss = task_loss(inner.loss, outputs, y, weights)
     if sift and len(y) < len(query[1]):
         count = counting(inner.loss, query[1], query[2])
-        of_all = model.of_all_rows({**fixed, **adapted}, query[0], count)
+        of_all = shifted(model.of_all_rows({**fixed, **adapted}, query[0], count), query[3])
         of_all[count] = outputs.detach()
         outputs = of_all
     return loss, outputs

@@ -17,9 +17,9 @@ def weighs(loss: Loss, task: Set) -> bool:
 
     They do not where all of them are of classes of weight 0.
     """
-    _, y, weights = task
+    _, y, weights, _ = task
     counts = torch.ones(len(y), device=y.device) if weights is None else weights
-    if loss.takes_classes and loss.weight:
+    if loss.takes_classes and loss.weight and not y.is_floating_point():
         counts = counts * counts.new_tensor(loss.weight)[y]
     return bool(counts.sum() > 0)
 

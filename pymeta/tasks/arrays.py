@@ -29,6 +29,14 @@ class Gathered(NamedTuple):
     starts: np.ndarray | None
     sizes: np.ndarray | None
     lengths: list[int] | None  # of the list that came, where one came
+    offset: np.ndarray | None = None  # [..., out]
+    distributions: bool = False  # y are such over the classes, not labels
+
+    @property
+    def weight_columns(self) -> int:
+        """1 for weights of rows; how many targets a row has for weights of single ones."""
+        by_target = self.weights is not None and self.weights.ndim == self.x.ndim
+        return self.weights.shape[-1] if by_target and self.weights is not None else 1
 
     def native_rows(self) -> Any:
         """The native `Rows`; the arrays must stay alive."""
@@ -39,6 +47,9 @@ class Gathered(NamedTuple):
             self.rows,
             address(self.starts),
             address(self.sizes),
+            address(self.offset),
+            self.weight_columns,
+            self.distributions,
         )
 
     def room(self, given: Any, columns: int) -> np.ndarray:
@@ -124,7 +135,9 @@ class _Arrays(Kind):
 _ARRAYS = _Arrays()
 
 
-def gather(names: Names, x: Any, y: Any, weights: Any, expected: Expected) -> Gathered:
+def gather(
+    names: Names, x: Any, y: Any, weights: Any, expected: Expected, offset: Any = None
+) -> Gathered:
     """Check one side's arguments and bring them into one of the two forms.
 
     Args:
@@ -133,31 +146,39 @@ def gather(names: Names, x: Any, y: Any, weights: Any, expected: Expected) -> Ga
             rows may have any shape of that many elements.
         y: [T, rows] classes, or [T, rows, out] values ([T, rows] where out is 1), or a list
             likewise; None where there are no targets.
-        weights: [T, rows], a list of [rows_t], or None.
+        weights: [T, rows] or [T, rows, columns of y], a list of such of single tasks, or None.
         expected: what the models ask for.
+        offset: [T, rows, out] ([T, rows] where out is 1), a list likewise, or None.
 
     Raises:
         TypeError: something is no array, or has the wrong dtype.
         ValueError: something has the wrong shape.
     """
-    given = checked(_ARRAYS, names, x, y, weights, expected, sized=False)
+    given = checked(_ARRAYS, names, x, y, weights, expected, sized=False, offset=offset)
     if given.more_axes:
         raise ValueError(
             f"{names.x}: expected one axis of features, got shape {list(given.x.shape)}"
         )
-    x, y, weights = (None if a is None else dense(a) for a in given[:3])
+    x, y, weights, offset = (
+        None if a is None else dense(a) for a in (given.x, given.y, given.weights, given.offset)
+    )
     assert x is not None
+    floats = y is not None and y.dtype.kind == "f"
+    beside = offset, expected.loss.takes_classes and floats
     if not given.packed:
-        return Gathered(x, y, weights, x.shape[0], x.shape[1], None, None, given.lengths)
+        return Gathered(x, y, weights, x.shape[0], x.shape[1], None, None, given.lengths, *beside)
     assert given.lengths is not None
     sizes = np.array(given.lengths, np.int64)
     starts = np.cumsum(sizes) - sizes
-    return Gathered(x, y, weights, len(sizes), int(sizes.max()), starts, sizes, given.lengths)
+    lengths = given.lengths
+    return Gathered(x, y, weights, len(sizes), int(sizes.max()), starts, sizes, lengths, *beside)
 
 
-def gather_queries(xq: Any, tasks: int, why: str, expected: Expected) -> Gathered:
-    """Queries for so many tasks; TypeError or ValueError as `gather`."""
-    query = gather(Names("xq"), xq, None, None, expected)
+def gather_queries(
+    xq: Any, tasks: int, why: str, expected: Expected, offset: Any = None, name: str = "offset"
+) -> Gathered:
+    """Queries for so many tasks; TypeError or ValueError as `gather`; `name` is the offset's."""
+    query = gather(Names("xq", offset=name), xq, None, None, expected, offset)
     if query.tasks != tasks:
         raise ValueError(f"xq: expected {tasks} tasks, {why}, got {query.tasks}")
     return query

@@ -1,7 +1,7 @@
 """The checks of tasks' arrays that ask for types and shapes alone, for torch and numpy alike.
 
 An argument is one array for all tasks ([T, rows, ...]) or a list with one for each ([rows_t, ...]).
-`checked` brings one side's arguments (inputs, targets, row weights) to what the model takes, or
+`checked` brings one side's arguments (inputs, targets, weights, offset) to what the model takes, or
 raises a TypeError or ValueError that names the argument, what was expected, what came, and where
 there is one, the cure. What torch and numpy do each in their way is a `Kind`. Tables and columns of
 pandas or polars are taken for the arrays of their numbers. Nothing here looks at values.
@@ -30,6 +30,7 @@ class Names(NamedTuple):
     y: str = ""
     sizes: str = ""
     weights: str = ""
+    offset: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Checked(NamedTuple):
     lengths: list[int] | None  # of the list that came, where one came
     packed: bool
     more_axes: bool  # of features, than one
+    offset: Any  # [T, rows, out], or [T, rows] of one output
 
 
 class Kind(ABC):
@@ -220,13 +222,14 @@ def _check_x(kind: Kind, names: Names, x: Any, given: Any, expected: Expected, l
 
 
 def _check_y(kind: Kind, names: Names, y: Any, given: Any, expected: Expected, lead: int) -> Any:
-    """Class indices [*lead], or values [*lead, columns] ([*lead] where that is 1)."""
+    """Classes [*lead], or values [*lead, columns] ([*lead] where that is 1).
+
+    Classes may also be floats [*lead, classes], distributions over them.
+    """
     loss, out = expected.loss, expected.out_features
+    if loss.takes_classes and not kind.is_integer(y):
+        return _check_distributions(names, y, given, expected, lead)
     if loss.takes_classes:
-        if not kind.is_integer(y):
-            raise TypeError(
-                f"{names.y}: expected class indices (integers) for {loss.kind}, got {y.dtype}"
-            )
         if y.ndim != lead:
             raise ValueError(
                 f"{names.y}: expected class indices of shape [tasks, rows] for {loss.kind} "
@@ -254,13 +257,49 @@ def _check_y(kind: Kind, names: Names, y: Any, given: Any, expected: Expected, l
     )
 
 
-def _check_weights(kind: Kind, names: Names, weights: Any, expected: Expected, lead: int) -> Any:
-    if weights.ndim != lead:
+def _check_distributions(names: Names, y: Any, given: Any, expected: Expected, lead: int) -> Any:
+    """Floats [*lead, classes], of the model's dtype."""
+    out = expected.out_features
+    if y.dtype != expected.dtype or y.ndim != lead + 1:
+        raise TypeError(
+            f"{names.y}: expected class indices (integers) for {expected.loss.kind}, or "
+            f"{expected.dtype} distributions [tasks, rows, classes], got {y.dtype} of shape "
+            f"{_shape(y)}"
+        )
+    if out is not None and y.shape[-1] != out:
         raise ValueError(
-            f"{names.weights}: expected one weight for each row, shape [tasks, rows], "
-            f"got {_shape(weights)}"
+            f"{names.y}: expected distributions over {out} classes, shape [tasks, rows, {out}], "
+            f"got {_shape(y)}"
+        )
+    return y
+
+
+def _check_weights(
+    kind: Kind, names: Names, weights: Any, y: Any, expected: Expected, lead: int
+) -> Any:
+    """Weights of rows [*lead], or of single targets [*lead, columns] where there are several."""
+    columns = 1 if y is None or y.ndim == lead or expected.loss.takes_classes else y.shape[-1]
+    if weights.ndim == lead + 1 and weights.shape[-1] == columns == 1:
+        weights = weights.reshape(weights.shape[:lead])
+    by_target = weights.ndim == lead + 1 and columns > 1 and weights.shape[-1] == columns
+    if weights.ndim != lead and not by_target:
+        or_targets = f", or for each target, [tasks, rows, {columns}]" if columns > 1 else ""
+        raise ValueError(
+            f"{names.weights}: expected one weight for each row, shape [tasks, rows]"
+            f"{or_targets}, got {_shape(weights)}"
         )
     return kind.cast(names.weights, weights, expected.dtype)
+
+
+def _check_offset(kind: Kind, names: Names, offset: Any, expected: Expected, lead: int) -> Any:
+    """What is added to outputs: [*lead, out], or [*lead] of one output."""
+    out, axes = expected.out_features, offset.ndim - lead
+    if not (axes == 1 and out in (None, offset.shape[-1])) and not (axes == 0 and out in (None, 1)):
+        raise ValueError(
+            f"{names.offset}: expected a number for each output, shape [tasks, rows, {out}]"
+            f"{' or [tasks, rows]' if out == 1 else ''}, got {_shape(offset)}"
+        )
+    return kind.cast(names.offset, offset, expected.dtype)
 
 
 def _check_device(kind: Kind, name: str, array: Any, expected: Expected) -> None:
@@ -272,7 +311,14 @@ def _check_device(kind: Kind, name: str, array: Any, expected: Expected) -> None
 
 
 def checked(
-    kind: Kind, names: Names, x: Any, y: Any, weights: Any, expected: Expected, sized: bool
+    kind: Kind,
+    names: Names,
+    x: Any,
+    y: Any,
+    weights: Any,
+    expected: Expected,
+    sized: bool,
+    offset: Any = None,
 ) -> Checked:
     """One side's arguments, checked and brought to one array each.
 
@@ -281,9 +327,10 @@ def checked(
         names: of the arguments.
         x: [T, rows, ...], or a list of T arrays [rows_t, ...].
         y: [T, rows] or [T, rows, out], or a list likewise; None where `names` has none for it.
-        weights: [T, rows], a list of [rows_t], or None.
+        weights: [T, rows] or [T, rows, columns], a list of such of single tasks, or None.
         expected: what the model and the loss ask for.
         sized: whether sizes come along, which a list has none of.
+        offset: [T, rows, out], [T, rows] where out is 1, a list likewise, or None.
 
     Raises:
         TypeError: something has the wrong type or dtype.
@@ -306,9 +353,9 @@ def checked(
         equal = min(lengths) == max(lengths)
         packed = not equal
         x = _joined(kind, names.x, x, entries, equal)
-        y, weights = (
+        y, weights, offset = (
             None if v is None else _joined(kind, n, v, _alike(kind, n, v, names.x, lengths), equal)
-            for n, v in ((names.y, y), (names.weights, weights))
+            for n, v in ((names.y, y), (names.weights, weights), (names.offset, offset))
         )
     else:
         where = " with a leading task axis, or a list of them, one for each task"
@@ -320,9 +367,10 @@ def checked(
                 f"({x.ndim} dimensions)"
             )
         lead_of = shape[0], shape[1]
-        y = None if y is None else _to_match(kind, names, names.y, y, lead_of)
-        if weights is not None:
-            weights = _to_match(kind, names, names.weights, weights, lead_of)
+        y, weights, offset = (
+            None if v is None else _to_match(kind, names, n, v, lead_of)
+            for n, v in ((names.y, y), (names.weights, weights), (names.offset, offset))
+        )
     lead = 1 if packed else 2
     _check_device(kind, names.x, x, expected)
     if expected.in_features is not None:
@@ -334,8 +382,11 @@ def checked(
         y = _check_y(kind, names, y, given_y, free, lead)
     if weights is not None:
         _check_device(kind, names.weights, weights, expected)
-        weights = _check_weights(kind, names, weights, expected, lead)
-    return Checked(x, y, weights, lengths, packed, more_axes)
+        weights = _check_weights(kind, names, weights, y, expected, lead)
+    if offset is not None:
+        _check_device(kind, names.offset, offset, expected)
+        offset = _check_offset(kind, names, offset, expected, lead)
+    return Checked(x, y, weights, lengths, packed, more_axes, offset)
 
 
 def _to_match(kind: Kind, names: Names, name: str, value: Any, lead: tuple[int, int]) -> Any:

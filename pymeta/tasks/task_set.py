@@ -37,8 +37,8 @@ _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 _INTEGERS = (*_SIGNED, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 
 
-SUPPORT = Names("xs", "ys", "support_sizes", "support_weights")
-QUERY = Names("xq", "yq", "query_sizes", "query_weights")
+SUPPORT = Names("xs", "ys", "support_sizes", "support_weights", "support_offset")
+QUERY = Names("xq", "yq", "query_sizes", "query_weights", "query_offset")
 
 
 @dataclass
@@ -56,6 +56,19 @@ class TaskSet:
     lengths: list[int] | None = None  # of the list that came, where one came
     reason: str | None = None  # why the native core cannot take this set, where it cannot
     there: tuple[Tensor | None, Tensor] | None = None  # starts, sizes on the device of a call
+    offset: Tensor | None = None  # [..., out], is added to the model's outputs
+    distributions: bool = False  # y are such over the classes, not labels
+
+    @property
+    def weight_columns(self) -> int:
+        """1 for weights of rows; how many targets a row has for weights of single ones."""
+        by_target = self.weights is not None and self.weights.ndim == self.lead + 1
+        return self.weights.shape[-1] if by_target and self.weights is not None else 1
+
+    @property
+    def lead(self) -> int:
+        """How many axes of a tensor come before those of a row."""
+        return 1 if self.starts is not None else 2
 
     @property
     def uniform(self) -> bool:
@@ -72,8 +85,8 @@ class TaskSet:
         """The number of rows of each task."""
         return [self.rows] * self.tasks if self.sizes is None else self.sizes.tolist()
 
-    def of_task(self, t: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Task t's own rows: x [rows, ...], y, weights [rows] (None where there are none)."""
+    def of_task(self, t: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Task t's own rows: x [rows, ...], y, weights, offset (None where there are none)."""
 
         def own(whole: Tensor | None) -> Tensor | None:
             if whole is None:
@@ -85,7 +98,7 @@ class TaskSet:
 
         x = own(self.x)
         assert x is not None
-        return x, own(self.y), own(self.weights)
+        return x, own(self.y), own(self.weights), own(self.offset)
 
     def part(self, first: int, last: int) -> TaskSet:
         """The tasks first .. last-1; views of this set's memory."""
@@ -97,6 +110,7 @@ class TaskSet:
                 x=self.x[begin:end],
                 y=None if self.y is None else self.y[begin:end],
                 weights=None if self.weights is None else self.weights[begin:end],
+                offset=None if self.offset is None else self.offset[begin:end],
                 tasks=last - first,
                 starts=self.starts[first:last] - begin,
                 sizes=self.sizes[first:last],
@@ -108,6 +122,7 @@ class TaskSet:
             x=self.x[first:last],
             y=None if self.y is None else self.y[first:last],
             weights=None if self.weights is None else self.weights[first:last],
+            offset=None if self.offset is None else self.offset[first:last],
             tasks=last - first,
             sizes=None if self.sizes is None else self.sizes[first:last],
             lengths=None,
@@ -244,7 +259,15 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: Expected) -> TaskSet:
+def task_set(
+    names: Names,
+    x: Any,
+    y: Any,
+    sizes: Any,
+    weights: Any,
+    expected: Expected,
+    offset: Any = None,
+) -> TaskSet:
     """Check one side's arguments and bring them into one of the three forms.
 
     Args:
@@ -253,16 +276,19 @@ def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: E
             are accepted wherever tensors are.
         y: [T, rows] or [T, rows, out], or a list likewise; None where `names` has none for it.
         sizes: how many of its rows each task uses, [T] integers, or None for all.
-        weights: [T, rows], a list of [rows_t], or None.
+        weights: [T, rows] or [T, rows, columns of y], a list of such of single tasks, or None.
         expected: what the model and the loss ask for.
+        offset: [T, rows, out] ([T, rows] where out is 1), a list likewise, or None.
 
     Raises:
         TypeError: something has the wrong type or dtype.
         ValueError: something has the wrong shape or device.
     """
-    given = checked(_TENSORS, names, x, y, weights, expected, sizes is not None)
+    given = checked(_TENSORS, names, x, y, weights, expected, sizes is not None, offset)
     x = given.x
-    out = TaskSet(x, given.y, given.weights, x.shape[0], 0, names, lengths=given.lengths)
+    out = TaskSet(
+        x, given.y, given.weights, x.shape[0], 0, names, lengths=given.lengths, offset=given.offset
+    )
     if given.lengths is not None:
         out.tasks, out.rows = len(given.lengths), max(given.lengths)
     else:
@@ -274,7 +300,11 @@ def task_set(names: Names, x: Any, y: Any, sizes: Any, weights: Any, expected: E
         out.sizes = _check_sizes(names.sizes, sizes, out.tasks)
     if given.more_axes:
         out.reason = f"{names.x} has more than one feature axis"
-    if not all(type(v) in _PLAIN for v in (x, given.y, given.weights) if v is not None):
+    out.distributions = given.y is not None and (
+        expected.loss.takes_classes and given.y.is_floating_point()
+    )
+    parts = (x, given.y, given.weights, given.offset)
+    if not all(type(v) in _PLAIN for v in parts if v is not None):
         out.reason = f"an input ({names.x}, {names.y} or {names.weights}) is a tensor subclass"
     return out
 

@@ -25,31 +25,31 @@ def counting(loss: Loss, y: Tensor, weights: Tensor | None, lead: int = 1) -> Te
     Args:
         loss: the loss.
         y: targets [*lead, ...].
-        weights: [*lead], or None.
+        weights: [*lead], [*lead, columns], or None.
         lead: how many axes come before the outputs.
 
     Returns:
         bool [*lead].
     """
     count = torch.ones(y.shape[:lead], dtype=torch.bool, device=y.device)
-    if loss.takes_classes:
+    if loss.takes_classes and not y.is_floating_point():
         count &= y != loss.ignore_index
     if weights is not None and not (weights.requires_grad and torch.is_grad_enabled()):
-        count &= weights != 0
+        count &= (weights != 0).flatten(lead).any(-1) if weights.ndim > lead else weights != 0
     return count
 
 
 def _counting(s: TaskSet, loss: Loss) -> Tensor:
     """Which rows of a set count; those that only pad do not."""
     assert s.y is not None
-    count = counting(loss, s.y, s.weights, 1 if s.starts is not None else 2)
+    count = counting(loss, s.y, s.weights, s.lead)
     valid = s.valid()
     return count if valid is None else count & valid
 
 
 def leaves_out(s: TaskSet, loss: Loss) -> bool:
     """Whether any of the tasks' rows does not count; reads values."""
-    if s.y is None or (s.weights is None and not loss.takes_classes):
+    if s.y is None or (s.weights is None and (not loss.takes_classes or s.y.is_floating_point())):
         return False
     return int(_counting(s, loss).sum()) < sum(s.counts)
 
@@ -71,8 +71,10 @@ def _check_labels(s: TaskSet, loss: Loss, classes: int) -> None:
 def _check_range_of_targets(s: TaskSet, loss: Loss) -> None:
     """Probabilities are in 0..1, amounts at least 0; a NaN is as in all losses: the loss is NaN."""
     assert s.y is not None
-    lead = 1 if s.starts is not None else 2
+    lead = s.lead
     y = s.y.detach().flatten(lead) if s.y.ndim > lead else s.y.detach().unsqueeze(-1)
+    if s.weight_columns > 1 and s.weights is not None:  # what weighs nothing holds anything
+        y = torch.where(s.weights == 0, 0.0, y)
     most = 1.0 if loss.targets == "probabilities" else math.inf
     index = _first_wrong(((y < 0) | (y > most)).any(-1), s, loss)
     if index is not None:
@@ -115,10 +117,11 @@ def _check_weight_values(s: TaskSet) -> None:
     wrong = ~(s.weights >= 0) | s.weights.isinf()
     valid = s.valid()
     if valid is not None:
-        wrong = wrong & valid
+        wrong = wrong & (valid.unsqueeze(-1) if s.weight_columns > 1 else valid)
     if bool(wrong.any()):
         index = int(wrong.flatten().nonzero()[0])
         value = float(s.weights.flatten()[index])
+        index //= s.weight_columns
         raise ValueError(
             f"{s.names.weights}: {s.place(index)}: weight {value} is not a finite number >= 0"
         )
@@ -166,7 +169,8 @@ def check_values(s: TaskSet, expected: Expected) -> None:
         _check_weight_values(s)
     if s.y is None:
         return
-    if expected.loss.takes_classes and expected.out_features is not None:
+    labels = expected.loss.takes_classes and not s.y.is_floating_point()
+    if labels and expected.out_features is not None:
         _check_labels(s, expected.loss, expected.out_features)
     if expected.loss.targets in ("probabilities", "amounts"):
         _check_range_of_targets(s, expected.loss)

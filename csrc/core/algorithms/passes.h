@@ -89,8 +89,9 @@ class Passes {
     }
     if (!state_.layout.narrow)
       X::to_class_major(set_.extent, network_.out_features(), tape_.a(last_), outputs());
+    if (set_.offset) add_offset();
     if (set_.targets)
-      loss_gradient<X>(*state_.call.loss, tape_.loss_rows(set_), tape_.at(tape_.layout->row_losses),
+      loss_gradient<X>(*set_.loss, tape_.loss_rows(set_), tape_.at(tape_.layout->row_losses),
                        tape_.at(tape_.layout->dy));
   }
 
@@ -135,8 +136,7 @@ class Passes {
     }
     if (!state_.layout.narrow)
       X::to_class_major(set_.extent, network_.out_features(), tangent(tangents(last_).ra), ry);
-    loss_hessian_product<X>(*state_.call.loss, tape_.loss_rows(set_), ry,
-                            tangent(state_.ws.tangent.rdy));
+    loss_hessian_product<X>(*set_.loss, tape_.loss_rows(set_), ry, tangent(state_.ws.tangent.rdy));
   }
 
   // The tangent of the delta at the input, times `scale`, is put to set.dx or added to what is there.
@@ -214,6 +214,14 @@ class Passes {
   // A narrow last layer's outputs and deltas are class-major from the beginning.
   PYMETA_FN bool is_class_major(int l) const { return state_.layout.narrow && l == last_; }
   PYMETA_FN Real* outputs() const { return tape_.at(tape_.layout->y); }
+  PYMETA_FN void add_offset() const {
+    Real* y = outputs();
+    const Real* offset = set_.offset;
+    X::for_indices(network_.out_features() * X::blocks(set_.extent.rows), [=](int i) {
+      const long at = static_cast<long>(i) * kWidth;
+      store(y + at, load(y + at) + load(offset + at));
+    });
+  }
   PYMETA_FN const Real* delta(int l) const {
     return is_class_major(l) ? tape_.at(tape_.layout->dy) : tape_.d(l);
   }

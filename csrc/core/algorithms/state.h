@@ -24,8 +24,11 @@ struct ItemSet {
   Extent extent;
   const Real* targets;  // null: predictions only
   const Real* scale;
-  Real* dx;  // [rows, in], or null
-  Vec rows;  // of each task, those that do not count among them
+  Real* dx;                        // [rows, in], or null
+  Vec rows;                        // of each task, those that do not count among them
+  const Loss* loss = nullptr;      // what targets are held against
+  const Real* offset = nullptr;    // [out, rows] is added to the outputs
+  const Real* elements = nullptr;  // [columns, rows] weights of single targets
 };
 
 // What one inner step works on.
@@ -178,11 +181,12 @@ struct State {
     PYMETA_FN LossRows loss_rows(const ItemSet& set) const {
       const int out = state->network.out_features();
       return {out,
-              target_columns(*state->call.loss, out),
+              target_columns(*set.loss, out),
               X::blocks(set.extent.rows),
               at(layout->y),
               set.targets,
               set.scale,
+              set.elements,
               at(layout->kept),
               set.extent.keep};
     }

@@ -25,6 +25,9 @@ struct RowSet {
   const std::int64_t* starts = nullptr;  // [T] first row of each task, or null: task * rows
   const std::int64_t* sizes = nullptr;   // [T] rows of each task, or null: rows
   bool has_weightless = false;           // some rows may weigh nothing (Call::weighs)
+  int weight_columns = 1;                // of `weights`; more than one: a weight for each target
+  const Real* offset = nullptr;          // [total rows, out] is added to the outputs; or null
+  const Loss* loss = nullptr;            // that of this set, or null: the call's
 
   PYMETA_MEMBER std::int64_t start(std::int64_t task) const {
     return starts ? starts[task] : task * rows;
@@ -172,9 +175,18 @@ struct Call {
   PYMETA_MEMBER bool has_plain_steps() const { return optimizer.is_plain() && !anchors; }
   // Does a row of a set count? One of weight 0, or with the ignored label, is left out of its set, whatever it holds.
   PYMETA_MEMBER bool weighs(const RowSet<Real>& set, std::int64_t row) const {
-    if (set.weights && set.weights[row] == 0) return false;
-    return !set.y || !takes_labels(*loss) ||
-           static_cast<const std::int64_t*>(set.y)[row] != loss->ignore_index;
+    if (set.weights) {
+      const Real* weights = set.weights + row * set.weight_columns;
+      bool any = false;
+      for (int c = 0; c < set.weight_columns; ++c) any = any || weights[c] != 0;
+      if (!any) return false;
+    }
+    const Loss& own = loss_of(set);
+    return !set.y || !takes_labels(own) ||
+           static_cast<const std::int64_t*>(set.y)[row] != own.ignore_index;
+  }
+  PYMETA_MEMBER const Loss& loss_of(const RowSet<Real>& set) const {
+    return set.loss ? *set.loss : *loss;
   }
   // Does any of a task's rows not count?
   PYMETA_MEMBER bool leaves_out(const RowSet<Real>& set, std::int64_t task) const {

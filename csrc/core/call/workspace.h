@@ -164,6 +164,8 @@ struct SetLayout {
   Place x;  // kNowhere where the caller's own array is read
   Place targets, scale, keep;
   Place dx;  // dL/dx, where wanted
+  Place offset,
+      elements;  // what is added to the outputs, weights of single targets; where there are
 
   template <class X>
   void lay_out(Places& places, const Network& network, const Loss& loss, int rows, bool copy_input,
@@ -175,6 +177,15 @@ struct SetLayout {
     scale = places.take(X::class_stride(rows));
     keep = places.take(static_cast<std::size_t>(rows) * kWidth);
     dx = input_gradient ? places.take(matrix) : kNowhere;
+  }
+  // Class-major arrays of a set beside its targets.
+  template <class X>
+  void lay_out_beside(Places& places, const Call<Real>& call, const RowSet<Real>& set, int rows) {
+    const int out = call.network->out_features();
+    const std::size_t column = X::class_stride(rows);
+    offset = places.take_if(set.offset, static_cast<std::size_t>(out) * column);
+    elements = places.take_if(set.weight_columns > 1,
+                              static_cast<std::size_t>(set.weight_columns) * column);
   }
 };
 
@@ -260,13 +271,16 @@ struct Workspace {
     v = take_if(call.wants_gradient(), parameters.size);
     u = take_if(reverses && !direction_is_v, parameters.size);
     u_transposed = take_if(second, parameters.transposed_size);
-    support_set.lay_out<X>(places, network, *call.loss, step_rows,
+    support_set.lay_out<X>(places, network, call.loss_of(call.support), step_rows,
                            copy_input || minibatches || call.support.has_weightless,
                            call.xs_gradient);
-    query_set.lay_out<X>(places, network, *call.loss, call.max_query,
+    query_set.lay_out<X>(places, network, call.loss_of(call.query), call.max_query,
                          copy_input || call.query.has_weightless, call.xq_gradient);
-    validation_set.lay_out<X>(places, network, *call.loss, call.max_validation,
+    validation_set.lay_out<X>(places, network, call.loss_of(call.validation), call.max_validation,
                               copy_input || call.validation.has_weightless, false);
+    support_set.lay_out_beside<X>(places, call, call.support, step_rows);
+    query_set.lay_out_beside<X>(places, call, call.query, call.max_query);
+    validation_set.lay_out_beside<X>(places, call, call.validation, call.max_validation);
     order =
         take_if(minibatches, static_cast<std::size_t>(X::kTasks) * X::kOrders * call.max_support);
     start = take_if(own_starts, parameters.size);

@@ -18,6 +18,25 @@ struct CrossEntropySpec : LossSpec {
 
 PYMETA_KERNEL_BEGIN
 
+// The logarithm of the sum of e^y over a row's outputs; what e^y is relative to the largest goes to `kept`.
+struct SoftmaxSum {
+  Vec sum, log_sum;
+
+  PYMETA_FN SoftmaxSum(const LossRows& s, int b) : sum(zero()) {
+    Vec top = load(s.outputs + s.at(0, b));
+    for (int o = 1; o < s.out; ++o) {
+      const Vec y = load(s.outputs + s.at(o, b));
+      top = select(y > top, y, top);
+    }
+    for (int o = 0; o < s.out; ++o) {
+      const Vec e = exp(load(s.outputs + s.at(o, b)) - top);
+      store(s.kept + s.at(o, b), e);
+      sum = sum + e;
+    }
+    log_sum = log(sum) + top;
+  }
+};
+
 struct CrossEntropyRow {
   Vec own;    // (1 - e) c_l
   Vec kappa;  // own + e / C sum of c
@@ -39,18 +58,8 @@ struct CrossEntropy {
   PYMETA_FN static Vec value(const Loss& loss, const LossRows& s, int b, Real* gradient) {
     const Vec scale = load(s.scale + b * kWidth);
     Vec value = zero();
-    Vec top = load(s.outputs + s.at(0, b));
-    for (int o = 1; o < s.out; ++o) {
-      const Vec y = load(s.outputs + s.at(o, b));
-      top = select(y > top, y, top);
-    }
-    Vec sum = zero();
-    for (int o = 0; o < s.out; ++o) {
-      const Vec e = exp(load(s.outputs + s.at(o, b)) - top);
-      store(s.kept + s.at(o, b), e);
-      sum = sum + e;
-    }
-    const Vec log_sum = log(sum) + top;
+    const SoftmaxSum softmax(s, b);
+    const Vec sum = softmax.sum, log_sum = softmax.log_sum;
     const Vec label = load(s.targets + b * kWidth);
     const CrossEntropyRow row = cross_entropy_row(loss, s.out, label);
     const Real smooth = Real(loss.label_smoothing / s.out);

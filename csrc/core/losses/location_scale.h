@@ -24,11 +24,12 @@ struct LocationScale {
       const Vec a = exp(-log_scale);
       store(s.kept + s.at(j, b), a);
       const Vec z = (load(s.outputs + s.at(j, b)) - load(s.targets + s.at(j, b))) * a;
-      sum = sum + (log_scale + residual.rho(z) + Real(loss.constant));
+      sum = sum + s.weighed(log_scale + residual.rho(z) + Real(loss.constant), j, b);
       if (!gradient) continue;
       const Vec psi = residual.psi(z);
-      store(gradient + s.at(j, b), s.masked(scale * (a * psi), b));
-      store(gradient + s.at(s.columns + j, b), s.masked(scale * (Real(1) - z * psi), b));
+      store(gradient + s.at(j, b), s.masked(scale * s.weighed(a * psi, j, b), b));
+      store(gradient + s.at(s.columns + j, b),
+            s.masked(scale * s.weighed(Real(1) - z * psi, j, b), b));
     }
     return sum;
   }
@@ -39,9 +40,9 @@ struct LocationScale {
     for (int j = 0; j < s.columns; ++j) {
       const Standardised at(residual, s, b, j);
       const Vec ry = load(r + s.at(j, b)), rs = load(r + s.at(s.columns + j, b));
-      store(product + s.at(j, b), s.masked(scale * at.of_location(ry, rs), b));
+      store(product + s.at(j, b), s.masked(scale * s.weighed(at.of_location(ry, rs), j, b), b));
       store(product + s.at(s.columns + j, b),
-            s.masked(scale * (at.q * (at.z * rs - at.a * ry)), b));
+            s.masked(scale * s.weighed(at.q * (at.z * rs - at.a * ry), j, b), b));
     }
   }
   PYMETA_FN static void target_gradient(const Loss& loss, const LossRows& s, int b,
@@ -50,7 +51,8 @@ struct LocationScale {
     const Vec scale = load(s.scale + b * kWidth);
     for (int j = 0; j < s.columns; ++j) {
       const Standardised at(residual, s, b, j);
-      store(gradient + s.at(j, b), s.masked(-(scale * (at.a * residual.psi(at.z))), b));
+      store(gradient + s.at(j, b),
+            s.masked(-(scale * s.weighed(at.a * residual.psi(at.z), j, b)), b));
     }
   }
   // The target enters as the location does, with the other sign.
@@ -61,7 +63,7 @@ struct LocationScale {
     for (int j = 0; j < s.columns; ++j) {
       const Standardised at(residual, s, b, j);
       const Vec ry = load(r + s.at(j, b)), rs = load(r + s.at(s.columns + j, b));
-      store(product + s.at(j, b), s.masked(-(scale * at.of_location(ry, rs)), b));
+      store(product + s.at(j, b), s.masked(-(scale * s.weighed(at.of_location(ry, rs), j, b)), b));
     }
   }
 

@@ -26,8 +26,8 @@
 
 namespace pymeta {
 
-// Any number; in 0..1; at least 0; a class.
-enum class TargetKind : std::uint8_t { values, probabilities, amounts, labels };
+// Any number; in 0..1; at least 0; a class; a weight for each class.
+enum class TargetKind : std::uint8_t { values, probabilities, amounts, labels, distributions };
 
 // What a loss is unless its description says otherwise.
 struct LossSpec {
@@ -44,17 +44,24 @@ PYMETA_KERNEL_BEGIN
 
 struct LossRows {
   int out;
-  int columns;          // of targets
-  int blocks;           // vectors of rows in a class
-  const Real* outputs;  // [out, rows]
-  const Real* targets;  // [columns, rows]; labels as numbers
-  const Real* scale;    // [rows]
-  Real* kept;           // [out, rows]
+  int columns;           // of targets
+  int blocks;            // vectors of rows in a class
+  const Real* outputs;   // [out, rows]
+  const Real* targets;   // [columns, rows]; labels as numbers
+  const Real* scale;     // [rows]
+  const Real* elements;  // [columns, rows] weights of single targets, or null: all 1
+  Real* kept;            // [out, rows]
   const Real* keep;  // lanes: all-ones where the task has the row; null when all have all (Extent)
 
   // Zero in rows that a task lacks, whatever its parameters made of them.
   PYMETA_FN Vec masked(Vec v, int block) const {
     return keep ? where_kept(v, keep + block * kWidth) : v;
+  }
+  // What belongs to a target, times its weight; one of weight 0 contributes nothing, whatever it is.
+  PYMETA_FN Vec weighed(Vec v, int column, int block) const {
+    if (!elements) return v;
+    const Vec weight = load(elements + at(column, block));
+    return select(weight == zero(), zero(), weight * v);
   }
   PYMETA_FN long at(int o, int block) const {
     return (static_cast<long>(o) * blocks + block) * kWidth;
@@ -80,8 +87,11 @@ struct Elementwise {
       const Element element(loss, o);
       const Vec y = load(s.outputs + s.at(o, b)), t = load(s.targets + s.at(o, b));
       Vec slope;
-      sum = element.add_value(y, t, sum, slope, s.kept + s.at(o, b));
-      if (gradient) store(gradient + s.at(o, b), s.masked(scale * slope, b));
+      if (s.elements)
+        sum = sum + s.weighed(element.add_value(y, t, zero(), slope, s.kept + s.at(o, b)), o, b);
+      else
+        sum = element.add_value(y, t, sum, slope, s.kept + s.at(o, b));
+      if (gradient) store(gradient + s.at(o, b), s.masked(scale * s.weighed(slope, o, b), b));
     }
     return sum;
   }
@@ -92,7 +102,8 @@ struct Elementwise {
       const Element element(loss, o);
       const Vec curvature = element.curvature(load(s.outputs + s.at(o, b)),
                                               load(s.targets + s.at(o, b)), s.kept + s.at(o, b));
-      store(product + s.at(o, b), s.masked(scale * curvature * load(r + s.at(o, b)), b));
+      store(product + s.at(o, b),
+            s.masked(scale * s.weighed(curvature, o, b) * load(r + s.at(o, b)), b));
     }
   }
   PYMETA_FN static void target_gradient(const Loss& loss, const LossRows& s, int b,
@@ -102,7 +113,7 @@ struct Elementwise {
       const Element element(loss, o);
       const Vec slope = element.target_slope(load(s.outputs + s.at(o, b)),
                                              load(s.targets + s.at(o, b)), s.kept + s.at(o, b));
-      store(gradient + s.at(o, b), s.masked(scale * slope, b));
+      store(gradient + s.at(o, b), s.masked(scale * s.weighed(slope, o, b), b));
     }
   }
   PYMETA_FN static void target_tangent(const Loss& loss, const LossRows& s, int b, const Real* r,
@@ -112,7 +123,8 @@ struct Elementwise {
       const Element element(loss, o);
       const Vec mixed = element.mixed(load(s.outputs + s.at(o, b)), load(s.targets + s.at(o, b)),
                                       s.kept + s.at(o, b));
-      store(product + s.at(o, b), s.masked(scale * mixed * load(r + s.at(o, b)), b));
+      store(product + s.at(o, b),
+            s.masked(scale * s.weighed(mixed, o, b) * load(r + s.at(o, b)), b));
     }
   }
 };

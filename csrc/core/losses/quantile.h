@@ -28,10 +28,10 @@ struct Quantile {
       for (int j = 0; j < s.columns; ++j) {
         const Vec error = load(s.targets + s.at(j, b)) - load(s.outputs + s.at(output(s, k, j), b));
         const Vec value = at_least(error, zero()) * level + at_least(-error, zero()) * (1 - level);
-        sum = sum + value * share;
+        sum = sum + s.weighed(value * share, j, b);
         if (gradient)
           store(gradient + s.at(output(s, k, j), b),
-                s.masked(scale * slope(error, level) * share, b));
+                s.masked(scale * s.weighed(slope(error, level) * share, j, b), b));
       }
     }
     return sum;
@@ -49,7 +49,7 @@ struct Quantile {
       for (int k = 0; k < loss.level_count; ++k)
         sum = sum - slope(load(s.targets + s.at(j, b)) - load(s.outputs + s.at(output(s, k, j), b)),
                           Real(loss.levels[k]));
-      store(gradient + s.at(j, b), s.masked(scale * sum * share, b));
+      store(gradient + s.at(j, b), s.masked(scale * s.weighed(sum * share, j, b), b));
     }
   }
   PYMETA_FN static void target_tangent(const Loss&, const LossRows& s, int b, const Real*,

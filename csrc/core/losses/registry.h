@@ -10,6 +10,7 @@
 #include "poisson_nll.h"
 #include "qlike.h"
 #include "quantile.h"
+#include "soft_cross_entropy.h"
 #include "student_t_nll.h"
 
 // LOSS(kind, rules); the description is rulesSpec. The first is what a Loss is before it is told.
@@ -23,7 +24,8 @@
   LOSS(poisson_nll, PoissonNll)        \
   LOSS(qlike, Qlike)                   \
   LOSS(gaussian_nll, GaussianNll)      \
-  LOSS(student_t_nll, StudentTNll)
+  LOSS(student_t_nll, StudentTNll)     \
+  LOSS(soft_cross_entropy, SoftCrossEntropy)
 
 namespace pymeta {
 
@@ -72,6 +74,19 @@ PYMETA_MEMBER inline int outputs_per_target(const Loss& loss) {
   int outputs = 1;
   with_loss_spec(loss, [&](auto spec) { outputs = decltype(spec)::kOutputs; });
   return outputs > 0 ? outputs : loss.level_count;
+}
+// Over how many columns is a row's loss a mean? One of classes is a single number.
+PYMETA_MEMBER inline bool is_of_classes(const Loss& loss) {
+  const TargetKind kind = target_kind(loss);
+  return kind == TargetKind::labels || kind == TargetKind::distributions;
+}
+PYMETA_MEMBER inline int mean_columns(const Loss& loss, int out) {
+  return is_of_classes(loss) ? 1 : out / outputs_per_target(loss);
+}
+// The loss that stands in for one of labels where a set's targets are distributions over the classes.
+PYMETA_MEMBER inline Loss of_distributions(Loss loss) {
+  if (loss.kind == LossKind::cross_entropy) loss.kind = LossKind::soft_cross_entropy;
+  return loss;
 }
 // Columns of the targets that a network of `out` outputs is held against.
 PYMETA_MEMBER inline int target_columns(const Loss& loss, int out) {
