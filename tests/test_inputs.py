@@ -30,8 +30,8 @@ def make(backend, loss="mse", net=None, **options):
 CONSTRUCTION = {
     "model": (TypeError, r"model: expected a torch\.nn\.Module, got str", {"model": "net"}),
     "loss name": (ValueError, r"loss: expected one of mse, .*got 'mae'", {"loss": "mae"}),
-    "loss type": (TypeError, r"loss: .*got function", {"loss": nn.functional.mse_loss}),
-    "loss module": (ValueError, r"loss: .*got CTCLoss", {"loss": nn.CTCLoss()}),
+    "loss type": (TypeError, r"loss: expected one of mse, .*got int", {"loss": 3}),
+    "loss class": (TypeError, r"loss: .*an instance, MSELoss\(...\), got", {"loss": nn.MSELoss}),
     "reduction": (ValueError, r'reduction="mean".*"sum"', {"loss": nn.MSELoss(reduction="sum")}),
     "class weights": (
         ValueError,

@@ -88,7 +88,9 @@ class FineTune(Learner):
     Args:
         model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
             knows runs there; everything else runs in torch, with one warning.
-        loss: "mse", "huber", "cross_entropy", "bce_with_logits", or the torch.nn loss module.
+        loss: a name such as "mse" or "cross_entropy", the torch.nn module that means the same, a
+            `pymeta.QuantileLoss` or `pymeta.StudentTNLLLoss`; or any function of one set's outputs
+            and targets that gives one number for each row, or one in all, which runs in torch.
         optimizer: `pymeta.SGD(...)`, `pymeta.Adam(...)` or `pymeta.RMSprop(...)`; its state is
             each task's own.
         lr: instead of `optimizer`, the step size of plain SGD.
@@ -137,7 +139,7 @@ class FineTune(Learner):
         self,
         model: nn.Module,
         *,
-        loss: str | nn.Module,
+        loss: Any,
         optimizer: Optimizer | None = None,
         lr: float | None = None,
         epochs: int,

@@ -130,7 +130,7 @@ class Learner(nn.Module, ABC):
         self,
         model: nn.Module,
         *,
-        loss: str | nn.Module,
+        loss: Any,
         lr: float | LearnableLR | None,
         optimizer: Optimizer | None,
         adapt: Sequence[str] | None = None,
@@ -151,7 +151,7 @@ class Learner(nn.Module, ABC):
         self._shapes: dict[Any, tuple[int, ...] | None] = {}
         self._last: NativeCall | None = None
         self.model = model
-        self.loss: Loss = loss  # type: ignore[assignment]  # __setattr__ makes one of it
+        self.loss: Loss = loss  # __setattr__ makes one of it
         self.adapted_patterns = adapt
         self.backend = backend
         self._anchor = check_anchor(anchor, anchor_rows)
@@ -459,9 +459,9 @@ class Learner(nn.Module, ABC):
         """What `repr` shows besides the model."""
         lr = "learnable" if self._learns is not None else self.lr
         s = self.schedule
-        parts = [f"loss={self.loss.kind}", f"lr={lr}"]
+        parts = [f"loss={self.loss.name}", f"lr={lr}"]
         if not isinstance(self._rule, SGD) or self._rule != SGD(self._rule.lr):
-            parts = [f"loss={self.loss.kind}", f"optimizer={self.optimizer}"]
+            parts = [f"loss={self.loss.name}", f"optimizer={self.optimizer}"]
         parts.append(f"steps={s.steps}" if s.epochs is None else f"epochs={s.epochs}")
         if s.batch_size is not None:
             parts.append(f"batch_size={s.batch_size}")

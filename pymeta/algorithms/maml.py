@@ -12,6 +12,7 @@ value, so that, after a first one, they can be captured in a `torch.cuda.CUDAGra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from pymeta import reference
 from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.learner import Learner, NativeCall, Weights
-from pymeta.algorithms.settings import Checks, checks_of
+from pymeta.algorithms.settings import Checks, check_query_loss, checks_of
 from pymeta.backend.inputs import has_tangents, in_forward_mode
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, addresses, prepare
 from pymeta.models.adapted import Adapted, shaped
+from pymeta.spec.inner import InnerLoop
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
 from pymeta.tasks.task_set import QUERY, SUPPORT, Rows, Sizes, TaskSet, check_same_tasks, task_set
@@ -53,9 +55,12 @@ class MAML(Learner):
     Args:
         model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
             knows runs there; everything else runs in torch, with one warning.
-        loss: "mse", "huber", "cross_entropy", "bce_with_logits", or the torch.nn loss module.
+        loss: a name such as "mse" or "cross_entropy", the torch.nn module that means the same, a
+            `pymeta.QuantileLoss` or `pymeta.StudentTNLLLoss`; or any function of one set's outputs
+            and targets that gives one number for each row, or one in all, which runs in torch.
         lr: inner step size, a number or a `LearnableLR`.
         steps: number of inner steps.
+        query_loss: what query sets are judged by, where that is another loss; likewise.
         first_order: take inner gradients as constants (FOMAML; Finn et al. 2017, section 5.2).
         adapt: fnmatch patterns of the parameter names that the inner loop changes; None for
             all. Parameters that do not require grad are neither adapted nor given gradients.
@@ -74,15 +79,19 @@ class MAML(Learner):
             where the native core cannot run the model (the message says why).
     """
 
-    _checks: ClassVar[Checks] = checks_of("steps", "first_order")
+    _checks: ClassVar[Checks] = checks_of(
+        "steps", "first_order", query_loss=lambda self, value: check_query_loss(value)
+    )
+    _of_the_plan: ClassVar[frozenset[str]] = Learner._of_the_plan | {"query_loss"}
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        loss: str | nn.Module,
+        loss: Any,
         lr: float | LearnableLR | None = None,
         steps: int,
+        query_loss: Any = None,
         first_order: bool = False,
         adapt: Sequence[str] | None = None,
         optimizer: Optimizer | None = None,
@@ -104,6 +113,7 @@ class MAML(Learner):
         )
         self.steps = steps
         self.first_order = first_order
+        self.query_loss = query_loss
         self._prepared: dict[bool, PreparedCall] = {}  # by whether grad is enabled
         plan = self._look()
         if isinstance(self._rule.lr, LearnableLR):
@@ -203,6 +213,7 @@ class MAML(Learner):
         support = task_set(
             SUPPORT, xs, ys, support_sizes, support_weights, expected, support_offset
         )
+        expected = plan.query_expected
         query = task_set(QUERY, xq, yq, query_sizes, query_weights, expected, query_offset)
         check_same_tasks(support, query)
         anchors = anchors_of(anchor, support.tasks, plan)
@@ -300,6 +311,21 @@ class MAML(Learner):
                 if value is not None and value.requires_grad:
                     return f"{name} requires grad, which the native core has no gradient for"
         return None
+
+    def _made_plan(self) -> Plan:
+        return Plan(
+            self.model,
+            self.loss,
+            self.adapted_patterns,
+            self._per,
+            self._rule,
+            self._anchor,
+            query_loss=self.query_loss,
+        )
+
+    def _inner(self, plan: Plan, schedule: Schedule, first_order: bool = False) -> InnerLoop:
+        inner = super()._inner(plan, schedule, first_order)
+        return replace(inner, query_loss=self.query_loss)
 
     def _forget(self) -> None:
         super()._forget()

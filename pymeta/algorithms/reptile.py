@@ -57,7 +57,9 @@ class Reptile(Learner):
     Args:
         model: maps [rows, ...] to [rows, out]. A chain of the layers that the native core
             knows runs there; everything else runs in torch, with one warning.
-        loss: "mse", "huber", "cross_entropy", "bce_with_logits", or the torch.nn loss module.
+        loss: a name such as "mse" or "cross_entropy", the torch.nn module that means the same, a
+            `pymeta.QuantileLoss` or `pymeta.StudentTNLLLoss`; or any function of one set's outputs
+            and targets that gives one number for each row, or one in all, which runs in torch.
         optimizer: the inner one, `pymeta.SGD(...)`, `pymeta.Adam(...)` or `pymeta.RMSprop(...)`;
             its state starts afresh in each task. The paper uses Adam with betas=(0, 0.999).
         lr: instead of `optimizer`, the step size of plain SGD.
@@ -83,7 +85,7 @@ class Reptile(Learner):
         self,
         model: nn.Module,
         *,
-        loss: str | nn.Module,
+        loss: Any,
         optimizer: Optimizer | None = None,
         lr: float | None = None,
         steps: int,

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from pymeta import native
-from pymeta.spec.losses import describe_loss
+from pymeta.spec.losses import Loss, describe_loss
 from pymeta.spec.optimizers import OPTIMIZERS, SGD, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import LARGEST_SEED, check_batch_size, check_count
 
@@ -61,6 +61,14 @@ def _check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     return value
+
+
+def check_query_loss(value: Any) -> Loss | None:
+    """What query sets are judged by, described; None stays."""
+    try:
+        return None if value is None else describe_loss(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"query_{error}") from None
 
 
 # Those of all learners.

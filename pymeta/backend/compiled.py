@@ -73,7 +73,8 @@ def _side(
     packed: bool,
 ) -> TaskSet:
     """The task set of what the operator got: packed rows came from a list."""
-    expected = maml._current()[0].expected
+    plan = maml._current()[0]
+    expected = plan.query_expected if names is QUERY else plan.expected
     if not packed:
         return task_set(names, x, y, sizes, w, expected)
     assert sizes is not None

@@ -19,7 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 from pymeta import native
 from pymeta.backend.device import Device, unusable
 from pymeta.spec.anchors import NO_ANCHOR, Anchor
-from pymeta.spec.losses import Loss, check_width, native_loss
+from pymeta.spec.losses import Loss, OwnLoss, check_width, native_loss
 from pymeta.spec.modules import one_at_a_time
 from pymeta.spec.network import Description, Unsupported, describe
 from pymeta.spec.optimizers import Rates, native_optimizer, rates
@@ -111,12 +111,15 @@ class Plan:
         optimizer: Optimizer | None = None,
         anchor: Anchor = NO_ANCHOR,
         adapts: bool = True,
+        query_loss: Loss | None = None,
     ) -> None:
         """Examine the model; TypeError or ValueError where no backend can run it.
 
         `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by;
-        where it only predicts with adapted weights, `adapts` is False, and a normalisation
-        layer's mode does not matter: each set is normalised by its own statistics.
+        `query_loss` is what query sets are judged by, if that is another one than the loss.
+        Where it only predicts with adapted weights, `adapts` is False, and a normalisation
+        layer's mode does not matter: each set is normalised by its own statistics. `query_loss` is
+        what query sets are judged by, where that is another one.
         """
         with one_at_a_time():
             named = dict(model.named_parameters())
@@ -134,6 +137,12 @@ class Plan:
         self.adapted = tuple(n for n in self.trainable if n in wanted)
         self.rates: Rates = rates(per, {n: named[n].numel() for n in self.adapted})
         self.expected = self._expected(loss, named)
+        self.query_expected = self.expected
+        if query_loss is not None:
+            try:
+                self.query_expected = self._expected(query_loss, named)
+            except ValueError as error:
+                raise ValueError(f"query_{error}") from None
         self.problem: Any = None
         self.chain: list[int] = []
         self.lr_order: Tensor | None = None
@@ -163,6 +172,7 @@ class Plan:
         """Make the native Problem; the reason why there is none, where there is none."""
         found = self.description
         reason = found.reason if isinstance(found, Unsupported) else _unfit(named)
+        reason = reason or self._own_loss()
         if reason is not None:
             return reason
         assert isinstance(self.description, Description)
@@ -178,8 +188,16 @@ class Plan:
             [n in self.adapted for n in chain],
             self._lr_groups(chain, named),
             None if self.optimizer is None else native_optimizer(self.optimizer, self.anchor),
+            native_loss(self.query_expected.loss),
         )
         self.chain = [self.names.index(n) for n in chain]
+        return None
+
+    def _own_loss(self) -> str | None:
+        """Why the native core cannot compute a loss, if it cannot."""
+        for name, expected in (("loss", self.expected), ("query_loss", self.query_expected)):
+            if isinstance(expected.loss, OwnLoss):
+                return f"{name}: {expected.loss.name} is a function, which runs in torch"
         return None
 
     def _unfit_there(self) -> str | None:

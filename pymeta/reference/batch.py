@@ -90,7 +90,7 @@ def meta_loss(
     if support.tasks == 0:
         zero = _connected_zero(parameters, inner.lr, support.x, query.x)
         return zero, inner.lr.new_zeros(0), []
-    sift = leaves_out(support, inner.loss) or leaves_out(query, inner.loss)
+    sift = leaves_out(support, inner.loss) or leaves_out(query, inner.judge)
     with applied(model) as use:
 
         def one(support_set: Set, query_set: Set, own: dict[str, Any]) -> tuple[Tensor, Tensor]:

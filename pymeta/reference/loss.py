@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pymeta.spec.losses import Loss
+from pymeta.spec.losses import Loss, OwnLoss
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -150,6 +150,30 @@ def shifted(outputs: Tensor, offset: Tensor | None) -> Tensor:
     return outputs + offset.view(outputs.shape)
 
 
+def _own(loss: OwnLoss, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """A function's loss of a set; one number for all of it has no place for row weights."""
+    assert loss.function is not None
+    value = loss.function(outputs, targets)
+    rows = outputs.shape[0]
+    if not isinstance(value, Tensor) or value.shape not in ((), (rows,)):
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"loss: expected {loss.name} to give one number [] or one for each row [{rows}], "
+            f"got {got}"
+        )
+    if value.ndim:
+        return _weighted_mean(
+            value if weights is None else weights * value,
+            torch.ones_like(value) if weights is None else weights,
+        )
+    if weights is not None and not bool((weights == 1).all()):
+        raise ValueError(
+            f"loss: {loss.name} gives one number for a set, which row weights other than 0 and 1 "
+            f"cannot weigh; let it give one for each row"
+        )
+    return value if rows else torch.zeros_like(value)
+
+
 def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """The loss of one set of rows: the definition, in differentiable torch operations.
 
@@ -174,6 +198,8 @@ def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | No
             f"model: expected one output row for each of {rows} input rows, "
             f"got an output of shape {list(outputs.shape)}"
         )
+    if isinstance(loss, OwnLoss):
+        return _own(loss, outputs, targets, weights)
     if weights is None:
         weights = torch.ones(rows, dtype=outputs.dtype, device=outputs.device)
     if loss.takes_classes:

@@ -120,11 +120,11 @@ def task_outcome(
     outputs all the same.
     """
     adapted, _ = adapt_task(model, inner, adapted, fixed, support, sift=sift, anchor=anchor)
-    x, y, weights, offset = that_count(inner.loss, query) if sift else query
+    x, y, weights, offset = that_count(inner.judge, query) if sift else query
     outputs = shifted(model({**fixed, **adapted}, x), offset)
-    loss = task_loss(inner.loss, outputs, y, weights)
+    loss = task_loss(inner.judge, outputs, y, weights)
     if sift and len(y) < len(query[1]):
-        count = counting(inner.loss, query[1], query[2])
+        count = counting(inner.judge, query[1], query[2])
         of_all = shifted(model.of_all_rows({**fixed, **adapted}, query[0], count), query[3])
         of_all[count] = outputs.detach()
         outputs = of_all

@@ -28,6 +28,7 @@ class InnerLoop:
         schedule: how many steps, and on which rows.
         first_order: take the gradients of the loss as constants.
         optimizer: the rule of a step; its lr is not looked at, `lr` takes its place.
+        query_loss: what query sets are judged by; None: `loss`.
         anchor: pulls towards the start, where a call has no strength of each task's own.
     """
 
@@ -38,6 +39,12 @@ class InnerLoop:
     first_order: bool = False
     optimizer: Optimizer = _PLAIN
     anchor: Anchor = NO_ANCHOR
+    query_loss: Loss | None = None
+
+    @property
+    def judge(self) -> Loss:
+        """The loss of query sets."""
+        return self.loss if self.query_loss is None else self.query_loss
 
 
 @dataclass

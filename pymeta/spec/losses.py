@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +27,7 @@ class _Kind(NamedTuple):
 
     Attributes:
         targets: what they are: any "values", "probabilities" in 0..1, "amounts" of at least 0,
-            or class "labels".
+            or class "labels"; "anything" that a function of the caller's takes.
         outputs: of the model for each target; 0: one for each level of the loss.
         of_which: what those are, for messages.
     """
@@ -51,6 +51,8 @@ _KINDS = {
     "bce_with_logits": _Kind("probabilities"),
 }
 KINDS = tuple(_KINDS)
+_OWN = "a function"
+_KINDS[_OWN] = _Kind("anything")
 _OLD_FIELDS = ("kind", "delta", "label_smoothing", "ignore_index", "weight", "pos_weight")
 _MEDIAN = (0.5,)
 _DOF = 4.0
@@ -76,8 +78,13 @@ class Loss:
 
     @property
     def targets(self) -> str:
-        """What targets are: "values", "probabilities", "amounts" or "labels"."""
+        """What targets are, as `_Kind` has it."""
         return _KINDS[self.kind].targets
+
+    @property
+    def name(self) -> str:
+        """How it is called in messages."""
+        return self.kind
 
     @property
     def outputs_per_target(self) -> int:
@@ -87,6 +94,22 @@ class Loss:
     def target_columns(self, out_features: int) -> int:
         """How many columns targets have for a model of so many outputs; of values, not labels."""
         return out_features // self.outputs_per_target
+
+
+@dataclass(frozen=True)
+class OwnLoss(Loss):
+    """A function of the caller's, which torch alone can run.
+
+    `function(outputs, targets)` of one set gives the losses of its rows [rows], or one number [].
+    """
+
+    kind: str = _OWN
+    function: Callable[[Tensor, Any], Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """That of the function, or of its class."""
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
 
 
 @dataclass(frozen=True)
@@ -222,19 +245,19 @@ def _describe_module(loss: nn.Module) -> Loss:
             'loss: GaussianNLLLoss takes variances as a third argument; "gaussian_nll" is that '
             "likelihood for a model with two outputs for each target, a mean and a log scale"
         )
-    raise ValueError(
-        f"loss: expected one of {', '.join(KINDS)}, {_NAMES}, got {type(loss).__name__}"
-    )
+    return OwnLoss(function=loss)
 
 
 _NAMES = (
-    "a pymeta.QuantileLoss or StudentTNLLLoss, or a torch.nn MSELoss, HuberLoss, L1Loss, "
-    "PoissonNLLLoss, CrossEntropyLoss or BCEWithLogitsLoss"
+    "a pymeta.QuantileLoss or StudentTNLLLoss, a torch.nn loss, or a function of outputs and "
+    "targets"
 )
 
 
 def describe_loss(loss: Any) -> Loss:
     """The description of a loss given by name, as a `torch.nn` module or one of the classes above.
+
+    What else can be called with outputs and targets is an `OwnLoss`.
 
     Raises:
         TypeError: `loss` is none of these.
@@ -248,12 +271,14 @@ def describe_loss(loss: Any) -> Loss:
         if loss not in KINDS:
             raise ValueError(f"loss: expected one of {', '.join(KINDS)}, got {loss!r}")
         return Loss(loss, levels=_MEDIAN if loss == "quantile" else ())
-    if loss in (QuantileLoss, StudentTNLLLoss):
-        raise TypeError(f"loss: expected an instance, {loss.__name__}(), got the class")
-    if not _is_module(loss):
-        raise TypeError(f"loss: expected a name or a torch.nn loss, got {type(loss).__name__}")
-    described = _describe_module(loss)
-    if loss.reduction != "mean":
+    if isinstance(loss, type):
+        raise TypeError(f"loss: expected an instance, {loss.__name__}(...), got the class")
+    if not callable(loss):
+        raise TypeError(
+            f"loss: expected one of {', '.join(KINDS)}, {_NAMES}, got {type(loss).__name__}"
+        )
+    described = _describe_module(loss) if _is_module(loss) else OwnLoss(function=loss)
+    if not isinstance(described, OwnLoss) and loss.reduction != "mean":
         raise ValueError(
             f'loss: expected reduction="mean" (the definition of a task\'s loss), '
             f'got reduction="{loss.reduction}"'
@@ -292,7 +317,13 @@ def native_loss(description: Loss) -> Any:
 
 
 def loss_fields(loss: Loss) -> dict[str, Any]:
-    """What `read_loss` reads: what a loss of its kind has, and all that version 0.1 wrote."""
+    """What `read_loss` reads: what a loss of its kind has, and all that version 0.1 wrote.
+
+    Raises:
+        ValueError: it is a function, which no file can hold.
+    """
+    if isinstance(loss, OwnLoss):
+        raise ValueError(f"loss: no file can hold a function, {loss.name}")
     has = {"quantile": "levels", "student_t_nll": "dof"}.get(loss.kind)
     return {n: v for n, v in asdict(loss).items() if n in _OLD_FIELDS or n == has}
 

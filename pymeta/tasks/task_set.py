@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pymeta.spec.losses import Loss
 from pymeta.tasks.checks import Expected, Kind, Names, checked, of_table
 
 Rows: TypeAlias = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
@@ -58,6 +59,7 @@ class TaskSet:
     there: tuple[Tensor | None, Tensor] | None = None  # starts, sizes on the device of a call
     offset: Tensor | None = None  # [..., out], is added to the model's outputs
     distributions: bool = False  # y are such over the classes, not labels
+    loss: Loss | None = None  # what its targets are held against
 
     @property
     def weight_columns(self) -> int:
@@ -300,6 +302,7 @@ def task_set(
         out.sizes = _check_sizes(names.sizes, sizes, out.tasks)
     if given.more_axes:
         out.reason = f"{names.x} has more than one feature axis"
+    out.loss = expected.loss
     out.distributions = given.y is not None and (
         expected.loss.takes_classes and given.y.is_floating_point()
     )

@@ -7,6 +7,7 @@ decided before a call.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -137,6 +138,11 @@ def _check_range(s: TaskSet) -> None:
             )
 
 
+def _of_set(s: TaskSet, expected: Expected) -> Expected:
+    """What is expected, with the loss of the set."""
+    return expected if s.loss in (None, expected.loss) else replace(expected, loss=s.loss)
+
+
 def check_sizes(s: TaskSet, expected: Expected, waits: bool = True) -> None:
     """The checks that read sizes, which are on the CPU wherever the data are.
 
@@ -146,6 +152,7 @@ def check_sizes(s: TaskSet, expected: Expected, waits: bool = True) -> None:
     Raises:
         ValueError: a size is out of range, or there is one row that counts under BatchNorm.
     """
+    expected = _of_set(s, expected)
     _check_range(s)
     single = 1 in s.counts if s.sizes is not None else s.rows == 1 and s.tasks
     if not expected.batch_norm or not single:
@@ -161,6 +168,7 @@ def check_values(s: TaskSet, expected: Expected) -> None:
         ValueError: sizes, labels, probabilities or weights out of range, or one row that counts
             under BatchNorm.
     """
+    expected = _of_set(s, expected)
     if s.y is None:
         check_sizes(s, expected)
     else:  # whose values say how many rows count
