@@ -32,11 +32,16 @@ import source_tree
 
 import pymeta
 import pymeta.data
+import pymeta.metrics
 
 ROOT = source_tree.need("README.md", "mkdocs.yml", "docs")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = {"docs/gpu.md": ["needs a CUDA device"]}
-NEEDS = {"docs/data.md": ("sklearn", "pandas"), "docs/sklearn.md": ("sklearn", "pandas")}
+NEEDS = {
+    "docs/comparing.md": ("sklearn", "pandas", "lightgbm", "matplotlib"),
+    "docs/data.md": ("sklearn", "pandas"),
+    "docs/sklearn.md": ("sklearn", "pandas"),
+}
 LANGUAGES = {"python", "text", "console", "cpp", "diff", "json", "bibtex"}
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 
@@ -232,6 +237,8 @@ def test_the_reference_has_every_public_name():
     wanted = {f"pymeta.{name}" for name in pymeta.__all__}
     wanted |= {"pymeta.sklearn.MetaClassifier", "pymeta.sklearn.MetaRegressor"}
     wanted |= {f"pymeta.data.{name}" for name in pymeta.data.__all__}
+    named = set(pymeta.metrics.__all__) - pymeta.metrics.METRICS.keys()  # those have a table
+    wanted |= {f"pymeta.metrics.{name}" for name in named - {"METRICS"}}
     assert wanted <= shown, wanted - shown
 
 

@@ -17,17 +17,13 @@ import numpy as np
 class Ragged(tuple[Any, ...]):
     """T arrays [rows_t, ...] that are slices of one.
 
-    Args:
-        values: [sum of rows, ...], an array or tensor: the tasks' rows one after another.
-        sizes: [T], how many rows each task has.
+    `Ragged(values, sizes)` is made of an array or tensor [sum of rows, ...], the tasks' rows one
+    after another, and of how many rows each task has. TypeError where sizes are no integers,
+    ValueError where they are negative or do not add up to the rows there are.
 
     Attributes:
         values: as given.
         sizes: int64 [T].
-
-    Raises:
-        TypeError: sizes are not integers.
-        ValueError: sizes are negative, not [T], or do not add up to the rows there are.
 
     Example:
         >>> import numpy as np

@@ -1,0 +1,226 @@
+"""What `compare` runs: anything that learns from a training panel and predicts query rows.
+
+    model.fit(train)                  learn from training rows
+    model.predict(history, query)     [rows of query], probabilities of class 1 or numbers
+
+`history` are earlier rows of the query's entities, with targets: what a model may adapt to; None
+asks for predictions without any. Models that adapt say so by `adapts = True`.
+
+scikit-learn's estimators (pymeta's too) and pymeta's learners become such models by `as_model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from pymeta.data.optional import need
+from pymeta.data.panel import Panel
+from pymeta.metrics.base import is_binary
+from pymeta.tasks.groups import Array
+from pymeta.tasks.ragged import Ragged
+
+
+class Model(Protocol):
+    """What `compare` asks of a model."""
+
+    def fit(self, train: Panel) -> Any:
+        """Learn from training rows."""
+
+    def predict(self, history: Panel | None, query: Panel) -> Array:
+        """[rows of query], with `history` to adapt to."""
+
+
+class Target:
+    """Targets as a regression sees them: standardised, of their logarithm where that is asked for.
+
+    Args:
+        y: [rows], of training.
+        link: "identity" or "log", which makes predictions positive.
+    """
+
+    def __init__(self, y: Array, link: str) -> None:
+        """Learn the mean and the scale."""
+        if link not in ("identity", "log"):
+            raise ValueError(f"link: expected 'identity' or 'log', got {link!r}")
+        if link == "log" and y.min() <= 0:
+            raise ValueError(f"link: 'log' expects targets > 0, got {y.min()}")
+        self.link = link
+        seen = self._linked(y)
+        self.mean, self.scale = float(seen.mean()), float(seen.std()) or 1.0
+        self.smear = 1.0
+
+    def _linked(self, y: Array) -> Array:
+        linked: Array = np.log(y) if self.link == "log" else y
+        return linked.astype(np.float64)
+
+    def to(self, y: Array) -> Array:
+        """Targets for the model to learn."""
+        return (self._linked(y) - self.mean) / self.scale
+
+    def smeared(self, y: Array, p: Array) -> None:
+        """Learn by what factor exponentials of predictions are too small (Duan 1983)."""
+        if self.link == "log":
+            self.smear = float(np.exp((self.to(y) - p) * self.scale).mean())
+
+    def back(self, p: Array) -> Array:
+        """Predictions in the units of the targets."""
+        p = p.astype(np.float64) * self.scale + self.mean
+        return np.exp(p) * self.smear if self.link == "log" else p
+
+
+class FromEstimator:
+    """An estimator of scikit-learn, or one of pymeta's, which has `adapt`.
+
+    Args:
+        estimator: not fitted; a clone of it is.
+        link: for regression, see `Target`.
+        prep: options of the panel's preprocessor.
+    """
+
+    def __init__(
+        self, estimator: Any, *, link: str = "identity", prep: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep what is to be cloned."""
+        self.estimator, self.link, self.options = estimator, link, dict(prep or {})
+        self.adapts = hasattr(estimator, "adapt")
+
+    def fit(self, train: Panel) -> FromEstimator:
+        """Fit a preprocessor and a clone of the estimator."""
+        clone = need("sklearn.base", "comparing estimators").clone
+        self.prep = train.preprocessor(**self.options).fit(train)
+        self.fitted = clone(self.estimator)
+        y = train.need_y()
+        self.is_binary = is_binary(y)
+        self.target = None if self.is_binary else Target(y, self.link)
+        x = self.prep(train).x
+        wanted = self._wanted(y)
+        groups = {"groups": train.labels} if self.adapts else {}
+        self.fitted.fit(x, wanted, **groups)
+        if self.target is not None:
+            self.target.smeared(y, self._raw(x))
+        return self
+
+    def _wanted(self, y: Array) -> Array:
+        return y.astype(int) if self.target is None else self.target.to(y)
+
+    def _raw(self, x: Array, **groups: Any) -> Array:
+        if self.target is None:
+            return np.asarray(self.fitted.predict_proba(x, **groups))[:, 1]
+        return np.asarray(self.fitted.predict(x, **groups))
+
+    def predict(self, history: Panel | None, query: Panel) -> Array:
+        """Adapt to the history, where the estimator does, and predict."""
+        groups = {}
+        if self.adapts and history is not None:
+            fitted = self.fitted.adapt
+            fitted(self.prep(history).x, self._wanted(history.need_y()), groups=history.labels)
+            groups = {"groups": query.labels}
+        found = self._raw(self.prep(query).x, **groups)
+        return found if self.target is None else self.target.back(found)
+
+
+class FromLearner:
+    """A learner of pymeta (MAML, `pymeta.learners`), trained on episodes of the training panel.
+
+    Args:
+        make: called with the number of features; returns the learner.
+        episodes: options of `Panel.episodes`; `batches` are the training steps.
+        lr: Adam's step size, which falls to a tenth along a cosine.
+        link: for regression, see `Target`.
+        prep: options of the panel's preprocessor.
+        seed: of torch, before `make`, and of the episodes unless they have their own.
+
+    Example:
+        >>> from pymeta.metrics import FromLearner
+        >>> options = {"tasks": 16, "support": (5, 40), "query": 20, "batches": 200}
+        >>> ours = FromLearner(lambda features: make_maml(features), episodes=options)
+    """
+
+    adapts = True
+
+    def __init__(
+        self,
+        make: Callable[[int], Any],
+        *,
+        episodes: Mapping[str, Any],
+        lr: float = 1e-3,
+        link: str = "identity",
+        prep: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Keep what training needs."""
+        if "batches" not in episodes:
+            raise ValueError("episodes: expected batches=..., the number of training steps")
+        self.make, self.episodes = make, {"seed": seed, **episodes}
+        self.lr, self.link, self.options, self.seed = lr, link, dict(prep or {}), seed
+
+    def fit(self, train: Panel) -> FromLearner:
+        """Train the learner."""
+        torch = need("torch", "FromLearner", "torch")
+        self.prep = train.preprocessor(**self.options).fit(train)
+        y = train.need_y()
+        self.target = None if is_binary(y) else Target(y, self.link)
+        panel = self._prepared(train)
+        torch.manual_seed(self.seed)
+        self.learner = self.make(panel.x.shape[1])
+        adam = torch.optim.Adam(self.learner.parameters(), self.lr)
+        steps = int(self.episodes["batches"])
+        rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1), self.lr / 10)
+        for batch in panel.episodes(**self.episodes):
+            adam.zero_grad()
+            self.learner(*batch).loss.backward()
+            adam.step()
+            rate.step()
+        if self.target is not None:
+            self.target.smeared(y, self._raw(panel, panel))
+        return self
+
+    def _prepared(self, panel: Panel) -> Panel:
+        prepared = self.prep(panel)
+        if self.target is None:
+            return prepared
+        return prepared._changed(y=self.target.to(panel.need_y()).astype(np.float32))
+
+    def _raw(self, history: Panel | None, query: Panel) -> Array:
+        """Predictions for a prepared query: logits' probabilities, or numbers."""
+        support = history_of(history, query.entities, query.x.shape[1])
+        models = self.learner.adapt(*support)
+        tasks = Ragged(query.x, query.sizes)
+        found = models.predict_proba(tasks) if self.target is None else models(tasks)
+        out = np.concatenate([np.asarray(rows.detach()) for rows in found])
+        return out[..., -1].astype(np.float64)
+
+    def predict(self, history: Panel | None, query: Panel) -> Array:
+        """Adapt to each entity's history and predict."""
+        prepared = None if history is None else self._prepared(history)
+        found = self._raw(prepared, self.prep(query))
+        return found if self.target is None else self.target.back(found)
+
+
+def history_of(history: Panel | None, entities: Array, features: int) -> tuple[Ragged, Ragged]:
+    """A support set for each of `entities`: its rows in a history, none where it has none."""
+    if history is None or not len(history):
+        nothing = np.zeros(len(entities), np.int64)
+        return Ragged(np.zeros((0, features), np.float32), nothing), Ragged(
+            np.zeros(0, np.float32), nothing
+        )
+    known = history.where(np.repeat(np.isin(history.entities, entities), history.sizes))
+    sizes = np.zeros(len(entities), np.int64)
+    sizes[np.searchsorted(entities, known.entities)] = known.sizes
+    return Ragged(known.x, sizes), Ragged(known.need_y(), sizes)
+
+
+def as_model(name: str, value: Any, *, link: str, prep: Mapping[str, Any] | None) -> Any:
+    """A model as it is, or an estimator as one; TypeError where it is neither."""
+    if hasattr(value, "get_params"):
+        return FromEstimator(value, link=link, prep=prep)
+    if callable(getattr(value, "fit", None)) and callable(getattr(value, "predict", None)):
+        return value
+    hint = "; wrap a learner as FromLearner(...)" if hasattr(value, "adapt") else ""
+    raise TypeError(
+        f"models: {name}: expected an estimator, or a model with fit(train) and "
+        f"predict(history, query), got {type(value).__name__}{hint}"
+    )

@@ -1,0 +1,362 @@
+"""`compare`: one split for all, rivals that are what they say, verdicts that follow intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import pymeta
+from pymeta.data import Panel
+from pymeta.metrics import FromEstimator, FromLearner, Interval, Pair, compare, split
+from pymeta.metrics import stress as stress_tests
+from pymeta.metrics.baselines import Boosted, Intercepts, PerEntity, Pooled, logit_shifts
+from pymeta.metrics.models import Target
+
+sklearn = pytest.importorskip("sklearn")
+
+
+def panel(kind="numbers", entities=30, rows=60, seed=0, slopes=1.0, time=True) -> Panel:
+    """Entities with intercepts and slopes of their own; the first feature is all there is."""
+    rng = np.random.default_rng(seed)
+    e = np.repeat(np.arange(entities), rows)
+    x = rng.normal(size=(len(e), 2))
+    slope, shift = rng.normal(size=entities) * slopes, rng.normal(size=entities) * 0.5
+    signal = slope[e] * x[:, 0] + shift[e] + 0.3 * x[:, 1]
+    y = {
+        "numbers": signal + 0.3 * rng.normal(size=len(e)),
+        "binary": (rng.random(len(e)) < 1 / (1 + np.exp(-2 * signal))).astype(int),
+        "positive": np.exp(0.3 * signal + 0.2 * rng.normal(size=len(e))),
+    }[kind]
+    day = np.datetime64("2020-01-01") + np.tile(np.arange(rows), entities)
+    data = {"e": e, "day": day, "a": x[:, 0], "b": x[:, 1], "y": y}
+    return Panel(data, entity="e", time="day" if time else None, target="y", numeric=["a", "b"])
+
+
+class Oracle:
+    """Knows what it is told, and remembers what it was given."""
+
+    adapts = True
+
+    def __init__(self, error: float, seed: int = 0) -> None:
+        self.error, self.seed, self.given = error, seed, []
+
+    def fit(self, train: Panel) -> None:
+        self.given.append(train)
+
+    def predict(self, history, query: Panel):
+        self.given.append(history)
+        noise = np.random.default_rng(self.seed).normal(size=len(query))
+        return query.y + self.error * noise * (1 if history is not None else 3)
+
+
+# ---- the split ----------------------------------------------------------------------------------
+
+
+def test_the_split_in_time_and_over_entities():
+    p = panel()
+    parts = split(p, at="2020-02-10", share=0.2, gap=np.timedelta64(3, "D"), seed=0)
+    assert len(parts.history.entities) == 6 == len(parts.query.entities)
+    assert not set(parts.train.entities) & set(parts.query.entities)
+    assert parts.past.times.max() == np.datetime64("2020-02-06")
+    assert parts.query.times.min() == np.datetime64("2020-02-10")
+    assert len(parts.past) == len(parts.train) + len(parts.history)
+    everyone = split(p, at="2020-02-10", share=0, gap=None, seed=0)
+    assert len(everyone.train) == len(everyone.history) == len(everyone.past)
+    assert len(everyone.query.entities) == 30
+    assert len(split(p, at=None, share=0.2, gap=None, seed=0).query) == 6 * 18
+
+
+def test_the_split_without_times():
+    p = panel(time=False)
+    parts = split(p, at=None, share=0.2, gap=None, seed=0)
+    rows = [set(part.rows.tolist()) for part in (parts.train, parts.history, parts.query)]
+    assert set.union(*rows) == set(range(1800)) and sum(map(len, rows)) == 1800
+    assert set(parts.past.rows.tolist()) == rows[0] | rows[1]
+    with pytest.raises(ValueError, match="at, gap: expected None for a panel without times"):
+        split(p, at=1, share=0.2, gap=None, seed=0)
+    with pytest.raises(ValueError, match="they leave no rows for query"):
+        split(panel(), at="2030-01-01", share=0.2, gap=None, seed=0)
+
+
+# ---- rivals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["numbers", "binary"])
+def test_linear_rivals_are_scikit_learns(kind):
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    parts = split(panel(kind), at=None, share=0.2, gap=None, seed=0)
+    prep = parts.past.preprocessor().fit(parts.past)
+    x, xq = prep(parts.past).x, prep(parts.query).x
+    target = Target(parts.past.y, "identity")
+
+    def fitted(x, y):
+        if kind == "binary":
+            return LogisticRegression(max_iter=1000).fit(x, y).predict_proba
+        model = Ridge(alpha=1.0).fit(x, target.to(y))
+        return lambda q: np.stack([target.back(model.predict(q))] * 2, axis=1)
+
+    got = Pooled("identity", None).fit(parts.past).predict(parts.history, parts.query)
+    assert np.allclose(got, fitted(x, parts.past.y)(xq)[:, 1], atol=1e-6)
+    got = PerEntity("identity", None).fit(parts.past).predict(parts.history, parts.query)
+    for label in parts.query.entities:
+        own, asked = parts.history.labels == label, parts.query.labels == label
+        wanted = fitted(prep(parts.history).x[own], parts.history.y[own])(xq[asked])[:, 1]
+        assert np.allclose(got[asked], wanted, atol=1e-6)
+
+
+def test_an_entity_of_one_class_or_row_gets_the_pooled_model():
+    parts = split(panel("binary"), at=None, share=0.2, gap=None, seed=0)
+    first, second, third = parts.history.entities[:3]
+    labels = parts.history.labels
+    kept = (labels != first) & ~((labels == second) & (parts.history.y == 1))
+    kept &= (labels != third) | (np.cumsum(labels == third) == 1)
+    history = parts.history.where(kept)
+    rival = PerEntity("identity", None).fit(parts.past)
+    got, pooled = rival.predict(history, parts.query), rival.predict(None, parts.query)
+    same = np.isin(parts.query.labels, [first, second, third])
+    assert np.array_equal(got[same], pooled[same]) and (got[~same] != pooled[~same]).any()
+
+
+def test_intercepts_of_numbers_are_buehlmanns():
+    """Residual means times n / (n + k)."""
+    p = panel(slopes=0.0)
+    parts = split(p, at=None, share=0.3, gap=None, seed=0)
+    rival = Intercepts("identity", None).fit(parts.past)
+    base = rival.predict(None, parts.history)
+    shift = rival.predict(parts.history, parts.query) - rival.predict(None, parts.query)
+    residual = parts.history.y - base
+    for label in parts.query.entities:
+        own = shift[parts.query.labels == label]
+        mean = residual[parts.history.labels == label].mean()
+        assert np.allclose(own, own[0], atol=1e-6) and 0.9 < own[0] / mean < 1  # k is about 0.4
+    assert np.abs(shift).max() > 0.3
+
+
+def test_shifts_of_logits_are_the_modes_of_their_posteriors():
+    from scipy.optimize import minimize_scalar
+
+    rng = np.random.default_rng(0)
+    groups, rows, tau = 300, 25, 0.8
+    true = tau * rng.normal(size=groups)
+    codes = np.repeat(np.arange(groups), rows)
+    logits = rng.normal(size=len(codes)) - 0.5
+    y = (rng.random(len(codes)) < 1 / (1 + np.exp(-logits - true[codes]))).astype(float)
+    found = logit_shifts(y, logits, codes, groups)
+    tau2 = _moment_estimate(y, logits, codes, groups)
+    assert 0.4 < tau2 < 0.9  # of 0.64
+    for g in (0, 7):
+        own = codes == g
+
+        def cost(b, own=own):
+            z = logits[own] + b
+            return np.log1p(np.exp(z)).sum() - (y[own] * z).sum() + b * b / tau2 / 2
+
+        assert np.isclose(found[g], minimize_scalar(cost).x, atol=1e-5)
+    none = logit_shifts(np.tile([0.0, 1.0], 200), np.zeros(400), np.repeat(np.arange(20), 20), 20)
+    assert np.array_equal(none, np.zeros(20))  # more alike than chance has it
+
+
+def _moment_estimate(y, logits, codes, groups):
+    p = 1 / (1 + np.exp(-logits))
+    score = np.array([(y - p)[codes == g].sum() for g in range(groups)])
+    info = np.array([(p * (1 - p))[codes == g].sum() for g in range(groups)])
+    return ((score**2 / info).sum() - groups) / info.sum()
+
+
+@pytest.mark.parametrize("kind", ["numbers", "binary"])
+def test_boosted_trees_with_the_entity_know_it(kind):
+    pytest.importorskip("lightgbm")
+    parts = split(panel(kind, slopes=0.0, entities=8, rows=200), at=None, share=0, gap=None, seed=0)
+    errors = {}
+    for entity in (False, True):
+        rival = Boosted("identity", None, entity=entity).fit(parts.past)
+        p = rival.predict(None, parts.query)
+        errors[entity] = ((p - parts.query.y) ** 2).mean()
+        assert np.array_equal(p, Boosted("identity", None, entity=entity).fit(parts.past).predict(
+            None, parts.query))  # fmt: skip
+    assert errors[True] < 0.97 * errors[False]
+    new = panel(kind, entities=9, rows=5)
+    assert np.isfinite(rival.predict(None, new)).all()  # entities that it has not seen
+
+
+def test_logarithms_make_predictions_positive_and_unbiased():
+    parts = split(panel("positive"), at=None, share=0.3, gap=None, seed=0)
+    got = Pooled("log", None).fit(parts.past).predict(None, parts.past)
+    assert got.min() > 0 and np.isclose(got.mean(), parts.past.y.mean(), rtol=0.05)
+    with pytest.raises(ValueError, match="link: 'log' expects targets > 0"):
+        Pooled("log", None).fit(panel())
+    with pytest.raises(ValueError, match="link: expected 'identity' or 'log'"):
+        Pooled("probit", None).fit(panel())
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+def make_maml(loss):
+    def make(features):
+        network = torch.nn.Sequential(torch.nn.Linear(features, 1))
+        return pymeta.MAML(network, loss=loss, lr=0.1, steps=10)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["numbers", "binary"])
+def test_a_learner_adapts_to_each_entity(kind):
+    parts = split(panel(kind), at=None, share=0.2, gap=None, seed=0)
+    loss = "bce_with_logits" if kind == "binary" else "mse"
+    episodes = {"tasks": 8, "support": 20, "query": 10, "batches": 30}
+    ours = FromLearner(make_maml(loss), episodes=episodes, lr=0.01)
+    ours.fit(parts.train)
+    some = parts.history.where(parts.history.labels != parts.history.entities[0])
+    adapted, start = ours.predict(some, parts.query), ours.predict(None, parts.query)
+    unknown = parts.query.labels == parts.history.entities[0]
+    assert np.allclose(adapted[unknown], start[unknown], atol=1e-5)
+    errors = [((p - parts.query.y)[~unknown] ** 2).mean() for p in (adapted, start)]
+    assert errors[0] < (0.95 if kind == "binary" else 0.8) * errors[1]
+
+
+def test_an_estimator_that_adapts_gets_groups():
+    from pymeta.sklearn import MetaRegressor
+
+    parts = split(panel(), at=None, share=0.2, gap=None, seed=0)
+    model = FromEstimator(MetaRegressor(hidden=(), iterations=30, adapt_lr=0.1, random_state=0))
+    model.fit(parts.train)
+    adapted = model.predict(parts.history, parts.query)
+    start = model.predict(None, parts.query)
+    assert ((adapted - parts.query.y) ** 2).mean() < 0.8 * ((start - parts.query.y) ** 2).mean()
+
+
+# ---- verdicts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report():
+    from sklearn.linear_model import LinearRegression
+
+    models = {"oracle": Oracle(0.05), "plain": LinearRegression()}
+    return compare(panel(rows=120), models, share=0.5, draws=200, block=4, lightgbm=False)
+
+
+def test_what_each_model_is_given():
+    from sklearn.linear_model import LinearRegression
+
+    p = panel()
+    ours, other = Oracle(0.1), Oracle(0.1)
+    models = {"a": ours, "b": other, "c": LinearRegression()}
+    compare(p, models, share=0.5, draws=50, lightgbm=False,
+            stress={"late": stress_tests.delay_labels(5)})  # fmt: skip
+    train, history, nothing, late, nothing_either = ours.given
+    assert not set(train.entities) & set(history.entities)
+    assert nothing is None and nothing_either is None  # the start is asked for without a history
+    assert late.times.max() == history.times.max() - 5 and len(late.entities) == 15
+    assert [g if g is None else g.rows.tolist() for g in other.given] == [
+        g if g is None else g.rows.tolist() for g in ours.given
+    ]
+
+
+def test_the_report(report, tmp_path):
+    names = [line.name for line in report.lines]
+    assert names == ["oracle", "oracle, unadapted", "plain", "pooled linear", "linear by entity",
+                     "empirical Bayes"]  # fmt: skip
+    assert report.metrics == ["MSE", "R2"]
+    assert report.verdicts["pooled linear", "MSE"] == "win"
+    assert report.verdicts["oracle, unadapted", "R2"] == "win"
+    assert {p.name for p in report.periods} == {"calm", "stressed"}
+    assert sum(p.rows for p in report.periods) == 15 * 36
+    assert [p.name for p in report.stress] == ["levels x 2", "levels x 4", "volatility x 2",
+        "volatility x 4", "without b", "labels 40 periods late"]  # fmt: skip
+    frame = report.frame()
+    assert frame.loc["oracle", "MSE"] < 0.01 and (frame["fit_s"] >= 0).all()
+    text = report.markdown()
+    assert "- oracle beats pooled linear in MSE: 0.00" in text and "over 15 entities" in text
+    assert "over 9 blocks of time" in text and "| oracle, unadapted |" in text
+    for ending in ("md", "html"):
+        report.save(tmp_path / f"r.{ending}")
+    page = (tmp_path / "r.html").read_text()
+    assert "<table>" in page and "http" not in page and "data:image/png;base64," in page
+    with pytest.raises(ValueError, match=r"ends in \.html or \.md"):
+        report.save("r.pdf")
+
+
+def test_a_worse_model_is_told_so():
+    found = compare(
+        panel(), {"noise": Oracle(5.0)}, share=0.5, draws=100, lightgbm=False, stress=False
+    )
+    assert found.verdicts["linear by entity", "MSE"] == "lose" and found.stress == []
+    assert found.words[0].startswith("noise loses to ")
+
+
+def pair(larger, *gaps):
+    intervals = {str(i): Interval(sum(g) / 2, *g) for i, g in enumerate(gaps)}
+    return Pair("a", "b", "m", larger, (1.0, 2.0), intervals, dict.fromkeys(intervals, 9))
+
+
+@pytest.mark.parametrize(
+    ("larger", "gaps", "verdict"),
+    [
+        (True, [(0.1, 0.2)], "win"),
+        (True, [(0.1, 0.2), (-0.1, 0.2)], "tie"),
+        (True, [(0.1, 0.2), (-0.2, -0.1)], "lose"),
+        (False, [(0.1, 0.2), (-0.1, 0.2)], "lose"),
+        (False, [(-0.2, -0.1), (-0.3, -0.1)], "win"),
+        (False, [], "tie"),
+    ],
+)
+def test_verdicts_need_every_interval_to_win_and_one_to_lose(larger, gaps, verdict):
+    assert pair(larger, *gaps).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("models", "changes", "error", "says"),
+    [
+        ({}, {}, ValueError, "models: expected one model or more"),
+        ({"a": 3}, {}, TypeError, "models: a: expected an estimator, or a model with fit"),
+        ({"a": Oracle(0.1)}, {"metrics": ["auc"]}, ValueError, "AUC expects targets of 0 and 1"),
+        ({"a": Oracle(np.inf)}, {}, ValueError, "models: a: 270 of 270 predictions are not finite"),
+        ({"a": Oracle(0.1)}, {"metrics": ["nothing"]}, ValueError, "metric: expected one of"),
+    ],
+)
+def test_what_is_refused(models, changes, error, says):
+    with pytest.raises(error, match=says):
+        compare(panel(), models, share=0.5, draws=20, lightgbm=False, stress=False, **changes)
+
+
+def test_a_learner_has_to_be_wrapped():
+    maml = make_maml("mse")(2)
+    with pytest.raises(TypeError, match=r"wrap a learner as FromLearner"):
+        compare(panel(), {"maml": maml}, lightgbm=False)
+    with pytest.raises(ValueError, match=r"expected batches="):
+        FromLearner(make_maml("mse"), episodes={"tasks": 3})
+
+
+# ---- stress -------------------------------------------------------------------------------------
+
+
+def test_stress_tests_touch_what_they_say():
+    p = panel()
+    history, query = p.split_time("2020-02-10")
+    _, scaled, touched = stress_tests.scale_levels(4, 5, target=True)(history, query)
+    assert touched.sum() == 5 * 30 and (query.times[touched] >= query.times.max() - 4).all()
+    assert np.allclose(scaled["a"][touched], 4 * query["a"][touched])
+    assert np.allclose(scaled.y[touched], 4 * query.y[touched])
+    assert np.array_equal(scaled["a"][~touched], query["a"][~touched])
+    _, wild, touched = stress_tests.scale_volatility(2, 5)(history, query)
+    middle = np.median(query["b"])
+    assert np.allclose(wild["b"][touched] - middle, 2 * (query["b"][touched] - middle))
+    assert np.array_equal(wild.y, query.y)
+    _, without, _ = stress_tests.without("a")(history, query)
+    assert np.isnan(without["a"]).all() and np.array_equal(without["b"], query["b"])
+    late, same, _ = stress_tests.delay_labels(10)(history, query)
+    assert late.times.max() == history.times.max() - 10 and same is query
+    assert stress_tests.strongest(panel(slopes=0.0)) == "b"
+
+
+def test_stressed_periods_are_the_worst_blocks():
+    times = np.arange(12)
+    y = np.array([0, 0, 0, 5, -5, 5, 0, 0, 1, 1, 1, 1.0])
+    rows = stress_tests.stressed_rows(y, times, 0.0, 3)
+    assert rows.tolist() == [False] * 3 + [True] * 3 + [False] * 6
+    defaults = stress_tests.stressed_rows((times > 8).astype(float), times, 0.0, 3)
+    assert defaults.tolist() == [False] * 9 + [True] * 3
