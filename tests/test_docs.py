@@ -237,6 +237,9 @@ def test_the_reference_has_every_public_name():
     wanted = {f"pymeta.{name}" for name in pymeta.__all__}
     wanted |= {"pymeta.sklearn.MetaClassifier", "pymeta.sklearn.MetaRegressor"}
     wanted |= {f"pymeta.data.{name}" for name in pymeta.data.__all__}
+    from pymeta import learners
+
+    wanted |= {f"pymeta.learners.{n}" for n in learners.__all__ if n != "EncodedLearner"}
     named = set(pymeta.metrics.__all__) - pymeta.metrics.METRICS.keys()  # those have a table
     wanted |= {f"pymeta.metrics.{name}" for name in named - {"METRICS"}}
     assert wanted <= shown, wanted - shown

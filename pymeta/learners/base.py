@@ -1,0 +1,327 @@
+"""What learners with a shared encoder have in common: an encoder, and something exact on top.
+
+All tasks' rows go through the encoder in one batch. What is fitted to a task's support set is a
+closed form of its features, differentiated by autograd, so `loss.backward()` trains the encoder and
+what else there is to learn, end to end. There is no loop over tasks.
+
+A learner says how it is fitted (`_fit`) and what it then predicts (`_predict`); shapes, ragged and
+padded tasks, weights, losses and adapted models are here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pymeta.learners.rows import Flat, flat, shaped
+from pymeta.spec.losses import Loss, describe_loss
+from pymeta.tasks.checks import Expected
+from pymeta.tasks.task_set import (
+    QUERY,
+    SUPPORT,
+    Rows,
+    Sizes,
+    TaskSet,
+    check_same_tasks,
+    task_set,
+)
+from pymeta.tasks.values import check_values
+
+State: TypeAlias = dict[str, Tensor]  # of the adapted tasks, each [T, ...]
+_WITHOUT_TARGETS = QUERY._replace(y="", weights="")
+
+
+class Outcome(NamedTuple):
+    """What a call returns.
+
+    Attributes:
+        loss: [], the mean over tasks of `task_losses`; None where no yq came.
+        task_losses: [T], each task's (weighted) mean query loss; None likewise.
+        predictions: [T, rows, out], the raw outputs on the query set; a list of [rows_t, out]
+            where xq came as one; rows beyond a task's query size are 0.
+        variances: of the predictions, in the same form, where the learner knows them, or None.
+    """
+
+    loss: Tensor | None
+    task_losses: Tensor | None
+    predictions: Tensor | list[Tensor]
+    variances: Tensor | list[Tensor] | None = None
+
+
+def row_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each row: outputs [N, out], targets [N] or [N, out] -> [N]."""
+    if loss.takes_classes:
+        return F.cross_entropy(outputs, targets, reduction="none")
+    targets = targets.reshape(outputs.shape)
+    if loss.kind == "bce_with_logits":
+        each = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+    else:
+        each = (outputs - targets).square()
+    return each.mean(dim=-1)
+
+
+def check_loss(loss: Any, kinds: tuple[str, ...]) -> Loss:
+    """The description of a loss; ValueError unless it is a plain one of these kinds."""
+    described = describe_loss(loss)
+    if described.kind not in kinds or described != Loss(described.kind):
+        raise ValueError(f"loss: expected {' or '.join(kinds)}, without options, got {described}")
+    return described
+
+
+class EncodedLearner(nn.Module, ABC):
+    """The base; not for use by itself.
+
+    Args:
+        encoder: maps rows [N, ...] to features [N, d].
+        loss: what the query set is judged by.
+    """
+
+    loss: Loss
+
+    def __init__(self, encoder: nn.Module, loss: Loss) -> None:
+        """Keep the encoder and the loss."""
+        super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"encoder: expected a torch.nn.Module, got {type(encoder).__name__}")
+        self.encoder = encoder
+        self.loss = loss
+
+    # ---- what a learner says ------------------------------------------------------------------
+
+    @abstractmethod
+    def _fit(self, features: Tensor, support: Flat) -> State:
+        """What the support sets tell: features [N, d] of its rows that count -> [T, ...] each."""
+
+    @abstractmethod
+    def _predict(
+        self, state: State, features: Tensor, task: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs [N, out] of rows of the tasks `task` [N], and their variances or None."""
+
+    def _row_losses(self, outputs: Tensor, variances: Tensor | None, targets: Tensor) -> Tensor:
+        return row_losses(self.loss, outputs, targets)
+
+    def _out_features(self) -> int | None:
+        """How many outputs there are, where that is known before a call."""
+        return None
+
+    # ---- calls --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        xs: Rows,
+        ys: Rows,
+        xq: Rows,
+        yq: Rows | None = None,
+        *,
+        support_sizes: Sizes = None,
+        query_sizes: Sizes = None,
+        support_weights: Rows | None = None,
+        query_weights: Rows | None = None,
+    ) -> Outcome:
+        """Fit to every task's support set and evaluate on its query set.
+
+        Args:
+            xs: support inputs [T, rows, ...], or a list of T tensors [rows_t, ...]; numpy arrays
+                and `pymeta.data.Ragged` as well.
+            ys: support targets: class indices [T, rows] for cross_entropy, otherwise
+                [T, rows, out], or [T, rows] where out is 1; a list where xs is one.
+            xq: query inputs, like xs, with their own number of rows.
+            yq: query targets, like ys; None for predictions alone.
+            support_sizes: [T], how many of its rows each task uses, where xs is padded.
+            query_sizes: [T], likewise for xq.
+            support_weights: [T, rows] (or a list) weights of the rows; one of weight 0 is as good
+                as absent.
+            query_weights: likewise for the query rows' losses.
+
+        Returns:
+            The `Outcome`; its tensors carry the graph.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a wrong shape or device, or a label, size or weight out of range.
+        """
+        support = self._set(SUPPORT, xs, ys, support_sizes, support_weights)
+        names = QUERY if yq is not None else _WITHOUT_TARGETS
+        if yq is None and query_weights is not None:
+            raise ValueError("query_weights: expected None, because there are no yq to weigh")
+        query = self._set(names, xq, yq, query_sizes, query_weights)
+        check_same_tasks(support, query)
+        s, q = flat(support).that_count(), flat(query)
+        if s.x.shape[1:] != q.x.shape[1:]:
+            raise ValueError(
+                f"xq: expected rows of shape {list(s.x.shape[1:])} as xs has, got "
+                f"{list(q.x.shape[1:])}"
+            )
+        counting = q.that_count()
+        both = self._features(torch.cat([s.x, counting.x]))
+        state = self._fit(both[: len(s.x)], s)
+        outputs, variances = self._predict(state, both[len(s.x) :], counting.task)
+        loss, losses = None, None
+        if yq is not None:
+            losses = self._task_losses(outputs, variances, counting)
+            loss = losses.mean()
+        if len(counting.x) < len(q.x):
+            outputs, variances = self._with_others(state, outputs, variances, q)
+        found = None if variances is None else shaped(variances, q, query)
+        return Outcome(loss, losses, shaped(outputs, q, query), found)
+
+    def _with_others(
+        self, state: State, outputs: Tensor, variances: Tensor | None, q: Flat
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predictions of the rows of weight 0 as well, which no gradient sees."""
+        assert q.weights is not None
+        kept = q.weights != 0
+        others = q.where(~kept)
+        with torch.no_grad():
+            more, spread = self._predict(state, self._features(others.x), others.task)
+        order = torch.cat([kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]]).argsort()
+        outputs = torch.cat([outputs, more])[order]
+        if variances is None or spread is None:
+            return outputs, None
+        return outputs, torch.cat([variances, spread])[order]
+
+    def adapt(
+        self,
+        xs: Rows,
+        ys: Rows,
+        *,
+        support_sizes: Sizes = None,
+        support_weights: Rows | None = None,
+    ) -> AdaptedTasks:
+        """The T tasks' models, without any graph.
+
+        Args:
+            xs: support inputs, as in a call.
+            ys: support targets, as in a call.
+            support_sizes: as in a call.
+            support_weights: as in a call.
+
+        Raises:
+            TypeError, ValueError: as a call.
+        """
+        with torch.no_grad():
+            support = self._set(SUPPORT, xs, ys, support_sizes, support_weights)
+            rows = flat(support).that_count()
+            state = self._fit(self._features(rows.x), rows)
+        return AdaptedTasks(self, state, support.tasks)
+
+    def explain(self) -> str:
+        """Where a call runs."""
+        return (
+            f"{type(self).__name__} runs in torch: all tasks' rows through the encoder at once, "
+            f"then a closed form for all tasks at once"
+        )
+
+    # ---- what all of them do ------------------------------------------------------------------
+
+    def _expected(self) -> Expected:
+        like = next(iter(self.parameters()))
+        return Expected(self.loss, like.dtype, like.device, None, self._out_features())
+
+    def _set(self, names: Any, x: Any, y: Any, sizes: Any, weights: Any) -> TaskSet:
+        expected = self._expected()
+        found = task_set(names, x, y, sizes, weights, expected)
+        check_values(found, expected)
+        if found.x.dtype != expected.dtype:
+            raise TypeError(
+                f"{names.x}: expected {expected.dtype} as the learner's parameters have, got "
+                f"{found.x.dtype}"
+            )
+        return found
+
+    def _features(self, x: Tensor) -> Tensor:
+        features = self.encoder(x)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(x):
+            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"encoder: expected features of shape [{len(x)}, d], got {got}")
+        return features
+
+    def _task_losses(self, outputs: Tensor, variances: Tensor | None, rows: Flat) -> Tensor:
+        """Weighted means over rows that count; 0 where a task has none."""
+        assert rows.y is not None
+        w = rows.row_weights(outputs)
+        losses = self._row_losses(outputs, variances, rows.y)
+        total = rows.sums(w)
+        return rows.sums(w * losses) / torch.where(total > 0, total, 1.0)
+
+
+class AdaptedTasks:
+    """T tasks' models: `models(xq)` predicts, `models[t]` is one of them.
+
+    Attributes:
+        state: {name: [T, ...]}, what was fitted.
+    """
+
+    def __init__(self, learner: EncodedLearner, state: Mapping[str, Tensor], tasks: int) -> None:
+        """Made by `adapt`."""
+        self._learner, self.state, self._tasks = learner, dict(state), tasks
+
+    def __len__(self) -> int:
+        return self._tasks
+
+    def __getitem__(self, index: int | slice) -> AdaptedTasks:
+        """Some of the tasks; of an index, a model whose call takes rows [rows, ...] alone too."""
+        if isinstance(index, int):
+            if not -self._tasks <= index < self._tasks:
+                raise IndexError(f"index {index} is out of range for {self._tasks} tasks")
+            index = slice(index % self._tasks, index % self._tasks + 1)
+        state = {name: value[index] for name, value in self.state.items()}
+        return AdaptedTasks(self._learner, state, len(range(*index.indices(self._tasks))))
+
+    @torch.no_grad()
+    def _outputs(self, xq: Rows, sizes: Sizes) -> tuple[Any, Any]:
+        learner = self._learner
+        query = learner._set(_WITHOUT_TARGETS, xq, None, sizes, None)
+        if query.tasks != self._tasks:
+            raise ValueError(f"xq: expected {self._tasks} tasks, got {query.tasks}")
+        rows = flat(query)
+        outputs, variances = learner._predict(self.state, learner._features(rows.x), rows.task)
+        found = None if variances is None else shaped(variances, rows, query)
+        return shaped(outputs, rows, query), found
+
+    def __call__(self, xq: Rows, query_sizes: Sizes = None) -> Any:
+        """The raw outputs of every task's model on its own rows.
+
+        Args:
+            xq: [T, rows, ...], or a list of T tensors [rows_t, ...].
+            query_sizes: [T], how many of its rows each task uses, where xq is padded.
+
+        Returns:
+            [T, rows, out], or a list where xq is one.
+        """
+        return self._outputs(xq, query_sizes)[0]
+
+    def variances(self, xq: Rows, query_sizes: Sizes = None) -> Any:
+        """The predictions' variances, in the form of a call.
+
+        Raises:
+            TypeError: the learner knows none.
+        """
+        found = self._outputs(xq, query_sizes)[1]
+        if found is None:
+            raise TypeError(f"variances: a {type(self._learner).__name__} knows none")
+        return found
+
+    def predict_proba(self, xq: Rows, query_sizes: Sizes = None) -> Any:
+        """The probabilities: the outputs' softmax, or their sigmoid for bce_with_logits.
+
+        Raises:
+            TypeError: the learner's loss knows no probabilities.
+        """
+        kind = self._learner.loss.kind
+        if kind not in ("cross_entropy", "bce_with_logits"):
+            raise TypeError(f"predict_proba: the loss {kind} knows no probabilities")
+        outputs = self(xq, query_sizes)
+
+        def probabilities(o: Tensor) -> Tensor:
+            return o.softmax(-1) if kind == "cross_entropy" else o.sigmoid()
+
+        if isinstance(outputs, list):
+            return [probabilities(o) for o in outputs]
+        return probabilities(outputs)

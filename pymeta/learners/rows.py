@@ -1,0 +1,102 @@
+"""The rows of all tasks in one array, and sums over each task's rows: no loop over tasks.
+
+flat     [N, ...], the rows of all tasks one after another, `task` [N] says whose each is
+padded   [T, R, ...], task t's rows in its first places, zeros behind them
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pymeta.tasks.task_set import TaskSet
+
+
+@dataclass
+class Flat:
+    """One side of all tasks, its rows one after another.
+
+    Attributes:
+        x: [N, ...].
+        y: [N, ...], or None.
+        weights: [N], or None for 1 each.
+        task: [N], whose each row is.
+        place: [N], where it stands among the task's rows.
+        tasks: T.
+        rows: R, the most rows that a task has.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    weights: Tensor | None
+    task: Tensor
+    place: Tensor
+    tasks: int
+    rows: int
+
+    def where(self, chosen: Tensor) -> Flat:
+        """The rows that are chosen, bool [N]; they keep their places."""
+        return Flat(
+            self.x[chosen],
+            None if self.y is None else self.y[chosen],
+            None if self.weights is None else self.weights[chosen],
+            self.task[chosen],
+            self.place[chosen],
+            self.tasks,
+            self.rows,
+        )
+
+    def that_count(self) -> Flat:
+        """Without the rows of weight 0, whatever they hold."""
+        return self if self.weights is None else self.where(self.weights != 0)
+
+    def padded(self, values: Tensor) -> Tensor:
+        """Values of the rows [N, ...] as [T, R, ...]."""
+        out = values.new_zeros(self.tasks * self.rows, *values.shape[1:])
+        out = out.index_copy(0, self.task * self.rows + self.place, values)
+        return out.view(self.tasks, self.rows, *values.shape[1:])
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sums over each task's rows: [N, ...] to [T, ...]."""
+        out = values.new_zeros(self.tasks, *values.shape[1:])
+        return out.index_add(0, self.task, values)
+
+    def row_weights(self, like: Tensor) -> Tensor:
+        """The weights [N], ones where there are none."""
+        return like.new_ones(len(self.task)) if self.weights is None else self.weights
+
+
+def columns(y: Tensor) -> Tensor:
+    """Targets [N] or [N, out] as [N, out]."""
+    return y.unsqueeze(-1) if y.ndim == 1 else y
+
+
+def flat(s: TaskSet) -> Flat:
+    """The rows of a task set, without those that only fill it up."""
+    device = s.x.device
+    if s.starts is not None and s.sizes is not None:  # packed
+        sizes = s.sizes.to(device)
+        task = torch.repeat_interleave(torch.arange(s.tasks, device=device), sizes)
+        place = torch.arange(len(task), device=device) - s.starts.to(device)[task]
+        return Flat(s.x, s.y, s.weights, task, place, s.tasks, s.rows)
+    lead = s.tasks, s.rows
+    task = torch.arange(s.tasks, device=device).repeat_interleave(s.rows)
+    place = torch.arange(s.rows, device=device).repeat(s.tasks)
+
+    def joined(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.reshape(lead[0] * lead[1], *values.shape[2:])
+
+    x = joined(s.x)
+    assert x is not None
+    found = Flat(x, joined(s.y), joined(s.weights), task, place, *lead)
+    valid = s.valid()
+    return found if valid is None else found.where(valid.reshape(-1))
+
+
+def shaped(values: Tensor, rows: Flat, s: TaskSet) -> Tensor | list[Tensor]:
+    """Values of a set's rows [N, ...] in the form in which its x came."""
+    if s.lengths is not None:
+        return list(torch.split(values, s.lengths))
+    return rows.padded(values)

@@ -1,0 +1,444 @@
+"""Closed-form heads: direct equations, finite differences, and all forms of tasks alike."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close
+from torch import nn
+
+from pymeta.data import Ragged
+from pymeta.learners import BayesianHead, RidgeHead
+
+SIZES = [4, 1, 9, 2]
+F64 = torch.float64
+KINDS = ["mse", "ridge classes", "ridge logits", "cross_entropy", "bce_with_logits", "bayesian"]
+
+
+def encoder(inputs=3, features=4):
+    return nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, features))
+
+
+def make(kind: str, features=4, outputs=2, **options) -> nn.Module:
+    """A head with a prior that is not the first one."""
+    torch.manual_seed(0)
+    common = {"features": features, "outputs": outputs, **options}
+    if kind == "bayesian":
+        head = BayesianHead(encoder(features=features), **common)
+    else:
+        solver = "ridge" if kind.startswith("ridge") else None
+        loss = {"ridge classes": "cross_entropy", "ridge logits": "bce_with_logits"}.get(kind, kind)
+        head = RidgeHead(encoder(features=features), loss=loss, solver=solver, **common)
+    head = head.to(F64)
+    with torch.no_grad():
+        for name, p in head.named_parameters():
+            if not name.startswith("encoder"):
+                p += 0.3 * torch.randn(p.shape, dtype=F64)
+    return head
+
+
+def targets(head, rows: int, outputs=2):
+    if head.loss.takes_classes:
+        return torch.randint(0, outputs, (rows,))
+    y = torch.randn(rows, outputs, dtype=F64)
+    return (y > 0).to(F64) if head.loss.kind == "bce_with_logits" else y
+
+
+def lists(head, sizes=SIZES, inputs=3):
+    torch.manual_seed(1)
+    return [torch.randn(n, inputs, dtype=F64) for n in sizes], [targets(head, n) for n in sizes]
+
+
+# ---- against the equations, task by task ---------------------------------------------------------
+
+
+def features_of(head, x):
+    f = head.encoder(x)
+    return torch.cat([f, f.new_ones(len(f), 1)], 1) if head.bias else f
+
+
+def weights_by_hand(head, x, y, w):
+    """The minimum, by the normal equations or by LBFGS."""
+    f, p, w0 = features_of(head, x), head.log_precision.exp(), head.prior_mean
+    if head.solver == "ridge":
+        if head.loss.takes_classes:
+            y = 2 * nn.functional.one_hot(y, w0.shape[1]).to(F64) - 1
+        elif head.loss.kind != "mse":
+            y = 2 * y - 1
+        left = f.T @ (w[:, None] * f) + torch.diag(p)
+        return torch.linalg.solve(left, f.T @ (w[:, None] * y) + p[:, None] * w0)
+    v = w0.detach().clone().requires_grad_()
+    options = {"max_iter": 500, "tolerance_grad": 1e-13, "tolerance_change": 1e-16}
+    search = torch.optim.LBFGS([v], line_search_fn="strong_wolfe", **options)
+
+    def cost():
+        search.zero_grad()
+        if head.loss.takes_classes:
+            each = nn.functional.cross_entropy(f @ v, y, reduction="none")
+        else:
+            z = f @ v
+            each = nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none").sum(-1)
+        total = (w * each).sum() + (p[:, None] * (v - w0).square()).sum() / 2
+        total.backward(inputs=[v])
+        return total
+
+    search.step(cost)
+    return v.detach()
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_a_ridge_head_is_the_minimum_of_its_problem(kind):
+    head = make(kind)
+    xs, ys = lists(head)
+    xq, _ = lists(head, [3, 5, 1, 2])
+    ws = [torch.rand(n, dtype=F64) + 0.1 for n in SIZES]
+    got = head(xs, ys, xq, support_weights=ws).predictions
+    for t in range(len(SIZES)):
+        with torch.no_grad():
+            f = features_of(head, xq[t])
+        own = weights_by_hand(head, xs[t].detach(), ys[t], ws[t]).detach()
+        wanted = f @ own
+        if hasattr(head, "scale"):
+            wanted = (head.scale * wanted + head.shift).detach()
+        tolerance = 1e-10 if head.solver == "ridge" else 1e-6  # LBFGS stops there
+        assert torch.allclose(got[t], wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("features", [2, 20])
+def test_both_forms_of_ridge_are_one(features):
+    """More rows than features, and fewer: the normal equations and their dual."""
+    head = make("mse", features=features)
+    xs, ys = lists(head, [6, 3])
+    got = head.adapt(xs, ys).state["weights"]
+    for t in range(2):
+        wanted = weights_by_hand(head, xs[t], ys[t], torch.ones(len(xs[t]), dtype=F64))
+        assert torch.allclose(got[t], wanted, rtol=0, atol=1e-10)
+
+
+def test_a_bayesian_head_is_gaussian_conditioning():
+    """The joint normal of all rows of a task, conditioned on the support rows."""
+    head = make("bayesian")
+    xs, ys = lists(head)
+    xq, yq = lists(head, [3, 5, 1, 2])
+    out = head(xs, ys, xq, yq)
+    cov_of_weights = torch.linalg.inv(head.prior_precision())
+    losses = []
+    for t, n in enumerate(SIZES):
+        f = features_of(head, torch.cat([xs[t], xq[t]]))
+        kernel = f @ cov_of_weights @ f.T + torch.eye(len(f), dtype=F64)
+        prior = f @ head.prior_mean
+        gain = kernel[n:, :n] @ torch.linalg.inv(kernel[:n, :n])
+        mean = prior[n:] + gain @ (ys[t] - prior[:n])
+        spread = torch.diag(kernel[n:, n:] - gain @ kernel[:n, n:])
+        variance = spread[:, None] * head.log_noise.exp()
+        assert torch.allclose(out.predictions[t], mean, rtol=0, atol=1e-10)
+        assert torch.allclose(out.variances[t], variance, rtol=0, atol=1e-10)
+        normal = torch.distributions.Normal(mean, variance.sqrt())
+        losses.append(-normal.log_prob(yq[t]).mean())
+    assert torch.allclose(out.task_losses, torch.stack(losses), rtol=0, atol=1e-10)
+    assert torch.allclose(out.loss, torch.stack(losses).mean(), rtol=0, atol=1e-10)
+
+
+# ---- Vasicek ------------------------------------------------------------------------------------
+
+
+def betas(tasks=40, rows=25, seed=0):
+    """Returns of stocks on the market's: betas N(1, 0.3^2), noise of variance 0.5."""
+    rng = np.random.default_rng(seed)
+    beta = 1 + 0.3 * rng.normal(size=tasks)
+    market = rng.normal(size=(tasks, rows))
+    returns = beta[:, None] * market + math.sqrt(0.5) * rng.normal(size=market.shape)
+    return torch.tensor(market)[..., None], torch.tensor(returns)[..., None], beta
+
+
+@pytest.mark.parametrize("kind", ["ridge", "bayesian"])
+def test_identity_features_are_vasiceks_betas(kind):
+    """beta = (b / s^2 + m / t^2) / (1 / s^2 + 1 / t^2), b the OLS beta and s its standard error."""
+    x, y, _ = betas()
+    mean, tau2, sigma2 = 1.0, 0.09, 0.5
+    options = {"features": 1, "outputs": 1, "precision": sigma2 / tau2, "bias": False}
+    if kind == "ridge":
+        head = RidgeHead(nn.Identity(), loss="mse", **options).to(F64)
+    else:
+        head = BayesianHead(nn.Identity(), noise=sigma2, **options).to(F64)
+    with torch.no_grad():
+        head.prior_mean.fill_(mean)
+    models = head.adapt(x, y)
+    xx, xy = x.square().sum((1, 2)), (x * y).sum((1, 2))
+    ols, error = xy / xx, sigma2 / xx
+    wanted = (ols / error + mean / tau2) / (1 / error + 1 / tau2)
+    # the head's precision is stored as a float32 logarithm
+    assert torch.allclose(models.state["weights"].flatten(), wanted, rtol=1e-6)
+    if kind == "bayesian":
+        xq = torch.full((40, 1, 1), 2.0, dtype=F64)
+        posterior = 1 / (1 / error + 1 / tau2)
+        assert torch.allclose(models.variances(xq).flatten(), sigma2 + 4 * posterior, rtol=1e-6)
+
+
+def test_the_prior_is_learned_from_tasks():
+    """Empirical Bayes: mean, spread and noise of the betas, by the likelihood of query rows."""
+    x, y, beta = betas(tasks=600, rows=12)
+    head = BayesianHead(nn.Identity(), features=1, outputs=1, bias=False).to(F64)
+    search = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure():
+        search.zero_grad()
+        loss = head(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:]).loss
+        loss.backward()
+        return loss
+
+    search.step(closure)
+    noise = head.log_noise.exp().item()
+    tau2 = noise / head.prior_precision().item()
+    assert abs(head.prior_mean.item() - beta.mean()) < 0.05
+    assert 0.45 < noise < 0.55 and 0.05 < tau2 < 0.14  # of 0.5 and 0.09
+    error = head.adapt(x, y).state["weights"].flatten().numpy() - beta
+    xx, xy = x.square().sum((1, 2)), (x * y).sum((1, 2))
+    ols = (xy / xx).numpy() - beta
+    assert (error**2).mean() < 0.8 * (ols**2).mean()
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_by_finite_differences(kind, weighted):
+    """To every parameter and to the inputs, through the minimum."""
+    head = make(kind)
+    xs, ys = lists(head)
+    xq, yq = lists(head, [3, 5, 1, 2])
+    values = torch.cat(xs).requires_grad_()
+    options = {}
+    if weighted:
+        options = {"support_weights": [torch.rand(n, dtype=F64) for n in SIZES],
+                   "query_weights": [torch.rand(n, dtype=F64) for n in (3, 5, 1, 2)]}  # fmt: skip
+
+    def loss():
+        return head(Ragged(values, SIZES), ys, xq, yq, **options).loss
+
+    loss().backward()
+    torch.manual_seed(2)
+    # Newton's minimum is found to eps^0.75 = 2e-12; differences over 2e-5 see a tenth of it
+    step = 1e-5
+    for name, p in [*head.named_parameters(), ("xs", values)]:
+        direction = torch.randn(p.shape, dtype=F64)
+        found = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p += sign * step * direction
+                found.append(float(loss()))
+                p -= sign * step * direction
+        slope = float((p.grad * direction).sum())
+        difference = (found[0] - found[1]) / (2 * step)
+        assert abs(slope - difference) < 1e-7 + 1e-6 * abs(slope), (name, slope, difference)
+        assert name == "xs" or slope != 0
+
+
+# ---- forms --------------------------------------------------------------------------------------
+
+
+def padded(values, rows, fill=7):
+    out = values[0].new_full((len(values), rows, *values[0].shape[1:]), fill)
+    for t, v in enumerate(values):
+        out[t, : len(v)] = v
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_is_padded_is_one_by_one(kind):
+    head = make(kind)
+    query_sizes = [3, 5, 1, 2]
+    xs, ys = lists(head)
+    xq, yq = lists(head, query_sizes)
+    ws = [torch.rand(n, dtype=F64) + 0.1 for n in SIZES]
+    wanted = head(xs, ys, xq, yq, support_weights=ws)
+    fill = 1 if head.loss.targets != "values" else 7  # what fills up has to be a label
+    form = head(
+        padded(xs, 9), padded(ys, 9, fill), padded(xq, 5), padded(yq, 5, fill),
+        support_sizes=SIZES, query_sizes=query_sizes, support_weights=padded(ws, 9),
+    )  # fmt: skip
+    assert_close(form.task_losses, wanted.task_losses)
+    assert form.predictions.shape == (4, 5, 2) and not form.predictions[2, 1:].any()
+    cut = [form.predictions[t, :n] for t, n in enumerate(query_sizes)]
+    assert_close(cut, wanted.predictions)
+    packed = head(
+        Ragged(torch.cat(xs), SIZES), Ragged(torch.cat(ys), SIZES),
+        Ragged(torch.cat(xq).numpy(), query_sizes), Ragged(torch.cat(yq).numpy(), query_sizes),
+        support_weights=ws,
+    )  # fmt: skip
+    assert_close(packed.predictions, wanted.predictions)
+    models = head.adapt(xs, ys, support_weights=ws)
+    assert_close(models(xq), wanted.predictions)
+    for t in range(4):
+        one = head(xs[t][None], ys[t][None], xq[t][None], yq[t][None], support_weights=ws[t][None])
+        assert_close(one.loss, wanted.task_losses[t])
+        assert_close(one.predictions[0], wanted.predictions[t])
+        assert_close(models[t](xq[t][None])[0], wanted.predictions[t])
+        assert_close(models[t - 4](xq[t][None])[0], wanted.predictions[t])
+    assert len(models[1:3]) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_repetitions_and_weight_zero_is_absence(kind):
+    head = make(kind)
+    xs, ys = lists(head)
+    xq, yq = lists(head, [3, 5, 1, 2])
+    twice = head([torch.cat([x, x[:1]]) for x in xs], [torch.cat([y, y[:1]]) for y in ys], xq, yq)
+    weights = [torch.tensor([2.0] + [1.0] * (n - 1), dtype=F64) for n in SIZES]
+    assert_close(head(xs, ys, xq, yq, support_weights=weights).task_losses, twice.task_losses)
+
+    nan = torch.full((1, 3), math.nan, dtype=F64)
+
+    def more(values, rows):
+        return [torch.cat([v, rows]) for v in values]
+
+    def ones(values):
+        return [torch.tensor([1.0] * (len(v) - 1) + [0.0], dtype=F64) for v in values]
+
+    bad_s, bad_q = more(xs, nan), more(xq, nan)
+    y_s, y_q = ([torch.cat([y, y[:1]]) for y in side] for side in (ys, yq))
+    plain = head(xs, ys, xq, yq)
+    plain.loss.backward()
+    wanted = [p.grad.clone() for p in head.parameters() if p.grad is not None]
+    head.zero_grad()
+    out = head(bad_s, y_s, bad_q, y_q, support_weights=ones(bad_s), query_weights=ones(bad_q))
+    out.loss.backward()
+    assert_close(out.task_losses, plain.task_losses)
+    assert_close([p.grad for p in head.parameters() if p.grad is not None], wanted)
+    assert out.predictions[0][-1].isnan().all()
+    assert_close([p[:-1] for p in out.predictions], plain.predictions)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_without_rows_is_at_the_prior(kind):
+    head = make(kind)
+    xs, ys = lists(head, [0, 4])
+    xq, yq = lists(head, [3, 2])
+    out = head(xs, ys, xq, yq)
+    wanted = features_of(head, xq[0]) @ head.prior_mean
+    if hasattr(head, "scale"):
+        wanted = head.scale * wanted + head.shift
+    assert_close(out.predictions[0], wanted)
+    empty, labels = lists(head, [0, 0])
+    assert_close(head(empty, labels, xq).predictions[0], wanted)
+    assert head(xs, ys, *lists(head, [0, 2])).task_losses[0] == 0
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_loss_and_states_go_through_files(kind, tmp_path):
+    head = make(kind)
+    xs, ys = lists(head, [8] * 4)
+    xq, yq = lists(head, [8] * 4)
+    adam = torch.optim.Adam(head.parameters(), 0.01)
+    losses = []
+    for _ in range(40):
+        adam.zero_grad()
+        out = head(xs, ys, xq, yq)
+        out.loss.backward()
+        adam.step()
+        losses.append(out.loss.item())
+    assert losses[-1] < losses[0]
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    twin = make(kind)
+    twin.load_state_dict(torch.load(tmp_path / "head.pt"))
+    assert torch.equal(twin(xs, ys, xq, yq).loss, head(xs, ys, xq, yq).loss)
+    assert "closed form" in head.explain()
+
+
+def test_separable_classes_have_a_minimum():
+    """Far from the start Newton's method overshoots; it still ends at the minimum."""
+    head = RidgeHead(nn.Identity(), features=1, outputs=1, loss="bce_with_logits", precision=1e-4,
+                     bias=False).to(F64)  # fmt: skip
+    x = torch.linspace(-5, 5, 10, dtype=F64).reshape(1, 10, 1)
+    v = float(head.adapt(x, (x > 0).to(F64)).state["weights"])
+    z = v * x
+    slope = ((z.sigmoid() - (x > 0).to(F64)) * x).sum() + 1e-4 * v
+    assert v > 3 and abs(float(slope)) < 1e-9
+
+
+def test_probabilities():
+    head = make("cross_entropy")
+    xs, ys = lists(head)
+    assert all(torch.allclose(p.sum(-1), torch.ones(len(p), dtype=F64))
+               for p in head.adapt(xs, ys).predict_proba(xs))  # fmt: skip
+    two = make("bce_with_logits")
+    xs, ys = lists(two)
+    models = two.adapt(xs, ys)
+    assert_close(models.predict_proba(xs), [z.sigmoid() for z in models(xs)])
+    with pytest.raises(TypeError, match="predict_proba: the loss mse knows no probabilities"):
+        make("mse").adapt(*lists(make("mse"))).predict_proba(xs)
+    with pytest.raises(TypeError, match="variances: a RidgeHead knows none"):
+        models.variances(xs)
+
+
+def test_no_work_grows_with_the_number_of_tasks_in_python():
+    """A call makes as many calls of torch for 200 tasks as for 2."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    for kind in ("mse", "bayesian", "ridge classes"):
+        head = make(kind)
+        counts = []
+        for tasks in (2, 200):
+            sizes = [3, 5] * (tasks // 2)
+            xs, ys = lists(head, sizes)
+            x, y = Ragged(torch.cat(xs), sizes), Ragged(torch.cat(ys), sizes)
+            with Count() as count:
+                head(x, y, x, y).loss.backward()
+            counts.append(count.calls)
+        assert counts[0] == counts[1]
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"loss": "huber"}, ValueError, "loss: expected mse or bce_with_logits or cross_entropy"),
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, ValueError, "without options"),
+        ({"solver": "adam"}, ValueError, "solver: expected 'ridge', 'newton' or None"),
+        ({"solver": "newton"}, ValueError, "solver: expected 'ridge' with mse"),
+        ({"precision": 0}, ValueError, "precision: expected a number > 0"),
+        ({"features": 0}, ValueError, "features: expected a whole number >= 1"),
+        ({"encoder": None}, TypeError, r"encoder: expected a torch\.nn\.Module, got NoneType"),
+    ],
+)
+def test_constructors(changes, error, says):
+    arguments = {"encoder": encoder(), "features": 4, "outputs": 2, "loss": "mse", **changes}
+    with pytest.raises(error, match=says):
+        RidgeHead(arguments.pop("encoder"), **arguments)
+
+
+def test_calls():
+    head = make("cross_entropy")
+    xs, ys = lists(head)
+    with pytest.raises(ValueError, match=r"ys: task 0, row 0: label 5 is not in 0\.\.1"):
+        head(xs, [y * 0 + 5 for y in ys], xs, ys)
+    with pytest.raises(TypeError, match=r"xs: expected torch\.float64 .*, got torch\.float32"):
+        head([x.float() for x in xs], ys, xs, ys)
+    with pytest.raises(ValueError, match="xq: expected 4 tasks as xs has, got 3"):
+        head(xs, ys, xs[:3], ys[:3])
+    with pytest.raises(ValueError, match="query_weights: expected None"):
+        head(xs, ys, xs, query_weights=[torch.ones(n) for n in SIZES])
+    with pytest.raises(ValueError, match="encoder: expected 4 features, got 5"):
+        RidgeHead(encoder(features=5), features=4, outputs=1, loss="mse").to(F64)(
+            xs, [torch.zeros(n, 1, dtype=F64) for n in SIZES], xs
+        )
+    models = head.adapt(xs, ys)
+    with pytest.raises(ValueError, match="xq: expected 4 tasks, got 2"):
+        models(xs[:2])
+    with pytest.raises(IndexError, match="index 4 is out of range for 4 tasks"):
+        models[4]
