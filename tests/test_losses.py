@@ -10,8 +10,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cases import LIN, SMOOTH, Case, Problem, Wanted, cases, compare, of_tasks
-from helpers import MORE_LOSSES, assert_close, batch, gradients, loop_meta_loss, mlp, targets
+from cases import LIN, SMOOTH, Case, Problem, Wanted, cases, compare, make_loss, of_tasks
+from helpers import (
+    LOSSES,
+    MORE_LOSSES,
+    assert_close,
+    batch,
+    gradients,
+    loop_meta_loss,
+    mlp,
+    targets,
+)
 from hypothesis import given, settings
 from kernels import DTYPES, EPS, EXECUTORS, PATHS, PROFILE, same_bits, using
 from torch import nn
@@ -20,6 +29,7 @@ import pymeta
 from pymeta import MAML, Adapter, FineTune, QuantileLoss, Reptile, StudentTNLLLoss, native
 from pymeta.reference.loss import task_loss
 from pymeta.spec.losses import Loss, describe_loss
+from pymeta.spec.measure import mean_loss
 
 BACKENDS = ("native", "torch")
 
@@ -165,7 +175,7 @@ def test_row_weights_are_repetitions(name):
 def test_random_cases_against_the_reference():
     counts = collections.Counter()
 
-    @settings(PROFILE, max_examples=60)
+    @settings(PROFILE, max_examples=40)
     @given(cases(losses=MORE_LOSSES))
     def check(case):
         compare(case)
@@ -392,3 +402,32 @@ def test_many_levels(isa, executor):
     case = Case(((LIN, 3, 40, True),), loss="quantile", loss_options=True, tasks=3)
     problem = Problem(case)
     Wanted(problem).check(paths=[(isa, executor)])
+
+
+# ---- in numpy ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*LOSSES, *MORE_LOSSES, "soft"])
+@pytest.mark.parametrize("options", [False, True])
+def test_the_twin_in_numpy(kind, options):
+    """Of rows, weighted rows and weighted targets, of which some hold anything."""
+    name = "cross_entropy" if kind == "soft" else kind
+    case = Case(((LIN, 2, 4, True),), loss=name, loss_options=options)
+    loss = describe_loss(make_loss(case))
+    columns = 4 if loss.takes_classes else loss.target_columns(4)
+    z, y = torch.randn(9, 4).double() * 3, targets(name, 9, out=columns)
+    if kind == "soft":
+        y = torch.rand(9, 4).double()
+    rows, single = torch.rand(9).double(), torch.rand(9, columns).double()
+    rows[3] = 0
+    for w in (None, rows, torch.zeros(9).double(), *[single] * (not loss.takes_classes)):
+        if w is single:
+            y, single[2, 0] = y.clone(), 0.0
+            y[2, 0] = math.nan
+        wanted = task_loss(loss, z, y, w)
+        got = mean_loss(loss, z.numpy(), y.numpy(), None if w is None else w.numpy())
+        assert_close(torch.tensor(got, dtype=torch.float64), wanted)
+    if loss.takes_classes and kind != "soft" and options:
+        y[4] = loss.ignore_index
+        got = torch.tensor(mean_loss(loss, z.numpy(), y.numpy(), None), dtype=torch.float64)
+        assert_close(got, task_loss(loss, z, y, None))

@@ -53,15 +53,15 @@ def test_random_cases_against_the_reference():
     counts = collections.Counter()
     losses = (*LOSSES, *MORE_LOSSES, "cross_entropy", "cross_entropy")
 
-    @settings(PROFILE, max_examples=70)
+    @settings(PROFILE, max_examples=45)
     @given(cases(losses=losses, beside=True))
     def check(case):
         compare(case)
         counts.update((case.loss, name) for name in case.beside)
 
     check()
-    assert counts["cross_entropy", "soft"] >= 5
-    assert sum(counts[loss, "elements"] for loss in losses) >= 20
+    assert counts["cross_entropy", "soft"] >= 4
+    assert sum(counts[loss, "elements"] for loss in losses) >= 12
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "quantile", "student_t_nll"])

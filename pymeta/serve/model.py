@@ -51,11 +51,14 @@ class Model:
         loss, out = self.adapter.loss, self.adapter.out_features
         if loss.takes_classes:
             return _classes(field, found, out, loss.ignore_index)
-        if not (found.shape == (rows, out) or (found.ndim == 1 and out == 1) or not rows):
-            raise invalid(field, f"expected {out} values for each row, got {_shape(found)}")
-        if loss.kind == "bce_with_logits":
+        columns = loss.target_columns(out)
+        if not (found.shape == (rows, columns) or (found.ndim == 1 and columns == 1) or not rows):
+            raise invalid(field, f"expected {columns} values for each row, got {_shape(found)}")
+        if loss.targets == "probabilities":
             _check(field, found, (found >= 0) & (found <= 1), "a probability in 0..1")
-        return _cast(field, found.reshape(rows, out), self.adapter.dtype)
+        if loss.targets == "amounts":
+            _check(field, found, found >= 0, f"a number of at least 0, as {loss.kind} takes")
+        return _cast(field, found.reshape(rows, columns), self.adapter.dtype)
 
     def weights(self, field: str, values: Any, rows: int) -> np.ndarray:
         """Weights [rows]; else a Problem."""
