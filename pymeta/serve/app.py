@@ -24,6 +24,7 @@ from pymeta.serve.problem import Problem
 from pymeta.serve.registry import Registry
 from pymeta.serve.retraining import Retraining
 from pymeta.serve.routes import entities, models, operations, stateless
+from pymeta.serve.routes.base import Route
 from pymeta.serve.service import Service
 from pymeta.serve.serving import Serving
 from pymeta.serve.settings import Settings
@@ -83,13 +84,20 @@ def create_app(
         docs_url=None,  # its page would fetch scripts from elsewhere
         redoc_url=None,
         openapi_url="/openapi.json",
+        redirect_slashes=False,
     )
     app.state.service = service
     for router in _ROUTERS:
         app.include_router(router)
     app.exception_handler(404)(_nothing_there)
     app.exception_handler(405)(_not_so)
-    app.add_middleware(Gate, metrics=service.metrics, arrivals=service.arrivals)
+    direct = {
+        (method, route.path): route.get_route_handler()
+        for route in stateless.router.routes
+        if isinstance(route, Route)
+        for method in route.methods or ()
+    }
+    app.add_middleware(Gate, metrics=service.metrics, arrivals=service.arrivals, direct=direct)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -18,6 +18,7 @@ import asyncio
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -210,22 +211,40 @@ def run(model: Model, requests: list[tuple[Tasks, bool]]) -> list[Done]:
     """
     if len(requests) == 1 and len(requests[0][0].xs) == 1 and not requests[0][1]:
         return [_lone(model, requests[0][0])]
-    xs = [x for tasks, _ in requests for x in tasks.xs]
-    ys = [y for tasks, _ in requests for y in tasks.ys]
-    xq = [q for tasks, _ in requests for q in tasks.xq]
+    xs = joined([x for tasks, _ in requests for x in tasks.xs])
+    ys = joined([y for tasks, _ in requests for y in tasks.ys])
+    xq = joined([q for tasks, _ in requests for q in tasks.xq])
     weights = None
     if requests[0][0].weights is not None:
-        weights = [w for tasks, _ in requests for w in tasks.weights or ()]
-    models = model.adapter.adapt(xs, ys, weights=weights)
-    outputs = models(xq)
-    status = [_status(output) for output in outputs]
+        weights = joined([w for tasks, _ in requests for w in tasks.weights or ()])
+    models = None
+    if any(keeps for _, keeps in requests):
+        models = model.adapter.adapt(xs, ys, weights=weights)
+        outputs = models(xq)
+    else:
+        outputs = model.adapter.adapt_predict(xs, ys, xq, weights=weights)
+    status = statuses(outputs)
     done, first = [], 0
     for tasks, keeps in requests:
         end = first + len(tasks.xs)
-        own = models[list(range(first, end))] if keeps else None  # a copy, of its tasks alone
-        done.append(Done(outputs[first:end], status[first:end], own))
+        own = models[list(range(first, end))] if models is not None and keeps else None  # a copy
+        done.append(Done(list(outputs[first:end]), status[first:end], own))
         first = end
     return done
+
+
+def joined(arrays: list[np.ndarray]) -> Any:
+    """[T, ...] where all have one shape, which costs less to look at; else the list."""
+    first = arrays[0].shape
+    return np.stack(arrays) if all(a.shape == first for a in arrays) else arrays
+
+
+def statuses(outputs: Any) -> list[int]:
+    """Of outputs [T, rows, out], or a list of [rows, out]: 1 where a task has one not finite."""
+    if isinstance(outputs, np.ndarray):
+        finite: np.ndarray = np.isfinite(outputs).all((1, 2))
+        return [int(not all_of_it) for all_of_it in finite.tolist()]
+    return [_status(output) for output in outputs]
 
 
 def _lone(model: Model, tasks: Tasks) -> Done:

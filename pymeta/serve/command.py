@@ -38,6 +38,7 @@ def serve(words: Sequence[str]) -> int:
         )
         settings = Settings(
             batch_wait_us=options.batch_wait_us,
+            batch_tasks=options.batch_tasks,
             window_rows=options.window_rows,
             window_days=options.window_days,
             limits=limits,
@@ -76,6 +77,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--token-file", type=Path, help="who may do what; pymeta token makes one")
     add("--listen-without-tokens", action="store_true", help="let anybody in from anywhere")
     add("--batch-wait-us", type=float, default=200.0, help="longest wait for others' requests")
+    add("--batch-tasks", type=int, default=512, help="most tasks of a native call")
     add("--window-rows", type=int, default=200, help="newest rows that an entity is adapted to")
     add("--window-days", type=float, help="and at most so old, before the newest")
     add("--kept-rows", type=int, default=10_000, help="rows kept of an entity")

@@ -70,6 +70,7 @@ def bind(host: str, port: int, patience: float) -> socket.socket:
             milliseconds = round(1000 * patience)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         listener.bind((host, port))
+        listener.listen(2048)  # from now on a client that connects waits until it is served
     except BaseException:
         listener.close()
         raise
