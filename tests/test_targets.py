@@ -49,19 +49,21 @@ def masked_mse(outputs, of):
 # ---- against the reference ---------------------------------------------------------------------
 
 
-def test_random_cases_against_the_reference():
-    counts = collections.Counter()
-    losses = (*LOSSES, *MORE_LOSSES, "cross_entropy", "cross_entropy")
+OTHERS = tuple(loss for loss in (*LOSSES, *MORE_LOSSES) if loss != "cross_entropy")
 
-    @settings(PROFILE, max_examples=45)
+
+@pytest.mark.parametrize("losses, examples", [(("cross_entropy",), 15), (OTHERS, 30)])
+def test_random_cases_against_the_reference(losses, examples):
+    counts = collections.Counter()
+
+    @settings(PROFILE, max_examples=examples)
     @given(cases(losses=losses, beside=True))
     def check(case):
         compare(case)
-        counts.update((case.loss, name) for name in case.beside)
+        counts.update(case.beside)
 
     check()
-    assert counts["cross_entropy", "soft"] >= 4
-    assert sum(counts[loss, "elements"] for loss in losses) >= 12
+    assert counts["offset"] > 3 and counts["soft"] + counts["elements"] > 3
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "quantile", "student_t_nll"])
