@@ -219,6 +219,50 @@ def test_a_learner_adapts_to_each_entity(kind):
     assert errors[0] < (0.95 if kind == "binary" else 0.8) * errors[1]
 
 
+@pytest.mark.parametrize("kind", ["numbers", "binary", "positive"])
+@pytest.mark.parametrize("base", ["linear", "forest"])
+def test_a_remainder_of_nothing_is_the_pooled_model(kind, base):
+    """A learner that starts at 0 and learns nothing predicts what its base does."""
+    from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+
+    parts = split(panel(kind), at=None, share=0.2, gap=None, seed=0)
+    forest = RandomForestClassifier if kind == "binary" else RandomForestRegressor
+    chosen = base if base == "linear" else forest(n_estimators=5, max_depth=3, random_state=0)
+    link = "log" if kind == "positive" else "identity"
+
+    def make(features):
+        network = torch.nn.Sequential(torch.nn.Linear(features, 1))
+        torch.nn.init.zeros_(network[0].weight), torch.nn.init.zeros_(network[0].bias)
+        loss = "bce_with_logits" if kind == "binary" else "mse"
+        return pymeta.MAML(network, loss=loss, lr=0.1, steps=10)
+
+    episodes = {"tasks": 4, "support": 20, "query": 10, "batches": 0}
+    ours = FromLearner(make, episodes=episodes, base=chosen, link=link).fit(parts.train)
+    if base == "linear":
+        pooled = Pooled(link, None).fit(parts.train)
+    else:
+        pooled = FromEstimator(chosen, link=link).fit(parts.train)
+    start, wanted = ours.predict(None, parts.query), pooled.predict(None, parts.query)
+    # where a training row adapts, the smear of logarithms is of what is left
+    factor = wanted / start if kind == "positive" else np.ones(1)
+    assert np.allclose(start * factor.mean(), wanted, atol=1e-5)
+    adapted = ours.predict(parts.history, parts.query)
+    errors = [((p - parts.query.y) ** 2).mean() for p in (adapted, start)]
+    assert errors[0] < errors[1]
+
+
+def test_a_learner_adapts_to_the_last_rows():
+    parts = split(panel(), at=None, share=0.2, gap=None, seed=0)
+    episodes = {"tasks": 4, "support": 5, "query": 5, "batches": 1}
+    short = FromLearner(make_maml("mse"), episodes=episodes, history=7).fit(parts.train)
+    whole = FromLearner(make_maml("mse"), episodes=episodes).fit(parts.train)
+    got = short.predict(parts.history, parts.query)
+    assert np.array_equal(got, whole.predict(parts.history.last(7), parts.query))
+    assert not np.allclose(got, whole.predict(parts.history, parts.query))
+    with pytest.raises(ValueError, match="history: expected a whole number >= 1"):
+        FromLearner(make_maml("mse"), episodes=episodes, history=0)
+
+
 def test_an_estimator_that_adapts_gets_groups():
     from pymeta.sklearn import MetaRegressor
 
@@ -333,6 +377,10 @@ def test_a_learner_has_to_be_wrapped():
         compare(panel(), {"maml": maml}, lightgbm=False)
     with pytest.raises(ValueError, match=r"expected batches="):
         FromLearner(make_maml("mse"), episodes={"tasks": 3})
+    with pytest.raises(
+        TypeError, match="base: expected 'linear', an estimator or None, got 'tree'"
+    ):
+        FromLearner(make_maml("mse"), episodes={"batches": 3}, base="tree")
 
 
 # ---- stress -------------------------------------------------------------------------------------

@@ -313,6 +313,56 @@ def test_weights_are_repetitions_and_weight_zero_is_absence(kind):
     assert_close([p[:-1] for p in out.predictions], plain.predictions)
 
 
+@pytest.mark.parametrize("kind", ["mse", "cross_entropy", "bce_with_logits", "bayesian"])
+def test_an_offset_is_a_feature_whose_weight_is_one(kind):
+    """A feature more, of which the prior says 1 for sure, is the same."""
+    outputs = 1
+    head = make(kind, outputs=2 if kind == "cross_entropy" else outputs)
+    outputs = head.outputs
+    torch.manual_seed(3)
+    sizes, query_sizes = SIZES, [3, 5, 1, 2]
+    xs, _ = lists(head)
+    xq, _ = lists(head, query_sizes)
+    ys, yq = ([targets(head, n, outputs) for n in each] for each in (sizes, query_sizes))
+    given, asked = (
+        [torch.randn(n, outputs, dtype=F64) for n in each] for each in (sizes, query_sizes)
+    )
+
+    class More(nn.Module):
+        """The encoder's features, and the offset, which comes as further columns of x."""
+
+        def forward(self, x):
+            return torch.cat([head.encoder(x[:, :3]), x.new_ones(len(x), 1), x[:, 3:]], 1)
+
+    more = type(head)(More(), features=5 + outputs, outputs=outputs, bias=False,
+                      **({} if kind == "bayesian" else {"loss": kind})).to(F64)  # fmt: skip
+    with torch.no_grad():
+        more.prior_mean[:5], more.prior_mean[5:] = head.prior_mean, torch.eye(outputs)
+        if kind == "bayesian":
+            more.log_noise.copy_(head.log_noise)
+            more.prior_root.copy_(torch.block_diag(head.prior_root, 9 * torch.eye(outputs)))
+        else:
+            more.log_precision[:5], more.log_precision[5:] = head.log_precision, 18.0
+    joined = [[torch.cat([x, o], 1) for x, o in zip(*side, strict=True)]
+              for side in ((xs, given), (xq, asked))]  # fmt: skip
+    wanted = more(joined[0], ys, joined[1], yq)
+    got = head(xs, ys, xq, yq, support_offset=given, query_offset=asked)
+    # a precision of e^18 lets the weight leave 1 by some e-8
+    assert torch.allclose(got.task_losses, wanted.task_losses, rtol=0, atol=1e-5)
+    assert not torch.allclose(got.task_losses, head(xs, ys, xq, yq).task_losses, rtol=0, atol=1e-2)
+    models = head.adapt(xs, ys, support_offset=given)
+    assert_close(models(xq, offset=asked), got.predictions)
+    plain = models(xq)
+    assert_close([p + o for p, o in zip(plain, asked, strict=True)], got.predictions)
+
+
+def test_soft_labels():
+    head = make("cross_entropy")
+    xs, ys = lists(head)
+    soft = [nn.functional.one_hot(y, 2).to(F64) for y in ys]
+    assert_close(head(xs, soft, xs, soft).task_losses, head(xs, ys, xs, ys).task_losses)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_task_without_rows_is_at_the_prior(kind):
     head = make(kind)
@@ -437,6 +487,12 @@ def test_calls():
         RidgeHead(encoder(features=5), features=4, outputs=1, loss="mse").to(F64)(
             xs, [torch.zeros(n, 1, dtype=F64) for n in SIZES], xs
         )
+    with pytest.raises(ValueError, match="support_weights: expected a weight for each row"):
+        values = make("mse")
+        _, numbers = lists(values)
+        values(xs, numbers, xs, support_weights=[torch.ones(n, 2) for n in SIZES])
+    with pytest.raises(ValueError, match="support_offset: expected None with solver='ridge'"):
+        make("ridge classes")(xs, ys, xs, support_offset=[torch.zeros(n, 2) for n in SIZES])
     models = head.adapt(xs, ys)
     with pytest.raises(ValueError, match="xq: expected 4 tasks, got 2"):
         models(xs[:2])

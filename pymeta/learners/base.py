@@ -34,6 +34,7 @@ from pymeta.tasks.values import check_values
 
 State: TypeAlias = dict[str, Tensor]  # of the adapted tasks, each [T, ...]
 _WITHOUT_TARGETS = QUERY._replace(y="", weights="")
+_ADAPTED = _WITHOUT_TARGETS._replace(offset="offset")
 
 
 class Outcome(NamedTuple):
@@ -123,6 +124,8 @@ class EncodedLearner(nn.Module, ABC):
         query_sizes: Sizes = None,
         support_weights: Rows | None = None,
         query_weights: Rows | None = None,
+        support_offset: Rows | None = None,
+        query_offset: Rows | None = None,
     ) -> Outcome:
         """Fit to every task's support set and evaluate on its query set.
 
@@ -138,6 +141,9 @@ class EncodedLearner(nn.Module, ABC):
             support_weights: [T, rows] (or a list) weights of the rows; one of weight 0 is as good
                 as absent.
             query_weights: likewise for the query rows' losses.
+            support_offset: [T, rows, out] (or [T, rows] where out is 1, or a list), added to the
+                outputs, which are then fitted to what it leaves: a pooled model's logits, say.
+            query_offset: likewise for the query rows, in their predictions.
 
         Returns:
             The `Outcome`; its tensors carry the graph.
@@ -146,11 +152,11 @@ class EncodedLearner(nn.Module, ABC):
             TypeError: an argument has the wrong type or dtype.
             ValueError: a wrong shape or device, or a label, size or weight out of range.
         """
-        support = self._set(SUPPORT, xs, ys, support_sizes, support_weights)
+        support = self._set(SUPPORT, xs, ys, support_sizes, support_weights, support_offset)
         names = QUERY if yq is not None else _WITHOUT_TARGETS
         if yq is None and query_weights is not None:
             raise ValueError("query_weights: expected None, because there are no yq to weigh")
-        query = self._set(names, xq, yq, query_sizes, query_weights)
+        query = self._set(names, xq, yq, query_sizes, query_weights, query_offset)
         check_same_tasks(support, query)
         s, q = flat(support).that_count(), flat(query)
         if s.x.shape[1:] != q.x.shape[1:]:
@@ -161,7 +167,7 @@ class EncodedLearner(nn.Module, ABC):
         counting = q.that_count()
         both = self._features(torch.cat([s.x, counting.x]))
         state = self._fit(both[: len(s.x)], s)
-        outputs, variances = self._predict(state, both[len(s.x) :], counting.task)
+        outputs, variances = self._outputs(state, both[len(s.x) :], counting)
         loss, losses = None, None
         if yq is not None:
             losses = self._task_losses(outputs, variances, counting)
@@ -171,6 +177,11 @@ class EncodedLearner(nn.Module, ABC):
         found = None if variances is None else shaped(variances, q, query)
         return Outcome(loss, losses, shaped(outputs, q, query), found)
 
+    def _outputs(self, state: State, features: Tensor, rows: Flat) -> tuple[Tensor, Tensor | None]:
+        """What is predicted for rows, with their offset."""
+        outputs, variances = self._predict(state, features, rows.task)
+        return outputs if rows.offset is None else outputs + rows.offset, variances
+
     def _with_others(
         self, state: State, outputs: Tensor, variances: Tensor | None, q: Flat
     ) -> tuple[Tensor, Tensor | None]:
@@ -179,7 +190,7 @@ class EncodedLearner(nn.Module, ABC):
         kept = q.weights != 0
         others = q.where(~kept)
         with torch.no_grad():
-            more, spread = self._predict(state, self._features(others.x), others.task)
+            more, spread = self._outputs(state, self._features(others.x), others)
         order = torch.cat([kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]]).argsort()
         outputs = torch.cat([outputs, more])[order]
         if variances is None or spread is None:
@@ -193,6 +204,7 @@ class EncodedLearner(nn.Module, ABC):
         *,
         support_sizes: Sizes = None,
         support_weights: Rows | None = None,
+        support_offset: Rows | None = None,
     ) -> AdaptedTasks:
         """The T tasks' models, without any graph.
 
@@ -201,12 +213,13 @@ class EncodedLearner(nn.Module, ABC):
             ys: support targets, as in a call.
             support_sizes: as in a call.
             support_weights: as in a call.
+            support_offset: as in a call.
 
         Raises:
             TypeError, ValueError: as a call.
         """
         with torch.no_grad():
-            support = self._set(SUPPORT, xs, ys, support_sizes, support_weights)
+            support = self._set(SUPPORT, xs, ys, support_sizes, support_weights, support_offset)
             rows = flat(support).that_count()
             state = self._fit(self._features(rows.x), rows)
         return AdaptedTasks(self, state, support.tasks)
@@ -224,9 +237,17 @@ class EncodedLearner(nn.Module, ABC):
         like = next(iter(self.parameters()))
         return Expected(self.loss, like.dtype, like.device, None, self._out_features())
 
-    def _set(self, names: Any, x: Any, y: Any, sizes: Any, weights: Any) -> TaskSet:
+    def _set(
+        self, names: Any, x: Any, y: Any, sizes: Any, weights: Any, offset: Any = None
+    ) -> TaskSet:
         expected = self._expected()
-        found = task_set(names, x, y, sizes, weights, expected)
+        found = task_set(names, x, y, sizes, weights, expected, offset)
+        if found.weights is not None and found.weights.ndim > (
+            1 if found.starts is not None else 2
+        ):
+            raise ValueError(
+                f"{names.weights}: expected a weight for each row, not for each target"
+            )
         check_values(found, expected)
         if found.x.dtype != expected.dtype:
             raise TypeError(
@@ -275,27 +296,28 @@ class AdaptedTasks:
         return AdaptedTasks(self._learner, state, len(range(*index.indices(self._tasks))))
 
     @torch.no_grad()
-    def _outputs(self, xq: Rows, sizes: Sizes) -> tuple[Any, Any]:
+    def _outputs(self, xq: Rows, sizes: Sizes, offset: Rows | None) -> tuple[Any, Any]:
         learner = self._learner
-        query = learner._set(_WITHOUT_TARGETS, xq, None, sizes, None)
+        query = learner._set(_ADAPTED, xq, None, sizes, None, offset)
         if query.tasks != self._tasks:
             raise ValueError(f"xq: expected {self._tasks} tasks, got {query.tasks}")
         rows = flat(query)
-        outputs, variances = learner._predict(self.state, learner._features(rows.x), rows.task)
+        outputs, variances = learner._outputs(self.state, learner._features(rows.x), rows)
         found = None if variances is None else shaped(variances, rows, query)
         return shaped(outputs, rows, query), found
 
-    def __call__(self, xq: Rows, query_sizes: Sizes = None) -> Any:
+    def __call__(self, xq: Rows, query_sizes: Sizes = None, *, offset: Rows | None = None) -> Any:
         """The raw outputs of every task's model on its own rows.
 
         Args:
             xq: [T, rows, ...], or a list of T tensors [rows_t, ...].
             query_sizes: [T], how many of its rows each task uses, where xq is padded.
+            offset: [T, rows, out], [T, rows] where out is 1, or a list: added to the outputs.
 
         Returns:
             [T, rows, out], or a list where xq is one.
         """
-        return self._outputs(xq, query_sizes)[0]
+        return self._outputs(xq, query_sizes, offset)[0]
 
     def variances(self, xq: Rows, query_sizes: Sizes = None) -> Any:
         """The predictions' variances, in the form of a call.
@@ -303,12 +325,14 @@ class AdaptedTasks:
         Raises:
             TypeError: the learner knows none.
         """
-        found = self._outputs(xq, query_sizes)[1]
+        found = self._outputs(xq, query_sizes, None)[1]
         if found is None:
             raise TypeError(f"variances: a {type(self._learner).__name__} knows none")
         return found
 
-    def predict_proba(self, xq: Rows, query_sizes: Sizes = None) -> Any:
+    def predict_proba(
+        self, xq: Rows, query_sizes: Sizes = None, *, offset: Rows | None = None
+    ) -> Any:
         """The probabilities: the outputs' softmax, or their sigmoid for bce_with_logits.
 
         Raises:
@@ -317,7 +341,7 @@ class AdaptedTasks:
         kind = self._learner.loss.kind
         if kind not in ("cross_entropy", "bce_with_logits"):
             raise TypeError(f"predict_proba: the loss {kind} knows no probabilities")
-        outputs = self(xq, query_sizes)
+        outputs = self(xq, query_sizes, offset=offset)
 
         def probabilities(o: Tensor) -> Tensor:
             return o.softmax(-1) if kind == "cross_entropy" else o.sigmoid()

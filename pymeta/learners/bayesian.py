@@ -96,7 +96,10 @@ class BayesianHead(EncodedLearner):
         assert support.y is not None
         root = support.row_weights(f).sqrt().unsqueeze(-1)
         g = support.padded(root * f)
-        residual = support.padded(root * (columns(support.y) - f @ self.prior_mean))
+        known = (
+            f @ self.prior_mean if support.offset is None else f @ self.prior_mean + support.offset
+        )
+        residual = support.padded(root * (columns(support.y) - known))
         factor = torch.linalg.cholesky(self.prior_precision() + g.mT @ g)
         return {
             "weights": self.prior_mean + torch.cholesky_solve(g.mT @ residual, factor),
@@ -125,7 +128,7 @@ def _squares(f: Tensor, factor: Tensor, task: Tensor) -> Tensor:
         return f.new_zeros(len(f))
     sizes = torch.bincount(task, minlength=tasks)
     place = torch.arange(len(task), device=f.device) - (sizes.cumsum(0) - sizes)[task]
-    rows = Flat(f, None, None, task, place, tasks, int(sizes.max()))
+    rows = Flat(f, None, None, None, task, place, tasks, int(sizes.max()))
     solved = torch.linalg.solve_triangular(factor, rows.padded(f).mT, upper=False)
     spread: Tensor = solved.square().sum(1)[task, place]
     return spread

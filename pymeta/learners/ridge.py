@@ -20,6 +20,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pymeta.learners.base import EncodedLearner, State, check_loss
 from pymeta.learners.rows import Flat, columns
@@ -102,6 +103,8 @@ class RidgeHead(EncodedLearner):
         p, w0 = self.log_precision.exp(), self.prior_mean
         if self.solver == "ridge":
             y = _indicators(self.loss, support.y, self.outputs, f)
+            if support.offset is not None:
+                y = y - self._linear_offset(support.offset)
             return {"weights": ridge(support, f, y, w, p, w0)}
         problem = _Classes if self.loss.takes_classes else _Logits
         return {"weights": _newton(problem(support, f, support.y, w, p, w0))}
@@ -113,6 +116,15 @@ class RidgeHead(EncodedLearner):
         if self.solver == "ridge" and self.loss.kind != "mse":
             outputs = self.scale * outputs + self.shift
         return outputs, None
+
+    def _linear_offset(self, offset: Tensor) -> Tensor:
+        """The offset in what is regressed on; logits are none of that."""
+        if self.loss.kind != "mse":
+            raise ValueError(
+                f"support_offset: expected None with solver='ridge' and {self.loss.kind}, whose "
+                f"indicators have no logits; use solver='newton'"
+            )
+        return offset
 
 
 def _count(name: str, value: int) -> int:
@@ -141,9 +153,14 @@ def times_own(features: Tensor, weights: Tensor, task: Tensor) -> Tensor:
 def _indicators(loss: Loss, y: Tensor, outputs: int, like: Tensor) -> Tensor:
     """What is regressed on: numbers as they are; classes as -1 and 1."""
     if loss.takes_classes:
-        return 2 * torch.nn.functional.one_hot(y, outputs).to(like.dtype) - 1
+        return 2 * shares(y, outputs, like) - 1
     y = columns(y)
     return 2 * y - 1 if loss.kind == "bce_with_logits" else y
+
+
+def shares(y: Tensor, classes: int, like: Tensor) -> Tensor:
+    """Labels [N] as shares of the classes [N, classes]; distributions as they are."""
+    return y if y.is_floating_point() else F.one_hot(y, classes).to(like.dtype)
 
 
 def ridge(rows: Flat, f: Tensor, y: Tensor, w: Tensor, p: Tensor, w0: Tensor) -> Tensor:
@@ -182,6 +199,7 @@ class _Logits:
         self.tasks, self.outputs = rows.tasks, w0.shape[1]
         self.f, self.w = rows.padded(f), rows.padded(w)  # [T, R, d], [T, R]
         self.y = rows.padded(columns(y))  # [T, R, out]
+        self.offset = 0.0 if rows.offset is None else rows.padded(rows.offset)
         self.p = p
         self.prior = w0.T.expand(self.tasks, -1, -1)  # [T, out, d]
 
@@ -190,14 +208,14 @@ class _Logits:
 
     def value(self, flat: Tensor) -> Tensor:
         v = flat.view(self.prior.shape)
-        z = self.f @ v.mT
-        each = torch.nn.functional.binary_cross_entropy_with_logits(z, self.y, reduction="none")
+        z = self.f @ v.mT + self.offset
+        each = F.binary_cross_entropy_with_logits(z, self.y, reduction="none")
         pull = (self.p * (v - self.prior).square()).sum(-1) / 2
         return ((self.w.unsqueeze(-1) * each).sum(1) + pull).reshape(-1)
 
     def step(self, flat: Tensor) -> Tensor:
         v = flat.view(self.prior.shape)
-        chance = (self.f @ v.mT).sigmoid()
+        chance = (self.f @ v.mT + self.offset).sigmoid()
         slope = self.w.unsqueeze(-1) * (chance - self.y)  # [T, R, out]
         gradient = slope.mT @ self.f + self.p * (v - self.prior)
         curve = self.w.unsqueeze(-1) * chance * (1 - chance)
@@ -214,7 +232,8 @@ class _Classes:
     def __init__(self, rows: Flat, f: Tensor, y: Tensor, w: Tensor, p: Tensor, w0: Tensor) -> None:
         self.tasks = rows.tasks
         self.f, self.w = rows.padded(f), rows.padded(w)
-        self.y = rows.padded(torch.nn.functional.one_hot(y, w0.shape[1]).to(f.dtype))
+        self.y = rows.padded(shares(y, w0.shape[1], f))
+        self.offset = 0.0 if rows.offset is None else rows.padded(rows.offset)
         self.p, self.prior = p, w0  # [d], [d, out]
 
     def start(self) -> Tensor:
@@ -222,13 +241,13 @@ class _Classes:
 
     def value(self, flat: Tensor) -> Tensor:
         v = self.weights(flat)
-        each = -(self.y * (self.f @ v).log_softmax(-1)).sum(-1)
+        each = -(self.y * (self.f @ v + self.offset).log_softmax(-1)).sum(-1)
         pull = (self.p.unsqueeze(-1) * (v - self.prior).square()).sum((1, 2)) / 2
         return (self.w * each).sum(1) + pull
 
     def step(self, flat: Tensor) -> Tensor:
         v = self.weights(flat)
-        chance = (self.f @ v).softmax(-1)
+        chance = (self.f @ v + self.offset).softmax(-1)
         slope = self.w.unsqueeze(-1) * (chance - self.y)
         gradient = self.f.mT @ slope + self.p.unsqueeze(-1) * (v - self.prior)
         curve = torch.diag_embed(chance) - chance.unsqueeze(-1) * chance.unsqueeze(-2)

@@ -22,6 +22,7 @@ class Flat:
         x: [N, ...].
         y: [N, ...], or None.
         weights: [N], or None for 1 each.
+        offset: [N, out], what is added to outputs, or None.
         task: [N], whose each row is.
         place: [N], where it stands among the task's rows.
         tasks: T.
@@ -31,6 +32,7 @@ class Flat:
     x: Tensor
     y: Tensor | None
     weights: Tensor | None
+    offset: Tensor | None
     task: Tensor
     place: Tensor
     tasks: int
@@ -42,6 +44,7 @@ class Flat:
             self.x[chosen],
             None if self.y is None else self.y[chosen],
             None if self.weights is None else self.weights[chosen],
+            None if self.offset is None else self.offset[chosen],
             self.task[chosen],
             self.place[chosen],
             self.tasks,
@@ -80,7 +83,8 @@ def flat(s: TaskSet) -> Flat:
         sizes = s.sizes.to(device)
         task = torch.repeat_interleave(torch.arange(s.tasks, device=device), sizes)
         place = torch.arange(len(task), device=device) - s.starts.to(device)[task]
-        return Flat(s.x, s.y, s.weights, task, place, s.tasks, s.rows)
+        offset = None if s.offset is None else columns(s.offset)
+        return Flat(s.x, s.y, s.weights, offset, task, place, s.tasks, s.rows)
     lead = s.tasks, s.rows
     task = torch.arange(s.tasks, device=device).repeat_interleave(s.rows)
     place = torch.arange(s.rows, device=device).repeat(s.tasks)
@@ -90,7 +94,9 @@ def flat(s: TaskSet) -> Flat:
 
     x = joined(s.x)
     assert x is not None
-    found = Flat(x, joined(s.y), joined(s.weights), task, place, *lead)
+    offset = joined(s.offset)
+    offset = None if offset is None else columns(offset)
+    found = Flat(x, joined(s.y), joined(s.weights), offset, task, place, *lead)
     valid = s.valid()
     return found if valid is None else found.where(valid.reshape(-1))
 

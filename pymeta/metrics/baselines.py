@@ -15,15 +15,10 @@ from pymeta.data.encoders import credibility
 from pymeta.data.optional import need
 from pymeta.data.panel import Panel
 from pymeta.metrics.base import is_binary
-from pymeta.metrics.models import FromEstimator, Target
+from pymeta.metrics.models import FromEstimator, Target, linear
 from pymeta.tasks.groups import Array
 
 _NEWTON_STEPS = 25
-
-
-def _linear(binary: bool) -> Any:
-    linear = need("sklearn.linear_model", "compare")
-    return linear.LogisticRegression(max_iter=1000) if binary else linear.Ridge(alpha=1.0)
 
 
 class Pooled:
@@ -35,8 +30,8 @@ class Pooled:
 
     def fit(self, train: Panel) -> Pooled:
         """Fit on all rows."""
-        linear = _linear(is_binary(train.need_y()))
-        self.model = FromEstimator(linear, link=self.link, prep=self.options).fit(train)
+        model = linear(is_binary(train.need_y()))
+        self.model = FromEstimator(model, link=self.link, prep=self.options).fit(train)
         return self
 
     def predict(self, history: Panel | None, query: Panel) -> Array:

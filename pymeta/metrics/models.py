@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pymeta.data.draw import whole
 from pymeta.data.optional import need
 from pymeta.data.panel import Panel
 from pymeta.metrics.base import is_binary
@@ -129,6 +130,12 @@ class FromLearner:
         make: called with the number of features; returns the learner.
         episodes: options of `Panel.episodes`; `batches` are the training steps.
         lr: Adam's step size, which falls to a tenth along a cosine.
+        base: None, "linear", or an estimator of scikit-learn: a pooled model, fitted first, whose
+            logits (or predictions) are an offset of the learner's outputs, so that only what it
+            leaves is adapted. One that fits training rows far better than others leaves too little
+            to learn from.
+        history: at most so many last rows of each entity are adapted to; None for all. As many as
+            support has in training is what the learner is used to.
         link: for regression, see `Target`.
         prep: options of the panel's preprocessor.
         seed: of torch, before `make`, and of the episodes unless they have their own.
@@ -147,6 +154,8 @@ class FromLearner:
         *,
         episodes: Mapping[str, Any],
         lr: float = 1e-3,
+        base: Any = None,
+        history: int | None = None,
         link: str = "identity",
         prep: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -156,6 +165,10 @@ class FromLearner:
             raise ValueError("episodes: expected batches=..., the number of training steps")
         self.make, self.episodes = make, {"seed": seed, **episodes}
         self.lr, self.link, self.options, self.seed = lr, link, dict(prep or {}), seed
+        if base is not None and base != "linear" and not hasattr(base, "get_params"):
+            raise TypeError(f"base: expected 'linear', an estimator or None, got {base!r}")
+        self.base = base
+        self.history = None if history is None else whole("history", history, 1)
 
     def fit(self, train: Panel) -> FromLearner:
         """Train the learner."""
@@ -164,6 +177,8 @@ class FromLearner:
         y = train.need_y()
         self.target = None if is_binary(y) else Target(y, self.link)
         panel = self._prepared(train)
+        self._fit_base(panel)
+        offset = self._offset(panel)
         torch.manual_seed(self.seed)
         self.learner = self.make(panel.x.shape[1])
         adam = torch.optim.Adam(self.learner.parameters(), self.lr)
@@ -171,7 +186,9 @@ class FromLearner:
         rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1), self.lr / 10)
         for batch in panel.episodes(**self.episodes):
             adam.zero_grad()
-            self.learner(*batch).loss.backward()
+            names = ("support_offset", "query_offset")
+            both = {} if offset is None else dict(zip(names, batch.take(offset), strict=True))
+            self.learner(*batch, **both).loss.backward()
             adam.step()
             rate.step()
         if self.target is not None:
@@ -184,30 +201,74 @@ class FromLearner:
             return prepared
         return prepared._changed(y=self.target.to(panel.need_y()).astype(np.float32))
 
+    def _fit_base(self, panel: Panel) -> None:
+        """Fit the pooled model to a prepared panel."""
+        self.fitted = None
+        if self.base is None:
+            return
+        base = linear(self.target is None) if isinstance(self.base, str) else self.base
+        y = panel.need_y()
+        fitted = need("sklearn.base", "FromLearner with a base").clone(base)
+        self.fitted = fitted.fit(panel.x, y.astype(int) if self.target is None else y)
+
+    def _offset(self, panel: Panel) -> Array | None:
+        """The pooled model's logits or predictions of a prepared panel: float32 [rows, 1]."""
+        if self.fitted is None:
+            return None
+        if self.target is not None:
+            found = self.fitted.predict(panel.x)
+        elif hasattr(self.fitted, "decision_function"):
+            found = self.fitted.decision_function(panel.x)
+        else:
+            p = np.clip(self.fitted.predict_proba(panel.x)[:, 1], 1e-6, 1 - 1e-6)
+            found = np.log(p / (1 - p))
+        return np.asarray(found, dtype=np.float32)[:, None]
+
     def _raw(self, history: Panel | None, query: Panel) -> Array:
         """Predictions for a prepared query: logits' probabilities, or numbers."""
-        support = history_of(history, query.entities, query.x.shape[1])
-        models = self.learner.adapt(*support)
+        known = _known(history, query.entities)
+        xs, ys = history_of(known, query.entities, query.x.shape[1])
+        of_support, of_query = {}, {}
+        if self.fitted is not None:
+            own = np.zeros((0, 1), np.float32) if known is None else self._offset(known)
+            of_support = {"support_offset": Ragged(own, xs.sizes)}
+            of_query = {"offset": Ragged(self._offset(query), query.sizes)}
+        models = self.learner.adapt(xs, ys, **of_support)
         tasks = Ragged(query.x, query.sizes)
-        found = models.predict_proba(tasks) if self.target is None else models(tasks)
+        predict = models.predict_proba if self.target is None else models
+        found = predict(tasks, **of_query)
         out = np.concatenate([np.asarray(rows.detach()) for rows in found])
         return out[..., -1].astype(np.float64)
 
     def predict(self, history: Panel | None, query: Panel) -> Array:
         """Adapt to each entity's history and predict."""
+        if history is not None and self.history is not None:
+            history = history.last(self.history)
         prepared = None if history is None else self._prepared(history)
         found = self._raw(prepared, self.prep(query))
         return found if self.target is None else self.target.back(found)
 
 
-def history_of(history: Panel | None, entities: Array, features: int) -> tuple[Ragged, Ragged]:
-    """A support set for each of `entities`: its rows in a history, none where it has none."""
-    if history is None or not len(history):
-        nothing = np.zeros(len(entities), np.int64)
-        return Ragged(np.zeros((0, features), np.float32), nothing), Ragged(
-            np.zeros(0, np.float32), nothing
-        )
+def linear(binary: bool) -> Any:
+    """Logistic regression for two classes, or ridge regression."""
+    models = need("sklearn.linear_model", "compare")
+    return models.LogisticRegression(max_iter=1000) if binary else models.Ridge(alpha=1.0)
+
+
+def _known(history: Panel | None, entities: Array) -> Panel | None:
+    """The rows of these entities; None where there are none."""
+    if history is None:
+        return None
     known = history.where(np.repeat(np.isin(history.entities, entities), history.sizes))
+    return known if len(known) else None
+
+
+def history_of(known: Panel | None, entities: Array, features: int) -> tuple[Ragged, Ragged]:
+    """A support set for each of `entities`: its rows in a panel, none where it has none."""
+    if known is None:
+        nothing = np.zeros(len(entities), np.int64)
+        x, y = np.zeros((0, features), np.float32), np.zeros(0, np.float32)
+        return Ragged(x, nothing), Ragged(y, nothing)
     sizes = np.zeros(len(entities), np.int64)
     sizes[np.searchsorted(entities, known.entities)] = known.sizes
     return Ragged(known.x, sizes), Ragged(known.need_y(), sizes)
