@@ -40,6 +40,7 @@ NOT_RUN = {"docs/gpu.md": ["needs a CUDA device"]}
 NEEDS = {
     "docs/comparing.md": ("sklearn", "pandas", "lightgbm", "matplotlib"),
     "docs/data.md": ("sklearn", "pandas"),
+    "docs/serving.md": ("fastapi",),
     "docs/sklearn.md": ("sklearn", "pandas"),
 }
 LANGUAGES = {"python", "text", "console", "cpp", "diff", "json", "bibtex"}

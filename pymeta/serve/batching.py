@@ -242,7 +242,7 @@ def joined(arrays: list[np.ndarray]) -> Any:
 def statuses(outputs: Any) -> list[int]:
     """Of outputs [T, rows, out], or a list of [rows, out]: 1 where a task has one not finite."""
     if isinstance(outputs, np.ndarray):
-        finite: np.ndarray = np.isfinite(outputs).all((1, 2))
+        finite: Any = np.isfinite(outputs).all((1, 2))
         return [int(not all_of_it) for all_of_it in finite.tolist()]
     return [_status(output) for output in outputs]
 

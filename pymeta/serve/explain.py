@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymeta.models.arrays import AdaptedArrays
+from pymeta.serve.model import Model
 from pymeta.serve.problem import invalid
 
 METHOD = "occlusion: each feature replaced by the mean of the task's support rows"
@@ -27,14 +28,16 @@ class Attributions(NamedTuple):
 
 
 def attributions(
+    model: Model,
     models: AdaptedArrays,
     means: Sequence[np.ndarray],
     xq: Sequence[np.ndarray],
     predicted: Sequence[np.ndarray],
 ) -> list[Attributions]:
-    """Attributions of every task's rows to the output that is largest.
+    """Attributions of every task's rows to the output that `model.explained` names.
 
     Args:
+        model: which the tasks were adapted from.
         models: adapted to T tasks.
         means: T arrays [in], the means of the support rows.
         xq: T arrays [rows, in], the rows that were predicted.
@@ -45,7 +48,7 @@ def attributions(
     found = []
     for variant, output, before in zip(variants, outputs, predicted, strict=True):
         rows, features = variant.shape[:2]
-        chosen = before.argmax(1) if before.shape[1] else np.zeros(rows, np.int64)
+        chosen = model.explained(before)
         without = output.reshape(rows, features, -1)
         each = np.arange(rows)
         values = before[each, chosen][:, None] - without[each, :, chosen]

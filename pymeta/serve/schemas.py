@@ -97,7 +97,7 @@ class Reason(BaseModel):
 class Explanation(BaseModel):
     """Why a row's prediction is what it is."""
 
-    output: int = Field(description="the output that is explained: the largest, or the only one")
+    output: int = Field(description="the output that is explained")
     attributions: list[float | None] = Field(description="of each feature, in units of the output")
     reasons: list[Reason] = Field(description="the features that moved it most")
 

@@ -9,6 +9,9 @@ import pytest
 from serve_help import adapter, alone, in_process, task
 
 pytest.importorskip("fastapi")
+
+from pymeta.spec.losses import Loss
+
 PATH = "/v1/adapt-predict"
 
 
@@ -103,6 +106,22 @@ def test_reasons_have_the_features_names(tmp_path):
         got = service.call("POST", f"{PATH}?explain=true", {"tasks": [task()]})
         reasons = got.json["explanations"][0][0]["reasons"]
         assert {r["name"] for r in reasons} == {"age", "income", "debt"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "explained"),
+    [(Loss("gaussian_nll"), 2, 0), (Loss("quantile", levels=(0.05, 0.6, 0.9)), 3, 1)],
+)
+def test_losses_with_more_outputs_than_targets(tmp_path, loss, outputs, explained):
+    layers = (("linear", 3, 5, True), ("tanh",), ("linear", 5, outputs, True))
+    model = adapter(layers=layers, loss=loss)
+    with in_process(tmp_path, model, store=None) as service:
+        got = service.call("POST", f"{PATH}?explain=true", {"tasks": [task()]})
+        assert got.status == 200, got.body
+        assert np.array_equal(np.float32(got.json["predictions"][0]), alone(model, task()))
+        assert [each["output"] for each in got.json["explanations"][0]] == [explained] * 2
+        wide = {**task(), "ys": [[1.0] * outputs] * 7}
+        assert service.call("POST", PATH, {"tasks": [wide]}).json["field"] == "tasks.0.ys"
 
 
 def test_a_linear_models_attributions_are_exact(tmp_path):
@@ -227,6 +246,8 @@ def test_a_wrong_body_names_the_field(service, name):
         ("cross_entropy", [0, 1, 2, 0.5, 0, 0, 0], "tasks.0.ys.3"),
         ("cross_entropy", [[0], [1], [0], [0], [0], [0], [0]], "tasks.0.ys"),
         ("bce_with_logits", [[0, 1, 0]] * 6 + [[0, 2, 0]], "tasks.0.ys.6.1"),
+        ("poisson_nll", [[0, 1, 7]] * 6 + [[-1, 2, 0]], "tasks.0.ys.6.0"),
+        ("qlike", [[0, 1, 7]] * 6 + [[0, 0, -1]], "tasks.0.ys.6.2"),
     ],
 )
 def test_labels_out_of_range(tmp_path, loss, ys, field):
