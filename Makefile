@@ -1,5 +1,6 @@
 # make test      install into .venv and run the test suite
 # make demo      meta-train on handwritten digits and sinusoids; prints a table, writes a figure
+# make serve-demo    train a small adapter, start the service (pymeta serve), make five calls with curl
 # make bench     time every case against its rivals; writes bench/results/latest.{json,md}
 # make docs      build the documentation, warnings as errors; it ends up in build/site
 # make lint / format    check / rewrite the style of Python and C++
@@ -30,7 +31,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 # One recipe for each purpose; a target's stamp says that its packages are in .venv.
 .PHONY: test demo bench docs lint format typing wheel test-wheel test-torch cuda arm64 clean distclean \
-  sanitize sanitize-native sanitize-python guard fuzz soak arrangements test-postgres
+  sanitize sanitize-native sanitize-python guard fuzz soak arrangements serve-demo test-postgres
 .DELETE_ON_ERROR:
 
 test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs $(STAMP)/serve
@@ -144,6 +145,9 @@ fuzz: $(STAMP)/build $(STAMP)/torch $(STAMP)/fuzz
 	  PYTHONPATH=$(abspath build/fuzzed) PYMETA_FUZZ_FOUND=$(abspath build/fuzz) $(ONE_THREAD) \
 	  build/fuzzed/venv/bin/python build/fuzzed/tests/fuzz/run.py $$target $(SECONDS) || exit 1; \
 	done
+
+serve-demo: $(STAMP)/pymeta $(STAMP)/serve
+	deploy/demo.sh $(BIN)
 
 # The store's tests against a server of their own, which Debian's package brings where there is none.
 test-postgres: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/serve $(STAMP)/postgres
