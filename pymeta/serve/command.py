@@ -39,6 +39,7 @@ def serve(words: Sequence[str]) -> int:
         settings = Settings(
             batch_wait_us=options.batch_wait_us,
             batch_tasks=options.batch_tasks,
+            inline_us=options.inline_us,
             window_rows=options.window_rows,
             window_days=options.window_days,
             limits=limits,
@@ -77,6 +78,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--token-file", type=Path, help="who may do what; pymeta token makes one")
     add("--listen-without-tokens", action="store_true", help="let anybody in from anywhere")
     add("--batch-wait-us", type=float, default=200.0, help="longest wait for others' requests")
+    add("--inline-us", type=float, default=1000.0, help="calls that take longer get a thread")
     add("--batch-tasks", type=int, default=512, help="most tasks of a native call")
     add("--window-rows", type=int, default=200, help="newest rows that an entity is adapted to")
     add("--window-days", type=float, help="and at most so old, before the newest")

@@ -114,8 +114,7 @@ class Gate:
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = scope.get("pymeta.route", "other")
-        self._metrics.request.labels(route).observe(seconds)
-        self._metrics.answers.labels(route, str(status or "broken off")).inc()
+        self._metrics.answered(route, str(status or "broken off"), seconds)
         if LOGGER.isEnabledFor(20):
             timed = {"status": status, "ms": round(1000 * seconds, 3)}
             LOGGER.info("request", extra={"fields": {**_fields(scope), **timed}})

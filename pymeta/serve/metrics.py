@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -14,6 +12,21 @@ _SECONDS = (
 )
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 STAGES = ("body", "decode", "store", "queue", "native", "explain", "encode")
+
+
+class Timed:
+    """Adds the time of a block to a histogram; lighter than a generator's context."""
+
+    __slots__ = ("_begin", "_histogram")
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+
+    def __enter__(self) -> None:
+        self._begin = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._histogram.observe(perf_counter() - self._begin)
 
 
 class Metrics:
@@ -34,6 +47,7 @@ class Metrics:
             registry=r,
         )
         self.answers = Counter("pymeta_answers", "Answers", ["route", "status"], registry=r)
+        self._answered: dict[tuple[str, str], tuple[Histogram, Counter]] = {}
         self.batch = Histogram(
             "pymeta_batch_tasks", "Tasks of a native call", buckets=_SIZES, registry=r
         )
@@ -56,14 +70,18 @@ class Metrics:
         )
         self.model = Gauge("pymeta_model", "1 for the version that serves", ["version"], registry=r)
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block to a stage."""
-        begin = perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[name].observe(perf_counter() - begin)
+    def stage(self, name: str) -> Timed:
+        """A context that adds the time of its block to a stage."""
+        return Timed(self.stages[name])
+
+    def answered(self, route: str, status: str, seconds: float) -> None:
+        """Count an answer."""
+        counted = self._answered.get((route, status))
+        if counted is None:  # finding them by their labels takes longer than counting
+            counted = self.request.labels(route), self.answers.labels(route, status)
+            self._answered[route, status] = counted
+        counted[0].observe(seconds)
+        counted[1].inc()
 
     def serving(self, version: str) -> None:
         """Say which version serves."""

@@ -134,6 +134,8 @@ def _too_long(limit: int) -> Problem:
 
 def flag(request: Request, name: str) -> bool:
     """A query parameter that is true or false; false where it is left out."""
+    if not request.scope["query_string"]:
+        return False
     given: Any = request.query_params.get(name, "false")
     if given not in ("true", "false", "1", "0"):
         raise Problem(422, f"{name}: expected true or false", name)

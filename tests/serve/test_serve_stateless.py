@@ -257,6 +257,14 @@ def test_labels_out_of_range(tmp_path, loss, ys, field):
         assert got.status == 422 and got.json["field"] == field, got.body
 
 
+def test_true_is_no_number_beside_numbers_and_huge_integers_are_none(service):
+    for odd in (True, False, 10**30, "1", None, {}):
+        for name, place in (("xs", [[1, 2, odd]]), ("ys", [odd]), ("weights", [odd])):
+            given = {"xs": [[1, 2, 3]], "ys": [1], "xq": [[1, 2, 3]], name: place}
+            got = service.call("POST", PATH, {"tasks": [given]})
+            assert got.status in ((200, 422) if odd == 10**30 else (422,)), (name, odd, got.body)
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"nul", b'{"tasks": NaN}', b"\xff\xfe"])
 def test_what_is_no_json_is_400_or_422(service, body):
     assert service.call("POST", PATH, body).status in (400, 422)
