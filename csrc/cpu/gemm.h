@@ -212,7 +212,7 @@ void all_panels(const Product& p, const Epilogue& epilogue) {
   const int base = p.columns / panels, wider = p.columns % panels;
   int column = 0;
   for (int i = 0; i < panels; ++i) {
-    if (asks && i > 0 && is_stopped()) return;
+    if (asks && is_stopped()) return;
     const int width = base + (i < wider);
     switch (width) {
       case 1:
@@ -245,10 +245,12 @@ void multiply(const Product& p, const Epilogue& epilogue) {
     if (p.rows * p.depth() * kVectorBytes > fits) {
       constexpr int height = max_tile_rows(Access::kMaxColumns);
       const int bands = (p.rows + height - 1) / height;
-      const bool asks = is_long(p, p.columns);
       Product band = p;
+      band.rows = (p.rows + bands - 1) / bands;
+      // A long band asks by itself, between its panels.
+      const bool asks = is_long(p, p.columns) && !is_long(band, Access::kMaxColumns);
       for (int i = 0; i < bands; ++i) {
-        if (asks && i > 0 && is_stopped()) return;
+        if (asks && is_stopped()) return;
         band.rows = p.rows / bands + (i < p.rows % bands);
         all_panels<Access>(band, epilogue);
         band.first_row += band.rows;

@@ -192,7 +192,8 @@ class RMSprop:
         eps: added to the denominator, which is the root of that mean.
         weight_decay: L2 penalty; weight_decay * theta is added to the gradient.
         momentum: m <- momentum * m + gradient / denominator, and the step is along m.
-        centered: the denominator is the root of a running variance of the gradient instead.
+        centered: the denominator is the root of a running variance of the gradient instead. Where
+            a gradient hardly changes, that may round to below 0, which makes NaN, as in torch.
         clip_norm: as for `SGD`.
 
     Raises:
