@@ -1,10 +1,22 @@
-"""Learners that fit a closed form to each task, on features by a network that all tasks share.
+"""Learners on features by a network that all tasks share: closed-form heads, and comparisons.
 
 They are called as MAML is: `out = learner(xs, ys, xq, yq)`, `learner.adapt(xs, ys)(xq)`.
 """
 
 from pymeta.learners.base import AdaptedTasks, EncodedLearner, Outcome
 from pymeta.learners.bayesian import BayesianHead
+from pymeta.learners.matching import MatchingNet
+from pymeta.learners.protonet import ProtoNet
+from pymeta.learners.relation import RelationNet
 from pymeta.learners.ridge import RidgeHead
 
-__all__ = ["AdaptedTasks", "BayesianHead", "EncodedLearner", "Outcome", "RidgeHead"]
+__all__ = [
+    "AdaptedTasks",
+    "BayesianHead",
+    "EncodedLearner",
+    "MatchingNet",
+    "Outcome",
+    "ProtoNet",
+    "RelationNet",
+    "RidgeHead",
+]

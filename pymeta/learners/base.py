@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,7 @@ class EncodedLearner(nn.Module, ABC):
     """
 
     loss: Loss
+    _any_features: ClassVar[bool] = False  # or [N, d] alone
 
     def __init__(self, encoder: nn.Module, loss: Loss) -> None:
         """Keep the encoder and the loss."""
@@ -106,6 +107,15 @@ class EncodedLearner(nn.Module, ABC):
 
     def _row_losses(self, outputs: Tensor, variances: Tensor | None, targets: Tensor) -> Tensor:
         return row_losses(self.loss, outputs, targets)
+
+    def _check_query(self, state: State, rows: Flat) -> None:
+        """Raise where the query's targets do not go with what was fitted."""
+
+    def _probabilities(self, outputs: Tensor) -> Tensor:
+        """Of classes or of 1, from the raw outputs."""
+        if self.loss.takes_classes:
+            return outputs.softmax(-1)
+        return outputs.sigmoid()
 
     def _out_features(self) -> int | None:
         """How many outputs there are, where that is known before a call."""
@@ -170,6 +180,7 @@ class EncodedLearner(nn.Module, ABC):
         outputs, variances = self._outputs(state, both[len(s.x) :], counting)
         loss, losses = None, None
         if yq is not None:
+            self._check_query(state, counting)
             losses = self._task_losses(outputs, variances, counting)
             loss = losses.mean()
         if len(counting.x) < len(q.x):
@@ -227,8 +238,8 @@ class EncodedLearner(nn.Module, ABC):
     def explain(self) -> str:
         """Where a call runs."""
         return (
-            f"{type(self).__name__} runs in torch: all tasks' rows through the encoder at once, "
-            f"then a closed form for all tasks at once"
+            f"torch: a {type(self).__name__} takes all tasks' rows through its encoder at once, "
+            f"and fits all tasks at once"
         )
 
     # ---- what all of them do ------------------------------------------------------------------
@@ -258,10 +269,13 @@ class EncodedLearner(nn.Module, ABC):
 
     def _features(self, x: Tensor) -> Tensor:
         features = self.encoder(x)
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(x):
+        axes = "d, ..." if self._any_features else "d"
+        fits = isinstance(features, Tensor) and features.ndim >= 2
+        if not fits or (features.ndim > 2 and not self._any_features) or len(features) != len(x):
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"encoder: expected features of shape [{len(x)}, d], got {got}")
-        return features
+            raise ValueError(f"encoder: expected features of shape [{len(x)}, {axes}], got {got}")
+        found: Tensor = features
+        return found
 
     def _task_losses(self, outputs: Tensor, variances: Tensor | None, rows: Flat) -> Tensor:
         """Weighted means over rows that count; 0 where a task has none."""
@@ -342,10 +356,6 @@ class AdaptedTasks:
         if kind not in ("cross_entropy", "bce_with_logits"):
             raise TypeError(f"predict_proba: the loss {kind} knows no probabilities")
         outputs = self(xq, query_sizes, offset=offset)
-
-        def probabilities(o: Tensor) -> Tensor:
-            return o.softmax(-1) if kind == "cross_entropy" else o.sigmoid()
-
         if isinstance(outputs, list):
-            return [probabilities(o) for o in outputs]
-        return probabilities(outputs)
+            return [self._learner._probabilities(o) for o in outputs]
+        return self._learner._probabilities(outputs)

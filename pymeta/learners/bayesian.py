@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from pymeta.learners.base import EncodedLearner, State
-from pymeta.learners.ridge import _count, times_own, with_bias
-from pymeta.learners.rows import Flat, columns
+from pymeta.learners.ridge import _count, with_bias
+from pymeta.learners.rows import Flat, columns, grouped, times_own
 from pymeta.spec.losses import Loss
 
 
@@ -126,9 +126,7 @@ def _squares(f: Tensor, factor: Tensor, task: Tensor) -> Tensor:
     tasks = len(factor)
     if tasks == 0 or len(f) == 0:
         return f.new_zeros(len(f))
-    sizes = torch.bincount(task, minlength=tasks)
-    place = torch.arange(len(task), device=f.device) - (sizes.cumsum(0) - sizes)[task]
-    rows = Flat(f, None, None, None, task, place, tasks, int(sizes.max()))
+    rows = grouped(task, tasks)
     solved = torch.linalg.solve_triangular(factor, rows.padded(f).mT, upper=False)
-    spread: Tensor = solved.square().sum(1)[task, place]
+    spread: Tensor = rows.own(solved.square().sum(1))
     return spread

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pymeta.learners.base import EncodedLearner, State, check_loss
-from pymeta.learners.rows import Flat, columns
+from pymeta.learners.rows import Flat, columns, times_own
 from pymeta.spec.losses import Loss
 
 _MOST_STEPS = 50
@@ -141,13 +141,6 @@ def with_bias(head: RidgeHead | nn.Module, features: Tensor) -> Tensor:
     if not head.bias:
         return features
     return torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-
-
-def times_own(features: Tensor, weights: Tensor, task: Tensor) -> Tensor:
-    """Each row times its task's weights: features [N, d], weights [T, d, out], task [N]."""
-    if len(weights) == 1:
-        return features @ weights[0]
-    return torch.einsum("nd,ndo->no", features, weights[task])
 
 
 def _indicators(loss: Loss, y: Tensor, outputs: int, like: Tensor) -> Tensor:

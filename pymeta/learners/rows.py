@@ -57,9 +57,20 @@ class Flat:
 
     def padded(self, values: Tensor) -> Tensor:
         """Values of the rows [N, ...] as [T, R, ...]."""
+        if self.is_full:
+            return values.reshape(self.tasks, self.rows, *values.shape[1:])
         out = values.new_zeros(self.tasks * self.rows, *values.shape[1:])
         out = out.index_copy(0, self.task * self.rows + self.place, values)
         return out.view(self.tasks, self.rows, *values.shape[1:])
+
+    def own(self, padded: Tensor) -> Tensor:
+        """Of what is padded, [T, R, ...], that of the rows: [N, ...]."""
+        return padded.flatten(0, 1) if self.is_full else padded[self.task, self.place]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all tasks have equally many rows."""
+        return len(self.task) == self.tasks * self.rows
 
     def sums(self, values: Tensor) -> Tensor:
         """The sums over each task's rows: [N, ...] to [T, ...]."""
@@ -99,6 +110,22 @@ def flat(s: TaskSet) -> Flat:
     found = Flat(x, joined(s.y), joined(s.weights), offset, task, place, *lead)
     valid = s.valid()
     return found if valid is None else found.where(valid.reshape(-1))
+
+
+def grouped(task: Tensor, tasks: int) -> Flat:
+    """Rows of which only the tasks [N] are known, in ascending order, numbered without gaps."""
+    sizes = torch.bincount(task, minlength=tasks)
+    place = torch.arange(len(task), device=task.device) - (sizes.cumsum(0) - sizes)[task]
+    most = int(sizes.max()) if tasks else 0
+    return Flat(task, None, None, None, task, place, tasks, most)
+
+
+def times_own(values: Tensor, matrices: Tensor, task: Tensor) -> Tensor:
+    """Each row times its task's matrix: values [N, d], matrices [T, d, out], task [N]."""
+    if len(matrices) == 1:
+        return values @ matrices[0]
+    rows = grouped(task, len(matrices))
+    return rows.own(rows.padded(values) @ matrices)
 
 
 def shaped(values: Tensor, rows: Flat, s: TaskSet) -> Tensor | list[Tensor]:
