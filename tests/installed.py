@@ -62,7 +62,7 @@ def main() -> None:
         pip = (python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
         if options.torch:
             run(*pip, "--no-compile", f"torch=={options.torch}", env=environment)
-        target = f"{wheel}[torch]" if options.torch else wheel
+        target = f"{wheel}[torch,serve]" if options.torch else f"{wheel}[serve]"
         run(*pip, target, *needs, env=environment)
         (folder / "run").mkdir()
         shutil.copytree(ROOT / "tests", folder / "run" / "tests")

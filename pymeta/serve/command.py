@@ -78,8 +78,13 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--token-file", type=Path, help="who may do what; pymeta token makes one")
     add("--listen-without-tokens", action="store_true", help="let anybody in from anywhere")
     add("--batch-wait-us", type=float, default=200.0, help="longest wait for others' requests")
-    add("--inline-us", type=float, default=1000.0, help="calls that take longer get a thread")
-    add("--batch-tasks", type=int, default=512, help="most tasks of a native call")
+    add(
+        "--inline-us",
+        type=float,
+        default=2000.0,
+        help="batches that take longer are one native call in a thread",
+    )
+    add("--batch-tasks", type=int, default=512, help="most tasks of a batch")
     add("--window-rows", type=int, default=200, help="newest rows that an entity is adapted to")
     add("--window-days", type=float, help="and at most so old, before the newest")
     add("--kept-rows", type=int, default=10_000, help="rows kept of an entity")

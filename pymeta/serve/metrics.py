@@ -48,9 +48,7 @@ class Metrics:
         )
         self.answers = Counter("pymeta_answers", "Answers", ["route", "status"], registry=r)
         self._answered: dict[tuple[str, str], tuple[Histogram, Counter]] = {}
-        self.batch = Histogram(
-            "pymeta_batch_tasks", "Tasks of a native call", buckets=_SIZES, registry=r
-        )
+        self.batch = Histogram("pymeta_batch_tasks", "Tasks of a batch", buckets=_SIZES, registry=r)
         self.adaptations = Counter("pymeta_adaptations", "Tasks adapted", registry=r)
         self.diverged = Counter(
             "pymeta_diverged", "Tasks with a prediction that is not finite", registry=r

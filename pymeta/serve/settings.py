@@ -45,8 +45,9 @@ class Settings:
 
     Args:
         batch_wait_us: how long a request may wait for others, in microseconds; 0 for never.
-        batch_tasks: of one native call at most.
-        inline_us: calls that are expected to take less run on the event loop; a thread costs more.
+        batch_tasks: of a batch at most.
+        inline_us: batches that are expected to take less run on the event loop, task after task; a
+            thread costs more. 0: every batch is one native call in a thread.
         threads: for native calls that take longer, and as many for the store.
         window_rows: how many of an entity's newest rows it is adapted to.
         window_days: how many days before its newest row they may lie; None for any.
@@ -59,7 +60,7 @@ class Settings:
 
     batch_wait_us: float = 200.0
     batch_tasks: int = 512
-    inline_us: float = 1000.0
+    inline_us: float = 2000.0
     threads: int = 4
     window_rows: int = 200
     window_days: float | None = None

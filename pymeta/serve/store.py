@@ -221,13 +221,14 @@ class Store:
         """All entities by name with all their rows; a snapshot of each, not of the whole."""
         after = ""
         while True:
+            select = sa.select(ENTITIES.c.id, ENTITIES.c.name).where(ENTITIES.c.name > after)
             with guarded(), self._reading() as connection:
-                select = sa.select(ENTITIES.c.id, ENTITIES.c.name).where(ENTITIES.c.name > after)
                 page = connection.execute(select.order_by(ENTITIES.c.name).limit(batch)).all()
-                found = [
-                    (name, _labelled(self._newest(connection, id_, Window()))) for id_, name in page
-                ]
-            yield from found
+            for id_, name in page:
+                with guarded(), self._reading() as connection:
+                    found = self._newest(connection, id_, Window())
+                if found:  # it was not erased meanwhile
+                    yield name, _labelled(found)
             if len(page) < batch:
                 return
             after = page[-1][1]

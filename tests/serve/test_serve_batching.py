@@ -50,10 +50,12 @@ def sizes(metrics: Metrics) -> tuple[int, int]:
     return int(found["pymeta_batch_tasks_count"]), int(found["pymeta_batch_tasks_sum"])
 
 
-def test_under_load_each_request_has_the_bits_of_a_lone_call(tmp_path):
+@pytest.mark.parametrize("inline_us", [1e6, 0], ids=["on the loop", "in threads"])
+def test_under_load_each_request_has_the_bits_of_a_lone_call(tmp_path, inline_us):
+    settings = Settings(inline_us=inline_us)
     given = [[task(31 * i + j, 1 + (7 * i + j) % 20, 1 + i % 3) for j in range(1 + i % 4)]
              for i in range(200)]  # fmt: skip
-    with in_process(tmp_path, store=None) as service:
+    with in_process(tmp_path, store=None, settings=settings) as service:
         answers = service.calls([("POST", PATH, {"tasks": tasks}) for tasks in given])
         calls, tasks_run = sizes(service.app.state.service.metrics)
     assert tasks_run == sum(map(len, given)) and calls < len(given) / 4
@@ -62,20 +64,37 @@ def test_under_load_each_request_has_the_bits_of_a_lone_call(tmp_path):
             assert np.array_equal(np.array(predicted, np.float32), alone(adapter(), one))
 
 
-def test_threads_give_the_same_bits(tmp_path):
-    given = [task(i, 5 + i % 9) for i in range(60)]
-    settings = Settings(inline_us=0)
-    with in_process(tmp_path, store=None, settings=settings) as service:
-        answers = service.calls([("POST", PATH, {"tasks": [one]}) for one in given])
-    for one, answer in zip(given, answers, strict=True):
-        assert np.array_equal(
-            np.array(answer.json["predictions"][0], np.float32), alone(adapter(), one)
+def test_a_long_batch_is_one_native_call_and_a_short_one_is_none(monkeypatch):
+    """Whatever is estimated, once measured: a batch of much work goes to a thread."""
+    seen = []
+    for name in ("run", "one_by_one"):
+        way = getattr(batching, name)
+
+        def noted(model, requests, way=way, name=name):
+            where = threading.current_thread() is threading.main_thread()
+            seen.append((name, len(requests), where))
+            return way(model, requests)
+
+        monkeypatch.setattr(batching, name, noted)
+    batcher, _, threads = make(inline_us=1000)
+    model = Model("v", adapter())
+
+    async def together(count):
+        batcher._per_row = 1e-6  # as if measured
+        return await asyncio.gather(
+            *(batcher.submit(model, tasks_of(task())) for _ in range(count))
         )
 
+    asyncio.run(together(20))  # 20 tasks of 9 rows
+    asyncio.run(together(200))
+    assert seen == [("one_by_one", 20, True), ("run", 200, False)]
+    threads.shutdown()
 
-def test_a_wrong_task_fails_alone():
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_wrong_task_fails_alone(short):
     """Its neighbours in the batch get what they get without it."""
-    batcher, _, threads = make()
+    batcher, _, threads = make(inline_us=1e6 if short else 0)
     model = Model("v", adapter(loss="cross_entropy"))
     labels = tasks_of(task())._replace(ys=[np.zeros(7, np.int64)])
     wrong = labels._replace(ys=[np.ones(7, np.int64)])  # a class that the model does not have
@@ -152,15 +171,15 @@ class Turns(asyncio.SelectorEventLoop):
 
 
 def started(monkeypatch, loop: Turns) -> list[tuple[float, int]]:
-    """(when, how many requests) of each native call from now on."""
+    """(when, how many requests) of each batch from now on."""
     calls: list[tuple[float, int]] = []
-    run = batching.run
+    outcomes = batching._outcomes
 
-    def noted(model, requests):
-        calls.append((loop.now, len(requests)))
-        return run(model, requests)
+    def noted(items, short=False):
+        calls.append((loop.now, len(items)))
+        return outcomes(items, short)
 
-    monkeypatch.setattr(batching, "run", noted)
+    monkeypatch.setattr(batching, "_outcomes", noted)
     return calls
 
 
