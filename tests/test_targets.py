@@ -260,6 +260,20 @@ def test_fine_tuning_and_reptile(executor, soft):
     assert_close(*reptile.values())
 
 
+def test_a_stream_has_offsets():
+    xs, ys, ws, os, loss = ragged(soft=False)
+    tuner = FineTune(mlp(2, 4, 3), loss=loss, lr=0.1, epochs=2, backend="native")
+    for weights in (ws, None):
+        wanted = tuner(xs, ys if weights else [y.nan_to_num() for y in ys], weights=weights,
+                       offset=os)  # fmt: skip
+        given = (xs, ys if weights else [y.nan_to_num() for y in ys], weights or [None] * 5, os)
+        parts = list(tuner.stream(zip(*given, strict=True), 2))
+        for name, values in wanted.parameters.items():
+            assert torch.equal(torch.cat([p.parameters[name] for p in parts]), values)
+    with pytest.raises(TypeError, match="expected a tensor or array, got NoneType"):
+        list(tuner.stream([(xs[0], ys[0], ws[0], os[0]), (xs[1], ys[1], ws[1], None)]))
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_rows_held_out_keep_what_they_come_with(soft):
     xs, ys, ws, os, loss = ragged(soft)

@@ -259,8 +259,8 @@ class FineTune(Learner):
         """Fine-tune any number of tasks, in memory that does not grow with their number.
 
         Args:
-            tasks: single ones, (x, y) or (x, y, weights) with x [rows, ...] as tensors or
-                arrays; weights in all or in none.
+            tasks: single ones, (x, y), (x, y, weights) or (x, y, weights, offset) with x
+                [rows, ...] as tensors or arrays; weights and offsets in all or in none.
             chunk: how many of them are taken at a time.
             task_ids: an integer >= 0 for each task, as for a call.
             curves: as for a call.
@@ -291,16 +291,10 @@ class FineTune(Learner):
             while group := list(itertools.islice(iterator, chunk)):
                 of_group = None if ids is None else list(itertools.islice(ids, len(group)))
                 try:
-                    x, y, *weights = _columns(group)
-                    models = self._tuned(
-                        x,
-                        y,
-                        False,
-                        5,
-                        weights=weights[0] if weights else None,
-                        task_ids=of_group,
-                        curves=curves,
-                    )
+                    x, y, weights, offset = _columns(group)
+                    options: dict[str, Any] = {"weights": weights, "offset": offset}
+                    options |= {"task_ids": of_group, "curves": curves}
+                    models = self._tuned(x, y, False, 5, **options)
                 except (TypeError, ValueError) as error:
                     where = f"tasks {first} to {first + len(group) - 1} of the stream"
                     raise type(error)(f"{where} (numbered from 0 here): {error}") from None
@@ -452,18 +446,20 @@ def _eagerly(learner: FineTune, xs: Any, ys: Any, progress: Any, options: Any) -
     return learner.forward(xs, ys, progress=progress, **options)
 
 
-def _columns(group: list[Any]) -> tuple[list[Any], ...]:
-    """The x, the y, and the weights where there are any, of single tasks."""
+def _columns(group: list[Any]) -> tuple[Any, ...]:
+    """The x, y, weights and offsets of single tasks: lists, or None where all are None."""
     for i, task in enumerate(group):
-        if not isinstance(task, (tuple, list)) or len(task) not in (2, 3):
+        if not isinstance(task, (tuple, list)) or not 2 <= len(task) <= 4:
             got = f"{len(task)} entries" if isinstance(task, (tuple, list)) else type(task).__name__
-            raise TypeError(f"tasks[{i}]: expected (x, y) or (x, y, weights), got {got}")
+            raise TypeError(f"tasks[{i}]: expected (x, y) or (x, y, weights, offset), got {got}")
         if len(task) != len(group[0]):
             raise ValueError(
                 f"tasks[{i}]: expected weights in all tasks or in none, "
                 f"got {len(task)} entries after {len(group[0])}"
             )
-    return tuple(map(list, zip(*group, strict=True)))
+    columns = [list(column) for column in zip(*group, strict=True)]
+    given = [None if all(v is None for v in column) else column for column in columns[2:]]
+    return (*columns[:2], *given, None, None)[:4]
 
 
 def _check_halves(train: TaskSet, held: TaskSet | None, loss: Loss, first: int) -> None:
