@@ -404,3 +404,41 @@ def test_quantiles_and_masks_go_together():
     slopes = module.adapt(xs, ys, support_weights=ws).parameters["2.bias"] - net[2].bias
     assert (slopes.abs().reshape(3, 3, 2)[..., 1] == 0).all()
     assert (slopes.abs().reshape(3, 3, 2)[..., 0] > 0).all() and got.loss.isfinite()
+
+
+# ---- on a device -------------------------------------------------------------------------------
+
+on_device = pytest.mark.skipif(not native.emulates(), reason="a build without the emulated device")
+
+
+@on_device
+def test_calls_of_one_form_with_and_without_them_take_turns():
+    """What a device needs room for changes from call to call, and back."""
+    module, (xs, ys, xq, yq), (ws, wq), (os, oq) = masked()
+    all_options = {"support_weights": ws, "query_weights": wq}, {"query_offset": oq}, {}
+    all_options += ({"support_offset": os, "query_offset": oq, "support_weights": ws},)
+    wanted = [module(xs, ys, xq, yq, **options).task_losses for options in all_options]
+    with using(executor="emulated"):
+        for _ in range(2):
+            for options, losses in zip(all_options, wanted, strict=True):
+                assert_close(module(xs, ys, xq, yq, **options).task_losses, losses)
+
+
+@on_device
+def test_a_wrong_value_makes_its_task_nan_where_nobody_looks():
+    module, (xs, ys, xq, yq), (ws, _), _ = masked()
+    with using(executor="emulated"):
+        for wrong in (-1.0, math.inf, math.nan):
+            bad = ws.clone()
+            bad[1, 2, 0] = wrong
+            losses = module(xs, ys, xq, yq, support_weights=bad).task_losses
+            assert losses.isnan().tolist() == [False, True, False]
+        module.loss = "qlike"
+        amounts = ys.abs()
+        assert module(xs, amounts, xq, yq.abs()).loss.isfinite()
+        amounts[2, 0, 1] = -0.5
+        losses = module(xs, amounts, xq, yq.abs()).task_losses
+        assert losses.isnan().tolist() == [False, False, True]
+        weights = torch.ones_like(ys)
+        weights[2, 0, 1] = 0  # then nobody minds
+        assert module(xs, amounts, xq, yq.abs(), support_weights=weights).loss.isfinite()
