@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from helpers import LOSSES, MORE_LOSSES, gradients, targets
 from hypothesis import strategies as st
+from images import KINDS, conv, make_image_layer
 from kernels import (
     ACTIVATIONS,
     DTYPES,
@@ -70,8 +71,9 @@ class Case:
     beside: tuple[str, ...] = ()  # of "soft" labels, weights of "elements", "offset"
 
     @property
-    def inputs(self) -> int:
-        return self.chain[0][1]
+    def row_shape(self) -> tuple[int, ...]:
+        first = self.chain[0]
+        return first[1] if first[0] == "rows" else (first[1],)
 
     @property
     def out(self) -> int:
@@ -79,15 +81,22 @@ class Case:
 
     @property
     def batch_norm(self) -> bool:
-        return any(layer[0] == "batch_norm" for layer in self.chain)
+        return any(layer[0].startswith("batch_norm") for layer in self.chain)
+
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+
+
+def _module(layer: tuple) -> nn.Module:
+    return make_image_layer(layer) if layer[0] in KINDS else make_layer(layer)
 
 
 def make_net(case: Case) -> nn.Sequential:
     """The network in float32: whatever is rounded is so for every dtype alike."""
     torch.manual_seed(case.seed)
-    net = nn.Sequential(*map(make_layer, case.chain))
+    net = nn.Sequential(*map(_module, [layer for layer in case.chain if layer[0] != "rows"]))
     for module in net:
-        if isinstance(module, (nn.BatchNorm1d, nn.LayerNorm)):
+        if isinstance(module, NORMS):
             for p in module.parameters():
                 nn.init.normal_(p, mean=0.5)
     return net
@@ -146,7 +155,7 @@ class Side:
 
 
 def make_side(case: Case, rows: int) -> Side:
-    x = torch.randn(case.tasks, rows, case.inputs)
+    x = torch.randn(case.tasks, rows, *case.row_shape)
     columns = case.out
     if case.loss in MORE_LOSSES:
         columns = describe_loss(make_loss(case)).target_columns(case.out)
@@ -290,9 +299,14 @@ def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES, beside=Fa
 # ---- how close is close -----------------------------------------------------------------------
 
 
+SUMMING = ("linear", "conv", "batch_norm", "layer_norm", "batch_norm_image")
+
+
 def longest_sum(case: Case) -> int:
     """The most terms that a chain of sums in this case adds up."""
-    widths = sum(max(layer[1], layer[2]) for layer in case.chain if len(layer) > 2)
+    widths = sum(max(layer[1], layer[2]) for layer in case.chain if layer[0] in SUMMING)
+    if case.chain[0][0] == "rows":  # gradients are sums over positions too
+        widths += (case.support + case.query) * math.prod(case.row_shape[1:])
     passes = 1 if case.first_order else 3
     return (widths + case.support + case.query) * (passes * case.steps + 2)
 
@@ -366,8 +380,33 @@ class Wanted:
 
 def is_kinked(case: Case) -> bool:
     names = {layer[0] for layer in case.chain}
-    kinked = {n for n, make in ACTIVATIONS.items() if type(make()) in KINKS}
+    kinked = {n for n, make in ACTIVATIONS.items() if type(make()) in KINKS} | {"max_pool"}
     return bool(names & kinked) or case.loss in ("huber", "l1", "quantile")
+
+
+def normalised_axes(norm: nn.Module, z: torch.Tensor) -> tuple[int, ...]:
+    if isinstance(norm, nn.LayerNorm):
+        return (1,)
+    return (0, *range(2, z.ndim))
+
+
+def gaps_in_windows(z: torch.Tensor, pool: nn.Module) -> list[float]:
+    """How far the largest number of a window is above the next one, where they differ."""
+    two = isinstance(pool, nn.MaxPool2d)
+    z = z if two else z[:, :, None]
+    k, s, p, d = (
+        v if isinstance(v, tuple) else ((v, v) if two else (one, v))
+        for v, one in (
+            (pool.kernel_size, 1), (pool.stride, 1), (pool.padding, 0), (pool.dilation, 1)
+        )
+    )  # fmt: skip
+    z = nn.functional.pad(z, (p[1], p[1], p[0], p[0]), value=-math.inf)
+    columns = nn.functional.unfold(z.flatten(0, 1)[:, None].nan_to_num(), k, dilation=d, stride=s)
+    if columns.shape[1] < 2:
+        return []
+    best = columns.topk(2, 1).values
+    gaps = (best[:, 0] - best[:, 1]).flatten()
+    return gaps[gaps > 0].tolist()
 
 
 def walk(problem: Problem) -> tuple[float, float]:
@@ -386,7 +425,11 @@ def walk(problem: Problem) -> tuple[float, float]:
             gap = float(gaps.min() / max(float(z.abs().max()), abs(kink)))
             found["nearest"] = min(found["nearest"], gap)
 
-    def look_at_means(z: torch.Tensor, axis: int, eps: float) -> None:
+    def look_for_ties(z: torch.Tensor, pool: nn.Module) -> None:
+        for gap in gaps_in_windows(z.detach(), pool):
+            found["nearest"] = min(found["nearest"], gap / max(float(z.abs().max()), 1e-300))
+
+    def look_at_means(z: torch.Tensor, axis: Any, eps: float) -> None:
         std = (z.var(axis, unbiased=False) + eps).sqrt()
         found["steepest"] = max(found["steepest"], float((z.mean(axis).abs() / std).max()))
 
@@ -398,10 +441,11 @@ def walk(problem: Problem) -> tuple[float, float]:
             layer.register_forward_pre_hook(
                 lambda m, args, kink=kink: look_for_kinks(args[0], kink)
             )
-        elif isinstance(layer, (nn.BatchNorm1d, nn.LayerNorm)):
-            axis = 0 if isinstance(layer, nn.BatchNorm1d) else 1
+        elif isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d)):
+            layer.register_forward_pre_hook(lambda m, args: look_for_ties(args[0], m))
+        elif isinstance(layer, NORMS):
             layer.register_forward_pre_hook(
-                lambda m, args, axis=axis: look_at_means(args[0].detach(), axis, m.eps)
+                lambda m, args: look_at_means(args[0].detach(), normalised_axes(m, args[0]), m.eps)
             )
     support, query = problem.support.to(torch.float64), problem.query.to(torch.float64)
     arguments, options = problem.arguments(support, query)
@@ -432,7 +476,7 @@ def compare(case: Case) -> tuple[torch.dtype, ...]:
     """
     problem, steepest = Problem(case), 1.0
     dtypes = DTYPES
-    if is_kinked(case) or any(layer[0].endswith("norm") for layer in case.chain):
+    if is_kinked(case) or any("norm" in layer[0] for layer in case.chain):
         nearest, steepest = walk(problem)
         if nearest < 64 * EPS[torch.float32]:
             dtypes = (torch.float64,)
@@ -488,6 +532,41 @@ SMOOTH = {
         (LIN, 17, 5, True), ("layer_norm", 5, 5, True), ("sigmoid",), (LIN, 5, 2, True),
     ),
     "smooth": ((LIN, 3, 6, True), ("softplus",), ("silu",), (LIN, 6, 6, True), ("gelu_tanh",)),
+}  # fmt: skip
+
+
+IMAGES = {
+    # odd sizes, floor pooling that drops pixels, one channel, more channels than a vector
+    "conv4": Case(
+        (("rows", (1, 13, 15)), conv(1, 6, (3, 3), 1, 1), ("batch_norm_image", 6, 6, 2, True),
+         ("relu",), ("max_pool", 2, 2, 2, 0, 1), conv(6, 33, (3, 3), 1, 1),
+         ("batch_norm_image", 33, 33, 2, True), ("relu",), ("max_pool", 2, 2, 2, 0, 1),
+         ("flatten",), (LIN, 33 * 9, 5, True)),
+        loss="cross_entropy", steps=1, tasks=3,
+    ),
+    "1x1 images": Case(
+        (("rows", (3, 1, 1)), conv(3, 4, (3, 3), 1, 1), ("tanh",),
+         ("max_pool", 2, 3, 2, 1, 1), conv(4, 5, (2, 2), 3, 1), ("flatten",), (LIN, 5, 2, True)),
+        tasks=18, steps=2,
+    ),
+    "stride larger than kernel": Case(
+        (("rows", (2, 9, 7)), conv(2, 5, (2, 1), (3, 3), 0), ("silu",),
+         conv(5, 4, (1, 2), (2, 2), (0, 1)), ("flatten",), (LIN, 4 * 2 * 2, 2, True)), steps=2,
+    ),
+    "depthwise and grouped": Case(
+        (("rows", (6, 5, 4)), conv(6, 6, (3, 3), 1, 1, 1, 6), ("silu",),
+         conv(6, 18, (2, 2), 1, 0, 2, 3), ("gelu",), conv(18, 36, (1, 1), 1, 0, 1, 18, False),
+         ("global_pool", 2), ("flatten",), (LIN, 36, 3, True)), steps=2,
+    ),
+    "sequences": Case(
+        (("rows", (2, 21)), conv(2, 16, (3,)), ("relu",), conv(16, 32, (3,), 2, 1, 2),
+         ("batch_norm_image", 32, 32, 1, False), ("softplus",), ("avg_pool", 1, 3, 2, 1, False),
+         ("flatten",), (LIN, 32 * 5, 3, True)), steps=2, form="list", tasks=17,
+    ),
+    "many rows": Case(
+        (("rows", (3, 6, 6)), conv(3, 17, (3, 3), 1, 1), ("relu",), ("global_pool", 2),
+         ("flatten",), (LIN, 17, 2, True)), support=70, query=40, steps=1, tasks=2, weights=True,
+    ),
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ exp exp2 expm1 log log1p log2 pow rsqrt sin cos tanh sigmoid erf erfc softplus e
 log_sigmoid_forward mish _softmax _log_softmax
 tanh_backward sigmoid_backward softplus_backward elu_backward silu_backward gelu_backward
 log_sigmoid_backward _softmax_backward_data _log_softmax_backward_data
+avg_pool2d avg_pool2d_backward _adaptive_avg_pool2d _adaptive_avg_pool2d_backward
 mse_loss mse_loss_backward huber_loss huber_loss_backward nll_loss_forward nll_loss_backward
 binary_cross_entropy_with_logits native_layer_norm native_layer_norm_backward
 native_batch_norm native_batch_norm_backward _native_batch_norm_legit

@@ -129,7 +129,10 @@ def forward_as(function):
 
 
 REFUSED = {
-    "conv": (nn.Sequential(nn.Conv1d(1, 2, 3)), r"layer 0 \(Conv1d\) has no native kernel"),
+    "conv": (
+        nn.Sequential(nn.ConvTranspose1d(1, 2, 3)),
+        r"layer 0 \(ConvTranspose1d\) has no native kernel",
+    ),
     "prelu": (nn.Sequential(nn.Linear(2, 2), nn.PReLU()), r"layer 1 \(PReLU\)"),
     "dropout": (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), r"layer 1 .*training mode"),
     "slope": (nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(-1)), r"negative_slope -1"),

@@ -48,6 +48,13 @@ class NetworkBuilder {
     if (!found) refuse("unknown layer '" + name + "'");
   }
 
+  // Rows of features are what goes in and comes out.
+  void finish() const {
+    const Shape out = shape();
+    if (out.positions() > 1)
+      refuse("the last layer gives " + text(out) + ", not one row of features: flatten it");
+  }
+
   // What layers are added by (core/layers/layer.h).
 
   Layer& append(const Shape& in, const Shape& out) {
@@ -71,24 +78,67 @@ class NetworkBuilder {
     layer.out = out;
     return layer;
   }
+  // What the layer before gives; with so many channels.
+  Shape shape() const {
+    if (network_.layer_count == 0) refuse("the first layer needs to know its inputs' shape");
+    return owned_.layers[network_.layer_count - 1].out;
+  }
+  Shape shape(int channels) const {
+    if (network_.layer_count == 0) return {1, 1, channels};
+    Shape found = shape();
+    found.channels = channels;
+    return found;
+  }
+  // (kernel y x, stride y x, ..., four paddings between, dilation y x)
+  static Window window(const double* arguments) {
+    const auto number = [=](int i) { return static_cast<int>(arguments[i]); };
+    Window w;
+    w.height = number(0), w.width = number(1);
+    w.stride_y = number(2), w.stride_x = number(3);
+    w.top = number(4), w.left = number(6);
+    w.dilation_y = number(8), w.dilation_x = number(9);
+    return w;
+  }
+  // What a window leaves of a shape; `paddings`: top, bottom, left, right.
+  static Shape windowed(const Shape& in, const Window& w, const double* paddings, int channels) {
+    const auto left = [](int size, double padding, int taps, int dilation, int stride) {
+      const double room = size + padding - static_cast<double>(dilation) * (taps - 1) - 1;
+      return room < 0 ? 0 : static_cast<int>(room / stride) + 1;
+    };
+    const Shape out{left(in.height, paddings[0] + paddings[1], w.height, w.dilation_y, w.stride_y),
+                    left(in.width, paddings[2] + paddings[3], w.width, w.dilation_x, w.stride_x),
+                    channels};
+    if (out.height < 1 || out.width < 1)
+      refuse("a window of " + std::to_string(w.height) + " x " + std::to_string(w.width) +
+             " does not fit " + text(in));
+    return out;
+  }
+  // Between one row of features and rows of channels (core/layers/rearrangement.h), where that is a difference.
+  void append_turned(const Shape& image, bool flattens) {
+    const Shape flat{1, 1, image.features()};
+    if (flattens && image.positions() == 1) return;
+    append(flattens ? image : flat, flattens ? flat : image);
+  }
+
   int tensor(const Tensor& shape) {
     owned_.tensors[network_.tensor_count] = shape;
     return network_.tensor_count++;
   }
 
- private:
-  static constexpr int kMostArguments = 16;
-
   [[noreturn]] static void refuse(const std::string& message) {
     throw std::invalid_argument("layers: " + message);
   }
+
+ private:
+  static constexpr int kMostArguments = 16;
+
   static std::string text(const Shape& shape) {
     if (shape.height == 1 && shape.width == 1) return std::to_string(shape.channels);
     return std::to_string(shape.height) + " x " + std::to_string(shape.width) + " x " +
            std::to_string(shape.channels);
   }
 
-  // `types` has a letter for each value: 'n' size, 'x' number, 'b' flag.
+  // `types` has a letter for each value: 'n' size, 'c' count, which may be 0, 'x' number, 'b' flag.
   static void read(const pybind11::tuple& given, const std::string& name, const char* types,
                    double* values) {
     const std::size_t wanted = std::strlen(types);
@@ -96,9 +146,17 @@ class NetworkBuilder {
       refuse("'" + name + "' takes " + std::to_string(wanted) + " values, got " +
              std::to_string(given.size() - 1));
     for (std::size_t i = 0; i < wanted; ++i)
-      values[i] = types[i] == 'n'   ? value<int>(given, i + 1)
+      values[i] = types[i] == 'n'   ? size(given, i + 1, 1)
+                  : types[i] == 'c' ? size(given, i + 1, 0)
                   : types[i] == 'b' ? value<bool>(given, i + 1)
                                     : value<double>(given, i + 1);
+  }
+  static int size(const pybind11::tuple& given, std::size_t i, int least) {
+    const int found = value<int>(given, i);
+    if (found < least || found > (1 << 24))
+      refuse("expected " + std::to_string(least) + " to 2^24 for value " + std::to_string(i) +
+             " of a layer, got " + std::to_string(found));
+    return found;
   }
   template <class T>
   static T value(const pybind11::tuple& given, std::size_t i) {
@@ -132,6 +190,7 @@ inline std::unique_ptr<OwnedNetwork> make_network(const std::vector<pybind11::tu
   NetworkBuilder builder(*owned);
   for (const pybind11::tuple& layer : layers) builder.add(layer);
   if (owned->network.layer_count == 0) throw std::invalid_argument("layers: expected at least one");
+  builder.finish();
   return owned;
 }
 
@@ -151,7 +210,13 @@ inline pybind11::list parameter_shapes(const Network& network) {
   pybind11::list shapes;
   for (int t = 0; t < network.tensor_count; ++t) {
     const Tensor& tensor = network.tensors[t];
-    if (tensor.matrix)
+    const int in =
+        tensor.columns / ((tensor.height ? tensor.height : 1) * (tensor.width ? tensor.width : 1));
+    if (tensor.height)
+      shapes.append(pybind11::make_tuple(tensor.rows, in, tensor.height, tensor.width));
+    else if (tensor.width)
+      shapes.append(pybind11::make_tuple(tensor.rows, in, tensor.width));
+    else if (tensor.matrix)
       shapes.append(pybind11::make_tuple(tensor.rows, tensor.columns));
     else
       shapes.append(pybind11::make_tuple(tensor.columns));

@@ -76,11 +76,8 @@ class Driver {
     for (int l = 0; l < network.layer_count; ++l) {
       const int t = network.layers[l].weight;
       if (layout().transposed[l] == kNowhere || call_.has_own_start(t)) continue;
-      const PackedTensor& packed = layout().tensors[t];
-      for (int q = 0; q < packed.inner; ++q)  // torch's own layout, with padded rows
-        memcpy(transposed + layout().transposed[l] + q * X::stride(packed.outer),
-               call_.parameters[t] + static_cast<std::size_t>(q) * packed.outer,
-               sizeof(Real) * packed.outer);
+      transpose_weight<X>(network.layers[l], memory + layout().tensors[t].place,
+                          transposed + layout().transposed[l]);
     }
     for (int row = 0; call_.lr.per_element && row < call_.lr.rows; ++row) {
       const Real* from = call_.lr.values + static_cast<std::size_t>(row) * call_.lr.columns;

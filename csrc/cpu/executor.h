@@ -17,6 +17,7 @@
 #include "../core/call/network.h"
 #include "../core/call/operands.h"
 #include "../core/call/workspace.h"
+#include "convolution.h"
 #include "gemm.h"
 
 PYMETA_KERNEL_BEGIN
@@ -36,6 +37,7 @@ struct Executor {
 
   static Epilogue destined(const Destination& to, long row, const Extent& extent) {
     Epilogue e{to.gate ? Epilogue::Kind::gate : Epilogue::Kind::floor, to.p, row, extent.keep};
+    e.period = extent.period;
     e.floor = broadcast(to.relu ? Real(0) : -Real(__builtin_inf()));
     e.gate = to.gate;
     return e;
@@ -63,6 +65,23 @@ struct Executor {
     long at = 0;
     for (int r = 0; r < extent.rows; ++r)
       for (int c = 0; c < columns; ++c, at += kWidth) body(at, static_cast<long>(c) * kWidth, r);
+  }
+
+  // body(offset into the matrix, vector of channels, row, y, x, row of the set) over the positions of a set's rows
+  template <class Body>
+  static void map_positions(const Extent& set, const Shape& shape, Body body) {
+    const int columns = vectors(shape.channels);
+    long at = 0;
+    int row = 0;
+    for (int y = 0; y < shape.height; ++y)
+      for (int x = 0; x < shape.width; ++x)
+        for (int own = 0; own < set.rows; ++own, ++row)
+          for (int c = 0; c < columns; ++c, at += kWidth) body(at, c, row, y, x, own);
+  }
+  // Vector number `vector` of so many features, which lie where place(feature) says; zero behind them.
+  template <class Place>
+  static Vec gathered(int vector, int features, Place place) {
+    return Access::gathered(vector, features, place);
   }
 
   // x W (+ x' W') + bias
@@ -96,6 +115,33 @@ struct Executor {
     multiply<Access>(product, sunk(sink, stride(out)));
   }
 
+  // The same of a convolution, its groups by themselves (convolution.h).
+
+  template <class Visitor>  // visit(products of the layer)
+  static void with_convolution(const Layer& layer, const Extent& set, Visitor visit) {
+    if (layer.window.groups > 1)
+      visit(GroupedConvolution<Access>(layer, set));
+    else
+      visit(ConvolutionProducts<Access>(layer, set));
+  }
+  static void convolve(const Layer& layer, const Extent& set, const Term* terms, int count,
+                       const Real* bias, const Destination& to) {
+    const Epilogue into = destined(to, stride(layer.out.channels), over(set, layer.out));
+    with_convolution(layer, set,
+                     [&](const auto& own) { own.apply(terms, count, bias, into, false); });
+  }
+  static void convolve_transposed(const Layer& layer, const Extent& set, const Term* terms,
+                                  int count, const Destination& to) {
+    const Epilogue into = destined(to, stride(layer.in.channels), over(set, layer.in));
+    with_convolution(layer, set,
+                     [&](const auto& own) { own.apply(terms, count, nullptr, into, true); });
+  }
+  static void convolve_outer(const Layer& layer, const Extent& set, const Matrix (*pairs)[2],
+                             int count, const Sink& sink) {
+    if (!sink.out) return;
+    with_convolution(layer, set, [&](const auto& own) { own.outer(pairs, count, sink); });
+  }
+
   static Epilogue sunk(const Sink& sink, long row) {
     return accumulate(sink.out, row, sink.base, sink.extra, sink.scale);
   }
@@ -107,10 +153,8 @@ struct Executor {
     const Epilogue into = sunk(sink, 0);
     const long row = stride(features);
     for (int c = 0; c < vectors(features); ++c) {
-      Vec sum = zero();
-      for (int r = 0; r < extent.rows; ++r)
-        sum = sum + body(r * row + static_cast<long>(c) * kWidth, static_cast<long>(c) * kWidth);
-      into(sum, 0, c);
+      const long column = static_cast<long>(c) * kWidth;
+      into(sum_over(extent, [&](int r) { return body(r * row + column, column); }), 0, c);
     }
   }
 

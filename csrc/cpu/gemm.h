@@ -85,6 +85,7 @@ struct Epilogue {
   const Real* base = nullptr;  // may be `out`
   const Real* extra = nullptr;
   Vec scale{};
+  int period = 0;  // of the mask, which positions share (Extent)
 
   void operator()(Vec v, int m, int n) const {
     Vec one[1][1] = {{v}};
@@ -96,8 +97,10 @@ struct Epilogue {
   inline __attribute__((always_inline)) void finish(Vec (&sum)[M][N], int row0, int column0) const {
     // A masked sum is 0 behind each of the epilogues that have a mask.
     if (keep)
-      for_tile<M, N>(
-          [&](int m, int n) { sum[m][n] = where_kept(sum[m][n], keep + (row0 + m) * kWidth); });
+      for_tile<M, N>([&](int m, int n) {
+        const int own = period ? (row0 + m) % period : row0 + m;
+        sum[m][n] = where_kept(sum[m][n], keep + own * kWidth);
+      });
     const long first = row0 * row + column0 * kWidth;
     const auto put = [&](auto value) __attribute__((always_inline)) {
       for_tile<M, N>([&](int m, int n) {

@@ -78,9 +78,8 @@ class ItemArrays {
     for (int l = 0; l < call_.network->layer_count; ++l) {
       const int t = call_.network->layers[l].weight;
       if (layout_.transposed[l] == kNowhere || !call_.has_own_start(t)) continue;
-      const PackedTensor& packed = layout_.tensors[t];
-      X::transpose(packed.outer, packed.inner, start + packed.place,
-                   memory_ + workspace_.start_transposed + layout_.transposed[l]);
+      transpose_weight<X>(call_.network->layers[l], start + layout_.tensors[t].place,
+                          memory_ + workspace_.start_transposed + layout_.transposed[l]);
     }
   }
 

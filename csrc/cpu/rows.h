@@ -5,6 +5,8 @@
 // inputs along the vector: a transposed copy is made once a step by in-register block transposition.
 #pragma once
 
+#include <string.h>
+
 #include "executor.h"
 
 PYMETA_KERNEL_BEGIN
@@ -17,6 +19,26 @@ struct Rows : Broadcast {
   static Segment transposed_segment(int in, int out, const Term& term) {
     const long row = static_cast<long>(vectors(in)) * kWidth;
     return {term.x.p, term.x.row, 1, term.w_transposed, row, kWidth, out};
+  }
+  // The same under a convolution's tap, of weights [taps, out, stride(in)].
+  static Segment transposed_tap(const Term& term, const Real* a, int in, int out, int tap, int) {
+    const long row = static_cast<long>(vectors(in)) * kWidth;
+    return {a,   term.x.row, 1,  term.w_transposed + static_cast<long>(tap) * out * row,
+            row, kWidth,     out};
+  }
+  // Of groups [taps, out of a group, stride(in)]: what the j-th output of each input's group weighs it by.
+  static Vec grouped_weight(const Term& term, const Groups& groups, int, long in_row, long, int tap,
+                            int vector, int j) {
+    return load(term.w_transposed + (static_cast<long>(tap) * groups.out + j) * in_row +
+                static_cast<long>(vector) * kWidth);
+  }
+  template <class Place>
+  static Vec gathered(int vector, int features, Place place) {
+    const int first = vector * kWidth;
+    const int count = features - first < kWidth ? features - first : kWidth;
+    Vec v = zero();
+    for (int i = 0; i < count; ++i) v[i] = *place(first + i);
+    return v;
   }
   static void store_element(Real* p, Vec v) { *p = v[0]; }
   static void copy_element(Real* to, const Real* from) { *to = *from; }
@@ -72,6 +94,24 @@ struct RowsExecutor : Executor<Rows> {
     transpose_matrix(in, out, w, stride(out), w_transposed, row);
     for (int o = 0; o < out; ++o)
       for (long i = in; i < row; ++i) w_transposed[o * row + i] = 0;
+  }
+
+  // A convolution's [in / groups, taps, stride(out)] to [taps, out / groups, stride(in)].
+  static void transpose_taps(const Layer& layer, const Real* w, Real* w_transposed) {
+    const int in = layer.in.channels, out = layer.out.channels, taps = layer.window.taps();
+    const Groups groups = groups_of(layer);
+    const long in_row = stride(in), out_row = stride(out);
+    memset(w_transposed, 0, sizeof(Real) * taps * groups.out * in_row);
+    for (int tap = 0; tap < taps; ++tap, w += out_row, w_transposed += groups.out * in_row) {
+      if (layer.window.groups == 1) {
+        transpose_matrix(in, out, w, taps * out_row, w_transposed, in_row);
+        continue;
+      }
+      for (int j = 0; j < groups.out; ++j)
+        for (int i = 0; i < in; ++i)
+          w_transposed[j * in_row + i] =
+              w[static_cast<long>(i % groups.in) * taps * out_row + groups.output(i, j)];
+    }
   }
 
   // The factored first layer (core/layers/factored_linear.h).

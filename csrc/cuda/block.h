@@ -9,6 +9,7 @@
 
 #include "../core/call/operands.h"
 #include "../core/call/workspace.h"
+#include "../core/layers/taps.h"
 #include "product.h"
 
 PYMETA_KERNEL_BEGIN
@@ -73,6 +74,19 @@ struct Block {
     }
     sync();
   }
+  // body(offset into the matrix, channel, row, y, x, row of the set) over the positions of a set's rows
+  template <class Body>
+  PYMETA_FN static void map_positions(const Extent& set, const Shape& shape, Body body) {
+    map(over(set, shape), shape.channels, [&](long at, long channel, int row) {
+      const int position = row / set.rows;
+      body(at, static_cast<int>(channel), row, position / shape.width, position % shape.width,
+           row % set.rows);
+    });
+  }
+  template <class Place>
+  PYMETA_FN static Vec gathered(int feature, int, Place place) {
+    return *place(feature);
+  }
   template <class Visitor>  // visit(emit(value, row, column))
   PYMETA_FN static void with_epilogue(const Destination& to, long row, const Extent&,
                                       Visitor visit) {
@@ -107,6 +121,95 @@ struct Block {
     multiply<Form::tn>(p);
   }
   PYMETA_FN static void transpose(int, int, const Real*, Real*) {}
+  PYMETA_FN static void transpose_taps(const Layer&, const Real*, Real*) {}
+
+  // ---- convolutions --------------------------------------------------------------------------------------------
+
+  // An output is a thread's: one chain of multiply-adds, tap by tap and in each in the order of the inputs.
+
+  PYMETA_FN PYMETA_NOINLINE static void convolve(const Layer& layer, const Extent& set,
+                                                 const Term* terms, int count, const Real* bias,
+                                                 const Destination& to) {
+    const Epilogue epilogue = destined(to, stride(layer.out.channels));
+    const Axis down = rows_of(layer, false), across = columns_of(layer, false);
+    const Groups groups = groups_of(layer);
+    const long out_row = stride(layer.out.channels);
+    const int taps = layer.window.taps();
+    map_positions(set, layer.out, [&](long, int channel, int row, int y, int x, int own) {
+      Real sum = bias ? bias[channel] : Real(0);
+      for (int i = 0; i < count; ++i)
+        for (int tap = 0; tap < taps; ++tap) {
+          const int from_y = down.at(y, tap / across.taps),
+                    from_x = across.at(x, tap % across.taps);
+          if (from_y < 0 || from_x < 0) continue;
+          const Real* from =
+              terms[i].x.p +
+              (static_cast<long>(from_y * layer.in.width + from_x) * set.rows + own) *
+                  terms[i].x.row +
+              groups.input(channel, 0);
+          const Real* w = terms[i].w + tap * out_row + channel;
+          for (int k = 0; k < groups.in; ++k) sum = fma(from[k], w[k * taps * out_row], sum);
+        }
+      epilogue.emit(sum, row, channel);
+    });
+  }
+  PYMETA_FN PYMETA_NOINLINE static void convolve_transposed(const Layer& layer, const Extent& set,
+                                                            const Term* terms, int count,
+                                                            const Destination& to) {
+    const Epilogue epilogue = destined(to, stride(layer.in.channels));
+    const Axis down = rows_of(layer, true), across = columns_of(layer, true);
+    const Groups groups = groups_of(layer);
+    const long out_row = stride(layer.out.channels);
+    const int taps = layer.window.taps();
+    map_positions(set, layer.in, [&](long, int channel, int row, int y, int x, int own) {
+      Real sum = 0;
+      const int first = groups.output(channel, 0);
+      for (int i = 0; i < count; ++i)
+        for (int tap = 0; tap < taps; ++tap) {
+          const int to_y = down.at(y, tap / across.taps), to_x = across.at(x, tap % across.taps);
+          if (to_y < 0 || to_x < 0) continue;
+          const Real* from =
+              terms[i].x.p +
+              (static_cast<long>(to_y * layer.out.width + to_x) * set.rows + own) * terms[i].x.row +
+              first;
+          const Real* w =
+              terms[i].w + (static_cast<long>(channel % groups.in) * taps + tap) * out_row + first;
+          for (int j = 0; j < groups.out; ++j) sum = fma(from[j], w[j], sum);
+        }
+      epilogue.emit(sum, row, channel);
+    });
+  }
+  PYMETA_FN PYMETA_NOINLINE static void convolve_outer(const Layer& layer, const Extent& set,
+                                                       const Matrix (*pairs)[2], int count,
+                                                       const Sink& sink) {
+    if (!sink.out) return;
+    const Epilogue epilogue = sunk(sink, stride(layer.out.channels));
+    const Axis down = rows_of(layer, false), across = columns_of(layer, false);
+    const Groups groups = groups_of(layer);
+    const int taps = layer.window.taps();
+    map({groups.in * taps, nullptr, 0}, layer.out.channels, [&](long, long c, int row) {
+      const int tap = row % taps, channel = static_cast<int>(c);
+      const int input = groups.input(channel, row / taps);
+      Real sum = 0;
+      for (int i = 0; i < count; ++i)
+        for (int y = 0; y < layer.out.height; ++y)
+          for (int x = 0; x < layer.out.width; ++x) {
+            const int from_y = down.at(y, tap / across.taps),
+                      from_x = across.at(x, tap % across.taps);
+            if (from_y < 0 || from_x < 0) continue;
+            const Real* from =
+                pairs[i][0].p +
+                static_cast<long>(from_y * layer.in.width + from_x) * set.rows * pairs[i][0].row +
+                input;
+            const Real* d =
+                pairs[i][1].p +
+                static_cast<long>(y * layer.out.width + x) * set.rows * pairs[i][1].row + channel;
+            for (int own = 0; own < set.rows; ++own)
+              sum = fma(from[own * pairs[i][0].row], d[own * pairs[i][1].row], sum);
+          }
+      epilogue.emit(sum, row, channel);
+    });
+  }
 
   // body(offset into the matrix, feature), summed over the rows
   template <class Body>
@@ -115,9 +218,8 @@ struct Block {
     const Epilogue epilogue = sunk(sink, 0);
     const long row = stride(features);
     for_indices(features, [&](int c) {
-      Real sum = 0;
-      for (int r = 0; r < extent.rows; ++r) sum += body(r * row + c, static_cast<long>(c));
-      epilogue.emit(sum, 0, c);
+      epilogue.emit(
+          sum_over(extent, [&](int r) { return body(r * row + c, static_cast<long>(c)); }), 0, c);
     });
   }
 

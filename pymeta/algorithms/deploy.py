@@ -29,6 +29,11 @@ def from_learner(learner: Learner) -> Adapter:
             "number of epochs with a FineTune that does, and deploy one with that number"
         )
     plan, tensors = learner._current()
+    if plan.unshaped:
+        raise ValueError(
+            "adapter: the shape of the model's rows is known with the first call of the learner: "
+            "call it, or its adapt, once"
+        )
     if plan.core_reason is not None:  # an adapter runs on the CPU, wherever the learner does
         raise ValueError(f"adapter: the native core cannot run this learner: {plan.core_reason}")
     chain = architecture(plan)

@@ -177,7 +177,7 @@ class FineTune(Learner):
         """The epochs, and how each goes through the rows."""
         return Schedule(None, self.epochs, self.batch_size, self.seed)
 
-    def _made_plan(self) -> Plan:
+    def _made_plan(self, row_shape: tuple[int, ...] | None) -> Plan:
         names = [name for name, _ in self.model.named_parameters()]
         frozen: set[str] = set()
         for pattern in self.freeze or ():
@@ -189,7 +189,9 @@ class FineTune(Learner):
                 )
             frozen.update(hits)
         free = [escape(name) for name in names if name not in frozen]
-        return Plan(self.model, self.loss, free, self._per, self._rule, self._anchor)
+        return Plan(
+            self.model, self.loss, free, self._per, self._rule, self._anchor, row_shape=row_shape
+        )
 
     # ---- calls --------------------------------------------------------------------------------
 
@@ -324,7 +326,7 @@ class FineTune(Learner):
         """The call, its warnings naming the line `frames` calls up from here."""
         if not isinstance(curves, bool):
             raise TypeError(f"curves: expected a bool, got {type(curves).__name__}")
-        plan, parameters = self._current()
+        plan, parameters = self._current(xs)
         support = task_set(_TRAIN, xs, ys, sizes, weights, plan.expected, offset)
         held = validation_set(
             validation_data, self.validation, self.patience, support, plan.expected

@@ -273,7 +273,7 @@ class Learner(nn.Module, ABC):
     ) -> Adapted:
         """The models adapted to the support sets of T tasks; for `adapt` itself to call."""
         with torch.no_grad():
-            plan, parameters = self._current()
+            plan, parameters = self._current(xs)
             support = task_set(SUPPORT, xs, ys, sizes, weights, plan.expected, offset)
             ids = check_task_ids(task_ids, support.tasks)
             anchors = anchors_of(anchor, support.tasks, plan)
@@ -373,24 +373,30 @@ class Learner(nn.Module, ABC):
     def _look(self) -> Plan:
         """Examine the model for the first time; ValueError where it cannot run as requested."""
         plan, _ = self._current()
-        if self.backend == "native" and plan.reason is not None:
+        if self.backend == "native" and plan.reason is not None and not plan.unshaped:
             raise ValueError(f'backend="native": {plan.reason}')
         return plan
 
-    def _current(self) -> tuple[Plan, list[Tensor]]:
-        """The plan for the model as it is now, and its parameters in order."""
+    def _current(self, x: Any = None) -> tuple[Plan, list[Tensor]]:
+        """The plan for the model as it is now, and its parameters in order.
+
+        `x` are the inputs of a call: a chain of convolutions has a plan for one shape of rows.
+        """
         plan: Plan | None = self.__dict__["_plan"]
-        if plan is not None and plan.watch.is_current():
+        if plan is not None and plan.watch.is_current() and plan.shape_for(x) is None:
             return plan, plan.parameters
         with one_at_a_time():
-            return self._looked_at_anew(plan)
+            return self._looked_at_anew(plan, x)
 
-    def _looked_at_anew(self, plan: Plan | None) -> tuple[Plan, list[Tensor]]:
+    def _looked_at_anew(self, plan: Plan | None, x: Any) -> tuple[Plan, list[Tensor]]:
         """As `_current`, under the lock: the model may have changed."""
-        if plan is not None and plan.watch.is_current():
+        shape = None if plan is None else plan.shape_for(x) or plan.row_shape
+        if plan is not None and plan.watch.is_current() and shape == plan.row_shape:
             return plan, plan.parameters
         self._forget()
-        plan = self._made_plan()
+        plan = self._made_plan(shape)
+        if (shape := plan.shape_for(x)) is not None:  # a model that was never looked at before
+            plan = self._made_plan(shape)
         if self._learns is not None and self._learns != plan.adapted:
             raise ValueError(
                 f"model: a learnable lr was made for the adapted parameters "
@@ -399,10 +405,11 @@ class Learner(nn.Module, ABC):
         self._plan = None if in_transform() else plan  # which would hold tensors of it
         return plan, plan.parameters
 
-    def _made_plan(self) -> Plan:
+    def _made_plan(self, row_shape: tuple[int, ...] | None) -> Plan:
         return Plan(
-            self.model, self.loss, self.adapted_patterns, self._per, self._rule, self._anchor
-        )
+            self.model, self.loss, self.adapted_patterns, self._per, self._rule, self._anchor,
+            row_shape=row_shape,
+        )  # fmt: skip
 
     def _forget(self) -> None:
         """Drop what was derived from the model."""
@@ -425,6 +432,8 @@ class Learner(nn.Module, ABC):
         plan, _ = self._current()
         if self.backend == "torch":
             return 'torch: backend="torch" was asked for'
+        if plan.unshaped:
+            return f"native-cpu {native.isa()} {native.executor()}: {plan.reason}"
         if plan.reason is not None:
             return f"torch: {plan.reason}"
         assert isinstance(plan.description, Description)

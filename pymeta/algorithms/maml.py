@@ -207,7 +207,7 @@ class MAML(Learner):
             results = None if before is None else before.again(self.__dict__, xs, ys, xq, yq)
             if results is not None:
                 return Outcome(*results)
-        plan, parameters = self._current()
+        plan, parameters = self._current(xs)
         steps = self.steps if steps is None else check_count("steps", steps)
         expected = plan.expected
         support = task_set(

@@ -157,7 +157,7 @@ class Reptile(Learner):
         if torch.compiler.is_compiling():
             sizes, weights, offset = support_sizes, support_weights, support_offset
             return _eagerly(self, xs, ys, steps, sizes, weights, offset, task_ids, anchor)
-        plan, parameters = self._current()
+        plan, parameters = self._current(xs)
         trains = torch.is_grad_enabled()
         schedule = self._scheduled(steps, self._stream if trains else _OF_ADAPT)
         expected = plan.expected

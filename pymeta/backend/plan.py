@@ -21,10 +21,10 @@ from pymeta.backend.device import Device, unusable
 from pymeta.spec.anchors import NO_ANCHOR, Anchor
 from pymeta.spec.losses import Loss, OwnLoss, check_width, native_loss
 from pymeta.spec.modules import one_at_a_time
-from pymeta.spec.network import Description, Unsupported, describe
+from pymeta.spec.network import Description, Unshaped, Unsupported, describe
 from pymeta.spec.optimizers import Rates, native_optimizer, rates
 from pymeta.spec.watch import Place
-from pymeta.tasks.checks import Expected
+from pymeta.tasks.checks import Expected, row_shape_of
 from pymeta.tasks.task_set import dense
 
 if TYPE_CHECKING:
@@ -112,8 +112,11 @@ class Plan:
         anchor: Anchor = NO_ANCHOR,
         adapts: bool = True,
         query_loss: Loss | None = None,
+        row_shape: tuple[int, ...] | None = None,
     ) -> None:
         """Examine the model; TypeError or ValueError where no backend can run it.
+
+        `row_shape` is the shape of a row of its inputs, as far as that is known (`fits`).
 
         `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by;
         `query_loss` is what query sets are judged by, if that is another one than the loss.
@@ -124,7 +127,7 @@ class Plan:
         with one_at_a_time():
             named = dict(model.named_parameters())
             _check_parameters(named)
-            self.description = describe(model)
+            self.description = describe(model, row_shape)
             places = [_place(model, name) for name in named]
         self.names = tuple(named)
         self.parameters: list[Tensor] = list(named.values())
@@ -165,8 +168,26 @@ class Plan:
         d = self.description
         check_width(loss, d.out_features)
         return Expected(
-            loss, dtype, device, d.in_features, d.out_features, d.flattens, d.batch_norm
-        )
+            loss, dtype, device, d.in_features, d.out_features, d.flattens, d.batch_norm,
+            d.row_shape,
+        )  # fmt: skip
+
+    @property
+    def unshaped(self) -> bool:
+        """Whether this is a chain that waits for the shape of its rows."""
+        return isinstance(self.description, Unshaped)
+
+    def shape_for(self, x: Any) -> tuple[int, ...] | None:
+        """The shape that a plan for these inputs has to know of; None where this one will do."""
+        if not self.unshaped and self.row_shape is None:
+            return None
+        shape = row_shape_of(x)
+        return None if shape == self.row_shape else shape
+
+    @property
+    def row_shape(self) -> tuple[int, ...] | None:
+        """The shape of rows that it was made for, where that matters."""
+        return self.description.row_shape
 
     def _make_problem(self, loss: Loss, named: Mapping[str, Tensor]) -> str | None:
         """Make the native Problem; the reason why there is none, where there is none."""

@@ -170,7 +170,8 @@ class Adapted(Stacked[Tensor]):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         saved = load(path, verify)
         with errors_about(os.fspath(path)):
-            plan = Plan(model, saved.loss, None, "network", adapts=False)
+            shape = None if saved.architecture is None else saved.architecture.row_shape
+            plan = Plan(model, saved.loss, None, "network", adapts=False, row_shape=shape)
             _check_structure(saved, model, plan)
         device = plan.expected.device
 
@@ -193,7 +194,7 @@ class Adapted(Stacked[Tensor]):
     def _plan(self) -> Plan:
         """The plan of the model; a copy makes its own, and must still have the same shapes."""
         if self._made is None:
-            plan = Plan(self._model, self.loss, None, "network", adapts=False)
+            plan = self._plan_for(None)
             own = {n: p.shape[1:] for n, p in self.parameters.items()}
             if own != {n: p.shape for n, p in self._model.named_parameters()} or any(
                 p.dtype != plan.expected.dtype for p in self.parameters.values()
@@ -201,6 +202,9 @@ class Adapted(Stacked[Tensor]):
                 raise ValueError("the model has changed since these were adapted from it")
             self._made = plan
         return self._made
+
+    def _plan_for(self, row_shape: tuple[int, ...] | None) -> Plan:
+        return Plan(self._model, self.loss, None, "network", adapts=False, row_shape=row_shape)
 
     def __repr__(self) -> str:
         """A line that says how many models of what."""
@@ -277,6 +281,9 @@ class Adapted(Stacked[Tensor]):
             ValueError: a wrong shape, size or device, or another number of tasks.
         """
         plan = self._plan
+        shape = plan.shape_for(xq)
+        if shape is not None:
+            plan = self._made = self._plan_for(shape)
         query = task_set(_NAMES, xq, None, query_sizes, None, plan.expected, offset)
         if query.tasks != self._tasks:
             raise ValueError(
@@ -410,6 +417,8 @@ def _chosen(plan: Plan) -> bool:
     """Whether models that were not just adapted run natively; a warning where they cannot."""
     if native_module.backend("auto") == "torch":
         return False
+    if plan.unshaped:  # which the first call decides
+        return True
     if plan.reason is not None:
         warnings.warn(
             f"pymeta.Adapted runs in torch, which is slower: {plan.reason}",

@@ -117,6 +117,8 @@ class Adapter:
             raise ValueError("lr: expected values exactly where the optimiser's are learnable")
         self.lr = _frozen(np.array([optimizer.lr], self.dtype) if lr is None else lr)
         self._expected = expected_of(architecture, loss, self.dtype)
+        self._row_shape = architecture.row_shape
+        self._one_task = 1 + len(self._row_shape or (1,))  # axes of one task's rows
         groups = self._lay_out_lr()
         lib = native.extension()
         self._problem = lib.Problem(
@@ -220,7 +222,7 @@ class Adapter:
         axis of features also where the model begins with Flatten.
 
         Args:
-            xs: one task's [rows, in]; or tasks, as for `adapt`.
+            xs: one task's [rows, in], or [rows, *row_shape]; or tasks, as for `adapt`.
             ys: one task's [rows] or [rows, out]; or as for `adapt`.
             xq: [rows, in]; or [T, rows, in], or a list.
             out: [rows, out], or [T, rows, out], contiguous: where the result goes. None for new
@@ -239,9 +241,9 @@ class Adapter:
             xs = of_table("xs", xs)
             if not isinstance(xs, np.ndarray):
                 return self._many(xs, ys, xq, out, weights, offset, query_offset)
-            if xs.ndim == 2:  # tables, or arrays with a mask
+            if xs.ndim == self._one_task:  # tables, or arrays with a mask
                 xs, ys, xq = need_array("xs", xs), need_array("ys", ys), need_array("xq", xq)
-        if xs.ndim != 2:
+        if xs.ndim != self._one_task:
             return self._many(xs, ys, xq, out, weights, offset, query_offset)
         if weights is not None:
             weights = need_array("weights", weights)
@@ -254,6 +256,8 @@ class Adapter:
         if self.class_weights is not None:
             weights = self._weighted(self._one(xs, ys, weights)).weights
             weights = None if weights is None else weights[0]
+        if self._row_shape is not None:
+            xs, xq = self._as_features("xs", xs), self._as_features("xq", xq)
         try:
             self._engine.adapt_predict(xs, ys, xq, out, weights, *offsets)
         except (TypeError, ValueError):
@@ -262,6 +266,15 @@ class Adapter:
             with _weights_by_name(), self._curing():
                 self._engine.adapt_predict(*lying_well)
         return out
+
+    def _as_features(self, name: str, x: Any) -> np.ndarray:
+        """One task's rows of images or sequences as the engine reads them: a view."""
+        shape = self._row_shape or ()
+        if x.shape[1:] != shape:
+            raise ValueError(
+                f"{name}: expected rows of shape {list(shape)}, got {list(x.shape[1:])}"
+            )
+        return dense(x).reshape(len(x), self.in_features)
 
     @contextmanager
     def _curing(self) -> Iterator[None]:

@@ -260,6 +260,7 @@ def expected_of(architecture: Architecture, loss: Loss, dtype: np.dtype) -> Expe
         in_features=architecture.in_features,
         out_features=architecture.out_features,
         flattens=architecture.flattens,
+        row_shape=architecture.row_shape,
     )
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -48,6 +49,11 @@ class Architecture:
         """Whether a layer normalises over rows."""
         return bool(self.network().mixes_rows)
 
+    @property
+    def row_shape(self) -> Shape | None:
+        """The shape of a row, where it is not one axis of features."""
+        return row_shape(self.layers)
+
     def shapes(self) -> dict[str, Shape]:
         """{name: shape} of the parameters, in the order of `names`."""
         shapes = dict(zip(self.chain, self.network().parameter_shapes, strict=True))
@@ -71,6 +77,18 @@ class Architecture:
         return ", ".join(_line(layer) for layer in self.layers)
 
 
+def row_shape(layers: Sequence[Layer]) -> Shape | None:
+    """The shape of a row of the input, where a chain says that it is not one axis of features."""
+    if not layers or layers[0][0] != "image":
+        return None
+    channels, height, width = layers[0][1:]
+    sequence = any(layer[0] in _OF_SEQUENCES for layer in layers)
+    return (channels, width) if sequence else (channels, height, width)
+
+
+_OF_SEQUENCES = ("conv1d", "max_pool1d", "avg_pool1d", "global_avg_pool1d")
+
+
 def _line(layer: Layer) -> str:
     form = _form(layer[0]) or ""
     shown = [v for v, kind in zip(layer[1:], form, strict=True) if kind != "b"]
@@ -78,7 +96,7 @@ def _line(layer: Layer) -> str:
 
 
 def _form(name: str) -> str | None:
-    """What follows a layer's name: n a number of features, b a bool, x a number."""
+    """What follows a layer's name: n a size, c a count, b a bool, x a number."""
     forms: dict[str, str] = native.extension().layer_forms()
     return forms.get(name)
 
@@ -93,7 +111,12 @@ def _read_layer(index: int, value: Any) -> Layer:
     if len(value) - 1 != len(form):
         raise ValueError(f"{what}: {value[0]} has {len(form)} values, got {len(value) - 1}")
     fields = Fields(what, {str(i): v for i, v in enumerate(value)})
-    take = {"n": lambda i: fields.integer(i, 1, 2**24), "b": fields.boolean, "x": fields.number}
+    take = {
+        "n": lambda i: fields.integer(i, 1, 2**24),
+        "c": lambda i: fields.integer(i, 0, 2**24),
+        "b": fields.boolean,
+        "x": fields.number,
+    }
     return (value[0], *(take[kind](str(i)) for i, kind in enumerate(form, start=1)))
 
 

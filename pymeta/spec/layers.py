@@ -6,7 +6,8 @@ its arguments are, and the shapes of its parameters, the native core says (`arch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -33,7 +34,7 @@ def _linear(m: nn.Linear) -> Layer:
     return ("linear", m.in_features, m.out_features, m.bias is not None)
 
 
-def _batch_norm(m: nn.BatchNorm1d) -> Layer:
+def _batch_norm(m: nn.BatchNorm1d | nn.BatchNorm2d) -> Layer:
     return ("batch_norm", m.num_features, m.eps, *_affine(m))
 
 
@@ -41,6 +42,111 @@ def _layer_norm(m: nn.LayerNorm) -> Layer:
     if len(m.normalized_shape) != 1:
         raise Refused(f"LayerNorm over the shape {tuple(m.normalized_shape)}")
     return ("layer_norm", m.normalized_shape[0], m.eps, *_affine(m))
+
+
+# ---- sequences and images -----------------------------------------------------------------------
+#
+# A window is (height, width) for both: a sequence is an image of height 1.
+
+
+def _two(value: int | Sequence[int], first: int = 1) -> tuple[int, int]:
+    """A setting along height and width; `first` is the height's where there is none."""
+    if isinstance(value, int):
+        return (value, value) if first < 0 else (first, value)
+    values = tuple(value)
+    if len(values) == 1:
+        return (values[0], values[0]) if first < 0 else (first, values[0])
+    return values[0], values[1]
+
+
+def _sides(padding: tuple[int, int]) -> tuple[int, int, int, int]:
+    return padding[0], padding[0], padding[1], padding[1]
+
+
+def _same(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int, int, int]:
+    """Top, bottom, left, right of padding="same"."""
+    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    top, left = (total // 2 for total in totals)
+    return top, totals[0] - top, left, totals[1] - left
+
+
+def _conv(m: nn.Conv1d | nn.Conv2d) -> Layer:
+    if m.padding_mode != "zeros":
+        raise Refused(f"padding_mode {m.padding_mode!r}")
+    axes = 2 if isinstance(m, nn.Conv2d) else 1
+    kernel, stride, dilation = (
+        _two(v, 1 if axes == 1 else -1) for v in (m.kernel_size, m.stride, m.dilation)
+    )
+    if isinstance(m.padding, str):
+        sides = _same(kernel, dilation) if m.padding == "same" else (0, 0, 0, 0)
+    else:
+        sides = _sides(_two(m.padding, 0 if axes == 1 else -1))
+    return (
+        f"conv{axes}d", m.in_channels, m.out_channels, *kernel, *stride, *sides, *dilation,
+        m.groups, m.bias is not None,
+    )  # fmt: skip
+
+
+def _pool_window(
+    axes: int, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, dilation: Any = 1
+) -> tuple[int, ...]:
+    if ceil_mode:
+        raise Refused("pooling with ceil_mode")
+    kernel = _two(kernel_size, 1 if axes == 1 else -1)
+    steps = kernel if stride is None or stride == [] else _two(stride, 1 if axes == 1 else -1)
+    sides = _sides(_two(padding, 0 if axes == 1 else -1))
+    return (*kernel, *steps, *sides, *_two(dilation, 1 if axes == 1 else -1))
+
+
+def _max_pool(axes: int) -> Callable[..., Layer]:
+    def pool(
+        kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+        ceil_mode: bool = False, return_indices: bool = False,
+    ) -> Layer:  # fmt: skip
+        if return_indices:
+            raise Refused("pooling that returns indices")
+        window = _pool_window(axes, kernel_size, stride, padding, ceil_mode, dilation)
+        return (f"max_pool{axes}d", *window)
+
+    return pool
+
+
+def _avg_pool(axes: int) -> Callable[..., Layer]:
+    def pool(
+        kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+        count_include_pad: bool = True, divisor_override: int | None = None,
+    ) -> Layer:  # fmt: skip
+        window = _pool_window(axes, kernel_size, stride, padding, ceil_mode)
+        if divisor_override is not None and divisor_override < 1:
+            raise Refused(f"pooling with divisor_override {divisor_override}")
+        divisor = divisor_override
+        if divisor is None:  # 0: however many there are
+            divisor = math.prod(window[:2]) if count_include_pad or not any(window[4:8]) else 0
+        return (f"avg_pool{axes}d", *window, divisor)
+
+    return pool
+
+
+def _global_avg_pool(axes: int) -> Callable[..., Layer]:
+    def pool(output_size: Any) -> Layer:
+        if output_size not in (1, (1,) * axes, [1] * axes):
+            raise Refused(f"adaptive pooling to {output_size}")
+        return (f"global_avg_pool{axes}d",)
+
+    return pool
+
+
+_MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+_CONV = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+    "padding_mode",
+)  # fmt: skip
+
+
+def _by(make: Callable[..., Layer], names: Sequence[str]) -> Callable[[Any], Layer]:
+    """The layer of a module whose attributes are what its function takes."""
+    return lambda m: make(**{name: getattr(m, name) for name in names})
 
 
 def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Layer:
@@ -82,15 +188,27 @@ class Known(NamedTuple):
 
     layer: Callable[[Any], Layer]
     reads: tuple[str, ...] = ()  # the attributes that `layer` looks at, besides SLOTS
+    axes: tuple[int, ...] | None = None  # how many of positions its rows may have; None: any
 
 
 # The parameters and buffers of which it matters whether they are there.
 SLOTS = ("weight", "bias", "running_mean")
 
 MODULES: dict[type, Known] = {
-    nn.Linear: Known(_linear, ("in_features", "out_features")),
-    nn.BatchNorm1d: Known(_batch_norm, ("num_features", "eps", "training")),
-    nn.LayerNorm: Known(_layer_norm, ("normalized_shape", "eps")),
+    nn.Linear: Known(_linear, ("in_features", "out_features"), (0,)),
+    nn.Conv1d: Known(_conv, _CONV, (1,)),
+    nn.Conv2d: Known(_conv, _CONV, (2,)),
+    nn.MaxPool1d: Known(_by(_max_pool(1), _MAX_POOL), _MAX_POOL, (1,)),
+    nn.MaxPool2d: Known(_by(_max_pool(2), _MAX_POOL), _MAX_POOL, (2,)),
+    nn.AvgPool1d: Known(_by(_avg_pool(1), _AVG_POOL), _AVG_POOL, (1,)),
+    nn.AvgPool2d: Known(
+        _by(_avg_pool(2), (*_AVG_POOL, "divisor_override")), (*_AVG_POOL, "divisor_override"), (2,)
+    ),
+    nn.AdaptiveAvgPool1d: Known(_by(_global_avg_pool(1), ("output_size",)), ("output_size",), (1,)),
+    nn.AdaptiveAvgPool2d: Known(_by(_global_avg_pool(2), ("output_size",)), ("output_size",), (2,)),
+    nn.BatchNorm1d: Known(_batch_norm, ("num_features", "eps", "training"), (0, 1)),
+    nn.BatchNorm2d: Known(_batch_norm, ("num_features", "eps", "training"), (2,)),
+    nn.LayerNorm: Known(_layer_norm, ("normalized_shape", "eps"), (0,)),
     nn.Identity: Known(lambda m: IDENTITY),
     nn.Dropout: Known(_dropout, ("p", "training")),
     nn.Flatten: Known(lambda m: _flatten(m.start_dim, m.end_dim), ("start_dim", "end_dim")),
@@ -122,6 +240,18 @@ FUNCTIONS: dict[Any, Callable[..., Layer]] = {
     F.gelu: _gelu,
     F.softplus: _softplus,
     torch.flatten: _flatten,
+    F.max_pool1d: _max_pool(1),
+    F.max_pool2d: _max_pool(2),
+    F.avg_pool1d: _avg_pool(1),
+    F.avg_pool2d: _avg_pool(2),
+    F.adaptive_avg_pool1d: _global_avg_pool(1),
+    F.adaptive_avg_pool2d: _global_avg_pool(2),
+}
+# of the layers that functions are
+AXES = {
+    f"{kind}{axes}d": (axes,)
+    for kind in ("max_pool", "avg_pool", "global_avg_pool")
+    for axes in (1, 2)
 }
 METHODS: dict[str, Callable[..., Layer]] = {
     "relu": _simple(("relu",)),

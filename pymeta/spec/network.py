@@ -3,6 +3,8 @@
 `describe(model)` walks an `nn.Sequential` (nested ones too), or traces any other module's forward
 with torch.fx, and returns a `Description` when what it finds is a chain of known layers applied to
 rows of features; otherwise an `Unsupported` that says which layer or construct is in the way.
+What begins with convolutions takes rows of any height and width: it is `Unshaped` until the shape
+of a row is given.
 Only one thread at a time may do so, because tracing patches torch (`Plan` sees to it).
 
 The `watch` of either tells cheaply whether the model is still that: layers exchanged, train/eval
@@ -22,6 +24,7 @@ from torch import fx, nn
 
 from pymeta import native
 from pymeta.spec.layers import (
+    AXES,
     FLATTEN,
     FUNCTIONS,
     IDENTITY,
@@ -38,10 +41,19 @@ from pymeta.spec.watch import Watch, hooked
 
 @dataclass(frozen=True)
 class Unsupported:
-    """The native core cannot run this model; `reason` says why, `watch` until when."""
+    """The native core cannot run this model; `reason` says why, `watch` until when.
+
+    `row_shape` is the shape of rows for which it cannot, where that may be why.
+    """
 
     reason: str
     watch: Watch = field(repr=False, compare=False)
+    row_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Unshaped(Unsupported):
+    """A chain that can be described once the shape of its rows is known."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,8 @@ class Description:
         out_features: columns of the output.
         flattens: whether the chain begins with Flatten, so that rows may have any shape.
         batch_norm: whether a layer normalises over rows.
+        row_shape: of a row of the input, [channels, length] or [channels, height, width]; None
+            where it has one axis of features.
         running: the layer that would use running statistics in the mode it is in, where one is.
         watch: whether the model is still this chain, of the same parameters.
     """
@@ -67,6 +81,7 @@ class Description:
     out_features: int
     flattens: bool
     batch_norm: bool
+    row_shape: tuple[int, ...] | None
     running: str | None
     watch: Watch = field(repr=False, compare=False)
 
@@ -295,7 +310,9 @@ def _running(steps: list[_Step]) -> str | None:
     """The first layer in eval mode that has running statistics."""
     for step in steps:
         m = step.module
-        if isinstance(m, nn.BatchNorm1d) and not m.training and m.running_mean is not None:
+        if not isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) or m.training:
+            continue
+        if m.running_mean is not None:
             return label_of(step.name, m)
     return None
 
@@ -310,10 +327,56 @@ def _settings(module: nn.Module) -> list[str]:
     return [k for k, v in module.__dict__.items() if isinstance(v, _SETTINGS)]
 
 
-def _described(model: nn.Module) -> Description:
+def _axes(step: _Step) -> tuple[int, ...] | None:
+    """How many axes of positions a layer's rows may have; None where any number will do."""
+    if step.module is None:
+        return AXES.get(step.layer[0])
+    return MODULES[type(step.module)].axes
+
+
+def _shaped(steps: list[_Step], row_shape: tuple[int, ...]) -> list[Layer]:
+    """The layers for rows of a shape; Refused where a layer does not take what comes to it."""
+    if len(row_shape) not in (2, 3):
+        raise Refused(
+            f"rows of shape {list(row_shape)}; expected [channels, length] or "
+            f"[channels, height, width]"
+        )
+    axes = len(row_shape) - 1
+    image = row_shape if axes == 2 else (row_shape[0], 1, row_shape[1])
+    layers: list[Layer] = [("image", *image)]
+    for step in steps:
+        wanted = _axes(step)
+        if wanted is not None and axes not in wanted:
+            label = step.name if step.module is None else label_of(step.name, step.module)
+            got = "one axis of features" if axes == 0 else f"{axes} axes of positions"
+            raise Refused(f"{label} does not take rows with {got}")
+        if step.layer != IDENTITY and (step.layer != FLATTEN or axes):
+            layers.append(step.layer)
+        axes = 0 if step.layer == FLATTEN else axes
+    if axes:
+        raise Refused("its output has positions besides features: flatten it")
+    return layers
+
+
+def _is_spatial(steps: list[_Step]) -> bool:
+    """Whether a layer takes rows with positions only."""
+    return any(0 not in (_axes(step) or (0,)) for step in steps)
+
+
+def _described(model: nn.Module, row_shape: tuple[int, ...] | None) -> Description | Unshaped:
     steps = list(_walk(model, ""))
     names = _parameter_names(steps, model)
-    layers = [s.layer for s in steps if s.layer not in (FLATTEN, IDENTITY)]
+    spatial = _is_spatial(steps)
+    if spatial and row_shape is None:
+        return Unshaped(
+            "the shape of its rows, [channels, height, width], is known with the first call",
+            _of_a_chain(steps, model),
+        )
+    if spatial:
+        assert row_shape is not None
+        layers = _shaped(steps, row_shape)
+    else:
+        layers = [s.layer for s in steps if s.layer not in (FLATTEN, IDENTITY)]
     network = _network(tuple(layers))
     kinds = [s.layer for s in steps if s.layer != IDENTITY]
     return Description(
@@ -322,19 +385,29 @@ def _described(model: nn.Module) -> Description:
         network=network,
         in_features=network.in_features,
         out_features=network.out_features,
-        flattens=bool(kinds) and kinds[0] == FLATTEN,
+        flattens=not spatial and bool(kinds) and kinds[0] == FLATTEN,
         batch_norm=network.mixes_rows,
+        row_shape=row_shape if spatial else None,
         running=_running(steps),
-        watch=_chain(
-            [s.module for s in steps if s.module is not None],
-            [m for m in model.modules() if type(m) not in MODULES],
-        ),
+        watch=_of_a_chain(steps, model),
     )
 
 
-def describe(model: nn.Module) -> Description | Unsupported:
-    """The chain of layers a model is, or the reason why the native core cannot run it."""
+def _of_a_chain(steps: list[_Step], model: nn.Module) -> Watch:
+    return _chain(
+        [s.module for s in steps if s.module is not None],
+        [m for m in model.modules() if type(m) not in MODULES],
+    )
+
+
+def describe(
+    model: nn.Module, row_shape: tuple[int, ...] | None = None
+) -> Description | Unsupported:
+    """The chain of layers a model is, or the reason why the native core cannot run it.
+
+    `row_shape` is the shape of a row of its input, which matters where the rows have positions.
+    """
     try:
-        return _described(model)
+        return _described(model, row_shape)
     except Refused as refusal:
-        return Unsupported(str(refusal), _modes(model))
+        return Unsupported(str(refusal), _modes(model), row_shape)

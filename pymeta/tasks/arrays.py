@@ -163,6 +163,8 @@ def gather(
         None if a is None else dense(a) for a in (given.x, given.y, given.weights, given.offset)
     )
     assert x is not None
+    if expected.row_shape is not None:
+        x = x.reshape(*x.shape[: 1 if given.packed else 2], expected.in_features)
     floats = y is not None and y.dtype.kind == "f"
     beside = offset, expected.loss.takes_classes and floats
     if not given.packed:

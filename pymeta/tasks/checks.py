@@ -44,6 +44,7 @@ class Expected:
     out_features: int | None = None
     flattens: bool = False
     batch_norm: bool = False
+    row_shape: tuple[int, ...] | None = None  # where rows have more than one axis
 
 
 class Checked(NamedTuple):
@@ -108,6 +109,17 @@ def of_table(name: str, value: Any) -> Any:
             f"or convert it, as by .to_numpy(np.float32)"
         )
     return array
+
+
+def row_shape_of(x: Any) -> tuple[int, ...] | None:
+    """The shape of a row of one side's inputs; None where that is not to be seen."""
+    lead = 2
+    if isinstance(x, (list, tuple)):
+        if not x:
+            return None
+        x, lead = x[0], 1
+    shape = getattr(x, "shape", None)
+    return None if shape is None or len(shape) <= lead else tuple(shape[lead:])
 
 
 def cure(given: Any, dtype: Any) -> str:
@@ -209,6 +221,13 @@ def _check_x(kind: Kind, names: Names, x: Any, given: Any, expected: Expected, l
             f"{names.x}: expected {expected.dtype} {kind.whose}, got {x.dtype}; "
             f"{cure(given, expected.dtype)}"
         )
+    if expected.row_shape is not None:
+        if tuple(x.shape[lead:]) != expected.row_shape:
+            raise ValueError(
+                f"{names.x}: expected rows of shape {list(expected.row_shape)}, "
+                f"got {list(x.shape[lead:])} (shape {_shape(x)})"
+            )
+        return x
     if expected.flattens and x.ndim > lead + 1:
         x = x.reshape(*x.shape[:lead], math.prod(x.shape[lead:]))
     shape = x.shape
@@ -377,7 +396,8 @@ def checked(
     _check_device(kind, names.x, x, expected)
     if expected.in_features is not None:
         x = _check_x(kind, names, x, given_x, expected, lead)
-    more_axes = expected.in_features is not None and x.ndim > lead + 1
+    axes = 1 if expected.row_shape is None else len(expected.row_shape)
+    more_axes = expected.in_features is not None and x.ndim > lead + axes
     if y is not None:
         _check_device(kind, names.y, y, expected)
         free = Expected(expected.loss, expected.dtype) if more_axes else expected

@@ -15,9 +15,9 @@ PYMETA_KERNEL_BEGIN
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void activate(const Layer& layer, const Extent& extent, const Real* z,
                                         Real* a) {
-  const int features = layer.out.features();
+  const int features = layer.out.channels;
   with_activation(layer.activation.kind, [&](auto rule) {
-    X::map(extent, features, [&](long at, long column, int) {
+    X::map(over(extent, layer.out), features, [&](long at, long column, int) {
       Vec value = rule.value(load(z + at), layer.activation);
       if constexpr (rule.kMovesZero)
         value = X::masked_columns(value, features, static_cast<int>(column / kWidth));
@@ -32,7 +32,7 @@ PYMETA_FN PYMETA_NOINLINE void through_slope(const Layer& layer, const Extent& e
                                              const Real* z, const Real* a, const Real* v,
                                              Real* out) {
   with_activation(layer.activation.kind, [&](auto rule) {
-    X::map(extent, layer.out.features(), [&](long at, long, int) {
+    X::map(over(extent, layer.out), layer.out.channels, [&](long at, long, int) {
       const Vec input = rule.kFromOutput ? zero() : load(z + at);
       store(out + at, rule.slope(input, load(a + at), layer.activation) * load(v + at));
     });
@@ -45,7 +45,7 @@ PYMETA_FN PYMETA_NOINLINE void through_slope_tangent(const Layer& layer, const E
                                                      const Real* z, const Real* a, const Real* c,
                                                      const Real* rz, const Real* rc, Real* rd) {
   with_activation(layer.activation.kind, [&](auto rule) {
-    X::map(extent, layer.out.features(), [&](long at, long, int) {
+    X::map(over(extent, layer.out), layer.out.channels, [&](long at, long, int) {
       const Vec input = rule.kFromOutput ? zero() : load(z + at), output = load(a + at);
       Vec v = rule.slope(input, output, layer.activation) * load(rc + at);
       if constexpr (rule.kHasCurvature) {
@@ -198,7 +198,7 @@ class Passes {
   PYMETA_FN LayerTangent pass_tangent(int l, const Direction& u, const Real* rd = nullptr) const {
     const Layer& layer = network_.layers[l];
     // The tangent of the first layer's input is zero.
-    LayerTangent t{{l == 0 ? nullptr : tangent(tangents(l - 1).ra), X::stride(layer.in.features())},
+    LayerTangent t{{l == 0 ? nullptr : tangent(tangents(l - 1).ra), X::stride(layer.in.channels)},
                    u.tensor(layer.weight),
                    u.tensor(layer.bias),
                    u.transposed(l),

@@ -152,9 +152,8 @@ struct State {
     for (int l = 0; l < network.layer_count; ++l) {
       const int t = network.layers[l].weight;
       if (layout.transposed[l] == kNowhere || !call.adapted[t]) continue;
-      const PackedTensor& packed = layout.tensors[t];
-      X::transpose(packed.outer, packed.inner, tensors + packed.place,
-                   transposed + layout.transposed[l]);
+      transpose_weight<X>(network.layers[l], tensors + layout.tensors[t].place,
+                          transposed + layout.transposed[l]);
     }
   }
 
@@ -171,7 +170,7 @@ struct State {
     PYMETA_FN Real* d(int l) const { return at(layout->layers[l].d); }
     PYMETA_FN Real* kept(int l, int i) const { return at(layout->layers[l].kept[i]); }
     PYMETA_FN Matrix input(int l, const ItemSet& set) const {
-      return l == 0 ? set.x : Matrix{a(l - 1), X::stride(state->network.layers[l].in.features())};
+      return l == 0 ? set.x : Matrix{a(l - 1), X::stride(state->network.layers[l].in.channels)};
     }
     // Where the delta at a is first written: straight to d where the activation is done on the way.
     PYMETA_FN Real* output_delta(int l) const {

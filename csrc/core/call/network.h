@@ -22,20 +22,39 @@ struct Activation {
   double threshold = 0;   // softplus: linear where beta * z exceeds it
 };
 
-// One row of a layer's input or output: a vector of features is 1 x 1 x channels.
+// One row of a layer's input or output: a vector of features is 1 x 1 x channels, a row of an image's channels
+// height x width x channels, a sequence's 1 x width x channels. The rows of a set lie position by position, as a matrix
+// [height, width, rows] x channels: what works on features works on channels, only with more rows.
 struct Shape {
   int height = 1, width = 1, channels = 0;
 
+  PYMETA_MEMBER int positions() const { return height * width; }
   PYMETA_MEMBER int features() const { return height * width * channels; }
   bool operator!=(const Shape& other) const {
     return height != other.height || width != other.width || channels != other.channels;
   }
 };
 
+// Which inputs an output of a convolution or a pooling sees: output (y, x) sees the inputs (y stride - top + k dilation, ...)
+// of k < height, where there are such. Its taps are numbered row by row.
+struct Window {
+  int height = 1, width = 1;
+  int stride_y = 1, stride_x = 1;
+  int top = 0, left = 0;
+  int dilation_y = 1, dilation_x = 1;
+  int groups = 1;   // of a convolution: so many products side by side
+  int divisor = 0;  // of an average: 0 for the number of inputs that there are
+
+  PYMETA_MEMBER int taps() const { return height * width; }
+};
+
+constexpr int kMostTaps = 256;  // of a convolution
+
 struct Layer {
   LayerKind kind{};
   Activation activation;
   Shape in, out;
+  Window window;
   double eps = 0;   // of the normalisations
   int weight = -1;  // number of the parameter tensor, -1 where the layer has none
   int bias = -1;
@@ -46,6 +65,8 @@ struct Tensor {
       1;  // [rows, columns] as torch stores it: a linear weight is [out, in], all others [1, features]
   int columns = 0;
   bool matrix = false;
+  int height = 0,
+      width = 0;  // of a convolution, whose columns are [in, height, width]; 0 where torch has none
 };
 
 // A chain of layers that lie in somebody's memory.

@@ -16,14 +16,47 @@ struct Extent {
   Vec count;  // rows of each task that count
   // [rows, kWidth] all-ones where the row counts in statistics over rows; null: wherever the task has one
   const Real* counting = nullptr;
+  int period = 0;  // of images: `rows` are positions times this many, and so is `count` (over())
 
+  // Which of the set's own rows a row is a position of.
+  PYMETA_FN int own(int row) const { return period ? row % period : row; }
   PYMETA_FN Vec masked(Vec v, int row) const {
-    return keep ? where_kept(v, keep + row * kWidth) : v;
+    return keep ? where_kept(v, keep + own(row) * kWidth) : v;
   }
   PYMETA_FN Vec counted(Vec v, int row) const {
-    return counting ? where_kept(v, counting + row * kWidth) : masked(v, row);
+    return counting ? where_kept(v, counting + own(row) * kWidth) : masked(v, row);
   }
 };
+
+// The positions of a set's rows, as rows.
+PYMETA_FN inline Extent over(const Extent& set, const Shape& shape) {
+  const int positions = shape.positions();
+  if (positions == 1) return set;
+  return {set.rows * positions, set.keep, set.count * Real(positions), set.counting, set.rows};
+}
+
+// The sum of body(row), each row in its turn; of positions, which may be many, in four interleaved sums. Rows that a task
+// lacks add zeros and change nothing, wherever they lie.
+template <class Body>
+PYMETA_FN Vec sum_over(const Extent& extent, Body body) {
+  Vec sum = zero();
+  if (extent.period == 0) {
+    for (int r = 0; r < extent.rows; ++r) sum = sum + body(r);
+    return sum;
+  }
+  Vec second = zero(), third = zero(), fourth = zero();
+  const int images = extent.period;
+  int r = 0;
+  for (; r + 4 * images <= extent.rows; r += 4 * images)
+    for (int i = r; i < r + images; ++i) {
+      sum = sum + body(i);
+      second = second + body(i + images);
+      third = third + body(i + 2 * images);
+      fourth = fourth + body(i + 3 * images);
+    }
+  for (; r < extent.rows; ++r) sum = sum + body(r);
+  return (sum + second) + (third + fourth);
+}
 
 // Where the rows x features result of a product goes: through a ReLU, through the gate of the ReLU that produced
 // the layer's input, or as it is.

@@ -71,6 +71,12 @@ PYMETA_FN PackedTensor packed_vector(int features) {
   return {0, 1, features, static_cast<int>(X::stride(features)), false};
 }
 
+// Scalars of the rows of a set.
+template <class X>
+PYMETA_FN std::size_t matrix_scalars(int rows, const Shape& shape) {
+  return static_cast<std::size_t>(rows) * shape.positions() * X::stride(shape.channels);
+}
+
 constexpr int kMaxKept = 2;  // arrays of a layer's own on a tape
 
 PYMETA_KERNEL_END

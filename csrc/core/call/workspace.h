@@ -42,8 +42,7 @@ struct ParameterLayout {
         });
         if (l > 0) t.place = places.take(t.scalars());
         if (transposes && (l > 0 || input_gradient))
-          transposed[l] =
-              transposed_places.take(static_cast<std::size_t>(t.inner) * X::stride(t.outer));
+          transposed[l] = transposed_places.take(transposed_scalars<X>(layer));
       }
       if (layer.bias >= 0) {
         PackedTensor& t = tensors[layer.bias];
@@ -97,7 +96,7 @@ struct TapeLayout {
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
       const ActivationKind activation = layer.activation.kind;
-      const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(layer.out.features());
+      const std::size_t matrix = matrix_scalars<X>(rows, layer.out);
       LayerTape& tape = layers[l];
       tape.a = places.take(matrix);
       tape.z = places.take_if(slope_needs_input(activation), matrix);
@@ -140,10 +139,10 @@ struct TangentLayout {
   template <class X>
   PYMETA_FN void lay_out(const Network& network, int rows) {
     Places places;
-    std::size_t widest = static_cast<std::size_t>(rows) * X::stride(network.in_features());
+    std::size_t widest = matrix_scalars<X>(rows, network.layers[0].in);
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
-      const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(layer.out.features());
+      const std::size_t matrix = matrix_scalars<X>(rows, layer.out);
       widest = widest < matrix ? matrix : widest;
       layers[l].ra = places.take(matrix);
       layers[l].rz = places.take_if(has_curvature(layer.activation.kind), matrix);

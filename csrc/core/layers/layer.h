@@ -85,7 +85,7 @@ template <class X>
 double elementwise_work(const Layer& layer, const Effort& effort) {
   const double passes = effort.second_order ? 4 : 2;
   return 20.0 * (effort.support_rows * passes + effort.query_rows * 2) *
-         X::vectors(layer.out.features());
+         (static_cast<double>(layer.out.positions()) * X::vectors(layer.out.channels));
 }
 
 PYMETA_KERNEL_END

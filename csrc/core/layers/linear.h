@@ -60,6 +60,12 @@ struct Linear {
     return {0, layer.in.channels, layer.out.channels,
             static_cast<int>(X::stride(layer.out.channels)), true};
   }
+  PYMETA_FN static std::size_t transposed_scalars(const Layer& layer) {
+    return static_cast<std::size_t>(layer.out.channels) * X::stride(layer.in.channels);
+  }
+  PYMETA_FN static void transpose(const Layer& layer, const Real* weight, Real* transposed) {
+    X::transpose(layer.in.channels, layer.out.channels, weight, transposed);
+  }
   PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
 
   PYMETA_FN static void forward(const LayerPass& p, const Destination& to) {

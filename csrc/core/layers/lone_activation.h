@@ -30,22 +30,23 @@ struct LoneActivation {
   PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
 
   PYMETA_FN static void forward(const LayerPass& p, const Destination& to) {
-    pass_on<X>(p.extent, p.layer.in.features(), p.x.p, to);
+    pass_on<X>(over(p.extent, p.layer.in), p.layer.in.channels, p.x.p, to);
   }
   PYMETA_FN static void backward(const LayerPass& p, const Destination& below) {
-    pass_on<X>(p.extent, p.layer.in.features(), p.d, below);
+    pass_on<X>(over(p.extent, p.layer.in), p.layer.in.channels, p.d, below);
   }
   PYMETA_FN static void gradient(const LayerPass&, const Sink&, const Sink&) {}
 
   PYMETA_FN static void tangent_forward(const LayerPass& p, const LayerTangent& t,
                                         const Destination& to) {
-    if (t.rx.p) return pass_on<X>(p.extent, p.layer.in.features(), t.rx.p, to);
+    if (t.rx.p) return pass_on<X>(over(p.extent, p.layer.in), p.layer.in.channels, t.rx.p, to);
     Real* rz = to.p;
-    X::map(p.extent, p.layer.out.features(), [&](long at, long, int) { store(rz + at, zero()); });
+    X::map(over(p.extent, p.layer.out), p.layer.out.channels,
+           [&](long at, long, int) { store(rz + at, zero()); });
   }
   PYMETA_FN static void tangent_backward(const LayerPass& p, const LayerTangent& t,
                                          const Destination& below) {
-    pass_on<X>(p.extent, p.layer.in.features(), t.rd, below);
+    pass_on<X>(over(p.extent, p.layer.in), p.layer.in.channels, t.rd, below);
   }
   PYMETA_FN static void tangent_gradient(const LayerPass&, const LayerTangent&, const Sink&,
                                          const Sink&) {}

@@ -1,5 +1,5 @@
 // What the normalisations share: each normalises slices of the matrix [rows, features] by themselves. A slice is a
-// column (BatchNorm, each task and set by itself) or a row (LayerNorm). Over a slice of n numbers
+// column (BatchNorm, each task and set by itself, over the rows and their positions) or a row (LayerNorm). Over a slice of n numbers
 //   h = (x - mean) / sqrt(var + eps),  z = gamma h + beta
 //   dx  = s (e - mean e - h mean(e h)),  e = gamma d,  s = 1 / sqrt(var + eps)
 //   rh  = s (rx - mean rx) - h q,        q = s mean(h rx)
@@ -14,7 +14,8 @@ namespace pymeta {
 template <class Builder>
 void add_normalisation(Builder& builder, const double* arguments) {
   const int features = static_cast<int>(arguments[0]);
-  Layer& layer = builder.append({1, 1, features}, {1, 1, features});
+  const Shape shape = builder.shape(features);
+  Layer& layer = builder.append(shape, shape);
   layer.eps = arguments[1];
   if (arguments[2] != 0) layer.weight = builder.tensor({1, features, false});
   if (arguments[3] != 0) layer.bias = builder.tensor({1, features, false});
@@ -29,7 +30,7 @@ PYMETA_KERNEL_BEGIN
 // How the slices lie: down the columns, or along the rows.
 template <class X, bool kOverRows>
 struct Slices {
-  const Extent& extent;
+  Extent extent;
   int features;
 
   PYMETA_FN int count() const { return kOverRows ? X::vectors(features) : extent.rows; }
@@ -47,9 +48,7 @@ struct Slices {
   template <class Body>
   PYMETA_FN Vec mean(int slice, Body body) const {
     if constexpr (kOverRows) {
-      Vec sum = zero();
-      for (int i = 0; i < extent.rows; ++i) sum = sum + extent.counted(body(i), i);
-      return sum / extent.count;
+      return sum_over(extent, [&](int i) { return extent.counted(body(i), i); }) / extent.count;
     } else {
       return X::sum_features(features, [&](int i) { return masked(body(i), slice, i); }) /
              broadcast(Real(features));
@@ -74,20 +73,19 @@ struct Normalisation {
   static constexpr bool kReadsRowsInPlace = false;
 
   PYMETA_FN static PackedTensor packed_weight(const Layer& layer) {
-    return packed_vector<X>(layer.out.features());
+    return packed_vector<X>(layer.out.channels);
   }
   PYMETA_FN static std::size_t kept_scalars(const Layer& layer, int rows, int i) {
-    const int features = layer.out.features();
-    if (i == 0) return static_cast<std::size_t>(rows) * X::stride(features);
-    return static_cast<std::size_t>(kOverRows ? X::vectors(features) : rows) * kWidth;
+    if (i == 0) return matrix_scalars<X>(rows, layer.out);
+    return static_cast<std::size_t>(kOverRows ? X::vectors(layer.out.channels) : rows) * kWidth;
   }
 
   PYMETA_FN PYMETA_NOINLINE static void forward(const LayerPass& p, const Destination& to) {
-    const Slices<X, kOverRows> s{p.extent, p.layer.out.features()};
+    const Slices<X, kOverRows> s{over(p.extent, p.layer.out), p.layer.out.channels};
     const Real *x = p.x.p, *gamma = p.weight, *beta = p.bias;
     Real *kept_h = p.kept[0], *kept_inverse = p.kept[1];
     const Real eps = Real(p.layer.eps);
-    X::with_epilogue(to, X::stride(s.features), p.extent, [&](const auto& emit) {
+    X::with_epilogue(to, X::stride(s.features), s.extent, [&](const auto& emit) {
       X::for_indices(s.count(), [&](int slice) {
         // Centred twice: what the rounded mean left over would spoil the backward formulas, which rely on mean h = 0.
         const auto in = [&](int i) { return load(x + s.at(slice, i)); };
@@ -109,9 +107,9 @@ struct Normalisation {
   }
 
   PYMETA_FN PYMETA_NOINLINE static void backward(const LayerPass& p, const Destination& below) {
-    const Slices<X, kOverRows> s{p.extent, p.layer.out.features()};
+    const Slices<X, kOverRows> s{over(p.extent, p.layer.out), p.layer.out.channels};
     const Real *d = p.d, *gamma = p.weight, *kept_h = p.kept[0], *kept_inverse = p.kept[1];
-    X::with_epilogue(below, X::stride(s.features), p.extent, [&](const auto& emit) {
+    X::with_epilogue(below, X::stride(s.features), s.extent, [&](const auto& emit) {
       X::for_indices(s.count(), [&](int slice) {
         const auto h = [&](int i) { return load(kept_h + s.at(slice, i)); };
         const auto e = [&](int i) {
@@ -129,20 +127,21 @@ struct Normalisation {
 
   PYMETA_FN PYMETA_NOINLINE static void gradient(const LayerPass& p, const Sink& weight,
                                                  const Sink& bias) {
-    const int features = p.layer.out.features();
+    const int features = p.layer.out.channels;
+    const Extent extent = over(p.extent, p.layer.out);
     const Real *d = p.d, *h = p.kept[0];
-    X::sum_rows(p.extent, features, weight,
+    X::sum_rows(extent, features, weight,
                 [&](long at, long) { return load(d + at) * load(h + at); });
-    sum_delta<X>(p.extent, features, d, bias);
+    sum_delta<X>(extent, features, d, bias);
   }
 
   PYMETA_FN PYMETA_NOINLINE static void tangent_forward(const LayerPass& p, const LayerTangent& t,
                                                         const Destination& to) {
-    const Slices<X, kOverRows> s{p.extent, p.layer.out.features()};
+    const Slices<X, kOverRows> s{over(p.extent, p.layer.out), p.layer.out.channels};
     const Real *rx = t.rx.p, *gamma = p.weight, *rgamma = t.weight, *rbeta = t.bias;
     const Real *kept_h = p.kept[0], *kept_inverse = p.kept[1];
     Real *kept_rh = t.kept[0], *kept_q = t.kept[1];
-    X::with_epilogue(to, X::stride(s.features), p.extent, [&](const auto& emit) {
+    X::with_epilogue(to, X::stride(s.features), s.extent, [&](const auto& emit) {
       X::for_indices(s.count(), [&](int slice) {
         const auto h = [&](int i) { return load(kept_h + s.at(slice, i)); };
         const auto in = [&](int i) { return rx ? load(rx + s.at(slice, i)) : zero(); };
@@ -164,11 +163,11 @@ struct Normalisation {
 
   PYMETA_FN PYMETA_NOINLINE static void tangent_backward(const LayerPass& p, const LayerTangent& t,
                                                          const Destination& below) {
-    const Slices<X, kOverRows> s{p.extent, p.layer.out.features()};
+    const Slices<X, kOverRows> s{over(p.extent, p.layer.out), p.layer.out.channels};
     const Real *d = p.d, *rd = t.rd, *gamma = p.weight, *rgamma = t.weight;
     const Real *kept_h = p.kept[0], *kept_inverse = p.kept[1], *kept_rh = t.kept[0],
                *kept_q = t.kept[1];
-    X::with_epilogue(below, X::stride(s.features), p.extent, [&](const auto& emit) {
+    X::with_epilogue(below, X::stride(s.features), s.extent, [&](const auto& emit) {
       X::for_indices(s.count(), [&](int slice) {
         const auto h = [&](int i) { return load(kept_h + s.at(slice, i)); };
         const auto rh = [&](int i) { return load(kept_rh + s.at(slice, i)); };
@@ -196,12 +195,13 @@ struct Normalisation {
 
   PYMETA_FN PYMETA_NOINLINE static void tangent_gradient(const LayerPass& p, const LayerTangent& t,
                                                          const Sink& weight, const Sink& bias) {
-    const int features = p.layer.out.features();
+    const int features = p.layer.out.channels;
+    const Extent extent = over(p.extent, p.layer.out);
     const Real *d = p.d, *rd = t.rd, *h = p.kept[0], *rh = t.kept[0];
-    X::sum_rows(p.extent, features, weight, [&](long at, long) {
+    X::sum_rows(extent, features, weight, [&](long at, long) {
       return fma(load(rd + at), load(h + at), load(d + at) * load(rh + at));
     });
-    sum_delta<X>(p.extent, features, rd, bias);
+    sum_delta<X>(extent, features, rd, bias);
   }
 
   static double work(const Layer& layer, const Effort& effort) {

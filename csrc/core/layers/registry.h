@@ -3,15 +3,28 @@
 
 #include "../activations.h"
 #include "batch_norm.h"
+#include "convolution.h"
 #include "layer_norm.h"
 #include "linear.h"
 #include "lone_activation.h"
+#include "pooling.h"
+#include "rearrangement.h"
 
 // LAYER(kind, rules); the description is rulesSpec. The first is what a Layer is before it is told.
-#define PYMETA_LAYERS(LAYER)             \
-  LAYER(lone_activation, LoneActivation) \
-  LAYER(linear, Linear)                  \
-  LAYER(batch_norm, BatchNorm)           \
+#define PYMETA_LAYERS(LAYER)                \
+  LAYER(lone_activation, LoneActivation)    \
+  LAYER(linear, Linear)                     \
+  LAYER(image, Image)                       \
+  LAYER(flatten, Flatten)                   \
+  LAYER(conv1d, Conv1d)                     \
+  LAYER(conv2d, Conv2d)                     \
+  LAYER(max_pool1d, MaxPool1d)              \
+  LAYER(max_pool2d, MaxPool2d)              \
+  LAYER(avg_pool1d, AvgPool1d)              \
+  LAYER(avg_pool2d, AvgPool2d)              \
+  LAYER(global_avg_pool1d, GlobalAvgPool1d) \
+  LAYER(global_avg_pool2d, GlobalAvgPool2d) \
+  LAYER(batch_norm, BatchNorm)              \
   LAYER(layer_norm, LayerNorm)
 
 namespace pymeta {
@@ -37,12 +50,14 @@ PYMETA_MEMBER inline bool is_last_narrow(const Network& network) {
          last.out.channels <= kNarrow;
 }
 
-// Does a row's output depend on the set's other rows (BatchNorm)? Then a set of one row is of no use.
+// Does a row's output depend on the set's other rows alone (BatchNorm)? Then a set of one row is of no use.
 PYMETA_MEMBER inline bool mixes_rows(const Network& network) {
   bool mixes = false;
   for (int l = 0; l < network.layer_count; ++l)
     for_each_layer_spec([&](LayerKind kind, auto spec) {
-      mixes = mixes || (kind == network.layers[l].kind && decltype(spec)::kMixesRows);
+      const Layer& layer = network.layers[l];  // an image's positions suffice for statistics
+      mixes =
+          mixes || (kind == layer.kind && decltype(spec)::kMixesRows && layer.out.positions() == 1);
     });
   return mixes;
 }
@@ -63,6 +78,22 @@ PYMETA_FN void with_layer(LayerKind kind, Visitor visit) {
     PYMETA_LAYERS(PYMETA_CASE)
 #undef PYMETA_CASE
   }
+}
+
+// A transposed weight: its size, and how it is made of the weight.
+template <class X>
+PYMETA_FN std::size_t transposed_scalars(const Layer& layer) {
+  std::size_t scalars = 0;
+  with_layer<X>(layer.kind, [&](auto rules) {
+    if constexpr (rules.kTransposesWeight) scalars = rules.transposed_scalars(layer);
+  });
+  return scalars;
+}
+template <class X>
+PYMETA_FN void transpose_weight(const Layer& layer, const Real* weight, Real* transposed) {
+  with_layer<X>(layer.kind, [&](auto rules) {
+    if constexpr (rules.kTransposesWeight) rules.transpose(layer, weight, transposed);
+  });
 }
 
 // The same for layer l of a network: a narrow last layer has rules of its own.

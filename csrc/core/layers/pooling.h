@@ -1,0 +1,279 @@
+// Pooling over sequences and images, each channel by itself. MaxPool keeps which tap won, the first of equals and a NaN
+// whatever there is, as torch has it; gradients and tangents go the same way. AvgPool is linear.
+#pragma once
+
+#include "layer.h"
+#include "taps.h"
+
+namespace pymeta {
+
+// (kernel y x, stride y x, top, bottom, left, right, dilation y x)
+template <class Builder>
+Layer& add_pooling(Builder& builder, const double* arguments) {
+  const Shape in = builder.shape();
+  const Window window = builder.window(arguments);
+  Layer& layer = builder.append(in, builder.windowed(in, window, arguments + 4, in.channels));
+  layer.window = window;
+  return layer;
+}
+
+template <class Of>  // sequences and images differ in their modules' names only
+struct PooledImages : Of {
+  static constexpr const char* kName = Of::kImages;
+};
+
+struct MaxPool1dSpec {
+  static constexpr const char *kName = "max_pool1d", *kImages = "max_pool2d";
+  static constexpr const char* kArguments = "nnnnccccnn";
+  static constexpr bool kMixesRows = false;
+
+  template <class Builder>
+  static void add(Builder& builder, const double* arguments) {
+    add_pooling(builder, arguments);
+  }
+};
+
+struct AvgPool1dSpec {
+  static constexpr const char *kName = "avg_pool1d", *kImages = "avg_pool2d";
+  static constexpr const char* kArguments = "nnnnccccnnc";  // and what to divide by, or 0
+  static constexpr bool kMixesRows = false;
+
+  template <class Builder>
+  static void add(Builder& builder, const double* arguments) {
+    add_pooling(builder, arguments).window.divisor = static_cast<int>(arguments[10]);
+  }
+};
+
+// The mean over all positions.
+struct GlobalAvgPool1dSpec {
+  static constexpr const char *kName = "global_avg_pool1d", *kImages = "global_avg_pool2d";
+  static constexpr const char* kArguments = "";
+  static constexpr bool kMixesRows = false;
+
+  template <class Builder>
+  static void add(Builder& builder, const double*) {
+    const Shape in = builder.shape();
+    Layer& layer = builder.append(in, {1, 1, in.channels});
+    layer.window.height = in.height;
+    layer.window.width = in.width;
+    layer.window.divisor = in.positions();
+  }
+};
+using MaxPool2dSpec = PooledImages<MaxPool1dSpec>;
+using AvgPool2dSpec = PooledImages<AvgPool1dSpec>;
+using GlobalAvgPool2dSpec = PooledImages<GlobalAvgPool1dSpec>;
+
+}  // namespace pymeta
+
+#ifdef PYMETA_MACHINE
+
+PYMETA_KERNEL_BEGIN
+
+// Visits the inputs that output (y, x) sees: visit(tap, position).
+template <class Visitor>
+PYMETA_FN void for_inputs(const Layer& layer, int y, int x, Visitor visit) {
+  const Axis down = rows_of(layer, false), across = columns_of(layer, false);
+  for (int ky = 0; ky < down.taps; ++ky) {
+    const int from_y = down.at(y, ky);
+    if (from_y < 0) continue;
+    for (int kx = 0; kx < across.taps; ++kx) {
+      const int from_x = across.at(x, kx);
+      if (from_x >= 0) visit(ky * across.taps + kx, from_y * layer.in.width + from_x);
+    }
+  }
+}
+
+// The outputs along an axis that may see input i: from first to last; under which tap they do, or -1.
+struct Seers {
+  int first, last;
+
+  PYMETA_FN Seers(const Axis& axis, int i) {
+    const int reach = i + axis.before - (axis.taps - 1) * axis.dilation;
+    first = reach > 0 ? (reach + axis.stride - 1) / axis.stride : 0;
+    last = (i + axis.before) / axis.stride;
+    if (last > axis.to - 1) last = axis.to - 1;
+  }
+  PYMETA_FN static int tap(const Axis& axis, int i, int o) {
+    const int reach = i + axis.before - o * axis.stride;
+    return reach % axis.dilation == 0 ? reach / axis.dilation : -1;
+  }
+};
+
+// Visits the outputs that see input (y, x): visit(tap, position).
+template <class Visitor>
+PYMETA_FN void for_outputs(const Layer& layer, int y, int x, Visitor visit) {
+  const Axis down = rows_of(layer, true), across = columns_of(layer, true);
+  const Seers rows(down, y), columns(across, x);
+  for (int to_y = rows.first; to_y <= rows.last; ++to_y) {
+    const int ky = Seers::tap(down, y, to_y);
+    if (ky < 0) continue;
+    for (int to_x = columns.first; to_x <= columns.last; ++to_x) {
+      const int kx = Seers::tap(across, x, to_x);
+      if (kx >= 0) visit(ky * across.taps + kx, to_y * layer.out.width + to_x);
+    }
+  }
+}
+
+// What the poolings share: Rules says how numbers go forth and back.
+template <class X, class Rules>
+struct Pooling {
+  static constexpr bool kTransposesWeight = false;
+  static constexpr bool kReadsRowsInPlace = false;
+
+  PYMETA_FN static PackedTensor packed_weight(const Layer&) { return {}; }
+
+  PYMETA_FN static void backward(const LayerPass& p, const Destination& below) {
+    spread(p, p.d, below);
+  }
+  PYMETA_FN static void gradient(const LayerPass&, const Sink&, const Sink&) {}
+  PYMETA_FN static void tangent_forward(const LayerPass& p, const LayerTangent& t,
+                                        const Destination& to) {
+    if (t.rx.p) return Rules::gather(p, t.rx.p, to);
+    Real* rz = to.p;
+    X::map(over(p.extent, p.layer.out), p.layer.out.channels,
+           [&](long at, long, int) { store(rz + at, zero()); });
+  }
+  PYMETA_FN static void tangent_backward(const LayerPass& p, const LayerTangent& t,
+                                         const Destination& below) {
+    spread(p, t.rd, below);
+  }
+  PYMETA_FN static void tangent_gradient(const LayerPass&, const LayerTangent&, const Sink&,
+                                         const Sink&) {}
+
+  static double work(const Layer& layer, const Effort& effort) {
+    return elementwise_work<X>(layer, effort) * layer.window.taps();
+  }
+
+ protected:
+  // To each input its share of the deltas of the outputs that see it.
+  PYMETA_FN PYMETA_NOINLINE static void spread(const LayerPass& p, const Real* d,
+                                               const Destination& below) {
+    const Layer& layer = p.layer;
+    const long row = X::stride(layer.in.channels);
+    const int images = p.extent.rows;
+    X::with_epilogue(below, row, over(p.extent, layer.in), [&](const auto& emit) {
+      X::map_positions(p.extent, layer.in, [&](long, int vector, int r, int y, int x, int own) {
+        const long column = static_cast<long>(vector) * kWidth;
+        Vec sum = zero();
+        for_outputs(layer, y, x, [&](int tap, int position) {
+          const long at = (static_cast<long>(position) * images + own) * row + column;
+          sum = sum + Rules::share(p, load(d + at), at, tap, position);
+        });
+        emit(sum, r, vector);
+      });
+    });
+  }
+};
+
+// Its own array: the tap that won [positions, rows, channels].
+template <class X>
+struct MaxPool : Pooling<X, MaxPool<X>> {
+  PYMETA_FN static std::size_t kept_scalars(const Layer& layer, int rows, int i) {
+    return i == 0 ? matrix_scalars<X>(rows, layer.out) : 0;
+  }
+
+  PYMETA_FN PYMETA_NOINLINE static void forward(const LayerPass& p, const Destination& to) {
+    const Layer& layer = p.layer;
+    const long row = X::stride(layer.in.channels);
+    const int images = p.extent.rows;
+    Real* winner = p.kept[0];
+    const Real* from = p.x.p;
+    X::with_epilogue(to, row, over(p.extent, layer.out), [&](const auto& emit) {
+      X::map_positions(p.extent, layer.out, [&](long at, int vector, int r, int y, int x, int own) {
+        const long column = static_cast<long>(vector) * kWidth;
+        Vec best = broadcast(-Real(__builtin_inf())), won = zero();
+        bool is_first = true;
+        for_inputs(layer, y, x, [&](int tap, int position) {
+          const Vec v = load(from + (static_cast<long>(position) * images + own) * row + column);
+          const Vec number = broadcast(Real(tap));
+          const auto better = (v > best) | (v != v);
+          won = is_first ? number : select(better, number, won);
+          best = is_first ? v : select(better, v, best);
+          is_first = false;
+        });
+        store(winner + at, won);
+        emit(best, r, vector);
+      });
+    });
+  }
+
+  PYMETA_FN PYMETA_NOINLINE static void gather(const LayerPass& p, const Real* from,
+                                               const Destination& to) {
+    const Layer& layer = p.layer;
+    const long row = X::stride(layer.in.channels);
+    const int images = p.extent.rows;
+    const Real* winner = p.kept[0];
+    X::with_epilogue(to, row, over(p.extent, layer.out), [&](const auto& emit) {
+      X::map_positions(p.extent, layer.out, [&](long at, int vector, int r, int y, int x, int own) {
+        const long column = static_cast<long>(vector) * kWidth;
+        const Vec won = load(winner + at);
+        Vec value = zero();
+        for_inputs(layer, y, x, [&](int tap, int position) {
+          const Vec v = load(from + (static_cast<long>(position) * images + own) * row + column);
+          value = select(won == broadcast(Real(tap)), v, value);
+        });
+        emit(value, r, vector);
+      });
+    });
+  }
+
+  PYMETA_FN static Vec share(const LayerPass& p, Vec d, long at, int tap, int) {
+    return select(load(p.kept[0] + at) == broadcast(Real(tap)), d, zero());
+  }
+};
+
+template <class X>
+struct AvgPool : Pooling<X, AvgPool<X>> {
+  PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
+
+  PYMETA_FN static void forward(const LayerPass& p, const Destination& to) { gather(p, p.x.p, to); }
+  PYMETA_FN PYMETA_NOINLINE static void gather(const LayerPass& p, const Real* from,
+                                               const Destination& to) {
+    const Layer& layer = p.layer;
+    const long row = X::stride(layer.in.channels);
+    const int images = p.extent.rows;
+    X::with_epilogue(to, row, over(p.extent, layer.out), [&](const auto& emit) {
+      X::map_positions(p.extent, layer.out, [&](long, int vector, int r, int y, int x, int own) {
+        const long column = static_cast<long>(vector) * kWidth;
+        Vec sum = zero();
+        for_inputs(layer, y, x, [&](int, int position) {
+          sum = sum + load(from + (static_cast<long>(position) * images + own) * row + column);
+        });
+        emit(sum / broadcast(divisor(layer, y, x)), r, vector);
+      });
+    });
+  }
+
+  PYMETA_FN static Vec share(const LayerPass& p, Vec d, long, int, int position) {
+    const int width = p.layer.out.width;
+    return d / broadcast(divisor(p.layer, position / width, position % width));
+  }
+
+ private:
+  PYMETA_FN static Real divisor(const Layer& layer, int y, int x) {
+    if (layer.window.divisor > 0) return Real(layer.window.divisor);
+    return Real(inputs(rows_of(layer, false), y) * inputs(columns_of(layer, false), x));
+  }
+  PYMETA_FN static int inputs(const Axis& axis, int i) {
+    int count = 0;
+    for (int k = 0; k < axis.taps; ++k) count += axis.at(i, k) >= 0;
+    return count;
+  }
+};
+
+template <class X>
+struct MaxPool1d : MaxPool<X> {};
+template <class X>
+struct MaxPool2d : MaxPool<X> {};
+template <class X>
+struct AvgPool1d : AvgPool<X> {};
+template <class X>
+struct AvgPool2d : AvgPool<X> {};
+template <class X>
+struct GlobalAvgPool1d : AvgPool<X> {};
+template <class X>
+struct GlobalAvgPool2d : AvgPool<X> {};
+
+PYMETA_KERNEL_END
+
+#endif  // PYMETA_MACHINE

@@ -1,0 +1,136 @@
+"""Networks over sequences and images, drawn at random: chains for `cases.Case`.
+
+A layer is a tuple as in `kernels.py`; its second and third values, where it has as many, are how
+many terms its sums have and how many outputs, as those of a linear layer are.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import strategies as st
+from kernels import ACTIVATIONS
+from torch import nn
+
+CHANNELS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 24, 33)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+POOLS = ((nn.MaxPool1d, nn.MaxPool2d), (nn.AvgPool1d, nn.AvgPool2d))
+GLOBAL = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+KINDS = ("conv", "max_pool", "avg_pool", "global_pool", "batch_norm_image", "flatten")
+
+
+def conv(inputs, outputs, kernel, stride=1, padding=0, dilation=1, groups=1, bias=True):
+    """A convolution of as many axes as the kernel has."""
+    terms = inputs // groups * math.prod(kernel)
+    return ("conv", terms, outputs, inputs, kernel, stride, padding, dilation, groups, bias)
+
+
+def make_image_layer(layer: tuple) -> nn.Module:
+    """The module of a layer whose kind is in KINDS."""
+    kind, *values = layer
+    if kind == "conv":
+        _, outputs, inputs, kernel, stride, padding, dilation, groups, bias = values
+        return CONVOLUTIONS[len(kernel) - 1](
+            inputs, outputs, kernel, stride, padding, dilation, groups, bias
+        )
+    if kind == "max_pool":
+        axes, kernel, stride, padding, dilation = values
+        return POOLS[0][axes - 1](kernel, stride, padding, dilation)
+    if kind == "avg_pool":
+        axes, kernel, stride, padding, counts = values
+        return POOLS[1][axes - 1](kernel, stride, padding, count_include_pad=counts)
+    if kind == "global_pool":
+        return GLOBAL[values[0] - 1](1)
+    if kind == "batch_norm_image":
+        return NORMS[values[2] - 1](values[0], affine=values[3])
+    return nn.Flatten()
+
+
+def _left(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _divisors(a: int, b: int) -> list[int]:
+    return [n for n in range(1, min(a, b) + 1) if a % n == 0 and b % n == 0]
+
+
+class _Growing:
+    """A chain while it is drawn: what its last layer gives."""
+
+    def __init__(self, draw, axes: int) -> None:
+        sizes = st.integers(1, 8 if axes == 2 else 14)
+        self.draw, self.axes = draw, axes
+        self.channels = draw(st.sampled_from(CHANNELS))
+        self.sizes = [draw(sizes) for _ in range(axes)]
+        self.chain = [("rows", (self.channels, *self.sizes))]
+
+    def convolve(self) -> None:
+        draw = self.draw
+        outputs = draw(st.sampled_from(CHANNELS))
+        groups = draw(st.sampled_from([1, 1, *_divisors(self.channels, outputs)]))
+        kernel, sizes, settings = [], [], []
+        same = draw(st.integers(0, 4)) == 0
+        for size in self.sizes:
+            k, s, d = (draw(st.integers(1, n)) for n in (3, 3, 2))
+            p = draw(st.integers(0, 2))
+            if same:
+                kernel, sizes = [*kernel, k], [*sizes, size]
+                settings.append((1, 0, d))
+                continue
+            while _left(size, k, s, p, d) < 1:
+                k -= 1
+            kernel, sizes = [*kernel, k], [*sizes, _left(size, k, s, p, d)]
+            settings.append((s, p, d))
+        stride, padding, dilation = zip(*settings, strict=True)
+        self.chain.append(
+            conv(
+                self.channels, outputs, tuple(kernel), stride, "same" if same else padding,
+                dilation, groups, draw(st.booleans()),
+            )
+        )  # fmt: skip
+        self.channels, self.sizes = outputs, sizes
+
+    def pool(self) -> None:
+        draw = self.draw
+        k, s = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        p = draw(st.integers(0, k // 2))
+        kind, last = draw(st.sampled_from(["max_pool", "max_pool", "avg_pool"])), 1
+        if kind == "max_pool":
+            last = draw(st.integers(1, 2))
+        else:
+            last = draw(st.booleans())
+        sizes = [_left(n, k, s, p, last if kind == "max_pool" else 1) for n in self.sizes]
+        if min(sizes) < 1:
+            return
+        self.chain.append((kind, self.axes, k, s, p, last))
+        self.sizes = sizes
+
+    def normalise(self) -> None:
+        affine = self.draw(st.booleans())
+        self.chain.append(("batch_norm_image", self.channels, self.channels, self.axes, affine))
+
+    def activate(self) -> None:
+        self.chain.append((self.draw(st.sampled_from(sorted(ACTIVATIONS))),))
+
+
+@st.composite
+def image_chains(draw):
+    """Convolutions, poolings, normalisations and activations, then a linear layer."""
+    growing = _Growing(draw, draw(st.sampled_from([1, 2, 2])))
+    for i in range(draw(st.integers(1, 3))):
+        if i == 0 or draw(st.integers(0, 3)):
+            growing.convolve()
+        for step in (growing.normalise, growing.activate, growing.pool):
+            if draw(st.booleans()):
+                step()
+    features = growing.channels
+    if draw(st.integers(0, 3)) == 0:
+        growing.chain.append(("global_pool", growing.axes))
+    else:
+        features *= math.prod(growing.sizes)
+    growing.chain.append(("flatten",))
+    if draw(st.booleans()):
+        growing.activate()
+    growing.chain.append(("linear", features, draw(st.sampled_from([1, 3, 5])), True))
+    return tuple(growing.chain)

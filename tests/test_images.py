@@ -1,0 +1,353 @@
+"""Convolutions, poolings and what belongs to them: natively, as torch computes them.
+
+The reference itself is held to eager autograd here, task by task; the kernels are held to the
+reference on networks drawn at random (images.py), as those of features are in test_kernels.py.
+"""
+
+import collections
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cases import IMAGES, Problem, cases, compare, meta_gradient, of_tasks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from images import image_chains
+from kernels import DTYPES, EXECUTORS, ISAS, PATHS, PROFILE, same_bits, using
+from torch import nn
+from torch.nn import functional as F
+
+import pymeta
+from pymeta.spec.network import Description, Unshaped, Unsupported, describe
+
+IMAGE_CASES = cases(tasks=(1, 2, 3, 17), chain=image_chains())
+
+
+def small(case):
+    """A case with few steps and rows, which the reference would take its time for."""
+    return replace(
+        case, steps=min(case.steps, 2), support=min(case.support, 4), query=min(case.query, 4),
+        tasks=min(case.tasks, 3) if case.form != "uniform" else case.tasks,
+    )  # fmt: skip
+
+
+def test_random_images_against_the_reference():
+    counts = collections.Counter()
+
+    @settings(PROFILE, max_examples=40)
+    @given(IMAGE_CASES)
+    def check(case):
+        counts.update(compare(small(case)))
+
+    check()
+    assert counts[torch.float64] >= 40
+    assert counts[torch.float32] >= 25  # the cases that a kink rules out are the exception
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_fixed_images_against_the_reference(name):
+    compare(IMAGES[name])
+
+
+@settings(PROFILE, max_examples=20)
+@given(IMAGE_CASES, st.sampled_from(DTYPES), ISAS)
+def test_the_bits_of_an_images_task_are_its_own(case, dtype, isa):
+    """Alone, permuted, on either executor, on any number of threads."""
+    case = small(case)
+    problem = Problem(case)
+    module = problem.module(dtype)
+    every = list(range(case.tasks))
+    shuffled = torch.randperm(case.tasks).tolist()
+    with using(isa, "rows", 1):
+        wanted = problem.results(module)
+    for executor in EXECUTORS:
+        with using(isa, executor, 1):
+            one_thread = problem.results(module)
+            permuted = problem.results(module, shuffled)
+            alone = problem.results(module, [0])
+        assert same_bits(of_tasks(one_thread, every), of_tasks(wanted, every)), executor
+        assert same_bits(of_tasks(permuted, every), of_tasks(wanted, shuffled)), executor
+        assert same_bits(of_tasks(alone, [0]), of_tasks(wanted, [0])), executor
+        with using(isa, executor, 3):
+            got = problem.results(module)
+        assert same_bits(of_tasks(got, every), of_tasks(wanted, every)), executor
+        assert same_bits(meta_gradient(got), meta_gradient(one_thread)), executor
+
+
+# ---- the reference, held to eager autograd -----------------------------------------------------
+
+
+def eager(net, xs, ys, xq, yq, lr, steps):
+    """MAML's loss written out over torch's own modules, one task after another."""
+    losses = []
+    for x, y, q, t in zip(xs, ys, xq, yq, strict=True):
+        theta = dict(net.named_parameters())
+        for _ in range(steps):
+            loss = F.cross_entropy(torch.func.functional_call(net, theta, (x,)), y)
+            found = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+            theta = {n: p - lr * g for (n, p), g in zip(theta.items(), found, strict=True)}
+        losses.append(F.cross_entropy(torch.func.functional_call(net, theta, (q,)), t))
+    return torch.stack(losses)
+
+
+def block(inputs, outputs):
+    norm = nn.BatchNorm2d(outputs, track_running_stats=False)
+    return nn.Conv2d(inputs, outputs, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2)
+
+
+NETS = {
+    "conv4": ((2, 9, 11), lambda: (*block(2, 4), *block(4, 3), nn.Flatten(), nn.Linear(12, 3))),
+    "overlapping": (
+        (3, 8, 7),
+        lambda: (
+            nn.Conv2d(3, 6, (2, 3), stride=(1, 2), padding=(0, 1), groups=3), nn.Tanh(),
+            nn.MaxPool2d(3, 1, 1), nn.Conv2d(6, 4, 2, dilation=(2, 1), bias=False), nn.SiLU(),
+            nn.AvgPool2d((2, 1), 1, (1, 0), count_include_pad=False), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(4, 3),
+        ),
+    ),
+    "sequences": (
+        (2, 15),
+        lambda: (
+            nn.Conv1d(2, 5, 3, padding="same"), nn.BatchNorm1d(5, track_running_stats=False),
+            nn.ReLU(), nn.MaxPool1d(3, 2, 1), nn.Conv1d(5, 6, 2, stride=2), nn.AvgPool1d(2),
+            nn.Flatten(), nn.Linear(12, 3),
+        ),
+    ),
+}  # fmt: skip
+
+
+def episodes(shape, tasks=2, support=4, query=3, dtype=torch.float64):
+    torch.manual_seed(7)
+    xs, xq = (torch.randn(tasks, n, *shape, dtype=dtype) for n in (support, query))
+    ys, yq = (torch.randint(0, 3, (tasks, n)) for n in (support, query))
+    return xs, ys, xq, yq
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_eager_autograd_agrees(name, backend):
+    """Loss and gradients, second order, of both backends."""
+    shape, layers = NETS[name]
+    torch.manual_seed(3)
+    net = nn.Sequential(*layers()).double()
+    xs, ys, xq, yq = episodes(shape)
+    xs.requires_grad_()
+    losses = eager(net, xs, ys, xq, yq, 0.3, 2)
+    wanted = torch.autograd.grad(losses.mean(), [*net.parameters(), xs])
+    maml = pymeta.MAML(net, loss="cross_entropy", lr=0.3, steps=2, backend=backend)
+    out = maml(xs, ys, xq, yq)
+    got = torch.autograd.grad(out.loss, [*net.parameters(), xs])
+    torch.testing.assert_close(out.task_losses, losses.detach(), rtol=1e-12, atol=1e-14)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("isa, executor", PATHS)
+def test_finite_differences_of_an_images_loss(isa, executor):
+    """No formula of ours or torch's: the loss itself, a little to both sides."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 2, stride=2, padding=1), nn.BatchNorm2d(3, track_running_stats=False),
+        nn.Softplus(), nn.Conv2d(3, 4, 2), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(),
+        nn.Linear(4, 3),
+    ).double()  # fmt: skip
+    data = episodes((2, 5, 5))
+    maml = pymeta.MAML(net, loss="cross_entropy", lr=0.2, steps=2, backend="native")
+    with using(isa, executor):
+        maml(*data).loss.backward()
+        for p in net.parameters():
+            direction = torch.randn_like(p)
+            slope = float((p.grad * direction).sum())
+            ends = []
+            for sign in (1e-5, -1e-5):
+                with torch.no_grad():
+                    p.add_(direction, alpha=sign)
+                    ends.append(float(maml(*data).loss))
+                    p.add_(direction, alpha=-sign)
+            assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope, rel=1e-6, abs=1e-9)
+
+
+# ---- as torch has it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa, executor", PATHS)
+def test_ties_and_nans_go_where_torch_lets_them(isa, executor):
+    """The first of equals is the maximum; a NaN is, whatever else there is."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.MaxPool2d(2, 1, 1), nn.Flatten(), nn.Linear(2 * 36, 2)
+    )
+    x = torch.tensor([0.0, 1.0])[torch.randint(0, 2, (3, 4, 1, 5, 5))]
+    x[0, 0, 0, 2, 3] = math.nan
+    x[1, 1, 0, 0, 0] = math.inf
+    y = torch.randn(3, 4, 2)
+    found = {}
+    for backend in ("torch", "native"):
+        own = copy.deepcopy(net)
+        xq = x.clone().requires_grad_()
+        maml = pymeta.MAML(own, loss="mse", lr=0.01, steps=1, backend=backend)
+        with using(isa, executor):
+            out = maml(x[:1].expand(3, -1, -1, -1, -1).nan_to_num(), y, xq, y)
+        (gradient,) = torch.autograd.grad(out.loss, xq)
+        found[backend] = out.predictions, out.task_losses, gradient[2]
+    for got, wanted in zip(found["native"], found["torch"], strict=True):
+        torch.testing.assert_close(got, wanted, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert found["native"][0][0].isnan().any() and not found["native"][0][2].isnan().any()
+
+
+def test_one_image_suffices_for_batch_norm():
+    """Its positions are many; of one position there must be two rows."""
+    net = nn.Sequential(*block(1, 3), nn.Flatten(), nn.Linear(12, 3)).double()
+    xs, ys, xq, yq = episodes((1, 4, 4), support=1, query=1)
+    found = [
+        pymeta.MAML(net, loss="cross_entropy", lr=0.1, steps=1, backend=b)(
+            xs, ys, xq, yq
+        ).task_losses
+        for b in ("torch", "native")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+    point = nn.Sequential(nn.Conv2d(1, 3, 4), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 3))
+    for backend in ("torch", "native"):
+        maml = pymeta.MAML(point.double(), loss="cross_entropy", lr=0.1, steps=1, backend=backend)
+        with pytest.raises(ValueError, match=r"one row|one value per channel"):
+            maml(xs, ys, xq, yq)
+
+
+# ---- learners ----------------------------------------------------------------------------------
+
+
+def conv_net(dtype=torch.float32, channels=1):
+    torch.manual_seed(5)
+    return nn.Sequential(*block(channels, 8), nn.Flatten(), nn.Linear(8 * 4, 3)).to(dtype)
+
+
+def test_the_shape_of_rows_is_known_with_the_first_call():
+    net = conv_net()
+    assert isinstance(describe(net), Unshaped)
+    assert isinstance(describe(net, (1, 5, 4)), Description)
+    maml = pymeta.MAML(net, loss="cross_entropy", lr=0.1, steps=1, backend="native")
+    assert "first call" in maml.explain()
+    with pytest.raises(ValueError, match="first call"):
+        maml.adapter()
+    xs, ys, xq, yq = episodes((1, 5, 4), dtype=torch.float32)
+    out = maml(xs, ys, xq, yq)
+    assert out.predictions.shape == (2, 3, 3)
+    assert "image conv2d batch_norm relu max_pool2d flatten linear" in maml.explain()
+    wider = maml(*episodes((1, 4, 5), dtype=torch.float32))  # the same number of features
+    assert torch.isfinite(wider.loss)
+    assert torch.equal(maml(xs, ys, xq, yq).predictions, out.predictions)
+    with pytest.raises(ValueError, match=r"xq: expected rows of shape .*, got \[1, 4, 4\]"):
+        maml(xs, ys, xq[..., :4, :], yq)
+    with pytest.raises(ValueError, match=r"expected \[channels, length\]"):
+        maml(xs.flatten(2), ys, xq.flatten(2), yq)
+    assert torch.equal(maml(xs, ys, xq, yq).predictions, out.predictions)  # and goes on
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_learner_runs_images_natively(dtype):
+    """Reptile, FineTune and adapt: lists too, minibatches, and the fallback's results."""
+    xs, ys, xq, _ = episodes((1, 5, 4), tasks=3, support=6, dtype=dtype)
+    lists = [x[: 6 - t] for t, x in enumerate(xs)], [y[: 6 - t] for t, y in enumerate(ys)]
+    found = {}
+    for backend in ("torch", "native"):
+        net = conv_net(dtype)
+        maml = pymeta.MAML(net, loss="cross_entropy", lr=0.1, steps=2, backend=backend)
+        adapted = maml.adapt(*lists)
+        reptile = pymeta.Reptile(
+            net, loss="cross_entropy", optimizer=pymeta.Adam(0.01, eps=0.1), steps=3, batch_size=3,
+            backend=backend,
+        )  # fmt: skip
+        reptile(xs, ys).loss.backward()
+        tune = pymeta.FineTune(
+            net, loss="cross_entropy", lr=0.05, epochs=2, batch_size=4, backend=backend
+        )
+        tuned = tune(*lists)
+        found[backend] = [
+            adapted(xq), *adapted.parameters.values(), *(p.grad for p in net.parameters()),
+            tuned(xq), *tuned.parameters.values(),
+        ]  # fmt: skip
+    scale = 1e-4 if dtype == torch.float32 else 1e-11
+    for got, wanted in zip(found["native"], found["torch"], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=scale, atol=scale)
+
+
+def test_adapters_and_files_of_images(tmp_path):
+    net = conv_net()
+    xs, ys, xq, _ = episodes((1, 5, 4), dtype=torch.float32)
+    maml = pymeta.MAML(net, loss="cross_entropy", lr=0.1, steps=2, backend="native")
+    models = maml.adapt(xs, ys)
+    wanted = models(xq)
+    models.save(tmp_path / "models.safetensors")
+    loaded = pymeta.Adapted.load(tmp_path / "models.safetensors", net)
+    assert torch.equal(loaded(xq), wanted)
+    alone = nn.functional.softmax(models[1].eval()(xq[1]), -1)
+    torch.testing.assert_close(models.predict_proba(xq)[1], alone, rtol=1e-4, atol=1e-5)
+    maml.adapter().save(tmp_path / "adapter.safetensors")
+    adapter = pymeta.Adapter.load(tmp_path / "adapter.safetensors")
+    assert adapter.architecture.row_shape == (1, 5, 4)
+    got = adapter.adapt(xs.numpy(), ys.numpy())(xq.numpy())
+    assert np.array_equal(got, wanted.numpy())
+    assert np.array_equal(adapter.adapt_predict(xs.numpy(), ys.numpy(), xq.numpy()), got)
+    one = adapter.adapt_predict(xs[0].numpy(), ys[0].numpy(), xq[0].numpy())
+    assert np.array_equal(one, got[0])
+    with pytest.raises(ValueError, match=r"xs: expected rows of shape \[1, 5, 4\]"):
+        adapter.adapt(xs.numpy()[..., :3], ys.numpy())
+
+
+class Traced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_a_forward_that_calls_functions_is_traced():
+    found = describe(Traced(), (1, 6, 6))
+    kinds = [layer[0] for layer in found.layers]
+    assert kinds == [
+        "image", "conv2d", "relu", "max_pool2d", "global_avg_pool2d", "flatten", "linear",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layers, reason",
+    [
+        ((nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Flatten()), "padding_mode"),
+        ((nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()), "ceil_mode"),
+        ((nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten()), "adaptive pooling to 2"),
+        ((nn.Conv2d(1, 2, 3), nn.Linear(4, 2), nn.Flatten()), "layer 1 .Linear. does not take"),
+        ((nn.Conv2d(1, 2, 3),), "flatten it"),
+        ((nn.Conv1d(1, 2, 3), nn.Flatten()), "layer 0 .Conv1d. does not take"),
+        ((nn.Conv2d(1, 2, 9), nn.Flatten()), "does not fit"),
+        ((nn.Conv2d(3, 2, 3), nn.Flatten()), "features"),
+        ((nn.Conv2d(1, 2, (1, 300), padding=(0, 300)), nn.Flatten()), "taps"),
+    ],
+)
+def test_what_images_the_core_lacks(layers, reason):
+    found = describe(nn.Sequential(*layers), (1, 6, 6))
+    assert isinstance(found, Unsupported)
+    assert reason in found.reason.replace("(", ".").replace(")", ".") or reason in found.reason
+
+
+@pytest.mark.parametrize("isa, executor", PATHS)
+def test_a_few_vectors_of_channels(isa, executor):
+    """More channels than a panel of products has columns, and as many taps."""
+    net = nn.Sequential(
+        nn.Conv2d(70, 90, (3, 2), padding=1), nn.GELU(), nn.Conv2d(90, 70, 1), nn.Flatten(),
+        nn.Linear(70 * 4 * 4, 3),
+    ).double()  # fmt: skip
+    data = episodes((70, 4, 3))
+    found = []
+    for backend in ("torch", "native"):
+        maml = pymeta.MAML(net, loss="cross_entropy", lr=0.05, steps=1, backend=backend)
+        with using(isa, executor):
+            out = maml(*data)
+            found.append([out.task_losses, *torch.autograd.grad(out.loss, [*net.parameters()])])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
