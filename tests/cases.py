@@ -84,7 +84,7 @@ class Case:
         return any(layer[0].startswith("batch_norm") for layer in self.chain)
 
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
 def _module(layer: tuple) -> nn.Module:
@@ -299,7 +299,7 @@ def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES, beside=Fa
 # ---- how close is close -----------------------------------------------------------------------
 
 
-SUMMING = ("linear", "conv", "batch_norm", "layer_norm", "batch_norm_image")
+SUMMING = ("linear", "conv", "batch_norm", "layer_norm", "batch_norm_image", "group_norm")
 
 
 def longest_sum(case: Case) -> int:
@@ -384,10 +384,13 @@ def is_kinked(case: Case) -> bool:
     return bool(names & kinked) or case.loss in ("huber", "l1", "quantile")
 
 
-def normalised_axes(norm: nn.Module, z: torch.Tensor) -> tuple[int, ...]:
+def as_normalised(norm: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """What a normalisation takes the statistics of, and over which axes."""
     if isinstance(norm, nn.LayerNorm):
-        return (1,)
-    return (0, *range(2, z.ndim))
+        return z, (1,)
+    if isinstance(norm, nn.GroupNorm):
+        return z.reshape(len(z), norm.num_groups, z[0].numel() // norm.num_groups), (2,)
+    return z, (0, *range(2, z.ndim))
 
 
 def gaps_in_windows(z: torch.Tensor, pool: nn.Module) -> list[float]:
@@ -445,7 +448,7 @@ def walk(problem: Problem) -> tuple[float, float]:
             layer.register_forward_pre_hook(lambda m, args: look_for_ties(args[0], m))
         elif isinstance(layer, NORMS):
             layer.register_forward_pre_hook(
-                lambda m, args: look_at_means(args[0].detach(), normalised_axes(m, args[0]), m.eps)
+                lambda m, args: look_at_means(*as_normalised(m, args[0].detach()), m.eps)
             )
     support, query = problem.support.to(torch.float64), problem.query.to(torch.float64)
     arguments, options = problem.arguments(support, query)
@@ -562,6 +565,11 @@ IMAGES = {
         (("rows", (2, 21)), conv(2, 16, (3,)), ("relu",), conv(16, 32, (3,), 2, 1, 2),
          ("batch_norm_image", 32, 32, 1, False), ("softplus",), ("avg_pool", 1, 3, 2, 1, False),
          ("flatten",), (LIN, 32 * 5, 3, True)), steps=2, form="list", tasks=17,
+    ),
+    "groups of channels": Case(
+        (("rows", (2, 5, 3)), conv(2, 34, (3, 3), 1, 1), ("group_norm", 34, 34, 17, True),
+         ("silu",), conv(34, 6, (2, 2)), ("group_norm", 6, 6, 6, False), ("tanh",),
+         ("flatten",), (LIN, 6 * 8, 3, True)), steps=2, form="padded", tasks=18,
     ),
     "many rows": Case(
         (("rows", (3, 6, 6)), conv(3, 17, (3, 3), 1, 1), ("relu",), ("global_pool", 2),

@@ -36,6 +36,8 @@ PROFILE = settings.get_profile("kernels")
 def takes(executor: str, learner) -> bool:
     """Whether an executor can run a learner's model: blocks take no more than 16 layers."""
     plan, _ = learner._current()
+    if plan.unshaped:  # the first call tells
+        return True
     return executor != "emulated" or plan.problem.unfit_for_device() is None
 
 

@@ -120,6 +120,23 @@ class NetworkBuilder {
     append(flattens ? image : flat, flattens ? flat : image);
   }
 
+  // Makes one layer (norm_pool.h) of BatchNorm, ReLU and max pooling over windows side by side.
+  bool fuse_pooling(const Window& window, const double* paddings) {
+    if (network_.layer_count == 0) return false;
+    Layer& last = owned_.layers[network_.layer_count - 1];
+    const bool side_by_side = window.stride_y == window.height && window.stride_x == window.width &&
+                              window.dilation_y == 1 && window.dilation_x == 1 &&
+                              paddings[0] + paddings[1] + paddings[2] + paddings[3] == 0;
+    if (!side_by_side || last.kind != LayerKind::batch_norm || last.in.positions() == 1 ||
+        last.activation.kind != ActivationKind::relu)
+      return false;
+    last.out = windowed(last.in, window, paddings, last.in.channels);
+    last.kind = LayerKind::norm_pool;
+    last.activation = Activation{};
+    last.window = window;
+    return true;
+  }
+
   int tensor(const Tensor& shape) {
     owned_.tensors[network_.tensor_count] = shape;
     return network_.tensor_count++;

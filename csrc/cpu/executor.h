@@ -78,6 +78,10 @@ struct Executor {
         for (int own = 0; own < set.rows; ++own, ++row)
           for (int c = 0; c < columns; ++c, at += kWidth) body(at, c, row, y, x, own);
   }
+  // One element of each task, in every lane that belongs to it.
+  static Vec element(const Real* p) { return Access::load_a(p); }
+  static void put_element(Real* p, Vec v) { Access::store_element(p, v); }
+
   // Vector number `vector` of so many features, which lie where place(feature) says; zero behind them.
   template <class Place>
   static Vec gathered(int vector, int features, Place place) {

@@ -83,6 +83,8 @@ struct Block {
            row % set.rows);
     });
   }
+  PYMETA_FN static Vec element(const Real* p) { return *p; }
+  PYMETA_FN static void put_element(Real* p, Vec v) { *p = v; }
   template <class Place>
   PYMETA_FN static Vec gathered(int feature, int, Place place) {
     return *place(feature);

@@ -22,13 +22,14 @@ struct Chain {
   const Network& network() const { return owned.network; }
 
   Chain& linear(int in, int out, bool bias = true) {
-    Layer& layer = append(LayerKind::linear, in, out);
+    Layer& layer = append(LayerKind::linear, {1, 1, in}, {1, 1, out});
     layer.weight = tensor({out, in, true});
     if (bias) layer.bias = tensor({1, out, false});
     return *this;
   }
   Chain& norm(LayerKind kind, int features, double eps = 1e-3) {
-    Layer& layer = append(kind, features, features);
+    const Shape shape = network().layer_count > 0 ? last() : Shape{1, 1, features};
+    Layer& layer = append(kind, shape, shape);
     layer.eps = eps;
     layer.weight = tensor({1, features, false});
     layer.bias = tensor({1, features, false});
@@ -37,18 +38,56 @@ struct Chain {
   Chain& act(ActivationKind kind, double alpha = 0, double threshold = 0) {
     Layer* last = &owned.layers[network().layer_count - 1];
     if (last->activation.kind != ActivationKind::identity)
-      last = &append(LayerKind::lone_activation, last->out.channels, last->out.channels);
+      last = &append(LayerKind::lone_activation, last->out, last->out);
     last->activation = {kind, alpha, threshold};
     return *this;
   }
 
+  Chain& image(const Shape& shape) {
+    append(LayerKind::image, {1, 1, shape.features()}, shape);
+    return *this;
+  }
+  Chain& flatten() {
+    append(LayerKind::flatten, last(), {1, 1, last().features()});
+    return *this;
+  }
+  Chain& conv(int out, const Window& window) {
+    const int in = last().channels;
+    Layer& layer = append(LayerKind::conv2d, last(), windowed(window, out));
+    layer.window = window;
+    layer.weight =
+        tensor({out, in / window.groups * window.taps(), true, window.height, window.width});
+    layer.bias = tensor({1, out, false});
+    return *this;
+  }
+  Chain& pool(LayerKind kind, const Window& window) {
+    append(kind, last(), windowed(window, last().channels)).window = window;
+    return *this;
+  }
+  // The normalisation before, its ReLU and this in one.
+  Chain& pool_norm(const Window& window) {
+    const Shape out = windowed(window, last().channels);
+    Layer& norm = owned.layers[network().layer_count - 1];
+    norm.kind = LayerKind::norm_pool;
+    norm.window = window;
+    norm.out = out;
+    return *this;
+  }
+
  private:
-  Layer& append(LayerKind kind, int in, int out) {
+  Shape last() const { return owned.layers[network().layer_count - 1].out; }
+  // Padded alike on both sides.
+  Shape windowed(const Window& w, int channels) const {
+    const Shape in = last();
+    return {(in.height + 2 * w.top - w.dilation_y * (w.height - 1) - 1) / w.stride_y + 1,
+            (in.width + 2 * w.left - w.dilation_x * (w.width - 1) - 1) / w.stride_x + 1, channels};
+  }
+  Layer& append(LayerKind kind, const Shape& in, const Shape& out) {
     Layer& layer = owned.layers[owned.network.layer_count++];
     layer = Layer{};
     layer.kind = kind;
-    layer.in.channels = in;
-    layer.out.channels = out;
+    layer.in = in;
+    layer.out = out;
     return layer;
   }
   int tensor(const Tensor& shape) {

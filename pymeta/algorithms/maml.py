@@ -312,7 +312,7 @@ class MAML(Learner):
                     return f"{name} requires grad, which the native core has no gradient for"
         return None
 
-    def _made_plan(self) -> Plan:
+    def _made_plan(self, row_shape: tuple[int, ...] | None) -> Plan:
         return Plan(
             self.model,
             self.loss,
@@ -321,6 +321,7 @@ class MAML(Learner):
             self._rule,
             self._anchor,
             query_loss=self.query_loss,
+            row_shape=row_shape,
         )
 
     def _inner(self, plan: Plan, schedule: Schedule, first_order: bool = False) -> InnerLoop:

@@ -116,7 +116,7 @@ class Plan:
     ) -> None:
         """Examine the model; TypeError or ValueError where no backend can run it.
 
-        `row_shape` is the shape of a row of its inputs, as far as that is known (`fits`).
+        `row_shape` is the shape of a row of its inputs, as far as that is known (`shape_for`).
 
         `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by;
         `query_loss` is what query sets are judged by, if that is another one than the loss.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,9 @@ class Case:
         name: e.g. "W1 T=25 K=1".
         sizes: widths of the chain; the activation (after batch normalisation, where there is one)
             between.
+        image: (height, width) where rows are images of sizes[0] channels, or (). Every layer but
+            the last is then a 3x3 convolution with padding, behind its activation a 2x2 max
+            pooling.
         loss: "mse", "cross_entropy" or "bce_with_logits".
         support, query: rows of a task.
         steps: inner steps, each on all of the support rows.
@@ -74,11 +78,13 @@ class Case:
     first_order: bool = False
     margin: float = 0.0
     distinct: int = 0
+    image: tuple[int, ...] = ()
 
     @staticmethod
     def read(value: dict[str, Any]) -> Case:
         """The case that `as_json` wrote."""
-        return Case(**{**value, "sizes": tuple(value["sizes"])})
+        tuples = {name: tuple(value.get(name, ())) for name in ("sizes", "image")}
+        return Case(**{**value, **tuples})
 
     def as_json(self) -> dict[str, Any]:
         """Its attributes, as JSON can hold them."""
@@ -99,20 +105,48 @@ class Case:
     @property
     def parameter_count(self) -> int:
         """The network's parameters."""
-        plain = sum(i * o + o for i, o in self.layers)
+        plain = sum(i * o + o for i, o in self.products)
         return plain + (2 * sum(self.sizes[1:-1]) if self.batch_norm else 0)
 
     def describe(self) -> str:
         """Network, loss and rows in a line."""
         norm = " BN" if self.batch_norm else ""
         rows = f"{self.support}+{self.query}" if self.query else f"{self.support}"
-        network = f"{'-'.join(map(str, self.sizes))}{norm} {self.activation}"
+        convolutional = f"conv {self.image[0]}x{self.image[1]} " if self.image else ""
+        network = f"{convolutional}{'-'.join(map(str, self.sizes))}{norm} {self.activation}"
         return f"{network}, {self.loss}, {rows} rows, {self.steps} x {self.optimizer}"
 
     @property
     def layers(self) -> list[tuple[int, int]]:
         """(in, out) of every linear layer."""
         return list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row of inputs."""
+        return (self.sizes[0], *self.image)
+
+    def positions(self, layer: int) -> int:
+        """How many positions layer number `layer` has outputs at."""
+        last = layer == len(self.layers) - 1
+        return 1 if last or not self.image else math.prod(n >> layer for n in self.image)
+
+    @property
+    def products(self) -> list[tuple[int, int]]:
+        """(in, out) of the product that each layer is at every position of its output."""
+        if not self.image:
+            return self.layers
+        *hidden, (inputs, outputs) = self.layers
+        left = math.prod(n >> len(hidden) for n in self.image)
+        return [*((9 * i, o) for i, o in hidden), (inputs * left, outputs)]
+
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        """Of each layer, as torch has them."""
+        if not self.image:
+            return [(o, i) for i, o in self.layers]
+        shapes: list[tuple[int, ...]] = [(o, i, 3, 3) for i, o in self.layers[:-1]]
+        inputs, outputs = self.products[-1]
+        return [*shapes, (outputs, inputs)]
 
     def bytes_moved(self) -> int:
         """Bytes that a whole call must move at least: inputs read once, results written once.
@@ -122,7 +156,7 @@ class Case:
         parameters.
         """
         label = 8 if self.loss == "cross_entropy" else 4 * self.sizes[-1]
-        row = 4 * self.sizes[0] + label
+        row = 4 * math.prod(self.row_shape) + label
         total = self.tasks * (self.support + self.query) * row + 4 * self.parameter_count
         if self.job == "finetune":
             return total + 4 * self.tasks * self.parameter_count
@@ -132,7 +166,8 @@ class Case:
     def flops(self) -> int:
         """Floating-point operations of one task: the products of the linear layers, no more.
 
-        In units of 2 * rows * in * out: forward 1; backward 2, but 1 for the first layer, whose
+        In units of 2 * rows * in * out (at each position of a convolution's output, taps that lie
+        outside the image included): forward 1; backward 2, but 1 for the first layer, whose
         input needs no gradient; a Hessian-vector product 6 (RZ: 2, R of the delta: 2, R of the
         weight gradient: 2), but 2 for the first layer. A step is forward and backward, in
         second order also one Hessian-vector product; the query set is forward and backward (a
@@ -140,11 +175,12 @@ class Case:
         """
         total = 0
         exact = self.job == "maml" and not self.first_order
-        for i, (inputs, outputs) in enumerate(self.layers):
+        for i, (inputs, outputs) in enumerate(self.products):
             backward, product = (1, 2) if i == 0 else (2, 6)
             step = 1 + backward + (product if exact else 0)
             query = 1 + (backward if self.job == "maml" else 0)
-            total += 2 * inputs * outputs * (self.steps * self.support * step + self.query * query)
+            rows = self.steps * self.support * step + self.query * query
+            total += 2 * inputs * outputs * self.positions(i) * rows
         return total
 
 
@@ -158,6 +194,11 @@ def _family(base: Case, **options: Sequence[Any]) -> list[Case]:
 _W1 = Case("W1", (1, 40, 40, 1), "mse", 10, 10, 1, 0.01, 1)
 _W2 = Case("W2 no BN", (784, 256, 128, 64, 64, 5), "cross_entropy", 5, 25, 1, 0.4, 32, margin=1e-5)
 _W2_BN = replace(_W2, name="W2 BN", margin=5e-5, batch_norm=True)
+_CONV4 = Case(
+    *("conv4", (1, 64, 64, 64, 64, 5), "cross_entropy", 5, 25, 1, 0.4, 1),
+    batch_norm=True,
+    image=(28, 28),
+)
 _W3 = Case("W3", (24, 64, 64, 1), "bce_with_logits", 32, 32, 5, 0.1, 64)
 _W4 = Case(
     *("W4 Reptile", (1, 64, 64, 1), "mse", 10, 0, 32, 0.02, 32),
@@ -186,6 +227,7 @@ CASES = _named([
     *_family(_W1, steps=(1, 5), tasks=(1, 25, 256, 1024)),
     _W2,
     _W2_BN,
+    *_family(_CONV4, tasks=(1, 4, 32)),
     *_family(_W3, first_order=(False, True), tasks=(64, 1024)),
     _W4,
     _W5,
@@ -308,9 +350,11 @@ def draw(case: Case) -> Data:
     """Seeded data of a case, float32 (and int64 for classes)."""
     rng = np.random.default_rng([sum(case.sizes), case.tasks])
     parameters: list[Array] = []
-    for i, (inputs, outputs) in enumerate(case.layers):
+    for i, ((inputs, outputs), shape) in enumerate(
+        zip(case.products, case.weight_shapes(), strict=True)
+    ):
         bound = inputs**-0.5  # torch's default initialisation of a linear layer
-        parameters.append(rng.uniform(-bound, bound, (outputs, inputs)))
+        parameters.append(rng.uniform(-bound, bound, shape))
         parameters.append(rng.uniform(-bound, bound, outputs))
         if case.batch_norm and i < len(case.layers) - 1:
             parameters.append(rng.uniform(0.5, 1.5, outputs))
@@ -338,7 +382,10 @@ def pool(case: Case) -> Data:
 
 def fingerprint(case: Case, data: Data) -> tuple[str, int]:
     """What a choice depends on: the case but its name, and the numbers drawn."""
-    what = json.dumps({**case.as_json(), "name": "", "distinct": 0}, sort_keys=True)
+    described = {**case.as_json(), "name": "", "distinct": 0}
+    if not case.image:  # as it was before there were any
+        del described["image"]
+    what = json.dumps(described, sort_keys=True)
     sums = zlib.crc32(data.xs.tobytes())
     for parameter in data.parameters:
         sums = zlib.crc32(parameter.tobytes(), sums)
@@ -373,13 +420,14 @@ def _sinusoids(rng: np.random.Generator, case: Case) -> list[Array]:
 
 def _images(rng: np.random.Generator, case: Case) -> list[Array]:
     ways = case.sizes[-1]
-    centres = rng.random((case.tasks, ways, case.sizes[0]))
+    centres = rng.random((case.tasks, ways, math.prod(case.row_shape)))
     arrays = []
     for rows in (case.support, case.query):
         labels = np.tile(np.arange(ways), (case.tasks, rows // ways))
         chosen = np.take_along_axis(centres, labels[:, :, None], axis=1)
         ink = rng.random(chosen.shape) < 0.3 * chosen  # strokes: about a sixth of the pixels
-        arrays += [ink.astype(np.float64), labels.astype(np.int64)]
+        shaped = ink.reshape(case.tasks, rows, *case.row_shape)
+        arrays += [shaped.astype(np.float64), labels.astype(np.int64)]
     return arrays
 
 

@@ -5,6 +5,7 @@ Meta-gradients come from `jax.value_and_grad` of the vmapped inner loop, inner g
 that a layer is `x @ w` without a transpose. Inputs are on the device before the clock starts. The
 flags that set the platform and the number of devices and threads must be in the environment before
 JAX is imported: `contestants.py` says which, and each configuration has its own process.
+Images have their channels last, and the convolutions' weights lie as [3, 3, in, out].
 """
 
 from __future__ import annotations
@@ -43,14 +44,32 @@ def _losses(kind: str) -> Function:
     return {"mse": mse, "cross_entropy": cross_entropy, "bce_with_logits": bce_with_logits}[kind]
 
 
+def _pooled(x: jax.Array) -> jax.Array:
+    """The largest of each 2x2 window, [rows, height, width, channels]."""
+    rows, height, width, channels = x.shape
+    whole = x[:, : height // 2 * 2, : width // 2 * 2]
+    windows = whole.reshape(rows, height // 2, 2, width // 2, 2, channels)
+    return windows.max((2, 4))
+
+
 def _forward(layers: Layers, x: jax.Array, activation: Function = jax.nn.relu) -> jax.Array:
+    images = x.ndim > 2
     for w, b, *norm in layers[:-1]:
-        x = x @ w + b
+        if images:
+            named = ("NHWC", "HWIO", "NHWC")
+            x = lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=named) + b
+        else:
+            x = x @ w + b
         if norm:
-            centred = x - x.mean(0)
-            x = centred * lax.rsqrt((centred**2).mean(0) + 1e-5) * norm[0] + norm[1]
+            axes = tuple(range(x.ndim - 1))
+            centred = x - x.mean(axes)
+            x = centred * lax.rsqrt((centred**2).mean(axes) + 1e-5) * norm[0] + norm[1]
         x = activation(x)
+        if images:
+            x = _pooled(x)
     w, b = layers[-1]
+    if images:  # in torch's order
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
     return x @ w + b
 
 
@@ -200,7 +219,8 @@ def _arguments(case: Case, data: Data, multiple: int) -> tuple[Any, tuple[Array,
     layers = []
     while flat:
         w, *rest = flat[:per_layer] if len(flat) > 2 else flat
-        layers.append((np.ascontiguousarray(w.T), *rest))
+        turned = w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T
+        layers.append((np.ascontiguousarray(turned), *rest))
         flat = flat[1 + len(rest) :]
     extra = -case.tasks % multiple
     weights = np.full(case.tasks, 1.0 / case.tasks, np.float32)
@@ -209,8 +229,9 @@ def _arguments(case: Case, data: Data, multiple: int) -> tuple[Any, tuple[Array,
         return np.concatenate([a, a[:1].repeat(extra, 0)])
 
     ys, yq = (y.astype(np.int32) if y.dtype == np.int64 else y for y in (data.ys, data.yq))
-    query = (data.xq, yq) if case.query else ()
-    sets = tuple(fill(a) for a in (data.xs, ys, *query))
+    xs, xq = (x.transpose(0, 1, 3, 4, 2) if x.ndim == 5 else x for x in (data.xs, data.xq))
+    query = (xq, yq) if case.query else ()
+    sets = tuple(fill(a) for a in (xs, ys, *query))
     return layers, (np.concatenate([weights, np.zeros(extra, np.float32)]), *sets)
 
 
@@ -218,7 +239,8 @@ def _flat(layers: Layers) -> list[jax.Array]:
     """In the order and shapes of `Data.parameters`."""
     found: list[jax.Array] = []
     for w, *rest in layers:
-        found += [w.swapaxes(-1, -2), *rest]
+        images = w.ndim - rest[0].ndim == 3  # the results of many tasks have an axis more
+        found += [jnp.moveaxis(w, (-1, -2), (-4, -3)) if images else w.swapaxes(-1, -2), *rest]
     return found
 
 

@@ -41,14 +41,24 @@ def architecture(case: Case) -> Architecture:
     """The case's network as the native core takes it, its parameters in the order of `Data`."""
     layers: list[tuple[Any, ...]] = []
     names: list[str] = []
+    if case.image:
+        layers.append(("image", case.sizes[0], *case.image))
     for i, (inputs, outputs) in enumerate(case.layers):
+        if i == len(case.layers) - 1 and case.image:
+            layers.append(("flatten",))
         names += [f"{len(layers)}.weight", f"{len(layers)}.bias"]
-        layers.append(("linear", inputs, outputs, True))
+        if i == len(case.layers) - 1 or not case.image:
+            layers.append(("linear", *case.products[i], True))
+        else:
+            window = (3, 3, 1, 1, 1, 1, 1, 1, 1, 1)  # kernel, stride, paddings, dilation
+            layers.append(("conv2d", inputs, outputs, *window, 1, True))
         if i < len(case.layers) - 1:
             if case.batch_norm:
                 names += [f"{len(layers)}.weight", f"{len(layers)}.bias"]
                 layers.append(("batch_norm", outputs, 1e-5, True, True))
             layers.append((case.activation,))
+            if case.image:
+                layers.append(("max_pool2d", 2, 2, 2, 2, 0, 0, 0, 0, 1, 1))
     return Architecture(tuple(layers), tuple(names), tuple(names), False)
 
 

@@ -33,11 +33,19 @@ def make_model(case: Case, data: Data, device: devices.Device | None = None) -> 
     """The case's network as a torch module, in the dtype of the data, on the device."""
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(case.layers):
-        layers.append(nn.Linear(inputs, outputs))
-        if i < len(case.layers) - 1:
-            if case.batch_norm:
-                layers.append(nn.BatchNorm1d(outputs, track_running_stats=False))
-            layers.append(ACTIVATIONS[case.activation]())
+        if i == len(case.layers) - 1:
+            layers += [nn.Flatten()] * bool(case.image)
+            layers.append(nn.Linear(*case.products[i]))
+            break
+        if case.image:
+            layers.append(nn.Conv2d(inputs, outputs, 3, padding=1))
+        else:
+            layers.append(nn.Linear(inputs, outputs))
+        if case.batch_norm:
+            norm = nn.BatchNorm2d if case.image else nn.BatchNorm1d
+            layers.append(norm(outputs, track_running_stats=False))
+        layers.append(ACTIVATIONS[case.activation]())
+        layers += [nn.MaxPool2d(2)] * bool(case.image)
     model = nn.Sequential(*layers).to(torch.from_numpy(data.xs).dtype)
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), data.parameters, strict=True):

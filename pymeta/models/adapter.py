@@ -269,11 +269,9 @@ class Adapter:
 
     def _as_features(self, name: str, x: Any) -> np.ndarray:
         """One task's rows of images or sequences as the engine reads them: a view."""
-        shape = self._row_shape or ()
-        if x.shape[1:] != shape:
-            raise ValueError(
-                f"{name}: expected rows of shape {list(shape)}, got {list(x.shape[1:])}"
-            )
+        want, got = list(self._row_shape or ()), list(x.shape[1:])
+        if want != got:
+            raise ValueError(f"{name}: expected rows of shape {want}, got {got}")
         return dense(x).reshape(len(x), self.in_features)
 
     @contextmanager

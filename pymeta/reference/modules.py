@@ -117,6 +117,15 @@ def _layer_norm(
     return _affine(_normalised(x, axes, eps), weight, bias, tuple(normalized_shape))
 
 
+def _group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    each = x.shape[1:].numel() // num_groups
+    groups = _normalised(x.reshape(x.shape[0], num_groups, each), (2,), eps)
+    return _affine(groups.reshape(x.shape), weight, bias, (1, -1, *[1] * (x.ndim - 2)))
+
+
 class NotTogetherError(RuntimeError):
     """`torch.vmap` would silently compute something else than for each task by itself."""
 
@@ -156,11 +165,15 @@ class _Rewritten(TorchFunctionMode):
     written_out: ClassVar[dict[Callable[..., Any], Callable[..., Tensor]]] = {
         F.instance_norm: _instance_norm,
         F.layer_norm: _layer_norm,
+        F.group_norm: _group_norm,
         torch.instance_norm: lambda x, w, b, m, v, use, momentum, eps, cudnn: _instance_norm(
             x, m, v, w, b, use, momentum, eps
         ),
         torch.layer_norm: lambda x, shape, weight=None, bias=None, eps=1e-5, cudnn=False: (
             _layer_norm(x, shape, weight, bias, eps)
+        ),
+        torch.group_norm: lambda x, groups, weight=None, bias=None, eps=1e-5, cudnn=False: (
+            _group_norm(x, groups, weight, bias, eps)
         ),
     }
     checked: ClassVar[dict[Callable[..., Any], Callable[..., None]]] = {

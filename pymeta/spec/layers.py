@@ -38,6 +38,14 @@ def _batch_norm(m: nn.BatchNorm1d | nn.BatchNorm2d) -> Layer:
     return ("batch_norm", m.num_features, m.eps, *_affine(m))
 
 
+def _group_norm(m: nn.GroupNorm) -> Layer:
+    return ("group_norm", m.num_channels, m.num_groups, m.eps, *_affine(m))
+
+
+def _instance_norm(m: nn.InstanceNorm1d | nn.InstanceNorm2d) -> Layer:
+    return ("group_norm", m.num_features, m.num_features, m.eps, *_affine(m))
+
+
 def _layer_norm(m: nn.LayerNorm) -> Layer:
     if len(m.normalized_shape) != 1:
         raise Refused(f"LayerNorm over the shape {tuple(m.normalized_shape)}")
@@ -208,6 +216,9 @@ MODULES: dict[type, Known] = {
     nn.AdaptiveAvgPool2d: Known(_by(_global_avg_pool(2), ("output_size",)), ("output_size",), (2,)),
     nn.BatchNorm1d: Known(_batch_norm, ("num_features", "eps", "training"), (0, 1)),
     nn.BatchNorm2d: Known(_batch_norm, ("num_features", "eps", "training"), (2,)),
+    nn.GroupNorm: Known(_group_norm, ("num_groups", "num_channels", "eps"), (0, 1, 2)),
+    nn.InstanceNorm1d: Known(_instance_norm, ("num_features", "eps", "training"), (1,)),
+    nn.InstanceNorm2d: Known(_instance_norm, ("num_features", "eps", "training"), (2,)),
     nn.LayerNorm: Known(_layer_norm, ("normalized_shape", "eps"), (0,)),
     nn.Identity: Known(lambda m: IDENTITY),
     nn.Dropout: Known(_dropout, ("p", "training")),

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from pymeta import native
 from pymeta.spec.layers import (
@@ -310,7 +311,7 @@ def _running(steps: list[_Step]) -> str | None:
     """The first layer in eval mode that has running statistics."""
     for step in steps:
         m = step.module
-        if not isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) or m.training:
+        if not isinstance(m, _NormBase) or m.training:
             continue
         if m.running_mean is not None:
             return label_of(step.name, m)

@@ -107,11 +107,13 @@ class Passes {
         pass_on<X>(set_.extent, network_.out_features(), top, gated(last_, tape_.d(last_)));
       finish_delta(last_);
     }
+    const bool to_input = input_delta && set_.dx;
+    if (!set_.dx) lowest = above(lowest);  // a tangent pass to the inputs asks for all deltas
     for (int l = last_; l >= lowest && !state_.call.is_stopped(); --l) {
       const Layer& layer = network_.layers[l];
       with_rules(l, [&](const auto& rules) {
         const LayerPass p = pass(l, theta, delta(l));
-        if (l > lowest || (input_delta && set_.dx)) {
+        if (l > lowest || to_input) {
           rules.backward(p, l > 0 ? gated(l - 1, tape_.output_delta(l - 1)) : Destination{set_.dx});
           if (l > 0) finish_delta(l - 1);
         }
@@ -152,12 +154,13 @@ class Passes {
       if (is_relu(last_)) pass_on<X>(set_.extent, network_.out_features(), rd, gated(last_, rd));
       finish_delta_tangent(last_, rd);
     }
-    for (int l = last_; l >= 0 && !state_.call.is_stopped(); --l) {
+    const int lowest = set_.dx ? 0 : above(0);
+    for (int l = last_; l >= lowest && !state_.call.is_stopped(); --l) {
       const Layer& layer = network_.layers[l];
       with_rules(l, [&](const auto& rules) {
         const LayerPass p = pass(l, theta, delta(l));
         const LayerTangent t = pass_tangent(l, u, is_class_major(l) ? rdy : rd);
-        if (l > 0 || set_.dx) {
+        if (l > lowest || set_.dx) {
           rules.tangent_backward(p, t, l > 0 ? gated(l - 1, rd_below) : Destination{rd_below});
           if (l > 0)
             finish_delta_tangent(l - 1, rd_below);
@@ -208,6 +211,11 @@ class Passes {
     return t;
   }
 
+  // The layer from which deltas are of use to parameters.
+  PYMETA_FN int above(int l) const {
+    const int first = state_.lowest_with_parameters;
+    return l > first ? l : first;
+  }
   PYMETA_FN bool is_relu(int l) const {
     return network_.layers[l].activation.kind == ActivationKind::relu;
   }

@@ -81,6 +81,7 @@ struct State {
   FactoredLinear<X>* factored = nullptr;  // the item's first layer, where it is a factored one
   Vec anchor = zero();                    // the strength of each task's pull towards the start
   int lowest_adapted = 0;                 // the lowest layer that the inner loop changes
+  int lowest_with_parameters = 0;         // nobody wants a delta below it but the inputs
 
   PYMETA_FN State(const Call<Real>& of, const Workspace<X>& workspace, const Shared& common,
                   const Memory& lies)
@@ -93,6 +94,9 @@ struct State {
         rates(of, common.rates, workspace.parameters.size) {
     while (lowest_adapted < network.layer_count && !is_adapted(network.layers[lowest_adapted]))
       ++lowest_adapted;
+    while (lowest_with_parameters < network.layer_count &&
+           !has_parameters(network.layers[lowest_with_parameters]))
+      ++lowest_with_parameters;
   }
 
   // ---- parameters ----------------------------------------------------------------------------------------------
@@ -246,6 +250,9 @@ struct State {
   }
 
  private:
+  PYMETA_FN static bool has_parameters(const Layer& layer) {
+    return layer.weight >= 0 || layer.bias >= 0;
+  }
   PYMETA_FN bool is_adapted(const Layer& layer) const {
     return (layer.weight >= 0 && call.adapted[layer.weight]) ||
            (layer.bias >= 0 && call.adapted[layer.bias]);

@@ -38,13 +38,14 @@ PYMETA_FN inline Extent over(const Extent& set, const Shape& shape) {
 // The sum of body(row), each row in its turn; of positions, which may be many, in four interleaved sums. Rows that a task
 // lacks add zeros and change nothing, wherever they lie.
 template <class Body>
-PYMETA_FN Vec sum_over(const Extent& extent, Body body) {
-  Vec sum = zero();
+PYMETA_FN auto sum_over(const Extent& extent, Body body) {
+  using Sum = decltype(body(0));
+  Sum sum{};
   if (extent.period == 0) {
     for (int r = 0; r < extent.rows; ++r) sum = sum + body(r);
     return sum;
   }
-  Vec second = zero(), third = zero(), fourth = zero();
+  Sum second{}, third{}, fourth{};
   const int images = extent.period;
   int r = 0;
   for (; r + 4 * images <= extent.rows; r += 4 * images)

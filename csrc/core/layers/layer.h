@@ -1,6 +1,6 @@
 // What a layer is: the interface of the files beside this one.
 //
-// A layer maps rows of one shape to rows of another, z = f(x; weight, bias); its activation a = act(z) is the passes'
+// A layer maps rows of one shape to rows of another (call/network.h), z = f(x; weight, bias); its activation a = act(z) is the passes'
 // business (algorithms/passes.h). Each file has a description, true on every machine,
 //
 //   struct LinearSpec
@@ -12,7 +12,8 @@
 //
 //   template <class X> struct Linear
 //     packed_weight(layer)               how its weight lies; a bias is a vector of channels
-//     kTransposesWeight                  do its backward passes want the transposed weight (where X keeps one)?
+//     kTransposesWeight                  do its backward passes want the transposed weight (where X keeps one)? Then
+//     transposed_scalars(layer), transpose(layer, weight, transposed)   its size, and how it is made
 //     kReadsRowsInPlace                  as the first layer, can it read the caller's own rows, without padding?
 //     kept_scalars(layer, rows, i)       size of its i-th array of its own on a tape (and in a tangent pass); 0: none
 //     forward(p, to)                     z

@@ -29,7 +29,8 @@ struct MaxPool1dSpec {
 
   template <class Builder>
   static void add(Builder& builder, const double* arguments) {
-    add_pooling(builder, arguments);
+    if (!builder.fuse_pooling(builder.window(arguments), arguments + 4))
+      add_pooling(builder, arguments);
   }
 };
 

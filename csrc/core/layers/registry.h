@@ -4,9 +4,11 @@
 #include "../activations.h"
 #include "batch_norm.h"
 #include "convolution.h"
+#include "group_norm.h"
 #include "layer_norm.h"
 #include "linear.h"
 #include "lone_activation.h"
+#include "norm_pool.h"
 #include "pooling.h"
 #include "rearrangement.h"
 
@@ -25,6 +27,8 @@
   LAYER(global_avg_pool1d, GlobalAvgPool1d) \
   LAYER(global_avg_pool2d, GlobalAvgPool2d) \
   LAYER(batch_norm, BatchNorm)              \
+  LAYER(norm_pool, NormPool)                \
+  LAYER(group_norm, GroupNorm)              \
   LAYER(layer_norm, LayerNorm)
 
 namespace pymeta {
@@ -57,7 +61,7 @@ PYMETA_MEMBER inline bool mixes_rows(const Network& network) {
     for_each_layer_spec([&](LayerKind kind, auto spec) {
       const Layer& layer = network.layers[l];  // an image's positions suffice for statistics
       mixes =
-          mixes || (kind == layer.kind && decltype(spec)::kMixesRows && layer.out.positions() == 1);
+          mixes || (kind == layer.kind && decltype(spec)::kMixesRows && layer.in.positions() == 1);
     });
   return mixes;
 }
