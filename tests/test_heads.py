@@ -16,6 +16,7 @@ from pymeta.learners import BayesianHead, RidgeHead
 SIZES = [4, 1, 9, 2]
 F64 = torch.float64
 KINDS = ["mse", "ridge classes", "ridge logits", "cross_entropy", "bce_with_logits", "bayesian"]
+WIDE = 12  # features, more than there are rows: the dual
 
 
 def encoder(inputs=3, features=4):
@@ -107,15 +108,20 @@ def test_a_ridge_head_is_the_minimum_of_its_problem(kind):
         assert torch.allclose(got[t], wanted, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("kind", ["mse", "bce_with_logits"])
 @pytest.mark.parametrize("features", [2, 20])
-def test_both_forms_of_ridge_are_one(features):
+def test_both_forms_are_one(kind, features):
     """More rows than features, and fewer: the normal equations and their dual."""
-    head = make("mse", features=features)
+    head = make(kind, features=features)
     xs, ys = lists(head, [6, 3])
-    got = head.adapt(xs, ys).state["weights"]
+    models, w = head.adapt(xs, ys), [torch.rand(n, dtype=F64) for n in (6, 3)]
+    weighted = head.adapt(xs, ys, support_weights=w)
     for t in range(2):
-        wanted = weights_by_hand(head, xs[t], ys[t], torch.ones(len(xs[t]), dtype=F64))
-        assert torch.allclose(got[t], wanted, rtol=0, atol=1e-10)
+        one = torch.ones(len(xs[t]), dtype=F64)
+        tolerance = 1e-10 if kind == "mse" else 1e-6  # LBFGS stops there
+        for got, weights in ((models, one), (weighted, w[t])):
+            wanted = weights_by_hand(head, xs[t], ys[t], weights)
+            assert torch.allclose(got.state["weights"][t], wanted, rtol=0, atol=tolerance)
 
 
 def test_a_bayesian_head_is_gaussian_conditioning():
@@ -205,10 +211,10 @@ def test_the_prior_is_learned_from_tasks():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_gradients_by_finite_differences(kind, weighted):
+@pytest.mark.parametrize(("weighted", "features"), [(False, 4), (True, 4), (True, WIDE)])
+def test_gradients_by_finite_differences(kind, weighted, features):
     """To every parameter and to the inputs, through the minimum."""
-    head = make(kind)
+    head = make(kind, features=features)
     xs, ys = lists(head)
     xq, yq = lists(head, [3, 5, 1, 2])
     values = torch.cat(xs).requires_grad_()
@@ -236,6 +242,21 @@ def test_gradients_by_finite_differences(kind, weighted):
         difference = (found[0] - found[1]) / (2 * step)
         assert abs(slope - difference) < 1e-7 + 1e-6 * abs(slope), (name, slope, difference)
         assert name == "xs" or slope != 0
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "bce_with_logits"])
+def test_a_minimum_by_newton_is_not_differentiated_twice(kind):
+    """Its last step has the first derivative of the minimum, and no other."""
+    head = make(kind)
+    xs, ys = lists(head)
+    (slope,) = torch.autograd.grad(head(xs, ys, xs, ys).loss, head.prior_mean, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+    twice = make("mse")
+    xs, ys = lists(twice)
+    (slope,) = torch.autograd.grad(twice(xs, ys, xs, ys).loss, twice.prior_mean, create_graph=True)
+    slope.square().sum().backward()
+    assert twice.log_precision.grad.abs().sum() > 0
 
 
 # ---- forms --------------------------------------------------------------------------------------

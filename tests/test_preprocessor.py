@@ -237,6 +237,7 @@ def test_a_loaded_one_needs_numpy_alone(tmp_path):
         ("preprocessor", lambda d: d.pop("clip"), "clip is missing"),
         ("preprocessor", lambda d: d["until"].update(unit="eons"), "no unit of time"),
         ("entity", lambda d: d["labels"].pop(), "its rows do not fit its entities"),
+        ("entity", lambda d: d["labels"].reverse(), "its rows do not fit its entities"),
         ("numbers", lambda d: d["columns"].pop(), "not of 1 columns"),
     ],
 )
@@ -255,6 +256,35 @@ def test_files_that_say_other_things_are_refused(tmp_path, part, change, says):
         Preprocessor.load(path)
     with pytest.raises(ValueError, match="holds 'preprocessor', expected 'adapter'"):
         file.read(path, "adapter", verify=True)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "says"),
+    [
+        (".numbers.scale", lambda a: a * 0, "a scale is not > 0"),
+        (".numbers.low", lambda a: a + 1e9, "limits are not in order"),
+        (".entity.offsets", lambda a: a.astype(float), "its rows do not fit"),
+        (".entity.offsets", lambda a: a[::-1], "its rows do not fit"),
+        (".entity.sums", lambda a: a[:-1], "its rows do not fit"),
+        (".entity.times", lambda a: a[:-1], "its times do not fit"),
+        (".other.times", lambda a: a, "belongs to no part"),
+    ],
+)
+def test_files_of_other_arrays_are_refused(tmp_path, tensor, change, says):
+    from pymeta.models import file
+
+    train, path = panel(), tmp_path / "prep.safetensors"
+    train.preprocessor(encode_entity=True).fit(train).save(path)
+    contents = file.read(path, "preprocessor", verify=True)
+    tensors = dict(contents.tensors)
+    raw = tensors.get(tensor, tensors[".entity.times"])
+    array = raw.data.view(np.int64 if raw.dtype == "I64" else np.float64).reshape(raw.shape)
+    array = np.ascontiguousarray(change(array))
+    dtype = "I64" if array.dtype.kind == "i" else "F64"
+    tensors[tensor] = file.Raw(dtype, array.shape, array.reshape(-1).view(np.uint8))
+    file.write(path, "preprocessor", contents.described, tensors)
+    with pytest.raises(ValueError, match=rf"prep\.safetensors: .*{says}"):
+        Preprocessor.load(path)
 
 
 def test_tables_go_through_as_they_are():

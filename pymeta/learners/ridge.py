@@ -17,9 +17,11 @@ implicit derivative), whatever the number of steps.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pymeta.learners.base import EncodedLearner, State, check_loss
@@ -210,10 +212,23 @@ class _Logits:
         v = flat.view(self.prior.shape)
         chance = (self.f @ v.mT + self.offset).sigmoid()
         slope = self.w.unsqueeze(-1) * (chance - self.y)  # [T, R, out]
-        gradient = slope.mT @ self.f + self.p * (v - self.prior)
+        gradient = slope.mT @ self.f + self.p * (v - self.prior)  # [T, out, d]
         curve = self.w.unsqueeze(-1) * chance * (1 - chance)
-        hessian = torch.einsum("tro,tri,trj->toij", curve, self.f, self.f) + torch.diag(self.p)
-        return solve(hessian, gradient.unsqueeze(-1)).squeeze(-1).reshape(flat.shape)
+        return self._solved(curve.detach().mT, gradient).reshape(flat.shape)
+
+    def _solved(self, curve: Tensor, right: Tensor) -> Tensor:
+        """The inverse Hessian of curves [T, out, R] times [T, out, d]; it is a constant."""
+        f, p = self.f.detach(), self.p.detach()
+        if f.shape[1] >= f.shape[2]:
+            hessian = torch.einsum("tor,tri,trj->toij", curve, f, f) + torch.diag(p)
+            return solve(hessian, right.unsqueeze(-1)).squeeze(-1)
+        root = curve.sqrt()  # the dual: as many equations as rows
+        alike = (f / p) @ f.mT
+        inner = root.unsqueeze(-1) * root.unsqueeze(-2) * alike.unsqueeze(1)
+        inner = inner + torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
+        own = right / p
+        solved = solve(inner, (root * (own @ f.mT)).unsqueeze(-1)).squeeze(-1)
+        return own - (root * solved) @ f / p
 
     def weights(self, flat: Tensor) -> Tensor:
         return flat.view(self.prior.shape).mT
@@ -243,11 +258,12 @@ class _Classes:
         chance = (self.f @ v + self.offset).softmax(-1)
         slope = self.w.unsqueeze(-1) * (chance - self.y)
         gradient = self.f.mT @ slope + self.p.unsqueeze(-1) * (v - self.prior)
-        curve = torch.diag_embed(chance) - chance.unsqueeze(-1) * chance.unsqueeze(-2)
-        curve = self.w[..., None, None] * curve  # [T, R, out, out]
-        hessian = torch.einsum("trab,tri,trj->tiajb", curve, self.f, self.f)
+        known, f = chance.detach(), self.f.detach()  # the Hessian is a constant
+        curve = torch.diag_embed(known) - known.unsqueeze(-1) * known.unsqueeze(-2)
+        curve = self.w.detach()[..., None, None] * curve  # [T, R, out, out]
+        hessian = torch.einsum("trab,tri,trj->tiajb", curve, f, f)
         n = flat.shape[1]
-        prior = torch.diag(self.p.repeat_interleave(v.shape[-1]))
+        prior = torch.diag(self.p.detach().repeat_interleave(v.shape[-1]))
         full = hessian.reshape(self.tasks, n, n) + prior
         return solve(full, gradient.reshape(self.tasks, n, 1)).squeeze(-1)
 
@@ -280,7 +296,24 @@ def _minimum(problem: _Logits | _Classes) -> Tensor:
 
 
 def _newton(problem: _Logits | _Classes) -> Tensor:
-    """The minimum, and through the last step its derivative: [T, d, out]."""
+    """The minimum, and through the last step its derivative: [T, d, out].
+
+    There the gradient is 0, so that of the step H^-1 g nothing is left of H's derivative.
+    """
     with torch.no_grad():
         at = _minimum(problem)
-    return problem.weights(at - problem.step(at))
+    found: Tensor = _Once.apply(problem.weights(at - problem.step(at)))  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Once(torch.autograd.Function):
+    """The same tensor; to differentiate it twice is an error, for its derivative is that alone."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
