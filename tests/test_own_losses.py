@@ -123,6 +123,30 @@ def test_a_wrong_query_loss_is_refused():
             MAML(mlp(2, 3), loss="mse", query_loss=wrong, lr=0.1, steps=1)
 
 
+class Sum(nn.Module):
+    """No chain: two layers side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3).double(), nn.Linear(2, 3).double()
+
+    def forward(self, x):
+        return self.a(x) + self.b(x).tanh()
+
+
+@pytest.mark.parametrize("make", [Sum, lambda: mlp(2, 3)])
+def test_labels_of_the_query_set_are_checked(make):
+    """By the query loss, also where the width of the outputs has to be found out."""
+    xs, ys, xq, _ = batch(out=3)
+    yq = torch.randint(0, 3, (3, 4))
+    module = MAML(make(), loss="mse", query_loss="cross_entropy", lr=0.1, steps=1, backend="torch")
+    wanted = two_losses(module.model, F.mse_loss, F.cross_entropy, 0.1, 1, xs, ys, xq, yq)
+    assert_close(module(xs, ys, xq, yq).loss, wanted)
+    yq[1, 2] = 3
+    with pytest.raises(ValueError, match=r"yq: task 1, row 2: label 3 is not in 0\.\.2"):
+        module(xs, ys, xq, yq)
+
+
 # ---- functions ---------------------------------------------------------------------------------
 
 

@@ -330,16 +330,17 @@ class Learner(nn.Module, ABC):
         """
         check_statistics(self.model)
         self._fall_back(reason, frames + 1)
-        expected = self._expected(plan, sets[0])
+        expected = self._expected(plan, *sets)
         for s in sets:
             check_values(s, expected)
         return expected
 
-    def _expected(self, plan: Plan, s: TaskSet) -> Expected:
+    def _expected(self, plan: Plan, *sets: TaskSet) -> Expected:
         """What inputs are expected; for a model that is not a chain, find its output's width."""
-        if plan.expected.out_features is not None or not plan.expected.loss.takes_classes:
+        classes = any(s.loss is not None and s.loss.takes_classes for s in sets)
+        if plan.expected.out_features is not None or not classes:
             return plan.expected
-        shape = self._output_shape(plan, s)
+        shape = self._output_shape(plan, sets[0])
         if len(shape) != 1:
             return plan.expected
         return replace(plan.expected, in_features=None, out_features=shape[0])
