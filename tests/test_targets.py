@@ -317,6 +317,18 @@ def test_adapted_models_and_adapters_take_them(soft, tmp_path):
         assert np.allclose(arrays.predict_proba(a, offset=d)[0], p[0].numpy())
 
 
+@pytest.mark.parametrize("isa, executor", [*PATHS, (None, None)])
+def test_rows_that_do_not_count_are_predicted_with_their_offsets(isa, executor):
+    """In the call that learns as by the adapted models; in torch where there is no executor."""
+    module, (xs, ys, xq, yq), (_, wq), (os, oq) = masked("native" if executor else "torch")
+    wq[0, 1], wq[2] = 0.0, 0.0
+    with using(isa, executor):
+        got = module(xs, ys, xq, yq, support_offset=os, query_offset=oq, query_weights=wq)
+        wanted = module.adapt(xs, ys, support_offset=os)(xq, offset=oq)
+    assert_close(got.predictions, wanted)
+    assert got.task_losses[2] == 0 and got.task_losses[0] > 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tasks_of_equal_sizes_have_offsets_of_one_axis(backend):
     xs, ys, xq, yq = batch(out=1)
