@@ -34,7 +34,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
   sanitize sanitize-native sanitize-python guard fuzz soak arrangements serve-demo test-postgres
 .DELETE_ON_ERROR:
 
-test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs $(STAMP)/serve
+test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs $(STAMP)/serve $(STAMP)/postgres
 	$(BIN)/python -m pytest
 
 demo: $(STAMP)/pymeta $(STAMP)/examples
