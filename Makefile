@@ -47,7 +47,7 @@ docs: $(STAMP)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(STAMP)/test
-	$(BIN)/python -m pytest tests/test_style.py
+	$(BIN)/python -m pytest tests/project/test_style.py
 
 format: $(STAMP)/test
 	$(BIN)/ruff check --fix .
@@ -55,7 +55,7 @@ format: $(STAMP)/test
 	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 typing: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/serve
-	$(BIN)/python -m pytest tests/test_typing.py
+	$(BIN)/python -m pytest tests/project/test_typing.py
 
 # Both are built in environments that hold the build requirements alone, the wheel from the sdist: what the sdist lacks,
 # or what is taken from the source tree, shows. The time in the archives is the commit's: the same source, the same bytes.
@@ -128,7 +128,7 @@ guard: $(STAMP)/build $(STAMP)/torch $(STAMP)/test
 	for at in end start; do \
 	  export PYMETA_GUARD_AT=$$at; build/guarded-objects/native_test && (cd build/guarded && \
 	  PYTHONPATH=$(abspath build/guarded) $(ONE_THREAD) venv/bin/python -m pytest -p no:cacheprovider \
-	  tests/test_kernels.py tests/test_bits.py tests/test_recipes.py tests/test_adapter.py tests/test_faults.py) || exit 1; \
+	  tests/native/test_kernels.py tests/native/test_bits.py tests/native/test_recipes.py tests/models/test_adapter.py tests/models/test_adapter_arrays.py tests/native/test_faults.py) || exit 1; \
 	done
 
 # libFuzzer comes with atheris, the instrumentation from clang++.
@@ -168,7 +168,7 @@ cuda: $(STAMP)/build $(STAMP)/test
 	$(CMAKE) --build build/cuda --target _native >build/cuda/log.txt 2>&1 || { tail -50 build/cuda/log.txt; exit 1; }
 	$(BIN)/python bench/kernel_report.py --log build/cuda/log.txt --json build/cuda/kernels.json
 	PYMETA_TEST_MODULE=$$(ls build/cuda/_native*.so) PYMETA_TEST_CUDA="float double 80 90 100 120" \
-	  $(BIN)/python -m pytest tests/test_cuda_build.py
+	  $(BIN)/python -m pytest tests/native/test_cuda_build.py
 
 arm64: $(STAMP)/build
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { \

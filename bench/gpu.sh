@@ -9,8 +9,8 @@
 #   build      pymeta with the CUDA executor for this GPU alone, and with the emulated device
 #   kernels    registers, stack, spills and code of each kernel (kernel_report.py)
 #   info       python -m pymeta.info, with its self-test
-#   tests      tests/test_cuda.py; at the same time as the next two
-#   emulated   tests/test_device.py
+#   tests      tests/cuda; at the same time as the next two
+#   emulated   tests/device
 #   sanitize   compute-sanitizer: memcheck, racecheck, synccheck, initcheck over gpu_calls.py
 #   bench      python -m pymeta.bench --device cuda
 #   sweep      the same for pymeta alone with several numbers of threads of a block
@@ -231,8 +231,8 @@ pytest_of() {
   rm -f "$log"
   return "$code"
 }
-tests() { pytest_of 200 tests/test_cuda.py --junitxml "$work/results/junit.xml" --durations 15; }
-emulated() { pytest_of 200 tests/test_device.py; }
+tests() { pytest_of 200 tests/cuda --junitxml "$work/results/junit.xml" --durations 15; }
+emulated() { pytest_of 200 tests/device; }
 
 # Each allocation by itself, so that memcheck sees the end of every array.
 sanitize() {
@@ -331,7 +331,7 @@ fi
 wanted kernels && run kernels kernels
 wanted info && run info info
 wanted tests && start tests tests
-wanted emulated && [[ -f $work/run/tests/test_device.py ]] && start emulated emulated
+wanted emulated && [[ -d $work/run/tests/device ]] && start emulated emulated
 if wanted sanitize; then
   port=49152
   for tool in memcheck racecheck synccheck initcheck; do

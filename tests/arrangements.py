@@ -7,7 +7,7 @@ this machine cannot have is named in the table, with the reason. The logs, with 
 build/arrangements/NAME.txt, and the exit status is 1 if a test failed in any of them.
 
     make arrangements                                  all of them; they take an hour
-    python tests/arrangements.py "isa avx2" "one core" -- tests/test_kernels.py -x
+    python tests/arrangements.py "isa avx2" "one core" -- tests/native/test_kernels.py -x
     python tests/arrangements.py --list
 """
 

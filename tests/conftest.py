@@ -39,6 +39,12 @@ collect_ignore = [
     for path in sorted(HERE.rglob("test_*.py"))
     if not HAS_TORCH and _imports_torch(path)
 ]
+# whole folders as well, whose own conftest.py would import it
+collect_ignore += [
+    str(path.parent.relative_to(HERE))
+    for path in sorted(HERE.glob("*/conftest.py"))
+    if not HAS_TORCH and _imports_torch(path)
+]
 
 
 def pytest_report_header() -> str | None:
@@ -59,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {path: chance.random() for path in sorted({item.path for item in items})}
     chance.shuffle(items)
     items.sort(key=lambda item: place[item.path])  # a module's fixtures are made once
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request):
+    """Both backends of the learners, one after the other."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,10 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent / "native"))
 
 import cases
 import hypothesis
@@ -31,6 +34,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import DTYPES, ISAS, PROFILE, flat, largest
+from recipes import Adaptations, Recipe, recipes
 from torch import nn
 
 import pymeta
@@ -38,7 +42,7 @@ from pymeta import native, reference
 
 TASKS = st.sampled_from((1, 2, 4, 8, 16, 31, 33, 65, 140))
 ROWS = st.integers(2, 70)
-SKIPPED: list[test_recipes.Recipe] = []
+SKIPPED: list[Recipe] = []
 DTYPE = st.sampled_from(DTYPES)
 
 
@@ -51,14 +55,14 @@ def large_cases(draw):
 
 @st.composite
 def large_recipes(draw):
-    recipe = draw(test_recipes.recipes())
+    recipe = draw(recipes())
     rows = draw(ROWS)
     if any(layer[0] == "batch_norm" for layer in recipe.chain):
         rows += -rows % 3  # no minibatch of one row
     return replace(recipe, tasks=draw(TASKS), rows=rows)
 
 
-def steepest(problem: test_recipes.Adaptations) -> float:
+def steepest(problem: Adaptations) -> float:
     """The largest |mean| / std that a normalisation of the start meets (cases.Wanted)."""
     net, found = copy.deepcopy(problem.net).double(), [1.0]
 
@@ -78,7 +82,7 @@ def steepest(problem: test_recipes.Adaptations) -> float:
     return max(found)
 
 
-def compare_recipe(recipe: test_recipes.Recipe) -> None:
+def compare_recipe(recipe: Recipe) -> None:
     """`test_recipes.compare`, where its bound holds; where it cannot, the recipe is skipped.
 
     Its bound rests on what the reference loses in float32. That says too little where a
@@ -86,7 +90,7 @@ def compare_recipe(recipe: test_recipes.Recipe) -> None:
     where it has grown to the size of the results: hundreds of steps through BatchNorm over three
     rows can be chaotic, and one ulp at the start is then another result, in the reference too.
     """
-    problem = test_recipes.Adaptations(recipe)
+    problem = Adaptations(recipe)
     wanted, single = (problem.follow(reference, d)["weights"] for d in (torch.float64, DTYPES[0]))
     chaotic = largest(flat(single) - flat(wanted)) > 0.01 * largest(wanted)
     if chaotic or steepest(problem) > 30:
@@ -103,7 +107,7 @@ def inner(test: Any) -> Callable[..., Any]:
 # name: what is checked, of what, and how many examples make a round
 ROUNDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
     "cases": (cases.compare, (cases.cases(),), 20),
-    "recipes": (compare_recipe, (test_recipes.recipes(),), 20),
+    "recipes": (compare_recipe, (recipes(),), 20),
     "large cases": (cases.compare, (large_cases(),), 8),
     "large recipes": (compare_recipe, (large_recipes(),), 6),
     "factored": (cases.compare, (cases.factored_cases(),), 8),

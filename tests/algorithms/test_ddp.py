@@ -1,0 +1,36 @@
+"""DistributedDataParallel: two processes with half of the tasks each give the gradients of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ddp_worker
+import pytest
+import torch
+from helpers import assert_close
+
+import pymeta
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_two_processes_give_the_gradients_of_one(tmp_path, backend):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(HERE / "ddp_worker.py"), str(tmp_path / "gradients"), backend,
+    ]  # fmt: skip
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    net, tasks = ddp_worker.problem()
+    maml = pymeta.MAML(
+        net, loss="mse", lr=pymeta.LearnableLR(0.1, "layer"), steps=2, backend=backend
+    )
+    wanted = ddp_worker.gradients(maml, tasks)
+    for rank in range(2):
+        got = torch.load(tmp_path / f"gradients.{rank}")
+        assert got.keys() == wanted.keys() and len(got) == 5
+        assert_close(list(got.values()), list(wanted.values()))

@@ -1,0 +1,15 @@
+"""Problems for the estimators."""
+
+from __future__ import annotations
+
+import pytest
+from sklearn_help import opposites
+
+from pymeta.sklearn import MetaClassifier
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A classifier meta-trained on `opposites`, not adapted."""
+    X, y, g = opposites()
+    return MetaClassifier(iterations=200, random_state=0).fit(X, y, groups=g)

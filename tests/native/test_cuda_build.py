@@ -1,0 +1,246 @@
+"""The CUDA kernels without a GPU: they compile, what ptxas made of them, and the built module.
+
+nvcc compiles the kernels in float32 for sm_90, half a minute of one core. More of them:
+
+    PYMETA_TEST_CUDA="float double 80 90 100 120" pytest tests/native/test_cuda_build.py
+
+The module is looked at where it was built with CUDA; PYMETA_TEST_MODULE names another one.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import source_tree
+
+ROOT = source_tree.need("csrc/cuda", "bench/kernel_report.py", "CMakeLists.txt")
+KERNELS = ROOT / "csrc" / "cuda" / "kernels.cu"
+# Bytes stored to spilled registers in a kernel and what it calls. Those there are lie outside of
+# the products' inner loops; as many again would be a change that somebody should look at.
+SPILLS = 3000
+
+
+def load_report():
+    spec = importlib.util.spec_from_file_location("kernel_report", ROOT / "bench/kernel_report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+report = load_report()
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
+CHOSEN = os.environ.get("PYMETA_TEST_CUDA", "float 90").split()
+REALS = [word for word in CHOSEN if not word.isdigit()]
+ARCHITECTURES = [word for word in CHOSEN if word.isdigit()]
+
+
+# ---- the kernels --------------------------------------------------------------------------------
+
+
+def compile_kernels(real: str, folder: Path) -> tuple[Path, Path]:
+    """The kernels of one real type for all chosen architectures: object file and ptxas's log."""
+    target, log = folder / f"{real}.o", folder / f"{real}.log"
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    # The options of CMakeLists.txt.
+    options = ["-std=c++17", "-O3", "-fmad=false", "-DPYMETA_BLOCK", "-DPYMETA_ISA=cuda"]
+    command = [nvcc(), *options, *code, f"-DPYMETA_REAL={real}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
+    done = subprocess.run(
+        [*command, "-c", str(KERNELS), "-o", str(target)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr[-8000:]}"
+    log.write_text(done.stderr)
+    return target, log
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    folder = tmp_path_factory.mktemp("cuda")
+    return {real: compile_kernels(real, folder) for real in REALS}
+
+
+@needs_nvcc
+def test_options_are_those_of_the_build():
+    """What is compiled here is what CMake compiles."""
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    for word in ("csrc/cuda/kernels.cu", "PYMETA_BLOCK", "-fmad=false"):
+        assert word in cmake, word
+
+
+@needs_nvcc
+@pytest.mark.parametrize("real", REALS)
+def test_every_kernel_is_there_and_none_spills_much(real, compiled):
+    _, log = compiled[real]
+    kernels = report.collect([], [log])
+    # A macro or a template may make more kernels than there are definitions, but none fewer.
+    defined = re.findall(r"__global__[^;{]*?\b(\w+)\s*\(\s*(?:const\s|__grid)", KERNELS.read_text())
+    assert len(defined) >= 3
+    for arch in ARCHITECTURES:
+        own = [k for k in kernels if k.arch == f"sm_{arch}"]
+        missing = [name for name in defined if not any(name in k.symbol for k in own)]
+        assert not missing, f"sm_{arch}: {missing} are not in {[k.name for k in own]}"
+    assert not report.spilling(kernels, SPILLS)
+    for k in kernels:
+        assert 0 < k.registers <= 255 and k.static_shared_bytes == 0, k
+
+
+@needs_nvcc
+@pytest.mark.parametrize("real", REALS)
+def test_object_and_log_say_the_same(real, compiled):
+    """The kernels by cuobjdump, which has their code as well."""
+    if shutil.which("cuobjdump") is None:
+        pytest.skip("there is no cuobjdump")
+    target, log = compiled[real]
+    whole, logged = report.collect([target], [log]), report.collect([], [log])
+    read = report.collect([target], [])
+    for both, a, b in zip(whole, logged, read, strict=True):
+        assert (a.symbol, a.arch, a.registers) == (b.symbol, b.arch, b.registers)
+        assert (a.stack_bytes, a.static_shared_bytes) == (b.stack_bytes, b.static_shared_bytes)
+        assert both.code_bytes == b.code_bytes > 0 and both.spill_load_bytes is not None
+
+
+# ---- the built module ---------------------------------------------------------------------------
+
+
+def built_module() -> Path | None:
+    """The native module, where it has CUDA code in it."""
+    if "PYMETA_TEST_MODULE" in os.environ:
+        return Path(os.environ["PYMETA_TEST_MODULE"]).resolve(strict=True)
+    found = importlib.util.find_spec("pymeta._native")
+    if found is None or found.origin is None or sys.platform != "linux":
+        return None
+    path = Path(found.origin)
+    return path if b".nv_fatbin" in path.read_bytes() else None
+
+
+MODULE = built_module()
+needs_module = pytest.mark.skipif(MODULE is None, reason="the module was built without CUDA")
+
+
+@needs_module
+def test_the_module_needs_nothing_of_cuda():
+    """The runtime is linked in, and the driver is opened when it is first asked for."""
+    readelf = shutil.which("readelf")
+    assert readelf, "no readelf: binutils from the system"
+    said = subprocess.run([readelf, "-d", str(MODULE)], capture_output=True, text=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", said)
+    assert needed and not [name for name in needed if "cuda" in name or "nv" in name], needed
+
+
+LOAD = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("pymeta._native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+print(json.dumps([native.cuda_reason(), native.devices()]))
+"""
+
+
+@needs_module
+def test_the_module_loads_without_a_device_and_says_why_it_has_none():
+    """No driver, or a driver whose devices are all hidden."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(MODULE)], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reason, devices = json.loads(done.stdout)
+    assert reason and devices == []
+
+
+# ---- the report itself --------------------------------------------------------------------------
+
+LOG = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN3app5floatL4workILi2EEEvPf' for 'sm_90'
+ptxas info    : Function properties for _ZN3app5floatL4workILi2EEEvPf
+    288 bytes stack frame, 136 bytes spill stores, 448 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 304 bytes cumulative stack size, 512 bytes smem
+ptxas info    : Compile time = 7686.323 ms
+ptxas info    : Function properties for _ZN3app4tileEv
+    0 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads
+ptxas info    : Compiling entry function '_Z4packv' for 'sm_90'
+ptxas info    : Function properties for _Z4packv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 37 registers, used 0 barriers
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "ptxas.log"
+    path.write_text(text)
+    return path
+
+
+def test_report_reads_what_ptxas_says(tmp_path):
+    pack, work = report.collect([], [write(tmp_path, LOG)])
+    assert (work.registers, work.stack_bytes, work.static_shared_bytes) == (128, 304, 512)
+    assert (work.spill_store_bytes, work.spill_load_bytes) == (156, 472)  # its own and tile's
+    assert (pack.registers, pack.stack_bytes, pack.spill_store_bytes) == (37, 0, 0)
+    assert work.code_bytes is None and work.arch == "sm_90"
+
+
+def test_report_reads_what_cuobjdump_says():
+    said = " Function _Z4packv:\n  REG:37 STACK:8 SHARED:{} LOCAL:0 CONSTANT[0]:5568 TEXTURE:0\n"
+    for arch, shared, own in (("sm_90", 1536, 512), ("sm_80", 1536, 1536), ("sm_120", 1024, 0)):
+        (kernel,) = report.read_usage(said.format(shared), arch).values()
+        assert kernel.registers == 37 and kernel.stack_bytes == 8
+        assert kernel.static_shared_bytes == own, arch
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("void lib::cuda::(anonymous namespace)::run<(lib::Job)0>(lib::Frame)", "cuda::run<0>"),
+        ("void run<float>(Frame<float>, float*)", "run<float>"),
+        ("lib::_GLOBAL__N__6331_10_kernels_cu::pack(lib::Frame)", "lib::pack"),
+        ("_Z4packv", "_Z4packv"),
+    ],
+)
+def test_report_shortens_names(name, wanted):
+    assert report.short(name) == wanted
+
+
+def test_report_judges_spills(tmp_path, capsys):
+    log = write(tmp_path, LOG)
+    rows = tmp_path / "rows.json"
+    assert report.main(["--log", str(log), "--fail-on-spills", "156", "--json", str(rows)]) == 0
+    assert len(json.loads(rows.read_text())) == 2
+    assert report.main(["--log", str(log), "--fail-on-spills", "155"]) == 1
+    assert "stores 156 bytes" in capsys.readouterr().err
+
+
+def test_report_is_not_content_with_nothing(tmp_path, capsys):
+    assert report.main(["--log", str(write(tmp_path, "no kernels here"))]) == 2
+    assert report.main(["--log", str(tmp_path / "missing")]) == 2
+    assert report.main([str(tmp_path / "missing.o")]) == 2
+    known = report.read_log(LOG)
+    for kernel in known.values():
+        kernel.spill_store_bytes = None
+    with pytest.raises(report.Unusable, match="nothing is known of the spills"):
+        report.spilling(list(known.values()), 0)
+
+
+# ---- bench/gpu.sh -------------------------------------------------------------------------------
+
+
+def test_gpu_script_is_bash_and_refuses_unknown_parts(tmp_path):
+    script = str(ROOT / "bench" / "gpu.sh")
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    folder = tmp_path / "results"
+    done = subprocess.run(["bash", script, str(folder), "flash"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no part 'flash'" in done.stderr
+    assert not folder.exists()

@@ -1,0 +1,114 @@
+"""What the suite promises of itself: the same draws everywhere, other roundings, arrangements."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import arrangements
+import draws
+import pytest
+import torch
+from rounding import ALIKE, ROUNDED, OtherRounding
+
+HERE = Path(__file__).resolve().parents[1]
+
+DRAW = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import draws
+{same}
+import hypothesis
+from hypothesis import given, settings, strategies as st
+if len(sys.argv) > 2:
+    import constants
+
+def drawn(n):
+    print(n)
+
+@settings(max_examples=200, derandomize=True, database=None)
+@given(st.integers(0, 2**31))
+def check(n):
+    drawn(n)
+
+check()
+"""
+
+
+def drawn(folder: Path, *, same: bool, more: bool) -> str:
+    """What a program draws; with `more` it has loaded a module of many numbers."""
+    code = DRAW.format(same="draws.same_everywhere()" if same else "")
+    (folder / "program.py").write_text(textwrap.dedent(code))
+    others = folder / "others"
+    others.mkdir(exist_ok=True)
+    (others / "constants.py").write_text(f"numbers = {list(range(12345, 12845))}\n")
+    command = [sys.executable, str(folder / "program.py"), str(HERE), *[str(others)] * more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_draws_do_not_depend_on_what_is_loaded(tmp_path):
+    folder = tmp_path / "program"  # no part of the path says "test", which hypothesis looks at
+    folder.mkdir()
+    assert drawn(folder, same=True, more=False) == drawn(folder, same=True, more=True)
+    if hasattr(draws.providers, "_get_local_constants"):  # without draws.py they do
+        assert drawn(folder, same=False, more=False) != drawn(folder, same=False, more=True)
+
+
+def test_torch_rounds_otherwise_and_by_no_more_than_an_epsilon():
+    torch.manual_seed(0)
+    a, b = torch.randn(20, 20, dtype=torch.float64), torch.randn(20, 20, dtype=torch.float64)
+    alone = torch.mm(a, b)
+    with OtherRounding():
+        first, second = torch.mm(a, b), torch.mm(a, b)
+        assert torch.equal(a + b, torch.add(a, b))  # rounded alike everywhere
+        assert torch.equal(torch.ones(7).sum(), torch.tensor(7.0))
+        assert torch.equal(a[:, :1].mean(1), a[:, 0])  # of one number each
+    assert not torch.equal(first, second)
+    assert (first - alone).abs().max() <= 2 * torch.finfo(a.dtype).eps * alone.abs().max()
+    with OtherRounding(ROUNDED | ALIKE):
+        assert not torch.equal(a + b, a + b)
+
+
+def test_gradients_and_vmap_are_rounded_otherwise_too():
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(4, 3, dtype=torch.float64)
+
+    def gradient():
+        each = torch.func.vmap(lambda row: torch.tanh(row @ w).sum())(x)
+        return torch.autograd.grad(each.sum(), x)[0]
+
+    alone = gradient()
+    with OtherRounding():
+        assert not torch.equal(gradient(), gradient())
+        assert torch.allclose(gradient(), alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("1 failed, 20 passed, 3 skipped, 1 xfailed in 12.34s", [20, 1, 0, 3, 1]),
+        ("== 2 passed, 2 warnings, 2 errors in 612.00s (0:10:12) ==", [2, 0, 2, 0, 0]),
+        ("INTERNALERROR", [0, 0, 0, 0, 0]),
+    ],
+)
+def test_counts_are_read_from_pytests_last_line(line, wanted):
+    found = arrangements.counts_of(f"a test in 3 seconds\n{line}\n")
+    assert [found.get(name, 0) for name in arrangements.COUNTS] == wanted
+
+
+def test_an_arrangement_runs_and_its_failure_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(arrangements, "LOGS", tmp_path / "logs")
+    (tmp_path / "test_it.py").write_text(
+        "import os\ndef test_it(): assert os.environ['PYMETA_NUM_THREADS'] == '1'\n"
+    )
+    program = ["--", str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path)]
+    assert arrangements.main(["one thread", *program]) == 0
+    assert "| one thread      |       1 |       0 |" in capsys.readouterr().out
+    assert arrangements.main(["two threads", *program]) == 1
+    assert "not green: two threads" in capsys.readouterr().out
+    assert "1 failed" in (tmp_path / "logs" / "two_threads.txt").read_text()
+    monkeypatch.setattr(arrangements, "lacking", lambda need: "it has none")
+    assert arrangements.main(["one core", *program]) == 0
+    assert "not on this machine: it has none" in capsys.readouterr().out
