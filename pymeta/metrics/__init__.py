@@ -1,7 +1,7 @@
 """Metrics of predictions for many entities, with intervals, and an honest comparison of models."""
 
 from pymeta.metrics.base import Metric
-from pymeta.metrics.bootstrap import Bootstrap, Interval, time_blocks
+from pymeta.metrics.bootstrap import Bootstrap, Interval, Resampled, time_blocks
 from pymeta.metrics.compare import Split, compare, split
 from pymeta.metrics.finance import (
     Cross,
@@ -46,6 +46,7 @@ __all__ = [
     "Pair",
     "Part",
     "Report",
+    "Resampled",
     "Score",
     "Split",
     "accuracy",

@@ -24,7 +24,7 @@ import numpy as np
 
 from pymeta.tasks.groups import Array
 
-_CHUNK = 1 << 22  # weights that are looked at together, of all resamples and rows
+_CHUNK = 1 << 17  # weights that are looked at together, of resamples and rows: they stay in cache
 
 
 def is_binary(y: Array) -> bool:
@@ -121,7 +121,7 @@ class Metric(ABC):
             y: [rows].
             p: [rows].
             codes: [rows], each row's group.
-            counts: [draws, groups], how often each is there.
+            counts: [draws, groups] of float64, how often each is there.
         """
 
 
@@ -193,17 +193,15 @@ class Ranked(Metric):
         begins = np.flatnonzero(np.r_[True, (p[1:] != p[:-1]) | (codes[1:] != codes[:-1])])
         return order, begins, codes[begins]
 
-    def _of_runs(self, y: Array, w: Array, order: Array, begins: Array, group: Array) -> Array:
-        """[draws, groups that are there], of weights [draws, rows]."""
-        w, y = w[:, order], y[order]
-        positive = np.add.reduceat(w * y, begins, axis=1)
-        negative = np.add.reduceat(w * (1 - y), begins, axis=1)
+    def _of_runs(self, y: Array, w: Array, begins: Array, group: Array) -> Array:
+        """[draws, groups that are there], of weights [draws, rows] and y in the order of runs."""
+        positive, negative = w * y, w * (1 - y)
+        if len(begins) < len(y):
+            positive, negative = (np.add.reduceat(v, begins, axis=1) for v in (positive, negative))
         first = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
         with np.errstate(divide="ignore", invalid="ignore"):
             found = self.finish(positive, negative, first)
-            both = np.add.reduceat(positive, first, axis=1) * np.add.reduceat(
-                negative, first, axis=1
-            )
+        both = group_sums(positive, first) * group_sums(negative, first)
         return np.where(both > 0, found, np.nan)
 
     def _groups(self, y: Array, p: Array, w: Array, codes: Array, groups: int) -> Array:
@@ -212,19 +210,27 @@ class Ranked(Metric):
         y, p, w, codes = y[kept], p[kept], w[kept], codes[kept]
         if len(y):
             order, begins, group = self._runs(p, codes)
-            out[np.unique(group)] = self._of_runs(y, w[None], order, begins, group)[0]
+            out[np.unique(group)] = self._of_runs(y[order], w[None, order], begins, group)[0]
         return out
 
     def resampled(self, y: Array, p: Array, codes: Array, counts: Array) -> Array:
         """As the base class has it."""
         y, p = self.check(y, p)
         order, begins, group = self._runs(p, np.zeros(len(y), np.int64))
+        y, codes = y[order], codes[order]
         step = max(_CHUNK // max(len(y), 1), 1)
         parts = [
-            self._of_runs(y, counts[i : i + step][:, codes].astype(float), order, begins, group)
+            self._of_runs(y, counts[i : i + step].take(codes, axis=1), begins, group)
             for i in range(0, len(counts), step)
         ]
         return np.concatenate(parts)[:, 0]
+
+
+def group_sums(values: Array, first: Array) -> Array:
+    """The sum of each group's runs: [draws, groups]."""
+    if len(first) == 1:
+        return np.asarray(values.sum(axis=1, keepdims=True))
+    return np.asarray(np.add.reduceat(values, first, axis=1))
 
 
 def below(values: Array, first: Array) -> Array:
@@ -235,6 +241,8 @@ def below(values: Array, first: Array) -> Array:
         first: [groups], where each group begins.
     """
     total = np.cumsum(values, axis=1)
+    if len(first) == 1:
+        return np.asarray(np.subtract(total, values, out=total))
     sizes = np.diff(np.r_[first, values.shape[1]])
     start = total[:, first] - values[:, first]
     out: Array = total - values - np.repeat(start, sizes, axis=1)
@@ -242,6 +250,8 @@ def below(values: Array, first: Array) -> Array:
 
 
 def per_group(values: Array, first: Array) -> Array:
-    """The sum of each group, for each of its runs: [draws, runs]."""
-    sizes = np.diff(np.r_[first, values.shape[1]])
-    return np.repeat(np.add.reduceat(values, first, axis=1), sizes, axis=1)
+    """The sum of each group, for each of its runs: [draws, runs], or [draws, 1] of one group."""
+    sums = group_sums(values, first)
+    if len(first) == 1:
+        return sums  # which broadcasts
+    return np.repeat(sums, np.diff(np.r_[first, values.shape[1]]), axis=1)

@@ -35,6 +35,18 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
+class Resampled(NamedTuple):
+    """A metric of the rows as they are, and of every draw of a bootstrap.
+
+    Attributes:
+        value: of the rows as they are.
+        draws: [draws].
+    """
+
+    value: float
+    draws: Array
+
+
 def time_blocks(times: Any, length: int) -> Array:
     """The block of each row: [rows], so many distinct times after one another in each.
 
@@ -96,8 +108,25 @@ class Bootstrap:
         low, high = np.quantile(known, self._ends)
         return Interval(value, float(low), float(high))
 
-    def _pooled(self, metric: Metric, y: Array, p: Array) -> tuple[float, Array]:
-        return metric(y, p), metric.resampled(y, p, self._codes, self._counts)
+    def resampled(self, metric: str | Metric, y: Any, p: Any) -> Resampled:
+        """A pooled metric of predictions, of the rows as they are and of every draw.
+
+        Where several models are compared, this is what to keep of each: `of` makes intervals of
+        it, and differences of two of them are paired.
+
+        Args:
+            metric: a name in `METRICS`, or a metric.
+            y: [rows], the targets.
+            p: [rows], the predictions.
+        """
+        metric, y, p = metric_of(metric), np.asarray(y), np.asarray(p)
+        return Resampled(metric(y, p), metric.resampled(y, p, self._codes, self._counts))
+
+    def of(self, ours: Resampled, theirs: Resampled | None = None) -> Interval:
+        """The interval of a metric, or of the difference of two on the same draws."""
+        if theirs is None:
+            return self._interval(*ours)
+        return self._interval(ours.value - theirs.value, ours.draws - theirs.draws)
 
     def _macro(self, metric: Metric, y: Array, p: Array) -> Array:
         return metric.by_group(y, p, self._codes, self.groups)
@@ -122,7 +151,7 @@ class Bootstrap:
         metric, y, p = metric_of(metric), np.asarray(y), np.asarray(p)
         if macro:
             return self._interval(*self._means(self._macro(metric, y, p)))
-        return self._interval(*self._pooled(metric, y, p))
+        return self.of(self.resampled(metric, y, p))
 
     def difference(
         self, metric: str | Metric, y: Any, ours: Any, theirs: Any, *, macro: bool = False
@@ -141,5 +170,4 @@ class Bootstrap:
         if macro:
             own = self._macro(metric, y, ours) - self._macro(metric, y, theirs)
             return self._interval(*self._means(own))
-        (a, draws_a), (b, draws_b) = (self._pooled(metric, y, p) for p in (ours, theirs))
-        return self._interval(a - b, draws_a - draws_b)
+        return self.of(*(self.resampled(metric, y, p) for p in (ours, theirs)))

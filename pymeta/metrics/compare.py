@@ -20,7 +20,7 @@ import numpy as np
 from pymeta.data.panel import Panel
 from pymeta.metrics.base import Metric, is_binary
 from pymeta.metrics.baselines import baselines
-from pymeta.metrics.bootstrap import Bootstrap, time_blocks
+from pymeta.metrics.bootstrap import Bootstrap, Resampled, time_blocks
 from pymeta.metrics.models import as_model
 from pymeta.metrics.report import Line, Pair, Part, Report
 from pymeta.metrics.scores import metric_of
@@ -130,6 +130,7 @@ class _Judge:
     def __init__(self, query: Panel, block: int, draws: int, seed: int) -> None:
         self.y, self.query = query.need_y().astype(np.float64), query
         self.over: dict[str, Bootstrap] = {}
+        self._known: dict[tuple[str, str, str], Resampled] = {}
         if len(query.entities) > 1:
             self.over["entities"] = Bootstrap(query.codes, draws=draws, seed=seed)
         if query.times is not None:
@@ -137,17 +138,27 @@ class _Judge:
             if len(np.unique(blocks)) >= _LEAST_BLOCKS:
                 self.over["blocks of time"] = Bootstrap(blocks, draws=draws, seed=seed)
 
+    def _drawn(self, what: str, run: _Run, metric: Metric) -> Resampled:
+        """A run's resampled metric; computed once."""
+        key = (what, run.name, metric.name)
+        if key not in self._known:
+            self._known[key] = self.over[what].resampled(metric, self.y, run.p)
+        return self._known[key]
+
     def line(self, run: _Run, metrics: Sequence[Metric], sizes: Array) -> Line:
         """A model's row of the table."""
         scores = evaluate(self.y, run.p, self.query.labels, metrics=metrics, size=sizes)
-        first = next(iter(self.over.values()), None)
-        intervals = [None if first is None else first.interval(m, self.y, run.p) for m in metrics]
+        first = next(iter(self.over), None)
+        intervals = [
+            None if first is None else self.over[first].of(self._drawn(first, run, m))
+            for m in metrics
+        ]
         return Line(run.name, run.is_ours, scores, intervals, run.fit, run.predict)
 
     def pair(self, ours: _Run, theirs: _Run, metric: Metric) -> Pair:
         """Ours against one rival in one metric."""
         gaps = {
-            what: draws.difference(metric, self.y, ours.p, theirs.p)
+            what: draws.of(*(self._drawn(what, r, metric) for r in (ours, theirs)))
             for what, draws in self.over.items()
         }
         groups = {what: draws.groups for what, draws in self.over.items()}
@@ -189,10 +200,9 @@ def _part(
     gaps = {}
     if len(np.unique(codes)) > 1:
         over = Bootstrap(codes, draws=draws, seed=seed)
-        ours = next(i for i, r in enumerate(runs) if r.is_ours)
-        for r, p in zip(runs, predictions, strict=True):
-            if not r.is_ours:
-                gaps[r.name] = over.difference(metric, y, predictions[ours][rows], p[rows])
+        drawn = [over.resampled(metric, y, p[rows]) for p in predictions]
+        ours = next(d for r, d in zip(runs, drawn, strict=True) if r.is_ours)
+        gaps = {r.name: over.of(ours, d) for r, d in zip(runs, drawn, strict=True) if not r.is_ours}
     return Part(name, int(rows.sum()), values, gaps)
 
 

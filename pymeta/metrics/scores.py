@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pymeta.metrics.base import Additive, Metric, Ranked, below, per_group
+from pymeta.metrics.base import Additive, Metric, Ranked, below, group_sums, per_group
 from pymeta.tasks.groups import Array
 
 BINS = 10
@@ -26,8 +26,7 @@ def _mean(sums: Array) -> Array:
 def _auc(positive: Array, negative: Array, first: Array) -> Array:
     """The chance that a positive has the larger prediction, ties counting half."""
     wins = positive * (below(negative, first) + negative / 2)
-    totals = (np.add.reduceat(v, first, axis=1) for v in (wins, positive, negative))
-    won, p, n = totals
+    won, p, n = (group_sums(v, first) for v in (wins, positive, negative))
     found: Array = won / (p * n)
     return found
 
@@ -49,7 +48,7 @@ def _average_precision(positive: Array, negative: Array, first: Array) -> Array:
     hits = all_positive - below(positive, first)
     misses = per_group(negative, first) - below(negative, first)
     gained = np.where(positive > 0, positive / all_positive * hits / (hits + misses), 0.0)
-    return np.add.reduceat(gained, first, axis=1)
+    return group_sums(gained, first)
 
 
 def _log_losses(y: Array, p: Array) -> Array:
