@@ -2,8 +2,6 @@
 
 import json
 import stat
-import subprocess
-import sys
 from datetime import datetime, timezone
 
 import pytest
@@ -11,6 +9,7 @@ from serve_help import adapter, in_process, task, until
 
 pytest.importorskip("fastapi")
 
+from pymeta import cli
 from pymeta.serve import auth
 from pymeta.serve.settings import Settings
 
@@ -213,35 +212,27 @@ def test_without_tokens_loopback_alone_is_served(tmp_path, server, host, status)
         assert got.status == 200
 
 
-def command(folder, *words) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "pymeta", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def test_nothing_listens_beyond_loopback_without_tokens_unless_told_so(tmp_path):
+def test_nothing_listens_beyond_loopback_without_tokens_unless_told_so(
+    tmp_path, monkeypatch, capsys
+):
     adapter().save(tmp_path / "a.safetensors")
+    monkeypatch.chdir(tmp_path)
     for host in ("0.0.0.0", "::"):
-        done = command(tmp_path, "serve", "a.safetensors", "--host", host, "--port", "0")
-        assert done.returncode == 1 and "--listen-without-tokens" in done.stderr
+        assert cli.main(["serve", "a.safetensors", "--host", host, "--port", "0"]) == 1
+        assert "--listen-without-tokens" in capsys.readouterr().err
     assert not (tmp_path / "pymeta.db").exists()
 
 
-def test_the_token_command(tmp_path):
+def test_the_token_command(tmp_path, capsys):
+    file = tmp_path / "t.json"
     for i, name in enumerate(("a", "b")):
-        words = ("--name", name, "--scopes", "read,write", "--per-second", "5")
-        done = command(tmp_path, "token", "t.json", *words, "--expires", "2030-01-01T00:00:00Z")
-        assert done.returncode == 0, done.stderr
-        token = done.stdout.strip()
-        file = tmp_path / "t.json"
+        words = ["token", str(file), "--name", name, "--scopes", "read,write", "--per-second", "5"]
+        assert cli.main([*words, "--expires", "2030-01-01T00:00:00Z"]) == 0
+        token = capsys.readouterr().out.strip()
         assert token not in file.read_text() and stat.S_IMODE(file.stat().st_mode) == 0o600
         guard = auth.Guard(file)
         scope = {"headers": [(b"authorization", f"Bearer {token}".encode())]}
         assert guard.admit(scope, "write") == name and len(guard._tokens) == i + 1
     before = file.read_text()
-    done = command(tmp_path, "token", "t.json", "--name", "c", "--scopes", "all")
-    assert done.returncode == 1 and "scopes" in done.stderr and file.read_text() == before
+    assert cli.main(["token", str(file), "--name", "c", "--scopes", "all"]) == 1
+    assert "scopes" in capsys.readouterr().err and file.read_text() == before

@@ -204,7 +204,7 @@ def submitting(batcher: Batcher, loop: Turns, at: list[float]):
 def test_no_request_waits_longer_than_the_set_time(monkeypatch):
     """Others keep arriving, so that a wait that began anew with each would never end."""
     loop = Turns()
-    batcher, _, threads = make(coming=True, batch_wait_us=200)
+    batcher, _, threads = make(coming=True, batch_wait_us=200, inline_us=1e9)
     calls = started(monkeypatch, loop)
     moments = [i * 50e-6 for i in range(100)]
     answered = submitting(batcher, loop, moments)
@@ -216,7 +216,7 @@ def test_no_request_waits_longer_than_the_set_time(monkeypatch):
 
 def test_a_lone_request_does_not_wait(monkeypatch):
     loop = Turns()
-    batcher, _, threads = make(coming=False, batch_wait_us=1e6)
+    batcher, _, threads = make(coming=False, batch_wait_us=1e6, inline_us=1e9)
     started(monkeypatch, loop)
     (answered,) = submitting(batcher, loop, [0.0])
     assert answered < 50e-6
@@ -225,7 +225,7 @@ def test_a_lone_request_does_not_wait(monkeypatch):
 
 def test_a_full_batch_does_not_wait(monkeypatch):
     loop = Turns()
-    batcher, _, threads = make(coming=True, batch_wait_us=1e6, batch_tasks=3)
+    batcher, _, threads = make(coming=True, batch_wait_us=1e6, batch_tasks=3, inline_us=1e9)
     calls = started(monkeypatch, loop)
     answered = submitting(batcher, loop, [0.0] * 6)
     assert max(answered) < 100e-6 and [n for _, n in calls] == [3, 3]
@@ -234,7 +234,7 @@ def test_a_full_batch_does_not_wait(monkeypatch):
 
 def test_without_a_wait_requests_of_one_turn_still_share_a_call(monkeypatch):
     loop = Turns()
-    batcher, _, threads = make(coming=True, batch_wait_us=0)
+    batcher, _, threads = make(coming=True, batch_wait_us=0, inline_us=1e9)
     calls = started(monkeypatch, loop)
     submitting(batcher, loop, [0.0] * 6)
     assert [n for _, n in calls] == [6]
