@@ -185,6 +185,15 @@ def _flatten(start_dim: int = 0, end_dim: int = -1) -> Layer:
     return FLATTEN
 
 
+def _unflatten(m: nn.Unflatten) -> Layer:
+    shape = tuple(m.unflattened_size)
+    plain = all(type(n) is int and n > 0 for n in shape)
+    if m.dim not in (1, -1) or len(shape) not in (2, 3) or not plain:
+        raise Refused(f"Unflatten of dimension {m.dim} into {shape}")
+    channels, *sizes = shape
+    return ("unflatten", channels, *([1, *sizes] if len(sizes) == 1 else sizes))
+
+
 def _dropout(m: nn.Dropout) -> Layer:
     if m.training and m.p > 0:
         raise Refused("Dropout in training mode draws random numbers")
@@ -222,6 +231,7 @@ MODULES: dict[type, Known] = {
     nn.LayerNorm: Known(_layer_norm, ("normalized_shape", "eps"), (0,)),
     nn.Identity: Known(lambda m: IDENTITY),
     nn.Dropout: Known(_dropout, ("p", "training")),
+    nn.Unflatten: Known(_unflatten, ("dim", "unflattened_size"), (0,)),
     nn.Flatten: Known(lambda m: _flatten(m.start_dim, m.end_dim), ("start_dim", "end_dim")),
     nn.ReLU: Known(lambda m: ("relu",)),
     nn.LeakyReLU: Known(lambda m: _leaky_relu(m.negative_slope), ("negative_slope",)),

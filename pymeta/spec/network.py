@@ -335,16 +335,27 @@ def _axes(step: _Step) -> tuple[int, ...] | None:
     return MODULES[type(step.module)].axes
 
 
-def _shaped(steps: list[_Step], row_shape: tuple[int, ...]) -> list[Layer]:
-    """The layers for rows of a shape; Refused where a layer does not take what comes to it."""
+def _image(row_shape: tuple[int, ...]) -> Layer:
     if len(row_shape) not in (2, 3):
         raise Refused(
             f"rows of shape {list(row_shape)}; expected [channels, length] or "
             f"[channels, height, width]"
         )
-    axes = len(row_shape) - 1
-    image = row_shape if axes == 2 else (row_shape[0], 1, row_shape[1])
-    layers: list[Layer] = [("image", *image)]
+    return ("image", row_shape[0], *(row_shape[1:] if len(row_shape) == 3 else (1, row_shape[1])))
+
+
+def _axes_behind(step: _Step, axes: int) -> int:
+    """How many axes of positions rows have behind a layer that got them with `axes`."""
+    if step.layer[0] == "unflatten":
+        assert step.module is not None
+        return len(step.module.unflattened_size) - 1
+    return 0 if step.layer == FLATTEN else axes
+
+
+def _shaped(steps: list[_Step], row_shape: tuple[int, ...] | None) -> list[Layer]:
+    """The layers for rows of a shape, or of one axis; Refused where a layer does not take them."""
+    axes = 0 if row_shape is None else len(row_shape) - 1
+    layers: list[Layer] = [] if row_shape is None else [_image(row_shape)]
     for step in steps:
         wanted = _axes(step)
         if wanted is not None and axes not in wanted:
@@ -353,31 +364,32 @@ def _shaped(steps: list[_Step], row_shape: tuple[int, ...]) -> list[Layer]:
             raise Refused(f"{label} does not take rows with {got}")
         if step.layer != IDENTITY and (step.layer != FLATTEN or axes):
             layers.append(step.layer)
-        axes = 0 if step.layer == FLATTEN else axes
+        axes = _axes_behind(step, axes)
     if axes:
         raise Refused("its output has positions besides features: flatten it")
     return layers
 
 
-def _is_spatial(steps: list[_Step]) -> bool:
-    """Whether a layer takes rows with positions only."""
-    return any(0 not in (_axes(step) or (0,)) for step in steps)
+def _takes_positions(steps: list[_Step]) -> bool:
+    """Whether the chain itself takes rows with positions, so that it has to know their shape."""
+    for step in steps:
+        if step.layer[0] == "unflatten":
+            return False
+        if 0 not in (_axes(step) or (0,)):
+            return True
+    return False
 
 
 def _described(model: nn.Module, row_shape: tuple[int, ...] | None) -> Description | Unshaped:
     steps = list(_walk(model, ""))
     names = _parameter_names(steps, model)
-    spatial = _is_spatial(steps)
+    spatial = _takes_positions(steps)
     if spatial and row_shape is None:
         return Unshaped(
             "the shape of its rows, [channels, height, width], is known with the first call",
             _of_a_chain(steps, model),
         )
-    if spatial:
-        assert row_shape is not None
-        layers = _shaped(steps, row_shape)
-    else:
-        layers = [s.layer for s in steps if s.layer not in (FLATTEN, IDENTITY)]
+    layers = _shaped(steps, row_shape if spatial else None)
     network = _network(tuple(layers))
     kinds = [s.layer for s in steps if s.layer != IDENTITY]
     return Description(

@@ -168,6 +168,14 @@ def small_run(tiny: Path, *options: str) -> list[str]:
     ]
 
 
+def test_omniglot_with_convolutions_is_native(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(omniglot, "CHANNELS", 8)
+    options = small_run(tiny, "--network", "conv4", "--iterations", "15", "--inner-lr", "0.4")
+    result = omniglot.main(options, quiet=True)
+    assert "native-cpu" in capsys.readouterr().out
+    assert 0.5 < result["accuracy"] <= 1  # of three classes
+
+
 @pytest.mark.parametrize("shots", ["1", "5"])
 def test_omniglot_learns(tiny, tmp_path, shots):
     out = tmp_path / "result.json"

@@ -296,6 +296,28 @@ def test_adapters_and_files_of_images(tmp_path):
         adapter.adapt(xs.numpy()[..., :3], ys.numpy())
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 4), (2, 10)])
+def test_unflatten_makes_images_of_rows(shape, tmp_path):
+    """Then nothing has to be known of the rows but how many features they have."""
+    torch.manual_seed(5)
+    conv = (nn.Conv1d, nn.Conv2d)[len(shape) - 2](shape[0], 4, 2)
+    behind = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
+    behind(torch.randn(1, *shape))
+    net = nn.Sequential(nn.Unflatten(1, shape), behind)
+    xs, ys, xq, yq = episodes(shape, dtype=torch.float32)
+    options = {"loss": "cross_entropy", "lr": 0.1, "steps": 2, "backend": "native"}
+    maml = pymeta.MAML(net, **options)
+    adapter = maml.adapter()
+    assert "unflatten conv" in maml.explain()
+    got = maml(xs.flatten(2), ys, xq.flatten(2), yq)
+    wanted = pymeta.MAML(behind, **options)(xs, ys, xq, yq)
+    assert same_bits(got.predictions, wanted.predictions)
+    adapter.save(tmp_path / "adapter.safetensors")
+    loaded = pymeta.Adapter.load(tmp_path / "adapter.safetensors")
+    flat = [v.flatten(1).numpy() if v.ndim > 1 else v.numpy() for v in (xs[0], ys[0], xq[0])]
+    assert np.array_equal(loaded.adapt_predict(*flat), got.predictions[0].numpy())
+
+
 class Traced(nn.Module):
     def __init__(self):
         super().__init__()

@@ -20,6 +20,11 @@ struct ImageSpec {
   }
 };
 
+// The same as a module of torch's, behind rows of features.
+struct UnflattenSpec : ImageSpec {
+  static constexpr const char* kName = "unflatten";
+};
+
 struct FlattenSpec {
   static constexpr const char* kName = "flatten";
   static constexpr const char* kArguments = "";
@@ -125,6 +130,8 @@ struct Rearrangement {
 
 template <class X>
 struct Image : Rearrangement<X, /*kFlattens=*/false> {};
+template <class X>
+struct Unflatten : Rearrangement<X, /*kFlattens=*/false> {};
 template <class X>
 struct Flatten : Rearrangement<X, /*kFlattens=*/true> {};
 

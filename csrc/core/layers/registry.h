@@ -17,6 +17,7 @@
   LAYER(lone_activation, LoneActivation)    \
   LAYER(linear, Linear)                     \
   LAYER(image, Image)                       \
+  LAYER(unflatten, Unflatten)               \
   LAYER(flatten, Flatten)                   \
   LAYER(conv1d, Conv1d)                     \
   LAYER(conv2d, Conv2d)                     \
