@@ -41,6 +41,17 @@ def make(kind: str, features=4, outputs=2, **options) -> nn.Module:
     return head
 
 
+def same(head, got, wanted) -> None:
+    """Equal up to rounding; minima by Newton's method up to where it stops, eps^0.75."""
+    if getattr(head, "solver", "") != "newton":
+        assert_close(got, wanted)
+        return
+    got, wanted = ([v] if isinstance(v, torch.Tensor) else list(v) for v in (got, wanted))
+    assert len(got) == len(wanted) > 0
+    for g, w in zip(got, wanted, strict=True):
+        assert torch.allclose(g, w, rtol=0, atol=1e-10)
+
+
 def targets(head, rows: int, outputs=2):
     if head.loss.takes_classes:
         return torch.randint(0, outputs, (rows,))
@@ -282,24 +293,24 @@ def test_ragged_is_padded_is_one_by_one(kind):
         padded(xs, 9), padded(ys, 9, fill), padded(xq, 5), padded(yq, 5, fill),
         support_sizes=SIZES, query_sizes=query_sizes, support_weights=padded(ws, 9),
     )  # fmt: skip
-    assert_close(form.task_losses, wanted.task_losses)
+    same(head, form.task_losses, wanted.task_losses)
     assert form.predictions.shape == (4, 5, 2) and not form.predictions[2, 1:].any()
     cut = [form.predictions[t, :n] for t, n in enumerate(query_sizes)]
-    assert_close(cut, wanted.predictions)
+    same(head, cut, wanted.predictions)
     packed = head(
         Ragged(torch.cat(xs), SIZES), Ragged(torch.cat(ys), SIZES),
         Ragged(torch.cat(xq).numpy(), query_sizes), Ragged(torch.cat(yq).numpy(), query_sizes),
         support_weights=ws,
     )  # fmt: skip
-    assert_close(packed.predictions, wanted.predictions)
+    same(head, packed.predictions, wanted.predictions)
     models = head.adapt(xs, ys, support_weights=ws)
-    assert_close(models(xq), wanted.predictions)
+    same(head, models(xq), wanted.predictions)
     for t in range(4):
         one = head(xs[t][None], ys[t][None], xq[t][None], yq[t][None], support_weights=ws[t][None])
-        assert_close(one.loss, wanted.task_losses[t])
-        assert_close(one.predictions[0], wanted.predictions[t])
-        assert_close(models[t](xq[t][None])[0], wanted.predictions[t])
-        assert_close(models[t - 4](xq[t][None])[0], wanted.predictions[t])
+        same(head, one.loss, wanted.task_losses[t])
+        same(head, one.predictions[0], wanted.predictions[t])
+        same(head, models[t](xq[t][None])[0], wanted.predictions[t])
+        same(head, models[t - 4](xq[t][None])[0], wanted.predictions[t])
     assert len(models[1:3]) == 2
 
 
@@ -310,7 +321,7 @@ def test_weights_are_repetitions_and_weight_zero_is_absence(kind):
     xq, yq = lists(head, [3, 5, 1, 2])
     twice = head([torch.cat([x, x[:1]]) for x in xs], [torch.cat([y, y[:1]]) for y in ys], xq, yq)
     weights = [torch.tensor([2.0] + [1.0] * (n - 1), dtype=F64) for n in SIZES]
-    assert_close(head(xs, ys, xq, yq, support_weights=weights).task_losses, twice.task_losses)
+    same(head, head(xs, ys, xq, yq, support_weights=weights).task_losses, twice.task_losses)
 
     nan = torch.full((1, 3), math.nan, dtype=F64)
 
@@ -328,10 +339,10 @@ def test_weights_are_repetitions_and_weight_zero_is_absence(kind):
     head.zero_grad()
     out = head(bad_s, y_s, bad_q, y_q, support_weights=ones(bad_s), query_weights=ones(bad_q))
     out.loss.backward()
-    assert_close(out.task_losses, plain.task_losses)
-    assert_close([p.grad for p in head.parameters() if p.grad is not None], wanted)
+    same(head, out.task_losses, plain.task_losses)
+    same(head, [p.grad for p in head.parameters() if p.grad is not None], wanted)
     assert out.predictions[0][-1].isnan().all()
-    assert_close([p[:-1] for p in out.predictions], plain.predictions)
+    same(head, [p[:-1] for p in out.predictions], plain.predictions)
 
 
 @pytest.mark.parametrize("kind", ["mse", "cross_entropy", "bce_with_logits", "bayesian"])
@@ -372,16 +383,16 @@ def test_an_offset_is_a_feature_whose_weight_is_one(kind):
     assert torch.allclose(got.task_losses, wanted.task_losses, rtol=0, atol=1e-5)
     assert not torch.allclose(got.task_losses, head(xs, ys, xq, yq).task_losses, rtol=0, atol=1e-2)
     models = head.adapt(xs, ys, support_offset=given)
-    assert_close(models(xq, offset=asked), got.predictions)
+    same(head, models(xq, offset=asked), got.predictions)
     plain = models(xq)
-    assert_close([p + o for p, o in zip(plain, asked, strict=True)], got.predictions)
+    same(head, [p + o for p, o in zip(plain, asked, strict=True)], got.predictions)
 
 
 def test_soft_labels():
     head = make("cross_entropy")
     xs, ys = lists(head)
     soft = [nn.functional.one_hot(y, 2).to(F64) for y in ys]
-    assert_close(head(xs, soft, xs, soft).task_losses, head(xs, ys, xs, ys).task_losses)
+    same(head, head(xs, soft, xs, soft).task_losses, head(xs, ys, xs, ys).task_losses)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -393,9 +404,9 @@ def test_a_task_without_rows_is_at_the_prior(kind):
     wanted = features_of(head, xq[0]) @ head.prior_mean
     if hasattr(head, "scale"):
         wanted = head.scale * wanted + head.shift
-    assert_close(out.predictions[0], wanted)
+    same(head, out.predictions[0], wanted)
     empty, labels = lists(head, [0, 0])
-    assert_close(head(empty, labels, xq).predictions[0], wanted)
+    same(head, head(empty, labels, xq).predictions[0], wanted)
     assert head(xs, ys, *lists(head, [0, 2])).task_losses[0] == 0
     out.loss.backward()
     assert all(p.grad.isfinite().all() for p in head.parameters() if p.grad is not None)
@@ -418,7 +429,7 @@ def test_training_lowers_the_loss_and_states_go_through_files(kind, tmp_path):
     torch.save(head.state_dict(), tmp_path / "head.pt")
     twin = make(kind)
     twin.load_state_dict(torch.load(tmp_path / "head.pt"))
-    assert torch.equal(twin(xs, ys, xq, yq).loss, head(xs, ys, xq, yq).loss)
+    same(head, twin(xs, ys, xq, yq).loss, head(xs, ys, xq, yq).loss)
     assert head.explain().startswith("torch: a ")
 
 
@@ -441,7 +452,7 @@ def test_probabilities():
     two = make("bce_with_logits")
     xs, ys = lists(two)
     models = two.adapt(xs, ys)
-    assert_close(models.predict_proba(xs), [z.sigmoid() for z in models(xs)])
+    same(two, models.predict_proba(xs), [z.sigmoid() for z in models(xs)])
     with pytest.raises(TypeError, match="predict_proba: the loss mse knows no probabilities"):
         make("mse").adapt(*lists(make("mse"))).predict_proba(xs)
     with pytest.raises(TypeError, match="variances: a RidgeHead knows none"):
