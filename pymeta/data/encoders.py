@@ -318,7 +318,7 @@ class EntityTarget:
         offsets, sums = arrays.get("offsets", nothing), arrays.get("sums", nothing)
         times = arrays.get("times")
         fits = offsets.shape == (len(labels) + 1,) and sums.ndim == 1 and len(labels) > 0
-        fits = fits and offsets.dtype.kind == "i" and (labels[1:] > labels[:-1]).all()
+        fits = fits and offsets.dtype.kind == "i" and bool((labels[1:] > labels[:-1]).all())
         if not fits or len(sums) != offsets[-1] + 1 or offsets[0] != 0 or any(np.diff(offsets) < 0):
             raise ValueError(f"{fields.what}: its rows do not fit its entities")
         if times is not None and times.shape != (len(sums) - 1,):
