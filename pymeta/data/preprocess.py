@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pymeta.data.draw import whole
 from pymeta.data.encoders import Categories, EntityTarget, Numbers
 from pymeta.data.table import as_text, as_times, read_table
 from pymeta.models import file
@@ -91,7 +92,10 @@ class Preprocessor:
             raise ValueError("gap: expected None, because encode_entity is False")
         self.numeric, self.categorical = tuple(numeric), tuple(categorical)
         self.clip, self.scale, self.indicators = clip, scale, indicators
-        self.min_rows, self.max_categories = min_rows, max_categories
+        self.min_rows = whole("min_rows", min_rows, 1)
+        self.max_categories = (
+            None if max_categories is None else whole("max_categories", max_categories, 1)
+        )
         self.encode_entity, self.smooth, self.gap = encode_entity, smooth, gap
         self.dtype = dtype
         self._parts: dict[str, Any] = {}
@@ -296,7 +300,7 @@ class Preprocessor:
             "clip": clip,
             "scale": scale,
             "indicators": fields.boolean("indicators"),
-            "min_rows": fields.integer("min_rows", 0),
+            "min_rows": fields.integer("min_rows", 1),
             "max_categories": maybe("max_categories", lambda n: fields.integer(n, 1)),
             "smooth": maybe("smooth", fields.number),
             "dtype": fields.text("dtype"),

@@ -307,6 +307,8 @@ def test_tables_go_through_as_they_are():
         ({"dtype": "float16"}, "dtype: expected"),
         ({"smooth": -1.0}, "smooth: expected a number >= 0"),
         ({"gap": 3}, "gap: expected None"),
+        ({"min_rows": 0}, "min_rows: expected a whole number >= 1"),
+        ({"max_categories": 0}, "max_categories: expected a whole number >= 1"),
     ],
 )
 def test_options_that_are_refused(options, says):
