@@ -347,7 +347,7 @@ def _image(row_shape: tuple[int, ...]) -> Layer:
 def _axes_behind(step: _Step, axes: int) -> int:
     """How many axes of positions rows have behind a layer that got them with `axes`."""
     if step.layer[0] == "unflatten":
-        assert step.module is not None
+        assert isinstance(step.module, nn.Unflatten)
         return len(step.module.unflattened_size) - 1
     return 0 if step.layer == FLATTEN else axes
 
