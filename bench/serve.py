@@ -436,8 +436,9 @@ def soak(seconds: float) -> int:
             server.close()
     first = next(m for t, m in samples if t >= seconds / 3)
     last = median(m for _, m in samples[-5:])
-    memory = f"{samples[0][1]:.1f} MiB at first, {first:.1f} after a third, {last:.1f} at the end"
-    print(f"{seconds:g} s, {turn} turns: {memory}")
+    tenths = [samples[len(samples) * i // 10][1] for i in range(10)]
+    print(f"{seconds:g} s, {turn} turns; MiB at each tenth:", *(f"{m:.0f}" for m in tenths))
+    print(f"{first:.1f} MiB after a third, {last:.1f} at the end")
     return int(last > 1.05 * first)
 
 
