@@ -77,27 +77,6 @@ std::vector<Setup> setups() {
   all.push_back(s);
 
   s = Setup{};
-  s.name = "images";
-  const Window three{3, 3, 1, 1, 1, 1}, strided{2, 3, 2, 1, 1, 0, 2, 1}, pairs{2, 2, 2, 2};
-  Window grouped{2, 1}, averaged{3, 3, 1, 1, 1, 1};
-  grouped.groups = 3;
-  s.chain.image({7, 6, 2})
-      .conv(17, three)
-      .norm(L::batch_norm, 17)
-      .pool_norm(pairs)
-      .conv(6, strided)
-      .norm(L::batch_norm, 6)
-      .act(A::tanh)
-      .pool(L::max_pool2d, three)
-      .conv(9, grouped)
-      .act(A::silu)
-      .pool(L::avg_pool2d, averaged)
-      .flatten();
-  s.chain.linear(s.chain.network().layers[s.chain.network().layer_count - 1].out.channels, 3);
-  s.form = Form::padded, s.tasks = 18, s.support = 4, s.query = 3, s.smooth = false;
-  all.push_back(s);
-
-  s = Setup{};
   s.name = "wide end";
   s.chain.linear(4, 3).act(A::leaky_relu, 0.1).linear(3, 70).act(A::relu);
   s.tasks = 17, s.smooth = false, s.steps = 1;
