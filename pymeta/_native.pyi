@@ -105,9 +105,18 @@ class Rows(metaclass=_Type):
         has_distributions: bool = False,
     ) -> None: ...
 
-# values [rows, columns]; step k uses row min(k, rows - 1).
+# values [rows, columns], or [T, rows, columns] of each task; step k uses row min(k, rows - 1).
 class Rates(metaclass=_Type):
-    def __init__(self, values: int, rows: int = 1, columns: int = 1) -> None: ...
+    def __init__(
+        self, values: int, rows: int = 1, columns: int = 1, per_task: bool = False
+    ) -> None: ...
+
+# What flows into the losses [T], the predictions [total query rows, out] and each adapted tensor
+# [T, ...] on the way back, in place of the mean loss alone.
+class Cotangents(metaclass=_Type):
+    def __init__(
+        self, losses: int = 0, predictions: int = 0, adapted: Sequence[int] = ()
+    ) -> None: ...
 
 # Either steps or epochs, the other is -1; batch_size 0: all rows; task_ids int64 [T].
 class Schedule(metaclass=_Type):
@@ -121,19 +130,28 @@ class Schedule(metaclass=_Type):
         task_ids: int = 0,
     ) -> None: ...
 
-# Where gradients go: of each parameter tensor (0 for none; empty: of none at all), of the rates,
-# of the inputs of both sets.
+# Where gradients go: of each parameter tensor ([T, ...] of an own start; 0 for none; empty: of none
+# at all), of the rates, of the inputs, targets and row weights of both sets.
 class Gradients(metaclass=_Type):
     def __init__(
-        self, parameters: Sequence[int] = (), lr: int = 0, xs: int = 0, xq: int = 0
+        self,
+        parameters: Sequence[int] = (),
+        lr: int = 0,
+        xs: int = 0,
+        xq: int = 0,
+        ys: int = 0,
+        yq: int = 0,
+        support_weights: int = 0,
+        query_weights: int = 0,
     ) -> None: ...
 
-# Where everything else goes: mean_loss [1], losses [T], predictions [total query rows, out],
-# adapted parameters [T, ...] each, status int8 [T], curves [T, epochs] and [T, epochs + 1],
-# int64 [T] twice.
+# Where everything else goes: mean_loss [1], losses [T], step_losses [steps, T],
+# predictions [total query rows, out], adapted parameters [T, ...] each, status int8 [T], curves
+# [T, epochs] and [T, epochs + 1], int64 [T] twice.
 class Results(metaclass=_Type):
     mean_loss: int
     losses: int
+    step_losses: int
     predictions: int
     adapted: Sequence[int]
     status: int
@@ -150,6 +168,8 @@ class Call(metaclass=_Type):
     rates: Rates
     schedule: Schedule
     first_order: bool
+    step_weights: int  # [steps] of the query losses after each step; 0: the last alone
+    task_clip: float  # largest norm of a task's share of the summed gradients; 0: any
     patience: int
     anchors: int  # [T] strengths of the pull towards the start, or 0: the optimizer's
     support: Rows
@@ -157,6 +177,7 @@ class Call(metaclass=_Type):
     validation: Rows | None
     results: Results
     gradients: Gradients | None
+    cotangents: Cotangents | None
     # job: "meta", "adapt", "reptile" or "predict"; dtype: 4 or 8
     def __init__(self, problem: Problem, dtype: int, job: str) -> None: ...
     def run(self, device: _Device | None = None) -> int: ...

@@ -59,6 +59,33 @@ void put_gradients(const Problem& problem, const Gradients& gradients, Described
   to.call.lr_gradient = pointer<Real>(gradients.lr);
   to.call.xs_gradient = pointer<Real>(gradients.xs);
   to.call.xq_gradient = pointer<Real>(gradients.xq);
+  to.call.ys_gradient = pointer<Real>(gradients.ys);
+  to.call.yq_gradient = pointer<Real>(gradients.yq);
+  to.call.support_weights_gradient = pointer<Real>(gradients.support_weights);
+  to.call.query_weights_gradient = pointer<Real>(gradients.query_weights);
+}
+
+template <class Real>
+void put_cotangents(const Problem& problem, const CotangentParts& cotangents, Described<Real>& to) {
+  to.call.cotangents.losses = pointer<Real>(cotangents.losses);
+  to.call.cotangents.predictions = pointer<Real>(cotangents.predictions);
+  if (cotangents.adapted.empty()) return;
+  to.cotangents = problem.pointers<Real>(cotangents.adapted, "cotangents.adapted");
+  to.call.cotangents.adapted = to.cotangents.data();
+}
+
+template <class Real>
+void check_meta(const Call<Real>& call) {
+  if (call.batches.size > 0) refuse("schedule: a meta-gradient takes all rows");
+  if (!(call.task_clip >= 0)) refuse("task_clip: expected at least 0");
+  if (call.step_weights && call.steps == 0) refuse("step_weights: there are no steps");
+  const bool labels = takes_labels(*call.loss);
+  if (labels && (call.ys_gradient || call.yq_gradient)) refuse("gradients: class labels have none");
+  if ((call.support_weights_gradient && !call.support.weights) ||
+      (call.query_weights_gradient && !call.query.weights))
+    refuse("gradients: there are no row weights");
+  if ((call.query_weights_gradient || call.yq_gradient || call.step_weights) && !call.query.y)
+    refuse("gradients: without query targets there is no query loss");
 }
 
 template <class Real>
@@ -66,6 +93,7 @@ void put_results(const Problem& problem, const Results& results, Described<Real>
   Call<Real>& call = to.call;
   call.mean_loss = pointer<Real>(results.mean_loss);
   call.losses = pointer<Real>(results.losses);
+  call.step_losses = pointer<Real>(results.step_losses);
   call.predictions = pointer<Real>(results.predictions);
   if (!results.adapted.empty()) {
     to.adapted = problem.pointers<Real>(results.adapted, "results.adapted");
@@ -120,7 +148,8 @@ void CallParts::describe(Described<Real>& to) const {
   const std::size_t tensors = static_cast<std::size_t>(problem_->network().tensor_count);
   to.start = problem_->pointers<Real>(start, "start");
   to.call = problem_->describe<Real>(
-      to.start.data(), {pointer<Real>(rates.values), rates.rows, rates.columns, false, nullptr});
+      to.start.data(),
+      {pointer<Real>(rates.values), rates.rows, rates.columns, false, nullptr, rates.per_task});
   Call<Real>& call = to.call;
   call.job = job_;
   call.tasks = tasks;
@@ -145,8 +174,6 @@ void CallParts::describe(Described<Real>& to) const {
   }
   if (!rates.values && problem_->adapted_elements() > 0) refuse("rates: expected values");
   put_schedule(schedule, call);
-  if (call.batches.size > 0 && job_ == Job::meta)
-    refuse("schedule: a meta-gradient takes all rows");
   call.first_order = first_order;
   call.patience = patience;
   call.anchors = pointer<Real>(anchors);
@@ -155,7 +182,11 @@ void CallParts::describe(Described<Real>& to) const {
     if (call.job != Job::fine_tune) refuse("validation: needs epochs");
     call.validation = described_set<Real>(*validation, false);
   }
+  call.step_weights = pointer<Real>(step_weights);
+  call.task_clip = task_clip;
   if (gradients) put_gradients(*problem_, *gradients, to);
+  if (cotangents) put_cotangents(*problem_, *cotangents, to);
+  if (job_ == Job::meta) check_meta(call);
 }
 
 std::size_t CallParts::run(const MaybeDevice& device) const {
@@ -198,9 +229,17 @@ void bind_parts(py::module_& m) {
       py::arg("starts") = 0, py::arg("sizes") = 0, py::arg("offset") = 0,
       py::arg("weight_columns") = 1, py::arg("has_distributions") = false);
   py::class_<Rates>(m, "Rates")
-      .def(py::init(
-               [](Address values, int rows, int columns) { return Rates{values, rows, columns}; }),
-           py::arg("values"), py::arg("rows") = 1, py::arg("columns") = 1);
+      .def(py::init([](Address values, int rows, int columns, bool per_task) {
+             return Rates{values, rows, columns, per_task};
+           }),
+           py::arg("values"), py::arg("rows") = 1, py::arg("columns") = 1,
+           py::arg("per_task") = false);
+  py::class_<CotangentParts>(m, "Cotangents")
+      .def(py::init([](Address losses, Address predictions, std::vector<Address> adapted) {
+             return CotangentParts{losses, predictions, std::move(adapted)};
+           }),
+           py::arg("losses") = 0, py::arg("predictions") = 0,
+           py::arg("adapted") = std::vector<Address>{});
   py::class_<Schedule>(m, "Schedule")
       .def(py::init([](int steps, int epochs, int batch_size, std::uint64_t seed,
                        std::uint64_t stream, Address task_ids) {
@@ -209,15 +248,19 @@ void bind_parts(py::module_& m) {
            py::arg("steps") = -1, py::arg("epochs") = -1, py::arg("batch_size") = 0,
            py::arg("seed") = 0, py::arg("stream") = 0, py::arg("task_ids") = 0);
   py::class_<Gradients>(m, "Gradients")
-      .def(py::init([](std::vector<Address> parameters, Address lr, Address xs, Address xq) {
-             return Gradients{std::move(parameters), lr, xs, xq};
+      .def(py::init([](std::vector<Address> parameters, Address lr, Address xs, Address xq,
+                       Address ys, Address yq, Address support_weights, Address query_weights) {
+             return Gradients{std::move(parameters), lr,           xs, xq, ys, yq,
+                              support_weights,       query_weights};
            }),
            py::arg("parameters") = std::vector<Address>{}, py::arg("lr") = 0, py::arg("xs") = 0,
-           py::arg("xq") = 0);
+           py::arg("xq") = 0, py::arg("ys") = 0, py::arg("yq") = 0, py::arg("support_weights") = 0,
+           py::arg("query_weights") = 0);
   py::class_<Results>(m, "Results")
       .def(py::init<>())
       .def_readwrite("mean_loss", &Results::mean_loss)
       .def_readwrite("losses", &Results::losses)
+      .def_readwrite("step_losses", &Results::step_losses)
       .def_readwrite("predictions", &Results::predictions)
       .def_readwrite("adapted", &Results::adapted)
       .def_readwrite("status", &Results::status)
@@ -237,6 +280,8 @@ void bind_call(py::module_& m) {
       .def_readwrite("rates", &CallParts::rates)
       .def_readwrite("schedule", &CallParts::schedule)
       .def_readwrite("first_order", &CallParts::first_order)
+      .def_readwrite("step_weights", &CallParts::step_weights)
+      .def_readwrite("task_clip", &CallParts::task_clip)
       .def_readwrite("patience", &CallParts::patience)
       .def_readwrite("anchors", &CallParts::anchors)
       .def_readwrite("support", &CallParts::support)
@@ -244,6 +289,7 @@ void bind_call(py::module_& m) {
       .def_readwrite("validation", &CallParts::validation)
       .def_readwrite("results", &CallParts::results)
       .def_readwrite("gradients", &CallParts::gradients)
+      .def_readwrite("cotangents", &CallParts::cotangents)
       .def("run", &CallParts::run, py::arg("device") = py::none())
       .def(
           "repeat",

@@ -36,6 +36,13 @@ struct Rows {
 struct Rates {
   Address values = 0;
   int rows = 1, columns = 1;
+  bool per_task = false;
+};
+
+// What flows into the results on the way back, in place of the mean loss alone.
+struct CotangentParts {
+  Address losses = 0, predictions = 0;
+  std::vector<Address> adapted;  // empty: into none of them
 };
 
 // Either steps or epochs; the other is -1.
@@ -48,12 +55,12 @@ struct Schedule {
 // Where gradients go.
 struct Gradients {
   std::vector<Address> parameters;  // empty: of none of them
-  Address lr = 0, xs = 0, xq = 0;
+  Address lr = 0, xs = 0, xq = 0, ys = 0, yq = 0, support_weights = 0, query_weights = 0;
 };
 
 // Where everything else goes.
 struct Results {
-  Address mean_loss = 0, losses = 0, predictions = 0;
+  Address mean_loss = 0, losses = 0, step_losses = 0, predictions = 0;
   std::vector<Address> adapted;
   Address status = 0, train_curves = 0, validation_curves = 0, best_epochs = 0, epochs_run = 0;
 };
@@ -73,7 +80,7 @@ struct Repeated {
 template <class Real>
 struct Described {
   Call<Real> call;
-  std::vector<Real*> start, gradients, adapted;
+  std::vector<Real*> start, gradients, adapted, cotangents;
   bool own_starts[kMaxTensors] = {};
 
   Described() = default;
@@ -96,11 +103,14 @@ class CallParts {
   Schedule schedule;
   Address anchors = 0;  // [T], in place of the optimiser's
   bool first_order = false;
+  Address step_weights = 0;
+  double task_clip = 0;
   int patience = -1;
   Rows support, query;
   std::optional<Rows> validation;
   Results results;
   std::optional<Gradients> gradients;
+  std::optional<CotangentParts> cotangents;
 
   // Both return the bytes of workspace that the call needs on a device; with fewer it is not run.
   std::size_t run(const MaybeDevice& device) const;

@@ -137,7 +137,8 @@ std::unique_ptr<EngineHolder> make_engine(const Problem& problem, int dtype,
     using Real = decltype(real);
     const std::vector<Real*> tensors = problem.pointers<Real>(start, "start");
     Call<Real> call = problem.describe<Real>(
-        tensors.data(), {pointer<Real>(rates.values), rates.rows, rates.columns, false, nullptr});
+        tensors.data(),
+        {pointer<Real>(rates.values), rates.rows, rates.columns, false, nullptr, false});
     call.tasks = 1;
     call.job = Job::adapt;
     put_schedule(schedule, call);

@@ -46,7 +46,8 @@ py::dict plan_of(const Problem& problem, int dtype, const std::string& job,
     Real* none[kMaxTensors] = {};
     Real some{};
     const int columns = problem.per_element() ? problem.adapted_elements() : 1;
-    Call<Real> call = problem.describe<Real>(start, {nullptr, lr_rows, columns, false, nullptr});
+    Call<Real> call =
+        problem.describe<Real>(start, {nullptr, lr_rows, columns, false, nullptr, false});
     call.tasks = tasks;
     call.job = job == "meta" ? Job::meta : job == "adapt" ? Job::adapt : Job::reptile;
     put_schedule(schedule, call);

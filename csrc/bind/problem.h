@@ -58,6 +58,7 @@ class Problem {
   template <class Real>
   Call<Real> describe(const Real* const* start, const LearningRate<Real>& rates) const {
     if (rates.rows < 1) refuse("rates: expected at least one row");
+    if (rates.per_task && per_element_) refuse("rates: tasks have their own, or elements have");
     if (rates.values && per_element_ && rates.columns != adapted_elements())
       refuse("rates: expected " + std::to_string(adapted_elements()) + " columns, got " +
              std::to_string(rates.columns));

@@ -56,12 +56,8 @@ class Binder {
         store(keep + static_cast<long>(r) * kWidth, (Vec)(extent.count > broadcast(Real(r))));
       extent.keep = keep;
     }
-    ItemSet result{{nullptr, 0},
-                   extent,
-                   nullptr,
-                   nullptr,
-                   places.dx == kNowhere ? nullptr : memory + places.dx,
-                   offered};
+    ItemSet result{{nullptr, 0}, extent, nullptr, nullptr, nullptr, offered};
+    result.lies(places, Memory{memory});
     if (places.x == kNowhere) {
       result.x = {set.x + set.start(work.task[0]) * in, in};
     } else {
@@ -83,6 +79,9 @@ class Binder {
         result.elements = memory + places.elements;
       }
     }
+    if (result.cotangent)
+      bind_columns(rows, extent, output_columns(), call_.cotangents.predictions,
+                   memory + places.cotangent);
     return result;
   }
 

@@ -138,7 +138,7 @@ class Driver {
            X::kElement;
   }
   std::size_t lr_sums() const {
-    if (!call_.lr_gradient) return 0;
+    if (!call_.lr_gradient || call_.lr.per_task) return 0;
     return call_.lr.rows * (call_.lr.per_element ? layout().size / X::kElement
                                                  : static_cast<std::size_t>(call_.lr.columns));
   }
@@ -404,7 +404,7 @@ class Driver {
       memset(sums_ = workspaces_, 0, sizeof(Real) * size);
       memset(first_, 0, sizeof(Real) * first_size());
     }
-    const Vec tasks = broadcast(Real(call_.tasks > 0 ? call_.tasks : 1));
+    const Vec divisor = broadcast(call_.divisor());
     const std::size_t runs = needs_.chunks / static_cast<std::size_t>(needs_.interleaved);
     constexpr std::size_t slice = 8192;
     parallel(team, static_cast<std::int64_t>((size + slice - 1) / slice),
@@ -414,18 +414,18 @@ class Driver {
                for (std::size_t i = begin; i < end; i += kWidth) {
                  Vec sum = runs > 0 ? sum_of_run(0, i) : load(sums_ + i);
                  for (std::size_t run = 1; run < runs; ++run) sum = sum + sum_of_run(run, i);
-                 store(sums_ + i, sum / tasks);
+                 store(sums_ + i, sum / divisor);
                }
              });
-    if (first_size() > 0) add_first(tasks);
+    if (first_size() > 0) add_first(divisor);
     for (int t = 0; call_.gradients && t < call_.network->tensor_count; ++t) {
-      if (!call_.gradients[t]) continue;
+      if (!call_.gradients[t] || call_.has_own_start(t)) continue;
       const bool apart = first_size() > 0 && t == call_.network->layers[0].weight;
       const PackedTensor& tensor = layout().tensors[t];
       unpack(tensor, apart ? first_ : sums_ + tensor.place / X::kElement, tensor.row / X::kElement,
              call_.gradients[t]);
     }
-    if (call_.lr_gradient) write_rates(lr_sums_of(sums_));
+    if (lr_sums() > 0) write_rates(lr_sums_of(sums_));
   }
 
   // The sum of a run of items at a place of the sums: one chunk, or several that are parts of it, added as sum_lanes() adds
@@ -441,10 +441,10 @@ class Driver {
   }
 
   // The factored tasks' share of the first layer's gradient, and the share of those that were not factored.
-  void add_first(Vec tasks) {
+  void add_first(Vec divisor) {
     const std::size_t place = layout().tensors[call_.network->layers[0].weight].place;
     for (std::size_t i = 0; i < first_size(); i += kWidth) {
-      Vec sum = load(first_ + i) / tasks;
+      Vec sum = load(first_ + i) / divisor;
       if (!all_factored()) sum = sum + load(sums_ + place + i);
       store(first_ + i, sum);
     }

@@ -256,6 +256,8 @@ struct Executor {
               });
     return total;
   }
+  // Each task's sum of such a vector of partial ones.
+  static Vec whole(Vec partial_sums) { return Access::whole(partial_sums); }
   // One vector of partial sums: sum = body(offset, sum) over a tensor's vectors. Its padding adds nothing.
   template <class Body>
   static void fold(const PackedTensor& packed, Real* into, Body body) {

@@ -88,6 +88,50 @@ class ItemArrays {
     for (int lane = 0; lane < work_.count; ++lane) anchor[lane] = call_.anchor_of(work_.task[lane]);
     return X::kTasks == 1 ? broadcast(anchor[0]) : anchor;
   }
+  // The rates of the item's tasks, for each element.
+  void rates() const {
+    const LearningRate<Real>& lr = call_.lr;
+    for (int row = 0; row < lr.rows; ++row)
+      for (int t = 0; t < call_.network->tensor_count; ++t) {
+        if (!call_.adapted[t]) continue;
+        Vec rate = zero();
+        for (int lane = 0; lane < work_.count; ++lane)
+          rate[lane] = lr.values[rate_index(lane, row, lr.groups[t])];
+        if (X::kTasks == 1) rate = broadcast(rate[0]);
+        Real* to = memory_ + workspace_.own_rates + row * layout_.size + layout_.tensors[t].place;
+        X::for_vectors(layout_.scalars(t), [=](std::size_t i) { store(to + i, rate); });
+      }
+  }
+  void write_own_rate(int row, int column, Vec value) const {
+    for (int lane = 0; lane < work_.count; ++lane)
+      call_.lr_gradient[rate_index(lane, row, column)] = value[lane] / call_.divisor();
+  }
+
+  Seed seed() const {
+    const Cotangents<Real>& given = call_.cotangents;
+    if (!given.any()) return {true, broadcast(1)};
+    Vec losses = zero();
+    for (int lane = 0; given.losses && lane < work_.count; ++lane)
+      losses[lane] = given.losses[work_.task[lane]];
+    return {false, X::kTasks == 1 ? broadcast(losses[0]) : losses};
+  }
+  void add_cotangent(int t, Real* v) const {
+    layout_.elements(t, 0, [&](std::size_t from, std::size_t place) {
+      for (int lane = 0; lane < work_.count; ++lane)
+        v[place + lane] +=
+            call_.cotangents.adapted[t][work_.task[lane] * layout_.tensors[t].elements() + from];
+    });
+  }
+  void write_own_gradient(int t, const Real* v) const {
+    write_stacked(t, v, call_.gradients[t]);
+    const Real divisor = call_.divisor();
+    if (divisor == 1) return;
+    for (int lane = 0; lane < work_.count; ++lane) {
+      const std::size_t elements = layout_.tensors[t].elements();
+      Real* to = call_.gradients[t] + work_.task[lane] * elements;
+      for (std::size_t i = 0; i < elements; ++i) to[i] /= divisor;
+    }
+  }
 
   void write_losses(Vec loss) const {
     for (int lane = 0; lane < work_.count; ++lane) call_.losses[work_.task[lane]] = loss[lane];
@@ -110,8 +154,16 @@ class ItemArrays {
       call_.status[work_.task[lane]] = X::kTasks == 1 ? any_lane(bad) : bad[lane] != 0;
   }
 
+  void write_step_loss(int k, Vec loss) const {
+    for (int lane = 0; lane < work_.count; ++lane)
+      call_.step_losses[k * call_.tasks + work_.task[lane]] = loss[lane];
+  }
+
   void write_adapted(int t, const Real* from) const {
-    Real* const to = call_.adapted_parameters[t];
+    write_stacked(t, from, call_.adapted_parameters[t]);
+  }
+  // Each task's tensor, to [T, ...].
+  void write_stacked(int t, const Real* from, Real* to) const {
     const PackedTensor& tensor = layout_.tensors[t];
     if constexpr (X::kElement == 1) {
       unpack(tensor, from, tensor.row, to + work_.task[0] * layout_.tensors[t].elements());
@@ -157,23 +209,62 @@ class ItemArrays {
   void write_input_gradient(const RowSet<Real>& rows, const ItemSet& bound, bool computed,
                             Real* gradient) const {
     const int in = call_.network->in_features();
-    const long row = X::stride(in);
+    const long stride = X::stride(in);
+    visit_rows(rows, [&](int lane, std::int64_t row, int place) {
+      Real* to = gradient + row * in;
+      const Real* from = bound.dx + place * stride + lane;
+      for (int c = 0; c < in; ++c)
+        to[c] = computed && place >= 0 ? from[static_cast<long>(c) * X::kElement] / call_.divisor()
+                                       : Real(0);
+    });
+  }
+  // [rows, out], 0 in rows that do not count
+  void write_target_gradient(const RowSet<Real>& rows, const ItemSet& bound, Real* gradient) const {
+    const int out = target_columns(call_.loss_of(rows), call_.network->out_features());
+    const long classes = X::class_stride(bound.extent.rows);
+    visit_rows(rows, [&](int lane, std::int64_t row, int place) {
+      const Real* from = bound.target_gradient + lane + static_cast<long>(place) * X::kElement;
+      for (int o = 0; o < out; ++o)
+        gradient[row * out + o] = place < 0 ? Real(0) : from[o * classes] / call_.divisor();
+    });
+  }
+  // [rows], of the rows' shares as core/algorithms/set_gradients.h has them
+  void write_weight_gradient(const RowSet<Real>& rows, const ItemSet& bound, Real* gradient) const {
+    Real total[X::kTasks] = {}, shares[X::kTasks] = {};
+    const auto share = [&](int lane, int place) {
+      return bound.weight_gradient[lane + static_cast<long>(place) * X::kElement];
+    };
+    visit_rows(rows, [&](int lane, std::int64_t row, int place) {
+      if (place < 0) return;
+      total[lane] += rows.weights[row] * call_.class_weight(rows, row);
+      shares[lane] += share(lane, place);
+    });
+    visit_rows(rows, [&](int lane, std::int64_t row, int place) {
+      gradient[row] = place < 0 ? Real(0)
+                                : (share(lane, place) / rows.weights[row] -
+                                   call_.class_weight(rows, row) * shares[lane] / total[lane]) /
+                                      call_.divisor();
+    });
+  }
+
+ private:
+  std::size_t rate_index(int lane, int row, int column) const {
+    return (static_cast<std::size_t>(work_.task[lane]) * call_.lr.rows + row) * call_.lr.columns +
+           column;
+  }
+  // body(lane, row of the caller's arrays, its place among the bound rows or -1 where it does not count)
+  template <class Body>
+  void visit_rows(const RowSet<Real>& rows, Body body) const {
     for (int lane = 0; lane < work_.count; ++lane) {
       const std::int64_t first = rows.start(work_.task[lane]);
-      int place = 0;  // among the bound rows
+      int place = 0;
       for (int r = 0; r < rows.size(work_.task[lane]); ++r) {
-        Real* to = gradient + (first + r) * in;
         const bool counts = !rows.has_weightless || call_.weighs(rows, first + r);
-        const Real* from = bound.dx + place * row + lane;
-        for (int c = 0; c < in; ++c)
-          to[c] = computed && counts ? from[static_cast<long>(c) * X::kElement] / Real(call_.tasks)
-                                     : Real(0);
-        place += counts;
+        body(lane, first + r, counts ? place++ : -1);
       }
     }
   }
 
- private:
   const Call<Real>& call_;
   const Binder<X>& binder_;
   const Workspace<X>& workspace_;

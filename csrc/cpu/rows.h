@@ -40,6 +40,7 @@ struct Rows : Broadcast {
     for (int i = 0; i < count; ++i) v[i] = *place(first + i);
     return v;
   }
+  static Vec whole(Vec partial_sums) { return broadcast(sum_lanes(partial_sums)); }
   static void store_element(Real* p, Vec v) { *p = v[0]; }
   static void copy_element(Real* to, const Real* from) { *to = *from; }
 

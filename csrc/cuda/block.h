@@ -328,6 +328,7 @@ struct Block {
   PYMETA_FN static Vec sum_elements(const PackedTensor& packed, Vec total, Value value) {
     return total + sum_partials(packed, [&](std::size_t at, Real sum) { return sum + value(at); });
   }
+  PYMETA_FN static Vec whole(Vec sum) { return sum; }
   template <class Body>  // sum = body(offset, sum)
   PYMETA_FN static void fold(const PackedTensor& packed, Real* into, Body body) {
     const Real sum = sum_partials(packed, body);

@@ -83,7 +83,7 @@ class BlockCall {
     return call_.sums_gradients() ? workspace.parameters.size : 0;
   }
   std::size_t lr_sums(const Workspace<Block>& workspace) const {
-    return call_.lr_gradient ? workspace.lr_scalars(call_) : 0;
+    return call_.lr_gradient && !call_.lr.per_task ? workspace.lr_scalars(call_) : 0;
   }
   std::size_t sums_size(const Workspace<Block>& workspace) const {
     return Places::lines(gradient_sums(workspace) + lr_sums(workspace));
@@ -155,6 +155,8 @@ class BlockCall {
       frame.gradients[t] = call_.gradients ? call_.gradients[t] : nullptr;
       frame.adapted_parameters[t] =
           call_.adapted_parameters ? call_.adapted_parameters[t] : nullptr;
+      frame.adapted_cotangents[t] =
+          call_.cotangents.adapted ? call_.cotangents.adapted[t] : nullptr;
     }
     const RowSet<Real>* const sets[] = {&call_.support, &call_.query, &call_.validation};
     for (int i = 0; i < 3; ++i) frame.losses[i] = call_.loss_of(*sets[i]);

@@ -54,6 +54,7 @@ struct Frame {
   const Real* parameters[kMostTensors];
   Real* gradients[kMostTensors];
   Real* adapted_parameters[kMostTensors];
+  const Real* adapted_cotangents[kMostTensors];
   Real* packed;  // the start, as `shared` points to it
 
   Frame(const Call<Real>& described, std::size_t near) : workspace(described, near) {}
@@ -73,6 +74,7 @@ struct Frame {
     call.parameters = lies.parameters;
     if (call.parameter_per_task) call.parameter_per_task = per_task;
     if (call.gradients) call.gradients = const_cast<Real* const*>(lies.gradients);
+    if (call.cotangents.adapted) call.cotangents.adapted = lies.adapted_cotangents;
     if (call.adapted_parameters)
       call.adapted_parameters = const_cast<Real* const*>(lies.adapted_parameters);
   }
@@ -217,10 +219,11 @@ PYMETA_FN inline void reduce_sums(const Frame& frame) {
     if (column >= frame.gradient_sums + frame.lr_sums) return;
     Real sum = sums[c];
     for (int g = 1; g < kReduceGroups; ++g) sum += sums[g * kReduceColumns + c];
-    sum = sum / Real(call.tasks > 0 ? call.tasks : 1);
+    sum = sum / call.divisor();
     if (column < frame.gradient_sums) {
       at_place(frame, column, [&](int t, const PackedTensor& p, int outer, int inner) {
-        if (frame.gradients[t]) frame.gradients[t][index_in_torch(p, outer, inner)] = sum;
+        if (frame.gradients[t] && !(call.parameter_per_task && frame.per_task[t]))
+          frame.gradients[t][index_in_torch(p, outer, inner)] = sum;
       });
     } else if (!call.lr.per_element) {
       call.lr_gradient[column - frame.gradient_sums] = sum;

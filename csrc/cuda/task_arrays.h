@@ -32,12 +32,8 @@ class TaskBinder {
     const Extent extent{count, nullptr, Real(count)};
     Real* x = memory_.at(places.x);
     Block::map(extent, in, [&](long at, long c, int r) { x[at] = set.x[rows.row(r) * in + c]; });
-    ItemSet result{{x, Block::stride(in)},
-                   extent,
-                   nullptr,
-                   nullptr,
-                   places.dx == kNowhere ? nullptr : memory_.at(places.dx),
-                   Real(offered.count)};
+    ItemSet result{{x, Block::stride(in)}, extent, nullptr, nullptr, nullptr, Real(offered.count)};
+    result.lies(places, memory_);
     result.loss = &call_.loss_of(set);
     if (set.offset) {
       bind_columns(rows, call_.network->out_features(), set.offset, memory_.at(places.offset));
@@ -54,6 +50,9 @@ class TaskBinder {
       // One row that counts is no set to normalise by. In a minibatch it is taken as it is.
       if (!chosen && count == 1 && mixes_rows(*call_.network)) spoil(memory_.at(places.scale));
     }
+    if (result.cotangent)
+      bind_columns(rows, call_.network->out_features(), call_.cotangents.predictions,
+                   memory_.at(places.cotangent));
     return result;
   }
 
@@ -329,6 +328,39 @@ class TaskArrays {
 
   PYMETA_FN Vec anchor() const { return call_.anchor_of(task_); }
 
+  // The task's rates, for each element.
+  PYMETA_FN void rates() const {
+    const LearningRate<Real>& lr = call_.lr;
+    for (int row = 0; row < lr.rows; ++row)
+      for (int t = 0; t < call_.network->tensor_count; ++t) {
+        if (!call_.adapted[t]) continue;
+        const Real rate = lr.values[rate_index(row, lr.groups[t])];
+        Real* to = memory_.at(workspace_.own_rates) + row * layout_.size + layout_.tensors[t].place;
+        Block::for_vectors(layout_.scalars(t), [=](std::size_t i) { to[i] = rate; });
+      }
+  }
+  PYMETA_FN void write_own_rate(int row, int column, Vec value) const {
+    if (thread_index() == 0) call_.lr_gradient[rate_index(row, column)] = value / call_.divisor();
+  }
+
+  PYMETA_FN Seed seed() const {
+    const Cotangents<Real>& given = call_.cotangents;
+    if (!given.any()) return {true, Real(1)};
+    return {false, given.losses ? given.losses[task_] : Real(0)};
+  }
+  PYMETA_FN void add_cotangent(int t, Real* v) const {
+    const Real* from = call_.cotangents.adapted[t] + task_ * layout_.tensors[t].elements();
+    for_elements(t, [=](std::size_t index, std::size_t at) { v[at] += from[index]; }, 0);
+  }
+  PYMETA_FN void write_own_gradient(int t, const Real* v) const {
+    Real* to = call_.gradients[t] + task_ * layout_.tensors[t].elements();
+    const Real divisor = call_.divisor();
+    for_elements(t, [=](std::size_t index, std::size_t at) { to[index] = v[at] / divisor; }, 0);
+  }
+
+  PYMETA_FN void write_step_loss(int k, Vec loss) const {
+    if (thread_index() == 0) call_.step_losses[k * call_.tasks + task_] = loss;
+  }
   PYMETA_FN void write_losses(Vec loss) const {
     if (thread_index() == 0) call_.losses[task_] = loss;
   }
@@ -359,23 +391,64 @@ class TaskArrays {
   PYMETA_FN void write_input_gradient(const RowSet<Real>& rows, const ItemSet& bound, bool computed,
                                       Real* gradient) const {
     const int in = call_.network->in_features(), all = rows.size(task_);
-    const Real tasks = Real(call_.tasks);
+    const Real divisor = call_.divisor();
     Real* to = gradient + rows.start(task_) * in;
-    const TaskRows bound_rows =
-        rows.has_weightless
-            ? TaskBinder(call_, task_, memory_).that_count(rows, layout_of(rows), {nullptr, all})
-            : TaskRows{nullptr, all};
+    const TaskRows bound_rows = bound_rows_of(rows);
     if (!computed || bound_rows.count < all)
       Block::map({all, nullptr, Real(all)}, in,
                  [&](long, long c, int r) { to[static_cast<std::int64_t>(r) * in + c] = 0; });
     if (!computed) return;
     Block::map(bound.extent, in, [&](long at, long c, int r) {
       const std::int64_t row = bound_rows.rows ? bound_rows.rows[r] : r;
-      to[row * in + c] = bound.dx[at] / tasks;
+      to[row * in + c] = bound.dx[at] / divisor;
+    });
+  }
+
+  // [rows, out], 0 in rows that do not count
+  PYMETA_FN void write_target_gradient(const RowSet<Real>& rows, const ItemSet& bound,
+                                       Real* gradient) const {
+    const int out = target_columns(call_.loss_of(rows), call_.network->out_features());
+    const int all = rows.size(task_);
+    const Real divisor = call_.divisor();
+    Real* to = gradient + rows.start(task_) * out;
+    const TaskRows bound_rows = bound_rows_of(rows);
+    if (bound_rows.count < all) Block::for_indices(all * out, [=](int i) { to[i] = 0; });
+    Block::map(bound.extent, out, [&](long, long o, int r) {
+      const std::int64_t row = bound_rows.rows ? bound_rows.rows[r] : r;
+      to[row * out + o] = bound.target_gradient[o * bound.extent.rows + r] / divisor;
+    });
+  }
+  // [rows], of the rows' shares as core/algorithms/set_gradients.h has them
+  PYMETA_FN void write_weight_gradient(const RowSet<Real>& rows, const ItemSet& bound,
+                                       Real* gradient) const {
+    const int all = rows.size(task_), count = bound.extent.rows;
+    const std::int64_t first = rows.start(task_);
+    const TaskRows bound_rows = bound_rows_of(rows);
+    const auto row_of = [&](int r) { return first + (bound_rows.rows ? bound_rows.rows[r] : r); };
+    Real total = 0, shares = 0;
+    for (int r = 0; r < count; ++r) {
+      total += rows.weights[row_of(r)] * call_.class_weight(rows, row_of(r));
+      shares += bound.weight_gradient[r];
+    }
+    if (count < all) Block::for_indices(all, [=](int r) { gradient[first + r] = 0; });
+    Block::for_indices(count, [&](int r) {
+      gradient[row_of(r)] = (bound.weight_gradient[r] / rows.weights[row_of(r)] -
+                             call_.class_weight(rows, row_of(r)) * shares / total) /
+                            call_.divisor();
     });
   }
 
  private:
+  PYMETA_FN std::size_t rate_index(int row, int column) const {
+    return (static_cast<std::size_t>(task_) * call_.lr.rows + row) * call_.lr.columns + column;
+  }
+  // The rows of a set that are bound: all of them, or those that count.
+  PYMETA_FN TaskRows bound_rows_of(const RowSet<Real>& rows) const {
+    const TaskRows all{nullptr, rows.size(task_)};
+    return rows.has_weightless
+               ? TaskBinder(call_, task_, memory_).that_count(rows, layout_of(rows), all)
+               : all;
+  }
   PYMETA_FN const SetLayout& layout_of(const RowSet<Real>& rows) const {
     return &rows == &call_.support ? workspace_.support_set : workspace_.query_set;
   }

@@ -3,13 +3,18 @@
 // `Arrays` is an executor's way between an item and the caller's arrays (cpu/item_arrays.h, cuda/task_arrays.h):
 //   start()                        brings in the item's own start, where tasks have theirs
 //   anchor()                       the strength of each task's pull towards its start
+//   rates()                        likewise their own rates
 //   set(rows, layout)              an ItemSet of the rows that count
 //   leaves_out(rows)               does any row of the item not count?
 //   set_of_all(rows, layout)       an ItemSet of all rows, for predictions alone
 //   batches(), curves()            what InnerLoop::adapt and fine_tune take
 //   write_losses(loss)             one number for each task
 //   write_status(theta), write_adapted(tensor, from), write_predictions(set, outputs)
-//   write_input_gradient(rows, set, computed, to)
+//   seed()                         what flows into the query set
+//   add_cotangent(tensor, v)       adds what flows into an adapted tensor
+//   write_own_gradient(tensor, v)  of a start of the item's own; write_own_rates(row, column, gradient)
+//   write_step_loss(k, loss)
+//   write_input_gradient(rows, set, computed, to), write_target_gradient(...), write_weight_gradient(...)
 //   is_factored(), factors()       only where the executor has factored layers
 #pragma once
 
@@ -34,6 +39,7 @@ class ItemJob {
   PYMETA_FN void run() {
     if (workspace_.start != kNowhere) arrays_.start();
     if (call_.is_anchored()) loop_.set_anchor(arrays_.anchor());
+    if (workspace_.own_rates != kNowhere) arrays_.rates();
     if (call_.job == Job::predict) return write_predictions(loop_.start());
     if (call_.job == Job::fine_tune) return run_epochs();
     if (call_.batches.size > 0) {
@@ -60,30 +66,72 @@ class ItemJob {
   using Parameters = typename InnerLoop<X>::Parameters;
 
   PYMETA_FN void adapt_or_learn(const ItemSet& support) {
-    if (call_.job != Job::meta) {
-      const WholeSet steps(support, shared_.corrections);
-      const Parameters theta = loop_.adapt(steps);
-      materialise(support);
-      return write(theta);
-    }
-    // Rows that do not count have predictions too, though nothing else is made of them.
-    const bool apart = call_.predictions && arrays_.leaves_out(call_.query);
-    ItemSet query = apart ? arrays_.set_of_all(call_.query, workspace_.query_set)
-                          : arrays_.set(call_.query, workspace_.query_set);
+    if (call_.job == Job::meta) return learn(support);
+    const WholeSet steps(support, shared_.corrections);
+    const Parameters theta = loop_.adapt(steps);
+    materialise(support);
+    write(theta);
+  }
+
+  PYMETA_FN void learn(const ItemSet& support) {
+    ItemSet query = arrays_.set(call_.query, workspace_.query_set);
     MetaGradient<X> gradient(loop_, support, query, totals_);
-    Vec loss = gradient.loss();
-    if (call_.predictions) arrays_.write_predictions(query, loop_.outputs());
-    if (apart) {
+    Vec total = zero();  // of the losses after each step
+    const auto record = [&](int k, Vec loss) {
+      total = fma(broadcast(call_.step_weights[k]), loss, total);
+      if (call_.step_losses) arrays_.write_step_loss(k, loss);
+    };
+    Vec loss = gradient.loss(record);
+    if (call_.predictions && arrays_.leaves_out(call_.query)) {
+      // Rows that do not count have predictions too, though nothing else is made of them.
+      query = arrays_.set_of_all(call_.query, workspace_.query_set);
+      gradient.query_loss();
+      arrays_.write_predictions(query, loop_.outputs());
       query = arrays_.set(call_.query, workspace_.query_set);
-      loss = gradient.query_loss();
+      if (call_.wants_gradient()) gradient.query_loss();
+    } else if (call_.predictions) {
+      arrays_.write_predictions(query, loop_.outputs());
     }
-    arrays_.write_losses(loss);
-    if (!call_.wants_gradient()) return;
-    gradient.add();
+    if (call_.wants_gradient()) {
+      const Seed seed = arrays_.seed();
+      const int last = call_.steps - 1;
+      gradient.add_query(call_.step_weights ? Seed{false, seed.losses * call_.step_weights[last]}
+                                            : seed);
+      if (call_.step_weights) record(last, loss);
+      add_cotangents(gradient.v());
+      gradient.add_steps(seed, record);
+      if (call_.step_weights) loss = total;
+      write_gradients(gradient, support, query);
+    }
+    if (call_.losses) arrays_.write_losses(loss);
+  }
+
+  PYMETA_FN void add_cotangents(Real* v) const {
+    for (int t = 0; call_.cotangents.adapted && t < call_.network->tensor_count; ++t)
+      if (call_.cotangents.adapted[t])
+        arrays_.add_cotangent(t, v + workspace_.parameters.tensors[t].place);
+  }
+
+  // What is not summed over tasks.
+  PYMETA_FN void write_gradients(const MetaGradient<X>& gradient, const ItemSet& support,
+                                 const ItemSet& query) const {
+    for (int t = 0; t < call_.network->tensor_count; ++t)
+      if (call_.wants_own_gradient(t))
+        arrays_.write_own_gradient(t, gradient.v() + workspace_.parameters.tensors[t].place);
+    if (call_.lr.per_task && call_.lr_gradient)
+      gradient.own_rate_gradients(
+          [&](int row, int column, Vec value) { arrays_.write_own_rate(row, column, value); });
+    const bool second = call_.second_order();
     if (call_.xs_gradient)
-      arrays_.write_input_gradient(call_.support, support, call_.second_order(), call_.xs_gradient);
+      arrays_.write_input_gradient(call_.support, support, second, call_.xs_gradient);
     if (call_.xq_gradient)
       arrays_.write_input_gradient(call_.query, query, true, call_.xq_gradient);
+    if (call_.ys_gradient) arrays_.write_target_gradient(call_.support, support, call_.ys_gradient);
+    if (call_.yq_gradient) arrays_.write_target_gradient(call_.query, query, call_.yq_gradient);
+    if (call_.support_weights_gradient)
+      arrays_.write_weight_gradient(call_.support, support, call_.support_weights_gradient);
+    if (call_.query_weights_gradient)
+      arrays_.write_weight_gradient(call_.query, query, call_.query_weights_gradient);
   }
 
   // The weights of a factored first layer after all steps, for those who want to keep them.

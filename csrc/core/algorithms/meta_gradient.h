@@ -10,9 +10,15 @@
 // (Pearlmutter 1994): no graph, no approximation, and the tangent of the first layer's input delta is what flows
 // to the support inputs. A first-order meta-gradient takes g[k] as a constant. A tensor that the inner loop does not
 // adapt has no u, yet receives its gradient from every pass.
+//
+// The same way back serves any scalar of the results. What flows into the outputs is a Seed, in place of the loss's own gradient;
+// what flows into the adapted parameters is added to v at theta[K]. Where the query loss counts after every step, its gradient
+// at theta[k] is added to v when that is reached: the set is evaluated there anew. A start of the task's own has v itself as
+// its gradient.
 #pragma once
 
 #include "adapt.h"
+#include "set_gradients.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -28,9 +34,13 @@ class MetaGradient {
                          const Totals& totals)
       : loop_(loop), state_(loop.state()), support_(support), query_(query), totals_(totals) {}
 
-  // Adapts, and returns the query loss of each task; the loop's outputs() are those of the query set until add().
-  PYMETA_FN Vec loss() {
+  // Adapts, and returns the query loss of each task; the loop's outputs() are those of the query set until add_query().
+  // record(k, loss) is told the losses after each step that are known already: all of them where no gradient is wanted.
+  template <class Record>
+  PYMETA_FN Vec loss(Record record) {
     const WholeSet steps(support_, state_.shared.corrections);
+    if (state_.call.step_weights && !state_.call.wants_gradient())
+      return weighted_loss(steps, record);
     adapted_ = loop_.adapt(steps);
     if constexpr (X::kFactors)
       if (state_.factored) state_.factored->begin_query(query_.x, query_.extent, support_.x);
@@ -39,35 +49,145 @@ class MetaGradient {
   // Once more, of what the query set is now.
   PYMETA_FN Vec query_loss() { return loop_.evaluate(adapted_, query_); }
 
-  // Adds the meta-gradient to the totals: all of it, with each item.
-  PYMETA_FN void add() {
-    const bool keep_v = state_.call.reverses();
-    const Tape tape = state_.query_tape();
-    Real* v = state_.memory.at(state_.ws.v);
-    Passes<X>(state_, query_, tape, /*is_query=*/true).backward(adapted_, [&](int t) {
+  // The query set's part at theta[K]: to v, or to the totals where nothing comes after it.
+  PYMETA_FN void add_query(const Seed& seed) {
+    SetGradients<X>(state_, query_).clear();
+    SetGradients<X>(state_, support_).clear();
+    const bool keep_v = state_.ws.keeps_v;
+    backward_query(adapted_, query_, seed, [&](int t) {
       const std::size_t place = place_of(t);
-      return keep_v ? Sink{v + place} : Sink{totals_.gradient + place, totals_.base(place)};
+      return keep_v ? Sink{v() + place} : Sink{totals_.gradient + place, totals_.base(place)};
     });
     if constexpr (X::kFactors)
-      if (state_.factored) state_.factored->begin_reverse(tape.d(0));
-    if (!keep_v) return;
-    const WholeSet steps(support_, state_.shared.corrections);
+      if (state_.factored) state_.factored->begin_reverse(state_.query_tape().d(0));
+  }
+
+  // dL/dtheta on its way back; between add_query() and add_steps(), that at theta[K].
+  PYMETA_FN Real* v() const { return state_.memory.at(state_.ws.v); }
+
+  // Back through the steps, and into the totals. With a loss after each of them: `seed` as for the last one, without its weight.
+  template <class Record>
+  PYMETA_FN void add_steps(const Seed& seed, Record record) {
+    const State<X>& s = state_;
+    if (!s.ws.keeps_v) return;
+    const WholeSet steps(support_, s.shared.corrections);
     clear_adjoints();
-    for (int k = state_.call.steps - 1; k >= 0 && !state_.call.is_stopped(); --k)
+    if (s.ws.own_rate_gradients != kNowhere)
+      X::for_vectors(rate_scalars(), [&](std::size_t i) { store(rate_gradients() + i, zero()); });
+    for (int k = s.call.reverses() ? s.call.steps - 1 : -1; k >= 0 && !s.call.is_stopped(); --k) {
+      if (s.call.step_weights && k < s.call.steps - 1) record(k, add_step_loss(k, seed));
       reverse_step(k, steps.step(k));
-    if (!state_.call.second_order()) add_v(v);
+    }
+    if (s.ws.sums_at_end || !s.call.second_order()) add_task();
+  }
+
+  // visit(row, column, gradient) of the rates of an item whose tasks have their own.
+  template <class Visitor>
+  PYMETA_FN void own_rate_gradients(Visitor visit) const {
+    const State<X>& s = state_;
+    for (int row = 0; row < s.call.lr.rows; ++row)
+      for (int column = 0; column < s.call.lr.columns; ++column) {
+        Vec sum = zero();
+        s.for_adapted([&](int t, std::size_t place, std::size_t) {
+          if (s.rates.group(t) != column) return;
+          const Real* own = rate_gradients() + row * s.layout.size + place;
+          sum = X::sum_elements(s.layout.tensors[t], sum,
+                                [=](std::size_t at) { return load(own + at); });
+        });
+        visit(row, column, sum);
+      }
   }
 
  private:
   PYMETA_FN std::size_t place_of(int t) const { return state_.layout.tensors[t].place; }
 
-  PYMETA_FN void add_v(const Real* v) const {
-    const std::size_t summed =
-        state_.factored ? state_.layout.size_without_first : state_.layout.size;
-    X::for_vectors(summed, [&](std::size_t i) {
-      const Real* base = totals_.base(i);
-      store(totals_.gradient + i, base ? load(base) + load(v + i) : load(v + i));
+  // The losses after each step, without a gradient: their weighted sum.
+  template <class Record>
+  PYMETA_FN Vec weighted_loss(const WholeSet& steps, Record record) {
+    Vec sum = zero();
+    adapted_ = loop_.start();
+    for (int k = 0; k < state_.call.steps && !state_.call.is_stopped(); ++k) {
+      adapted_ = loop_.step(k, adapted_, steps.step(k));
+      const Vec loss = query_loss();
+      record(k, loss);
+      sum = fma(broadcast(state_.call.step_weights[k]), loss, sum);
+    }
+    return sum;
+  }
+
+  template <class Sinks>
+  PYMETA_FN void backward_query(const Parameters& theta, const ItemSet& query, const Seed& seed,
+                                Sinks sinks) const {
+    const Tape tape = state_.query_tape();
+    const Passes<X> passes(state_, query, tape, /*is_query=*/true);
+    if (!seed.is_plain) passes.seed(seed);
+    passes.backward(theta, sinks);
+    SetGradients<X>(state_, query).add_query(tape, seed.losses);
+  }
+
+  // The query set again, after step k and before the ones that are reversed already; returns its loss.
+  PYMETA_FN PYMETA_NOINLINE Vec add_step_loss(int k, const Seed& seed) const {
+    const State<X>& s = state_;
+    ItemSet query = query_;
+    query.cotangent = nullptr;  // that of the predictions, which are those at theta[K]
+    query.dx = query_.dx_of_step;
+    const Parameters theta = s.adapted(k + 1);
+    const Vec loss = loop_.evaluate(theta, query);
+    const Seed weighted{false, seed.losses * s.call.step_weights[k]};
+    backward_query(theta, query, weighted, [&](int t) {
+      const std::size_t place = place_of(t);
+      return Sink{v() + place, v() + place};
     });
+    if (Real* dx = query_.dx)
+      X::map(query.extent, s.network.in_features(),
+             [=](long at, long, int) { store(dx + at, load(dx + at) + load(query.dx + at)); });
+    return loss;
+  }
+
+  // v, and a task's own share of the rates' gradient, into the totals.
+  PYMETA_FN void add_task() const {
+    const State<X>& s = state_;
+    const bool clips = s.call.task_clip > 0;
+    const Vec factor = clips ? task_factor() : broadcast(1);
+    const std::size_t summed = s.factored ? s.layout.size_without_first : s.layout.size;
+    const Real* from = v();
+    X::for_vectors(summed, [&](std::size_t i) {
+      const Vec own = clips ? factor * load(from + i) : load(from + i);
+      const Real* base = totals_.base(i);
+      store(totals_.gradient + i, base ? load(base) + own : own);
+    });
+    if (clips && s.call.lr_gradient && !s.call.lr.per_task)
+      X::for_vectors(rate_scalars(), [&](std::size_t i) {
+        Real* to = totals_.lr_gradient + i;
+        store(to, fma(factor, load(rate_gradients() + i), load(to)));
+      });
+  }
+
+  // By what a task's share of the sums is scaled, as torch.nn.utils.clip_grad_norm_ would.
+  PYMETA_FN Vec task_factor() const {
+    const State<X>& s = state_;
+    const auto squares = [&](int t, const Real* from, Vec sum) {
+      return X::sum_elements(s.layout.tensors[t], sum, [=](std::size_t at) {
+        const Vec g = load(from + at);
+        return g * g;
+      });
+    };
+    Vec sum = zero();
+    for (int t = 0; t < s.network.tensor_count; ++t)
+      if (s.call.gradients && s.call.gradients[t] && !s.call.has_own_start(t))
+        sum = squares(t, v() + place_of(t), sum);
+    if (s.call.lr_gradient && s.call.lr.per_element)
+      for (int row = 0; row < s.call.lr.rows; ++row)
+        s.for_adapted([&](int t, std::size_t place, std::size_t) {
+          sum = squares(t, rate_gradients() + row * s.layout.size + place, sum);
+        });
+    else if (s.call.lr_gradient && !s.call.lr.per_task)
+      for (int i = 0; i < s.call.lr.rows * s.call.lr.columns; ++i) {
+        const Vec g = X::whole(load(rate_gradients() + static_cast<long>(i) * kWidth));
+        sum = fma(g, g, sum);
+      }
+    return minimum(broadcast(Real(s.call.task_clip)) / (square_root(sum) + Real(1e-6)),
+                   broadcast(1));
   }
 
   // Step k backwards; in second order v += H[k] u, and for the first step the sum goes straight into the totals.
@@ -75,8 +195,7 @@ class MetaGradient {
     const State<X>& s = state_;
     if (s.ws.saves_steps) loop_.restore(k);
     const Parameters theta = k == 0 ? s.start() : s.adapted(k);
-    Real* v = s.memory.at(s.ws.v);
-    Real* u = v;
+    Real* u = v();
     Real scale = 1;
     if (s.ws.direction_is_v) {
       rate_gradient(k);
@@ -93,9 +212,13 @@ class MetaGradient {
     passes.tangent_forward(theta, direction);
     passes.tangent_backward(theta, direction, k == s.call.steps - 1, scale, [&](int t) {
       const std::size_t place = place_of(t);
-      if (k > 0) return Sink{v + place, v + place, nullptr, scale};
-      return Sink{totals_.gradient + place, totals_.base(place), v + place, scale};
+      Real* own = v() + place;
+      if (k > 0 || s.ws.sums_at_end) return Sink{own, own, nullptr, scale};
+      return Sink{totals_.gradient + place, totals_.base(place), own, scale};
     });
+    SetGradients<X>(s, *step.set)
+        .add_support(s.support_tape(k), s.tangent(s.ws.tangent.ry), s.tangent(s.ws.tangent.rdy),
+                     scale);
   }
 
   // ---- backwards through the optimiser's rule --------------------------------------------------------------------
@@ -174,12 +297,17 @@ class MetaGradient {
 
   // ---- the learning rate -----------------------------------------------------------------------------------------
 
+  // Where they are summed: over the items of a chunk, or of one alone.
+  PYMETA_FN Real* rate_gradients() const {
+    Real* own = state_.memory.at(state_.ws.own_rate_gradients);
+    return own ? own : totals_.lr_gradient;
+  }
+  PYMETA_FN std::size_t rate_scalars() const { return state_.ws.lr_scalars(state_.call); }
   PYMETA_FN Real* lr_gradient_of(int k, int t) const {
     const State<X>& s = state_;
     if (!s.call.lr_gradient) return nullptr;
-    if (s.rates.per_element())
-      return totals_.lr_gradient + s.rates.row(k) * s.layout.size + place_of(t);
-    return totals_.lr_gradient +
+    if (s.rates.is_spread()) return rate_gradients() + s.rates.row(k) * s.layout.size + place_of(t);
+    return rate_gradients() +
            (static_cast<std::size_t>(s.rates.row(k)) * s.call.lr.columns + s.rates.group(t)) *
                kWidth;
   }

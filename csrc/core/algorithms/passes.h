@@ -95,6 +95,22 @@ class Passes {
                        tape_.at(tape_.layout->dy));
   }
 
+  // What flows into the outputs, in place of the gradient of the loss alone.
+  PYMETA_FN PYMETA_NOINLINE void seed(const Seed& seed) const {
+    const LossRows rows = tape_.loss_rows(set_);
+    Real* dy = tape_.at(tape_.layout->dy);
+    const Real* beside = set_.cotangent;
+    const bool has_loss = set_.targets != nullptr;
+    X::for_indices(rows.blocks, [=](int b) {
+      for (int o = 0; o < rows.out; ++o) {
+        const long at = rows.at(o, b);
+        Vec d = has_loss ? seed.losses * load(dy + at) : zero();
+        if (beside) d = d + load(beside + at);
+        store(dy + at, rows.masked(d, b));
+      }
+    });
+  }
+
   // Down to layer `lowest`, whose parameters are the last that want a gradient. sinks(tensor) says where it goes.
   template <class Sinks>
   PYMETA_FN PYMETA_NOINLINE void backward(const Parameters& theta, Sinks sinks,

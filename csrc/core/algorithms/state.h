@@ -24,11 +24,29 @@ struct ItemSet {
   Extent extent;
   const Real* targets;  // null: predictions only
   const Real* scale;
-  Real* dx;                        // [rows, in], or null
-  Vec rows;                        // of each task, those that do not count among them
-  const Loss* loss = nullptr;      // what targets are held against
-  const Real* offset = nullptr;    // [out, rows] is added to the outputs
-  const Real* elements = nullptr;  // [columns, rows] weights of single targets
+  Real* dx;                         // [rows, in], or null
+  Vec rows;                         // of each task, those that do not count among them
+  const Loss* loss = nullptr;       // what targets are held against
+  const Real* offset = nullptr;     // [out, rows] is added to the outputs
+  const Real* elements = nullptr;   // [columns, rows] weights of single targets
+  Real* dx_of_step = nullptr;       // [rows, in] of one of several evaluations
+  const Real* cotangent = nullptr;  // [out, rows] what flows into the outputs beside the loss
+  Real* target_gradient = nullptr;  // [out, rows], or null
+  Real* weight_gradient = nullptr;  // [rows] each row's share of the loss's derivative, or null
+
+  PYMETA_FN void lies(const SetLayout& places, const Memory& memory) {
+    dx = memory.at(places.dx);
+    dx_of_step = memory.at(places.dx_of_step);
+    cotangent = memory.at(places.cotangent);
+    target_gradient = memory.at(places.target_gradient);
+    weight_gradient = memory.at(places.weight_gradient);
+  }
+};
+
+// What flows into the query set of an item.
+struct Seed {
+  bool is_plain;  // the loss's own gradient and nothing else
+  Vec losses;     // cotangents of the tasks' losses
 };
 
 // What one inner step works on.
@@ -91,7 +109,8 @@ struct State {
         layout(workspace.parameters),
         shared(common),
         memory(lies),
-        rates(of, common.rates, workspace.parameters.size) {
+        rates(of, of.lr.per_task ? lies.at(workspace.own_rates) : common.rates,
+              workspace.parameters.size) {
     while (lowest_adapted < network.layer_count && !is_adapted(network.layers[lowest_adapted]))
       ++lowest_adapted;
     while (lowest_with_parameters < network.layer_count &&
@@ -216,7 +235,7 @@ struct State {
   PYMETA_FN StepArrays step_arrays(int k, int t, const Parameters& theta) const {
     const std::size_t place = layout.tensors[t].place;
     StepArrays a{rates.elements(k, place),
-                 rates.per_element() ? Real(0) : rates.rate(k, t),
+                 rates.is_spread() ? Real(0) : rates.rate(k, t),
                  theta.tensor(t),
                  gradient(k) + place,
                  call.is_anchored() ? start().tensor(t) : nullptr,

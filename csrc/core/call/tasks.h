@@ -43,12 +43,28 @@ constexpr std::int64_t kMostSteps = std::int64_t{1} << 30;
 // The inner learning rate: `rows` x `columns` values; step k uses row min(k, rows - 1).
 template <class Real>
 struct LearningRate {
-  const Real* values = nullptr;  // [rows, columns]
+  const Real* values =
+      nullptr;  // [rows, columns], or [T, rows, columns] where tasks have their own
   int rows = 1;
   int columns = 1;
   bool per_element =
       false;  // columns = all elements of the adapted tensors; otherwise one column per group
   const int* groups = nullptr;  // [tensors] column of each tensor, when not per_element
+  bool per_task = false;        // not with per_element
+
+  // Does the executor keep a rate for each element?
+  PYMETA_MEMBER bool is_spread() const { return per_element || per_task; }
+};
+
+// What flows into the results on the way back. Where all is null, the mean of the losses is what is differentiated.
+template <class Real>
+struct Cotangents {
+  const Real* losses = nullptr;  // [T]
+  const Real* predictions =
+      nullptr;  // [total query rows, out]; only those of rows that count are read
+  const Real* const* adapted = nullptr;  // [tensors] each [T, ...]; entries may be null
+
+  PYMETA_MEMBER bool any() const { return losses || predictions || adapted; }
 };
 
 // The inner optimiser (optimizers/ has the formulas).
@@ -121,20 +137,29 @@ struct Call {
   int patience = -1;  // at least 0: a task stops after so many epochs without a better validation
   Minibatches batches;
   bool first_order = false;
+  const Real* step_weights =
+      nullptr;           // [steps] of the query losses after each step; null: the last alone
+  double task_clip = 0;  // largest norm of a task's share of the summed gradients; 0: any
   std::int64_t tasks = 0;
   RowSet<Real> support;
   RowSet<Real> query;
   RowSet<Real> validation;  // x null where there is none
+  Cotangents<Real> cotangents;
 
   // Results; null where not wanted.
-  Real* losses = nullptr;       // [T] mean query loss of each task
+  Real* losses = nullptr;       // [T] mean query loss of each task; the weighted sum over the steps
+  Real* step_losses = nullptr;  // [steps, T] after each step, where those have weights
   Real* mean_loss = nullptr;    // [1] their mean
   Real* predictions = nullptr;  // [total query rows, out]
   Real* const* gradients =
-      nullptr;  // [tensors] of the mean over tasks, torch's layout; entries may be null
-  Real* lr_gradient = nullptr;                // [lr.rows, lr.columns]
+      nullptr;  // [tensors] in torch's layout, [T, ...] of a task's own start; entries may be null
+  Real* lr_gradient = nullptr;                // [lr.rows, lr.columns], or as lr.values
   Real* xs_gradient = nullptr;                // [total support rows, in]
   Real* xq_gradient = nullptr;                // [total query rows, in]
+  Real* ys_gradient = nullptr;                // [total support rows, out]
+  Real* yq_gradient = nullptr;                // [total query rows, out]
+  Real* support_weights_gradient = nullptr;   // [total support rows]
+  Real* query_weights_gradient = nullptr;     // [total query rows]
   Real* const* adapted_parameters = nullptr;  // [tensors] each [T, ...]; entries may be null
   std::int8_t* status = nullptr;              // [T] 1 where an adapted weight is not finite
   Real* train_curves = nullptr;               // [T, epochs] mean loss while an epoch ran
@@ -162,13 +187,20 @@ struct Call {
 #endif
   }
   PYMETA_MEMBER bool wants_gradient() const {
-    return job == Job::meta && (gradients || lr_gradient || xs_gradient || xq_gradient);
+    return job == Job::meta && (gradients || lr_gradient || wants_input_gradient() || ys_gradient ||
+                                yq_gradient || support_weights_gradient || query_weights_gradient);
+  }
+  PYMETA_MEMBER bool wants_input_gradient() const { return xs_gradient || xq_gradient; }
+  // By what sums over tasks are divided.
+  PYMETA_MEMBER Real divisor() const {
+    return cotangents.any() || tasks == 0 ? Real(1) : static_cast<Real>(tasks);
   }
   PYMETA_MEMBER bool second_order() const { return wants_gradient() && !first_order && steps > 0; }
   // Does the meta-gradient go back through the steps?
   PYMETA_MEMBER bool reverses() const {
     return wants_gradient() && steps > 0 &&
-           (!first_order || lr_gradient || optimizer.weight_decay != 0 || is_anchored());
+           (!first_order || lr_gradient || step_weights || optimizer.weight_decay != 0 ||
+            is_anchored());
   }
   PYMETA_MEMBER bool is_anchored() const { return anchors || optimizer.is_anchored(); }
   // Is every step theta - lr g and nothing else?
@@ -187,6 +219,12 @@ struct Call {
   }
   PYMETA_MEMBER const Loss& loss_of(const RowSet<Real>& set) const {
     return set.loss ? *set.loss : *loss;
+  }
+  // The weight of a row's class; 1 where classes have none.
+  PYMETA_MEMBER Real class_weight(const RowSet<Real>& set, std::int64_t row) const {
+    const Loss& own = loss_of(set);
+    if (!own.weight || !set.y || !takes_labels(own)) return Real(1);
+    return static_cast<Real>(own.weight[static_cast<const std::int64_t*>(set.y)[row]]);
   }
   // Does any of a task's rows not count?
   PYMETA_MEMBER bool leaves_out(const RowSet<Real>& set, std::int64_t task) const {
@@ -212,6 +250,17 @@ struct Call {
   // Does each task have a start of its own for this tensor?
   PYMETA_MEMBER bool has_own_start(int tensor) const {
     return parameter_per_task && parameter_per_task[tensor];
+  }
+  // Is the gradient of such a start wanted?
+  PYMETA_MEMBER bool wants_own_gradient(int tensor) const {
+    return has_own_start(tensor) && gradients && gradients[tensor];
+  }
+  // Is a task's whole gradient wanted before it is summed, or instead?
+  PYMETA_MEMBER bool keeps_task_gradient() const {
+    if (job != Job::meta) return false;
+    bool own = task_clip > 0;
+    for (int t = 0; t < network->tensor_count; ++t) own = own || wants_own_gradient(t);
+    return own;
   }
   // Is a set of these looked at?
   PYMETA_MEMBER bool has_support() const { return job != Job::predict; }

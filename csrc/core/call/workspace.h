@@ -59,9 +59,13 @@ struct ParameterLayout {
 
   PYMETA_FN std::size_t scalars(int tensor) const { return tensors[tensor].scalars(); }
 
-  // visit(index in torch's layout, place in the packed one) for every element of a tensor.
+  // visit(index in torch's layout, place in the packed one) for every element of a tensor that begins at `first`.
   template <class Visitor>
   PYMETA_FN void elements(int tensor, Visitor visit) const {
+    elements(tensor, tensors[tensor].place, visit);
+  }
+  template <class Visitor>
+  PYMETA_FN void elements(int tensor, std::size_t first, Visitor visit) const {
     const PackedTensor& t = tensors[tensor];
     constexpr int block = 16;  // both sides of a transposition stay in cache
     for (int p0 = 0; p0 < t.outer; p0 += block)
@@ -70,7 +74,7 @@ struct ParameterLayout {
           for (int q = q0; q < t.inner && q < q0 + block; ++q)
             visit(t.transposed ? static_cast<std::size_t>(q) * t.outer + p
                                : static_cast<std::size_t>(p) * t.inner + q,
-                  t.place + p * t.row + static_cast<std::size_t>(q) * X::kElement);
+                  first + p * t.row + static_cast<std::size_t>(q) * X::kElement);
   }
 };
 
@@ -162,20 +166,36 @@ struct TangentLayout {
 struct SetLayout {
   Place x;  // kNowhere where the caller's own array is read
   Place targets, scale, keep;
-  Place dx;  // dL/dx, where wanted
+  Place dx;          // dL/dx, where wanted
+  Place dx_of_step;  // that of one of several evaluations
+  Place cotangent;   // dL/dy beside the loss, class-major
+  Place target_gradient, weight_gradient;
   Place offset,
       elements;  // what is added to the outputs, weights of single targets; where there are
 
+  // What is wanted of a set beside its loss.
+  struct Wanted {
+    bool x = false, y = false, weights = false;  // gradients
+    bool cotangent = false;
+    bool steps = false;  // it is evaluated after each step
+  };
+
   template <class X>
   void lay_out(Places& places, const Network& network, const Loss& loss, int rows, bool copy_input,
-               bool input_gradient) {
+               const Wanted& wanted) {
     const std::size_t matrix = static_cast<std::size_t>(rows) * X::stride(network.in_features());
+    const std::size_t classes =
+        static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
     const int columns = target_columns(loss, network.out_features());
     x = copy_input ? places.take(matrix) : kNowhere;
     targets = places.take(static_cast<std::size_t>(columns) * X::class_stride(rows));
     scale = places.take(X::class_stride(rows));
     keep = places.take(static_cast<std::size_t>(rows) * kWidth);
-    dx = input_gradient ? places.take(matrix) : kNowhere;
+    dx = places.take_if(wanted.x, matrix);
+    dx_of_step = places.take_if(wanted.x && wanted.steps, matrix);
+    cotangent = places.take_if(wanted.cotangent, classes);
+    target_gradient = places.take_if(wanted.y, classes);
+    weight_gradient = places.take_if(wanted.weights, X::class_stride(rows));
   }
   // Class-major arrays of a set beside its targets.
   template <class X>
@@ -208,11 +228,15 @@ struct Workspace {
   bool saves_steps;      // ... not where they are used, but in `saved`, copied there and back
   bool keeps_gradients;  // every step has its own inner gradient and optimiser state
   bool direction_is_v;   // the reverse sweep needs no u of its own (optimizers/step.h)
+  bool keeps_v;          // the query set's gradient goes to v and not straight into the totals
+  bool sums_at_end;      // v stays a task's own until all steps are reversed
   bool sums_losses;      // the steps' losses are asked for
   bool factorable;
   FactoredLayout factored;
   Place accumulated, lr_accumulated;  // sums over the items of a chunk (Totals)
-  Place start, start_transposed;      // the item's own start, where tasks have theirs
+  Place own_rates;           // [lr.rows, parameters] of an item whose tasks have rates of their own
+  Place own_rate_gradients;  // as lr_accumulated, of an item alone
+  Place start, start_transposed;  // the item's own start, where tasks have theirs
   Place theta, theta_transposed, gradients, states, best, saved;
   Place v, u, u_transposed, state_adjoints, pull, support, query, tangents;
   Place order;       // int32 [kTasks kOrders, largest support set]: the shuffled rows of an epoch
@@ -224,17 +248,19 @@ struct Workspace {
     return call.lr.per_element ? parameters.size * call.lr.rows : 0;
   }
   std::size_t lr_scalars(const Call<Real>& call) const {
-    return call.lr.rows * (call.lr.per_element
+    return call.lr.rows * (call.lr.is_spread()
                                ? parameters.size
                                : static_cast<std::size_t>(call.lr.columns) * kWidth);
   }
 
   // `near`: scalars of the fast memory. What every product touches asks for its place there first.
   explicit Workspace(const Call<Real>& call, std::size_t near = ~std::size_t{0})
-      : parameters(*call.network, call.xs_gradient || call.xq_gradient) {
+      : parameters(*call.network, call.wants_input_gradient()) {
     const Network& network = *call.network;
     const bool second = call.second_order(), reverses = call.reverses();
     direction_is_v = steps_scale_gradient(call);
+    sums_at_end = call.keeps_task_gradient();
+    keeps_v = reverses || sums_at_end || call.cotangents.adapted;
     keeps_gradients = reverses && (call.lr_gradient || !direction_is_v);
     const int kept = call.steps > 1 && reverses ? call.steps : 1;
     sums_losses = call.job == Job::reptile || call.train_curves;
@@ -242,7 +268,7 @@ struct Workspace {
     const int step_rows = minibatches ? call.batches.size : call.max_support;
     const int evaluated =
         call.max_query > call.max_validation ? call.max_query : call.max_validation;
-    const bool stores_gradient = keeps_gradients || call.lr.per_element || !call.has_plain_steps();
+    const bool stores_gradient = keeps_gradients || call.lr.is_spread() || !call.has_plain_steps();
     const bool copy_input = !reads_rows_in_place<X>(network, parameters.narrow);
     bool own_starts = false;
     for (int t = 0; t < network.tensor_count; ++t) own_starts = own_starts || call.has_own_start(t);
@@ -272,11 +298,15 @@ struct Workspace {
     u_transposed = take_if(second, parameters.transposed_size);
     support_set.lay_out<X>(places, network, call.loss_of(call.support), step_rows,
                            copy_input || minibatches || call.support.has_weightless,
-                           call.xs_gradient);
+                           {call.xs_gradient != nullptr, call.ys_gradient != nullptr,
+                            call.support_weights_gradient != nullptr, false, false});
     query_set.lay_out<X>(places, network, call.loss_of(call.query), call.max_query,
-                         copy_input || call.query.has_weightless, call.xq_gradient);
+                         copy_input || call.query.has_weightless,
+                         {call.xq_gradient != nullptr, call.yq_gradient != nullptr,
+                          call.query_weights_gradient != nullptr,
+                          call.cotangents.predictions != nullptr, call.step_weights != nullptr});
     validation_set.lay_out<X>(places, network, call.loss_of(call.validation), call.max_validation,
-                              copy_input || call.validation.has_weightless, false);
+                              copy_input || call.validation.has_weightless, {});
     support_set.lay_out_beside<X>(places, call, call.support, step_rows);
     query_set.lay_out_beside<X>(places, call, call.query, call.max_query);
     validation_set.lay_out_beside<X>(places, call, call.validation, call.max_validation);
@@ -290,7 +320,10 @@ struct Workspace {
     this->states = take_if(states > 0, states * each_step);
     state_adjoints = take_if(reverses && states > 0, states);
     pull = take_if(reverses && call.is_anchored() && call.steps > 1, parameters.size);
-    lr_accumulated = take_if(call.lr_gradient, lr_scalars(call));
+    lr_accumulated = take_if(call.lr_gradient && !call.lr.per_task, lr_scalars(call));
+    own_rates = take_if(call.lr.per_task, parameters.size * call.lr.rows);
+    own_rate_gradients =
+        take_if(call.lr_gradient && (call.lr.per_task || call.task_clip > 0), lr_scalars(call));
     best = take_if(call.validation.x, parameters.size);
     accumulated = take_if((call.wants_gradient() || call.job == Job::reptile) && X::kElement > 1,
                           parameters.size);

@@ -7,7 +7,7 @@ PYMETA_KERNEL_BEGIN
 
 // Is every step theta - lr g, with one rate for all adapted tensors?
 inline bool steps_scale_gradient(const Call<Real>& call) {
-  if (!call.has_plain_steps() || call.lr.per_element) return false;
+  if (!call.has_plain_steps() || call.lr.is_spread()) return false;
   int group = -1;
   for (int t = 0; t < call.network->tensor_count; ++t) {
     if (!call.adapted[t]) continue;
@@ -19,17 +19,17 @@ inline bool steps_scale_gradient(const Call<Real>& call) {
 
 class Rates {
  public:
-  // `packed` is [lr.rows, parameters] in the executor's layout; only read when the rate is per element.
+  // `packed` is [lr.rows, parameters] in the executor's layout; only read where each element has a rate there.
   PYMETA_FN Rates(const Call<Real>& call, const Real* packed, std::size_t parameters)
       : lr_(call.lr), packed_(packed), parameters_(parameters) {
     int first = 0;
     while (first < call.network->tensor_count && !call.adapted[first]) ++first;
     const bool any = first < call.network->tensor_count;
-    column_ = any && !lr_.per_element ? lr_.groups[first] : 0;
+    column_ = any && !lr_.is_spread() ? lr_.groups[first] : 0;
   }
 
   PYMETA_FN int row(int step) const { return step < lr_.rows ? step : lr_.rows - 1; }
-  PYMETA_FN bool per_element() const { return lr_.per_element; }
+  PYMETA_FN bool is_spread() const { return lr_.is_spread(); }
   PYMETA_FN int group(int tensor) const { return lr_.groups[tensor]; }
   // Where one rate serves all adapted tensors (steps_scale_gradient).
   PYMETA_FN Real uniform_rate(int step) const {
@@ -40,7 +40,7 @@ class Rates {
   }
   // Of the scalars from `place` on, in the tensor's own array of rates; or one for all of them.
   PYMETA_FN const Real* elements(int step, std::size_t place) const {
-    return per_element() ? packed_ + row(step) * parameters_ + place : nullptr;
+    return is_spread() ? packed_ + row(step) * parameters_ + place : nullptr;
   }
 
  private:
