@@ -194,6 +194,8 @@ class Call(metaclass=_Type):
         losses: int,
         predictions: int,
         gradients: Gradients | None,
+        step_losses: int = 0,
+        cotangents: Cotangents | None = None,
         device: _Device | None = None,
     ) -> int: ...
 

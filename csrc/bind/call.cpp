@@ -84,6 +84,9 @@ void check_meta(const Call<Real>& call) {
   if ((call.support_weights_gradient && !call.support.weights) ||
       (call.query_weights_gradient && !call.query.weights))
     refuse("gradients: there are no row weights");
+  if ((call.support_weights_gradient && call.support.weight_columns > 1) ||
+      (call.query_weights_gradient && call.query.weight_columns > 1))
+    refuse("gradients: weights of single targets have none");
   if ((call.query_weights_gradient || call.yq_gradient || call.step_weights) && !call.query.y)
     refuse("gradients: without query targets there is no query loss");
 }
@@ -186,13 +189,13 @@ void CallParts::describe(Described<Real>& to) const {
   call.task_clip = task_clip;
   if (gradients) put_gradients(*problem_, *gradients, to);
   if (cotangents) put_cotangents(*problem_, *cotangents, to);
-  if (job_ == Job::meta) check_meta(call);
 }
 
 std::size_t CallParts::run(const MaybeDevice& device) const {
   return with_real(dtype_, [&](auto real) {
     Described<decltype(real)> described;
     describe(described);
+    if (job_ == Job::meta) check_meta(described.call);
     return execute(described.call, device);
   });
 }
@@ -214,7 +217,10 @@ std::size_t CallParts::repeat(const Repeated& other, const MaybeDevice& device) 
     call.mean_loss = pointer<Real>(other.mean_loss);
     call.losses = pointer<Real>(other.losses);
     call.predictions = pointer<Real>(other.predictions);
+    call.step_losses = pointer<Real>(other.step_losses);
     if (other.gradients) put_gradients(*problem_, *other.gradients, described);
+    if (other.cotangents) put_cotangents(*problem_, *other.cotangents, described);
+    check_meta(call);
     return execute(call, device);
   });
 }
@@ -295,13 +301,16 @@ void bind_call(py::module_& m) {
           "repeat",
           [](const CallParts& call, const std::vector<Address>& start, Address rates, Address xs,
              Address ys, Address xq, Address yq, Address mean_loss, Address losses,
-             Address predictions, const Gradients* gradients, const MaybeDevice& device) {
-            return call.repeat(
-                {start, rates, xs, ys, xq, yq, mean_loss, losses, predictions, gradients}, device);
+             Address predictions, const Gradients* gradients, Address step_losses,
+             const CotangentParts* cotangents, const MaybeDevice& device) {
+            return call.repeat({start, rates, xs, ys, xq, yq, mean_loss, losses, predictions,
+                                step_losses, gradients, cotangents},
+                               device);
           },
           py::arg("start"), py::arg("rates"), py::arg("xs"), py::arg("ys"), py::arg("xq"),
           py::arg("yq"), py::arg("mean_loss"), py::arg("losses"), py::arg("predictions"),
-          py::arg("gradients"), py::arg("device") = py::none());
+          py::arg("gradients"), py::arg("step_losses") = 0, py::arg("cotangents") = py::none(),
+          py::arg("device") = py::none());
 }
 
 }  // namespace pymeta

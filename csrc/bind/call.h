@@ -72,8 +72,9 @@ using MaybeDevice = std::optional<DeviceTuple>;
 // What differs from one meta-gradient to the next that is like it.
 struct Repeated {
   const std::vector<Address>& start;
-  Address rates, xs, ys, xq, yq, mean_loss, losses, predictions;
+  Address rates, xs, ys, xq, yq, mean_loss, losses, predictions, step_losses;
   const Gradients* gradients;
+  const CotangentParts* cotangents;
 };
 
 // A Call of the core, and the arrays of pointers that it points to.

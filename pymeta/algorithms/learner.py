@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from pymeta import native, reference
 from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
+from pymeta.algorithms.own import OwnRates, Starts, rates_of, start_of
 from pymeta.algorithms.settings import Checks, checks_of, one_optimizer
 from pymeta.backend import adapt as native_adapt
-from pymeta.backend.gradients import Wanted
+from pymeta.backend.gradients import NOTHING, Wanted
 from pymeta.backend.plan import Plan
 from pymeta.models.adapted import Adapted
 from pymeta.spec.anchors import check_anchor
@@ -78,7 +79,7 @@ class NativeCall(NamedTuple):
     validation_rows: int = 0
     second_order: bool = False
     lr_rows: int = 1
-    wanted: Wanted = (True, False, False, False)
+    wanted: Wanted = (True, *NOTHING[1:])
     has_anchors: bool = False
 
 
@@ -270,6 +271,8 @@ class Learner(nn.Module, ABC):
         task_ids: Sequence[int] | Tensor | None = None,
         anchor: Anchors = None,
         offset: Rows | None = None,
+        start: Starts = None,
+        lr: OwnRates = None,
     ) -> Adapted:
         """The models adapted to the support sets of T tasks; for `adapt` itself to call."""
         with torch.no_grad():
@@ -282,7 +285,12 @@ class Learner(nn.Module, ABC):
             in_torch = reason is not None
             if reason is not None:
                 self._to_torch(plan, reason, 4, support)
-            options = {"task_ids": ids, "anchors": anchors}
+            options = {
+                "task_ids": ids,
+                "anchors": anchors,
+                "start": start_of(start, support.tasks, plan),
+                "rates": rates_of(lr, support.tasks, plan),
+            }
             done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, **options)
             return self._adapted(plan, parameters, done, support.tasks, in_torch)
 

@@ -21,30 +21,51 @@ from torch import Tensor, nn
 from pymeta import reference
 from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.learner import Learner, NativeCall, Weights
+from pymeta.algorithms.own import (
+    Own,
+    OwnRates,
+    Starts,
+    StepWeights,
+    rates_of,
+    start_of,
+    step_weights_of,
+)
 from pymeta.algorithms.settings import Checks, check_query_loss, checks_of
+from pymeta.backend import adapt as native_adapt
 from pymeta.backend.inputs import has_tangents, in_forward_mode
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import PreparedCall, addresses, prepare
-from pymeta.models.adapted import Adapted, shaped
+from pymeta.backend.prepared import PreparedCall, prepare
+from pymeta.models.adapted import shaped
 from pymeta.spec.inner import InnerLoop
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
+from pymeta.tasks.checks import Names
 from pymeta.tasks.task_set import QUERY, SUPPORT, Rows, Sizes, TaskSet, check_same_tasks, task_set
+
+_QUERIES = Names("xq", "", QUERY.sizes, "", QUERY.offset)  # without targets
 
 
 class Outcome(NamedTuple):
-    """What a MAML call returns; only `loss` carries a graph.
+    """What a MAML call returns.
+
+    The first three carry a graph where grad is enabled. `loss.backward()` alone costs nothing more
+    on the native backend; whatever else is differentiated costs one more native call.
 
     Attributes:
-        loss: [], the mean over tasks of `task_losses`.
-        task_losses: [T], each task's mean query loss after adaptation.
+        loss: [], the mean over tasks of `task_losses`; None without query targets.
+        task_losses: [T], each task's mean query loss after adaptation, or with `step_weights` the
+            weighed sum of those after each step; None without query targets.
         predictions: [T, rows, out], the network's raw outputs on the query set; a list of
-            [rows_t, out] where xq came as a list; rows beyond a task's query size are 0.
+            [rows_t, out] where xq came as a list; rows beyond a task's query size are 0. A row
+            that does not count has them as constants.
+        step_losses: [steps, T], the query losses after each step, without a graph; None without
+            `step_weights`.
     """
 
     loss: Tensor
     task_losses: Tensor
     predictions: Tensor | list[Tensor]
+    step_losses: Tensor | None = None
 
 
 class MAML(Learner):
@@ -71,6 +92,10 @@ class MAML(Learner):
             meta-gradient goes through it, at both of its ends.
         anchor_rows: in its place: anchor_rows / n for a task of n rows that count, so that the
             start is worth as much as so many rows.
+        task_clip: the largest norm of one task's share of the meta-gradient, all parameters and
+            a learnable lr together, before the mean over tasks is taken; None for any. For
+            robustness, and for differential privacy (Abadi et al. 2016, of tasks in place of
+            rows).
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
 
@@ -80,7 +105,10 @@ class MAML(Learner):
     """
 
     _checks: ClassVar[Checks] = checks_of(
-        "steps", "first_order", query_loss=lambda self, value: check_query_loss(value)
+        "steps",
+        "first_order",
+        "task_clip",
+        query_loss=lambda self, value: check_query_loss(value)
     )
     _of_the_plan: ClassVar[frozenset[str]] = Learner._of_the_plan | {"query_loss"}
 
@@ -97,6 +125,7 @@ class MAML(Learner):
         optimizer: Optimizer | None = None,
         anchor: float = 0.0,
         anchor_rows: float | None = None,
+        task_clip: float | None = None,
         backend: str = "auto",
     ) -> None:
         """Check the arguments and examine the model."""
@@ -114,6 +143,7 @@ class MAML(Learner):
         self.steps = steps
         self.first_order = first_order
         self.query_loss = query_loss
+        self.task_clip = task_clip
         self._prepared: dict[bool, PreparedCall] = {}  # by whether grad is enabled
         plan = self._look()
         if isinstance(self._rule.lr, LearnableLR):
@@ -134,7 +164,7 @@ class MAML(Learner):
         xs: Rows,
         ys: Rows,
         xq: Rows,
-        yq: Rows,
+        yq: Rows | None = None,
         *,
         steps: int | None = None,
         support_sizes: Sizes = None,
@@ -144,12 +174,17 @@ class MAML(Learner):
         support_offset: Rows | None = None,
         query_offset: Rows | None = None,
         anchor: Anchors = None,
+        start: Starts = None,
+        lr: OwnRates = None,
+        step_weights: StepWeights = None,
     ) -> Outcome:
         """Adapt to every task's support set and evaluate on its query set.
 
-        Where grad is enabled and something requires it, `loss.backward()` gives the exact
-        meta-gradient to the parameters, to a learnable lr, and to xs and xq. On the native
-        backend that gradient is computed here already, and cannot be differentiated again.
+        Where grad is enabled and something requires it, the results are differentiable by the
+        parameters (or the tasks' own start), by lr, and by the inputs, targets and row weights of
+        both sets: the exact meta-gradient. On the native backend it cannot be differentiated
+        again. That of `loss` is computed here already; any other costs a native call in backward,
+        for which nothing of this one may have been changed in place.
 
         Args:
             xs: support inputs [T, rows, ...], or a list of T tensors [rows_t, ...].
@@ -158,19 +193,25 @@ class MAML(Learner):
                 is 1; a list where xs is one. Where the loss has several outputs for each target,
                 there are as many columns as targets.
             xq: query inputs, like xs, with their own number of rows.
-            yq: query targets, like ys.
+            yq: query targets, like ys; None for predictions alone.
             steps: the number of inner steps, instead of the one given at construction.
             support_sizes: [T], how many of its rows each task uses, where xs is padded.
             query_sizes: [T], likewise for xq.
             support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses; or
-                in the shape of ys, weights of single targets, of which those of weight 0
-                contribute nothing, whatever they hold.
+                in the shape of ys, weights of single targets. What weighs 0 contributes nothing,
+                whatever it holds, and the gradient by its weight is 0.
             query_weights: likewise for the query rows.
             support_offset: [T, rows, out], [T, rows] where out is 1, or a list of single tasks':
                 added to the model's outputs before the loss.
             query_offset: likewise for the query rows, and part of the predictions.
             anchor: [T], the strength of each task's pull towards the start, in place of the
                 constructor's.
+            start: {name: [T, ...]} of parameters that each task starts from its own value of, in
+                place of the model's.
+            lr: [T], each task's step size in place of the constructor's, or [T, layers] where
+                that is `LearnableLR(per="layer")`.
+            step_weights: [steps]: the loss is the sum of the query losses after each step times
+                these (Antoniou et al. 2019, section 4.1), in place of the last one.
 
         Returns:
             The `Outcome`.
@@ -183,15 +224,6 @@ class MAML(Learner):
                 CUDA tensors are not waited for: a label or weight out of range makes the loss
                 of its task NaN, and all that depends on it (PYMETA_CHECK_VALUES=1 raises).
         """
-        if torch.compiler.is_compiling():
-            return self._compiled(
-                (xs, ys, support_sizes, support_weights),
-                (xq, yq, query_sizes, query_weights),
-                steps,
-                anchor=anchor,
-                support_offset=support_offset,
-                query_offset=query_offset,
-            )
         plain = (
             steps is None
             and anchor is None
@@ -201,7 +233,22 @@ class MAML(Learner):
             and query_weights is None
             and support_offset is None
             and query_offset is None
+            and start is None
+            and lr is None
+            and step_weights is None
         )
+        if torch.compiler.is_compiling():
+            return self._compiled(
+                (xs, ys, support_sizes, support_weights),
+                (xq, yq, query_sizes, query_weights),
+                steps,
+                anchor=anchor,
+                support_offset=support_offset,
+                query_offset=query_offset,
+                start=start,
+                lr=lr,
+                step_weights=step_weights,
+            )
         if plain:
             before = self._prepared.get(torch.is_grad_enabled())
             results = None if before is None else before.again(self.__dict__, xs, ys, xq, yq)
@@ -209,30 +256,53 @@ class MAML(Learner):
                 return Outcome(*results)
         plan, parameters = self._current(xs)
         steps = self.steps if steps is None else check_count("steps", steps)
-        expected = plan.expected
         support = task_set(
-            SUPPORT, xs, ys, support_sizes, support_weights, expected, support_offset
+            SUPPORT, xs, ys, support_sizes, support_weights, plan.expected, support_offset
         )
-        expected = plan.query_expected
-        query = task_set(QUERY, xq, yq, query_sizes, query_weights, expected, query_offset)
+        sides = (xq, yq, query_sizes, query_weights)
+        query = self._queries(sides, query_offset, step_weights, plan)
         check_same_tasks(support, query)
-        anchors = anchors_of(anchor, support.tasks, plan)
-        reason = self._reason(plan, support, query)
-        if reason is None and anchors is not None and anchors.requires_grad:
-            reason = "anchor requires grad, which the native core has no gradient for"
+        how = self._own(plan, support.tasks, steps, anchor, start, lr, step_weights)
+        reason = self._reason(plan, support, query) or how.reason
         if reason is not None:
-            return self._in_torch(plan, parameters, steps, support, query, reason, anchors)
-        lr = self._lr(plan)
-        options = (steps, self.first_order, support, query)
-        call, native_lr = prepare(plan, lr, *options, anchors=anchors)
-        results = call(parameters, native_lr, support.x, query.x, addresses(support, query))
+            return self._in_torch(plan, parameters, steps, support, query, reason, how)
+        operands = how.operands(plan, parameters)
+        rates = self._lr(plan) if how.rates is None else how.rates
+        call, extras = prepare(plan, how.recipe(self, steps), operands, rates, support, query)
+        results = call(operands, extras)
         if query.lengths is not None:
-            loss, losses, predictions = results
-            return Outcome(loss, losses, shaped(predictions, query))
+            return Outcome(*results)._replace(predictions=shaped(results.predictions, query))
         data = (xs, ys, xq, yq)
-        if plain and native_lr is lr and call.remember(self.__dict__, data, support, query, lr):
+        if (
+            plain
+            and extras.lr is rates
+            and call.remember(self.__dict__, data, support, query, rates)
+        ):
             self._prepared[torch.is_grad_enabled()] = call
         return Outcome(*results)
+
+    def _queries(
+        self, sides: tuple[Any, Any, Any, Any], offset: Any, step_weights: Any, plan: Plan
+    ) -> TaskSet:
+        """The query sets, with targets or for predictions alone."""
+        xq, yq, sizes, weights = sides
+        if yq is not None:
+            return task_set(QUERY, *sides, plan.query_expected, offset)
+        for name, value in (("query_weights", weights), ("step_weights", step_weights)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None where yq is, for there is no query loss")
+        return task_set(_QUERIES, xq, None, sizes, None, plan.query_expected, offset)
+
+    def _own(
+        self, plan: Plan, tasks: int, steps: int, anchor: Any, start: Any, lr: Any,
+        step_weights: Any = None,
+    ) -> Own:  # fmt: skip
+        return Own(
+            anchors_of(anchor, tasks, plan),
+            start_of(start, tasks, plan),
+            rates_of(lr, tasks, plan),
+            step_weights_of(step_weights, steps, plan),
+        )
 
     def adapt(
         self,
@@ -244,8 +314,11 @@ class MAML(Learner):
         support_weights: Weights = None,
         support_offset: Rows | None = None,
         anchor: Anchors = None,
-    ) -> Adapted:
-        """The models adapted to T tasks, without any graph.
+        start: Starts = None,
+        lr: OwnRates = None,
+        create_graph: bool = False,
+    ) -> Any:
+        """The models adapted to T tasks.
 
         Args:
             xs: support inputs, as in `forward`.
@@ -255,16 +328,46 @@ class MAML(Learner):
             support_weights: as in `forward`.
             support_offset: as in `forward`.
             anchor: as in `forward`.
+            start: as in `forward`.
+            lr: as in `forward`.
+            create_graph: return the adapted parameters themselves, differentiable as the results
+                of `forward` are.
 
         Returns:
-            T models, to be used as `models(xq)`, `models[t]`, `models.parameters`.
+            T models without any graph, to be used as `models(xq)`, `models[t]`,
+            `models.parameters`; with `create_graph` {name: [T, ...]} of what is adapted.
 
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        schedule = self.schedule if steps is None else Schedule(check_count("steps", steps))
-        sizes, weights, offset = support_sizes, support_weights, support_offset
-        return self._adapted_to(schedule, xs, ys, sizes, weights, anchor=anchor, offset=offset)
+        steps = self.steps if steps is None else check_count("steps", steps)
+        sides = (xs, ys, support_sizes, support_weights)
+        own: dict[str, Any] = {"anchor": anchor, "start": start, "lr": lr}
+        if create_graph:
+            return self._adapted_with_graph(sides, support_offset, steps, own)
+        return self._adapted_to(Schedule(steps), *sides, offset=support_offset, **own)
+
+    def _adapted_with_graph(
+        self, sides: tuple[Any, Any, Any, Any], offset: Any, steps: int, own: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        plan, parameters = self._current()
+        support = task_set(SUPPORT, *sides, plan.expected, offset)
+        how = self._own(plan, support.tasks, steps, **own)
+        inner = self._inner(plan, Schedule(steps), self.first_order)
+        reason = self._reason(plan, support) or how.reason
+        if reason is None:
+            rates = inner.lr if how.rates is None else how.rates
+            recipe = how.recipe(self, steps)
+            return native_adapt.adapt_with_graph(
+                plan, recipe, parameters, rates, inner, support, how.start
+            )
+        self._to_torch(plan, reason, 4, support)
+        named = dict(zip(plan.names, parameters, strict=True))
+        done = reference.adapt(
+            self.model, named, plan.adapted, inner, support,
+            start=how.start, anchors=how.anchors, rates=how.rates,
+        )  # fmt: skip
+        return {name: done.parameters[name] for name in plan.adapted}
 
     @property
     def schedule(self) -> Schedule:
@@ -281,23 +384,33 @@ class MAML(Learner):
         support: TaskSet,
         query: TaskSet,
         reason: str,
-        anchors: Tensor | None,
+        how: Own,
     ) -> Outcome:
         """The call by `pymeta/reference`."""
         expected = self._to_torch(plan, reason, 6, support, query)
-        check_values_of(anchors)
+        check_values_of(how.anchors)
         named = dict(zip(plan.names, parameters, strict=True))
         inner = self._inner(plan, Schedule(steps), self.first_order)
-        loss, losses, predictions = reference.meta_loss(
-            self.model, named, plan.adapted, inner, support, query, anchors
+        own = reference.Own(how.anchors, how.rates, how.start)
+        sets = (support, query)
+        losses, predictions, step_losses = reference.evaluate(
+            self.model, named, plan.adapted, inner, *sets, own, how.step_weights
         )
         if query.tasks == 0:
             out = self._output_shape(plan, query)
             predictions = query.x.new_zeros(0, query.rows, *out, dtype=expected.dtype)
-        return Outcome(loss, losses.detach(), shaped(predictions, query))
+        outputs = shaped(predictions, query)
+        if query.y is None:
+            return Outcome(None, None, outputs)  # type: ignore[arg-type]
+        loss = reference.mean_loss(losses)
+        if self.task_clip is not None:
+            by = [*named.values(), *([inner.lr] if inner.lr.requires_grad else [])]
+            loss = reference.clipped(losses, by, self.task_clip)
+        steps_without_graph = None if step_losses is None else step_losses.detach()
+        return Outcome(loss, losses, outputs, steps_without_graph)
 
     def _reason(self, plan: Plan, *sets: TaskSet) -> str | None:
-        """As the base class has it; the native core has no gradient for targets and weights."""
+        """As the base class has it; the native core has no forward mode."""
         reason = super()._reason(plan, *sets)
         if reason is None and in_forward_mode():
             inputs = [v for s in sets for v in (s.x, s.y, s.weights, s.offset)]
@@ -306,10 +419,10 @@ class MAML(Learner):
         if reason is not None or not torch.is_grad_enabled():
             return reason
         for s in sets:
-            n = s.names
-            for name, value in ((n.y, s.y), (n.weights, s.weights), (n.offset, s.offset)):
-                if value is not None and value.requires_grad:
-                    return f"{name} requires grad, which the native core has no gradient for"
+            if s.offset is not None and s.offset.requires_grad:
+                return f"{s.names.offset} requires grad, which the native core has no gradient for"
+            if s.weights is not None and s.weights.requires_grad and s.weight_columns > 1:
+                return f"{s.names.weights} of single targets require grad"
         return None
 
     def _made_plan(self, row_shape: tuple[int, ...] | None) -> Plan:

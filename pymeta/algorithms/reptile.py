@@ -171,7 +171,7 @@ class Reptile(Learner):
         reason = self._reason(plan, support)
         if reason is None:
             sizes = (support.tasks, support.rows)
-            wanted = (trains and bool(plan.trainable), False, False, False)
+            wanted = (trains and bool(plan.trainable), *NOTHING[1:])
             self._last = NativeCall(
                 "reptile", schedule, *sizes, wanted=wanted, has_anchors=anchors is not None
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -71,6 +72,16 @@ def check_query_loss(value: Any) -> Loss | None:
         raise type(error)(f"query_{error}") from None
 
 
+def _check_clip(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number > 0 or None, got {type(value).__name__}")
+    if not value > 0 or math.isinf(value):
+        raise ValueError(f"{name}: expected a finite number > 0 or None, got {value}")
+    return float(value)
+
+
 # Those of all learners.
 _OF_ALL: Checks = {
     "model": lambda self, value: _check_model(value),
@@ -86,6 +97,7 @@ _OF_SOME: Checks = {
     "batch_size": lambda self, value: check_batch_size(value),
     "seed": lambda self, value: check_count("seed", value, most=LARGEST_SEED),
     "first_order": lambda self, value: _check_flag("first_order", value),
+    "task_clip": lambda self, value: _check_clip("task_clip", value),
 }
 
 

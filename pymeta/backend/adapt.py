@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pymeta import native
-from pymeta.backend.gradients import Layout, Lease, with_graph
+from pymeta.backend.gradients import NOTHING, Extras, Layout, Lease
 from pymeta.backend.inputs import (
     address,
     chained,
@@ -18,7 +18,9 @@ from pymeta.backend.inputs import (
     predicted_shape,
     ready,
 )
+from pymeta.backend.node import OfLoss, with_graph
 from pymeta.backend.plan import Plan
+from pymeta.backend.prepared import MadeAdapted, Recipe, prepare
 from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation
 from pymeta.spec.once import REPTILE
@@ -78,6 +80,7 @@ def adapt(
     curves: bool = False,
     task_ids: Tensor | None = None,
     anchors: Tensor | None = None,
+    rates: Tensor | None = None,
     out: Adaptation | None = None,
 ) -> Adaptation:
     """The native twin of `reference.adapt`.
@@ -94,9 +97,10 @@ def adapt(
         curves: whether to keep the losses of the epochs.
         task_ids: [T] int64.
         anchors: [T], dense, where the tasks have strengths of their own.
+        rates: [T, rows, columns], dense, where they have step sizes of their own.
         out: contiguous memory for the result; made where left out.
     """
-    lr, s = native_lr(plan, lr), ready(plan, support)
+    lr, s = native_lr(plan, lr) if rates is None else rates, ready(plan, support)
     watched = None if validation is None else ready(plan, validation)
     ids = _ids_there(plan, task_ids)
     start = {} if start is None else {n: dense(p) for n, p in start.items()}
@@ -113,7 +117,7 @@ def adapt(
         call.tasks = s.tasks
         call.start = [start.get(n, p).data_ptr() for n, p in zip(names, shared, strict=True)]
         call.own_starts = [n in start for n in names]
-        call.rates = native_rates(lr)
+        call.rates = native_rates(lr, rates is not None)
         call.schedule = native.schedule(schedule, address(ids))
         call.support = native.rows(s)
         call.validation = None if watched is None else native.rows(watched)
@@ -136,6 +140,43 @@ def adapt(
     return Adaptation({**out.parameters, **kept}, out.status, history)
 
 
+def adapt_with_graph(
+    plan: Plan,
+    recipe: Recipe,
+    parameters: list[Tensor],
+    lr: Tensor,
+    inner: InnerLoop,
+    support: TaskSet,
+    start: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """The adapted parameters {name: [T, ...]}, differentiable by everything that went in.
+
+    Their gradient costs one more native call, which makes the inner steps anew.
+
+    Args:
+        plan: of the model.
+        recipe: as for `prepare`; its steps are those of `inner`'s schedule.
+        parameters: in the plan's order, the shared ones.
+        lr: as the core takes it where `recipe.per_task_lr`, else as `Learner._lr` gives it.
+        inner: as for `adapt`.
+        support: T tasks.
+        start: {name: [T, ...]} of what each task has of its own.
+    """
+    operands = [start.get(n, p) for n, p in zip(plan.names, parameters, strict=True)]
+    call, extras = prepare(plan, recipe, operands, lr, support, None)
+    with torch.no_grad():
+        done = adapt(
+            plan, parameters, lr, inner, support, start=start, anchors=recipe.anchors,
+            rates=extras.lr if recipe.per_task_lr else None,
+        )  # fmt: skip
+    adapted = {name: done.parameters[name] for name in plan.adapted}
+    if call.layout is None or not adapted:
+        return adapted
+    inputs = call.layout.inputs(operands, extras)
+    made = MadeAdapted(call, operands, extras)
+    return dict(zip(adapted, with_graph(made, tuple(adapted.values()), inputs), strict=True))
+
+
 def reptile(
     plan: Plan,
     parameters: list[Tensor],
@@ -149,7 +190,8 @@ def reptile(
     lr, s = native_lr(plan, lr), ready(plan, support)
     ids = _ids_there(plan, task_ids)
     wanted = torch.is_grad_enabled() and bool(plan.trainable)
-    layout = Layout.of(plan, (wanted, False, False, False), (lr, s.x, s.x))
+    extras = Extras(lr, s.x, None, None, None, None, None)
+    layout = Layout.of(plan, (wanted, *NOTHING[1:]), None, extras)
     gradients = None if layout is None else layout.memory()
     loss = torch.empty_like(plan.scalar)
     losses = lr.new_empty(s.tasks)
@@ -170,8 +212,8 @@ def reptile(
         anchored = anchors is not None
         plan.runner(call.run, "reptile", s.tasks, s.rows, inner.schedule, wanted, anchored)()
     if layout is not None and gradients is not None:
-        inputs = layout.inputs(parameters, lr, s.x, s.x)
-        loss = with_graph(Lease(gradients, layout.idle), loss, inputs, REPTILE)
+        inputs = layout.inputs(parameters, extras)
+        (loss,) = with_graph(OfLoss(Lease(gradients, layout.idle), REPTILE), (loss,), inputs)
     return loss, losses
 
 

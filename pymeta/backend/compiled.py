@@ -17,9 +17,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pymeta.backend.inputs import chained
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import PreparedCall, addresses, prepare
+from pymeta.backend.prepared import PreparedCall, Recipe, prepare
 from pymeta.spec.modules import Function, outside_graphs
 from pymeta.spec.once import NATIVE
 from pymeta.tasks.checks import Names
@@ -33,6 +32,7 @@ class Owner(Protocol):
     lr: Any
     steps: int
     first_order: bool
+    task_clip: float | None
     backend: str
     _handle: str
 
@@ -125,12 +125,15 @@ def meta_gradient(
     if reason is not None:
         raise RuntimeError(f"the model is not what was compiled: {reason}")
     rate = plan.lr_tensor(maml.lr) if lr is None else lr
-    gradients = (wanted[0] and bool(plan.trainable), wanted[1], wanted[2], wanted[3])
-    call, rate = prepare(plan, rate, steps, maml.first_order, support, query, gradients)
+    of_extras = (wanted[1], wanted[2], wanted[3], False, False, False, False)
+    recipe = Recipe(steps, maml.first_order, task_clip=maml.task_clip or 0.0)
+    call, extras = prepare(
+        plan, recipe, parameters, rate, support, query,
+        (wanted[0] and bool(plan.trainable), *of_extras),
+    )  # fmt: skip
     memory = call.memory()
-    ordered = chained(plan, [dense(p) for p in parameters])
-    data = addresses(support, query)
-    loss, losses, predictions = call.run(ordered, rate, data, memory)
+    loss, losses, predictions, _ = call.run([dense(p) for p in parameters], extras, memory)
+    assert loss is not None and losses is not None
     flat = losses.new_empty(0) if memory is None else _in_given_order(call, memory.flat, lr)
     predictions = predictions.flatten(0, 1) if _flat(query, packed[1]) else predictions
     return loss, losses, predictions, flat
@@ -282,11 +285,12 @@ def _eagerly(maml: Owner, support: Side, query: Side, steps: int | None, **eager
 def forward(maml: Owner, support: Side, query: Side, steps: int | None, **eager: Any) -> Any:
     """`MAML.forward` while torch.compile traces; sides are (x, y, sizes, weights).
 
-    A call with one of the options `eager` is left to eager mode.
+    A call with one of the options `eager`, or without query targets, is left to eager mode.
 
     Returns what goes into an `Outcome`.
     """
-    if any(value is not None for value in eager.values()) or not _runs_native(maml._handle):
+    special = query[1] is None or any(value is not None for value in eager.values())
+    if special or not _runs_native(maml._handle):
         return _eagerly(maml, support, query, steps, **eager)
     (xs, ys, ws, ss), support_lengths = _traced_side(*support)
     (xq, yq, wq, sq), query_lengths = _traced_side(*query)

@@ -1,26 +1,37 @@
-"""The memory of gradients that the core computes with the loss, and the autograd node over it.
+"""The memory of gradients that the core computes, one flat buffer for all that are wanted.
 
-The core writes the whole meta-gradient into one flat buffer: the gradients of the parameters, of
-lr, of xs and of xq, one after another. The backward of the node only multiplies them by the
-incoming scalar.
+They lie one after another: the gradients of the parameters (or of the tasks' own starts), of lr, of
+the inputs, targets and row weights of both sets.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pymeta import native
 from pymeta.backend.plan import Plan
-from pymeta.spec.once import once
 
-Wanted: TypeAlias = tuple[bool, bool, bool, bool]
+# Of the parameters, then of the operands that `Extras` names.
+Wanted: TypeAlias = tuple[bool, bool, bool, bool, bool, bool, bool, bool]
+NOTHING: Wanted = (False,) * 8
+
+
+class Extras(NamedTuple):
+    """What the native call reads besides the parameters."""
+
+    lr: Tensor
+    xs: Tensor
+    xq: Tensor | None
+    ys: Tensor | None
+    yq: Tensor | None
+    support_weights: Tensor | None
+    query_weights: Tensor | None
 
 
 class Gradients:
@@ -52,27 +63,35 @@ class Layout:
     """The layout of the wanted gradients in one flat buffer, and the buffers that are free.
 
     Attributes:
-        wanted: whether the gradients of the parameters, of lr, of xs and of xq are wanted.
+        wanted: which are.
+        trains: of which parameters.
         shapes: of the gradients, in the order of the buffer.
         offsets: where each parameter of the chain has its own, in bytes; -1 where it has none.
-        extra_offsets: likewise for lr, xs and xq.
+        extra_offsets: likewise for the `Extras`.
         parameter_total: how many elements belong to parameters, out of `total`.
     """
 
-    def __init__(self, plan: Plan, wanted: Wanted, extras: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Lay out what is wanted; `extras` are lr, xs and xq."""
+    def __init__(
+        self, plan: Plan, wanted: Wanted, parameters: Sequence[Tensor] | None, extras: Extras
+    ) -> None:
+        """Lay out what is wanted; `parameters` where tasks have starts of their own."""
         self.wanted = wanted
-        self.trains = plan.trains
-        self.parameters_only = wanted == (True, False, False, False) and all(plan.trains)
         self.scalar = plan.scalar
         self.device = plan.device
-        self.shapes = list(plan.shapes) if wanted[0] else []
-        self.offsets = plan.offsets if wanted[0] else [-1] * len(plan.chain)
-        self.parameter_total = end = plan.total if wanted[0] else 0
+        if parameters is None:
+            self.trains, shapes, total = plan.trains, list(plan.shapes), plan.total
+            offsets = plan.offsets
+        else:
+            self.trains = [p.requires_grad for p in parameters]
+            shapes, offsets, total = _laid_out(plan, parameters, self.trains)
+        self.parameters_only = wanted == (True, *NOTHING[1:]) and all(self.trains)
+        self.shapes = shapes if wanted[0] else []
+        self.offsets = offsets if wanted[0] else [-1] * len(plan.chain)
+        self.parameter_total = end = total if wanted[0] else 0
         self.extra_offsets: list[int] = []
         for tensor, is_wanted in zip(extras, wanted[1:], strict=True):
             self.extra_offsets.append(end * plan.itemsize if is_wanted else -1)
-            if is_wanted:
+            if is_wanted and tensor is not None:
                 self.shapes.append(tuple(tensor.shape))
                 end += tensor.numel()
         self.total = end
@@ -80,18 +99,25 @@ class Layout:
         self.idle: deque[Gradients] = deque(maxlen=2)
 
     @staticmethod
-    def of(plan: Plan, wanted: Wanted, extras: tuple[Tensor, Tensor, Tensor]) -> Layout | None:
+    def of(
+        plan: Plan, wanted: Wanted, parameters: Sequence[Tensor] | None, extras: Extras
+    ) -> Layout | None:
         """The plan's layout for what is wanted; None where nothing is."""
         if True not in wanted:
             return None
         key: tuple[Any, ...] = wanted
         if True in wanted[1:]:
-            key = wanted, *(t.shape for t, w in zip(extras, wanted[1:], strict=True) if w)
+            shapes = (
+                t.shape for t, w in zip(extras, wanted[1:], strict=True) if w and t is not None
+            )
+            key = wanted, *shapes
+        if parameters is not None:
+            key = key, *((p.shape, p.requires_grad) for p in parameters)
         layout: Layout | None = plan.layouts.get(key)
         if layout is None:
             if len(plan.layouts) >= _LAYOUTS_KEPT:
                 plan.layouts.clear()
-            layout = plan.layouts[key] = Layout(plan, wanted, extras)
+            layout = plan.layouts[key] = Layout(plan, wanted, parameters, extras)
         return layout
 
     def memory(self) -> Gradients:
@@ -107,15 +133,28 @@ class Layout:
             return Gradients(self, stream)
         return gradients if gradients.stream == stream else Gradients(self, stream)
 
-    def inputs(self, parameters: list[Tensor], lr: Tensor, xs: Tensor, xq: Tensor) -> list[Tensor]:
+    def inputs(self, parameters: list[Tensor], extras: Extras) -> list[Tensor]:
         """The tensors whose gradients are wanted, in the order of the buffer."""
         if self.parameters_only:
             return parameters
         inputs: list[Tensor] = []
         if self.wanted[0]:
             inputs = [p for p, t in zip(parameters, self.trains, strict=True) if t]
-        extras = zip((lr, xs, xq), self.wanted[1:], strict=True)
-        return inputs + [tensor for tensor, wanted in extras if wanted]
+        wanted = zip(extras, self.wanted[1:], strict=True)
+        return inputs + [tensor for tensor, is_wanted in wanted if is_wanted and tensor is not None]
+
+
+def _laid_out(
+    plan: Plan, parameters: Sequence[Tensor], trains: Sequence[bool]
+) -> tuple[list[tuple[int, ...]], list[int], int]:
+    """Shapes in order, byte offsets in the chain's order, and elements of what trains."""
+    shapes, offsets, end = [], [], 0
+    for tensor, is_trained in zip(parameters, trains, strict=True):
+        offsets.append(end * plan.itemsize if is_trained else -1)
+        if is_trained:
+            shapes.append(tuple(tensor.shape))
+            end += tensor.numel()
+    return shapes, [offsets[i] for i in plan.chain], end
 
 
 _LAYOUTS_KEPT = 8  # those that depend on the shapes of xs and xq may be many
@@ -133,52 +172,3 @@ class Lease:
     def __del__(self) -> None:
         if self.gradients.stream is not None:
             self.idle.append(self.gradients)
-
-
-# From this size on torch spreads a product over its OpenMP threads, and their barrier takes
-# milliseconds where the other cores are busy: many times the product.
-_LARGE = 32768
-
-
-def _scaled(tensors: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    """The tensors times a scalar, on this thread alone."""
-    if not factor.is_cpu or all(tensor.numel() < _LARGE for tensor in tensors):
-        return torch._foreach_mul(tensors, factor)
-    number = factor.detach().numpy()
-    return [torch.from_numpy(np.multiply(tensor.numpy(), number)) for tensor in tensors]
-
-
-class _MetaGradient(torch.autograd.Function):
-    """The mean query loss as a function of parameters, lr, xs and xq."""
-
-    @staticmethod
-    def forward(ctx: Any, computed: tuple[Lease, Tensor, str], *inputs: Tensor) -> Tensor:
-        """Keep the gradients that were computed with the loss."""
-        ctx.lease, loss, ctx.why_once = computed
-        ctx.inputs = inputs
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        """Scale the gradients by the incoming one, a scalar."""
-        tensors = ctx.lease.gradients.tensors
-        try:
-            parts = _scaled(tensors, gradient)
-        except RuntimeError:  # is_grads_batched=True: vmap has no rule for it
-            parts = [tensor * gradient for tensor in tensors]
-        # create_graph=True: somebody may differentiate these
-        return None, *once(ctx.why_once, parts, (gradient, *ctx.inputs))
-
-
-# Function.apply without its preparations for torch.func, which take as long as all the rest of it.
-_apply: Callable[..., Tensor] = super(torch.autograd.Function, _MetaGradient).apply
-_apply_prepared: Callable[..., Tensor] = _MetaGradient.apply
-
-
-def with_graph(lease: Lease, loss: Tensor, inputs: Sequence[Tensor], why_once: str) -> Tensor:
-    """The loss with its node; `why_once` says why the gradients have no derivative."""
-    computed = lease, loss, why_once
-    try:
-        return _apply(computed, *inputs)
-    except RuntimeError:  # under a transform of torch.func: have it say what it lacks
-        return _apply_prepared(computed, *inputs)

@@ -31,10 +31,10 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def native_rates(lr: Tensor) -> Any:
-    """The native `Rates` of [columns] or [rows, columns] step sizes."""
-    rows = 1 if lr.ndim == 1 else lr.shape[0]
-    return native.extension().Rates(lr.data_ptr(), rows, lr.shape[-1])
+def native_rates(lr: Tensor, per_task: bool = False) -> Any:
+    """The native `Rates` of [columns], [rows, columns] or each task's [T, rows, columns]."""
+    rows = 1 if lr.ndim == 1 else lr.shape[-2]
+    return native.extension().Rates(lr.data_ptr(), rows, lr.shape[-1], per_task)
 
 
 def native_lr(plan: Plan, lr: Tensor) -> Tensor:

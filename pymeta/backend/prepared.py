@@ -14,7 +14,7 @@ The same code serves CUDA tensors. What differs for them is in `device.py`; here
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from pymeta import native
 from pymeta.backend.device import Device
-from pymeta.backend.gradients import Gradients, Layout, Lease, Wanted, with_graph
+from pymeta.backend.gradients import NOTHING, Extras, Gradients, Layout, Lease, Wanted
 from pymeta.backend.inputs import (
     address,
     chained,
@@ -31,24 +31,54 @@ from pymeta.backend.inputs import (
     predicted_shape,
     ready,
 )
+from pymeta.backend.node import scaled, with_graph
 from pymeta.backend.plan import Plan
 from pymeta.spec.once import NATIVE
-from pymeta.spec.transforms import in_transform
+from pymeta.spec.transforms import LACKS, in_transform
 from pymeta.spec.watch import forms, forms_there
-from pymeta.tasks.task_set import TaskSet
+from pymeta.tasks.task_set import TaskSet, dense
 
-Addresses: TypeAlias = tuple[int, int, int, int]  # of xs, ys, xq, yq
-Results: TypeAlias = tuple[Tensor, Tensor, Tensor]  # loss [], losses [T], predictions
+
+class Results(NamedTuple):
+    """What a native call returns; the losses are None where there are no query targets."""
+
+    loss: Tensor  # []
+    losses: Tensor  # [T]
+    predictions: Tensor
+    step_losses: Tensor | None  # [steps, T]
+
+
+class Recipe(NamedTuple):
+    """How a call adapts and what it weighs; all tensors dense, of the parameters' dtype and device.
+
+    Attributes:
+        steps: how many inner steps.
+        first_order: whether inner gradients are constants.
+        anchors: [T] strengths of the tasks' own, or None.
+        step_weights: [steps] of the query losses after each step; None for the last alone.
+        task_clip: the largest norm of a task's share of the gradient; 0 for any.
+        own: the names of the parameters of which each task has a start of its own.
+        per_task_lr: whether lr is [T, rows, columns].
+    """
+
+    steps: int
+    first_order: bool
+    anchors: Tensor | None = None
+    step_weights: Tensor | None = None
+    task_clip: float = 0.0
+    own: tuple[str, ...] = ()
+    per_task_lr: bool = False
 
 
 def _settings(owner: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a call depends on besides its arguments and the model, from a MAML's attributes."""
-    return owner["steps"], owner["first_order"], owner["backend"], owner.get("lr")
-
-
-def addresses(support: TaskSet, query: TaskSet) -> Addresses:
-    """Where the sets' inputs and targets lie."""
-    return address(support.x), address(support.y), address(query.x), address(query.y)
+    return (
+        owner["steps"],
+        owner["first_order"],
+        owner["task_clip"],
+        owner["backend"],
+        owner.get("lr"),
+    )
 
 
 def _as_it_came(given: Any, used: Tensor | None) -> bool:
@@ -74,94 +104,170 @@ class PreparedCall:
     def __init__(
         self,
         plan: Plan,
-        lr: Tensor,
-        steps: int,
-        first_order: bool,
+        recipe: Recipe,
+        parameters: list[Tensor],
+        extras: Extras,
         support: TaskSet,
-        query: TaskSet,
+        query: TaskSet | None,
         wanted: Wanted,
-        anchors: Tensor | None = None,
     ) -> None:
-        """Prepare it; lr is [columns] or [rows, columns], in the order that the core expects."""
-        self.plan = plan
+        """Prepare it.
+
+        Args:
+            plan: of the model.
+            recipe: how it adapts.
+            parameters: in the plan's order, [T, ...] of those that tasks have of their own.
+            extras: what is read besides; lr in the order that the core expects.
+            support: T tasks.
+            query: T tasks; None for a call of which only adapted parameters are wanted.
+            wanted: of which of these the gradients are.
+        """
+        self.plan, self.recipe = plan, recipe
         self.tasks = support.tasks
-        self.predicted = predicted_shape(plan, query)
-        # The core leaves what only pads untouched: rows of predictions, of gradients of inputs.
-        self.pads = query.padded
-        self.pads_gradients = (wanted[2] or wanted[3]) and (support.padded or query.padded)
-        self.layout = Layout.of(plan, wanted, (lr, support.x, query.x))
-        second_order = self.layout is not None and not first_order
-        lr_rows = 1 if lr.ndim == 1 else lr.shape[0]
-        anchored = anchors is not None
-        sizes = (support.tasks, support.rows, query.rows)
-        self.last = (*sizes, steps, second_order, lr_rows, wanted, anchored)
-        self.anchors = anchors  # kept, for the core reads them
-        self.native = plan.call("meta")
-        self.native.tasks = self.tasks
-        self.native.start = [0] * len(plan.chain)  # they come with each call
-        self.native.rates = native_rates(lr)
-        self.native.schedule = native.extension().Schedule(steps=steps)
-        self.native.first_order = first_order
-        self.native.anchors = address(anchors)
-        self.native.support, self.native.query = native.rows(support), native.rows(query)
-        self.repeat = plan.runner(self.native.repeat, "meta", self.last, wanted, lr.shape)
+        self.predicted = None if query is None else predicted_shape(plan, query)
+        # The core leaves what only pads untouched: rows of predictions, of gradients of rows.
+        self.pads = query is not None and query.padded
+        self.pads_gradients = True in wanted[2:] and (support.padded or self.pads)
+        self.layout = Layout.of(plan, wanted, parameters if recipe.own else None, extras)
+        lr = extras.lr
+        second_order = self.layout is not None and not recipe.first_order
+        lr_rows = 1 if lr.ndim == 1 else lr.shape[-2]
+        query_rows = 0 if query is None else query.rows
+        sizes = (support.tasks, support.rows, query_rows)
+        anchored = recipe.anchors is not None
+        self.last = (*sizes, recipe.steps, second_order, lr_rows, wanted, anchored)
+        names = [plan.names[i] for i in plan.chain]
+        call = self.native = plan.call("meta")
+        call.tasks = self.tasks
+        call.start = [0] * len(plan.chain)  # they come with each call
+        if recipe.own:
+            call.own_starts = [name in recipe.own for name in names]
+        call.rates = native_rates(lr, recipe.per_task_lr)
+        call.schedule = native.extension().Schedule(steps=recipe.steps)
+        call.first_order = recipe.first_order
+        call.anchors = address(recipe.anchors)
+        call.step_weights = address(recipe.step_weights)
+        call.task_clip = recipe.task_clip
+        call.support = native.rows(support)
+        if query is not None:
+            call.query = native.rows(query)
+        # what it points to, besides what comes with each call
+        sides = (support,) if query is None else (support, query)
+        self._kept = [(s.weights, s.offset, s.starts, s.sizes, s.there) for s in sides]
+        self._in_chain = [names.index(n) for n in plan.adapted]
+        self.repeat = plan.runner(call.repeat, "meta", self.last, recipe[3:], lr.shape)
 
     def memory(self) -> Gradients | None:
         """Where `run` may put the gradients; None where none are wanted."""
-        if self.layout is None:
-            return None
-        gradients = self.layout.memory()
+        return None if self.layout is None else self._cleared(self.layout.memory())
+
+    def _cleared(self, gradients: Gradients) -> Gradients:
         if self.pads_gradients or self.tasks == 0:
             gradients.flat.zero_()
         return gradients
 
-    def run(
-        self,
-        parameters: Sequence[Tensor],
-        lr: Tensor,
-        data: Addresses,
-        gradients: Gradients | None,
-    ) -> Results:
+    def run(self, parameters: list[Tensor], extras: Extras, gradients: Gradients | None) -> Results:
         """Call the core.
 
         Args:
-            parameters: in the chain's order; they and all others contiguous.
-            lr: [columns] or [rows, columns], as the call was prepared for.
-            data: the addresses of xs, ys, xq and yq.
+            parameters: as the call was prepared for, likewise `extras`.
+            extras: those that the core reads are contiguous.
             gradients: where they go, if any are wanted.
 
         Returns:
-            loss [], task losses [T], predictions.
+            The results, without a graph.
         """
-        loss = torch.empty_like(self.plan.scalar)
-        losses = lr.new_empty(self.tasks)
+        lr, plan = extras.lr, self.plan
         make = lr.new_zeros if self.pads else lr.new_empty
+        assert self.predicted is not None
         predictions = make(*self.predicted)
+        loss: Any = None
+        losses: Any = None
+        step_losses = None
+        if extras.yq is not None:
+            loss = torch.empty_like(plan.scalar)
+            losses = lr.new_empty(self.tasks)
+            if self.recipe.step_weights is not None:
+                step_losses = lr.new_zeros(self.recipe.steps, self.tasks)
         if self.tasks == 0:
-            return loss.zero_(), losses, predictions
+            loss = None if loss is None else loss.zero_()
+            return Results(loss, losses, predictions, step_losses)
         self.repeat(
-            [p.data_ptr() for p in parameters],
+            [p.data_ptr() for p in chained(plan, parameters)],
             lr.data_ptr(),
-            *data,
-            loss.data_ptr(),
-            losses.data_ptr(),
+            extras.xs.data_ptr(),
+            address(extras.ys),
+            address(extras.xq),
+            address(extras.yq),
+            address(loss),
+            address(losses),
             predictions.data_ptr(),
             None if gradients is None else gradients.native,
+            step_losses=address(step_losses),
         )
-        return loss, losses, predictions
+        return Results(loss, losses, predictions, step_losses)
 
-    def __call__(
-        self, parameters: list[Tensor], lr: Tensor, xs: Tensor, xq: Tensor, data: Addresses
-    ) -> Results:
-        """`run`, and where gradients are wanted an autograd node that holds them."""
-        plan, layout = self.plan, self.layout
-        plan.last = self.last
-        gradients = self.memory()
-        loss, losses, predictions = self.run(chained(plan, parameters), lr, data, gradients)
-        if layout is not None and gradients is not None:
-            inputs = layout.inputs(parameters, lr, xs, xq)
-            loss = with_graph(Lease(gradients, layout.idle), loss, inputs, NATIVE)
-        return loss, losses, predictions
+    def vjp(
+        self,
+        parameters: list[Tensor],
+        extras: Extras,
+        losses: Tensor | None,
+        predictions: Tensor | None,
+        adapted: Sequence[Tensor | None] = (),
+    ) -> list[Tensor]:
+        """The wanted gradients of any scalar of the results, from those of the results.
+
+        Args:
+            parameters: as for `run`, likewise `extras`.
+            extras: with the values of then.
+            losses: [T], or None.
+            predictions: of their shape, or None.
+            adapted: [T, ...] of each of `plan.adapted`, or None; may be left out.
+        """
+        assert self.layout is not None
+        gradients = self._cleared(Gradients(self.layout, None))
+        if self.tasks == 0:
+            return gradients.tensors
+        losses = None if losses is None else dense(losses)
+        predictions = None if predictions is None else dense(predictions)
+        into = [0] * len(self.plan.chain)
+        held = [None if a is None else dense(a) for a in adapted]
+        for at, tensor in zip(self._in_chain, held, strict=False):
+            into[at] = address(tensor)
+        flows = address(losses), address(predictions), into if any(into) else []
+        self.repeat(
+            [p.data_ptr() for p in chained(self.plan, parameters)],
+            extras.lr.data_ptr(),
+            extras.xs.data_ptr(),
+            address(extras.ys),
+            address(extras.xq),
+            address(extras.yq),
+            0,
+            0,
+            0,
+            gradients.native,
+            cotangents=native.extension().Cotangents(*flows),
+        )
+        return gradients.tensors
+
+    def __call__(self, parameters: list[Tensor], extras: Extras) -> Results:
+        """`run`, and where gradients are wanted the results' graph."""
+        self.plan.last = self.last
+        layout = self.layout
+        if layout is None:
+            return self.run(parameters, extras, None)
+        # Without a loss there is no gradient before one of the predictions comes.
+        gradients = None if extras.yq is None else self.memory()
+        results = self.run(parameters, extras, gradients)
+        made = Made(self, parameters, extras)
+        if gradients is not None:
+            made.lease = Lease(gradients, layout.idle)
+        outputs = [r for r in results[:3] if r is not None]
+        done = with_graph(made, tuple(outputs), layout.inputs(parameters, extras))
+        if gradients is None:
+            return results._replace(predictions=done[0])
+        loss, losses, predictions = done
+        return Results(loss, losses, predictions, results.step_losses)
 
     # ---- once more ----------------------------------------------------------------------------
 
@@ -222,31 +328,95 @@ class PreparedCall:
         try:
             if self._forms_of([*self._watch.tensors, xs, ys, xq, yq]) != self._forms:
                 return None
-            data = xs.data_ptr(), ys.data_ptr(), xq.data_ptr(), yq.data_ptr()
+            xs.data_ptr(), ys.data_ptr(), xq.data_ptr(), yq.data_ptr()
         except RuntimeError:  # a layout without strides or without a pointer
             return None
-        return self(self.plan.parameters, self._lr, xs, xq, data)
+        return self(self.plan.parameters, Extras(self._lr, xs, xq, ys, yq, None, None))
+
+
+class Made:
+    """A native call that was made: what its node needs to go back through it."""
+
+    __slots__ = ("call", "extras", "lease", "parameters", "versions", "why_once")
+
+    def __init__(self, call: PreparedCall, parameters: list[Tensor], extras: Extras) -> None:
+        """Note what it was made of."""
+        self.call, self.parameters, self.extras = call, parameters, extras
+        self.lease: Lease | None = None
+        self.why_once = NATIVE
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        """By which a later change in place is found out."""
+        tensors = (*self.parameters, *self.extras)
+        return [t._version for t in tensors if t is not None and not t.is_inference()]
+
+    def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        """From the gradients of the results: loss, losses, predictions, or predictions alone."""
+        if self.lease is None:
+            return self._again(None, gradients[0])
+        loss, losses, predictions = gradients
+        if losses is None and predictions is None:
+            assert loss is not None
+            return scaled(self.lease, loss)
+        if loss is not None:
+            mean = (loss / max(self.call.tasks, 1)).expand(self.call.tasks)
+            losses = mean if losses is None else losses + mean
+        return self._again(losses, predictions)
+
+    def _again(
+        self,
+        losses: Tensor | None,
+        predictions: Tensor | None,
+        adapted: Sequence[Tensor | None] = (),
+    ) -> Sequence[Tensor]:
+        if in_transform():
+            raise RuntimeError(LACKS)
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "a parameter or an input was changed in place after the call whose predictions, "
+                "losses or adapted parameters are differentiated now; the inner steps have to be "
+                "made again with what it was. Go backward first, then change it"
+            )
+        return self.call.vjp(self.parameters, self.extras, losses, predictions, adapted)
+
+
+class MadeAdapted(Made):
+    """One whose results are the adapted parameters."""
+
+    __slots__ = ()
+
+    def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        """From their gradients."""
+        return self._again(None, None, gradients)
 
 
 def prepare(
     plan: Plan,
+    recipe: Recipe,
+    parameters: list[Tensor],
     lr: Tensor,
-    steps: int,
-    first_order: bool,
     support: TaskSet,
-    query: TaskSet,
+    query: TaskSet | None,
     wanted: Wanted | None = None,
-    anchors: Tensor | None = None,
-) -> tuple[PreparedCall, Tensor]:
-    """The prepared call, and lr in the form it takes; the sets are brought into theirs.
+) -> tuple[PreparedCall, Extras]:
+    """The prepared call, and what it reads; the sets are brought into the core's form.
 
     `wanted` left out means all that require grad, if grad is enabled.
     """
-    lr, support, query = native_lr(plan, lr), ready(plan, support), ready(plan, query)
+    lr, support = native_lr(plan, lr), ready(plan, support)
+    xq = yq = query_weights = None
+    if query is not None:
+        query = ready(plan, query)
+        xq, yq, query_weights = query.x, query.y, query.weights
+    extras = Extras(lr, support.x, xq, support.y, yq, support.weights, query_weights)
     if wanted is None:
-        requires = support.x.requires_grad, query.x.requires_grad
-        wanted = (bool(plan.trainable), lr.requires_grad, *requires)
-        if not torch.is_grad_enabled():
-            wanted = (False, False, False, False)
-    call = PreparedCall(plan, lr, steps, first_order, support, query, wanted, anchors)
-    return call, lr
+        wanted = NOTHING
+        if torch.is_grad_enabled():
+            trains = (
+                any(p.requires_grad for p in parameters) if recipe.own else bool(plan.trainable)
+            )
+            of_extras = (t is not None and t.requires_grad for t in extras)
+            wanted = cast(Wanted, (trains, *of_extras))
+    call = PreparedCall(plan, recipe, parameters, extras, support, query, wanted)
+    return call, extras

@@ -29,15 +29,27 @@ of its set, whatever it holds (`that_count`); tasks that have such rows run one 
 row that is left out still has a prediction, normalised by the statistics of those that count.
 """
 
-from pymeta.reference.batch import adapt, meta_loss, not_finite, predict, reptile
+from pymeta.reference.batch import (
+    Own,
+    adapt,
+    clipped,
+    evaluate,
+    mean_loss,
+    not_finite,
+    predict,
+    reptile,
+)
 from pymeta.reference.modules import output_shape
 from pymeta.spec.inner import Adaptation, InnerLoop
 
 __all__ = [
     "Adaptation",
     "InnerLoop",
+    "Own",
     "adapt",
-    "meta_loss",
+    "clipped",
+    "evaluate",
+    "mean_loss",
     "not_finite",
     "output_shape",
     "predict",

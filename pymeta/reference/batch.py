@@ -23,10 +23,37 @@ from pymeta.tasks.values import leaves_out
 # ---- all tasks --------------------------------------------------------------------------------
 
 
-def _own(anchors: Tensor | None, start: Parameters | None = None) -> dict[str, Any]:
-    """What the tasks have of their own, [T, ...] each: their anchors, their starts."""
-    own: dict[str, Any] = {} if anchors is None else {"anchor": anchors}
-    return {**own, "start": dict(start)} if start else own
+class Own(NamedTuple):
+    """What the tasks have of their own, in place of what they share; T of each.
+
+    Attributes:
+        anchor: [T], the strength of each task's pull towards its start.
+        lr: [T, rows, columns].
+        start: {name: [T, ...]}.
+    """
+
+    anchor: Tensor | None = None
+    lr: Tensor | None = None
+    start: Mapping[str, Tensor] = {}  # never changed
+
+    def of_all(self) -> dict[str, Any]:
+        """What there is."""
+        given = {"anchor": self.anchor, "lr": self.lr, "start": dict(self.start) or None}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def of_task(self, t: int) -> dict[str, Any]:
+        """What one task has."""
+        own = self.of_all()
+        start = {name: value[t] for name, value in own.pop("start", {}).items()}
+        return {**{name: value[t] for name, value in own.items()}, "start": start}
+
+
+NOTHING_OWN = Own()
+
+
+def _recipe(inner: InnerLoop, own: dict[str, Any]) -> InnerLoop:
+    """The recipe with a task's own rates."""
+    return replace(inner, lr=own["lr"]) if "lr" in own else inner
 
 
 def _together(
@@ -48,13 +75,9 @@ def _together(
     return model.together(one, dims, *arguments)
 
 
-def _each(values: Tensor | None, tasks: int) -> Sequence[Tensor | None]:
-    return [None] * tasks if values is None else values.unbind(0)
-
-
-def _connected_zero(parameters: Mapping[str, Tensor], lr: Tensor, *inputs: Tensor) -> Tensor:
+def _connected_zero(like: Tensor, tensors: Iterable[Tensor | None]) -> Tensor:
     """A 0 whose gradient by all of these is 0: the loss over no tasks."""
-    parts = [v.flatten()[:0].sum().to(lr.dtype) for v in (*parameters.values(), lr, *inputs)]
+    parts = [v.flatten()[:0].sum().to(like.dtype) for v in tensors if v is not None]
     return torch.stack(parts).sum()
 
 
@@ -63,16 +86,32 @@ def _split(parameters: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Para
     return adapted, {n: p for n, p in parameters.items() if n not in adapted}
 
 
-def meta_loss(
+class Evaluated(NamedTuple):
+    """What `evaluate` returns, differentiable by everything that went in.
+
+    Attributes:
+        losses: [T].
+        predictions: [T, rows, out] where all tasks have equal sizes, otherwise a list of T
+            tensors [rows_t, out].
+        step_losses: [steps, T]; None without weights of the steps.
+    """
+
+    losses: Tensor
+    predictions: list[Tensor] | Tensor
+    step_losses: Tensor | None
+
+
+def evaluate(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
     names: Sequence[str],
     inner: InnerLoop,
     support: TaskSet,
     query: TaskSet,
-    anchors: Tensor | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor] | Tensor]:
-    """The mean query loss over tasks, differentiable by everything that went in.
+    own: Own = NOTHING_OWN,
+    step_weights: Tensor | None = None,
+) -> Evaluated:
+    """Adapt to every task, and evaluate on its query set.
 
     Args:
         model: any module that maps [rows, ...] to [rows, out].
@@ -80,35 +119,47 @@ def meta_loss(
         names: those that the inner loop adapts.
         inner: loss, lr, steps.
         support: T tasks.
-        query: T tasks.
-        anchors: [T], the strength of each task's pull towards the start, in place of `inner`'s.
-
-    Returns:
-        The loss [], task losses [T] and predictions: [T, rows, out] where all tasks have equal
-        sizes, otherwise a list of T tensors [rows_t, out].
+        query: T tasks; without targets their losses are 0.
+        own: what tasks have of their own in place of `parameters` and of `inner`'s.
+        step_weights: [steps] of the query losses after each step; None: the last alone.
     """
-    if support.tasks == 0:
-        zero = _connected_zero(parameters, inner.lr, support.x, query.x)
-        return zero, inner.lr.new_zeros(0), []
+    tasks = support.tasks
+    if tasks == 0:
+        sides = (support.x, support.y, support.weights, query.x, query.y, query.weights)
+        zero = _connected_zero(
+            inner.lr,
+            (v for v in (*parameters.values(), inner.lr, own.lr, *own.start.values(), *sides)
+             if v is not None and v.is_floating_point()),
+        )  # fmt: skip
+        steps = None if step_weights is None else inner.lr.new_zeros(len(step_weights), 0)
+        return Evaluated(zero.expand(0), [], steps)
     sift = leaves_out(support, inner.loss) or leaves_out(query, inner.judge)
     with applied(model) as use:
 
-        def one(support_set: Set, query_set: Set, own: dict[str, Any]) -> tuple[Tensor, Tensor]:
-            called, start = use.of_a_task(dict(parameters))
+        def one(support_set: Set, query_set: Set, mine: dict[str, Any]) -> tuple[Tensor, ...]:
+            whole = {**parameters, **mine.get("start", {})}
+            called, start = use.of_a_task(whole)
             adapted, fixed = _split(start, names)
-            pull = own.get("anchor")
-            return task_outcome(called, inner, adapted, fixed, support_set, query_set, sift, pull)
+            pull, recipe = mine.get("anchor"), _recipe(inner, mine)
+            sets = (support_set, query_set)
+            return task_outcome(called, recipe, adapted, fixed, *sets, sift, pull, step_weights)
 
-        done = None if sift else _together(use, one, (support, query), _own(anchors))
+        done = None if sift else _together(use, one, (support, query), own.of_all())
         if done is not None:
-            each_loss, predictions = cast(tuple[Tensor, Tensor], done)
-            return each_loss.mean(), each_loss, predictions
+            losses, predictions, steps = cast(tuple[Tensor, Tensor, Tensor], done)
+            return Evaluated(losses, predictions, None if step_weights is None else steps.T)
         each = [
-            one(cast(Set, support.of_task(t)), cast(Set, query.of_task(t)), _own(pull))
-            for t, pull in enumerate(_each(anchors, support.tasks))
+            one(cast(Set, support.of_task(t)), cast(Set, query.of_task(t)), own.of_task(t))
+            for t in range(tasks)
         ]
-    losses = torch.stack([loss for loss, _ in each])
-    return losses.mean(), losses, [outputs for _, outputs in each]
+    losses, steps = (torch.stack([task[i] for task in each]) for i in (0, 2))
+    outputs = [task[1] for task in each]
+    return Evaluated(losses, outputs, None if step_weights is None else steps.T)
+
+
+def mean_loss(losses: Tensor) -> Tensor:
+    """The mean of [T], and 0 over no tasks."""
+    return losses.mean() if len(losses) else losses.sum()
 
 
 class _Tasks(NamedTuple):
@@ -159,36 +210,36 @@ def _adapt_tasks(
     names: Sequence[str],
     inner: InnerLoop,
     support: TaskSet,
-    own: Parameters,
+    own: Own,
     task_ids: Sequence[int] | None,
     validation: TaskSet | None = None,
     patience: int | None = None,
-    anchors: Tensor | None = None,
 ) -> _Tasks:
-    """Adapt to every task; `own` is {name: [T, ...]} of what they do not share."""
+    """Adapt to every task; `own` is what they do not share."""
     tasks = support.tasks
     sift = leaves_out(support, inner.loss)
     with applied(model) as use:
 
         def one(support_set: Set, mine: dict[str, Any]) -> tuple[Parameters, Tensor]:
             whole = {**parameters, **mine.get("start", {})}
-            pull = mine.get("anchor")
-            return _adapt_one(use, inner, names, whole, support_set, anchor=pull)[:2]
+            pull, recipe = mine.get("anchor"), _recipe(inner, mine)
+            return _adapt_one(use, recipe, names, whole, support_set, anchor=pull)[:2]
 
         alike = validation is None and task_ids is None and tasks > 0 and not sift
-        done = _together(use, one, (support,), _own(anchors, own)) if alike else None
+        done = _together(use, one, (support,), own.of_all()) if alike else None
         if done is not None:
             stacked, losses = cast(tuple[Parameters, Tensor], done)
             return _Tasks(stacked, losses.unbind(0), [None] * tasks)
         each = []
-        for t, pull in enumerate(_each(anchors, tasks)):
-            mine = {name: values[t] for name, values in own.items()}
+        for t in range(tasks):
+            mine = own.of_task(t)
             task_id = 0 if task_ids is None else int(task_ids[t])
             watched = None if validation is None else cast(Set, validation.of_task(t))
-            whole = {**parameters, **mine}
+            whole = {**parameters, **mine["start"]}
             support_set = cast(Set, support.of_task(t))  # support sets have targets
-            options = (task_id, watched, patience, sift, pull)
-            each.append(_adapt_one(use, inner, names, whole, support_set, *options))
+            options = (task_id, watched, patience, sift, mine.get("anchor"))
+            recipe = _recipe(inner, mine)
+            each.append(_adapt_one(use, recipe, names, whole, support_set, *options))
     stacked = {name: parameters[name].new_empty(0, *parameters[name].shape) for name in names}
     if tasks:
         stacked = {name: torch.stack([theta[name] for theta, _, _ in each]) for name in names}
@@ -239,6 +290,7 @@ def adapt(
     curves: bool = False,
     task_ids: Sequence[int] | None = None,
     anchors: Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> Adaptation:
     """Adapt to every task.
 
@@ -257,19 +309,19 @@ def adapt(
         curves: whether a history is wanted (where the schedule has epochs).
         task_ids: [T], tell the tasks' shuffles from each other's; all 0 where left out.
         anchors: [T], the strength of each task's pull towards its start, in place of `inner`'s.
+        rates: [T, rows, columns], each task's lr, in place of `inner`'s.
     """
-    own = dict(start or {})
+    start = dict(start or {})
     tasks = _adapt_tasks(
         model,
         dict(parameters),
         names,
         inner,
         support,
-        own,
+        Own(anchors, rates, start),
         task_ids,
         validation,
         patience,
-        anchors,
     )
     history = None
     if curves:
@@ -277,7 +329,29 @@ def adapt(
         if validation is None:
             history = replace(history, validation=None, best_epochs=None)
     status = not_finite(tasks.parameters.values(), support.tasks)
-    return Adaptation({**own, **tasks.parameters}, status, history)
+    return Adaptation({**start, **tasks.parameters}, status, history)
+
+
+def clipped(losses: Tensor, by: Sequence[Tensor], clip: float) -> Tensor:
+    """The mean of [T] losses, whose gradient is that of their clipped gradients.
+
+    Each task's gradient by all of `by` together is scaled to a norm of at most `clip`, as
+    `torch.nn.utils.clip_grad_norm_` does (Abadi et al. 2016, algorithm 1, for tasks).
+    """
+    by = [b for b in by if b.requires_grad]
+    mean = mean_loss(losses)
+    if not by or not losses.requires_grad:
+        return mean
+    total = [torch.zeros_like(b) for b in by]
+    for loss in losses:
+        parts = torch.autograd.grad(
+            loss, by, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        norm = torch.stack([p.square().sum() for p in parts]).sum().sqrt()
+        factor = (clip / (norm + 1e-6)).clamp(max=1.0) / len(losses)
+        total = [t + factor * p for t, p in zip(total, parts, strict=True)]
+    towards = cast(Callable[..., Tensor], _Towards.apply)  # torch has no annotation for it
+    return towards(mean.detach(), total, *by)
 
 
 class _Towards(torch.autograd.Function):
@@ -323,7 +397,7 @@ def reptile(
     """
     with torch.no_grad():
         at = {name: p.detach() for name, p in parameters.items()}
-        tasks = _adapt_tasks(model, at, names, inner, support, {}, task_ids, anchors=anchors)
+        tasks = _adapt_tasks(model, at, names, inner, support, Own(anchors), task_ids)
         losses = inner.lr.new_zeros(support.tasks)
         for t, steps in enumerate(tasks.losses):
             losses[t] = steps.mean() if steps.numel() else 0.0

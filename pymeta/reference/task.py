@@ -113,19 +113,44 @@ def task_outcome(
     query: Set,
     sift: bool = False,
     anchor: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One task: adapt on the support set; (loss on the query set [], outputs [rows, out]).
+    step_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One task: adapt on the support set, evaluate on the query set.
 
     `anchor` is as for `adapt_task`. Where rows are to be sifted, those that do not count have
-    outputs all the same.
+    outputs all the same, as constants. `query` may be without targets.
+
+    Returns:
+        The loss on the query set [], that after each step weighed by `step_weights` where those
+        are given; outputs [rows, out]; the losses after each step, [0] without weights.
     """
-    adapted, _ = adapt_task(model, inner, adapted, fixed, support, sift=sift, anchor=anchor)
     x, y, weights, offset = that_count(inner.judge, query) if sift else query
-    outputs = shifted(model({**fixed, **adapted}, x), offset)
-    loss = task_loss(inner.judge, outputs, y, weights)
-    if sift and len(y) < len(query[1]):
+
+    def evaluated(theta: Parameters) -> tuple[Tensor, Tensor]:
+        outputs = shifted(model({**fixed, **theta}, x), offset)
+        # query sets without targets have no loss
+        none = outputs.new_zeros(())
+        return none if y is None else task_loss(inner.judge, outputs, y, weights), outputs
+
+    after_steps: list[Tensor] = []
+
+    def watch(theta: Parameters) -> bool:
+        after_steps.append(evaluated(theta)[0])
+        return False
+
+    watching = None if step_weights is None else watch
+    adapted, _ = adapt_task(
+        model, inner, adapted, fixed, support, watch=watching, sift=sift, anchor=anchor
+    )
+    loss, outputs = evaluated(adapted)
+    steps = outputs.new_zeros(0)
+    if step_weights is not None:
+        # a task without rows makes no step
+        after_steps += [loss] * (len(step_weights) - len(after_steps))
+        steps = torch.stack(after_steps)
+        loss = (step_weights * steps).sum()
+    if sift and y is not None and len(y) < len(query[1]):
         count = counting(inner.judge, query[1], query[2])
         of_all = shifted(model.of_all_rows({**fixed, **adapted}, query[0], count), query[3])
-        of_all[count] = outputs.detach()
-        outputs = of_all
-    return loss, outputs
+        outputs = of_all.detach().index_put((count,), outputs)
+    return loss, outputs, steps

@@ -5,7 +5,7 @@
 //   anchor()                       the strength of each task's pull towards its start
 //   rates()                        likewise their own rates
 //   set(rows, layout)              an ItemSet of the rows that count
-//   leaves_out(rows)               does any row of the item not count?
+//   leaves_out(rows)               does any row of the item not count? Asked before the set is bound
 //   set_of_all(rows, layout)       an ItemSet of all rows, for predictions alone
 //   batches(), curves()            what InnerLoop::adapt and fine_tune take
 //   write_losses(loss)             one number for each task
@@ -74,6 +74,7 @@ class ItemJob {
   }
 
   PYMETA_FN void learn(const ItemSet& support) {
+    const bool leaves_out = call_.predictions && arrays_.leaves_out(call_.query);
     ItemSet query = arrays_.set(call_.query, workspace_.query_set);
     MetaGradient<X> gradient(loop_, support, query, totals_);
     Vec total = zero();  // of the losses after each step
@@ -82,7 +83,7 @@ class ItemJob {
       if (call_.step_losses) arrays_.write_step_loss(k, loss);
     };
     Vec loss = gradient.loss(record);
-    if (call_.predictions && arrays_.leaves_out(call_.query)) {
+    if (leaves_out) {
       // Rows that do not count have predictions too, though nothing else is made of them.
       query = arrays_.set_of_all(call_.query, workspace_.query_set);
       gradient.query_loss();
