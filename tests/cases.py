@@ -311,6 +311,10 @@ def longest_sum(case: Case) -> int:
     return (widths + case.support + case.query) * (passes * case.steps + 2)
 
 
+# The groups of results that are made from the same deltas.
+GRADIENTS = ("gradients", "lr", "rates", "xs", "xq", "ys", "yq", "support_weights", "query_weights")
+
+
 class Wanted:
     """The float64 reference of a problem, and how far from it rounding can take an honest kernel.
 
@@ -342,12 +346,10 @@ class Wanted:
             single = problem.results(problem.module(torch.float32, "torch"))
         terms = math.sqrt(longest_sum(problem.case))
         groups = [n for n, v in self.reference.items() if v is not None]
-        overall = max(
-            largest(self.reference[n]) for n in ("gradients", "xs", "xq", "lr") if n in groups
-        )
+        overall = max((largest(self.reference[n]) for n in GRADIENTS if n in groups), default=0.0)
         self.magnitudes = {}
         for name in groups:
-            every = overall if name in ("gradients", "xs", "xq", "lr") else 0.0
+            every = overall if name in GRADIENTS else 0.0
             condition = lost(name, single, self.reference)
             self.magnitudes[name] = condition + terms * largest(self.reference[name]) + every
 
@@ -477,8 +479,12 @@ def compare(case: Case) -> tuple[torch.dtype, ...]:
 
     Returns the dtypes that were compared.
     """
-    problem, steepest = Problem(case), 1.0
-    dtypes = DTYPES
+    return compare_problem(Problem(case))
+
+
+def compare_problem(problem: Problem) -> tuple[torch.dtype, ...]:
+    """As `compare`, of a problem."""
+    case, dtypes, steepest = problem.case, DTYPES, 1.0
     if is_kinked(case) or any("norm" in layer[0] for layer in case.chain):
         nearest, steepest = walk(problem)
         if nearest < 64 * EPS[torch.float32]:

@@ -53,6 +53,8 @@ class MetaGradient {
   PYMETA_FN void add_query(const Seed& seed) {
     SetGradients<X>(state_, query_).clear();
     SetGradients<X>(state_, support_).clear();
+    if (state_.ws.own_rate_gradients != kNowhere)
+      X::for_vectors(rate_scalars(), [&](std::size_t i) { store(rate_gradients() + i, zero()); });
     const bool keep_v = state_.ws.keeps_v;
     backward_query(adapted_, query_, seed, [&](int t) {
       const std::size_t place = place_of(t);
@@ -71,10 +73,9 @@ class MetaGradient {
     const State<X>& s = state_;
     if (!s.ws.keeps_v) return;
     const WholeSet steps(support_, s.shared.corrections);
-    clear_adjoints();
-    if (s.ws.own_rate_gradients != kNowhere)
-      X::for_vectors(rate_scalars(), [&](std::size_t i) { store(rate_gradients() + i, zero()); });
-    for (int k = s.call.reverses() ? s.call.steps - 1 : -1; k >= 0 && !s.call.is_stopped(); --k) {
+    const bool reverses = s.call.reverses();
+    if (reverses) clear_adjoints();
+    for (int k = reverses ? s.call.steps - 1 : -1; k >= 0 && !s.call.is_stopped(); --k) {
       if (s.call.step_weights && k < s.call.steps - 1) record(k, add_step_loss(k, seed));
       reverse_step(k, steps.step(k));
     }

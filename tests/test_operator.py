@@ -1,0 +1,418 @@
+"""The inner loop as a differentiable operator: every input's gradient, from every output's.
+
+Random combinations are held to the float64 reference on every path, as test_kernels.py does; small
+ones to finite differences, to eager loops and to closed forms.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cases import LIN, Case, Problem, cases, compare_problem
+from helpers import assert_close, batch, mlp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import EXECUTORS, ISAS, PATHS, PROFILE, same_bits, using
+from torch import nn
+from torch.func import functional_call
+
+import pymeta
+
+# ---- random combinations ------------------------------------------------------------------------
+
+OUTPUTS = ("loss", "task_losses", "predictions", "adapted")
+
+
+@dataclass(frozen=True)
+class Flows:
+    """What of a call is differentiated, and what it has of its own."""
+
+    outputs: tuple[str, ...]  # of OUTPUTS
+    start: bool = False
+    rates: bool = False
+    step_weights: bool = False
+    targets: bool = False  # query targets are given
+
+
+class OperatorProblem(Problem):
+    """A problem whose results are gradients of a random sum of its outputs."""
+
+    def __init__(self, case: Case, flows: Flows) -> None:
+        super().__init__(case)
+        self.flows = flows
+        tasks, names = case.tasks, dict(self.net.named_parameters())
+        self.start = {n: p.detach() + 0.1 * torch.randn(tasks, *p.shape) for n, p in names.items()}
+        self.rates = 0.2 * torch.rand(tasks)
+        self.step_weights = torch.rand(max(case.steps, 1))
+        self.flow_losses = torch.randn(tasks)
+        self.flow_predictions = torch.randn(tasks, case.query, case.out)
+        self.flow_adapted = {n: torch.randn_like(v) for n, v in self.start.items()}
+
+    def results(self, module: pymeta.MAML, tasks: list[int] | None = None) -> dict:
+        case, flows, dtype = self.case, self.flows, next(module.model.parameters()).dtype
+        tasks = list(range(case.tasks)) if tasks is None else tasks
+        support, query = self.support.of(tasks).to(dtype), self.query.of(tasks).to(dtype)
+        leaves = {"xs": support.x, "xq": query.x}
+        if support.y.is_floating_point():
+            leaves["ys"] = support.y
+        if support.weights is not None and support.weights.ndim == 2:
+            leaves |= {"support_weights": support.weights, "query_weights": query.weights}
+        if query.y.is_floating_point() and flows.targets:
+            leaves["yq"] = query.y
+        for value in leaves.values():
+            value.requires_grad_()
+        arguments, options = self.arguments(support, query)
+        if not flows.targets:
+            arguments[3] = options["query_weights"] = None
+            leaves.pop("query_weights", None)
+        parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if flows.start:
+            start = {n: v[tasks].to(dtype).requires_grad_() for n, v in self.start.items()}
+            options["start"] = start
+            parameters = {**{n: p for n, p in parameters.items() if n == "lr"}, **start}
+        if flows.rates:
+            leaves["rates"] = options["lr"] = self.rates[tasks].to(dtype).requires_grad_()
+        adapt_options = {k: v for k, v in options.items() if not k.startswith("query")}
+        if flows.step_weights:
+            options["step_weights"] = self.step_weights[: case.steps].to(dtype)
+        out = module(*arguments, **options)
+        total, found = torch.zeros((), dtype=dtype), {}
+        found["predictions"] = [p[:n] for p, n in zip(out.predictions, query.sizes, strict=True)]
+        if "loss" in flows.outputs:
+            total = total + out.loss
+        if "task_losses" in flows.outputs:
+            total = total + (out.task_losses * self.flow_losses[tasks].to(dtype)).sum()
+        if "predictions" in flows.outputs:
+            for p, t in zip(found["predictions"], tasks, strict=True):
+                total = total + (p * self.flow_predictions[t, : len(p)].to(dtype)).sum()
+        if "adapted" in flows.outputs:
+            adapted = module.adapt(*arguments[:2], **adapt_options, create_graph=True)
+            found["adapted"] = adapted
+            for n, v in adapted.items():
+                flow = self.flow_adapted[n.removeprefix("model.")][tasks].to(dtype)
+                total = total + (v * flow).sum()
+        if flows.targets:
+            found |= {"loss": out.loss, "task_losses": out.task_losses}
+        if flows.step_weights:
+            found["step_losses"] = out.step_losses
+        if not total.requires_grad:
+            return found
+        inputs = {**parameters, **leaves}
+        grads = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
+        by_name = {
+            n: torch.zeros_like(v) if g is None else g
+            for (n, v), g in zip(inputs.items(), grads, strict=True)
+        }
+        lr = by_name.pop("lr", None)
+        rest = {n: by_name.pop(n) for n in list(leaves)}
+        return {**found, "gradients": by_name, "lr": lr, **rest}
+
+
+@st.composite
+def operator_problems(draw, tasks=(1, 2, 3, 5, 17, 20)):
+    case = draw(cases(tasks=tasks))
+    outputs = tuple(o for o in OUTPUTS if draw(st.booleans())) or ("predictions",)
+    targets = bool({"loss", "task_losses"} & set(outputs)) or draw(st.booleans())
+    rates = case.lr in (None, "network", "layer") and draw(st.booleans())
+    step_weights = targets and case.steps > 0 and draw(st.booleans())
+    flows = Flows(outputs, draw(st.booleans()), rates, step_weights, targets)
+    return OperatorProblem(case, flows)
+
+
+def test_random_flows_against_the_reference():
+    seen = set()
+
+    @settings(PROFILE, max_examples=60)
+    @given(operator_problems())
+    def check(problem):
+        compare_problem(problem)
+        seen.update(problem.flows.outputs)
+
+    check()
+    assert seen == set(OUTPUTS)
+
+
+@settings(PROFILE, max_examples=15)
+@given(operator_problems(tasks=(3, 8, 17, 33)), ISAS)
+def test_a_tasks_gradients_are_its_own(problem, isa):
+    """Gradients of a task's own start, rate, rows: bitwise the same in any company, on any path."""
+    flows = problem.flows
+    problem.flows = Flows(
+        tuple(o for o in flows.outputs if o != "loss") or ("predictions",),
+        True, flows.rates, flows.step_weights, flows.targets,
+    )  # fmt: skip
+    module = problem.module(torch.float32)
+    every = list(range(problem.case.tasks))
+    shuffled = torch.randperm(problem.case.tasks).tolist()
+
+    def own(found, tasks):
+        names = ("xs", "ys", "support_weights", "rates", "xq", "yq", "query_weights")
+        parts = [found[n] for n in names if n in found]
+        parts += [v for n, v in found.get("gradients", {}).items() if n != "lr"]
+        return [part[t] for part in parts for t in tasks]
+
+    with using(isa, "rows", 1):
+        wanted = problem.results(module)
+    for executor, threads in itertools.product(EXECUTORS, (1, 3)):
+        with using(isa, executor, threads):
+            got = problem.results(module)
+            permuted = problem.results(module, shuffled)
+        assert same_bits(own(got, every), own(wanted, every)), (executor, threads)
+        assert same_bits(own(permuted, every), own(wanted, shuffled)), (executor, threads)
+
+
+# ---- finite differences -------------------------------------------------------------------------
+
+
+def small(loss="mse", tasks=2, out=2, dtype=torch.float64):
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, out)).to(dtype)
+    xs, ys, xq, yq = (torch.randn(tasks, n, w, dtype=dtype) for n, w in
+                      ((4, 2), (4, out), (3, 2), (3, out)))  # fmt: skip
+    if loss == "bce_with_logits":
+        ys, yq = ys.sigmoid(), yq.sigmoid()
+    weights = [0.2 + torch.rand(tasks, n, dtype=dtype) for n in (4, 3)]
+    start = {n: p.detach() + 0.1 * torch.randn(tasks, *p.shape, dtype=dtype)
+             for n, p in net.named_parameters()}  # fmt: skip
+    rates = 0.1 + 0.2 * torch.rand(tasks, dtype=dtype)
+    return net, (xs, ys, xq, yq), weights, start, rates
+
+
+@pytest.mark.parametrize("executor", [*EXECUTORS, "emulated"])
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits"])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_gradcheck_of_every_input(executor, loss, output):
+    net, data, (ws, wq), start, rates = small(loss)
+    if (None, executor) not in [(None, e) for _, e in PATHS]:
+        pytest.skip("this build does not emulate blocks")
+    inputs = [*data, ws, wq, rates, *start.values()]
+    for value in inputs:
+        value.requires_grad_()
+
+    def call(xs, ys, xq, yq, ws, wq, rates, *own):
+        named = dict(zip(start, own, strict=True))
+        options = {"support_weights": ws, "start": named, "lr": rates}
+        if output == "adapted":
+            return tuple(module.adapt(xs, ys, **options, create_graph=True).values())
+        return getattr(module(xs, ys, xq, yq, query_weights=wq, **options), output)
+
+    module = pymeta.MAML(net, loss=loss, lr=0.1, steps=2, backend="native")
+    with using(executor=executor):
+        assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_second_derivative_is_refused(output):
+    net, (xs, ys, xq, yq), *_ = small()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend="native")
+    if output == "adapted":
+        value = next(iter(module.adapt(xs, ys, create_graph=True).values())).sum()
+    else:
+        value = getattr(module(xs, ys, xq, yq), output).sum()
+    first = torch.autograd.grad(value, list(net.parameters()), create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(first[0].sum(), list(net.parameters()), allow_unused=True)
+
+
+# ---- closed forms -------------------------------------------------------------------------------
+
+
+def test_one_step_of_a_linear_model():
+    """theta' = theta - 2 lr / n X^T (X theta - y): the adapted weights' derivatives by hand."""
+    net = nn.Linear(3, 1, bias=False).double()
+    xs, ys = torch.randn(1, 5, 3).double(), torch.randn(1, 5, 1).double().requires_grad_()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend="native")
+    v = torch.randn(1, 1, 3).double()
+    adapted = module.adapt(xs, ys, create_graph=True)["weight"]
+    by_theta, by_y = torch.autograd.grad((adapted * v).sum(), [net.weight, ys])
+    x, scale = xs[0], 2 * 0.1 / 5
+    assert_close(by_theta, v[0] - scale * v[0] @ x.T @ x)
+    assert_close(by_y[0, :, 0], scale * x @ v[0, 0])
+
+
+def test_the_last_step_alone_is_the_default():
+    net, data, *_ = small()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=3, backend="native")
+    plain, weighed = module(*data), module(*data, step_weights=[0.0, 0.0, 1.0])
+    assert_close(weighed.task_losses, plain.task_losses)
+    assert same_bits(weighed.step_losses[2], plain.task_losses)
+    with torch.no_grad():
+        for k in range(3):
+            alone = module(*data, steps=k + 1).task_losses
+            assert same_bits(weighed.step_losses[k], alone)
+            assert same_bits(module(*data, step_weights=[0.2, 0.3, 0.5]).step_losses[k], alone)
+
+
+@pytest.mark.parametrize("lr", [0.1, pymeta.LearnableLR(0.1), pymeta.LearnableLR(0.1, "parameter")])
+@pytest.mark.parametrize("executor", [e for _, e in PATHS if e])
+def test_task_clip_is_the_mean_of_clipped_gradients(lr, executor):
+    net, data, *_ = small(tasks=5)
+    options = {"loss": "mse", "lr": lr, "steps": 2}
+    each = []
+    single = pymeta.MAML(net, **options, backend="torch")
+    by = list(single.parameters())
+    for t in range(5):
+        out = single(*(d[t : t + 1] for d in data))
+        each.append(torch.autograd.grad(out.loss, by))
+    norms = [torch.stack([g.square().sum() for g in gs]).sum().sqrt() for gs in each]
+    clip = float(torch.stack(norms).median())
+    wanted = [
+        sum(gs[i] * min(1.0, clip / (float(n) + 1e-6)) for gs, n in zip(each, norms, strict=True))
+        / 5
+        for i in range(len(by))
+    ]
+    for backend in ("native", "torch"):
+        module = pymeta.MAML(net, **options, task_clip=clip, backend=backend)
+        with using(executor=executor):
+            got = torch.autograd.grad(module(*data).loss, list(module.parameters()))
+        assert_close(got, wanted)
+
+
+# ---- patterns -----------------------------------------------------------------------------------
+
+
+def eager(net, start, xs, ys, xq, lr, steps):
+    """One task by hand: the outputs on xq after some steps of gradient descent."""
+    theta = start
+    for _ in range(steps):
+        loss = nn.functional.mse_loss(functional_call(net, theta, (xs,)), ys)
+        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        theta = {n: p - lr * g for (n, p), g in zip(theta.items(), grads, strict=True)}
+    return functional_call(net, theta, (xq,))
+
+
+def test_a_learned_map_in_front_of_the_inner_loop():
+    """DoubleAdapt (Zhao et al. 2023): features and targets are mapped before the inner loop."""
+    net, (xs, ys, xq, yq), *_ = small(tasks=3, out=1)
+    feature, target = nn.Linear(2, 2).double(), nn.Linear(1, 1).double()
+    by = [*net.parameters(), *feature.parameters(), *target.parameters()]
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")
+    predictions = module(feature(xs), target(ys), feature(xq)).predictions
+    inverse = (predictions - target.bias) / target.weight
+    got = torch.autograd.grad((inverse - yq).square().mean(), by)
+    named = dict(net.named_parameters())
+    wanted = torch.stack([
+        eager(net, named, feature(xs[t]), target(ys[t]), feature(xq[t]), 0.1, 2) for t in range(3)
+    ])  # fmt: skip
+    wanted = (wanted - target.bias) / target.weight
+    assert_close(got, torch.autograd.grad((wanted - yq).square().mean(), by))
+
+
+def test_a_start_made_by_a_network():
+    """A hypernetwork: each task's start is the shared one plus what a network makes of the task."""
+    net, (xs, ys, xq, yq), *_ = small(tasks=3, out=1)
+    sizes = {n: p.numel() for n, p in net.named_parameters()}
+    hyper = nn.Linear(2, sum(sizes.values())).double()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")
+    by = [*net.parameters(), *hyper.parameters()]
+
+    def starts():
+        parts = hyper(xs.mean(1)).split(list(sizes.values()), dim=1)
+        return {
+            n: p + 0.1 * part.view(3, *p.shape)
+            for (n, p), part in zip(net.named_parameters(), parts, strict=True)
+        }
+
+    got = torch.autograd.grad(module(xs, ys, xq, yq, start=starts()).loss, by)
+    own = starts()
+    losses = [
+        nn.functional.mse_loss(
+            eager(net, {n: v[t] for n, v in own.items()}, xs[t], ys[t], xq[t], 0.1, 2), yq[t]
+        )
+        for t in range(3)
+    ]
+    assert_close(got, torch.autograd.grad(torch.stack(losses).mean(), by))
+
+
+def test_the_worst_tasks_alone():
+    """CVaR over tasks: the mean of the losses beyond a quantile."""
+    net, data, *_ = small(tasks=6)
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")
+    losses = module(*data).task_losses
+    worst = losses.detach().topk(2).indices
+    got = torch.autograd.grad(losses[worst].mean(), list(net.parameters()))
+    alone = module(*(d[worst] for d in data)).loss
+    assert_close(got, torch.autograd.grad(alone, list(net.parameters())))
+
+
+# ---- what is said of mistakes -------------------------------------------------------------------
+
+BAD = {
+    "start no mapping": (TypeError, r"start: expected \{name: tensor", {"start": [1.0]}),
+    "start unknown": (ValueError, r"start: there is no parameter 'w'", {"start": {"w": torch.ones(2)}}),
+    "start shape": (ValueError, r"start\['0.bias'\]: expected shape \[2, 3\]",
+                    {"start": {"0.bias": torch.ones(3)}}),
+    "start type": (TypeError, r"start\['0.bias'\]: expected a tensor", {"start": {"0.bias": 1.0}}),
+    "lr shape": (ValueError, r"lr: expected shape \[2\] or \[2, 1\]", {"lr": torch.ones(3)}),
+    "lr type": (TypeError, r"lr: expected a tensor", {"lr": "high"}),
+    "step weights": (ValueError, r"step_weights: expected shape \[2\]", {"step_weights": [1.0]}),
+    "learned step weights": (ValueError, r"step_weights: expected constants",
+                             {"step_weights": torch.ones(2, requires_grad=True)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name, backend):
+    net, data, *_ = small()
+    error, message, options = BAD[name]
+    with pytest.raises(error, match=message):
+        pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend=backend)(*data, **options)
+
+
+def test_rates_of_elements_are_not_those_of_tasks():
+    net, data, *_ = small()
+    lr = pymeta.LearnableLR(0.1, "parameter")
+    module = pymeta.MAML(net, loss="mse", lr=lr, steps=2, backend="native")
+    with pytest.raises(ValueError, match=r"lr: the learnable rates are of each element"):
+        module(*data, lr=torch.ones(2))
+
+
+def test_weights_without_targets_are_refused():
+    net, (xs, ys, xq, _), (_, wq), *_ = small()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")
+    with pytest.raises(ValueError, match="query_weights: expected None where yq is"):
+        module(xs, ys, xq, query_weights=wq)
+    with pytest.raises(ValueError, match="step_weights: expected None where yq is"):
+        module(xs, ys, xq, step_weights=[0.5, 0.5])
+
+
+def test_a_parameter_changed_in_place_is_noticed():
+    net, data, *_ = small()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")
+    out = module(*data)
+    with torch.no_grad():
+        net[0].weight.mul_(0.5)
+    with pytest.raises(RuntimeError, match="changed in place after the call"):
+        out.predictions.sum().backward()
+
+
+def test_predictions_alone_have_no_loss():
+    net, (xs, ys, xq, yq), *_ = small()
+    for backend in ("native", "torch"):
+        module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend=backend)
+        out = module(xs, ys, xq)
+        assert out.loss is None and out.task_losses is None
+        assert_close(out.predictions, module(xs, ys, xq, yq).predictions)
+
+
+def test_both_ways_of_one_call_may_be_gone():
+    """The loss first, then the predictions, with one graph."""
+    net, data = mlp(2, 6, 2), batch()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2)
+    by = list(net.parameters())
+    out = module(*data)
+    first = torch.autograd.grad(out.loss, by, retain_graph=True)
+    both = torch.autograd.grad(out.loss + out.predictions.sum(), by, retain_graph=True)
+    second = torch.autograd.grad(out.predictions.sum(), by)
+    assert_close(both, [a + b for a, b in zip(first, second, strict=True)])
+
+
+def test_a_linear_network_and_no_steps():
+    """theta stays: the gradient of the adapted parameters is the cotangent itself."""
+    case = Case(((LIN, 3, 2, True),), steps=0, tasks=4)
+    problem = OperatorProblem(case, Flows(("adapted",), start=True))
+    with using(executor="rows"):
+        found = problem.results(problem.module(torch.float64))
+    for name, gradient in found["gradients"].items():
+        assert same_bits(gradient, problem.flow_adapted[name].double())
