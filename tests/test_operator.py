@@ -339,7 +339,8 @@ def test_the_worst_tasks_alone():
 
 BAD = {
     "start no mapping": (TypeError, r"start: expected \{name: tensor", {"start": [1.0]}),
-    "start unknown": (ValueError, r"start: there is no parameter 'w'", {"start": {"w": torch.ones(2)}}),
+    "start unknown": (ValueError, r"start: there is no parameter 'w'",
+                      {"start": {"w": torch.ones(2)}}),
     "start shape": (ValueError, r"start\['0.bias'\]: expected shape \[2, 3\]",
                     {"start": {"0.bias": torch.ones(3)}}),
     "start type": (TypeError, r"start\['0.bias'\]: expected a tensor", {"start": {"0.bias": 1.0}}),

@@ -105,10 +105,7 @@ class MAML(Learner):
     """
 
     _checks: ClassVar[Checks] = checks_of(
-        "steps",
-        "first_order",
-        "task_clip",
-        query_loss=lambda self, value: check_query_loss(value)
+        "steps", "first_order", "task_clip", query_loss=lambda self, value: check_query_loss(value)
     )
     _of_the_plan: ClassVar[frozenset[str]] = Learner._of_the_plan | {"query_loss"}
 

@@ -53,9 +53,7 @@ def shaped(predictions: Tensor | list[Tensor], query: TaskSet) -> Tensor | list[
         query: the set they belong to.
     """
     if isinstance(predictions, list):
-        predictions = [p.detach() for p in predictions]
         return predictions if query.lengths is not None else _padded(predictions, query.rows)
-    predictions = predictions.detach()
     if query.lengths is None:
         return predictions
     if query.starts is not None:
@@ -64,10 +62,11 @@ def shaped(predictions: Tensor | list[Tensor], query: TaskSet) -> Tensor | list[
 
 
 def _padded(predictions: list[Tensor], rows: int) -> Tensor:
-    out = predictions[0].new_zeros(len(predictions), rows, *predictions[0].shape[1:])
-    for row, values in zip(out, predictions, strict=True):
-        row[: values.shape[0]] = values
-    return out
+    def padded(values: Tensor) -> Tensor:
+        below = [0, 0] * (values.ndim - 1)
+        return torch.nn.functional.pad(values, [*below, 0, rows - values.shape[0]])
+
+    return torch.stack([padded(values) for values in predictions])
 
 
 def architecture(plan: Plan) -> Architecture | None:
