@@ -32,6 +32,7 @@ struct ItemSet {
   Real* dx_of_step = nullptr;       // [rows, in] of one of several evaluations
   const Real* cotangent = nullptr;  // [out, rows] what flows into the outputs beside the loss
   Real* target_gradient = nullptr;  // [out, rows], or null
+  Real* unit_scale = nullptr;       // [rows], where weight_gradient is wanted
   Real* weight_gradient = nullptr;  // [rows] each row's share of the loss's derivative, or null
 
   PYMETA_FN void lies(const SetLayout& places, const Memory& memory) {
@@ -40,6 +41,7 @@ struct ItemSet {
     cotangent = memory.at(places.cotangent);
     target_gradient = memory.at(places.target_gradient);
     weight_gradient = memory.at(places.weight_gradient);
+    unit_scale = memory.at(places.unit_scale);
   }
 };
 

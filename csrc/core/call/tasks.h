@@ -28,6 +28,7 @@ struct RowSet {
   int weight_columns = 1;                // of `weights`; more than one: a weight for each target
   const Real* offset = nullptr;          // [total rows, out] is added to the outputs; or null
   const Loss* loss = nullptr;            // that of this set, or null: the call's
+  bool keeps_weightless = false;         // rows of weight 0 count too: a gradient at 0 is wanted
 
   PYMETA_MEMBER std::int64_t start(std::int64_t task) const {
     return starts ? starts[task] : task * rows;
@@ -207,7 +208,7 @@ struct Call {
   PYMETA_MEMBER bool has_plain_steps() const { return optimizer.is_plain() && !anchors; }
   // Does a row of a set count? One of weight 0, or with the ignored label, is left out of its set, whatever it holds.
   PYMETA_MEMBER bool weighs(const RowSet<Real>& set, std::int64_t row) const {
-    if (set.weights) {
+    if (set.weights && !set.keeps_weightless) {
       const Real* weights = set.weights + row * set.weight_columns;
       bool any = false;
       for (int c = 0; c < set.weight_columns; ++c) any = any || weights[c] != 0;

@@ -170,6 +170,7 @@ struct SetLayout {
   Place dx_of_step;  // that of one of several evaluations
   Place cotangent;   // dL/dy beside the loss, class-major
   Place target_gradient, weight_gradient;
+  Place unit_scale;  // [rows] what a row's scale would be if it alone weighed something
   Place offset,
       elements;  // what is added to the outputs, weights of single targets; where there are
 
@@ -196,6 +197,7 @@ struct SetLayout {
     cotangent = places.take_if(wanted.cotangent, classes);
     target_gradient = places.take_if(wanted.y, classes);
     weight_gradient = places.take_if(wanted.weights, X::class_stride(rows));
+    unit_scale = places.take_if(wanted.weights, X::class_stride(rows));
   }
   // Class-major arrays of a set beside its targets.
   template <class X>
