@@ -80,7 +80,8 @@ class Problem(metaclass=_Type):
         validation_rows: int = 0,
         second_order: bool = False,
         lr_rows: int = 1,
-        wanted: Sequence[bool] = [True, False, False, False],  # of parameters, lr, xs, xq
+        # of parameters, lr, xs, xq, ys, yq, support and query weights
+        wanted: Sequence[bool] = [True, False, False, False, False, False, False, False],
         has_anchors: bool = False,
         device: int | None = None,
     ) -> dict[str, Any]: ...
@@ -103,6 +104,7 @@ class Rows(metaclass=_Type):
         offset: int = 0,
         weight_columns: int = 1,
         has_distributions: bool = False,
+        keeps_weightless: bool = False,  # rows of weight 0 count: a gradient at 0 is wanted
     ) -> None: ...
 
 # values [rows, columns], or [T, rows, columns] of each task; step k uses row min(k, rows - 1).

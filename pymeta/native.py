@@ -253,6 +253,7 @@ def rows(s: TaskSet) -> Any:
         0 if s.offset is None else s.offset.data_ptr(),
         s.weight_columns,
         s.distributions,
+        s.keeps_weightless,
     )
 
 

@@ -228,12 +228,23 @@ std::size_t CallParts::repeat(const Repeated& other, const MaybeDevice& device) 
 void bind_parts(py::module_& m) {
   py::class_<Rows>(m, "Rows").def(
       py::init([](Address x, Address y, Address weights, std::int64_t rows, Address starts,
-                  Address sizes, Address offset, int weight_columns, bool has_distributions) {
-        return Rows{x, y, weights, rows, starts, sizes, offset, weight_columns, has_distributions};
+                  Address sizes, Address offset, int weight_columns, bool has_distributions,
+                  bool keeps_weightless) {
+        return Rows{x,
+                    y,
+                    weights,
+                    rows,
+                    starts,
+                    sizes,
+                    offset,
+                    weight_columns,
+                    has_distributions,
+                    keeps_weightless};
       }),
       py::arg("x") = 0, py::arg("y") = 0, py::arg("weights") = 0, py::arg("rows") = 0,
       py::arg("starts") = 0, py::arg("sizes") = 0, py::arg("offset") = 0,
-      py::arg("weight_columns") = 1, py::arg("has_distributions") = false);
+      py::arg("weight_columns") = 1, py::arg("has_distributions") = false,
+      py::arg("keeps_weightless") = false);
   py::class_<Rates>(m, "Rates")
       .def(py::init([](Address values, int rows, int columns, bool per_task) {
              return Rates{values, rows, columns, per_task};

@@ -18,6 +18,7 @@ struct Rows {
   Address offset = 0;
   int weight_columns = 1;
   bool has_distributions = false;  // targets are such, not labels
+  bool keeps_weightless = false;   // rows of weight 0 count too
 
   template <class Real>
   RowSet<Real> set() const {
@@ -29,7 +30,9 @@ struct Rows {
             pointer<std::int64_t>(sizes),
             false,
             weights ? weight_columns : 1,
-            pointer<Real>(offset)};
+            pointer<Real>(offset),
+            nullptr,
+            keeps_weightless};
   }
 };
 

@@ -17,8 +17,8 @@ void describe_blocks(int ordinal, const BlockPlan& plan, py::dict& result) {
   result["factored"] = false;
 }
 
-// Of the parameters, the learning rates, xs and xq: whether their gradients are wanted.
-using Wanted = std::array<bool, 4>;
+// Whether gradients are wanted: of the parameters, the learning rates, xs, xq, ys, yq, and both sets' row weights.
+using Wanted = std::array<bool, 8>;
 
 template <class Real>
 void put_wanted(const Wanted& wanted, Call<Real>& call, Real* const* somewhere, Real* some) {
@@ -27,6 +27,10 @@ void put_wanted(const Wanted& wanted, Call<Real>& call, Real* const* somewhere, 
   if (wanted[1]) call.lr_gradient = some;
   if (wanted[2]) call.xs_gradient = some;
   if (wanted[3]) call.xq_gradient = some;
+  if (wanted[4]) call.ys_gradient = some;
+  if (wanted[5]) call.yq_gradient = some;
+  if (wanted[6]) call.support_weights_gradient = some;
+  if (wanted[7]) call.query_weights_gradient = some;
 }
 
 // How a call of these sizes would run.
@@ -86,7 +90,7 @@ void bind_problem(py::module_& m) {
       .def("plan", &plan_of, py::arg("dtype"), py::arg("job"), py::arg("schedule"),
            py::arg("tasks"), py::arg("support_rows"), py::arg("query_rows") = 0,
            py::arg("validation_rows") = 0, py::arg("second_order") = false, py::arg("lr_rows") = 1,
-           py::arg("wanted") = Wanted{true, false, false, false}, py::arg("has_anchors") = false,
+           py::arg("wanted") = Wanted{true}, py::arg("has_anchors") = false,
            py::arg("device") = py::none())
       .def("unfit_for_device", &Problem::unfit_for_device);
 }

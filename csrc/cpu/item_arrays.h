@@ -237,13 +237,14 @@ class ItemArrays {
     visit_rows(rows, [&](int lane, std::int64_t row, int place) {
       if (place < 0) return;
       total[lane] += rows.weights[row] * call_.class_weight(rows, row);
-      shares[lane] += share(lane, place);
+      shares[lane] += rows.weights[row] * share(lane, place);
     });
     visit_rows(rows, [&](int lane, std::int64_t row, int place) {
-      gradient[row] = place < 0 ? Real(0)
-                                : (share(lane, place) / rows.weights[row] -
-                                   call_.class_weight(rows, row) * shares[lane] / total[lane]) /
-                                      call_.divisor();
+      gradient[row] =
+          place < 0 || !(total[lane] > 0)
+              ? Real(0)
+              : (share(lane, place) - call_.class_weight(rows, row) * shares[lane] / total[lane]) /
+                    (total[lane] * call_.divisor());
     });
   }
 

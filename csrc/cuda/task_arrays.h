@@ -428,13 +428,14 @@ class TaskArrays {
     Real total = 0, shares = 0;
     for (int r = 0; r < count; ++r) {
       total += rows.weights[row_of(r)] * call_.class_weight(rows, row_of(r));
-      shares += bound.weight_gradient[r];
+      shares += rows.weights[row_of(r)] * bound.weight_gradient[r];
     }
-    if (count < all) Block::for_indices(all, [=](int r) { gradient[first + r] = 0; });
-    Block::for_indices(count, [&](int r) {
-      gradient[row_of(r)] = (bound.weight_gradient[r] / rows.weights[row_of(r)] -
-                             call_.class_weight(rows, row_of(r)) * shares / total) /
-                            call_.divisor();
+    const bool empty = !(total > 0);
+    if (count < all || empty) Block::for_indices(all, [=](int r) { gradient[first + r] = 0; });
+    Block::for_indices(empty ? 0 : count, [&](int r) {
+      gradient[row_of(r)] =
+          (bound.weight_gradient[r] - call_.class_weight(rows, row_of(r)) * shares / total) /
+          (total * call_.divisor());
     });
   }
 

@@ -196,7 +196,8 @@ class MAML(Learner):
             query_sizes: [T], likewise for xq.
             support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses; or
                 in the shape of ys, weights of single targets. What weighs 0 contributes nothing,
-                whatever it holds, and the gradient by its weight is 0.
+                whatever it holds; but where weights require grad, theirs at 0 is wanted, and no
+                row is left out for its weight.
             query_weights: likewise for the query rows.
             support_offset: [T, rows, out], [T, rows] where out is 1, or a list of single tasks':
                 added to the model's outputs before the loss.
@@ -419,7 +420,10 @@ class MAML(Learner):
             if s.offset is not None and s.offset.requires_grad:
                 return f"{s.names.offset} requires grad, which the native core has no gradient for"
             if s.weights is not None and s.weights.requires_grad and s.weight_columns > 1:
-                return f"{s.names.weights} of single targets require grad"
+                return (
+                    f"{s.names.weights} requires grad, which the native core has no gradient for "
+                    f"where single targets are weighed"
+                )
         return None
 
     def _made_plan(self, row_shape: tuple[int, ...] | None) -> Plan:

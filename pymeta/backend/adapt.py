@@ -202,7 +202,8 @@ def reptile(
     else:
         call = plan.call("reptile")
         call.tasks = s.tasks
-        call.start = [p.data_ptr() for p in chained(plan, parameters)]
+        ordered = chained(plan, parameters)  # held while the core reads them
+        call.start = [p.data_ptr() for p in ordered]
         call.rates = native_rates(lr)
         call.schedule = native.schedule(inner.schedule, address(ids))
         call.support = native.rows(s)

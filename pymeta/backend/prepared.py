@@ -192,8 +192,9 @@ class PreparedCall:
         if self.tasks == 0:
             loss = None if loss is None else loss.zero_()
             return Results(loss, losses, predictions, step_losses)
+        ordered = chained(plan, parameters)  # held while the core reads them
         self.repeat(
-            [p.data_ptr() for p in chained(plan, parameters)],
+            [p.data_ptr() for p in ordered],
             lr.data_ptr(),
             extras.xs.data_ptr(),
             address(extras.ys),
@@ -235,8 +236,9 @@ class PreparedCall:
         for at, tensor in zip(self._in_chain, held, strict=False):
             into[at] = address(tensor)
         flows = address(losses), address(predictions), into if any(into) else []
+        ordered = chained(self.plan, parameters)  # held while the core reads them
         self.repeat(
-            [p.data_ptr() for p in chained(self.plan, parameters)],
+            [p.data_ptr() for p in ordered],
             extras.lr.data_ptr(),
             extras.xs.data_ptr(),
             address(extras.ys),

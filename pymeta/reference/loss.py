@@ -202,8 +202,6 @@ def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | No
         return _own(loss, outputs, targets, weights)
     if weights is None:
         weights = torch.ones(rows, dtype=outputs.dtype, device=outputs.device)
-    # What weighs nothing is left out: its weight has no derivative.
-    weights = torch.where(weights == 0, 0.0, weights)
     if loss.takes_classes:
         if outputs.ndim != 2:
             raise ValueError(

@@ -102,6 +102,12 @@ class TaskSet:
         assert x is not None
         return x, own(self.y), own(self.weights), own(self.offset)
 
+    @property
+    def keeps_weightless(self) -> bool:
+        """Whether rows of weight 0 count too, because the gradient by that weight is wanted."""
+        w = self.weights
+        return w is not None and w.requires_grad and torch.is_grad_enabled()
+
     def part(self, first: int, last: int) -> TaskSet:
         """The tasks first .. last-1; views of this set's memory."""
         if self.starts is not None and self.sizes is not None and first < last:

@@ -235,12 +235,11 @@ def test_torch_differentiates_again():
     assert abs(slope - (found * direction).sum().item()) < 1e-7 * max(1, abs(slope))
 
 
-def test_only_the_loss_carries_a_graph_and_no_grad_none():
+def test_the_results_carry_a_graph_and_under_no_grad_none():
     net, data = mlp(2, 4, 2), batch()
     for module in both(net):
         out = module(*data)
-        assert out.loss.requires_grad
-        assert not out.task_losses.requires_grad and not out.predictions.requires_grad
+        assert all(result.requires_grad for result in out[:3])
         assert_close(out.loss, out.task_losses.mean())
         for context in (torch.no_grad(), torch.inference_mode()):
             with context:
@@ -377,16 +376,16 @@ def test_a_fallback_warns_once_and_says_why():
 
 def test_inputs_that_only_torch_can_take():
     net, (xs, ys, xq, yq) = mlp(2, 4, 2), batch()
-    ys.requires_grad_()
+    offset = torch.zeros(3, 5, 2).double().requires_grad_()
     module = pymeta.MAML(net, loss="mse", lr=0.1, steps=1)
-    with pytest.warns(UserWarning, match="ys requires grad"):
-        out = module(xs, ys, xq, yq)
-    assert gradients(out.loss, ys)[0].any()
-    assert "some calls ran in torch: ys requires grad" in module.explain()
-    with pytest.raises(ValueError, match='backend="native": ys requires grad'):
-        both(net)[0](xs, ys, xq, yq)
+    with pytest.warns(UserWarning, match="support_offset requires grad"):
+        out = module(xs, ys, xq, yq, support_offset=offset)
+    assert gradients(out.loss, offset)[0].any()
+    assert "some calls ran in torch: support_offset requires grad" in module.explain()
+    with pytest.raises(ValueError, match='backend="native": support_offset requires grad'):
+        both(net)[0](xs, ys, xq, yq, support_offset=offset)
     with torch.no_grad():
-        both(net)[0](xs, ys, xq, yq)
+        both(net)[0](xs, ys, xq, yq, support_offset=offset)
 
 
 def test_explain_names_the_path():

@@ -148,7 +148,6 @@ CALLS = {
         {},
     ),
     "no ys": (TypeError, r"ys: expected targets.*got None", lambda d: (d[0], None, *d[2:]), {}),
-    "no yq": (TypeError, r"yq: expected targets.*got None", lambda d: (*d[:3], None), {}),
     "ys tasks": (
         ValueError,
         r"ys: expected shape \[3, 5, \.\.\.\] to match xs, got \[2, 5, 3\]",

@@ -293,6 +293,7 @@ def test_adapted_models_and_adapters_take_them(soft, tmp_path):
     models = module.adapt(xs, ys, support_weights=ws, support_offset=os)
     wanted = module(xs, ys, xs, ys, support_weights=ws, support_offset=os, query_weights=ws,
                     query_offset=os).predictions  # fmt: skip
+    wanted = [p.detach() for p in wanted]
     outputs = models(xs, offset=os)
     module.adapter().save(tmp_path / "adapter")
     adapter = Adapter.load(tmp_path / "adapter")
