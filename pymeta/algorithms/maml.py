@@ -45,6 +45,9 @@ from pymeta.tasks.task_set import QUERY, SUPPORT, Rows, Sizes, TaskSet, check_sa
 _QUERIES = Names("xq", "", QUERY.sizes, "", QUERY.offset)  # without targets
 
 
+_ACCUMULATED = "accumulated"  # the key of the prepared call of `accumulate_grad`
+
+
 class Outcome(NamedTuple):
     """What a MAML call returns.
 
@@ -141,7 +144,7 @@ class MAML(Learner):
         self.first_order = first_order
         self.query_loss = query_loss
         self.task_clip = task_clip
-        self._prepared: dict[bool, PreparedCall] = {}  # by whether grad is enabled
+        self._prepared: dict[Any, PreparedCall] = {}  # by whether grad is enabled
         plan = self._look()
         if isinstance(self._rule.lr, LearnableLR):
             self._make_lr(self._rule.lr, plan)
@@ -249,9 +252,9 @@ class MAML(Learner):
             )
         if plain:
             before = self._prepared.get(torch.is_grad_enabled())
-            results = None if before is None else before.again(self.__dict__, xs, ys, xq, yq)
-            if results is not None:
-                return Outcome(*results)
+            extras = None if before is None else before.again(self.__dict__, xs, ys, xq, yq)
+            if before is not None and extras is not None:
+                return Outcome(*before(before.plan.parameters, extras))
         plan, parameters = self._current(xs)
         steps = self.steps if steps is None else check_count("steps", steps)
         support = task_set(
@@ -278,6 +281,56 @@ class MAML(Learner):
         ):
             self._prepared[torch.is_grad_enabled()] = call
         return Outcome(*results)
+
+    def accumulate_grad(self, xs: Rows, ys: Rows, xq: Rows, yq: Rows, **options: Any) -> Outcome:
+        """Add the meta-gradient of the mean loss to the parameters' `.grad`, without autograd.
+
+        The same gradient as that of `forward(...).loss.backward()`, for training loops in which
+        autograd's share of a call counts: parameters and a learnable lr get it, inputs do not.
+
+        Args:
+            xs: support inputs, as in `forward`.
+            ys: support targets, as in `forward`.
+            xq: query inputs, as in `forward`.
+            yq: query targets, as in `forward`.
+            options: those of `forward` but `start` and `lr`, which are of the tasks.
+
+        Returns:
+            The `Outcome`, without a graph.
+
+        Raises:
+            TypeError, ValueError: as `forward`; an option is not one of these.
+        """
+        wrong = sorted(set(options) & {"start", "lr"})
+        if wrong:
+            raise TypeError(
+                f"{wrong[0]}: accumulate_grad adds to the gradients of parameters; "
+                f"differentiate the loss of a call for that of a task's own"
+            )
+        before = None if options else self._prepared.get(_ACCUMULATED)
+        if before is not None:
+            with torch.enable_grad():
+                extras = before.again(self.__dict__, xs, ys, xq, yq)
+            if extras is not None:
+                return Outcome(*before.accumulate(before.plan.parameters, extras))
+        return self._accumulated((xs, ys, xq, yq), options)
+
+    def _accumulated(self, data: tuple[Any, Any, Any, Any], options: dict[str, Any]) -> Outcome:
+        """As `accumulate_grad`, for a call that is not like the one before."""
+        with torch.enable_grad():
+            out = self.forward(*data, **options)
+        call = self._prepared.get(True)
+        constant = not any(isinstance(v, Tensor) and v.requires_grad for v in data)
+        if call is not None and not options and constant:
+            self._prepared[_ACCUMULATED] = call
+        by = [p for p in self.parameters() if p.requires_grad]
+        if out.loss.requires_grad and by:
+            grads = torch.autograd.grad(out.loss, by, allow_unused=True)
+            for parameter, grad in zip(by, grads, strict=True):
+                if grad is not None:
+                    now = parameter.grad
+                    parameter.grad = grad if now is None else now.add_(grad)
+        return Outcome(*(_detached(result) for result in out))
 
     def _queries(
         self, sides: tuple[Any, Any, Any, Any], offset: Any, step_weights: Any, plan: Plan
@@ -470,6 +523,12 @@ class MAML(Learner):
         restore: Callable[[dict[str, Any]], None] = super().__setstate__
         restore(state)
         self._handle = _register(self)
+
+
+def _detached(result: Any) -> Any:
+    if isinstance(result, list):
+        return [r.detach() for r in result]
+    return None if result is None else result.detach()
 
 
 def _register(maml: MAML) -> str:

@@ -271,6 +271,26 @@ class PreparedCall:
         loss, losses, predictions = done
         return Results(loss, losses, predictions, results.step_losses)
 
+    def accumulate(self, parameters: list[Tensor], extras: Extras) -> Results:
+        """`run`, and the gradients added to the `.grad` of what they are of; no graph."""
+        self.plan.last = self.last
+        layout, gradients = self.layout, self.memory()
+        results = self.run(parameters, extras, gradients)
+        if layout is None or gradients is None:
+            return results
+        inputs = layout.inputs(parameters, extras)
+        there = [(t.grad, g) for t, g in zip(inputs, gradients.tensors, strict=True)]
+        sums = [grad for grad, _ in there if grad is not None]
+        if sums:
+            torch._foreach_add_(sums, [g for grad, g in there if grad is not None])
+        if len(sums) < len(inputs):
+            for tensor, (grad, own) in zip(inputs, there, strict=True):
+                if grad is None:
+                    tensor.grad = own.clone()
+        if gradients.stream is not None:
+            layout.idle.append(gradients)
+        return results
+
     # ---- once more ----------------------------------------------------------------------------
 
     def remember(
@@ -312,8 +332,8 @@ class PreparedCall:
         """Whether values go unchecked, and `lr` belongs to this stream and to no CUDA graph."""
         return not (native.checking_values or device.stream() != self._stream or device.capturing())
 
-    def again(self, owner: Mapping[str, Any], xs: Any, ys: Any, xq: Any, yq: Any) -> Results | None:
-        """The results, after `remember`; None where the call would not be the same.
+    def again(self, owner: Mapping[str, Any], xs: Any, ys: Any, xq: Any, yq: Any) -> Extras | None:
+        """What the call reads now, after `remember`; None where it would not be the same.
 
         Whether grad is enabled must be as it was. `owner` is as for `remember`.
         """
@@ -333,7 +353,7 @@ class PreparedCall:
             xs.data_ptr(), ys.data_ptr(), xq.data_ptr(), yq.data_ptr()
         except RuntimeError:  # a layout without strides or without a pointer
             return None
-        return self(self.plan.parameters, Extras(self._lr, xs, xq, ys, yq, None, None))
+        return Extras(self._lr, xs, xq, ys, yq, None, None)
 
 
 class Made:

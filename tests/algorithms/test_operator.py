@@ -417,3 +417,23 @@ def test_a_linear_network_and_no_steps():
         found = problem.results(problem.module(torch.float64))
     for name, gradient in found["gradients"].items():
         assert same_bits(gradient, problem.flow_adapted[name].double())
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("lr", [0.1, pymeta.LearnableLR(0.1)])
+def test_accumulated_gradients_are_those_of_the_loss(backend, lr):
+    net, data = mlp(2, 6, 2), batch()
+    module = pymeta.MAML(net, loss="mse", lr=lr, steps=2, backend=backend)
+    by = list(module.parameters())
+    wanted = torch.autograd.grad(module(*data).loss, by)
+    for times in range(1, 5):  # the first call, repeats, and sums
+        out = module.accumulate_grad(*data)
+        assert not any(result.requires_grad for result in out[:3])
+        assert_close([p.grad for p in by], [times * g for g in wanted])
+    for p in by:
+        p.grad = None
+    module.accumulate_grad(*data)
+    assert_close([p.grad for p in by], wanted)
+    assert_close(out.loss, module(*data).loss)
+    with pytest.raises(TypeError, match="start: accumulate_grad adds to the gradients"):
+        module.accumulate_grad(*data, start={})
