@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymeta.algorithms.finetune import FineTune
-    from pymeta.algorithms.maml import MAML, Outcome
+    from pymeta.algorithms.maml import MAML
+    from pymeta.algorithms.outcome import Outcome
     from pymeta.algorithms.reptile import Reptile, ReptileOutcome
     from pymeta.models.adapted import Adapted
     from pymeta.models.adapter import Adapter
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "MAML": "algorithms.maml",
-    "Outcome": "algorithms.maml",
+    "Outcome": "algorithms.outcome",
     "Reptile": "algorithms.reptile",
     "ReptileOutcome": "algorithms.reptile",
     "FineTune": "algorithms.finetune",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pymeta import reference
 from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.learner import Learner, NativeCall, Weights
+from pymeta.algorithms.outcome import Outcome
 from pymeta.algorithms.own import (
     Own,
     OwnRates,
@@ -46,29 +47,6 @@ _QUERIES = Names("xq", "", QUERY.sizes, "", QUERY.offset)  # without targets
 
 
 _ACCUMULATED = "accumulated"  # the key of the prepared call of `accumulate_grad`
-
-
-class Outcome(NamedTuple):
-    """What a MAML call returns.
-
-    The first three carry a graph where grad is enabled. `loss.backward()` alone costs nothing more
-    on the native backend; whatever else is differentiated costs one more native call.
-
-    Attributes:
-        loss: [], the mean over tasks of `task_losses`; None without query targets.
-        task_losses: [T], each task's mean query loss after adaptation, or with `step_weights` the
-            weighed sum of those after each step; None without query targets.
-        predictions: [T, rows, out], the network's raw outputs on the query set; a list of
-            [rows_t, out] where xq came as a list; rows beyond a task's query size are 0. A row
-            that does not count has them as constants.
-        step_losses: [steps, T], the query losses after each step, without a graph; None without
-            `step_weights`.
-    """
-
-    loss: Tensor
-    task_losses: Tensor
-    predictions: Tensor | list[Tensor]
-    step_losses: Tensor | None = None
 
 
 class MAML(Learner):
@@ -330,7 +308,7 @@ class MAML(Learner):
                 if grad is not None:
                     now = parameter.grad
                     parameter.grad = grad if now is None else now.add_(grad)
-        return Outcome(*(_detached(result) for result in out))
+        return out.detached()
 
     def _queries(
         self, sides: tuple[Any, Any, Any, Any], offset: Any, step_weights: Any, plan: Plan
@@ -523,12 +501,6 @@ class MAML(Learner):
         restore: Callable[[dict[str, Any]], None] = super().__setstate__
         restore(state)
         self._handle = _register(self)
-
-
-def _detached(result: Any) -> Any:
-    if isinstance(result, list):
-        return [r.detach() for r in result]
-    return None if result is None else result.detach()
 
 
 def _register(maml: MAML) -> str:

@@ -1,0 +1,40 @@
+"""What a call of MAML returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Outcome(NamedTuple):
+    """What a MAML call returns.
+
+    The first three carry a graph where grad is enabled. `loss.backward()` alone costs nothing more
+    on the native backend; whatever else is differentiated costs one more native call.
+
+    Attributes:
+        loss: [], the mean over tasks of `task_losses`; None without query targets.
+        task_losses: [T], each task's mean query loss after adaptation, or with `step_weights` the
+            weighed sum of those after each step; None without query targets.
+        predictions: [T, rows, out], the network's raw outputs on the query set; a list of
+            [rows_t, out] where xq came as a list; rows beyond a task's query size are 0. A row
+            that does not count has them as constants.
+        step_losses: [steps, T], the query losses after each step, without a graph; None without
+            `step_weights`.
+    """
+
+    loss: Tensor
+    task_losses: Tensor
+    predictions: Tensor | list[Tensor]
+    step_losses: Tensor | None = None
+
+    def detached(self) -> Outcome:
+        """The same without graphs."""
+        predictions = self.predictions
+        if isinstance(predictions, list):
+            predictions = [p.detach() for p in predictions]
+        elif predictions is not None:
+            predictions = predictions.detach()
+        loss, losses = (v if v is None else v.detach() for v in self[:2])
+        return Outcome(loss, losses, predictions, self.step_losses)
