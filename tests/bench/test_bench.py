@@ -13,6 +13,7 @@ import pytest
 import torch
 from bench_help import TINY, W5, bench, run_in_process
 
+import pymeta
 from pymeta.bench import (
     __main__ as cli,
 )
@@ -288,3 +289,17 @@ def test_bytes_by_hand():
     assert W5.bytes_moved() == 4 * (1000 * 50 * 25 + parameters + 1000 * parameters)
     w2 = CASES["W2 no BN T=32 K=1"]
     assert w2.bytes_moved() > 32 * 30 * (784 * 4 + 8)
+
+
+def test_the_operators_ways_are_verified(monkeypatch):
+    """Each way's gradient is compared first, and a wrong one is found."""
+    from pymeta.bench import operator
+
+    torch.manual_seed(0)
+    ways = operator.Ways(operator.Shape((2, 6, 1), 3, 4, 5, 2))
+    assert operator.check(ways) < 1e-4
+    times = operator.measure(ways, 0.01)
+    assert set(times) == set(ways.of(pymeta.MAML(ways.network, loss="mse", lr=0.01, steps=2)))
+    monkeypatch.setattr(operator, "TOLERANCE", 1e-12)
+    with pytest.raises(AssertionError, match="off by"):
+        operator.check(ways)

@@ -1,0 +1,182 @@
+"""What the operator's other gradients cost: `python -m pymeta.bench.operator`.
+
+The time of a MAML call and its backward (second order) by what is differentiated, as a ratio to the
+built-in loss in the same run: a cotangent of the predictions (without query targets), of the tasks'
+losses, gradients by targets and by row weights, a loss after each step, and `accumulate_grad`,
+which leaves autograd out. They take turns, and a low quantile of each is taken. Before the clock
+starts every gradient is compared with that of the torch backend in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Shape(NamedTuple):
+    """A network, as widths with ReLUs between, and a meta-batch."""
+
+    sizes: tuple[int, ...]
+    tasks: int
+    support: int
+    query: int
+    steps: int
+
+
+SHAPES = {
+    "sinusoids, 1 task": Shape((1, 40, 40, 1), 1, 10, 10, 1),
+    "sinusoids, 25 tasks": Shape((1, 40, 40, 1), 25, 10, 10, 1),
+    "sinusoids, 256 tasks": Shape((1, 40, 40, 1), 256, 10, 10, 1),
+    "sinusoids, 256 tasks, 5 steps": Shape((1, 40, 40, 1), 256, 10, 10, 5),
+    "segments, 1,000 tasks, 5 steps": Shape((24, 64, 64, 1), 1000, 20, 20, 5),
+    "wide, 32 tasks, 5 steps": Shape((256, 256, 128, 64, 5), 32, 5, 75, 5),
+}
+TOLERANCE = 2e-3  # of the largest entry: float32 against float64, several steps
+
+
+class Ways:
+    """One shape's data, and the ways of differentiating a call of it."""
+
+    def __init__(self, shape: Shape) -> None:
+        """Draw it all; torch's generator decides."""
+        import torch
+
+        self.shape = shape
+        tasks, rows = shape.tasks, {"s": shape.support, "q": shape.query}
+        self.xs, self.xq = (torch.randn(tasks, n, shape.sizes[0]) for n in rows.values())
+        self.ys, self.yq = (torch.randn(tasks, n, shape.sizes[-1]) for n in rows.values())
+        self.weights = 0.1 + torch.rand(tasks, shape.support)
+        self.flow = torch.randn(tasks, shape.query, shape.sizes[-1])
+        self.of_losses = torch.randn(tasks)
+        layers: list[Any] = []
+        for a, b in zip(shape.sizes, shape.sizes[1:], strict=False):
+            layers += [torch.nn.Linear(a, b), torch.nn.ReLU()]
+        self.network = torch.nn.Sequential(*layers[:-1])
+
+    def in_doubles(self) -> Ways:
+        """The same data and network in float64."""
+        import copy
+
+        import torch
+
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(other, name, value.double())
+        other.network = copy.deepcopy(self.network).double()
+        return other
+
+    def of(self, maml: Any) -> dict[str, Callable[[], None]]:
+        """{name: call and backward}; each leaves the gradients in the parameters' `.grad`."""
+        xs, ys, xq, yq = self.xs, self.ys, self.xq, self.yq
+        ys_grad, weights_grad = ys.clone().requires_grad_(), self.weights.clone().requires_grad_()
+        steps = self.shape.steps
+        even = [1 / steps] * steps
+        ways: dict[str, Callable[[], Any]] = {
+            "built-in loss": lambda: maml(xs, ys, xq, yq).loss.backward(),
+            "predictions": lambda: maml(xs, ys, xq).predictions.backward(self.flow),
+            "task losses": lambda: maml(xs, ys, xq, yq).task_losses.backward(self.of_losses),
+            "gradient by ys": lambda: maml(xs, ys_grad, xq, yq).loss.backward(),
+            "row weights": lambda: maml(
+                xs, ys, xq, yq, support_weights=self.weights
+            ).loss.backward(),
+            "row weights, gradient by them": lambda: maml(
+                xs, ys, xq, yq, support_weights=weights_grad
+            ).loss.backward(),
+            "a loss after each step": lambda: maml(
+                xs, ys, xq, yq, step_weights=even
+            ).loss.backward(),
+            "accumulate_grad": lambda: maml.accumulate_grad(xs, ys, xq, yq),
+        }
+
+        def cleared(way: Callable[[], Any]) -> Callable[[], None]:
+            def run() -> None:
+                for p in maml.parameters():
+                    p.grad = None
+                way()
+
+            return run
+
+        return {name: cleared(way) for name, way in ways.items()}
+
+
+def check(ways: Ways) -> float:
+    """The largest relative error of any way's gradients; AssertionError beyond `TOLERANCE`."""
+    import pymeta
+
+    exact = ways.in_doubles()
+    pair = [
+        pymeta.MAML(w.network, loss="mse", lr=0.01, steps=ways.shape.steps, backend=backend)
+        for w, backend in ((ways, "native"), (exact, "torch"))
+    ]
+    got, wanted = ways.of(pair[0]), exact.of(pair[1])
+    worst = 0.0
+    for name in got:
+        got[name]()
+        wanted[name]()
+        for p, q in zip(*(m.parameters() for m in pair), strict=True):
+            error = float((p.grad.double() - q.grad).abs().max() / q.grad.abs().max())
+            assert error <= TOLERANCE, f"{name}: off by {error:.1e}"
+            worst = max(worst, error)
+    return worst
+
+
+def measure(ways: Ways, seconds: float) -> dict[str, float]:
+    """{name: microseconds}, the 10 % quantile of calls that took turns."""
+    import pymeta
+
+    maml = pymeta.MAML(ways.network, loss="mse", lr=0.01, steps=ways.shape.steps, backend="native")
+    runs = ways.of(maml)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e6 * float(np.quantile(t, 0.1)) for name, t in times.items()}
+
+
+def main() -> None:
+    """Measure all shapes and write them."""
+    parser = argparse.ArgumentParser(prog="python -m pymeta.bench.operator", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each shape")
+    parser.add_argument("--out", type=Path, default=Path("pymeta-operator.json"), metavar="FILE")
+    options = parser.parse_args()
+
+    import torch
+
+    from pymeta import native
+    from pymeta.bench import report
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    native.set_num_threads(1)
+    rows: dict[str, dict[str, float]] = {}
+    body = []
+    for name, shape in SHAPES.items():
+        ways = Ways(shape)
+        error = check(ways)
+        rows[name] = measure(ways, options.seconds)
+        base = rows[name]["built-in loss"]
+        ratios = [f"{us / base:.2f}" for us in list(rows[name].values())[1:]]
+        body.append([name, f"{base:.0f}", *ratios, f"{error:.0e}"])
+        print(f"{name}: {base:.0f} us", flush=True)
+    head = ["case, one thread", "built-in loss, us", *list(rows[next(iter(rows))])[1:], "error"]
+    text = f"# Gradients of the operator\n\n{__doc__}\n{report.table(head, body)}\n"
+    result = {"machine": report.machine(), "rows": rows}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
