@@ -63,7 +63,7 @@ class InnerLoop {
     if (s.ws.sums_losses) add_loss(now, tape);
     const Parameters next = s.adapted(k + 1);
     Real* own = const_cast<Real*>(next.own);
-    const bool fused = s.call.has_plain_steps() && !s.rates.is_spread() && !s.ws.keeps_gradients;
+    const bool fused = !s.ws.stores_gradient;
     passes.backward(
         theta,
         [&](int t) {

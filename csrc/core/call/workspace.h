@@ -229,6 +229,7 @@ struct Workspace {
   bool keeps_steps;      // every step has its own parameters and tape
   bool saves_steps;      // ... not where they are used, but in `saved`, copied there and back
   bool keeps_gradients;  // every step has its own inner gradient and optimiser state
+  bool stores_gradient;  // inner gradients have a place; else a step is done as they are made
   bool direction_is_v;   // the reverse sweep needs no u of its own (optimizers/step.h)
   bool keeps_v;          // the query set's gradient goes to v and not straight into the totals
   bool sums_at_end;      // v stays a task's own until all steps are reversed
@@ -270,7 +271,8 @@ struct Workspace {
     const int step_rows = minibatches ? call.batches.size : call.max_support;
     const int evaluated =
         call.max_query > call.max_validation ? call.max_query : call.max_validation;
-    const bool stores_gradient = keeps_gradients || call.lr.is_spread() || !call.has_plain_steps();
+    stores_gradient = keeps_gradients || call.lr.is_spread() || !call.has_plain_steps() ||
+                      has_convolution(network);
     const bool copy_input = !reads_rows_in_place<X>(network, parameters.narrow);
     bool own_starts = false;
     for (int t = 0; t < network.tensor_count; ++t) own_starts = own_starts || call.has_own_start(t);

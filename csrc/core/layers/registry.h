@@ -55,6 +55,16 @@ PYMETA_MEMBER inline bool is_last_narrow(const Network& network) {
          last.out.channels <= kNarrow;
 }
 
+// A convolution's gradient is a sum of blocks. With the step done in each, weights would be rounded in another way than where
+// gradients are stored.
+PYMETA_MEMBER inline bool has_convolution(const Network& network) {
+  for (int l = 0; l < network.layer_count; ++l) {
+    const LayerKind kind = network.layers[l].kind;
+    if (kind == LayerKind::conv1d || kind == LayerKind::conv2d) return true;
+  }
+  return false;
+}
+
 // Does a row's output depend on the set's other rows alone (BatchNorm)? Then a set of one row is of no use.
 PYMETA_MEMBER inline bool mixes_rows(const Network& network) {
   bool mixes = false;
