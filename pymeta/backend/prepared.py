@@ -14,6 +14,7 @@ The same code serves CUDA tensors. What differs for them is in `device.py`; here
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -155,6 +156,8 @@ class PreparedCall:
         sides = (support,) if query is None else (support, query)
         self._kept = [(s.weights, s.offset, s.starts, s.sizes, s.there) for s in sides]
         self._in_chain = [names.index(n) for n in plan.adapted]
+        # those of the extras that there are: at least lr and xs
+        self.given = itemgetter(*(i for i, e in enumerate(extras) if e is not None))
         self.repeat = plan.runner(call.repeat, "meta", self.last, recipe[3:], lr.shape)
 
     def memory(self) -> Gradients | None:
@@ -258,18 +261,18 @@ class PreparedCall:
         layout = self.layout
         if layout is None:
             return self.run(parameters, extras, None)
-        # Without a loss there is no gradient before one of the predictions comes.
-        gradients = None if extras.yq is None else self.memory()
-        results = self.run(parameters, extras, gradients)
+        inputs = layout.inputs(parameters, extras)
+        if extras.yq is None:  # no gradient before one of the predictions comes
+            results = self.run(parameters, extras, None)
+            made = Made(self, parameters, extras)
+            (predictions,) = with_graph(made, (results.predictions,), inputs)
+            return results._replace(predictions=predictions)
+        gradients = self._cleared(layout.memory())
+        *outputs, step_losses = self.run(parameters, extras, gradients)
         made = Made(self, parameters, extras)
-        if gradients is not None:
-            made.lease = Lease(gradients, layout.idle)
-        outputs = [r for r in results[:3] if r is not None]
-        done = with_graph(made, tuple(outputs), layout.inputs(parameters, extras))
-        if gradients is None:
-            return results._replace(predictions=done[0])
-        loss, losses, predictions = done
-        return Results(loss, losses, predictions, results.step_losses)
+        made.lease = Lease(gradients, layout.idle)
+        loss, losses, predictions = with_graph(made, tuple(outputs), inputs)
+        return Results(loss, losses, predictions, step_losses)
 
     def accumulate(self, parameters: list[Tensor], extras: Extras) -> Results:
         """`run`, and the gradients added to the `.grad` of what they are of; no graph."""
@@ -356,6 +359,9 @@ class PreparedCall:
         return Extras(self._lr, xs, xq, ys, yq, None, None)
 
 
+_version = attrgetter("_version")
+
+
 class Made:
     """A native call that was made: what its node needs to go back through it."""
 
@@ -368,10 +374,12 @@ class Made:
         self.why_once = NATIVE
         self.versions = self._versions()
 
-    def _versions(self) -> list[int]:
-        """By which a later change in place is found out."""
-        tensors = (*self.parameters, *self.extras)
-        return [t._version for t in tensors if t is not None and not t.is_inference()]
+    def _versions(self) -> list[int] | None:
+        """By which a later change in place is found out; None where a tensor has none."""
+        try:
+            return [*map(_version, self.parameters), *map(_version, self.call.given(self.extras))]
+        except RuntimeError:  # a tensor of inference mode
+            return None
 
     def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """From the gradients of the results: loss, losses, predictions, or predictions alone."""
