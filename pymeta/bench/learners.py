@@ -9,7 +9,6 @@ losses of both are compared. Both take turns, on one thread; medians.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -111,11 +110,7 @@ def main() -> None:
         ]
         for name, r in rows.items()
     ]
-    text = f"# Learners, all tasks at once\n\n{__doc__}\n{report.table(head, body)}\n"
-    result = {"machine": report.machine(), "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    report.write_one(options.out, "Learners, all tasks at once", __doc__, head, body, rows)
 
 
 if __name__ == "__main__":

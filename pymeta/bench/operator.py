@@ -10,7 +10,6 @@ starts every gradient is compared with that of the torch backend in float64.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,11 +170,7 @@ def main() -> None:
         body.append([name, f"{base:.0f}", *ratios, f"{error:.0e}"])
         print(f"{name}: {base:.0f} us", flush=True)
     head = ["case, one thread", "built-in loss, us", *list(rows[next(iter(rows))])[1:], "error"]
-    text = f"# Gradients of the operator\n\n{__doc__}\n{report.table(head, body)}\n"
-    result = {"machine": report.machine(), "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    report.write_one(options.out, "Gradients of the operator", __doc__, head, body, rows)
 
 
 if __name__ == "__main__":

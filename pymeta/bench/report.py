@@ -479,3 +479,13 @@ def write(path: Path, content: dict[str, Any]) -> None:
     write_file(path, json.dumps(content, indent=1) + "\n")
     markdown = _cpu_markdown if content["device"] == "cpu" else _cuda_markdown
     write_file(path.with_suffix(".md"), markdown(content))
+
+
+def write_one(
+    out: Path, title: str, about: str | None, head: list[str], lines: list[list[str]], rows: Any
+) -> None:
+    """Write and print one table: `out` gets the machine and the `rows`, its twin .md the text."""
+    text = f"# {title}\n\n{about}\n{table(head, lines)}\n"
+    write_file(out, json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write_file(out.with_suffix(".md"), text)
+    print(text)

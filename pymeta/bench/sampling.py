@@ -9,7 +9,6 @@ and their ratio. Before the clock starts every batch's rows are looked up in the
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -102,11 +101,7 @@ def main() -> None:
         [n, f"{r['draw_us']:.0f}", f"{r['step_us']:.0f}", f"{r['share']:.1%}"]
         for n, r in rows.items()
     ]
-    text = f"# Drawing a meta-batch\n\n{__doc__}\n{report.table(head, body)}\n"
-    result = {"machine": report.machine(), "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    report.write_one(options.out, "Drawing a meta-batch", __doc__, head, body, rows)
 
 
 if __name__ == "__main__":
