@@ -250,7 +250,7 @@ struct Workspace {
   PYMETA_FN std::size_t rate_scalars(const Call<Real>& call) const {
     return call.lr.per_element ? parameters.size * call.lr.rows : 0;
   }
-  std::size_t lr_scalars(const Call<Real>& call) const {
+  PYMETA_FN std::size_t lr_scalars(const Call<Real>& call) const {
     return call.lr.rows * (call.lr.is_spread()
                                ? parameters.size
                                : static_cast<std::size_t>(call.lr.columns) * kWidth);
