@@ -69,6 +69,7 @@ __all__ = [
 
 _TORCH_HOMES = {
     "algorithms.maml",
+    "algorithms.outcome",
     "algorithms.reptile",
     "algorithms.finetune",
     "models.adapted",

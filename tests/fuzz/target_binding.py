@@ -264,13 +264,27 @@ def call(source: Source, made: Made) -> None:
     results = native_call.results
     arrays: list[Any] = []  # live until the call is over
     if name == "meta":
-        extra = [np.empty_like(lr), np.empty_like(support.x), np.empty_like(query.x)]
-        wanted = [a.ctypes.data if source.below(2) else 0 for a in extra]
-        arrays += extra
+        targets = [np.empty((tasks, s.rows, made.model.outputs), real) for s in (support, query)]
+        weights = [np.empty((tasks, s.rows), real) for s in (support, query)]
+        many = np.tile(lr, (max(tasks, 1), 1, 1))  # so much is there for rates of each task, too
+        extra = [np.empty_like(many), np.empty_like(support.x), np.empty_like(query.x)]
+        extra += [*targets, *weights]
+        wanted = [a.ctypes.data if source.chance(96) else 0 for a in extra]
         steps = odd_count(source, source.below(MOST_STEPS))
         put(source, native_call, schedule=lib.Schedule(steps=steps),
             gradients=lib.Gradients(gradients, *wanted))  # fmt: skip
         results.predictions = predictions.ctypes.data
+        arrays += [many, extra, *flows(source, made, native_call, tasks, predictions)]
+        if source.chance(64):
+            own = [np.tile(p, (max(tasks, 1), 1)) for p in start]
+            sinks = [np.empty_like(p) for p in own]
+            arrays += [own, sinks]
+            stacked = [bool(source.chance(64)) for _ in start]
+            put(source, native_call, start=addresses(own), own_starts=stacked)
+            native_call.gradients = lib.Gradients(addresses(sinks), *wanted)
+        if source.chance(64):
+            shape = lr.shape if source.chance(128) else (1, 1)
+            native_call.rates = lib.Rates(many.ctypes.data, *shape, True)
     elif name == "adapt":
         schedule, epochs = a_schedule(source, ids if source.below(2) else None)
         held = Set(source, made, tasks, real, device) if epochs >= 0 and source.below(2) else None
@@ -298,6 +312,26 @@ def call(source: Source, made: Made) -> None:
     if name in ("meta", "reptile"):
         results.losses, results.mean_loss = losses.ctypes.data, mean.ctypes.data
     run(source, device, native_call.run)
+
+
+def flows(
+    source: Source, made: Made, native_call: Any, tasks: int, predictions: np.ndarray
+) -> list[np.ndarray]:
+    """What flows back into the results, and weights of the steps; the arrays of it."""
+    real = predictions.dtype
+    into = [np.full(tasks, 0.5, real), np.full_like(predictions, 0.5)]
+    adapted = [np.full((tasks, n), 0.5, real) for n in made.model.sizes]
+    steps, after = np.full(MOST_STEPS + 1, 0.3, real), np.empty((MOST_STEPS + 1, tasks), real)
+    if source.chance(96):
+        given = [a.ctypes.data if source.below(2) else 0 for a in into]
+        own = odd_addresses(source, addresses(adapted)) if source.below(2) else []
+        native_call.cotangents = lib.Cotangents(*given, own)
+    if source.chance(64):
+        native_call.step_weights = steps.ctypes.data
+        native_call.results.step_losses = after.ctypes.data
+    if source.chance(64):
+        native_call.task_clip = odd(source, source.pick((0.5, 0.0, source.number())))
+    return [*into, *adapted, steps, after]
 
 
 def use_engine(source: Source, made: Made) -> None:
@@ -333,7 +367,7 @@ def look_at_plan(source: Source, made: Made) -> None:
         lib.Schedule(source.integer(), source.integer(), source.integer())
         if source.chance(128) else a_schedule(source)[0],
         source.integer(), *(source.integer() for _ in range(3)), bool(source.below(2)),
-        odd(source, source.pick((1, 2, 3))), odd(source, [bool(source.below(2)) for _ in range(4)]),
+        odd(source, source.pick((1, 2, 3))), odd(source, [bool(source.below(2)) for _ in range(8)]),
         bool(source.below(2)),
         **({"device": odd(source, -1)} if emulates() and source.below(2) else {}),
     )  # fmt: skip
