@@ -425,3 +425,24 @@ def test_calls(case, backend):
         with pytest.raises(error, match=message):
             call(*change(xs, ys), **options)
     assert net[0].weight.grad is None and module.get_extra_state() == {"stream": 0}
+
+
+def test_parameters_that_are_not_contiguous():
+    """They are copied for the core, and the copies live as long as it reads them."""
+    net = mlp(2, 200, 2)
+    wide = nn.Sequential(nn.Linear(200, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    for model in (net, wide):
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+        assert not model[0].weight.is_contiguous()
+        features = model[0].in_features
+        xs, ys = torch.randn(3, 5, features).double(), torch.randn(3, 5, 2).double()
+        by = list(model.parameters())
+        found = []
+        for backend in ("native", "torch"):
+            loss = reptile(backend, model, loss="mse", lr=0.05, steps=3)(xs, ys).loss
+            found.append(gradients(loss, *by))
+            tuned = pymeta.FineTune(model, loss="mse", lr=0.05, epochs=2, backend=backend)(xs, ys)
+            found[-1] += list(tuned.parameters.values())
+        assert_close(*found)
