@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import LIN, Case, Problem, cases, compare_problem
+from cases import FACTORED, LIN, Case, Problem, cases, compare_problem, is_factored
 from helpers import assert_close, batch, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,7 +53,7 @@ class OperatorProblem(Problem):
         case, flows, dtype = self.case, self.flows, next(module.model.parameters()).dtype
         tasks = list(range(case.tasks)) if tasks is None else tasks
         support, query = self.support.of(tasks).to(dtype), self.query.of(tasks).to(dtype)
-        leaves = {"xs": support.x, "xq": query.x}
+        leaves = {"xs": support.x, "xq": query.x} if case.input_gradients else {}
         if support.y.is_floating_point():
             leaves["ys"] = support.y
         if support.weights is not None and support.weights.ndim == 2:
@@ -131,6 +131,17 @@ def test_random_flows_against_the_reference():
 
     check()
     assert seen == set(OUTPUTS)
+
+
+@pytest.mark.parametrize("outputs", [("predictions",), ("task_losses",), ("loss", "predictions")])
+@pytest.mark.parametrize("form", ["uniform", "list"])
+def test_flows_through_a_factored_first_layer(outputs, form):
+    """A wide first layer is never materialised: neither are its gradients of predictions."""
+    case = Case(FACTORED, tasks=9, support=16, query=6, form=form, lr="network", steps=3,
+                input_gradients=False, weights=form == "list", seed=2)  # fmt: skip
+    problem = OperatorProblem(case, Flows(outputs, targets=outputs != ("predictions",)))
+    assert is_factored(problem, 16)
+    compare_problem(problem)
 
 
 @settings(PROFILE, max_examples=15)
