@@ -8,7 +8,7 @@ compared: the core checks them itself. On a device they go unchecked; with PYMET
 call is repeated this way.
 
 The same code serves CUDA tensors. What differs for them is in `device.py`; here it shows in
-`Plan.core`, which calls the core there, in `inputs.ready`, and in which memory is reused.
+`Plan.runner`, which calls the core there, in `inputs.ready`, and in which memory is reused.
 """
 
 from __future__ import annotations
