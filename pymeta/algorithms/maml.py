@@ -287,8 +287,7 @@ class MAML(Learner):
             )
         before = None if options else self._prepared.get(_ACCUMULATED)
         if before is not None:
-            with torch.enable_grad():
-                extras = before.again(self.__dict__, xs, ys, xq, yq)
+            extras = before.again(self.__dict__, xs, ys, xq, yq)
             if extras is not None:
                 return Outcome(*before.accumulate(before.plan.parameters, extras))
         return self._accumulated((xs, ys, xq, yq), options)
