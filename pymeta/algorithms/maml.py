@@ -279,6 +279,8 @@ class MAML(Learner):
         Raises:
             TypeError, ValueError: as `forward`; an option is not one of these.
         """
+        if yq is None:
+            raise ValueError("yq: expected query targets, got None: there is no loss without them")
         wrong = sorted(set(options) & {"start", "lr"})
         if wrong:
             raise TypeError(

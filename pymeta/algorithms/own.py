@@ -132,7 +132,8 @@ def step_weights_of(step_weights: Any, steps: int, plan: Plan) -> Tensor | None:
 
     Raises:
         TypeError: it is no tensor, array or list of real numbers.
-        ValueError: its shape is not [steps], there are no steps, or it requires grad.
+        ValueError: its shape is not [steps], there are no steps, one is not finite (not asked on
+            a device), or it requires grad.
     """
     if step_weights is None:
         return None
@@ -144,6 +145,8 @@ def step_weights_of(step_weights: Any, steps: int, plan: Plan) -> Tensor | None:
             f"step_weights: expected shape [{steps}], a weight for each inner step, "
             f"got {list(weights.shape)}"
         )
+    if weights.is_cpu and not bool(weights.isfinite().all()):
+        raise ValueError(f"step_weights: expected finite numbers, got {weights.tolist()}")
     if weights.requires_grad:
         raise ValueError(
             "step_weights: expected constants, got a tensor that requires grad; step_losses has "

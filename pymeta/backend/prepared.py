@@ -402,6 +402,15 @@ class Made:
     ) -> Sequence[Tensor]:
         if in_transform():
             raise RuntimeError(LACKS)
+        try:
+            for flow in (losses, predictions, *adapted):
+                address(flow)
+        except RuntimeError:
+            raise RuntimeError(
+                "the native core takes one gradient of the results at a time, and "
+                "is_grads_batched=True gives many at once: call torch.autograd.grad for each, or "
+                'use backend="torch"'
+            ) from None
         if self._versions() != self.versions:
             raise RuntimeError(
                 "a parameter or an input was changed in place after the call whose predictions, "

@@ -358,6 +358,8 @@ BAD = {
     "lr shape": (ValueError, r"lr: expected shape \[2\] or \[2, 1\]", {"lr": torch.ones(3)}),
     "lr type": (TypeError, r"lr: expected a tensor", {"lr": "high"}),
     "step weights": (ValueError, r"step_weights: expected shape \[2\]", {"step_weights": [1.0]}),
+    "step weights not finite": (ValueError, "step_weights: expected finite numbers, got",
+                                {"step_weights": [1.0, float("nan")]}),
     "learned step weights": (ValueError, r"step_weights: expected constants",
                              {"step_weights": torch.ones(2, requires_grad=True)}),
 }  # fmt: skip
@@ -446,5 +448,18 @@ def test_accumulated_gradients_are_those_of_the_loss(backend, lr):
     module.accumulate_grad(*data)
     assert_close([p.grad for p in by], wanted)
     assert_close(out.loss, module(*data).loss)
+    with pytest.raises(ValueError, match="yq: expected query targets, got None"):
+        module.accumulate_grad(*data[:3], None)
     with pytest.raises(TypeError, match="start: accumulate_grad adds to the gradients"):
         module.accumulate_grad(*data, start={})
+
+
+def test_many_gradients_at_once_are_refused_in_words():
+    net, data = mlp(2, 6, 2), batch()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend="native")
+    out = module(*data)
+    flows = torch.ones(2, *out.predictions.shape).double()
+    with pytest.raises(RuntimeError, match="one gradient of the results at a time"):
+        torch.autograd.grad(
+            out.predictions, list(net.parameters()), grad_outputs=flows, is_grads_batched=True
+        )
