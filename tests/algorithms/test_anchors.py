@@ -138,13 +138,14 @@ def test_a_start_that_is_worth_rows(backend, path, kind):
     name = "sizes" if kind == "FineTune" else "support_sizes"
     weights = torch.ones(5, 8, dtype=torch.float64)
     weights[0, 2:5] = weights[4, :5] = 0.0  # the last task has no row that counts
-    counting = torch.tensor([5, 3, 1, 1, 1], dtype=torch.float64)  # at least one
+    # At least one row; divided by Python, for torch multiplies by a reciprocal.
+    counting, offered = ([2.5 / n for n in rows] for rows in ((5, 3, 1, 1, 1), (8, 3, 1, 1, 5)))
     call = {name: sizes, name.replace("sizes", "weights"): weights}
     with using(*path):
         got = everything(kind, net, x, y, backend, {"anchor_rows": 2.5}, call)
-        call["anchor"] = 2.5 / counting
+        call["anchor"] = torch.tensor(counting, dtype=torch.float64)
         assert same_bits(got, everything(kind, net, x, y, backend, {}, call))
-        call["anchor"] = 2.5 / torch.tensor(sizes).clamp(min=1).double()
+        call["anchor"] = torch.tensor(offered, dtype=torch.float64)
         assert not same_bits(got, everything(kind, net, x, y, backend, {}, call))
 
 
