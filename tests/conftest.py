@@ -67,6 +67,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place[item.path])  # a module's fixtures are made once
 
 
+@pytest.fixture
+def repeats(monkeypatch):
+    """Of every call of MAML that could have been a repeat, whether it was."""
+    from pymeta.backend.prepared import PreparedCall  # needs torch, which not all tests have
+
+    seen, original = [], PreparedCall.again
+
+    def spy(self, *arguments):
+        extras = original(self, *arguments)
+        seen.append(extras is not None)
+        return extras
+
+    monkeypatch.setattr(PreparedCall, "again", spy)
+    return seen
+
+
 @pytest.fixture(params=["native", "torch"])
 def backend(request):
     """Both backends of the learners, one after the other."""

@@ -10,22 +10,6 @@ from helpers import assert_close, batch, gradients, mlp
 from torch import nn
 
 import pymeta
-from pymeta.backend.prepared import PreparedCall
-
-
-@pytest.fixture
-def repeats(monkeypatch):
-    """Of every call that could have been a repeat, whether it was."""
-    seen = []
-    original = PreparedCall.again
-
-    def spy(self, *arguments):
-        results = original(self, *arguments)
-        seen.append(results is not None)
-        return results
-
-    monkeypatch.setattr(PreparedCall, "again", spy)
-    return seen
 
 
 def make(net, backend="native", **options):

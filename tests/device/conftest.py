@@ -5,7 +5,6 @@ from kernels import using
 
 from pymeta import native
 from pymeta.backend.device import Device
-from pymeta.backend.prepared import PreparedCall
 
 
 @pytest.fixture(autouse=True)
@@ -32,20 +31,6 @@ def calls(monkeypatch):
         return original(self, method, key, *arguments, **options)
 
     monkeypatch.setattr(Device, "run", spy)
-    return seen
-
-
-@pytest.fixture
-def repeats(monkeypatch):
-    """Of every call that could have been a repeat, whether it was."""
-    seen, original = [], PreparedCall.again
-
-    def spy(self, *arguments):
-        results = original(self, *arguments)
-        seen.append(results is not None)
-        return results
-
-    monkeypatch.setattr(PreparedCall, "again", spy)
     return seen
 
 

@@ -39,6 +39,7 @@ from kernels import (
     same_bits,
     using,
 )
+from native_help import check_slope
 from torch import nn
 
 import pymeta
@@ -134,38 +135,12 @@ def test_factored_tasks_in_several_waves():
     ],
 )  # fmt: skip
 def test_finite_differences_of_the_native_loss(isa, executor, name, loss, optimizer):
-    """The loss along a random line through parameters, lr and inputs.
-
-    A central difference with step h errs by h^2 times a third derivative, which the difference
-    at 2h shows (theirs is four times as large), and by the rounding of the loss over h.
-    """
+    """The loss along a random line through parameters, lr and inputs."""
     case = Case(SMOOTH[name], loss=loss, loss_options=True, tasks=5, form="list", lr="parameter",
                 per_step=True, steps=3, weights=True, optimizer=optimizer, anchor="own",
                 seed=3)  # fmt: skip
     problem = Problem(case)
-    module = problem.module(torch.float64)
-    support, query = problem.support.to(torch.float64), problem.query.to(torch.float64)
-    inputs = [*module.parameters(), support.x.requires_grad_(), query.x.requires_grad_()]
-    directions = [torch.randn_like(v) for v in inputs]
-    start = [v.detach().clone() for v in inputs]
-
-    def loss_at(step):
-        with torch.no_grad():
-            for v, s, d in zip(inputs, start, directions, strict=True):
-                v.copy_(s + step * d)
-        arguments, options = problem.arguments(support, query)
-        return module(*arguments, **options).loss
-
-    with using(isa, executor):
-        value = loss_at(0.0)
-        slope = sum(
-            float((g * d).sum()) for g, d in zip(gradients(value, *inputs), directions, strict=True)
-        )
-        with torch.no_grad():
-            near, far = (float(loss_at(h) - loss_at(-h)) / (2 * h) for h in (1e-5, 2e-5))
-    rounding = 64 * EPS[torch.float64] * (1 + abs(float(value.detach()))) / 1e-5
-    assert abs(slope) > 1e3 * rounding
-    assert abs(slope - near) <= abs(near - far) + rounding
+    check_slope(problem, isa, executor)
 
 
 @pytest.mark.parametrize("isa, executor", PATHS)

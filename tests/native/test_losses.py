@@ -23,7 +23,8 @@ from helpers import (
     targets,
 )
 from hypothesis import given, settings
-from kernels import DTYPES, EPS, EXECUTORS, PATHS, PROFILE, same_bits, using
+from kernels import DTYPES, EXECUTORS, PATHS, PROFILE, same_bits, using
+from native_help import check_slope
 from torch import nn
 
 import pymeta
@@ -189,33 +190,11 @@ def test_random_cases_against_the_reference():
 @pytest.mark.parametrize("isa, executor", PATHS)
 @pytest.mark.parametrize("loss", ["poisson_nll", "qlike", "gaussian_nll", "student_t_nll"])
 def test_finite_differences_of_the_native_loss(isa, executor, loss):
-    """Along a random line; the bounds are those of test_kernels.py."""
+    """Along a random line, as test_kernels.py has it for the others."""
     case = Case(SMOOTH["mlp"], loss=loss, loss_options=True, tasks=5, form="list", lr="parameter",
                 per_step=True, steps=3, weights=True, seed=5)  # fmt: skip
     problem = Problem(case)
-    module = problem.module(torch.float64)
-    support, query = problem.support.to(torch.float64), problem.query.to(torch.float64)
-    inputs = [*module.parameters(), support.x.requires_grad_(), query.x.requires_grad_()]
-    directions = [torch.randn_like(v) for v in inputs]
-    start = [v.detach().clone() for v in inputs]
-
-    def loss_at(step):
-        with torch.no_grad():
-            for v, s, d in zip(inputs, start, directions, strict=True):
-                v.copy_(s + step * d)
-        arguments, options = problem.arguments(support, query)
-        return module(*arguments, **options).loss
-
-    with using(isa, executor):
-        value = loss_at(0.0)
-        slope = sum(
-            float((g * d).sum()) for g, d in zip(gradients(value, *inputs), directions, strict=True)
-        )
-        with torch.no_grad():
-            near, far = (float(loss_at(h) - loss_at(-h)) / (2 * h) for h in (1e-5, 2e-5))
-    rounding = 64 * EPS[torch.float64] * (1 + abs(float(value.detach()))) / 1e-5
-    assert abs(slope) > 1e3 * rounding
-    assert abs(slope - near) <= abs(near - far) + rounding
+    check_slope(problem, isa, executor)
 
 
 @pytest.mark.parametrize("loss", MORE_LOSSES)
