@@ -158,7 +158,9 @@ class PreparedCall:
         self._in_chain = [names.index(n) for n in plan.adapted]
         # those of the extras that there are: at least lr and xs
         self.given = itemgetter(*(i for i, e in enumerate(extras) if e is not None))
-        self.repeat = plan.runner(call.repeat, "meta", self.last, recipe[3:], lr.shape)
+        # Of the weights of steps it counts only that there are some.
+        how = (recipe.step_weights is not None, *recipe[4:])
+        self.repeat = plan.runner(call.repeat, "meta", self.last, how, lr.shape)
 
     def memory(self) -> Gradients | None:
         """Where `run` may put the gradients; None where none are wanted."""
