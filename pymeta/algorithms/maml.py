@@ -392,6 +392,7 @@ class MAML(Learner):
                 plan, recipe, parameters, rates, inner, support, how.start
             )
         self._to_torch(plan, reason, 4, support)
+        check_values_of(how.anchors)
         named = dict(zip(plan.names, parameters, strict=True))
         done = reference.adapt(
             self.model, named, plan.adapted, inner, support,

@@ -463,3 +463,12 @@ def test_many_gradients_at_once_are_refused_in_words():
         torch.autograd.grad(
             out.predictions, list(net.parameters()), grad_outputs=flows, is_grads_batched=True
         )
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_strengths_out_of_range_are_refused(backend, create_graph):
+    net, (xs, ys, *_) = mlp(2, 6, 2), batch()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend=backend)
+    with pytest.raises(ValueError, match="anchor: task 1: expected a finite number >= 0"):
+        module.adapt(xs, ys, anchor=[1.0, -1.0, 0.0], create_graph=create_graph)
