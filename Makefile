@@ -15,6 +15,7 @@
 # make arrangements    the tests as other machines run them: other instruction sets, threads, cores, roundings, order
 # make cuda      the CUDA kernels for all architectures (needs nvcc, no GPU): a report of each kernel, and their checks
 # make arm64     cross compile for 64-bit ARM and run the native tests in an emulator, where there is one
+# make changelog     move the fragments of changelog.d/ into CHANGELOG.md
 # make clean     remove what was built (make distclean: .venv too)
 #
 # Everything lives in .venv, with the versions of constraints.txt. A machine needs Python >= 3.11 with its
@@ -31,7 +32,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 # One recipe for each purpose; a target's stamp says that its packages are in .venv.
 .PHONY: test demo bench docs lint format typing wheel test-wheel test-torch cuda arm64 clean distclean \
-  sanitize sanitize-native sanitize-python guard fuzz soak arrangements serve-demo test-postgres
+  sanitize sanitize-native sanitize-python guard fuzz soak arrangements serve-demo test-postgres changelog
 .DELETE_ON_ERROR:
 
 test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs $(STAMP)/serve $(STAMP)/postgres
@@ -178,6 +179,9 @@ arm64: $(STAMP)/build
 	@qemu=$$(command -v qemu-aarch64 || command -v qemu-aarch64-static || true); \
 	if [ -n "$$qemu" ]; then echo "$$qemu build/arm64/native_test no-fork"; "$$qemu" build/arm64/native_test no-fork; \
 	else echo "make arm64: compiled, NOT run: no qemu-aarch64 (on Debian: apt-get install qemu-user)"; fi
+
+changelog:
+	$(PYTHON) changelog.d/fold.py
 
 clean:
 	rm -rf build dist $(STAMP)/pymeta .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

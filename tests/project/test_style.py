@@ -9,7 +9,9 @@ import source_tree
 
 ROOT = source_tree.need("csrc", ".clang-format")
 FOLDERS = [
-    name for name in ("pymeta", "tests", "bench", "docs", "examples") if (ROOT / name).is_dir()
+    name
+    for name in ("pymeta", "tests", "bench", "changelog.d", "docs", "examples")
+    if (ROOT / name).is_dir()
 ]
 
 
