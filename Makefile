@@ -238,5 +238,6 @@ $(STAMP)/wheel: $(STAMP)/venv constraints.txt pyproject.toml
 FOLDERS := $(shell find pymeta -type d -not -name __pycache__)
 SOURCES := $(shell find csrc -type f -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 $(STAMP)/pymeta: $(STAMP)/torch $(STAMP)/build CMakeLists.txt pyproject.toml $(SOURCES) $(FOLDERS)
+	@ls -d $(VENV)/lib/python*/site-packages/pymeta-*.dist-info >/dev/null 2>&1 && $(PIP) uninstall -y pymeta || true # its former name
 	$(PIP) install --no-build-isolation --no-deps -C cmake.define.PYMETA_EMULATE=ON -e .
 	@touch $@

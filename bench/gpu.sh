@@ -193,8 +193,8 @@ build_by_cmake() {
     within 300 cmake --build "$work/cmake-alone" --target _native &&
     cmake --install "$work/cmake-alone" || return 1
   cp -r "$root"/pymeta/. "$site/pymeta"
-  local about=$site/pymeta-0+unknown.dist-info
-  mkdir "$about" && printf 'Metadata-Version: 2.1\nName: pymeta\nVersion: 0+unknown\n' >"$about/METADATA"
+  local about=$site/pymeta_kernels-0+unknown.dist-info
+  mkdir "$about" && printf 'Metadata-Version: 2.1\nName: pymeta-kernels\nVersion: 0+unknown\n' >"$about/METADATA"
 }
 
 in_run() { (cd "$work/run" && "$@"); }

@@ -6,6 +6,7 @@ Adapters, adapted arrays and the descriptions of losses, optimisers and schedule
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,8 @@ def _need_torch(name: str) -> None:
         if error.name != "torch":  # torch is there, but broken
             raise
         raise ImportError(
-            f"pymeta.{name} needs torch, which is not installed: pip install torch"
+            f"pymeta.{name} needs torch, which is not installed: "
+            "pip install 'pymeta-kernels[torch]'"
         ) from None
     found = tuple(int(number) for number in torch.__version__.split(".")[:2])
     if found < _OLDEST_TORCH:
@@ -96,11 +98,19 @@ def _need_torch(name: str) -> None:
         )
 
 
+def _version() -> str:
+    """That of the installed distribution; "0+unknown" where the source tree is used without."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pymeta-kernels")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("pymeta")
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'pymeta' has no attribute {name!r}")
     if _HOMES[name] in _TORCH_HOMES:
@@ -112,3 +122,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES, "__version__"})
+
+
+if os.path.exists(os.path.join(os.path.dirname(__file__), "grammar.py")):  # the parser's
+    import_module("pymeta.namesake").warn_of_files()

@@ -42,7 +42,14 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: the command line after `pymeta`; None for this process's.
     """
+    from pymeta.namesake import require_ours
+
     words = sys.argv[1:] if words is None else list(words)
+    try:
+        require_ours()
+    except ImportError as error:
+        print(f"pymeta: {error}", file=sys.stderr)
+        return 1
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2

@@ -23,11 +23,15 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pymeta.namesake import require_ours
+
 if TYPE_CHECKING:
     from pymeta.spec.schedule import Schedule
     from pymeta.tasks.task_set import TaskSet
 
 BACKENDS = ("auto", "native", "torch")
+
+require_ours()
 
 _native: Any = None
 _missing: str | None = None

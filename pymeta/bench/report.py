@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pymeta
 from pymeta.bench.contestants import cores
 
 SCHEMA = 2
@@ -47,8 +48,8 @@ CUDA_COLUMNS = {
 
 def machine() -> dict[str, Any]:
     """The processor, its cores, and the versions in use."""
-    versions: dict[str, str | None] = {}
-    for package in ("pymeta", "torch", "jax", "numpy", "higher", "scikit-learn"):
+    versions: dict[str, str | None] = {"pymeta": pymeta.__version__}
+    for package in ("torch", "jax", "numpy", "higher", "scikit-learn"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -15,5 +15,5 @@ def need(module: str, what: str, extra: str = "data") -> Any:
         if error.name != root:  # it is there, but broken
             raise
         raise ImportError(
-            f"{what} needs {root}, which is not installed: pip install 'pymeta[{extra}]'"
+            f"{what} needs {root}, which is not installed: pip install 'pymeta-kernels[{extra}]'"
         ) from None

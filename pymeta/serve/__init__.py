@@ -3,7 +3,8 @@
     pymeta serve adapter.safetensors                  # a process of its own
     app = pymeta.serve.create_app("adapter.safetensors")    # for any ASGI server
 
-It needs the extra `serve`: pip install "pymeta[serve]". The serving process does not import torch.
+It needs the extra `serve`: pip install "pymeta-kernels[serve]". The serving process does not
+import torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def need_extra(error: ModuleNotFoundError) -> ImportError:
     if missing not in _PARTS:
         return error
     return ImportError(
-        f'pymeta.serve needs {missing}, which is not installed: pip install "pymeta[serve]"'
+        f'pymeta.serve needs {missing}, which is not installed: pip install "pymeta-kernels[serve]"'
     )
 
 

@@ -97,7 +97,7 @@ def _postgresql(url: URL) -> Engine:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"store: {url.drivername} needs {error.name}, which is not installed: "
-            f'pip install "pymeta[postgres]" and begin the URL with postgresql+psycopg://'
+            f'pip install "pymeta-kernels[postgres]" and begin the URL with postgresql+psycopg://'
         ) from None
 
 

@@ -241,7 +241,8 @@ def _train(method: str, adapter: Adapter, recipe: Recipe, draw: Episodes) -> Ada
         if error.name != "torch":
             raise
         raise ImportError(
-            'retrain: maml needs torch: pip install "pymeta[torch]", or say --method reptile'
+            'retrain: maml needs torch: pip install "pymeta-kernels[torch]", '
+            "or say --method reptile"
         ) from None
     return maml(adapter, recipe.episodes, recipe.lr, draw)
 

@@ -192,7 +192,7 @@ def test_what_needs_torch_says_so_and_the_rest_is_there():
     said = dict(zip(pymeta.__all__, done.stdout.splitlines(), strict=True))
     assert {name for name in said if said[name] != "loaded"} == set(NEEDS_TORCH)
     for name in NEEDS_TORCH:
-        install = "which is not installed: pip install torch"
+        install = "which is not installed: pip install 'pymeta-kernels[torch]'"
         assert said[name] == f"pymeta.{name} needs torch, {install}"
 
 

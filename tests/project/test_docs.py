@@ -295,7 +295,7 @@ def test_the_patches_of_adding_a_layer_apply_and_compile(tmp_path: Path):
 
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     if any(map(_is_missing, ("mkdocs", "material", "mkdocstrings_handlers"))):
-        pytest.skip("needs mkdocs-material and mkdocstrings: pip install 'pymeta[docs]'")
+        pytest.skip("needs mkdocs-material and mkdocstrings: pip install 'pymeta-kernels[docs]'")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
         cwd=ROOT,

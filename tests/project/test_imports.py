@@ -14,7 +14,8 @@ PACKAGE = ROOT / "pymeta"
 
 # What each part may import, besides itself. Parts that are not named are not imported by any.
 ALLOWED = {
-    "native": set(),
+    "namesake": set(),
+    "native": {"namesake"},
     "spec": {"native"},
     "tasks": {"native", "spec"},
     "reference": {"spec", "tasks"},

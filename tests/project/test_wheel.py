@@ -29,7 +29,7 @@ from pymeta import native
 VERSION = pymeta.__version__
 PACKAGE = Path(pymeta.__file__).parent
 SOURCE = Path(os.environ.get("PYMETA_SOURCE", Path(__file__).resolve().parents[2]))
-INFO = f"pymeta-{VERSION}.dist-info"
+INFO = f"pymeta_kernels-{VERSION}.dist-info"
 DIST_INFO = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
 LIMIT = 20_000_000  # bytes of an archive
 
@@ -159,7 +159,7 @@ def record_problems(files: Files) -> list[str]:
 def metadata_problems(text: str) -> list[str]:
     found = HeaderParser().parsestr(text)
     problems = []
-    expected = {"Name": "pymeta", "Version": VERSION, "License-Expression": "Apache-2.0"}
+    expected = {"Name": "pymeta-kernels", "Version": VERSION, "License-Expression": "Apache-2.0"}
     expected |= {"Requires-Python": ">=3.10", "Description-Content-Type": "text/markdown"}
     for key, value in expected.items():
         if found[key] != value:
@@ -218,7 +218,7 @@ def good_wheel() -> Files:
 
 def _metadata() -> bytes:
     """As pyproject.toml has it now, not as it was when the package was installed for editing."""
-    lines = [f"Metadata-Version: 2.4\nName: pymeta\nVersion: {VERSION}"]
+    lines = [f"Metadata-Version: 2.4\nName: pymeta-kernels\nVersion: {VERSION}"]
     lines += ["License-Expression: Apache-2.0", "Requires-Python: >=3.10"]
     lines += ["Description-Content-Type: text/markdown", "Classifier: Typing :: Typed"]
     lines += ["Requires-Dist: numpy>=1.24", "Requires-Dist: safetensors>=0.4.3"]
@@ -372,7 +372,7 @@ def test_the_sdist():
             members = [m for m in archive.getmembers() if not m.isdir()]
             assert all(m.isfile() for m in members)
             contents = {m.name: archive.extractfile(m).read() for m in members}
-        top = f"pymeta-{VERSION}/"
+        top = f"pymeta_kernels-{VERSION}/"
         assert all(name.startswith(top) for name in contents)
         files = {name.removeprefix(top): data for name, data in contents.items()}
         assert sdist_problems(files, path.stat().st_size) == []
@@ -382,6 +382,6 @@ def test_the_sdist():
 
 def test_the_installed_metadata():
     """An editable install keeps those of the day it was made, so only what never changes."""
-    found = metadata("pymeta")
-    assert found["Name"] == "pymeta" and found["License-Expression"] == "Apache-2.0"
+    found = metadata("pymeta-kernels")
+    assert found["Name"] == "pymeta-kernels" and found["License-Expression"] == "Apache-2.0"
     assert (PACKAGE / "py.typed").exists() and (PACKAGE / "_native.pyi").exists()

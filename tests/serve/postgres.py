@@ -19,7 +19,7 @@ from serve_help import SOON, until
 
 def programs() -> Path:
     """The folder of initdb and postgres; the test is skipped where there is none."""
-    pytest.importorskip("psycopg", reason='pip install "pymeta[postgres]"')
+    pytest.importorskip("psycopg", reason='pip install "pymeta-kernels[postgres]"')
     found = [
         Path(p).resolve().parent for p in (shutil.which("initdb"), shutil.which("pg_ctl")) if p
     ]

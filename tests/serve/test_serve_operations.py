@@ -249,12 +249,12 @@ def test_help_imports_nothing():
 
 def test_a_missing_extra_is_said(monkeypatch, capsys):
     def missing(name):
-        raise ImportError('pymeta.serve needs fastapi: pip install "pymeta[serve]"')
+        raise ImportError('pymeta.serve needs fastapi: pip install "pymeta-kernels[serve]"')
 
     monkeypatch.setattr(cli, "import_module", missing)
     assert cli.main(["serve"]) == 1
     assert (
-        'pymeta serve: pymeta.serve needs fastapi: pip install "pymeta[serve]"'
+        'pymeta serve: pymeta.serve needs fastapi: pip install "pymeta-kernels[serve]"'
         in capsys.readouterr().err
     )
 

@@ -321,4 +321,4 @@ def test_a_missing_part_names_the_extra():
         "except ImportError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert 'pip install "pymeta[serve]"' in done.stdout, done.stderr
+    assert 'pip install "pymeta-kernels[serve]"' in done.stdout, done.stderr
