@@ -1,4 +1,4 @@
-"""Learners on features by a network that all tasks share: closed-form heads, and comparisons.
+"""The field's other learners: closed-form heads, comparisons, and what is built on MAML's operator.
 
 They are called as MAML is: `out = learner(xs, ys, xq, yq)`, `learner.adapt(xs, ys)(xq)`.
 """
@@ -6,6 +6,7 @@ They are called as MAML is: `out = learner(xs, ys, xq, yq)`, `learner.adapt(xs, 
 from pymeta.learners.base import AdaptedTasks, EncodedLearner, Outcome
 from pymeta.learners.bayesian import BayesianHead
 from pymeta.learners.matching import MatchingNet
+from pymeta.learners.meta_lstm import MetaLSTM
 from pymeta.learners.protonet import ProtoNet
 from pymeta.learners.relation import RelationNet
 from pymeta.learners.ridge import RidgeHead
@@ -15,6 +16,7 @@ __all__ = [
     "BayesianHead",
     "EncodedLearner",
     "MatchingNet",
+    "MetaLSTM",
     "Outcome",
     "ProtoNet",
     "RelationNet",

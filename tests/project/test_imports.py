@@ -24,7 +24,7 @@ ALLOWED = {
     "algorithms": {"native", "spec", "tasks", "reference", "backend", "models"},
     "data": {"spec", "tasks", "models"},
     "metrics": {"tasks", "data"},
-    "learners": {"spec", "tasks"},
+    "learners": {"spec", "tasks", "models", "algorithms"},
     "sklearn": {"spec", "tasks", "models"},  # and the learners by their public names
     "serve": {"spec", "models"},  # and the learners by their public names
 }

@@ -1,0 +1,275 @@
+"""`MetaLSTM`: an LSTM, shared by all coordinates and tasks, takes the steps.
+
+Ravi, Larochelle 2017, "Optimization as a model for few-shot learning" (ICLR). A task's parameters
+are the cell state of an LSTM whose candidate is the negative gradient g of its support loss L:
+
+    h_k, s_k = LSTM([p(g_k), p(L_k)], h_(k-1), s_(k-1))              h, s of `hidden` numbers
+    f_k = sigmoid(W_f [h_k, theta_(k-1), f_(k-1)] + b_f)             how much of theta is kept
+    i_k = sigmoid(W_i [h_k, theta_(k-1), i_(k-1)] + b_i)             the step size
+    theta_k = f_k theta_(k-1) - i_k g_k,    theta_0 learned          f_0 = i_0 = h_0 = s_0 = 0
+
+for each coordinate by itself, with p the logarithm and the sign of a number (section 3.3). With f
+at 1 and i at a constant this is gradient descent, and near there it begins.
+
+The gradients of all T tasks, each at its own parameters, are one native call a step; as in the
+paper they are constants for the meta-gradient. The cell takes all coordinates of all tasks at
+once, in torch: `hidden` * T * P numbers a step (and some eight times that for the meta-gradient).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pymeta.algorithms.maml import MAML
+from pymeta.algorithms.outcome import Outcome
+from pymeta.learners.starts import adapted, joined, named, tasks_in
+from pymeta.models.adapted import Adapted
+from pymeta.spec.schedule import check_count
+from pymeta.tasks.task_set import Rows, Sizes
+
+
+def log_and_sign(x: Tensor, p: float) -> Tensor:
+    """Numbers [...] as pairs [..., 2] of similar size, whatever theirs (section 3.3).
+
+    (log |x| / p, sign x) where |x| >= exp(-p), and (-1, exp(p) x) below.
+    """
+    size = x.abs()
+    large = size >= math.exp(-p)
+    first = torch.where(large, torch.where(large, size, 1.0).log() / p, -1.0)
+    return torch.stack([first, torch.where(large, x.sign(), math.exp(p) * x)], dim=-1)
+
+
+class _Memory(NamedTuple):
+    """What the cell keeps of N coordinates from one step to the next."""
+
+    h: Tensor  # [N, hidden]
+    s: Tensor  # [N, hidden]
+    forget: Tensor  # [N, 1]
+    step: Tensor  # [N, 1]
+
+
+def _between_0_and_1(name: str, value: Any) -> float:
+    """The logit of a number; ValueError unless it lies between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
+    return math.log(value / (1 - value))
+
+
+class MetaLSTM(nn.Module):
+    """A learned optimiser with a learned start, of `model`.
+
+    Args:
+        model: maps [rows, ...] to [rows, out]; its parameters are the start.
+        loss: as for `MAML`.
+        steps: how many steps it takes on a task's support set, >= 1.
+        lr: the step size (input gate) that it begins with, between 0 and 1.
+        keep: how much of a parameter a step keeps (forget gate) in the beginning, likewise.
+        hidden: the width of the LSTM.
+        p: from where on the preprocessing sees a number as small, exp(-p).
+        adapt: as for `MAML`.
+        backend: as for `MAML`; of the gradients and the query losses.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import torch
+        >>> from pymeta.learners import MetaLSTM
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> learner = MetaLSTM(net, loss="mse", steps=3)
+        >>> x = torch.linspace(-1, 1, 20).reshape(2, 10, 1)
+        >>> learner(x, x.square(), x, x.square()).loss.backward()
+        >>> learner.adapt(x, x.square())(x).shape
+        torch.Size([2, 10, 1])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: Any,
+        steps: int = 5,
+        lr: float = 0.01,
+        keep: float = 0.999,
+        hidden: int = 20,
+        p: float = 10.0,
+        adapt: Sequence[str] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        """Check the arguments and make the cell."""
+        super().__init__()
+        self.steps = check_count("steps", steps)
+        if self.steps < 1 or check_count("hidden", hidden) < 1:
+            name, value = ("steps", steps) if self.steps < 1 else ("hidden", hidden)
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < 80:
+            raise ValueError(f"p: expected a number between 0 and 80, got {p!r}")
+        biases = _between_0_and_1("keep", keep), _between_0_and_1("lr", lr)
+        self.p = float(p)
+        self.maml = MAML(model, loss=loss, lr=1.0, steps=0, adapt=adapt, backend=backend)
+        like = next(iter(adapted(self.maml).values()))
+        self.lstm = nn.LSTMCell(4, hidden)
+        self.forget_gate = nn.Linear(hidden + 2, 1)
+        self.input_gate = nn.Linear(hidden + 2, 1)
+        with torch.no_grad():
+            for parameter in (*self.lstm.parameters(), self.forget_gate.weight,
+                              self.input_gate.weight):  # fmt: skip
+                parameter.uniform_(-0.01, 0.01)  # as in the authors' code
+            self.forget_gate.bias.fill_(biases[0])
+            self.input_gate.bias.fill_(biases[1])
+        for part in (self.lstm, self.forget_gate, self.input_gate):
+            part.to(like.device, like.dtype)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose parameters are the start."""
+        return self.maml.model
+
+    # ---- calls --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        xs: Rows,
+        ys: Rows,
+        xq: Rows,
+        yq: Rows | None = None,
+        *,
+        steps: int | None = None,
+        support_sizes: Sizes = None,
+        query_sizes: Sizes = None,
+        support_weights: Rows | None = None,
+        query_weights: Rows | None = None,
+        support_offset: Rows | None = None,
+        query_offset: Rows | None = None,
+    ) -> Outcome:
+        """Take the steps on every task's support set and evaluate on its query set.
+
+        The results are differentiable by the start and by the cell.
+
+        Args:
+            xs: support inputs [T, rows, ...], or a list of T tensors [rows_t, ...].
+            ys: support targets, as for `MAML`.
+            xq: query inputs, like xs, with their own number of rows.
+            yq: query targets, like ys; None for predictions alone.
+            steps: how many steps, instead of the number given at construction.
+            support_sizes: [T], how many of its rows each task uses, where xs is padded.
+            query_sizes: [T], likewise for xq.
+            support_weights: weights of rows, as for `MAML`.
+            query_weights: likewise for the query rows.
+            support_offset: added to the model's outputs before the loss, as for `MAML`.
+            query_offset: likewise for the query rows, and part of the predictions.
+
+        Returns:
+            The `pymeta.Outcome`.
+
+        Raises:
+            TypeError, ValueError: as a call of `MAML`.
+        """
+        side = (support_sizes, support_weights, support_offset)
+        start = self._after_steps(xs, ys, side, steps)
+        out: Outcome = self.maml(
+            xs, ys, xq, yq, support_sizes=support_sizes, query_sizes=query_sizes,
+            support_weights=support_weights, query_weights=query_weights,
+            support_offset=support_offset, query_offset=query_offset, start=start,
+        )  # fmt: skip
+        return out
+
+    def adapt(
+        self,
+        xs: Rows,
+        ys: Rows,
+        *,
+        steps: int | None = None,
+        support_sizes: Sizes = None,
+        support_weights: Rows | None = None,
+        support_offset: Rows | None = None,
+    ) -> Adapted:
+        """The T tasks' models, without any graph.
+
+        Args:
+            xs: support inputs, as in a call.
+            ys: support targets, as in a call.
+            steps: as in a call.
+            support_sizes: as in a call.
+            support_weights: as in a call.
+            support_offset: as in a call.
+
+        Returns:
+            T models, to be used as `models(xq)`, `models[t]`, `models.parameters`.
+
+        Raises:
+            TypeError, ValueError: as a call.
+        """
+        with torch.no_grad():
+            start = self._after_steps(
+                xs, ys, (support_sizes, support_weights, support_offset), steps
+            )
+        models: Adapted = self.maml.adapt(
+            xs, ys, support_sizes=support_sizes, support_weights=support_weights,
+            support_offset=support_offset, start=start,
+        )  # fmt: skip
+        return models
+
+    def explain(self) -> str:
+        """Where a call runs."""
+        return f"{self.maml.explain()}; torch: the cell, for all coordinates of all tasks at once"
+
+    # ---- steps --------------------------------------------------------------------------------
+
+    def _after_steps(
+        self, xs: Rows, ys: Rows, side: tuple[Any, Any, Any], steps: int | None
+    ) -> dict[str, Tensor]:
+        """Every task's parameters after the steps, {name: [T, ...]}."""
+        steps = self.steps if steps is None else check_count("steps", steps)
+        like = adapted(self.maml)
+        tasks, start = tasks_in(xs), joined(like)
+        theta = start.expand(tasks, -1)
+        n = theta.numel()
+        memory = _Memory(
+            start.new_zeros(n, self.lstm.hidden_size),
+            start.new_zeros(n, self.lstm.hidden_size),
+            start.new_zeros(n, 1),
+            start.new_zeros(n, 1),
+        )
+        for _ in range(steps):
+            gradients, losses = self._gradients(xs, ys, side, theta, like)
+            theta, memory = self._step(theta, gradients, losses, memory)
+        return named(theta, like)
+
+    def _gradients(
+        self,
+        xs: Rows,
+        ys: Rows,
+        side: tuple[Any, Any, Any],
+        theta: Tensor,
+        like: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Of the support losses, each at its task's parameters [T, P]: [T, P], and they, [T]."""
+        sizes, weights, offset = side
+        start = {name: v.requires_grad_() for name, v in named(theta.detach(), like).items()}
+        with torch.enable_grad():
+            out = self.maml(
+                xs, ys, xs, ys, support_sizes=sizes, query_sizes=sizes, query_weights=weights,
+                query_offset=offset, start=start,
+            )  # fmt: skip
+            found = torch.autograd.grad(out.loss, list(start.values()))
+        tasks = len(theta)  # out.loss is the mean over tasks, whose gradient costs no more
+        return torch.cat([g.reshape(tasks, -1) for g in found], 1) * tasks, out.task_losses.detach()
+
+    def _step(
+        self, theta: Tensor, gradients: Tensor, losses: Tensor, memory: _Memory
+    ) -> tuple[Tensor, _Memory]:
+        """One step of the cell: theta and gradients [T, P], losses [T]."""
+        seen = log_and_sign(losses, self.p).unsqueeze(1).expand(-1, theta.shape[1], -1)
+        inputs = torch.cat([log_and_sign(gradients, self.p), seen], dim=-1).flatten(0, 1)
+        h, s = self.lstm(inputs, (memory.h, memory.s))
+        known = torch.cat([h, theta.reshape(-1, 1)], dim=1)
+        forget = self.forget_gate(torch.cat([known, memory.forget], dim=1)).sigmoid()
+        step = self.input_gate(torch.cat([known, memory.step], dim=1)).sigmoid()
+        theta = forget.view_as(theta) * theta - step.view_as(theta) * gradients
+        return theta, _Memory(h, s, forget, step)
