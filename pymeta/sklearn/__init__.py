@@ -22,6 +22,6 @@ meant for inputs of unit size. torch is imported by `fit` and `adapt`, pandas ne
 """
 
 from pymeta.sklearn.estimators import MetaClassifier, MetaRegressor
-from pymeta.sklearn.parameters import METHODS
+from pymeta.sklearn.methods import METHODS
 
 __all__ = ["METHODS", "MetaClassifier", "MetaRegressor"]

@@ -16,11 +16,13 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from pymeta.models.arrays import AdaptedArrays
 from pymeta.sklearn.episodes import Draw, Rows
-from pymeta.sklearn.network import Form, inner_optimizer, pull
-from pymeta.sklearn.parameters import Parameters
-from pymeta.sklearn.training import count, meta_train, pooled
+from pymeta.sklearn.methods import METHODS, Method
+from pymeta.sklearn.network import Form
+from pymeta.sklearn.parameters import Parameters, one_of
+from pymeta.sklearn.starts import HeadStart, Models, NetworkStart, Start
+from pymeta.sklearn.training import meta_train, pooled
+from pymeta.spec.losses import describe_loss
 from pymeta.tasks.groups import Array, labels_of, members_of
 
 _COPIED = 256  # models at a time
@@ -48,6 +50,20 @@ class MetaEstimator(Parameters):
         raise NotImplementedError
 
     # ---- checks ---------------------------------------------------------------------------------
+
+    def _check_parameters(self) -> None:
+        one_of("method", self.method, METHODS)
+        super()._check_parameters()
+
+    def _method(self) -> Method:
+        """What `method` names; ValueError where it does not take the loss."""
+        method = METHODS[self.method]
+        kind = describe_loss(self._loss_name()).kind
+        if method.kinds is not None and kind not in method.kinds:
+            raise ValueError(
+                f"method: {self.method!r} takes the loss {' or '.join(method.kinds)}, got {kind}"
+            )
+        return method
 
     def _rows(self, X: Array, y: Array, sample_weight: Any) -> tuple[Rows, Array]:
         """The rows to train on, and which of X's they are: rows of weight 0 are left out."""
@@ -79,58 +95,52 @@ class MetaEstimator(Parameters):
             raise ValueError("sample_weight: all weights are zero, there is nothing to learn from")
         members = [] if labels is None else members_of(labels[kept])[1]
         widths = (X.shape[1], *(int(w) for w in self.hidden), self._outputs())
+        method = self._method()
         self._form = Form(
             widths, self.activation, self.dtype, self._loss_name(), bool(self.head_only)
         )
+        self._start, curve = self._learned(method, rows, members, rng)
+        self.loss_curve_, self.n_iter_ = curve, len(curve)
+        self._seed = _seed(rng)
+        self._begin()
+        if labels is not None and self.adapt_on_fit:
+            self._adapt(X, y, labels, sample_weight)
+
+    def _learned(
+        self, method: Method, rows: Rows, members: list[Array], rng: Any
+    ) -> tuple[Start, list[float]]:
+        """What groups begin from, and the losses on the way there."""
         network = self._form.network(self._form.initial(rng))
-        meta = self.method != "pooled" and len(members) > 1
+        meta = method.losses is not None and len(members) > 1
         epochs = self.pretrain_epochs if meta else self.epochs
         curve = pooled(self, self._form, network, rows, epochs, _seed(rng)) if epochs else []
+        learned: Any = network if method.head is None else method.head(self._form, network)
+        learned = learned.to(next(network.parameters()).dtype)
         if meta:
+            assert method.losses is not None
+            draw = Draw(self, rows, members, rng)
             curve = meta_train(
-                self, self._form, network, Draw(self, rows, members, rng), _seed(rng)
+                self, learned, method.losses(self, self._form, learned, draw, _seed(rng))
             )
-        start = {n: p.detach().numpy().copy() for n, p in network.named_parameters()}
+        start = {n: p.detach().numpy().copy() for n, p in learned.named_parameters()}
         if not all(np.isfinite(p).all() for p in start.values()):
             raise ValueError(
                 f"meta_lr, inner_lr: training diverged with {self.meta_lr} and {self.inner_lr}"
             )
-        self.loss_curve_, self.n_iter_ = curve, len(curve)
-        self._seed = _seed(rng)
-        self._keep_start(start)
-        if labels is not None and self.adapt_on_fit:
-            self._adapt(X, y, labels, sample_weight)
+        if method.head is None:
+            return NetworkStart(self._form, start), curve
+        all_rows = np.arange(len(rows.x) if method.by_class else 0)
+        return HeadStart(learned.requires_grad_(False), *rows.lists([all_rows])), curve
 
     # ---- adapt ----------------------------------------------------------------------------------
 
-    def _keep_start(self, start: dict[str, Array]) -> None:
-        """Begin without groups: model 0 is the start, and what no group adapts is shared."""
-        own = {n: p[None] for n, p in start.items() if self._form.adapts(n)}
-        self.models_ = self._form.models(own, {n: p for n, p in start.items() if n not in own})
+    def _begin(self) -> None:
+        """Begin without groups: model 0 is the shared one."""
+        self.models_: Models = self._start.shared()
         self._places: dict[Any, int] = {}
         self._seen: set[Any] = set()
         self._warned = False
         self.adapted_groups_ = np.empty(0, dtype=object)
-
-    def _fine_tuner(self) -> Any:
-        """What adapts the start to groups: the inner loop's optimiser, with rows and epochs."""
-        import pymeta
-
-        lr = self.inner_lr if self.adapt_lr is None else self.adapt_lr
-        start = self.models_.state_dict(0)
-        return pymeta.FineTune(
-            self._form.network(start),
-            loss=self._form.loss,
-            optimizer=inner_optimizer(self.inner_optimizer, lr),
-            epochs=count(self.adapt_epochs) or int(self.inner_steps),
-            batch_size=count(self.inner_batch_size),
-            **pull(self),
-            freeze=[n for n in start if not self._form.adapts(n)] or None,
-            validation=float(self.adapt_validation),
-            validation_rows="random" if self.shuffle else "last",
-            patience=count(self.adapt_patience),
-            seed=self._seed,
-        )
 
     def _adapt(self, X: Array, y: Array, labels: Array, sample_weight: Any) -> None:
         """Fine-tune the start to the rows of every label, all in one call, and keep the models."""
@@ -140,8 +150,7 @@ class MetaEstimator(Parameters):
         place = np.full(len(X), -1)
         place[kept] = np.arange(len(kept))
         xs, ys, ws = rows.lists([place[m][place[m] >= 0] for m in members])
-        models = self._fine_tuner()(xs, ys, weights=ws, progress=bool(self.verbose))
-        fine = models.status.numpy() == 0
+        models, fine = self._start.adapt(self, xs, ys, ws, self._seed)
         if not fine.all():
             lost = names[~fine].tolist()
             warnings.warn(
@@ -150,24 +159,21 @@ class MetaEstimator(Parameters):
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        own = {n: p.numpy()[fine] for n, p in models.parameters.items() if self._form.adapts(n)}
-        self._keep(set(names.tolist()), names[fine].tolist(), own)
+        self._keep(set(names.tolist()), names[fine].tolist(), models[fine])
 
-    def _keep(self, seen: set[Any], adapted: list[Any], own: dict[str, Array]) -> None:
-        """Put the adapted groups' own parameters in the place of what the groups seen had."""
+    def _keep(self, seen: set[Any], adapted: list[Any], own: Models) -> None:
+        """Put the adapted groups' own models in the place of what the groups seen had."""
         self._seen |= seen
         others = [label for label in self._places if label not in seen]
         kept = self.models_[[0, *(self._places[label] for label in others)]]
-        start = self.models_.state_dict(0)
-        shared = {n: p for n, p in start.items() if n not in own}
-        self.models_ = AdaptedArrays.concatenate([kept, self._form.models(own, shared)])
+        self.models_ = type(own).concatenate([kept, own])  # type: ignore[list-item]
         self._places = {label: i for i, label in enumerate(others + adapted, start=1)}
         self.adapted_groups_ = np.array([*self._places, None], dtype=object)[:-1]
 
     # ---- predict --------------------------------------------------------------------------------
 
-    def _raw(self, X: Any, groups: Any) -> Array:
-        """The network's outputs [rows, out], every row's by the model of its group."""
+    def _raw(self, X: Any, groups: Any, variances: bool = False) -> Array:
+        """The models' outputs [rows, out], every row's by that of its group; or their variances."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=self._form.dtype, order="C", reset=False)
         labels = [] if groups is None else labels_of(groups, X).tolist()
@@ -176,8 +182,10 @@ class MetaEstimator(Parameters):
         order = np.argsort(places, kind="stable")
         used, counts = np.unique(places, return_counts=True)
         xs = np.split(X[order], np.cumsum(counts)[:-1])
+        kind: Any = type(self.models_)
+        outputs = kind.variances if variances else kind.__call__
         raw = np.empty((len(X), self._form.widths[-1]))
-        raw[order] = np.concatenate(_outputs_of(self.models_, used, xs))
+        raw[order] = np.concatenate(_outputs_of(self.models_, used, xs, outputs))
         return raw
 
     def _name_strangers(self, labels: list[Any]) -> None:
@@ -196,18 +204,18 @@ class MetaEstimator(Parameters):
             )
 
 
-def _outputs_of(models: AdaptedArrays, used: Array, xs: list[Array]) -> list[Array]:
-    """The outputs of the `used` models, in order, each on its own rows.
+def _outputs_of(models: Any, used: Array, xs: list[Array], outputs: Any) -> list[Array]:
+    """What `outputs` says of the `used` models, in order, each on its own rows.
 
     Models that lie one after another are used where they lie; others are copied, but only
     some at a time.
     """
     if used[-1] - used[0] + 1 == len(used):
-        outputs: list[Array] = models[int(used[0]) : int(used[-1]) + 1](xs)
-        return outputs
+        found: list[Array] = outputs(models[int(used[0]) : int(used[-1]) + 1], xs)
+        return found
     if len(used) <= _COPIED:
-        outputs = models[used](xs)
-        return outputs
+        found = outputs(models[used], xs)
+        return found
     chunks = range(0, len(used), _COPIED)
     parts = [slice(first, first + _COPIED) for first in chunks]
-    return [out for part in parts for out in _outputs_of(models, used[part], xs[part])]
+    return [o for part in parts for o in _outputs_of(models, used[part], xs[part], outputs)]

@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pymeta.models.arrays import softmax
 from pymeta.sklearn.base import MetaEstimator
+from pymeta.sklearn.methods import METHODS
 from pymeta.sklearn.parameters import one_of
 from pymeta.spec.losses import Loss, QuantileLoss, StudentTNLLLoss, describe_loss
 from pymeta.tasks.groups import Array, labels_of
@@ -36,7 +37,12 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         method: how `fit` learns the start. "maml": such that a few steps on a group's support
             rows do well on its query rows (Finn et al. 2017). "reptile": moved towards what the
             groups are adapted to (Nichol et al. 2018). "pooled": ordinary training on all rows,
-            as is also done where there are fewer than two groups to learn from.
+            as is also done where there are fewer than two groups to learn from. These fine-tune
+            the network. "ridge" and "bayesian" learn features by the hidden layers and a prior
+            of the last layer, which is then exact for each group (`pymeta.learners.RidgeHead`,
+            `BayesianHead`, for the loss "mse" alone; with hidden=() it is empirical Bayes), and
+            "protonet" compares rows with the mean of each class (`ProtoNet`); `inner_*`,
+            `adapt_*` and `anchor*` do not concern them.
         hidden: widths of the hidden layers; () for a linear model.
         activation: "relu", "tanh", "elu", "gelu" or "silu".
         inner_optimizer: what takes the steps on a group, here and in `adapt`: "sgd", "momentum"
@@ -48,7 +54,8 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         first_order: leave the second derivatives out of MAML (FOMAML).
         head_only: adapt the last layer alone, all others are shared (ANIL).
         meta_lr: step size of AdamW, which trains the start: on the meta-gradient, falling
-            linearly to a hundredth, or constant in pooled training.
+            linearly to a hundredth, or constant in pooled training. A head's prior learns ten
+            times as fast.
         weight_decay: AdamW's.
         iterations: meta-batches of MAML and Reptile.
         tasks_per_batch: groups in a meta-batch.
@@ -124,6 +131,8 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         self.classes_ = np.unique(y)
         if len(self.classes_) < 2:
             raise ValueError(f"y: expected two classes or more, got one class, {self.classes_[0]}")
+        # Set here, for what `method` is set to later holds for the next fit.
+        self._one_logit = len(self.classes_) == 2 and not METHODS[self.method].by_class
         self._class_weights = None
         if self.class_weight is not None:
             # A row of weight 0 is as good as absent here, too. A class that has no other rows
@@ -174,6 +183,8 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
             groups: [rows], each row's group; None where all rows are for the shared start.
         """
         raw = self._raw(X, groups)
+        if raw.shape[1] == 2:  # of each class, where others have their difference
+            return raw[:, 1] - raw[:, 0]
         return raw[:, 0] if raw.shape[1] == 1 else raw
 
     def predict_proba(self, X: Any, groups: Any = None) -> Array:
@@ -204,14 +215,14 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         return float(accuracy_score(y, self.predict(X, groups), sample_weight=sample_weight))
 
     def _loss_name(self) -> str:
-        return "bce_with_logits" if len(self.classes_) == 2 else "cross_entropy"
+        return "bce_with_logits" if self._one_logit else "cross_entropy"
 
     def _outputs(self) -> int:
-        return 1 if len(self.classes_) == 2 else len(self.classes_)
+        return 1 if self._one_logit else len(self.classes_)
 
     def _target(self, y: Array, dtype: Any) -> Array:
         codes = np.searchsorted(self.classes_, y)
-        return codes.astype(dtype if len(self.classes_) == 2 else np.int64)
+        return codes.astype(dtype if self._one_logit else np.int64)
 
     def _row_weights(self, X: Array, y: Array, sample_weight: Any) -> Array | None:
         weights = super()._row_weights(X, y, sample_weight)
@@ -341,7 +352,7 @@ class MetaRegressor(RegressorMixin, MetaEstimator):
         return (raw if several else raw[:, 0]) * self.y_scale_ + self.y_mean_
 
     def predict_scale(self, X: Any, groups: Any = None) -> Array:
-        """The scale that a likelihood predicts for each row, [rows].
+        """The scale that a likelihood, or method="bayesian", predicts for each row, [rows].
 
         The standard deviation for "gaussian_nll"; for Student's t distribution, of more than two
         degrees of freedom v, that is the scale times sqrt(v / (v - 2)).
@@ -354,10 +365,12 @@ class MetaRegressor(RegressorMixin, MetaEstimator):
             AttributeError: the loss predicts no scale.
         """
         check_is_fitted(self)
+        if self._start.has_variances:
+            return np.sqrt(self._raw(X, groups, variances=True)[:, 0]) * self.y_scale_
         if self._loss.kind not in ("gaussian_nll", "student_t_nll"):
             raise AttributeError(
-                f"predict_scale: expected the loss gaussian_nll or student_t_nll, "
-                f"got {self._loss.kind}"
+                f"predict_scale: expected the loss gaussian_nll or student_t_nll, or "
+                f"method='bayesian', got {self._loss.kind}"
             )
         return np.exp(self._raw(X, groups)[:, 1]) * self.y_scale_
 

@@ -50,6 +50,12 @@ class Form(NamedTuple):
         network.load_state_dict({n: torch.from_numpy(p) for n, p in parameters.items()})
         return network
 
+    def encoder(self, network: torch.nn.Sequential) -> torch.nn.Sequential:
+        """The same modules below the network's last layer; where hidden is (), none."""
+        from torch import nn
+
+        return nn.Sequential(*list(network)[:-1])
+
     def architecture(self) -> Architecture:
         """The network as plain data."""
         layers: list[tuple[Any, ...]] = []

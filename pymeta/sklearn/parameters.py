@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator
 
-METHODS = ("maml", "reptile", "pooled")
 ACTIVATIONS = {"relu": "ReLU", "tanh": "Tanh", "elu": "ELU", "gelu": "GELU", "silu": "SiLU"}
 OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
 
@@ -20,6 +19,11 @@ def one_of(name: str, value: Any, among: Iterable[str]) -> None:
     """ValueError, naming the parameter, unless the value is `among` what it may be."""
     if value not in tuple(among):
         raise ValueError(f"{name}: expected one of {', '.join(among)}, got {value!r}")
+
+
+def count(value: Any) -> int | None:
+    """A number as a plain int; None stays."""
+    return None if value is None else int(value)
 
 
 def flag(name: str, value: Any) -> None:
@@ -92,7 +96,6 @@ class Parameters(BaseEstimator):
 
     def _check_parameters(self) -> None:
         """Raise TypeError or ValueError, naming it, where a parameter is not as documented."""
-        one_of("method", self.method, METHODS)
         one_of("activation", self.activation, ACTIVATIONS)
         one_of("inner_optimizer", self.inner_optimizer, OPTIMIZERS)
         one_of("draw", self.draw, ("groups", "rows"))

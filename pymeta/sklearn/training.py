@@ -1,4 +1,4 @@
-"""How `fit` learns the shared start: pooled training, MAML, Reptile; all changes the network."""
+"""How `fit` learns what groups share: pooled training, or meta-batches of a method's losses."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pymeta.sklearn.episodes import Draw, Rows
-from pymeta.sklearn.network import Form, inner_optimizer, pull
-from pymeta.sklearn.parameters import Parameters
+from pymeta.sklearn.episodes import Rows
+from pymeta.sklearn.network import Form
+from pymeta.sklearn.parameters import Parameters, count
 
 if TYPE_CHECKING:
     import torch
 
-
-def count(value: Any) -> int | None:
-    """A number as a plain int; None stays."""
-    return None if value is None else int(value)
+_PRIOR = 10.0
 
 
 def pooled(
@@ -55,83 +52,41 @@ def pooled(
 
 
 def meta_train(
-    settings: Parameters, form: Form, network: torch.nn.Sequential, draw: Draw, seed: int
+    settings: Parameters, learned: torch.nn.Module, loss_of_batch: Callable[[], torch.Tensor]
 ) -> list[float]:
-    """MAML or Reptile; the loss of every iteration, from which the network learnt.
+    """Train by one meta-batch after another; the loss of each, from which was learnt.
 
-    The outer step is AdamW's, its size falling linearly to a hundredth.
+    The outer step is AdamW's, its size falling linearly to a hundredth. What a head has besides its
+    encoder, logarithms most of it, goes ten times as fast and does not decay.
     """
     import torch
 
-    make = _maml if settings.method == "maml" else _reptile
-    one = make(settings, form, network, draw, seed)
+    lr, prior = float(settings.meta_lr), []
+    if hasattr(learned, "encoder"):
+        prior = [p for n, p in learned.named_parameters() if not n.startswith("encoder.")]
+    others = [p for p in learned.parameters() if all(p is not q for q in prior)]
+    groups: list[dict[str, Any]] = [
+        {"params": others},
+        {"params": prior, "lr": _PRIOR * lr, "weight_decay": 0.0},
+    ]
     outer = torch.optim.AdamW(
-        network.parameters(), float(settings.meta_lr), weight_decay=float(settings.weight_decay)
+        [g for g in groups if g["params"]], lr, weight_decay=float(settings.weight_decay)
     )
     decay = torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.01, total_iters=settings.iterations)
     curve = []
     with torch.enable_grad():
         for i in range(settings.iterations):
-            loss = one()
+            loss = loss_of_batch()
             outer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             outer.step()
             curve.append(loss.item())
             if not math.isfinite(curve[-1]):
-                break  # and so is what has been learnt, which `_fit` refuses
+                break  # and so is what has been learnt, which `fit` refuses
             decay.step()
             if (i + 1) % max(settings.iterations // 10, 1) == 0:
                 say(settings, f"{settings.method}: iteration {i + 1}, loss {curve[-1]:.4f}")
     return curve
-
-
-def _maml(
-    settings: Parameters, form: Form, network: torch.nn.Sequential, draw: Draw, seed: int
-) -> Callable[[], torch.Tensor]:
-    import pymeta
-
-    maml = pymeta.MAML(
-        network,
-        loss=form.loss,
-        optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
-        **pull(settings),
-        steps=int(settings.inner_steps),
-        first_order=bool(settings.first_order),
-        adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
-    )
-
-    def loss() -> torch.Tensor:
-        support, query = draw.episode()
-        xs, ys, ws = draw.rows.lists(support)
-        xq, yq, wq = draw.rows.lists(query)
-        outcome: pymeta.Outcome = maml(xs, ys, xq, yq, support_weights=ws, query_weights=wq)
-        return outcome.loss
-
-    return loss
-
-
-def _reptile(
-    settings: Parameters, form: Form, network: torch.nn.Sequential, draw: Draw, seed: int
-) -> Callable[[], torch.Tensor]:
-    import pymeta
-
-    reptile = pymeta.Reptile(
-        network,
-        loss=form.loss,
-        optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
-        **pull(settings),
-        steps=int(settings.inner_steps),
-        batch_size=count(settings.inner_batch_size),
-        adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
-        seed=seed,
-    )
-
-    def loss() -> torch.Tensor:
-        xs, ys, ws = draw.rows.lists(draw.groups())
-        outcome: pymeta.ReptileOutcome = reptile(xs, ys, support_weights=ws)
-        return outcome.loss
-
-    return loss
 
 
 def say(settings: Parameters, line: str) -> None:

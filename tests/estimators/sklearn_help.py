@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pymeta.sklearn import MetaClassifier
+from pymeta.sklearn import METHODS, MetaClassifier
+
+# the methods that fine-tune a network, and those that fit a head on one
+NETWORKS = [name for name, method in METHODS.items() if method.head is None]
+HEADS = [name for name, method in METHODS.items() if method.head is not None]
 
 
 def opposites(groups=20, rows=30, seed=0):

@@ -20,10 +20,10 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_validat
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
-from sklearn_help import levels, opposites, quick, same_models
+from sklearn_help import NETWORKS, levels, opposites, quick, same_models
 
 from pymeta import AdaptedArrays
-from pymeta.sklearn import METHODS, MetaClassifier, MetaRegressor
+from pymeta.sklearn import MetaClassifier, MetaRegressor
 from pymeta.sklearn.episodes import Draw, Rows
 
 # ---- scikit-learn's checks ----------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_scikit_learns_checks(estimator, check):
 # ---- groups -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NETWORKS)
 def test_adapting_solves_what_one_model_cannot(method):
     X, y, g = opposites()
     model = MetaClassifier(method, iterations=200, adapt_epochs=30, adapt_lr=0.2, random_state=0)
@@ -152,7 +152,7 @@ def test_ragged_groups_of_one_row_and_of_one_class():
     sizes = [1, 1, 2, 3, 57, 200, 336]
     g = np.repeat([f"{n} rows, {i}" for i, n in enumerate(sizes)], sizes)
     y[g == "57 rows, 4"] = "no"
-    for method in METHODS:
+    for method in NETWORKS:
         model = quick(method=method, iterations=20).fit(X, y, groups=g).adapt(X, y, groups=g)
         assert len(model.adapted_groups_) == len(sizes)
         p = model.predict_proba(X, groups=g)
@@ -211,7 +211,7 @@ def test_diverged_groups_keep_the_start():
     assert np.array_equal(model.predict(X, groups=g), model.predict(X))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NETWORKS)
 def test_diverged_training_is_an_error(method):
     X, y, g = levels(groups=4)
     model = MetaRegressor(method, inner_lr=1e6, meta_lr=1e30, iterations=50, inner_steps=20)

@@ -9,11 +9,11 @@ import pickle
 import numpy as np
 import pytest
 from sklearn.base import clone
-from sklearn_help import levels, opposites, quick, same_models
+from sklearn_help import NETWORKS, levels, opposites, quick, same_models
 
 import pymeta
 from pymeta import QuantileLoss, StudentTNLLLoss
-from pymeta.sklearn import METHODS, MetaClassifier, MetaRegressor
+from pymeta.sklearn import MetaClassifier, MetaRegressor
 
 
 def test_adapt_takes_the_steps_it_says():
@@ -41,7 +41,7 @@ def test_adapt_takes_the_steps_it_says():
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NETWORKS)
 def test_the_same_seed_gives_the_same_bits(method):
     X, y, g = opposites()
     makes = [quick(method=method, batch_size=50, pretrain_epochs=1) for _ in range(3)]
@@ -66,7 +66,7 @@ def test_adapt_on_fit():
     assert len(quick(adapt_on_fit=True).fit(X, y).adapted_groups_) == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NETWORKS)
 def test_rows_of_weight_zero_are_absent(method):
     X, y, g = opposites()
     kept = np.random.default_rng(0).random(len(X)) < 0.7

@@ -1,0 +1,157 @@
+"""The table of methods: how `fit` learns what groups share, and what a group's model then is.
+
+Another method is another entry. Those without a `head` learn a start of the network, and a group's
+model is that network, fine-tuned. Those with one learn features by the hidden layers and something
+closed on top (`pymeta.learners`): a group's model is what is fitted there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from pymeta.sklearn.episodes import Draw
+from pymeta.sklearn.network import Form, inner_optimizer, pull
+from pymeta.sklearn.parameters import Parameters, count
+
+if TYPE_CHECKING:
+    import torch
+
+    from pymeta.learners import EncodedLearner
+
+# (settings, form, what is trained, where meta-batches come from, seed) -> a meta-batch's loss
+Losses: TypeAlias = "Callable[[Parameters, Form, Any, Draw, int], Callable[[], torch.Tensor]]"
+Head: TypeAlias = "Callable[[Form, torch.nn.Sequential], EncodedLearner]"
+
+
+class Method(NamedTuple):
+    """A method.
+
+    Attributes:
+        losses: makes the function that draws a meta-batch and gives its loss; None for pooled
+            training alone.
+        head: makes the learner of the (pretrained) network: its hidden layers are the encoder;
+            None where a group's model is the network, fine-tuned.
+        kinds: the kinds of loss that it takes; None for all.
+        by_class: whether it compares rows with those of each class: two classes have two outputs,
+            and without rows there are no classes, so that the shared model is fitted to all rows.
+    """
+
+    losses: Losses | None = None
+    head: Head | None = None
+    kinds: tuple[str, ...] | None = None
+    by_class: bool = False
+
+
+# ---- starts of networks -------------------------------------------------------------------------
+
+
+def _maml(
+    settings: Parameters, form: Form, network: torch.nn.Sequential, draw: Draw, seed: int
+) -> Callable[[], torch.Tensor]:
+    import pymeta
+
+    maml = pymeta.MAML(
+        network,
+        loss=form.loss,
+        optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
+        **pull(settings),
+        steps=int(settings.inner_steps),
+        first_order=bool(settings.first_order),
+        adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
+    )
+
+    def loss() -> torch.Tensor:
+        support, query = draw.episode()
+        xs, ys, ws = draw.rows.lists(support)
+        xq, yq, wq = draw.rows.lists(query)
+        outcome: pymeta.Outcome = maml(xs, ys, xq, yq, support_weights=ws, query_weights=wq)
+        return outcome.loss
+
+    return loss
+
+
+def _reptile(
+    settings: Parameters, form: Form, network: torch.nn.Sequential, draw: Draw, seed: int
+) -> Callable[[], torch.Tensor]:
+    import pymeta
+
+    reptile = pymeta.Reptile(
+        network,
+        loss=form.loss,
+        optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
+        **pull(settings),
+        steps=int(settings.inner_steps),
+        batch_size=count(settings.inner_batch_size),
+        adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
+        seed=seed,
+    )
+
+    def loss() -> torch.Tensor:
+        xs, ys, ws = draw.rows.lists(draw.groups())
+        outcome: pymeta.ReptileOutcome = reptile(xs, ys, support_weights=ws)
+        return outcome.loss
+
+    return loss
+
+
+# ---- heads --------------------------------------------------------------------------------------
+
+
+def _of_head(
+    settings: Parameters, form: Form, learner: EncodedLearner, draw: Draw, seed: int
+) -> Callable[[], torch.Tensor]:
+    """A head is trained as it will be used: fitted to support rows, judged by query rows."""
+    by_class = METHODS[settings.method].by_class
+
+    def loss() -> torch.Tensor:
+        support, query = draw.episode()
+        if by_class:  # which only rows of the support set's classes can be asked about
+            codes = draw.rows.y
+            both = [
+                (s, q[np.isin(codes[q], codes[s])])
+                for s, q in zip(support, query, strict=True)
+                if len(s)
+            ]
+            support, query = [s for s, _ in both], [q for _, q in both]
+        xs, ys, ws = draw.rows.lists(support)
+        xq, yq, wq = draw.rows.lists(query)
+        found: torch.Tensor = learner(xs, ys, xq, yq, support_weights=ws, query_weights=wq).loss
+        return found
+
+    return loss
+
+
+def _ridge(form: Form, network: torch.nn.Sequential) -> EncodedLearner:
+    from pymeta.learners import RidgeHead
+
+    return RidgeHead(
+        form.encoder(network),
+        features=form.widths[-2],
+        outputs=form.widths[-1],
+        loss=form.loss,
+    )
+
+
+def _bayesian(form: Form, network: torch.nn.Sequential) -> EncodedLearner:
+    from pymeta.learners import BayesianHead
+
+    return BayesianHead(form.encoder(network), features=form.widths[-2], outputs=form.widths[-1])
+
+
+def _protonet(form: Form, network: torch.nn.Sequential) -> EncodedLearner:
+    from pymeta.learners import ProtoNet
+
+    return ProtoNet(form.encoder(network), ways=form.widths[-1])
+
+
+METHODS: dict[str, Method] = {
+    "maml": Method(_maml),
+    "reptile": Method(_reptile),
+    "pooled": Method(),
+    "ridge": Method(_of_head, _ridge, ("mse", "bce_with_logits", "cross_entropy")),
+    "bayesian": Method(_of_head, _bayesian, ("mse",)),
+    "protonet": Method(_of_head, _protonet, ("cross_entropy",), by_class=True),
+}
