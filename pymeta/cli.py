@@ -21,6 +21,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "info": Command("pymeta.info:command", "what runs here and why, and a self-test"),
+    "bench": Command("pymeta.bench.__main__:command", "how fast it is here, beside its rivals"),
+    "inspect": Command("pymeta.commands.inspect:command", "what is in a file that pymeta wrote"),
+    "adapt": Command("pymeta.commands.adapt:adapt", "a model for each entity of a table"),
+    "predict": Command("pymeta.commands.adapt:predict", "predict a table's rows by those models"),
     "serve": Command("pymeta.serve.command:serve", "adapt and predict over HTTP"),
     "retrain": Command("pymeta.serve.command:retrain", "train on a service's rows, promote"),
     "token": Command("pymeta.serve.command:token", "make a token for a service's token file"),
@@ -64,9 +68,26 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     module, _, function = command.home.partition(":")
     try:
-        run = getattr(import_module(module), function)
-    except ImportError as error:  # names the extra
+        if not {"-h", "--help"} & set(words):
+            _check_environment()
+        status: int = getattr(import_module(module), function)(words[1:])
+        return status
+    except (ImportError, _WrongEnvironment) as error:  # an ImportError names the extra
         print(f"pymeta {words[0]}: {error}", file=sys.stderr)
         return 1
-    status: int = run(words[1:])
-    return status
+    except KeyboardInterrupt:
+        return 130
+
+
+class _WrongEnvironment(Exception):
+    pass
+
+
+def _check_environment() -> None:
+    """Raise unless every environment variable of ours has a value that it can have."""
+    try:
+        from pymeta import native
+
+        native.backend("auto")
+    except ValueError as error:
+        raise _WrongEnvironment(error) from None

@@ -1,4 +1,6 @@
-"""`python -m pymeta.info`: what runs here and why, and a self-test. First line of a bug report.
+"""`pymeta info`, or `python -m pymeta.info`: what runs here and why, and a self-test.
+
+The first line of a bug report.
 
 Exits with 0 when the native core is there and agrees with the torch reference, on the CPU and on
 every CUDA device that it can use (and on the emulated one, where the build has it), else with 1.
@@ -7,12 +9,14 @@ Where torch is not installed, an adapter is compared with its closed form in num
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 _VARIABLES = (
     "PYMETA_BACKEND",
@@ -32,54 +36,78 @@ def _has_torch() -> bool:
         return False
 
 
-def _torch_line() -> str:
-    if not _has_torch():
-        return "torch       not installed: adapters run, all else needs it"
-    import torch
-
-    return f"torch       {torch.__version__}, default dtype {torch.get_default_dtype()}"
-
-
-def report() -> list[str]:
-    """The facts, a line each."""
+def facts() -> dict[str, Any]:
+    """The facts as plain data, fit for JSON; what is not there is None or left out."""
     import pymeta
     from pymeta import native
 
+    found: dict[str, Any] = {
+        "pymeta": pymeta.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": None,
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "native": None,
+    }
+    if _has_torch():
+        import torch
+
+        found |= {"torch": torch.__version__, "dtype": str(torch.get_default_dtype())}
+    if native.missing() is not None:
+        return {**found, "missing": native.missing()}
+    return {
+        **found,
+        "native": native.extension().__version__,
+        "isa": native.isa(),
+        "isas": native.isas(),
+        "executor": native.executor(),
+        "threads": native.num_threads(),
+        "cores": native.extension().available_cores(),
+        "cores_of_machine": os.cpu_count(),
+        "cuda": native.devices(),
+        "cuda_reason": native.cuda_reason(),
+        "torch_has_cuda": _has_torch() and _torch_has_cuda(),
+        "emulates": native.emulates(),
+    }
+
+
+def report(found: dict[str, Any] | None = None) -> list[str]:
+    """The facts, a line each."""
+    f = facts() if found is None else found
+    torch = "not installed: adapters run, all else needs it"
+    if f["torch"] is not None:
+        torch = f"{f['torch']}, default dtype {f['dtype']}"
     lines = [
-        f"pymeta      {pymeta.__version__}",
-        f"python      {platform.python_version()} on {platform.system()} {platform.machine()}",
-        _torch_line(),
+        f"pymeta      {f['pymeta']}",
+        f"python      {f['python']} on {f['system']}",
+        f"torch       {torch}",
     ]
-    if native.missing() is None:
-        lines += [
-            f"native      {native.extension().__version__}",
-            f"isa         {native.isa()} (of {', '.join(native.isas())})",
-            f"executor    {native.executor()}",
-            f"threads     {native.num_threads()} of {native.extension().available_cores()} cores "
-            f"that this process may use, of {os.cpu_count()}",
-            *_cuda_lines(),
-        ]
+    if f["native"] is None:
+        lines.append(f"native      missing: {f['missing']}")
     else:
-        lines.append(f"native      missing: {native.missing()}")
-    lines += [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
-    return lines
+        lines += [
+            f"native      {f['native']}",
+            f"isa         {f['isa']} (of {', '.join(f['isas'])})",
+            f"executor    {f['executor']}",
+            f"threads     {f['threads']} of {f['cores']} cores that this process may use, "
+            f"of {f['cores_of_machine']}",
+            *_cuda_lines(f),
+        ]
+    return lines + [f"{name}={value}" for name, value in f["environment"].items()]
 
 
-def _cuda_lines() -> list[str]:
+def _cuda_lines(f: dict[str, Any]) -> list[str]:
     """What there is of CUDA, for the native core and for torch."""
-    from pymeta import native
-
-    reason = native.cuda_reason()
     lines = [
         f"cuda        {d['ordinal']}: {d['name']}, compute capability {d['capability']}, "
         f"{d['multiprocessors']} multiprocessors"
-        for d in native.devices()
+        for d in f["cuda"]
     ]
-    if reason is not None:
-        lines.append(f"cuda        none: {reason}")
-    elif _has_torch() and not _torch_has_cuda():
+    if f["cuda_reason"] is not None:
+        lines.append(f"cuda        none: {f['cuda_reason']}")
+    elif f["torch"] is not None and not f["torch_has_cuda"]:
         lines.append("cuda        torch has none: torch.cuda.is_available() is False")
-    if native.emulates():
+    if f["emulates"]:
         lines.append("emulated    yes: a build for development")
     return lines
 
@@ -187,30 +215,51 @@ def _adapter_test() -> tuple[str, float]:
     return f"native-cpu {native.isa()}: an adapter, in numpy", error
 
 
-def main() -> int:
-    """Print everything; the exit code."""
-    print("\n".join(report()))
-    all_passed = True
+def self_tests() -> list[dict[str, Any]]:
+    """The self-test in all places: {"place", "passed", "runs", "error"}, or "refused": why."""
+    found: list[dict[str, Any]] = []
     for place in places():
         try:
             said, error = self_test(place)
         except (ValueError, RuntimeError) as refusal:
-            print(f"self-test   failed: {refusal}")
-            all_passed = False
+            found.append({"place": place, "passed": False, "refused": str(refusal)})
             continue
-        print(f"runs        {said}")
         passed = error < 1e-12
-        all_passed = all_passed and passed
-        print(f"self-test   {'passed' if passed else 'FAILED'}: relative difference {error:.1e}")
-    return 0 if all_passed else 1
+        found.append({"place": place, "passed": passed, "runs": said, "error": error})
+    return found
+
+
+def _lines_of(test: dict[str, Any]) -> list[str]:
+    if "refused" in test:
+        return [f"self-test   failed: {test['refused']}"]
+    word = "passed" if test["passed"] else "FAILED"
+    return [
+        f"runs        {test['runs']}",
+        f"self-test   {word}: relative difference {test['error']:.1e}",
+    ]
+
+
+def main(as_json: bool = False) -> int:
+    """Print everything; the exit code."""
+    found = facts()
+    if not as_json:
+        print("\n".join(report(found)), flush=True)
+    tests = self_tests()
+    if as_json:
+        print(json.dumps({**found, "self_tests": tests}, indent=1))
+    else:
+        print("\n".join(line for test in tests for line in _lines_of(test)))
+    return 0 if all(test["passed"] for test in tests) else 1
 
 
 def command(words: Sequence[str]) -> int:
-    """`pymeta info`."""
-    parser = ArgumentParser(prog="pymeta info", description=(__doc__ or "").split("\n\n")[1])
-    parser.parse_args(list(words))
-    return main()
+    """`pymeta info [--json]`."""
+    parser = ArgumentParser(prog="pymeta info", description=(__doc__ or "").split("\n\n")[2])
+    parser.add_argument("--json", action="store_true", help="as JSON, for a program")
+    return main(parser.parse_args(list(words)).json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from pymeta.cli import main as cli
+
+    sys.exit(cli(["info", *sys.argv[1:]]))

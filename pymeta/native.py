@@ -213,6 +213,13 @@ def backend(argument: str) -> str:
     return forced
 
 
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"expected an integer, got {text!r}") from None
+
+
 def _switch(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError(f"expected 0 or 1, got {text!r}")
@@ -222,9 +229,9 @@ def _switch(text: str) -> bool:
 _SETTINGS: tuple[tuple[str, Callable[[str], None]], ...] = (
     ("PYMETA_ISA", set_isa),
     ("PYMETA_EXECUTOR", set_executor),
-    ("PYMETA_NUM_THREADS", lambda text: set_num_threads(int(text))),
-    ("PYMETA_KEPT_BYTES", lambda text: set_kept_bytes(int(text))),
-    ("PYMETA_BLOCK_THREADS", lambda text: set_block_threads(int(text))),
+    ("PYMETA_NUM_THREADS", lambda text: set_num_threads(_integer(text))),
+    ("PYMETA_KEPT_BYTES", lambda text: set_kept_bytes(_integer(text))),
+    ("PYMETA_BLOCK_THREADS", lambda text: set_block_threads(_integer(text))),
     ("PYMETA_CHECK_VALUES", lambda text: set_check_values(_switch(text))),
 )
 

@@ -121,6 +121,7 @@ class Settings:
         patience: seconds that a contestant may take to prepare a case; None for any time.
         budget: seconds after which no contestant that compiles is begun (CUDA); None for any time.
         block_threads: numbers of threads of a CUDA block to try.
+        last_start: CPU: seconds after which no further case begins; None for any time.
     """
 
     kind: str
@@ -130,6 +131,7 @@ class Settings:
     patience: float | None = None
     budget: float | None = None
     block_threads: list[int] = field(default_factory=list)
+    last_start: float | None = None
 
 
 class Session:
@@ -168,6 +170,10 @@ class Session:
         """Seconds of the budget that are left."""
         budget = self.settings.budget
         return None if budget is None else budget - (time.monotonic() - self.began)
+
+    def _is_late(self) -> bool:
+        end = self.settings.last_start
+        return end is not None and time.monotonic() - self.began > end
 
     def _patience(self) -> float | None:
         known = [s for s in (self.settings.patience, self.left()) if s is not None]
@@ -307,7 +313,11 @@ class Session:
         """A row for each case, as soon as there is one; on a device some come a second time."""
         names = self.settings.names
         if self.settings.kind == "cpu":
-            for case in cases:
+            for done, case in enumerate(cases):
+                if self._is_late() and done:
+                    left = ", ".join(c.name for c in cases[done:])
+                    say(f"after {self.settings.last_start:.0f} s no case begins; left out: {left}")
+                    return
                 yield self.measure(case, names)
             return
         quick = [n for n in names if not self.known[n].slow]

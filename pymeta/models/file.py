@@ -191,7 +191,33 @@ def _read_header(file: Any, size: int) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _check_kind(metadata: dict[str, Any], kind: str) -> None:
+def kind_of(path: Path) -> str:
+    """What a file of pymeta's holds: "adapter", "models", "preprocessor".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: pymeta did not write it, or it is of a newer version.
+    """
+    path = os.fspath(path)
+    with _opened(path) as file:
+        metadata = _read_header(file, os.fstat(file.fileno()).st_size)[0]["__metadata__"]
+        kind = metadata.get("kind")
+        _check_kind(metadata, kind)
+        if not isinstance(kind, str):
+            raise ValueError("it does not say what it holds; pymeta did not write it")
+        return kind
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """A file to read, whose ValueErrors begin with its path."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: is a folder")
+    with open(path, "rb") as file, errors_about(path):
+        yield file
+
+
+def _check_kind(metadata: dict[str, Any], kind: str | None) -> None:
     found = metadata.get("format")
     if found != FORMAT:
         raise ValueError(f"its format is {found!r}, not {FORMAT!r}; pymeta did not write it")
@@ -237,9 +263,7 @@ def read(path: Path, kind: str, *, verify: bool) -> Contents:
         ValueError: it is damaged, of another kind, or of a newer version.
     """
     path = os.fspath(path)
-    if os.path.isdir(path):
-        raise ValueError(f"{path}: is a folder")
-    with open(path, "rb") as file, errors_about(path):
+    with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         header, start = _read_header(file, size)
         _check_kind(header["__metadata__"], kind)

@@ -303,3 +303,10 @@ def test_the_operators_ways_are_verified(monkeypatch):
     monkeypatch.setattr(operator, "TOLERANCE", 1e-12)
     with pytest.raises(AssertionError, match="off by"):
         operator.check(ways)
+
+
+def test_quick_begins_no_case_when_it_is_late(local, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "QUICK_START", 0.0)
+    status, found = run_in_process(tmp_path, "--quick", "--only", "pymeta")
+    assert status == 0 and len(found["cases"]) == 1  # the first always runs
+    assert "after 0 s no case begins; left out: W1 T=256 K=1, W5" in capsys.readouterr().err

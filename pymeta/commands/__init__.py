@@ -1,0 +1,1 @@
+"""Subcommands of `pymeta` on files: `inspect`, `adapt`, `predict`. None imports torch."""
