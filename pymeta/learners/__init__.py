@@ -9,6 +9,7 @@ from pymeta.learners.matching import MatchingNet
 from pymeta.learners.meta_lstm import MetaLSTM
 from pymeta.learners.protonet import ProtoNet
 from pymeta.learners.relation import RelationNet
+from pymeta.learners.relational import RelationalMAML, RelationalOutcome
 from pymeta.learners.ridge import RidgeHead
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "Outcome",
     "ProtoNet",
     "RelationNet",
+    "RelationalMAML",
+    "RelationalOutcome",
     "RidgeHead",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pymeta.learners.rows import Flat, flat, shaped
+from pymeta.learners.sets import row_set
 from pymeta.spec.losses import Loss, describe_loss
 from pymeta.tasks.checks import Expected
 from pymeta.tasks.task_set import (
@@ -28,9 +29,7 @@ from pymeta.tasks.task_set import (
     Sizes,
     TaskSet,
     check_same_tasks,
-    task_set,
 )
-from pymeta.tasks.values import check_values
 
 State: TypeAlias = dict[str, Tensor]  # of the adapted tasks, each [T, ...]
 _WITHOUT_TARGETS = QUERY._replace(y="", weights="")
@@ -251,21 +250,7 @@ class EncodedLearner(nn.Module, ABC):
     def _set(
         self, names: Any, x: Any, y: Any, sizes: Any, weights: Any, offset: Any = None
     ) -> TaskSet:
-        expected = self._expected()
-        found = task_set(names, x, y, sizes, weights, expected, offset)
-        if found.weights is not None and found.weights.ndim > (
-            1 if found.starts is not None else 2
-        ):
-            raise ValueError(
-                f"{names.weights}: expected a weight for each row, not for each target"
-            )
-        check_values(found, expected)
-        if found.x.dtype != expected.dtype:
-            raise TypeError(
-                f"{names.x}: expected {expected.dtype} as the learner's parameters have, got "
-                f"{found.x.dtype}"
-            )
-        return found
+        return row_set(names, x, y, sizes, weights, offset, self._expected())
 
     def _features(self, x: Tensor) -> Tensor:
         features = self.encoder(x)
