@@ -111,6 +111,8 @@ def _version() -> str:
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
+    if name == "functional":  # a package, which describes operators without torch
+        return import_module("pymeta.functional")
     if name not in _HOMES:
         raise AttributeError(f"module 'pymeta' has no attribute {name!r}")
     if _HOMES[name] in _TORCH_HOMES:

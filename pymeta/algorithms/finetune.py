@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.held_out import (
     check_classes,
     held_out_counts,
@@ -32,10 +31,11 @@ from pymeta.algorithms.held_out import (
 )
 from pymeta.algorithms.learner import Learner, Weights, check_minibatches
 from pymeta.algorithms.progress import Bar, check_progress
-from pymeta.algorithms.settings import Checks, check_patterns, checks_of
+from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.algorithms.starts import Start, own_start
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
+from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.models.adapted import Adapted
 from pymeta.spec.class_weights import ClassWeights, check_class_count, check_class_weights
 from pymeta.spec.history import History
@@ -44,6 +44,7 @@ from pymeta.spec.losses import Loss
 from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer, check_number
 from pymeta.spec.schedule import Schedule, check_count
+from pymeta.spec.settings import check_patterns
 from pymeta.tasks.checks import Expected, Names
 from pymeta.tasks.task_set import Rows, Sizes, TaskSet, check_task_ids, task_set
 from pymeta.tasks.values import check_values, counts_that_count

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import native, reference
-from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
-from pymeta.algorithms.own import OwnRates, Starts, rates_of, start_of
-from pymeta.algorithms.settings import Checks, checks_of, one_optimizer
+from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.gradients import NOTHING, Wanted
 from pymeta.backend.plan import Plan
+from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
+from pymeta.functional.own import OwnRates, Starts, rates_of, start_of
 from pymeta.models.adapted import Adapted
 from pymeta.spec.anchors import check_anchor
 from pymeta.spec.history import History
@@ -33,6 +33,7 @@ from pymeta.spec.modules import check_statistics, one_at_a_time
 from pymeta.spec.network import Description
 from pymeta.spec.optimizers import SGD, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import Schedule
+from pymeta.spec.settings import one_optimizer
 from pymeta.spec.transforms import LACKS, in_transform
 from pymeta.tasks.checks import Expected
 from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, TaskSet, check_task_ids, task_set

@@ -19,10 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import reference
-from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.learner import Learner, NativeCall, Weights
 from pymeta.algorithms.outcome import Outcome
-from pymeta.algorithms.own import (
+from pymeta.algorithms.settings import Checks, checks_of
+from pymeta.backend import adapt as native_adapt
+from pymeta.backend.plan import Plan
+from pymeta.backend.prepared import PreparedCall, prepare
+from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
+from pymeta.functional.evaluation import QUERIES, in_torch, lacks_forward_mode, lacks_gradient
+from pymeta.functional.own import (
     Own,
     OwnRates,
     Starts,
@@ -31,20 +36,20 @@ from pymeta.algorithms.own import (
     start_of,
     step_weights_of,
 )
-from pymeta.algorithms.settings import Checks, check_query_loss, checks_of
-from pymeta.backend import adapt as native_adapt
-from pymeta.backend.inputs import has_tangents, in_forward_mode
-from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import PreparedCall, prepare
-from pymeta.models.adapted import shaped
 from pymeta.spec.inner import InnerLoop
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
-from pymeta.tasks.checks import Names
-from pymeta.tasks.task_set import QUERY, SUPPORT, Rows, Sizes, TaskSet, check_same_tasks, task_set
-
-_QUERIES = Names("xq", "", QUERY.sizes, "", QUERY.offset)  # without targets
-
+from pymeta.spec.settings import check_query_loss
+from pymeta.tasks.task_set import (
+    QUERY,
+    SUPPORT,
+    Rows,
+    Sizes,
+    TaskSet,
+    check_same_tasks,
+    shaped,
+    task_set,
+)
 
 _ACCUMULATED = "accumulated"  # the key of the prepared call of `accumulate_grad`
 
@@ -321,7 +326,7 @@ class MAML(Learner):
         for name, value in (("query_weights", weights), ("step_weights", step_weights)):
             if value is not None:
                 raise ValueError(f"{name}: expected None where yq is, for there is no query loss")
-        return task_set(_QUERIES, xq, None, sizes, None, plan.query_expected, offset)
+        return task_set(QUERIES, xq, None, sizes, None, plan.query_expected, offset)
 
     def _own(
         self, plan: Plan, tasks: int, steps: int, anchor: Any, start: Any, lr: Any,
@@ -418,46 +423,21 @@ class MAML(Learner):
         how: Own,
     ) -> Outcome:
         """The call by `pymeta/reference`."""
-        expected = self._to_torch(plan, reason, 6, support, query)
-        check_values_of(how.anchors)
-        named = dict(zip(plan.names, parameters, strict=True))
+        self._to_torch(plan, reason, 6, support, query)
         inner = self._inner(plan, Schedule(steps), self.first_order)
-        own = reference.Own(how.anchors, how.rates, how.start)
-        sets = (support, query)
-        losses, predictions, step_losses = reference.evaluate(
-            self.model, named, plan.adapted, inner, *sets, own, how.step_weights
-        )
-        if query.tasks == 0:
-            out = self._output_shape(plan, query)
-            predictions = query.x.new_zeros(0, query.rows, *out, dtype=expected.dtype)
-        outputs = shaped(predictions, query)
-        if query.y is None:
-            return Outcome(None, None, outputs)  # type: ignore[arg-type]
-        loss = reference.mean_loss(losses)
-        if self.task_clip is not None:
-            by = [*named.values(), *([inner.lr] if inner.lr.requires_grad else [])]
-            loss = reference.clipped(losses, by, self.task_clip)
-        steps_without_graph = None if step_losses is None else step_losses.detach()
-        return Outcome(loss, losses, outputs, steps_without_graph)
+        out = () if query.tasks else self._output_shape(plan, query)
+        sets = support, query
+        found = in_torch(self.model, plan, parameters, inner, *sets, how, self.task_clip, out)
+        return Outcome(*found)  # type: ignore[arg-type]  # None without query targets
 
     def _reason(self, plan: Plan, *sets: TaskSet) -> str | None:
         """As the base class has it; the native core has no forward mode."""
-        reason = super()._reason(plan, *sets)
-        if reason is None and in_forward_mode():
-            inputs = [v for s in sets for v in (s.x, s.y, s.weights, s.offset)]
-            if has_tangents([*plan.parameters, self._parameters.get("lr"), *inputs]):
-                return "forward-mode derivatives are asked for, which the native core lacks"
-        if reason is not None or not torch.is_grad_enabled():
-            return reason
-        for s in sets:
-            if s.offset is not None and s.offset.requires_grad:
-                return f"{s.names.offset} requires grad, which the native core has no gradient for"
-            if s.weights is not None and s.weights.requires_grad and s.weight_columns > 1:
-                return (
-                    f"{s.names.weights} requires grad, which the native core has no gradient for "
-                    f"where single targets are weighed"
-                )
-        return None
+        tensors = [*plan.parameters, self._parameters.get("lr")]
+        return (
+            super()._reason(plan, *sets)
+            or lacks_forward_mode(tensors, sets)
+            or lacks_gradient(sets)
+        )
 
     def _made_plan(self, row_shape: tuple[int, ...] | None) -> Plan:
         return Plan(

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import reference
-from pymeta.algorithms.anchors import Anchors, anchors_of, check_values_of
 from pymeta.algorithms.learner import Learner, NativeCall, Weights, check_minibatches
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.gradients import NOTHING
+from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.models.adapted import Adapted
 from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer

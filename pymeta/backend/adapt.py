@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -148,6 +149,7 @@ def adapt_with_graph(
     inner: InnerLoop,
     support: TaskSet,
     start: dict[str, Tensor],
+    trains: Sequence[bool] | None = None,
 ) -> dict[str, Tensor]:
     """The adapted parameters {name: [T, ...]}, differentiable by everything that went in.
 
@@ -161,9 +163,10 @@ def adapt_with_graph(
         inner: as for `adapt`.
         support: T tasks.
         start: {name: [T, ...]} of what each task has of its own.
+        trains: as for `prepare`.
     """
     operands = [start.get(n, p) for n, p in zip(plan.names, parameters, strict=True)]
-    call, extras = prepare(plan, recipe, operands, lr, support, None)
+    call, extras = prepare(plan, recipe, operands, lr, support, None, trains=trains)
     with torch.no_grad():
         done = adapt(
             plan, parameters, lr, inner, support, start=start, anchors=recipe.anchors,

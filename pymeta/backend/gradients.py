@@ -72,9 +72,14 @@ class Layout:
     """
 
     def __init__(
-        self, plan: Plan, wanted: Wanted, parameters: Sequence[Tensor] | None, extras: Extras
+        self,
+        plan: Plan,
+        wanted: Wanted,
+        parameters: Sequence[Tensor] | None,
+        extras: Extras,
+        trains: Sequence[bool] = (),
     ) -> None:
-        """Lay out what is wanted; `parameters` where tasks have starts of their own."""
+        """Lay out what is wanted; `parameters` and `trains` where these are not the plan's."""
         self.wanted = wanted
         self.scalar = plan.scalar
         self.device = plan.device
@@ -82,7 +87,7 @@ class Layout:
             self.trains, shapes, total = plan.trains, list(plan.shapes), plan.total
             offsets = plan.offsets
         else:
-            self.trains = [p.requires_grad for p in parameters]
+            self.trains = list(trains)
             shapes, offsets, total = _laid_out(plan, parameters, self.trains)
         self.parameters_only = wanted == (True, *NOTHING[1:]) and all(self.trains)
         self.shapes = shapes if wanted[0] else []
@@ -100,9 +105,16 @@ class Layout:
 
     @staticmethod
     def of(
-        plan: Plan, wanted: Wanted, parameters: Sequence[Tensor] | None, extras: Extras
+        plan: Plan,
+        wanted: Wanted,
+        parameters: Sequence[Tensor] | None,
+        extras: Extras,
+        trains: Sequence[bool] = (),
     ) -> Layout | None:
-        """The plan's layout for what is wanted; None where nothing is."""
+        """The plan's layout for what is wanted; None where nothing is.
+
+        `parameters`, and which of them are trained, where these are not the plan's own.
+        """
         if True not in wanted:
             return None
         key: tuple[Any, ...] = wanted
@@ -112,12 +124,12 @@ class Layout:
             )
             key = wanted, *shapes
         if parameters is not None:
-            key = key, *((p.shape, p.requires_grad) for p in parameters)
+            key = key, *((p.shape, t) for p, t in zip(parameters, trains, strict=True))
         layout: Layout | None = plan.layouts.get(key)
         if layout is None:
             if len(plan.layouts) >= _LAYOUTS_KEPT:
                 plan.layouts.clear()
-            layout = plan.layouts[key] = Layout(plan, wanted, parameters, extras)
+            layout = plan.layouts[key] = Layout(plan, wanted, parameters, extras, trains)
         return layout
 
     def memory(self) -> Gradients:

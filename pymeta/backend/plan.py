@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from pymeta.spec.losses import Loss, OwnLoss, check_width, native_loss
 from pymeta.spec.modules import one_at_a_time
 from pymeta.spec.network import Description, Unshaped, Unsupported, describe
 from pymeta.spec.optimizers import Rates, native_optimizer, rates
+from pymeta.spec.settings import matching
 from pymeta.spec.watch import Place
 from pymeta.tasks.checks import Expected, row_shape_of
 from pymeta.tasks.task_set import dense
@@ -32,26 +32,6 @@ if TYPE_CHECKING:
 
 DTYPE_CODES = {torch.float32: 4, torch.float64: 8}
 _PARAMETER_TYPES = (nn.Parameter, Tensor)
-
-
-def matching(patterns: Sequence[str] | None, names: Sequence[str]) -> frozenset[str]:
-    """The names that any of the fnmatch patterns matches; all of them where patterns is None.
-
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
-    if patterns is None:
-        return frozenset(names)
-    matched: set[str] = set()
-    for pattern in patterns:
-        hits = [name for name in names if fnmatchcase(name, pattern)]
-        if not hits:
-            raise ValueError(
-                f"adapt: the pattern {pattern!r} matches no parameter; "
-                f"there are {', '.join(names) or 'none'}"
-            )
-        matched.update(hits)
-    return frozenset(matched)
 
 
 def _check_parameters(parameters: Mapping[str, Tensor]) -> None:

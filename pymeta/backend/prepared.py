@@ -111,6 +111,7 @@ class PreparedCall:
         support: TaskSet,
         query: TaskSet | None,
         wanted: Wanted,
+        trains: Sequence[bool] | None = None,
     ) -> None:
         """Prepare it.
 
@@ -122,6 +123,7 @@ class PreparedCall:
             support: T tasks.
             query: T tasks; None for a call of which only adapted parameters are wanted.
             wanted: of which of these the gradients are.
+            trains: of which parameters, where these are not the plan's own.
         """
         self.plan, self.recipe = plan, recipe
         self.tasks = support.tasks
@@ -129,7 +131,10 @@ class PreparedCall:
         # The core leaves what only pads untouched: rows of predictions, of gradients of rows.
         self.pads = query is not None and query.padded
         self.pads_gradients = True in wanted[2:] and (support.padded or self.pads)
-        self.layout = Layout.of(plan, wanted, parameters if recipe.own else None, extras)
+        if trains is None:
+            self.layout = Layout.of(plan, wanted, None, extras)
+        else:
+            self.layout = Layout.of(plan, wanted, parameters, extras, trains)
         lr = extras.lr
         second_order = self.layout is not None and not recipe.first_order
         lr_rows = 1 if lr.ndim == 1 else lr.shape[-2]
@@ -170,6 +175,13 @@ class PreparedCall:
         if self.pads_gradients or self.tasks == 0:
             gradients.flat.zero_()
         return gradients
+
+    def in_given_order(self, lr_gradient: Tensor) -> Tensor:
+        """A gradient by lr as the core has it, in the order in which `prepare` got lr."""
+        order = self.plan.lr_order
+        if order is None or self.recipe.per_task_lr:
+            return lr_gradient
+        return torch.empty_like(lr_gradient).index_copy_(-1, order, lr_gradient)
 
     def run(self, parameters: list[Tensor], extras: Extras, gradients: Gradients | None) -> Results:
         """Call the core.
@@ -440,10 +452,12 @@ def prepare(
     support: TaskSet,
     query: TaskSet | None,
     wanted: Wanted | None = None,
+    trains: Sequence[bool] | None = None,
 ) -> tuple[PreparedCall, Extras]:
     """The prepared call, and what it reads; the sets are brought into the core's form.
 
-    `wanted` left out means all that require grad, if grad is enabled.
+    `wanted` left out means all that require grad, if grad is enabled. `trains` says which of the
+    parameters do, where these are not the plan's own; tasks' own starts say it themselves.
     """
     lr, support = native_lr(plan, lr), ready(plan, support)
     xq = yq = query_weights = None
@@ -451,13 +465,13 @@ def prepare(
         query = ready(plan, query)
         xq, yq, query_weights = query.x, query.y, query.weights
     extras = Extras(lr, support.x, xq, support.y, yq, support.weights, query_weights)
+    if recipe.own and trains is None:
+        trains = [p.requires_grad for p in parameters]
     if wanted is None:
         wanted = NOTHING
         if torch.is_grad_enabled():
-            trains = (
-                any(p.requires_grad for p in parameters) if recipe.own else bool(plan.trainable)
-            )
+            of_parameters = bool(plan.trainable) if trains is None else any(trains)
             of_extras = (t is not None and t.requires_grad for t in extras)
-            wanted = cast(Wanted, (trains, *of_extras))
-    call = PreparedCall(plan, recipe, parameters, extras, support, query, wanted)
+            wanted = cast(Wanted, (of_parameters, *of_extras))
+    call = PreparedCall(plan, recipe, parameters, extras, support, query, wanted, trains)
     return call, extras

@@ -29,7 +29,7 @@ from pymeta.spec.modules import drop_running_statistics, one_at_a_time
 from pymeta.spec.network import Description
 from pymeta.spec.transforms import in_transform
 from pymeta.tasks.checks import Names
-from pymeta.tasks.task_set import QUERY, Rows, Sizes, TaskSet, dense, task_set
+from pymeta.tasks.task_set import QUERY, Rows, Sizes, dense, shaped, task_set
 from pymeta.tasks.values import check_values
 
 _NAMES = Names("xq", "", QUERY.sizes, "", "offset")
@@ -43,30 +43,6 @@ _RAW_DTYPES = {
     torch.int8: "I8",
 }
 _DTYPES = {code: dtype for dtype, code in _RAW_DTYPES.items()}
-
-
-def shaped(predictions: Tensor | list[Tensor], query: TaskSet) -> Tensor | list[Tensor]:
-    """Predictions in the form xq came in: a list of [rows_t, ...], or [T, rows, ...].
-
-    Args:
-        predictions: [T, rows, ...]; [sum of rows, ...] of a packed set; or T tensors.
-        query: the set they belong to.
-    """
-    if isinstance(predictions, list):
-        return predictions if query.lengths is not None else _padded(predictions, query.rows)
-    if query.lengths is None:
-        return predictions
-    if query.starts is not None:
-        return list(predictions.split_with_sizes(query.lengths))
-    return list(predictions.unbind(0))
-
-
-def _padded(predictions: list[Tensor], rows: int) -> Tensor:
-    def padded(values: Tensor) -> Tensor:
-        below = [0, 0] * (values.ndim - 1)
-        return torch.nn.functional.pad(values, [*below, 0, rows - values.shape[0]])
-
-    return torch.stack([padded(values) for values in predictions])
 
 
 def architecture(plan: Plan) -> Architecture | None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pymeta import native
-from pymeta.models.arrays import DTYPE_CODES, AdaptedArrays, array_of, expected_of, raw_of
+from pymeta.models.arrays import AdaptedArrays, array_of, raw_of
 from pymeta.models.file import Contents, Path, read, write
 from pymeta.spec.anchors import check_anchor
 from pymeta.spec.architecture import Architecture, read_architecture
@@ -48,11 +48,21 @@ from pymeta.spec.optimizers import (
     read_optimizer,
 )
 from pymeta.spec.schedule import Schedule, check_count, described_schedule, read_schedule
-from pymeta.tasks.arrays import Gathered, Rows, address, dense, gather, gather_queries, need_array
+from pymeta.tasks.arrays import (
+    DTYPE_CODES,
+    Gathered,
+    Rows,
+    address,
+    dense,
+    expected_of,
+    gather,
+    gather_queries,
+    ids_of,
+    need_array,
+)
 from pymeta.tasks.checks import Names, cure, of_table
 
 _SUPPORT = Names("xs", "ys", "", "weights", "offset")
-_LARGEST_ID = 2**63 - 1
 
 
 class Adapter:
@@ -202,7 +212,7 @@ class Adapter:
             ValueError: a wrong shape, or a label or weight out of range.
         """
         support = self._weighted(gather(_SUPPORT, xs, ys, weights, self._expected, offset))
-        return self._adapt(support, self._scheduled(steps), _ids(task_ids, support.tasks))
+        return self._adapt(support, self._scheduled(steps), ids_of(task_ids, support.tasks))
 
     def adapt_predict(
         self,
@@ -455,20 +465,6 @@ def _class_weighted(
     factors = row_factors(found, task, table).astype(support.x.dtype)
     factors = factors.reshape(support.x.shape[:-1])
     return factors if support.weights is None else support.weights * factors
-
-
-def _ids(task_ids: Any, tasks: int) -> np.ndarray | None:
-    """Task ids as int64 [T]; TypeError or ValueError where they are not T numbers >= 0."""
-    if task_ids is None:
-        return None
-    ids = np.asarray(task_ids)
-    if ids.dtype.kind not in "iu" and ids.size:
-        raise TypeError(f"task_ids: expected {tasks} integers, got {ids.dtype}")
-    if ids.shape != (tasks,):
-        raise ValueError(f"task_ids: expected {tasks} integers, got shape {list(ids.shape)}")
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= _LARGEST_ID:
-        raise ValueError(f"task_ids: expected integers in 0..{_LARGEST_ID}")
-    return ids.astype(np.int64)
 
 
 def _as_engines_want(

@@ -13,10 +13,16 @@ from pymeta.models.stacked import Stacked, load, positions
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.history import History
 from pymeta.spec.losses import Loss, native_loss
-from pymeta.tasks.arrays import Gathered, Rows, address, dense, gather_queries
-from pymeta.tasks.checks import Expected
+from pymeta.tasks.arrays import (
+    DTYPE_CODES,
+    Gathered,
+    Rows,
+    address,
+    dense,
+    expected_of,
+    gather_queries,
+)
 
-DTYPE_CODES = {np.dtype(np.float32): 4, np.dtype(np.float64): 8}
 _RAW_DTYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.float64): "F64",
     np.dtype(np.float32): "F32",
@@ -250,18 +256,6 @@ class AdaptedArrays(Stacked[np.ndarray]):
     @staticmethod
     def _to_raw(value: np.ndarray) -> Raw:
         return raw_of(value)
-
-
-def expected_of(architecture: Architecture, loss: Loss, dtype: np.dtype) -> Expected:
-    """What models of an architecture ask of their inputs."""
-    return Expected(
-        loss,
-        dtype,
-        in_features=architecture.in_features,
-        out_features=architecture.out_features,
-        flattens=architecture.flattens,
-        row_shape=architecture.row_shape,
-    )
 
 
 def raw_of(array: np.ndarray) -> Raw:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -332,26 +333,33 @@ def adapt(
     return Adaptation({**start, **tasks.parameters}, status, history)
 
 
-def clipped(losses: Tensor, by: Sequence[Tensor], clip: float) -> Tensor:
+def clipped(
+    losses: Tensor, by: Sequence[Tensor], clip: float, others: Sequence[Tensor] = ()
+) -> Tensor:
     """The mean of [T] losses, whose gradient is that of their clipped gradients.
 
     Each task's gradient by all of `by` together is scaled to a norm of at most `clip`, as
-    `torch.nn.utils.clip_grad_norm_` does (Abadi et al. 2016, algorithm 1, for tasks).
+    `torch.nn.utils.clip_grad_norm_` does (Abadi et al. 2016, algorithm 1, for tasks). By `others`,
+    which tasks do not share, it is that of the mean.
     """
     by = [b for b in by if b.requires_grad]
+    others = [o for o in others if o.requires_grad]
     mean = mean_loss(losses)
     if not by or not losses.requires_grad:
         return mean
+    gradients = partial(
+        torch.autograd.grad, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     total = [torch.zeros_like(b) for b in by]
     for loss in losses:
-        parts = torch.autograd.grad(
-            loss, by, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        parts = gradients(loss, by)
         norm = torch.stack([p.square().sum() for p in parts]).sum().sqrt()
         factor = (clip / (norm + 1e-6)).clamp(max=1.0) / len(losses)
         total = [t + factor * p for t, p in zip(total, parts, strict=True)]
+    if others:
+        total += gradients(mean, others)
     towards = cast(Callable[..., Tensor], _Towards.apply)  # torch has no annotation for it
-    return towards(mean.detach(), total, *by)
+    return towards(mean.detach(), total, *by, *others)
 
 
 class _Towards(torch.autograd.Function):

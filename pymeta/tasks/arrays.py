@@ -13,8 +13,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from pymeta import native
+from pymeta.spec.architecture import Architecture
+from pymeta.spec.losses import Loss
 from pymeta.tasks.checks import Expected, Kind, Names, checked, cure, of_table
 
+DTYPE_CODES = {np.dtype(np.float32): 4, np.dtype(np.float64): 8}
 Rows: TypeAlias = "np.ndarray | Sequence[np.ndarray]"
 
 
@@ -31,6 +34,7 @@ class Gathered(NamedTuple):
     lengths: list[int] | None  # of the list that came, where one came
     offset: np.ndarray | None = None  # [..., out]
     distributions: bool = False  # y are such over the classes, not labels
+    keeps_weightless: bool = False  # rows of weight 0 count: a gradient by that is wanted
 
     @property
     def weight_columns(self) -> int:
@@ -50,6 +54,7 @@ class Gathered(NamedTuple):
             address(self.offset),
             self.weight_columns,
             self.distributions,
+            self.keeps_weightless,
         )
 
     def room(self, given: Any, columns: int) -> np.ndarray:
@@ -184,3 +189,29 @@ def gather_queries(
     if query.tasks != tasks:
         raise ValueError(f"xq: expected {tasks} tasks, {why}, got {query.tasks}")
     return query
+
+
+def expected_of(architecture: Architecture, loss: Loss, dtype: np.dtype) -> Expected:
+    """What models of an architecture ask of their inputs."""
+    return Expected(
+        loss,
+        dtype,
+        in_features=architecture.in_features,
+        out_features=architecture.out_features,
+        flattens=architecture.flattens,
+        row_shape=architecture.row_shape,
+    )
+
+
+def ids_of(task_ids: Any, tasks: int) -> np.ndarray | None:
+    """Task ids as int64 [T]; TypeError or ValueError where they are not T numbers >= 0."""
+    if task_ids is None:
+        return None
+    ids = np.asarray(task_ids)
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise TypeError(f"task_ids: expected {tasks} integers, got {ids.dtype}")
+    if ids.shape != (tasks,):
+        raise ValueError(f"task_ids: expected {tasks} integers, got shape {list(ids.shape)}")
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= 2**63 - 1:
+        raise ValueError(f"task_ids: expected integers in 0..{2**63 - 1}")
+    return ids.astype(np.int64)

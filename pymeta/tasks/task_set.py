@@ -337,3 +337,27 @@ def check_task_ids(task_ids: Any, tasks: int) -> Tensor | None:
     if bool((ids < 0).any()):
         raise ValueError(f"task_ids: expected integers >= 0, got {int(ids.min())}")
     return ids
+
+
+def shaped(predictions: Tensor | list[Tensor], query: TaskSet) -> Tensor | list[Tensor]:
+    """Predictions in the form xq came in: a list of [rows_t, ...], or [T, rows, ...].
+
+    Args:
+        predictions: [T, rows, ...]; [sum of rows, ...] of a packed set; or T tensors.
+        query: the set they belong to.
+    """
+    if isinstance(predictions, list):
+        return predictions if query.lengths is not None else _padded(predictions, query.rows)
+    if query.lengths is None:
+        return predictions
+    if query.starts is not None:
+        return list(predictions.split_with_sizes(query.lengths))
+    return list(predictions.unbind(0))
+
+
+def _padded(predictions: list[Tensor], rows: int) -> Tensor:
+    def padded(values: Tensor) -> Tensor:
+        below = [0, 0] * (values.ndim - 1)
+        return torch.nn.functional.pad(values, [*below, 0, rows - values.shape[0]])
+
+    return torch.stack([padded(values) for values in predictions])

@@ -279,6 +279,25 @@ def test_task_clip_is_the_mean_of_clipped_gradients(lr, executor):
         assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_task_clip_leaves_what_is_a_tasks_own_alone(backend):
+    """Gradients by a task's own start, rate and rows are not summed over tasks, nor clipped."""
+    net, (xs, ys, xq, yq), (ws, wq), start, rates = small(tasks=3)
+    own = [xs, ys, xq, yq, ws, wq, rates, start["0.weight"]]
+    for value in own:
+        value.requires_grad_()
+    options = {"start": {"0.weight": own[-1]}, "lr": rates, "support_weights": ws,
+               "query_weights": wq}  # fmt: skip
+    found = []
+    for clip in (None, 1e-3):
+        module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, task_clip=clip, backend=backend)
+        out = module(xs, ys, xq, yq, **options)
+        found.append(torch.autograd.grad(out.loss, [*own, net[0].bias]))
+    (*free, free_bias), (*got, bias) = found
+    assert_close(got, free)
+    assert 0 < bias.norm() <= 1e-3 < free_bias.norm()
+
+
 # ---- patterns -----------------------------------------------------------------------------------
 
 
