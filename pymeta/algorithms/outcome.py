@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pymeta.spec.show import as_numpy, number, shape, spread
+
 
 class Outcome(NamedTuple):
     """What a MAML call returns.
@@ -29,6 +31,10 @@ class Outcome(NamedTuple):
     predictions: Tensor | list[Tensor]
     step_losses: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """The losses in figures, the rest as shapes."""
+        return told_outcome(self)
+
     def detached(self) -> Outcome:
         """The same without graphs."""
         predictions = self.predictions
@@ -38,3 +44,25 @@ class Outcome(NamedTuple):
             predictions = predictions.detach()
         loss, losses = (v if v is None else v.detach() for v in self[:2])
         return Outcome(loss, losses, predictions, self.step_losses)
+
+
+def told_outcome(outcome: NamedTuple) -> str:
+    """What a call returned, in a line: `loss`, `task_losses` as figures, all else as shapes."""
+    parts = []
+    for name, value in outcome._asdict().items():
+        if value is None:
+            continue
+        if name == "loss":
+            parts.append(f"loss={_figure(value)}")
+        elif name == "task_losses":
+            parts.append(f"task_losses={spread(value)}")
+        else:
+            parts.append(f"{name}={shape(value)}")
+    return f"{type(outcome).__name__}({'; '.join(parts)})"
+
+
+def _figure(loss: Tensor) -> str:
+    try:
+        return number(float(as_numpy(loss)))
+    except (RuntimeError, TypeError):  # under a transform of torch.func it has no value
+        return shape(loss)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pymeta import reference
 from pymeta.algorithms.learner import Learner, NativeCall, Weights, check_minibatches
+from pymeta.algorithms.outcome import told_outcome
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.gradients import NOTHING
@@ -45,6 +46,10 @@ class ReptileOutcome(NamedTuple):
 
     loss: Tensor
     task_losses: Tensor
+
+    def __repr__(self) -> str:
+        """The losses in figures."""
+        return told_outcome(self)
 
 
 class Reptile(Learner):

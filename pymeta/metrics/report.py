@@ -85,7 +85,7 @@ class Part:
     gaps: dict[str, Interval]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What `compare` found.
 
@@ -212,7 +212,14 @@ class Report:
 
     def html(self) -> str:
         """The report as one HTML page that fetches nothing; with figures, given matplotlib."""
-        out = [_HEAD]
+        return f"{_HEAD}\n{self._body()}\n</body></html>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"<div>{self._body()}</div>"
+
+    def _body(self) -> str:
+        out = []
         for title, content in self._sections():
             out.append(f"<h2>{html.escape(title)}</h2>")
             if isinstance(content, tuple):
@@ -224,12 +231,12 @@ class Report:
         try:
             figure = self.figures()
         except ImportError:
-            return "\n".join([*out, "</body></html>"])
+            return "\n".join(out)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         data = base64.b64encode(picture.getvalue()).decode()
         out.append(f'<img alt="intervals" src="data:image/png;base64,{data}">')
-        return "\n".join([*out, "</body></html>"])
+        return "\n".join(out)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report to a file, as HTML or Markdown by its ending.
@@ -247,6 +254,13 @@ class Report:
 
     def __str__(self) -> str:
         return self.markdown()
+
+    def __repr__(self) -> str:
+        """The models, the metrics and the verdicts' counts; `str` has the tables."""
+        found = [pair.verdict for pair in self.pairs]
+        counts = ", ".join(f"{found.count(v)} {v}" for v in ("lose", "tie", "win"))
+        models = ", ".join(line.name for line in self.lines)
+        return f"Report({models}; {', '.join(self.metrics)}; {counts})"
 
 
 _HEAD = """<!DOCTYPE html><html><head><meta charset="utf-8"><title>Comparison</title><style>

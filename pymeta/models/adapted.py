@@ -182,8 +182,8 @@ class Adapted(Stacked[Tensor]):
         return Plan(self._model, self.loss, None, "network", adapts=False, row_shape=row_shape)
 
     def __repr__(self) -> str:
-        """A line that says how many models of what."""
-        return f"Adapted({self._tasks} x {type(self._model).__name__})"
+        """How many models of what, and what is known of them."""
+        return self._told(type(self._model).__name__)
 
     def __getitem__(self, task: Any) -> Any:
         """One task's model, or the models of some tasks.

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pymeta import native
-from pymeta.models.arrays import AdaptedArrays, array_of, raw_of
+from pymeta.models.arrays import AdaptedArrays, array_of, checked_parameters, frozen, raw_of
 from pymeta.models.file import Contents, Path, read, write
 from pymeta.spec.anchors import check_anchor
 from pymeta.spec.architecture import Architecture, read_architecture
@@ -48,6 +48,7 @@ from pymeta.spec.optimizers import (
     read_optimizer,
 )
 from pymeta.spec.schedule import Schedule, check_count, described_schedule, read_schedule
+from pymeta.spec.show import brief
 from pymeta.tasks.arrays import (
     DTYPE_CODES,
     Gathered,
@@ -121,11 +122,11 @@ class Adapter:
         check_width(loss, self.out_features)
         check_class_count(self.class_weights, loss, self.out_features)
         pull = check_anchor(anchor, anchor_rows)
-        self.parameters = _checked_parameters(architecture, parameters)
+        self.parameters = checked_parameters(architecture, parameters)
         self.dtype = next(iter(self.parameters.values())).dtype
         if isinstance(optimizer.lr, LearnableLR) == (lr is None):
             raise ValueError("lr: expected values exactly where the optimiser's are learnable")
-        self.lr = _frozen(np.array([optimizer.lr], self.dtype) if lr is None else lr)
+        self.lr = frozen(np.array([optimizer.lr], self.dtype) if lr is None else lr)
         self._expected = expected_of(architecture, loss, self.dtype)
         self._row_shape = architecture.row_shape
         self._one_task = 1 + len(self._row_shape or (1,))  # axes of one task's rows
@@ -350,7 +351,9 @@ class Adapter:
         """What it does, in a line."""
         s = self.schedule
         turns = f"{s.steps} steps" if s.epochs is None else f"{s.epochs} epochs"
-        return f"Adapter({self.architecture}; {self.loss.kind}, {self.optimizer}, {turns})"
+        size = f"{sum(p.size for p in self._start):,} parameters, {self.dtype}"
+        recipe = f"{self.loss.kind}, {brief(self.optimizer)}, {turns}"
+        return f"Adapter({self.architecture}; {size}; {recipe})"
 
     # ---- files, copies ------------------------------------------------------------------------
 
@@ -412,37 +415,6 @@ class Adapter:
 
 
 # ---- pieces -----------------------------------------------------------------------------------
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    """A read-only copy."""
-    array = np.array(array, order="C")
-    array.flags.writeable = False
-    return array
-
-
-def _checked_parameters(
-    architecture: Architecture, parameters: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Copies, in order; TypeError or ValueError unless they are those of the architecture."""
-    shapes = architecture.shapes()
-    if not shapes or parameters.keys() != shapes.keys():
-        raise ValueError(
-            f"parameters: expected {', '.join(shapes) or 'some'}, "
-            f"got {', '.join(parameters) or 'none'}"
-        )
-    first = parameters[next(iter(shapes))].dtype
-    for name, shape in shapes.items():
-        value = parameters[name]
-        if value.dtype not in DTYPE_CODES or value.dtype != first:
-            raise TypeError(
-                f"parameters: {name} is {value.dtype}; expected float32 or float64 as the first is"
-            )
-        if value.shape != shape:
-            raise ValueError(
-                f"parameters: {name}: expected shape {list(shape)}, got {list(value.shape)}"
-            )
-    return {name: _frozen(parameters[name]) for name in shapes}
 
 
 def _class_weighted(

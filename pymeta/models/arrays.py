@@ -114,8 +114,8 @@ class AdaptedArrays(Stacked[np.ndarray]):
         return (self._stacked | self._shared)[self._names[0]].dtype
 
     def __repr__(self) -> str:
-        """A line that says how many models of what."""
-        return f"AdaptedArrays({self._tasks} x {self.architecture})"
+        """How many models of what, and what is known of them."""
+        return self._told(str(self.architecture))
 
     def __getitem__(self, task: Any) -> AdaptedArrays:
         """The models of some tasks.
@@ -256,6 +256,37 @@ class AdaptedArrays(Stacked[np.ndarray]):
     @staticmethod
     def _to_raw(value: np.ndarray) -> Raw:
         return raw_of(value)
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    """A read-only copy."""
+    array = np.array(array, order="C")
+    array.flags.writeable = False
+    return array
+
+
+def checked_parameters(
+    architecture: Architecture, parameters: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Copies, in order; TypeError or ValueError unless they are those of the architecture."""
+    shapes = architecture.shapes()
+    if not shapes or parameters.keys() != shapes.keys():
+        raise ValueError(
+            f"parameters: expected {', '.join(shapes) or 'some'}, "
+            f"got {', '.join(parameters) or 'none'}"
+        )
+    first = parameters[next(iter(shapes))].dtype
+    for name, shape in shapes.items():
+        value = parameters[name]
+        if value.dtype not in DTYPE_CODES or value.dtype != first:
+            raise TypeError(
+                f"parameters: {name} is {value.dtype}; expected float32 or float64 as the first is"
+            )
+        if value.shape != shape:
+            raise ValueError(
+                f"parameters: {name}: expected shape {list(shape)}, got {list(value.shape)}"
+            )
+    return {name: frozen(parameters[name]) for name in shapes}
 
 
 def raw_of(array: np.ndarray) -> Raw:

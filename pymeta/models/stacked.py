@@ -8,6 +8,7 @@ its own name, shared ones without the task axis, and the file says which they ar
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -124,6 +125,23 @@ class Stacked(ABC, Generic[Array]):
         if self._status is None:
             self._status = self._not_finite(self._stacked.values(), self._tasks)
         return self._status
+
+    def _told(self, model: str) -> str:
+        """What `repr` says: how many models of what, their size, and what is known of them."""
+        own: Iterable[Any] = self._stacked.values()
+        common: Iterable[Any] = self._shared.values()
+        adapted = sum(math.prod(value.shape[1:]) for value in own)
+        count = adapted + sum(math.prod(value.shape) for value in common)
+        parts = [f"{self._tasks:,} x {model}", f"{count:,} parameters each"]
+        if self._shared:
+            parts[-1] += f", {adapted:,} of them adapted"
+        parts.append(self.loss.name)
+        if self._status is not None:  # what is not known yet is not worked out to be shown
+            status: Any = self._status
+            wrong = int((status != 0).sum())
+            parts += [f"{wrong:,} not finite"] if wrong else []
+        parts += ["with history"] if self.history is not None else []
+        return f"{type(self).__name__}({'; '.join(parts)})"
 
     def __len__(self) -> int:
         """The number of tasks."""

@@ -324,6 +324,10 @@ def test_the_report(report, tmp_path):
     drawn = importlib.util.find_spec("matplotlib") is not None
     assert "<table>" in page and "http" not in page
     assert ("data:image/png;base64," in page) == drawn
+    shown = report._repr_html_()
+    assert shown.startswith("<div><h2>") and shown.removeprefix("<div>")[:-6] in page
+    assert repr(report).startswith("Report(oracle, ") and len(repr(report)) < 300
+    assert f"{list(report.verdicts.values()).count('win')} win)" in repr(report)
     with pytest.raises(ValueError, match=r"ends in \.html or \.md"):
         report.save("r.pdf")
 

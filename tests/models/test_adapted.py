@@ -196,7 +196,7 @@ def test_modules_outside_the_chain():
 
 def test_repr_says_what_it_is(backend):
     models = make(mlp(2, 4, 2), backend).adapt(*batch()[:2])
-    assert repr(models) == "Adapted(3 x Sequential)"
+    assert repr(models) == "Adapted(3 x Sequential; 22 parameters each; mse)"
 
 
 # ---- choosing tasks -----------------------------------------------------------------------------

@@ -502,6 +502,9 @@ def test_what_it_says_of_itself(tmp_path):
         assert each.optimizer == pymeta.Adam(0.5) and each.lr.tolist() == [0.5]
         assert each.schedule == pymeta.Schedule(steps=3)
         assert re.match(
-            r"Adapter\(linear 2 5, tanh, linear 5 2; mse, Adam\(.*, 3 steps\)", repr(each)
+            r"Adapter\(linear 2 5, tanh, linear 5 2; 27 parameters, .*; mse, Adam\(.*, 3 steps\)",
+            repr(each),
         )
-    assert repr(adapter.adapt(XS, YS)) == "AdaptedArrays(3 x linear 2 5, tanh, linear 5 2)"
+    assert repr(adapter.adapt(XS, YS)) == (
+        "AdaptedArrays(3 x linear 2 5, tanh, linear 5 2; 27 parameters each; mse)"
+    )
