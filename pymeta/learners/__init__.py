@@ -5,6 +5,7 @@ They are called as MAML is: `out = learner(xs, ys, xq, yq)`, `learner.adapt(xs, 
 
 from pymeta.learners.base import AdaptedTasks, EncodedLearner, Outcome
 from pymeta.learners.bayesian import BayesianHead
+from pymeta.learners.encoded import EncodedMAML, EncodedTasks
 from pymeta.learners.matching import MatchingNet
 from pymeta.learners.meta_lstm import MetaLSTM
 from pymeta.learners.protonet import ProtoNet
@@ -16,6 +17,8 @@ __all__ = [
     "AdaptedTasks",
     "BayesianHead",
     "EncodedLearner",
+    "EncodedMAML",
+    "EncodedTasks",
     "MatchingNet",
     "MetaLSTM",
     "Outcome",

@@ -8,7 +8,7 @@ learns them as a graph of prototypes, and a task's start is that of the prototyp
     r_tp  = softmax_p(-|e_t - v_p|^2 / (d temperature))        its relations to the P prototypes
     a_pq  = sigmoid(u |v_p - v_q| + b), rows to add up to 1    the prototypes' own
     c_t   = sum_p r_tp (v_p + tanh(sum_q a_pq v_q W))          what is known of tasks like it
-    start = shared start * (1 + gates(c_t)) + shifts(c_t)
+    start = shared start * (1 + tanh(gates(c_t))) + shifts(c_t)
 
 with a mean weighted as the rows are, and everything from the embedding to the shared start trained
 by the query loss, through MAML's native gradient to each task's start. A task's own start depends
@@ -307,9 +307,9 @@ class RelationalMAML(nn.Module):
         if self.per == "element" or parameter.ndim < 2:
             gates, shifts = change.chunk(2, dim=1)
             shape = (tasks, *parameter.shape)
-            return parameter * (1 + gates.reshape(shape)) + shifts.reshape(shape)
+            return parameter * (1 + gates.reshape(shape).tanh()) + shifts.reshape(shape)
         gates = change.view(tasks, -1, *[1] * (parameter.ndim - 1))
-        return parameter * (1 + gates)
+        return parameter * (1 + gates.tanh())
 
     def _embedding(self, rows: Flat) -> Tensor:
         """Of the tasks, [T, width], by their rows; 0 before `after` where a task has none."""

@@ -58,7 +58,7 @@ def start_by_hand(learner, r):
             gates = change[at : at + p.numel()].view(p.shape)
             shifts = change[at + p.numel() : at + 2 * p.numel()].view(p.shape)
             at += 2 * p.numel()
-        start[name] = p * (1 + gates) + shifts
+        start[name] = p * (1 + gates.tanh()) + shifts
     assert at == len(change)
     return start
 
