@@ -25,8 +25,10 @@ from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
+from pymeta.functional import compiled
 from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.functional.evaluation import QUERIES, in_torch, lacks_forward_mode, lacks_gradient
+from pymeta.functional.handles import register
 from pymeta.functional.own import (
     Own,
     OwnRates,
@@ -131,7 +133,7 @@ class MAML(Learner):
         plan = self._look()
         if isinstance(self._rule.lr, LearnableLR):
             self._make_lr(self._rule.lr, plan)
-        self._handle = _register(self)
+        self._handle = register(self)
 
     def _make_lr(self, rate: LearnableLR, plan: Plan) -> None:
         """Make the learnable lr a parameter, one column for each value of a step."""
@@ -222,17 +224,20 @@ class MAML(Learner):
             and step_weights is None
         )
         if torch.compiler.is_compiling():
-            return self._compiled(
-                (xs, ys, support_sizes, support_weights),
-                (xq, yq, query_sizes, query_weights),
-                steps,
-                anchor=anchor,
-                support_offset=support_offset,
-                query_offset=query_offset,
-                start=start,
-                lr=lr,
-                step_weights=step_weights,
-            )
+            options = {
+                "steps": steps,
+                "support_sizes": support_sizes,
+                "query_sizes": query_sizes,
+                "support_weights": support_weights,
+                "query_weights": query_weights,
+                "support_offset": support_offset,
+                "query_offset": query_offset,
+                "anchor": anchor,
+                "start": start,
+                "lr": lr,
+                "step_weights": step_weights,
+            }
+            return Outcome(*compiled.forward(self, (xs, ys, xq, yq), options))
         if plain:
             before = self._prepared.get(torch.is_grad_enabled())
             extras = None if before is None else before.again(self.__dict__, xs, ys, xq, yq)
@@ -467,12 +472,13 @@ class MAML(Learner):
 
     # ---- torch.compile, copies ----------------------------------------------------------------
 
-    def _compiled(
-        self, support: tuple[Any, ...], query: tuple[Any, ...], steps: int | None, **eager: Any
-    ) -> Outcome:
-        from pymeta.backend import compiled
+    def _plan_for(self, dtype: torch.dtype, device: torch.device, x: Any) -> Plan:
+        return self._current(x)[0]
 
-        return Outcome(*compiled.forward(self, support, query, steps, **eager))
+    def _adapted_shapes(self) -> dict[str, tuple[int, ...]]:
+        plan = self._current()[0]
+        named = zip(plan.names, plan.parameters, strict=True)
+        return {n: tuple(p.shape) for n, p in named if n in plan.adapted}
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
@@ -482,10 +488,4 @@ class MAML(Learner):
         """Restore a copied or pickled state."""
         restore: Callable[[dict[str, Any]], None] = super().__setstate__
         restore(state)
-        self._handle = _register(self)
-
-
-def _register(maml: MAML) -> str:
-    from pymeta.backend import compiled
-
-    return compiled.register(maml)
+        self._handle = register(self)

@@ -1,1 +1,1 @@
-"""From a model and tasks to the native core: plans, devices, prepared calls, torch.compile."""
+"""From a model and tasks to the native core: plans, devices, prepared calls."""

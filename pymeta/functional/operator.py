@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pymeta import native
+from pymeta.functional.handles import register
 from pymeta.spec.anchors import check_anchor
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.losses import Loss, OwnLoss, check_width, describe_loss
@@ -100,8 +99,7 @@ class Operator:
         columns = self.rates.columns
         per_step = isinstance(self.optimizer.lr, LearnableLR) and self.optimizer.lr.per_step
         self.rate_shape = (max(self.steps, 1), columns) if per_step else (columns,)
-        self.handle = f"operator-{next(_handles)}"  # by which custom operators of torch find it
-        by_handle[self.handle] = self
+        self.handle = register(self)
 
     def _look_at(self, module: Any, patterns: tuple[str, ...] | None) -> None:
         """Keep the structure of a module."""
@@ -178,12 +176,20 @@ class Operator:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""
         self.__dict__.update(state)
-        self.handle = f"operator-{next(_handles)}"
-        by_handle[self.handle] = self
+        self.handle = register(self)
 
+    # ---- what the operators of torch.library ask ----------------------------------------------
 
-_handles = itertools.count(1)
-by_handle: weakref.WeakValueDictionary[str, Operator] = weakref.WeakValueDictionary()
+    def _plan_for(self, dtype: Any, device: Any, x: Any) -> Any:
+        assert self.tensors is not None
+        return self.tensors._plan(dtype, device, x)[1]
+
+    def _lr(self, plan: Any) -> Any:
+        assert self.tensors is not None
+        return self.tensors._rates(None, plan)
+
+    def _adapted_shapes(self) -> Shapes:
+        return {name: self.shapes[name] for name in self.adapted}
 
 
 def chain(layers: Sequence[Sequence[Any]]) -> Architecture:

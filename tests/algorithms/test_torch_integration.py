@@ -146,14 +146,26 @@ def test_parametrizations_fall_back_and_are_right():
 
 
 def compiled_agrees(module, *data, inputs=(), **options):
+    """The results of a compiled call and the gradients of each are those of an eager one."""
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     wanted, got = module(*data, **options), compiled(*data, **options)
-    assert_close(got.loss, wanted.loss)
-    assert_close(got.task_losses, wanted.task_losses)
-    assert_close(got.predictions, wanted.predictions)
+    assert (got.step_losses is None) == (wanted.step_losses is None)
+    pairs = [(got.predictions, wanted.predictions)]
+    if wanted.loss is not None:
+        pairs += [(got.loss, wanted.loss), (got.task_losses, wanted.task_losses)]
     tensors = [*(p for p in module.parameters() if p.requires_grad), *inputs]
-    assert_close(gradients(got.loss, *tensors), gradients(wanted.loss, *tensors))
-    assert not got.predictions[0].requires_grad
+    for mine, eager in pairs:
+        assert_close(mine, eager)
+        assert_close(gradients(total(mine), *tensors), gradients(total(eager), *tensors))
+    mine, eager = (sum(k * total(pair[i]) for k, pair in enumerate(pairs, 1)) for i in (0, 1))
+    assert_close(gradients(mine, *tensors), gradients(eager, *tensors))
+
+
+def total(value):
+    """A sum in which every entry counts differently."""
+    parts = value if isinstance(value, list) else [value]
+    return sum((p * torch.arange(1.0, p.numel() + 1, dtype=p.dtype).view_as(p)).sum()
+               for p in parts)  # fmt: skip
 
 
 @pytest.mark.parametrize("lr", [0.1, pymeta.LearnableLR(0.1, "parameter", per_step=True)])
@@ -166,6 +178,44 @@ def test_compile_a_uniform_call(lr):
     module = make(net, loss="cross_entropy", lr=lr)
     compiled_agrees(module, xs, ys, xq, yq, inputs=(xs, xq), query_weights=torch.rand(3, 4))
     compiled_agrees(module, xs, ys, xq, yq, inputs=(xs, xq), support_sizes=[1, 5, 0], steps=3)
+
+
+def test_compile_gradients_of_every_input():
+    xs, ys, xq, yq = batch()
+    weights = torch.rand(3, 5, dtype=torch.float64)
+    for value in (xs, ys, xq, yq, weights):
+        value.requires_grad_()
+    module, inputs = make(mlp(2, 4, 2)), (xs, ys, xq, yq, weights)
+    compiled_agrees(module, xs, ys, xq, yq, inputs=inputs, support_weights=weights)
+    compiled_agrees(module, xs, ys, xq, inputs=(xs, ys, xq, weights), support_weights=weights)
+
+
+@pytest.mark.parametrize("lr", [0.1, pymeta.LearnableLR(0.1, "layer")])
+def test_compile_what_tasks_have_of_their_own(lr):
+    net, data = mlp(2, 4, 2), batch()
+    module = make(net, lr=lr)
+    own = {"2.bias": torch.randn(3, 2, dtype=torch.float64, requires_grad=True)}
+    rates = torch.full([3], 0.2, dtype=torch.float64, requires_grad=True)
+    options = {"start": own, "lr": rates, "anchor": [0.1, 0.2, 0.3],
+               "support_offset": torch.randn(3, 5, 2).double()}  # fmt: skip
+    inputs = (own["2.bias"], rates)
+    compiled_agrees(module, *data, inputs=inputs, step_weights=[0.3, 0.7], **options)
+    compiled_agrees(module, *data[:3], inputs=inputs, query_offset=torch.randn(3, 4, 2).double(),
+                    **options)  # fmt: skip
+
+
+def test_compile_goes_back_natively_only_where_something_flows(monkeypatch):
+    from pymeta.backend.prepared import PreparedCall
+
+    calls, original = [], PreparedCall.vjp
+    monkeypatch.setattr(PreparedCall, "vjp",
+                        lambda self, *a: (calls.append(1), original(self, *a))[1])  # fmt: skip
+    module = make(mlp(2, 4, 2))
+    out = torch.compile(module, fullgraph=True, backend="aot_eager")(*batch())
+    out.loss.backward(retain_graph=True)
+    assert calls == []
+    (out.predictions.sum() + out.task_losses.sum()).backward()
+    assert calls == [1]
 
 
 def test_compile_a_ragged_call():
@@ -232,17 +282,34 @@ def test_compile_does_not_differentiate_twice(way, backend):
         total.backward() if way == "backward" else torch.autograd.grad(total, parameters)
 
 
-@pytest.mark.parametrize("learnable", [False, True])
-def test_opcheck(learnable):
-    module = make(mlp(2, 3, 2), lr=pymeta.LearnableLR(0.1, "layer") if learnable else 0.1)
+@pytest.mark.parametrize("name", ["evaluate", "evaluate_vjp", "adapt", "adapt_vjp"])
+@pytest.mark.parametrize("own", [False, True])
+def test_opcheck(name, own):
+    module = make(mlp(2, 3, 2), lr=pymeta.LearnableLR(0.1, "layer"))
     xs, ys, xq, yq = batch()
     xs.requires_grad_()
-    arguments = (
-        module._handle, list(module.model.parameters()), module.lr if learnable else None,
-        xs, ys, None, None, xq, yq, torch.rand(3, 4), torch.tensor([4, 2, 0]),
-        [False, False], 2, [True, learnable, True, False],
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.pymeta.meta_gradient.default, arguments)
+    parameters, weights = list(module.model.parameters()), torch.rand(3, 4)
+    lr = module.lr
+    if own:
+        parameters[1] = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+        lr = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    query = (xq, yq, weights, torch.tensor([4, 2, 0]), None)
+    if name.startswith("adapt"):
+        query = (None,) * 5
+    wanted = [True] * 6 + [False] * 5  # by parameters, lr and xs
+    arguments = [
+        module._handle, parameters, lr, xs, ys, None, None, None, *query, torch.rand(3).double(),
+        None, ["0.bias"] if own else [], [False, False, own, True], 2, 2, wanted,
+    ]  # fmt: skip
+    if name == "evaluate_vjp":
+        flat = torch.randn(sum(p.numel() for p in parameters) + lr.numel() + xs.numel()).double()
+        flows = torch.ones(()), torch.randn(3), torch.randn(3, 4, 2)
+        arguments += [flat, *(flow.double() for flow in flows)]
+    if name == "adapt_vjp":
+        arguments.append([torch.randn(3, *p.shape).double() for p in module.model.parameters()])
+    if name.endswith("vjp"):  # which cannot be differentiated
+        arguments = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+    torch.library.opcheck(getattr(torch.ops.pymeta, name).default, tuple(arguments))
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])

@@ -1,0 +1,268 @@
+"""What torch.compile traces of learners and operators: calls of the operators of `ops.py`.
+
+Eager calls never come here (they go straight to the binding). What the native core cannot run
+there is left to eager mode, at the price of a graph break (an error under fullgraph=True).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pymeta.functional import ops  # registers them
+from pymeta.functional.evaluation import Results
+from pymeta.functional.handles import owner_of
+from pymeta.functional.ops import Inputs
+from pymeta.spec.modules import Function, outside_graphs
+
+if TYPE_CHECKING:
+    from pymeta.functional.calls import Flows, Request
+    from pymeta.functional.operator import Operator
+
+__all__ = ["ops"]
+
+# One side's x, y, sizes, weights and offset; as tensors, packed where they came as lists.
+Side: TypeAlias = tuple[Any, Any, Any, Any, Any]
+
+
+def _constant(function: Function) -> Function:
+    """`function` for torch.compile: called while it traces, and its result taken as it is."""
+    assume: Any = torch.compiler.assume_constant_result
+    assumed: Function = assume(function)
+    return assumed
+
+
+@_constant
+def _width(handle: str, dtype: torch.dtype, device: torch.device, shape: Any) -> int:
+    """How many outputs the network has; -1 where the native core does not run it there."""
+    owner = owner_of(handle)
+    if owner.backend == "torch":
+        return -1
+    plan = owner._plan_for(dtype, device, None if shape is None else torch.empty(shape))
+    if plan.reason is not None or plan.expected.out_features is None:
+        return -1
+    return int(plan.expected.out_features)
+
+
+def _rows(values: Any, lengths: list[int]) -> Tensor | None:
+    """A list's tensors one after another; they must have the given numbers of rows."""
+    if values is None:
+        return None
+    if len(values) != len(lengths) or [v.shape[0] for v in values] != lengths:
+        raise ValueError(f"expected {len(lengths)} tensors of {lengths} rows, as the inputs are")
+    return torch.cat(list(values))
+
+
+def _traced(side: Side) -> tuple[Side, list[int] | None]:
+    """One side's arguments as tensors, and the lengths of lists."""
+    x, y, sizes, weights, offset = side
+    if isinstance(x, (list, tuple)):
+        lengths = [v.shape[0] for v in x]
+        packed = [_rows(v, lengths) for v in (x, y, weights, offset)]
+        sizes = torch.tensor(lengths, device="cpu")
+        return (packed[0], packed[1], sizes, packed[2], packed[3]), lengths
+    if isinstance(sizes, (list, tuple)):
+        sizes = torch.tensor(sizes, device="cpu")
+    return (x, y, sizes, weights, offset), None
+
+
+class Call(NamedTuple):
+    """A call as it was given, of a learner or an operator.
+
+    Attributes:
+        handle: of either.
+        parameters: in order; [T, ...] of those in `own`.
+        own: the names of those that tasks have of their own.
+        support: one side.
+        query: the other; None where adapted parameters alone are wanted.
+        lr: all tasks' step sizes, or None for a number.
+        own_lr: each task's.
+        anchor: each task's, or None.
+        step_weights: [steps], or None.
+        steps: how many.
+        clips: whether `task_clip` counts.
+        wanted: of what gradients are wanted, as `Inputs` have it; None for what requires grad.
+    """
+
+    handle: str
+    parameters: list[Tensor]
+    own: list[str]
+    support: Side
+    query: Side | None
+    lr: Any
+    own_lr: Any
+    anchor: Any
+    step_weights: Any
+    steps: int
+    clips: bool
+    wanted: list[bool] | None = None
+
+
+def _tensor(value: Any, like: Tensor) -> Any:
+    if isinstance(value, (list, tuple)):
+        return torch.tensor(value, dtype=like.dtype, device=like.device)
+    return value
+
+
+def _inputs(call: Call, out: int) -> tuple[Inputs, list[int] | None]:
+    """What the operators take, and the lengths of a list of queries."""
+    (xs, ys, ss, ws, so), support_lengths = _traced(call.support)
+    xq = yq = sq = wq = qo = query_lengths = None
+    if call.query is not None:
+        (xq, yq, sq, wq, qo), query_lengths = _traced(call.query)
+    lr = call.lr if call.own_lr is None else _tensor(call.own_lr, xs)
+    wanted = call.wanted
+    if wanted is None:
+        grad = torch.is_grad_enabled()
+        every = (*call.parameters, lr, xs, xq, ys, yq, ws, wq)
+        wanted = [grad and v is not None and v.requires_grad for v in every]
+    how = [
+        support_lengths is not None, query_lengths is not None, call.own_lr is not None, call.clips
+    ]  # fmt: skip
+    return Inputs(
+        call.handle, call.parameters, lr, xs, ys, ws, ss, so, xq, yq, wq, sq, qo,
+        _tensor(call.anchor, xs), _tensor(call.step_weights, xs), call.own, how, call.steps, out,
+        wanted,
+    ), query_lengths  # fmt: skip
+
+
+def width_of(call: Call) -> int:
+    """How many outputs there are; -1 where the call is left to eager mode.
+
+    That is also where a gradient is wanted that the native core lacks.
+    """
+    query = call.query
+    offsets = [call.support[4], None if query is None else query[4]]
+    weights = [(call.support[1], call.support[3])]
+    weights += [] if query is None else [(query[1], query[3])]
+    lacking = [v for o in offsets for v in _entries(o)] + _entries(call.anchor)
+    lacking += [v for y, w in weights for v in _entries(w) if v.ndim > 2]
+    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in lacking):
+        return -1
+    first = call.parameters[0] if call.parameters else call.support[0]
+    x = call.support[0]
+    entry = x[0] if isinstance(x, (list, tuple)) else x
+    # one task of one row, whose axes tell which plan is wanted
+    shape = (1, 1, *(entry.shape[1:] if isinstance(x, (list, tuple)) else entry.shape[2:]))
+    return _width(call.handle, first.dtype, first.device, shape if len(shape) > 3 else None)
+
+
+def _entries(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def evaluate(call: Call, out: int) -> tuple[Results, Tensor]:
+    """Losses and predictions with their graphs, and the loss's flat gradient."""
+    inputs, lengths = _inputs(call, out)
+    loss, losses, predictions, steps, flat = torch.ops.pymeta.evaluate(*inputs)
+    outputs = list(predictions.split(lengths)) if lengths is not None else predictions
+    weighed = None if call.step_weights is None else steps
+    if inputs.yq is None:
+        return Results(None, None, outputs, None), flat
+    return Results(loss, losses, outputs, weighed), flat
+
+
+def adapt(call: Call, names: Sequence[str], out: int) -> dict[str, Tensor]:
+    """The adapted parameters with their graph."""
+    inputs, _ = _inputs(call, out)
+    return dict(zip(names, torch.ops.pymeta.adapt(*inputs), strict=True))
+
+
+# ---- MAML -------------------------------------------------------------------------------------
+
+
+@outside_graphs
+def _eagerly(maml: Any, data: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return maml.forward(*data, **options)
+
+
+def forward(maml: Any, data: tuple[Any, Any, Any, Any], options: dict[str, Any]) -> Any:
+    """`MAML.forward` while torch.compile traces; what goes into an `Outcome`."""
+    xs, ys, xq, yq = data
+    own = options["start"] or {}
+    named = dict(maml.model.named_parameters())
+    if isinstance(own, Mapping) and all(name in named for name in own):
+        support = (xs, ys, *(options[f"support_{n}"] for n in ("sizes", "weights", "offset")))
+        query = (xq, yq, *(options[f"query_{n}"] for n in ("sizes", "weights", "offset")))
+        steps = options["steps"]
+        call = Call(
+            maml._handle, [own.get(n, p) for n, p in named.items()], list(own), support, query,
+            maml.lr if isinstance(maml.lr, Tensor) else None, options["lr"], options["anchor"],
+            options["step_weights"], maml.steps if steps is None else steps, True,
+        )  # fmt: skip
+        out = width_of(call)
+        if out >= 0:
+            return evaluate(call, out)[0]
+    return _eagerly(maml, data, options)
+
+
+# ---- operators --------------------------------------------------------------------------------
+
+
+@outside_graphs
+def _method(operator: Operator, name: str, arguments: tuple[Any, ...]) -> Any:
+    return getattr(operator.tensors, name)(*arguments)
+
+
+def _call(operator: Operator, request: Request, clips: bool = False) -> Call:
+    names = list(operator.shapes)
+    parameters = [request.parameters[name] for name in names]
+    own = [n for n, p in zip(names, parameters, strict=True) if p.ndim > len(operator.shapes[n])]
+    query = None if request.query is None else tuple(request.query)
+    rates = request.rates
+    steps = operator.steps if request.steps is None else request.steps
+    return Call(
+        operator.handle, parameters, own, tuple(request.support), query,
+        rates, request.lr, request.anchor, request.step_weights, steps, clips,
+    )  # fmt: skip
+
+
+def operator_adapt(operator: Operator, request: Request) -> Any:
+    """`Tensors.adapt` while torch.compile traces."""
+    call = _call(operator, request)
+    out = width_of(call)
+    if out < 0:
+        return _method(operator, "adapt", (request,))
+    return adapt(call, operator.adapted, out)
+
+
+def operator_predictions(operator: Operator, request: Request) -> Any:
+    """`Tensors.adapt_predict` while torch.compile traces."""
+    call = _call(operator, request)
+    out = width_of(call)
+    if out < 0:
+        return _method(operator, "adapt_predict", (request,))
+    return evaluate(call, out)[0].predictions
+
+
+def operator_gradients(
+    operator: Operator, request: Request, wrt: tuple[str, ...], flows: Flows | None
+) -> Any:
+    """`Tensors.gradients` while torch.compile traces: natively the mean loss's, without graphs."""
+    rates = request.rates
+    if "rates" in wrt and rates is None:
+        first = next(iter(request.parameters.values()))
+        rates = first.new_full(operator.rate_shape, operator.first_rate)
+    call = _call(operator, request._replace(rates=rates), clips=True)
+    out = width_of(call)
+    lists = isinstance(call.support[0], (list, tuple))
+    if out < 0 or flows is not None or lists:
+        return _method(operator, "gradients", (request, wrt, flows))
+    named = ["lr" if name == "rates" else name for name in wrt]
+    extras = ("lr", "xs", "xq", "ys", "yq", "support_weights", "query_weights")
+    parameters = ["parameters" in wrt] * len(call.parameters)
+    with torch.no_grad():
+        call = call._replace(wanted=[*parameters, *(name in named for name in extras)])
+        inputs, _ = _inputs(call, out)
+        results, flat = evaluate(call, out)
+    parts = list(flat.split_with_sizes([tensor.numel() for tensor in inputs.by]))
+    views = [part.view(by.shape) for part, by in zip(parts, inputs.by, strict=True)]
+    count = len(call.parameters) if "parameters" in wrt else 0
+    by_name = dict(zip([n for n in extras if n in named], views[count:], strict=True))
+    found = {
+        name: by_name["lr" if name == "rates" else name] for name in wrt if name != "parameters"
+    }
+    return results, (dict(zip(operator.shapes, views[:count], strict=True)) if count else {}, found)
