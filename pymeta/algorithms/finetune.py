@@ -155,7 +155,6 @@ class FineTune(Learner):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        """Check the arguments and examine the model."""
         super().__init__(
             model,
             loss=loss,

@@ -113,7 +113,6 @@ class MAML(Learner):
         task_clip: float | None = None,
         backend: str = "auto",
     ) -> None:
-        """Check the arguments and examine the model."""
         super().__init__(
             model,
             loss=loss,

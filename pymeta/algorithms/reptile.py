@@ -102,7 +102,6 @@ class Reptile(Learner):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        """Check the arguments and examine the model."""
         super().__init__(
             model,
             loss=loss,

@@ -96,7 +96,6 @@ class Episodes:
         seed: int | None = None,
         augment: Augmentation | Sequence[Augmentation] = (),
     ) -> None:
-        """Check the arguments and find what can be drawn."""
         self._panel = panel
         self._tasks = whole("tasks", tasks, 1)
         self._support, self._query = size_range("support", support), size_range("query", query)

@@ -52,7 +52,6 @@ class Windows:
     def __init__(
         self, panel: Panel, *, support: int, query: int, gap: int = 0, step: int = 1
     ) -> None:
-        """Check the arguments and find the windows."""
         self._panel = panel
         self.support, self.query = whole("support", support, 1), whole("query", query, 1)
         self.gap, self.step = whole("gap", gap, 0), whole("step", step, 1)

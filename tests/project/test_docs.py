@@ -18,8 +18,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -306,11 +308,24 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 20
+    assert (tmp_path / "objects.inv").stat().st_size > 1000  # for other projects' links
+    learners = re.sub(r"<[^>]+>", "", (tmp_path / "api" / "learners.html").read_text())
+    assert re.search(r"MAML\(\s*model: Module,\s*\*,\s*loss: Any", learners)
     for page in pages:  # a reader's browser asks nobody else for anything
         fetched = re.findall(
             r'<(?:script|img|link)[^>]*(?:src|href)="(https?:[^"]*)"', page.read_text()
         )
         assert not fetched, f"{page.name} fetches {fetched}"
+
+
+def test_the_figure_of_times_shows_the_results(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    tasks = runpy.run_path(str(ROOT / "docs" / "figures" / "tasks.py"))
+    found = tasks["lines"](json.loads(tasks["RESULTS"].read_text()))
+    assert [t for t, _ in found["pymeta"]] == [1, 25, 256, 1024]
+    assert {"jax", "torch vmap", "torch loop"} <= found.keys()
+    tasks["main"](out=tmp_path / "tasks.png")
+    assert (tmp_path / "tasks.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def _is_missing(module: str) -> bool:
