@@ -77,7 +77,6 @@ void put_cotangents(const Problem& problem, const CotangentParts& cotangents, De
 template <class Real>
 void check_meta(const Call<Real>& call) {
   if (call.batches.size > 0) refuse("schedule: a meta-gradient takes all rows");
-  if (!(call.task_clip >= 0)) refuse("task_clip: expected at least 0");
   if (call.step_weights && call.steps == 0) refuse("step_weights: there are no steps");
   const bool labels = takes_labels(*call.loss);
   if (labels && (call.ys_gradient || call.yq_gradient)) refuse("gradients: class labels have none");
@@ -186,6 +185,7 @@ void CallParts::describe(Described<Real>& to) const {
     call.validation = described_set<Real>(*validation, false);
   }
   call.step_weights = pointer<Real>(step_weights);
+  if (!(task_clip >= 0)) refuse("task_clip: expected at least 0");
   call.task_clip = task_clip;
   if (gradients) put_gradients(*problem_, *gradients, to);
   if (cotangents) put_cotangents(*problem_, *cotangents, to);

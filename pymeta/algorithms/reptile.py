@@ -76,6 +76,9 @@ class Reptile(Learner):
             all. The others, and those that do not require grad, stay as they are.
         anchor: the penalty anchor/2 |theta - start|^2 on what is adapted (L2-SP).
         anchor_rows: in its place: anchor_rows / n for a task of n rows that count.
+        task_clip: the largest norm of one task's theta - theta_t, all parameters together, before
+            the mean over tasks is taken; None for any. For robustness, and for differential
+            privacy (`pymeta.privacy`).
         seed: of the shuffles.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
@@ -85,7 +88,7 @@ class Reptile(Learner):
             where the native core cannot run the model (the message says why).
     """
 
-    _checks: ClassVar[Checks] = checks_of("steps", "batch_size", "seed")
+    _checks: ClassVar[Checks] = checks_of("steps", "batch_size", "seed", "task_clip")
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class Reptile(Learner):
         adapt: Sequence[str] | None = None,
         anchor: float = 0.0,
         anchor_rows: float | None = None,
+        task_clip: float | None = None,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -113,6 +117,7 @@ class Reptile(Learner):
             anchor_rows=anchor_rows,
         )
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
+        self.task_clip = task_clip
         self._stream = 0
         self._look()
 
@@ -180,7 +185,9 @@ class Reptile(Learner):
             self._last = NativeCall(
                 "reptile", schedule, *sizes, wanted=wanted, has_anchors=anchors is not None
             )
-            outcome = native_adapt.reptile(plan, parameters, inner.lr, inner, support, ids, anchors)
+            outcome = native_adapt.reptile(
+                plan, parameters, inner.lr, inner, support, ids, anchors, self.task_clip
+            )
         else:
             if in_transform():
                 raise RuntimeError(
@@ -192,7 +199,7 @@ class Reptile(Learner):
             check_values_of(anchors)
             numbers = None if ids is None else ids.tolist()
             outcome = reference.reptile(
-                self.model, named, plan.adapted, inner, support, numbers, anchors
+                self.model, named, plan.adapted, inner, support, numbers, anchors, self.task_clip
             )
         if trains:
             self._stream += 1

@@ -188,6 +188,7 @@ def reptile(
     support: TaskSet,
     task_ids: Tensor | None = None,
     anchors: Tensor | None = None,
+    task_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The native twin of `reference.reptile`: (loss [], task losses [T])."""
     lr, s = native_lr(plan, lr), ready(plan, support)
@@ -211,14 +212,48 @@ def reptile(
         call.schedule = native.schedule(inner.schedule, address(ids))
         call.support = native.rows(s)
         call.anchors = address(anchors)
+        call.task_clip = task_clip or 0.0
         call.results.losses, call.results.mean_loss = losses.data_ptr(), loss.data_ptr()
         call.gradients = None if gradients is None else gradients.native
         anchored = anchors is not None
-        plan.runner(call.run, "reptile", s.tasks, s.rows, inner.schedule, wanted, anchored)()
+        how = (wanted, anchored, task_clip is not None)
+        plan.runner(call.run, "reptile", s.tasks, s.rows, inner.schedule, *how)()
     if layout is not None and gradients is not None:
         inputs = layout.inputs(parameters, extras)
         (loss,) = with_graph(OfLoss(Lease(gradients, layout.idle), REPTILE), (loss,), inputs)
     return loss, losses
+
+
+def input_gradients(
+    plan: Plan,
+    stacked: dict[str, Tensor],
+    shared: dict[str, Tensor],
+    query: TaskSet,
+    cotangents: Tensor,
+) -> Tensor:
+    """The native twin of `reference.input_gradients`: like query.x.
+
+    It is the meta-gradient of no inner step, from a start of each task's own.
+    """
+    names = [plan.names[i] for i in plan.chain]
+    q = ready(plan, query)
+    tensors = [dense(stacked[n] if n in stacked else shared[n]) for n in names]
+    cotangents = dense(cotangents)
+    found = torch.zeros_like(q.x)
+    if q.tasks == 0:
+        return found
+    lr = plan.lr_tensor(0.0)
+    call = plan.call("meta")
+    call.tasks = q.tasks
+    call.start = [t.data_ptr() for t in tensors]
+    call.own_starts = [n in stacked for n in names]
+    call.rates = native_rates(lr)
+    call.schedule = native.extension().Schedule(steps=0)
+    call.query = native.rows(q)
+    call.cotangents = native.extension().Cotangents(predictions=cotangents.data_ptr())
+    call.gradients = native.extension().Gradients(xq=found.data_ptr())
+    plan.runner(call.run, "input_gradients", q.tasks, q.rows, *stacked)()
+    return found
 
 
 def predict(

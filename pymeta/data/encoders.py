@@ -93,6 +93,12 @@ class Numbers:
         missing = [f"{n} missing" for n, i in zip(self.columns, self.indicated, strict=True) if i]
         return [*self.columns, *missing]
 
+    @property
+    def sources(self) -> list[str]:
+        """The column that each feature was made of."""
+        missing = [n for n, i in zip(self.columns, self.indicated, strict=True) if i]
+        return [*self.columns, *missing]
+
     def state(self) -> tuple[dict[str, Any], Arrays]:
         """What a file holds of it: JSON, and arrays."""
         held = ("fill", "low", "high", "centre", "scale", "indicated")
@@ -172,6 +178,12 @@ class Categories:
             out += [f"{name}={label}" for _, label in own]
             out += [f"{name}={OTHER}"] * self._shares(name)
         return out
+
+    @property
+    def sources(self) -> list[str]:
+        """The column that each feature was made of."""
+        counts = {n: self.frequent[n] + self._shares(n) for n in self.known}
+        return [name for name, count in counts.items() for _ in range(count)]
 
     def state(self) -> tuple[dict[str, Any], Arrays]:
         """What a file holds of it: JSON, and arrays."""

@@ -60,6 +60,8 @@ class Preprocessor:
         >>> prep = panel.preprocessor(clip=None, scale=None, min_rows=1).fit(panel)
         >>> prep.features
         ('x', 'x missing', 'kind=u', 'kind=v')
+        >>> prep.sources
+        ('x', 'x', 'kind', 'kind')
         >>> prep(panel).x.tolist()
         [[1.0, 0.0, 1.0, 0.0], [2.0, 1.0, 0.0, 1.0], [3.0, 0.0, 1.0, 0.0]]
     """
@@ -187,6 +189,13 @@ class Preprocessor:
         self._need_fit()
         own = self._parts["numbers"].names + self._parts["categories"].names
         return (*own, *([f"mean {self._entity}"] if self.encode_entity else []))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The column of the table that each feature was made of: 'kind' of 'kind=u'."""
+        self._need_fit()
+        own = self._parts["numbers"].sources + self._parts["categories"].sources
+        return (*own, *([self._entity] if self.encode_entity else []))
 
     def __call__(self, panel: Panel) -> Panel:
         """The panel with the features this makes; its order of rows stays.

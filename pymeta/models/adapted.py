@@ -21,6 +21,7 @@ from pymeta import reference
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.models.file import Path, Raw, errors_about
+from pymeta.models.given import check_stacked, in_form_of
 from pymeta.models.stacked import Saved, Stacked, load, positions
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.history import History
@@ -29,7 +30,7 @@ from pymeta.spec.modules import drop_running_statistics, one_at_a_time
 from pymeta.spec.network import Description
 from pymeta.spec.transforms import in_transform
 from pymeta.tasks.checks import Names
-from pymeta.tasks.task_set import QUERY, Rows, Sizes, dense, shaped, task_set
+from pymeta.tasks.task_set import QUERY, Rows, Sizes, TaskSet, dense, shaped, task_set
 from pymeta.tasks.values import check_values
 
 _NAMES = Names("xq", "", QUERY.sizes, "", "offset")
@@ -112,7 +113,7 @@ class Adapted(Stacked[Tensor]):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         plan = Plan(model, describe_loss(loss), None, "network", adapts=False)
-        tasks = _check_stacked(dict(model.named_parameters()), parameters)
+        tasks = check_stacked(dict(model.named_parameters()), parameters)
         stacked, shared = {}, {}
         for name in plan.names:
             value = parameters[name].detach()
@@ -180,6 +181,12 @@ class Adapted(Stacked[Tensor]):
 
     def _plan_for(self, row_shape: tuple[int, ...] | None) -> Plan:
         return Plan(self._model, self.loss, None, "network", adapts=False, row_shape=row_shape)
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a prediction depends on the other rows of its call, as with batch norm."""
+        kinds = nn.modules.batchnorm._BatchNorm
+        return any(isinstance(module, kinds) for module in self._model.modules())
 
     def __repr__(self) -> str:
         """How many models of what, and what is known of them."""
@@ -255,22 +262,62 @@ class Adapted(Stacked[Tensor]):
             TypeError: an argument has the wrong type or dtype.
             ValueError: a wrong shape, size or device, or another number of tasks.
         """
-        plan = self._plan
-        shape = plan.shape_for(xq)
-        if shape is not None:
-            plan = self._made = self._plan_for(shape)
-        query = task_set(_NAMES, xq, None, query_sizes, None, plan.expected, offset)
-        if query.tasks != self._tasks:
-            raise ValueError(
-                f"xq: expected {self._tasks} tasks, one for each model, got {query.tasks}"
-            )
-        if self._native and not (plan.reason or query.reason or in_transform()):
+        plan, query = self._queries(xq, query_sizes, offset)
+        if self._runs_natively(plan, query):
             return shaped(native_adapt.predict(plan, self._stacked, self._shared, query), query)
         check_values(query, plan.expected)
         if query.tasks == 0:
             out = () if plan.expected.out_features is None else (plan.expected.out_features,)
             return query.x.new_zeros(0, query.rows, *out)
         return shaped(reference.predict(self._model, self._stacked, self._shared, query), query)
+
+    def _queries(
+        self, xq: Any, sizes: Any, offset: Any, names: Names = _NAMES
+    ) -> tuple[Plan, TaskSet]:
+        """The rows of a call, and the plan for rows of their shape."""
+        plan = self._plan
+        shape = plan.shape_for(xq)
+        if shape is not None:
+            plan = self._made = self._plan_for(shape)
+        query = task_set(names, xq, None, sizes, None, plan.expected, offset)
+        if query.tasks != self._tasks:
+            raise ValueError(
+                f"xq: expected {self._tasks} tasks, one for each model, got {query.tasks}"
+            )
+        return plan, query
+
+    def _runs_natively(self, plan: Plan, query: TaskSet) -> bool:
+        return self._native and not (plan.reason or query.reason or in_transform())
+
+    @torch.no_grad()
+    def input_gradients(self, xq: Rows, cotangents: Rows) -> Any:
+        """The gradient of every model's sum(cotangents * outputs) by its rows.
+
+        One native call for all of them (`pymeta.explain` makes attributions of it).
+
+        Args:
+            xq: as for a call.
+            cotangents: in the shape of a call's result.
+
+        Returns:
+            In the shape of xq; a list where that is one.
+
+        Raises:
+            TypeError, ValueError: as a call.
+        """
+        names = _NAMES._replace(offset="cotangents")
+        plan, query = self._queries(xq, None, cotangents, names)  # they have the outputs' shape
+        flows, query.offset = query.offset, None
+        if flows is None:
+            raise TypeError("cotangents: expected a number for each output, got None")
+        if self._runs_natively(plan, query):
+            make = native_adapt.input_gradients
+            found = make(plan, self._stacked, self._shared, query, flows)
+        else:
+            check_values(query, plan.expected)
+            of = (self._model, self._stacked, self._shared)
+            found = reference.input_gradients(*of, query, shaped(flows, query))
+        return in_form_of(xq, shaped(found, query))
 
     @torch.no_grad()
     def predict_proba(
@@ -401,41 +448,6 @@ def _chosen(plan: Plan) -> bool:
             stacklevel=3,
         )
     return plan.reason is None
-
-
-def _check_stacked(own: Mapping[str, Tensor], given: Any) -> int:
-    """The number of tasks; TypeError or ValueError unless `given` fits the model's own."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"parameters: expected a dictionary, got {type(given).__name__}")
-    if not own or given.keys() != own.keys():
-        odd = sorted(map(str, given.keys() ^ own.keys()))
-        raise ValueError(
-            f"parameters: expected the model's ({', '.join(own) or 'it has none'}); "
-            f"missing or unknown: {', '.join(odd) or 'none'}"
-        )
-    tasks: int | None = None
-    for name, parameter in own.items():
-        value = given[name]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"parameters: {name}: expected a tensor, got {type(value).__name__}")
-        if (
-            value.ndim == 0
-            or value.shape[1:] != parameter.shape
-            or len(value) != (len(value) if tasks is None else tasks)
-        ):
-            wanted = ["T" if tasks is None else tasks, *parameter.shape]
-            raise ValueError(
-                f"parameters: {name}: expected shape [{', '.join(map(str, wanted))}], "
-                f"got {list(value.shape)}"
-            )
-        if value.dtype != parameter.dtype or value.device != parameter.device:
-            raise ValueError(
-                f"parameters: {name}: expected {parameter.dtype} on {parameter.device} as the "
-                f"model's, got {value.dtype} on {value.device}"
-            )
-        tasks = len(value)
-    assert tasks is not None
-    return tasks
 
 
 def _check_structure(saved: Saved, model: nn.Module, plan: Plan) -> None:

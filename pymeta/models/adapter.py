@@ -298,8 +298,22 @@ class Adapter:
         """The tasks with class weights worked into the rows' weights."""
         if self.class_weights is None:
             return support
-        weights = _class_weighted(support, self.loss, self.out_features, self.class_weights)
+        factors = _class_factors(support, self.loss, self.out_features, self.class_weights)
+        weights = factors if support.weights is None else support.weights * factors
         return support._replace(weights=weights)
+
+    def class_factors(self, xs: Rows, ys: Rows, weights: Rows | None = None) -> np.ndarray:
+        """What `class_weights` multiply the rows' weights by: [T, rows], or [sum of rows] of lists.
+
+        The arguments are those of `adapt`.
+
+        Raises:
+            TypeError, ValueError: as `adapt`.
+        """
+        support = gather(_SUPPORT, xs, ys, weights, self._expected)
+        if self.class_weights is None:
+            return np.ones(support.x.shape[: 1 if support.starts is not None else 2], self.dtype)
+        return _class_factors(support, self.loss, self.out_features, self.class_weights)
 
     def _one(self, xs: Any, ys: Any, weights: Any) -> Gathered:
         """One task as a batch."""
@@ -417,10 +431,10 @@ class Adapter:
 # ---- pieces -----------------------------------------------------------------------------------
 
 
-def _class_weighted(
+def _class_factors(
     support: Gathered, loss: Loss, outputs: int, weights: str | tuple[float, ...]
 ) -> np.ndarray:
-    """The rows' weights, each multiplied by that of the row's class.
+    """What the rows' weights are multiplied by: the weight of the row's class.
 
     A wrong label is left for the native core to find.
     """
@@ -435,8 +449,7 @@ def _class_weighted(
     found = classes_of("ys", support.y.reshape(-1), task, number, loss, outputs, weighs)
     table = class_table(found, task, tasks, weights, outputs if loss.takes_classes else 2)
     factors = row_factors(found, task, table).astype(support.x.dtype)
-    factors = factors.reshape(support.x.shape[:-1])
-    return factors if support.weights is None else support.weights * factors
+    return factors.reshape(support.x.shape[:-1])
 
 
 def _as_engines_want(

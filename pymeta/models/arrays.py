@@ -113,6 +113,11 @@ class AdaptedArrays(Stacked[np.ndarray]):
         """Of the weights, the inputs and the outputs."""
         return (self._stacked | self._shared)[self._names[0]].dtype
 
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a prediction depends on the other rows of its call, as with batch norm."""
+        return bool(self.architecture.network().mixes_rows)
+
     def __repr__(self) -> str:
         """How many models of what, and what is known of them."""
         return self._told(str(self.architecture))
@@ -170,17 +175,60 @@ class AdaptedArrays(Stacked[np.ndarray]):
 
     def _predict(self, query: Gathered, out: np.ndarray) -> Any:
         """As a call, for queries that are checked; the outputs go to `out`."""
+        call, held = self._call("predict", query)
+        call.results.predictions = address(out)
+        call.run()
+        del held
+        return query.shaped(out)
+
+    def _call(self, job: str, query: Gathered) -> tuple[Any, list[np.ndarray]]:
+        """A native call with these weights, and the arrays that have to stay until it has run."""
         names = self.architecture.chain
         given = {**self._stacked, **self._shared}
         weights = [dense(given[name]) for name in names]
-        call = native.extension().Call(self._problem, DTYPE_CODES[self.dtype], "predict")
+        call = native.extension().Call(self._problem, DTYPE_CODES[self.dtype], job)
         call.tasks = self._tasks
         call.start = [address(w) for w in weights]
         call.own_starts = [n in self._stacked for n in names]
         call.query = query.native_rows()
-        call.results.predictions = address(out)
-        call.run()
-        return query.shaped(out)
+        return call, weights
+
+    def input_gradients(self, xq: Rows, cotangents: Rows) -> Any:
+        """The gradient of every model's sum(cotangents * outputs) by its rows.
+
+        One native call for all of them (`pymeta.explain` makes attributions of it).
+
+        Args:
+            xq: as for a call.
+            cotangents: in the shape of a call's result.
+
+        Returns:
+            In the shape of xq; a list where that is one.
+
+        Raises:
+            TypeError, ValueError: as a call.
+        """
+        expected = expected_of(self.architecture, self.loss, self.dtype)
+        why = "one for each model"
+        query = gather_queries(xq, self._tasks, why, expected, cotangents, "cotangents")
+        found = np.zeros_like(query.x)
+        flows, query = query.offset, query._replace(offset=None)
+        if flows is None:
+            raise TypeError("cotangents: expected a number for each output, got None")
+        if self._tasks:
+            library = native.extension()
+            none = np.zeros(1, self.dtype)  # the rate of the steps, of which there are none
+            call, held = self._call("meta", query)
+            call.rates = library.Rates(address(none))
+            call.schedule = library.Schedule(steps=0)
+            call.cotangents = library.Cotangents(predictions=address(flows))
+            call.gradients = library.Gradients(xq=address(found))
+            call.run()
+            del held
+        if query.lengths is None:
+            return found.reshape(np.shape(xq))
+        pairs = zip(query.shaped(found), xq, strict=True)
+        return [value.reshape(np.shape(x)) for value, x in pairs]
 
     def predict_proba(self, xq: Rows, *, offset: Rows | None = None) -> Any:
         """Every model's probabilities on its own rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -386,6 +387,7 @@ def reptile(
     support: TaskSet,
     task_ids: Sequence[int] | None = None,
     anchors: Tensor | None = None,
+    task_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reptile's direction as the gradient of a loss (Nichol et al. 2018, algorithm 2).
 
@@ -397,6 +399,8 @@ def reptile(
         support: T tasks.
         task_ids: [T], as for `adapt`.
         anchors: [T], as for `adapt`.
+        task_clip: the largest norm of a task's theta - theta_t, all parameters together; None
+            for any.
 
     Returns:
         The mean [] of the task losses, whose gradient by each parameter theta is theta - mean
@@ -412,10 +416,53 @@ def reptile(
         mean = losses.mean() if support.tasks else losses.sum()
         moved = {name: torch.zeros_like(p) for name, p in at.items()}
         if support.tasks:
-            moved |= {name: at[name] - p.mean(0) for name, p in tasks.parameters.items()}
+            moved |= _mean_moves(at, tasks.parameters, task_clip)
     directions = tuple(moved.values())
     towards = cast(Callable[..., Tensor], _Towards.apply)  # torch has no annotation for it
     return towards(mean, directions, *parameters.values()), losses
+
+
+def _mean_moves(start: Parameters, adapted: Parameters, task_clip: float | None) -> Parameters:
+    """The mean over tasks of start - adapted [T, ...], each task's clipped before."""
+    if task_clip is None:
+        return {name: start[name] - p.mean(0) for name, p in adapted.items()}
+    moves = {name: start[name] - p for name, p in adapted.items()}
+    squares = [move.flatten(1).square().sum(1) for move in moves.values()]
+    if not squares:
+        return {}
+    factor = (task_clip / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1.0)
+    return {
+        name: (factor.reshape(-1, *[1] * (move.ndim - 1)) * move).mean(0)
+        for name, move in moves.items()
+    }
+
+
+def input_gradients(
+    model: nn.Module,
+    stacked: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    query: TaskSet,
+    cotangents: Tensor | Sequence[Tensor],
+) -> Tensor:
+    """The gradient of sum(cotangents * predictions) by the queries' inputs: like query.x.
+
+    Args:
+        model: as for `predict`, likewise what follows.
+        stacked: {name: [T, ...]}.
+        shared: {name: [...]}.
+        query: T tasks.
+        cotangents: like the predictions.
+    """
+    if query.tasks == 0:
+        return torch.zeros_like(query.x)
+    x = query.x.detach().requires_grad_()
+    query = copy.copy(query)
+    query.x = x
+    with torch.enable_grad():
+        outputs = predict(model, stacked, shared, query)
+        total = sum((o * c).sum() for o, c in zip(outputs, cotangents, strict=True))
+        (found,) = torch.autograd.grad(total, x, materialize_grads=True, allow_unused=True)
+    return found
 
 
 def predict(

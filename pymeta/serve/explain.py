@@ -1,8 +1,7 @@
-"""Attributions of predictions by occlusion, and reason codes.
+"""Attributions of predictions by integrated gradients (`pymeta.explain`), and reason codes.
 
-The attribution of a feature is how much the output changes when the feature is taken from the row
-and put at the mean of the task's support rows: f(row) - f(row with the mean there). All variants of
-all rows are one native call with the adapted weights.
+The baseline is the mean of the task's own support rows, so that the attributions say what sets a
+row apart from what its entity usually is: they add up to the prediction less that at the mean.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pymeta.explain import integrated_gradients
 from pymeta.models.arrays import AdaptedArrays
-from pymeta.serve.model import Model
 from pymeta.serve.problem import invalid
 
-METHOD = "occlusion: each feature replaced by the mean of the task's support rows"
+METHOD = "integrated gradients from the mean of the task's support rows"
+STEPS = 32  # points on each path
 REASONS = 5
 
 
@@ -25,40 +25,35 @@ class Attributions(NamedTuple):
 
     values: np.ndarray  # [rows, in]
     output: np.ndarray  # [rows] the output that is explained
+    baseline: np.ndarray  # [rows] what it is at the mean
 
 
 def attributions(
-    model: Model,
-    models: AdaptedArrays,
-    means: Sequence[np.ndarray],
-    xq: Sequence[np.ndarray],
-    predicted: Sequence[np.ndarray],
+    models: AdaptedArrays, means: Sequence[np.ndarray], xq: Sequence[np.ndarray]
 ) -> list[Attributions]:
-    """Attributions of every task's rows to the output that `model.explained` names.
+    """Attributions of every task's rows to the output that `default_outputs` picks.
 
     Args:
-        model: which the tasks were adapted from.
         models: adapted to T tasks.
         means: T arrays [in], the means of the support rows.
         xq: T arrays [rows, in], the rows that were predicted.
-        predicted: T arrays [rows, out], the outputs there.
+
+    Raises:
+        Problem: the model has batch normalisation.
     """
-    variants = [_occluded(m, q) for m, q in zip(means, xq, strict=True)]
-    outputs = models([v.reshape(-1, v.shape[-1]) for v in variants])
-    found = []
-    for variant, output, before in zip(variants, outputs, predicted, strict=True):
-        rows, features = variant.shape[:2]
-        chosen = model.explained(before)
-        without = output.reshape(rows, features, -1)
-        each = np.arange(rows)
-        values = before[each, chosen][:, None] - without[each, :, chosen]
-        found.append(Attributions(values, chosen))
-    return found
+    if models.mixes_rows:
+        raise invalid("explain", "batch normalisation leaves a row no reasons of its own")
+    if not sum(map(len, xq)):
+        nothing = [Attributions(q, np.zeros(0, np.int64), np.zeros(0, q.dtype)) for q in xq]
+        return nothing
+    found = integrated_gradients(models, list(xq), baseline=np.stack(means), steps=STEPS)
+    each = zip(found.values, found.outputs, found.baselines, strict=True)
+    return [Attributions(*parts) for parts in each]
 
 
 def check_cost(xq: Sequence[np.ndarray], limit: int) -> None:
-    """A Problem where the variants would be more than `limit` numbers."""
-    cost = sum(len(q) * q.shape[1] ** 2 for q in xq)
+    """A Problem where the points on the paths would be more than `limit` numbers."""
+    cost = STEPS * sum(q.size for q in xq)
     if cost > limit:
         raise invalid("explain", f"{cost} numbers to predict; expected at most {limit}: fewer rows")
 
@@ -69,10 +64,11 @@ def described(found: Sequence[Attributions], names: Sequence[str] | None) -> lis
         [
             {
                 "output": int(output),
+                "baseline": float(baseline),
                 "attributions": values.tolist(),
                 "reasons": reasons(values, names),
             }
-            for values, output in zip(each.values, each.output, strict=True)
+            for values, output, baseline in zip(*each, strict=True)
         ]
         for each in found
     ]
@@ -96,12 +92,3 @@ def reasons(values: np.ndarray, names: Sequence[str] | None) -> list[dict[str, A
 def mean_of(support: np.ndarray) -> np.ndarray:
     """The mean [in] of support rows [rows, in]; 0 where there are none."""
     return support.mean(0, dtype=np.float64) if len(support) else np.zeros(support.shape[1])
-
-
-def _occluded(mean: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """[rows, in, in]: variant f of a row has feature f at the mean."""
-    features = queries.shape[1]
-    variants = np.repeat(queries[:, None, :], features, 1)
-    each = np.arange(features)
-    variants[:, each, each] = mean
-    return variants

@@ -68,19 +68,6 @@ class Model:
         _check(field, found, found >= 0, "a weight >= 0")
         return _cast(field, found, self.adapter.dtype)
 
-    def explained(self, outputs: np.ndarray) -> np.ndarray:
-        """[rows] which of a task's outputs [rows, out] an explanation is of.
-
-        The largest of classes' or probabilities' logits; the level nearest the median of
-        quantiles; else the first, which is the location where there is one.
-        """
-        loss = self.adapter.loss
-        if loss.targets in ("labels", "probabilities"):
-            chosen: np.ndarray = outputs.argmax(1)
-            return chosen
-        level = int(np.argmin([abs(q - 0.5) for q in loss.levels])) if loss.levels else 0
-        return np.full(len(outputs), level * loss.target_columns(outputs.shape[1]), np.int64)
-
     def probabilities(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Of outputs [rows, out] each; a Problem where the loss knows no probabilities."""
         loss = self.adapter.loss

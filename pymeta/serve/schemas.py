@@ -98,7 +98,10 @@ class Explanation(BaseModel):
     """Why a row's prediction is what it is."""
 
     output: int = Field(description="the output that is explained")
-    attributions: list[float | None] = Field(description="of each feature, in units of the output")
+    baseline: float | None = Field(description="that output at the mean of the support rows")
+    attributions: list[float | None] = Field(
+        description="of each feature; they add up to the output less that at the baseline"
+    )
     reasons: list[Reason] = Field(description="the features that moved it most")
 
 

@@ -15,7 +15,7 @@ class Limits:
         tasks: of a request; more is answered 422.
         rows: of one task's support, or of its queries; more is answered 422.
         queue_tasks: waiting to be adapted, all requests together; more is answered 429.
-        explained_values: rows times features squared that an explanation may cost.
+        explained_values: inputs on the paths of an explanation: its rows times features times 32.
         kept_rows: of an entity; the oldest beyond them are deleted.
         cached_entities: whose adapted weights are kept in memory.
 

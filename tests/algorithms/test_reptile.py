@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LOSSES, assert_close, assert_promised, batch, gradients, mlp, torch_loss
+from kernels import PATHS, using
 from torch import nn
 
 import pymeta
@@ -446,3 +447,37 @@ def test_parameters_that_are_not_contiguous():
             tuned = pymeta.FineTune(model, loss="mse", lr=0.05, epochs=2, backend=backend)(xs, ys)
             found[-1] += list(tuned.parameters.values())
         assert_close(*found)
+
+
+@pytest.mark.parametrize("executor", [e for _, e in PATHS if e])
+def test_task_clip_is_the_mean_of_clipped_ways(executor):
+    net = mlp(2, 5, 2)
+    xs, ys, _, _ = batch(tasks=19)  # more than the lanes of one register
+    single = reptile("torch", net)
+    by = list(net.parameters())
+    ways = []
+    for t in range(19):
+        grads = torch.autograd.grad(single(xs[t : t + 1], ys[t : t + 1]).loss, by)
+        ways.append(torch.cat([g.reshape(-1) for g in grads]))
+    norms = torch.stack([w.norm() for w in ways])
+    clip = float(norms.median())
+    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+    wanted = sum(f * w for f, w in zip(factors, ways, strict=True)) / 19
+    for backend in ("native", "torch"):
+        module = reptile(backend, net, task_clip=clip)
+        with using(executor=executor):
+            got = torch.autograd.grad(module(xs, ys).loss, by)
+        assert_close(torch.cat([g.reshape(-1) for g in got]), wanted)
+    with using(executor=executor):
+        loose = torch.autograd.grad(reptile("native", net, task_clip=1e9)(xs, ys).loss, by)
+        plain = torch.autograd.grad(reptile("native", net)(xs, ys).loss, by)
+    assert all(torch.equal(a, b) for a, b in zip(loose, plain, strict=True))
+
+
+def test_task_clip_is_checked_as_mamls():
+    for value, kind in [(0.0, ValueError), (math.inf, ValueError), ("1", TypeError)]:
+        with pytest.raises(kind, match="task_clip"):
+            reptile("auto", mlp(2, 2), task_clip=value)
+    learner = reptile("native", mlp(2, 2))
+    learner.task_clip = 0.5
+    assert learner.task_clip == 0.5 and copy.deepcopy(learner).task_clip == 0.5

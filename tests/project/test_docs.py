@@ -34,7 +34,9 @@ import source_tree
 
 import pymeta
 import pymeta.data
+import pymeta.explain
 import pymeta.metrics
+import pymeta.privacy
 
 ROOT = source_tree.need("README.md", "mkdocs.yml", "docs")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,6 +44,8 @@ NOT_RUN = {"docs/gpu.md": ["needs a CUDA device"]}
 NEEDS = {
     "docs/comparing.md": ("sklearn", "pandas", "lightgbm", "matplotlib"),
     "docs/data.md": ("sklearn", "pandas"),
+    "docs/explain.md": ("sklearn", "pandas", "matplotlib"),
+    "docs/privacy.md": ("dp_accounting",),
     "docs/serving.md": ("fastapi",),
     "docs/sklearn.md": ("sklearn", "pandas"),
 }
@@ -239,7 +243,8 @@ def test_the_reference_has_every_public_name():
     shown = set(re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE))
     wanted = {f"pymeta.{name}" for name in pymeta.__all__}
     wanted |= {"pymeta.sklearn.MetaClassifier", "pymeta.sklearn.MetaRegressor"}
-    wanted |= {f"pymeta.data.{name}" for name in pymeta.data.__all__}
+    for part in (pymeta.data, pymeta.explain, pymeta.privacy):
+        wanted |= {f"{part.__name__}.{name}" for name in part.__all__}
     from pymeta import learners
 
     wanted |= {f"pymeta.learners.{n}" for n in learners.__all__ if n != "EncodedLearner"}

@@ -27,7 +27,9 @@ ALLOWED = {
     "metrics": {"tasks", "data"},
     "learners": {"spec", "tasks", "models", "algorithms"},
     "sklearn": {"spec", "tasks", "models", "learners"},  # and MAML etc. by their public names
-    "serve": {"spec", "models"},  # and the learners by their public names
+    "explain": {"spec", "tasks", "functional", "models"},
+    "privacy": {"tasks"},  # and the learners as they are given
+    "serve": {"spec", "models", "explain"},  # and the learners by their public names
 }
 FREE = {
     "info",

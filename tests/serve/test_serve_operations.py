@@ -71,7 +71,7 @@ def test_an_archive_that_unpacks_to_too_much_is_413(tmp_path):
 
 
 def test_an_explanation_that_costs_too_much_is_422(tmp_path):
-    settings = Settings(limits=Limits(explained_values=17))
+    settings = Settings(limits=Limits(explained_values=32 * 3 * 2 - 1))
     with in_process(tmp_path, store=None, settings=settings) as service:
         got = service.call("POST", f"{PATH}?explain=true", BODY)
         assert got.status == 422 and got.json["field"] == "explain"

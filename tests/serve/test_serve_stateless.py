@@ -10,6 +10,7 @@ from serve_help import adapter, alone, in_process, task
 
 pytest.importorskip("fastapi")
 
+from pymeta.explain import integrated_gradients, support_means
 from pymeta.spec.losses import Loss
 
 PATH = "/v1/adapt-predict"
@@ -79,26 +80,34 @@ def test_a_task_that_diverges_is_null_and_the_others_are_as_ever(service):
 # ---- explanations -------------------------------------------------------------------------------
 
 
-def test_attributions_are_the_outputs_change_when_a_feature_is_at_its_mean(service):
+def test_attributions_are_those_of_pymeta_explain(service):
     given = task(3, 9, 2)
     got = service.call("POST", f"{PATH}?explain=true", {"tasks": [given, task(1)]})
     assert got.status == 200, got.body
-    assert got.json["method"].startswith("occlusion") and len(got.json["explanations"]) == 2
-    model = adapter()
-    mean = np.array(given["xs"], np.float32).mean(0, dtype=np.float64)
+    assert got.json["method"].startswith("integrated") and len(got.json["explanations"]) == 2
+    x, y, q = (np.array(given[n], np.float32)[None] for n in ("xs", "ys", "xq"))
+    wanted = integrated_gradients(adapter().adapt(x, y), q, baseline=support_means(x))
     for row, explained in zip(range(2), got.json["explanations"][0], strict=True):
-        for feature in range(3):
-            changed = np.array(given["xq"], np.float32)
-            changed[row, feature] = mean[feature]
-            moved = alone(model, {**given, "xq": changed})[row, 0]
-            wanted = alone(model, given)[row, 0] - moved
-            assert np.float32(explained["attributions"][feature]) == wanted
+        found = np.array(explained["attributions"], np.float32)
+        assert np.allclose(found, wanted.values[0, row], rtol=1e-5, atol=1e-6)
+        moved = got.json["predictions"][0][row][explained["output"]] - explained["baseline"]
+        assert abs(found.sum() - moved) < 1e-4 * max(1, abs(moved))
         order = [abs(r["attribution"]) for r in explained["reasons"]]
         assert order == sorted(order, reverse=True) and len(order) == 3
         first = explained["reasons"][0]
         sign = "+" if first["attribution"] > 0 else "-"
         assert first["code"] == f"R{first['feature'] + 1}{sign}"
         assert first["name"] == f"x{first['feature']}"
+
+
+def test_explanations_of_no_rows_and_of_batch_normalisation(service, tmp_path):
+    got = service.call("POST", f"{PATH}?explain=true", {"tasks": [{**task(), "xq": []}]})
+    assert got.status == 200 and got.json["explanations"] == [[]]
+    layers = (("linear", 3, 4, True), ("batch_norm", 4, 1e-5, False, False), ("linear", 4, 1, True))
+    with in_process(tmp_path, adapter(layers=layers), store=None) as other:
+        assert other.call("POST", PATH, {"tasks": [task()]}).status == 200
+        got = other.call("POST", f"{PATH}?explain=true", {"tasks": [task()]})
+        assert got.status == 422 and got.json["field"] == "explain"
 
 
 def test_reasons_have_the_features_names(tmp_path):

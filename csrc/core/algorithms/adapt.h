@@ -102,15 +102,18 @@ class InnerLoop {
               s.ws.support_tape.size);
   }
 
-  // Adds start - theta to the totals.
+  // Adds start - theta to the totals, each task's at most as long as the call's clip.
   PYMETA_FN void add_difference(const Parameters& theta, const Totals& totals) const {
     const State<X>& s = state_;
+    const bool clips = s.call.task_clip > 0;
+    const Vec factor = clips ? difference_factor(theta) : broadcast(1);
     for (int t = 0; t < s.network.tensor_count; ++t) {
       const std::size_t place = s.layout.tensors[t].place;
       const Real *from = start().tensor(t), *to = theta.tensor(t);
       X::for_vectors(s.layout.scalars(t), [&](std::size_t i) {
         const Real* base = totals.base(place + i);
-        const Vec difference = load(from + i) - load(to + i);
+        const Vec whole = load(from + i) - load(to + i);
+        const Vec difference = clips ? factor * whole : whole;
         store(totals.gradient + place + i, base ? load(base) + difference : difference);
       });
     }
@@ -128,6 +131,20 @@ class InnerLoop {
   }
 
  private:
+  // By what a task's way from the start is scaled.
+  PYMETA_FN Vec difference_factor(const Parameters& theta) const {
+    const State<X>& s = state_;
+    Vec sum = zero();
+    for (int t = 0; t < s.network.tensor_count; ++t) {
+      const Real *from = start().tensor(t), *to = theta.tensor(t);
+      sum = X::sum_elements(s.layout.tensors[t], sum, [=](std::size_t at) {
+        const Vec difference = load(from + at) - load(to + at);
+        return difference * difference;
+      });
+    }
+    return s.share_factor(sum);
+  }
+
   PYMETA_FN void add_loss(const Step& now, const Tape& tape) {
     const Extent& extent = now.set->extent;
     const Vec loss = X::sum_rows_in_order(extent, tape.at(tape.layout->row_losses));

@@ -164,7 +164,7 @@ class MetaGradient {
       });
   }
 
-  // By what a task's share of the sums is scaled, as torch.nn.utils.clip_grad_norm_ would.
+  // By what a task's share of the sums is scaled.
   PYMETA_FN Vec task_factor() const {
     const State<X>& s = state_;
     const auto squares = [&](int t, const Real* from, Vec sum) {
@@ -187,8 +187,7 @@ class MetaGradient {
         const Vec g = X::whole(load(rate_gradients() + static_cast<long>(i) * kWidth));
         sum = fma(g, g, sum);
       }
-    return minimum(broadcast(Real(s.call.task_clip)) / (square_root(sum) + Real(1e-6)),
-                   broadcast(1));
+    return s.share_factor(sum);
   }
 
   // Step k backwards; in second order v += H[k] u, and for the first step the sum goes straight into the totals.

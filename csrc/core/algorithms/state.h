@@ -269,6 +269,12 @@ struct State {
     }
     return common;
   }
+  // By what a task's share of a sum over tasks is scaled, from its sum of squares, as
+  // torch.nn.utils.clip_grad_norm_ would.
+  PYMETA_FN Vec share_factor(Vec squares) const {
+    return minimum(broadcast(Real(call.task_clip)) / (square_root(squares) + Real(1e-6)),
+                   broadcast(1));
+  }
 
  private:
   PYMETA_FN static bool has_parameters(const Layer& layer) {

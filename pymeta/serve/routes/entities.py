@@ -118,7 +118,7 @@ async def predict(request: Request) -> Response:
     if not explains:
         with service.metrics.stage("encode"):
             return wire.respond(kind, answer)
-    return await explained(service, model, kind, answer, adapted.models, [adapted.mean], [xq])
+    return await explained(service, kind, answer, adapted.models, [adapted.mean], [xq])
 
 
 @router.get(

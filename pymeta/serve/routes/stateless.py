@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from pymeta.models.arrays import AdaptedArrays
 from pymeta.serve import explain, schemas, wire
-from pymeta.serve.model import Model
 from pymeta.serve.routes.base import (
     EXPLAIN,
     PROBABILITIES,
@@ -56,12 +55,11 @@ async def adapt_predict(request: Request) -> Response:
         with service.metrics.stage("encode"):
             return wire.respond(kind, answer)
     means = [explain.mean_of(x) for x in tasks.xs]
-    return await explained(service, model, kind, answer, done.models, means, tasks.xq)
+    return await explained(service, kind, answer, done.models, means, tasks.xq)
 
 
 async def explained(
     service: Service,
-    model: Model,
     kind: str,
     answer: wire.Answer,
     models: AdaptedArrays | None,
@@ -73,7 +71,7 @@ async def explained(
 
     def work() -> Response:
         with service.metrics.stage("explain"):
-            found = explain.attributions(model, models, means, xq, answer.predictions)
+            found = explain.attributions(models, means, xq)
             answer.attributions = [each.values for each in found]
             answer.explained = [each.output for each in found]
             described = explain.described(found, service.features)

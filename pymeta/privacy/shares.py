@@ -1,0 +1,130 @@
+"""The sum over tasks of their clipped shares of a learner's gradient.
+
+A task's share is its own gradient of the loss by all that is learned together (for Reptile
+theta - theta_t), scaled to a norm of at most C. MAML and Reptile clip and add natively, in one
+call (`task_clip`). Heads share one pass of an encoder by all tasks, so that their tasks are
+differentiated one after another.
+
+What a task adds has to be bounded whatever the task holds: a share that is not finite counts as 0,
+as does one that a head cannot solve for. It is found by halving the batch, so that an ordinary
+batch costs one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pymeta.tasks.ragged import Ragged
+
+Shares: TypeAlias = list[Tensor]  # like the parameters, float64
+_UNSOLVED: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+_Sum: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Shares]
+
+
+def count_tasks(first: Any) -> int:
+    """How many tasks an argument holds: [T, ...], or a list of T."""
+    return len(first)
+
+
+def some_tasks(value: Any, begin: int, end: int) -> Any:
+    """The tasks begin..end-1 of an argument; None stays."""
+    if value is None:
+        return None
+    if isinstance(value, Ragged):
+        starts = [0, *value.sizes.cumsum().tolist()]
+        return Ragged(value.values[starts[begin] : starts[end]], value.sizes[begin:end])
+    return value[begin:end]
+
+
+class ClippedSum:
+    """How a learner's shares are clipped and added."""
+
+    def __init__(self, learner: Any, clip: float, parameters: Sequence[Tensor]) -> None:
+        """TypeError where it is no learner whose gradient is a sum over tasks."""
+        self._learner, self._clip, self._parameters = learner, clip, list(parameters)
+        self._sum = self._chosen()
+
+    def _chosen(self) -> _Sum:
+        learner = self._learner
+        if hasattr(type(learner), "task_clip") or hasattr(learner, "task_clip"):
+            learner.task_clip = self._clip
+            return self._natively
+        if hasattr(learner, "encoder"):
+            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learner.modules()):
+                raise ValueError(
+                    "learner: the encoder's batch normalisation lets tasks see each other, and its "
+                    "running statistics keep what they saw without noise; use GroupNorm or "
+                    "LayerNorm"
+                )
+            return self._one_by_one
+        raise TypeError(
+            f"learner: expected a pymeta.MAML, a Reptile, or a learner of pymeta.learners, "
+            f"got {type(learner).__name__}"
+        )
+
+    def __call__(self, data: tuple[Any, ...], options: dict[str, Any]) -> Shares:
+        """The sum, 0 for no task.
+
+        Args:
+            data: the learner's arguments, of T tasks.
+            options: likewise by name; those that are None, or hold something for each task.
+        """
+        if not count_tasks(data[0]):
+            return self.nothing()
+        return self._finite(data, options)
+
+    def nothing(self) -> Shares:
+        """The sum over no task."""
+        return [torch.zeros_like(p, dtype=torch.float64) for p in self._parameters]
+
+    def _finite(self, data: tuple[Any, ...], options: dict[str, Any]) -> Shares:
+        found = self._sum(data, options)
+        if all(bool(share.isfinite().all()) for share in found):
+            return found
+        tasks = count_tasks(data[0])
+        if tasks == 1:
+            return self.nothing()
+        total = self.nothing()
+        for begin, end in ((0, tasks // 2), (tasks // 2, tasks)):
+            part = tuple(some_tasks(value, begin, end) for value in data)
+            own = {name: some_tasks(value, begin, end) for name, value in options.items()}
+            total = [t + s for t, s in zip(total, self._finite(part, own), strict=True)]
+        return total
+
+    def _gradients(self, loss: Tensor) -> Shares:
+        found = torch.autograd.grad(
+            loss, self._parameters, allow_unused=True, materialize_grads=True
+        )
+        return [g.to(torch.float64) for g in found]
+
+    def _natively(self, data: tuple[Any, ...], options: dict[str, Any]) -> Shares:
+        if self._learner.task_clip != self._clip:
+            raise RuntimeError(
+                f"learner.task_clip: expected {self._clip}, the clip of the private training, got "
+                f"{self._learner.task_clip}"
+            )
+        with torch.enable_grad():
+            loss = self._learner(*data, **options).loss
+        tasks = count_tasks(data[0])
+        return [g * tasks for g in self._gradients(loss)]  # of which the loss is the mean
+
+    def _one_by_one(self, data: tuple[Any, ...], options: dict[str, Any]) -> Shares:
+        total = self.nothing()
+        for t in range(count_tasks(data[0])):
+            one = tuple(some_tasks(value, t, t + 1) for value in data)
+            own = {name: some_tasks(value, t, t + 1) for name, value in options.items()}
+            try:
+                with torch.enable_grad():
+                    share = self._gradients(self._learner(*one, **own).loss)
+            except _UNSOLVED:  # numbers that are too large, or none
+                continue
+            norm = torch.stack([g.square().sum() for g in share]).sum().sqrt()
+            factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            share = [factor * g for g in share]
+            if all(bool(s.isfinite().all()) for s in share):
+                total = [a + b for a, b in zip(total, share, strict=True)]
+        return total
