@@ -30,7 +30,7 @@ from pymeta.algorithms.held_out import (
     weighted,
 )
 from pymeta.algorithms.learner import Learner, Weights, check_minibatches
-from pymeta.algorithms.progress import Bar, check_progress
+from pymeta.algorithms.progress import Bar, Callback, check_callback, check_progress
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.algorithms.starts import Start, own_start
 from pymeta.backend import adapt as native_adapt
@@ -209,6 +209,7 @@ class FineTune(Learner):
         anchor: Anchors = None,
         curves: bool = False,
         progress: bool | None = None,
+        callback: Callback | None = None,
     ) -> Adapted:
         """Fine-tune T tasks; the models carry no graph.
 
@@ -232,6 +233,8 @@ class FineTune(Learner):
             curves: whether the models get a `history` of the epochs' losses.
             progress: True for a bar on stderr; None for one if the run turns out to be long and
                 stderr is a terminal. For CUDA tensors it counts what was queued.
+            callback: called as callback(done, T) after each chunk of tasks, from this thread; an
+                exception that it raises ends the run.
 
         Returns:
             T models; `status` tells which of them have weights that are not finite.
@@ -246,8 +249,8 @@ class FineTune(Learner):
         options |= {"offset": offset, "validation_data": validation_data, "task_ids": task_ids}
         options |= {"anchor": anchor, "curves": curves}
         if torch.compiler.is_compiling():
-            return _eagerly(self, xs, ys, progress, options)
-        return self._tuned(xs, ys, progress, 7, **options)
+            return _eagerly(self, xs, ys, progress, {**options, "callback": callback})
+        return self._tuned(xs, ys, progress, 7, callback=callback, **options)
 
     def stream(
         self,
@@ -257,6 +260,7 @@ class FineTune(Learner):
         task_ids: Iterable[int] | None = None,
         curves: bool = False,
         progress: bool | None = None,
+        callback: Callback | None = None,
     ) -> Iterator[Adapted]:
         """Fine-tune any number of tasks, in memory that does not grow with their number.
 
@@ -267,6 +271,7 @@ class FineTune(Learner):
             task_ids: an integer >= 0 for each task, as for a call.
             curves: as for a call.
             progress: as for a call.
+            callback: as for a call, as callback(done, None) after each `chunk`.
 
         Returns:
             An iterator over the models of the next up to `chunk` tasks.
@@ -277,8 +282,9 @@ class FineTune(Learner):
         """
         check_count("chunk", chunk, 1)
         check_progress(progress)
+        check_callback(callback)
         ids = None if task_ids is None else iter(task_ids)
-        return self._streamed(iter(tasks), chunk, ids, curves, progress)
+        return self._streamed(iter(tasks), chunk, ids, curves, progress, callback)
 
     def _streamed(
         self,
@@ -287,9 +293,10 @@ class FineTune(Learner):
         ids: Iterator[int] | None,
         curves: bool,
         progress: bool | None,
+        callback: Callback | None,
     ) -> Iterator[Adapted]:
         first = 0
-        with Bar(None, progress) as bar:
+        with Bar(None, progress, callback) as bar:
             while group := list(itertools.islice(iterator, chunk)):
                 of_group = None if ids is None else list(itertools.islice(ids, len(group)))
                 try:
@@ -314,6 +321,7 @@ class FineTune(Learner):
         progress: bool | None,
         frames: int,
         *,
+        callback: Callback | None = None,
         start: Start | None = None,
         sizes: Sizes = None,
         weights: Weights = None,
@@ -346,7 +354,7 @@ class FineTune(Learner):
         validated = held is not None or self.validation > 0
         out = native_adapt.memory(plan, parameters, tasks, self.schedule, curves, validated)
         rows = sum(support.counts)
-        with Bar(tasks, progress) as bar:
+        with Bar(tasks, progress, callback) as bar:
             for first, last in self._chunks(plan, tasks, rows, in_torch):
                 part_ids = None if ids is None else ids[first:last]
                 part, watched = self._prepared(

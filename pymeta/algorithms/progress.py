@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+Callback: TypeAlias = Callable[[int, "int | None"], object]
 
 _LONG = 2.0  # seconds after which a run is long
 
@@ -14,11 +17,26 @@ def check_progress(progress: Any) -> None:
         raise TypeError(f"progress: expected a bool or None, got {type(progress).__name__}")
 
 
-class Bar:
-    """A tqdm bar that counts tasks; shown from the beginning, after a while, or not at all."""
+def check_callback(callback: Any) -> None:
+    """TypeError unless `callback` can be called, or is None."""
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"callback: expected a function of (done, tasks) or None, got {type(callback).__name__}"
+        )
 
-    def __init__(self, total: int | None, progress: bool | None) -> None:
+
+class Bar:
+    """A tqdm bar that counts tasks; shown from the beginning, after a while, or not at all.
+
+    `callback(done, total)` is told of each advance, whether the bar is shown or not.
+    """
+
+    def __init__(
+        self, total: int | None, progress: bool | None, callback: Callback | None = None
+    ) -> None:
         check_progress(progress)
+        check_callback(callback)
+        self._callback = callback
         self._total, self._wanted, self._done = total, progress, 0
         self._began = time.monotonic()
         self._bar: Any = None
@@ -39,6 +57,8 @@ class Bar:
             self._bar.update(tasks)
         elif self._wanted is None and time.monotonic() - self._began > _LONG:
             self._show()
+        if self._callback is not None:
+            self._callback(self._done, self._total)
 
     def __enter__(self) -> Bar:
         return self

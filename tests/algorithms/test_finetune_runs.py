@@ -175,6 +175,27 @@ def test_a_bar_shows_when_it_should(backend, monkeypatch):
     assert shown(None, 2.0, True) == "" == shown(None, -1.0, False) == shown(False, -1.0, True)
 
 
+def test_a_callback_is_told_of_each_chunk(backend, monkeypatch):
+    net, (xs, ys, _) = mlp(2, 4, 3), ragged()
+    module = tuner(backend, net)
+    monkeypatch.setattr(type(module), "_chunks", lambda *_: iter([(0, 4), (4, 6)]))
+    told = []
+    models = module(xs, ys, callback=lambda *numbers: told.append(numbers))
+    assert told == [(4, 6), (6, 6)] and len(models) == 6
+    monkeypatch.undo()
+    told.clear()
+    stream = module.stream(zip(xs, ys, strict=True), 4, callback=lambda *n: told.append(n))
+    assert [len(part) for part in stream] == [4, 2] and told == [(4, None), (6, None)]
+    with pytest.raises(TypeError, match=r"callback: expected a function of \(done, tasks\)"):
+        module.stream([], callback="print")
+
+    def stop(done, tasks):
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        module(xs, ys, callback=stop)
+
+
 def test_the_model_stays_as_it_is(backend):
     net, (xs, ys, _) = mlp(2, 4, 3), ragged()
     before = copy.deepcopy(net.state_dict())
@@ -387,6 +408,7 @@ CALLS = {
     "task_ids": (ValueError, r"task_ids: expected integers >= 0", {"task_ids": [0, -1, 2]}),
     "curves": (TypeError, r"curves: expected a bool, got int", {"curves": 1}),
     "progress": (TypeError, r"progress: expected a bool or None, got str", {"progress": "bar"}),
+    "callback": (TypeError, r"callback: expected a function of .* got int", {"callback": 3}),
 }
 
 
