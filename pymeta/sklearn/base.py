@@ -20,7 +20,7 @@ from pymeta.sklearn.episodes import Draw, Rows
 from pymeta.sklearn.methods import METHODS, Method
 from pymeta.sklearn.network import Form
 from pymeta.sklearn.parameters import Parameters, one_of
-from pymeta.sklearn.starts import HeadStart, Models, NetworkStart, Start
+from pymeta.sklearn.starts import HeadStart, LearnerStart, Models, NetworkStart, Start
 from pymeta.sklearn.training import meta_train, pooled
 from pymeta.spec.losses import describe_loss
 from pymeta.tasks.groups import Array, labels_of, members_of
@@ -114,7 +114,7 @@ class MetaEstimator(Parameters):
         meta = method.losses is not None and len(members) > 1
         epochs = self.pretrain_epochs if meta else self.epochs
         curve = pooled(self, self._form, network, rows, epochs, _seed(rng)) if epochs else []
-        learned: Any = network if method.head is None else method.head(self._form, network)
+        learned = self._learner(method, network, _seed(rng) if method.is_random else 0)
         learned = learned.to(next(network.parameters()).dtype)
         if meta:
             assert method.losses is not None
@@ -127,10 +127,25 @@ class MetaEstimator(Parameters):
             raise ValueError(
                 f"meta_lr, inner_lr: training diverged with {self.meta_lr} and {self.inner_lr}"
             )
+        if method.own is not None:
+            return LearnerStart(self._form, learned), curve
         if method.head is None:
             return NetworkStart(self._form, start), curve
         all_rows = np.arange(len(rows.x) if method.by_class else 0)
         return HeadStart(learned.requires_grad_(False), *rows.lists([all_rows])), curve
+
+    def _learner(self, method: Method, network: Any, seed: int) -> Any:
+        """What a method trains: the network, or a learner on it."""
+        if method.head is None and method.own is None:
+            return network
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if method.own is not None:
+                return method.own(self, self._form, network)
+            assert method.head is not None
+            return method.head(self._form, network)
 
     # ---- adapt ----------------------------------------------------------------------------------
 

@@ -41,8 +41,11 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
             the network. "ridge" and "bayesian" learn features by the hidden layers and a prior
             of the last layer, which is then exact for each group (`pymeta.learners.RidgeHead`,
             `BayesianHead`, for the loss "mse" alone; with hidden=() it is empirical Bayes), and
-            "protonet" compares rows with the mean of each class (`ProtoNet`); `inner_*`,
-            `adapt_*` and `anchor*` do not concern them.
+            "protonet", "matching" and "relation" compare rows with those of each class
+            (`ProtoNet`, `MatchingNet`, `RelationNet`); `inner_*`, `adapt_*` and `anchor*` do not
+            concern them. "relational" has a start for each group, by its relations to learned
+            prototypes, and "meta_lstm" a learned optimiser (`RelationalMAML`, `MetaLSTM`); both
+            adapt as they were trained, by `inner_steps` and `inner_lr`.
         hidden: widths of the hidden layers; () for a linear model.
         activation: "relu", "tanh", "elu", "gelu" or "silu".
         inner_optimizer: what takes the steps on a group, here and in `adapt`: "sgd", "momentum"

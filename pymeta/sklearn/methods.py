@@ -1,8 +1,9 @@
 """The table of methods: how `fit` learns what groups share, and what a group's model then is.
 
-Another method is another entry. Those without a `head` learn a start of the network, and a group's
-model is that network, fine-tuned. Those with one learn features by the hidden layers and something
-closed on top (`pymeta.learners`): a group's model is what is fitted there.
+Another method is another entry. Those with neither `head` nor `own` learn a start of the network,
+and a group's model is that network, fine-tuned. Those with a `head` learn features by the hidden
+layers and something closed on top (`pymeta.learners`): a group's model is what is fitted there.
+Those with a learner of their `own` have it adapt the network to a group.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from pymeta.sklearn.episodes import Draw
 from pymeta.sklearn.network import Form, inner_optimizer, pull
 from pymeta.sklearn.parameters import Parameters, count
+from pymeta.spec.losses import describe_loss
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # (settings, form, what is trained, where meta-batches come from, seed) -> a meta-batch's loss
 Losses: TypeAlias = "Callable[[Parameters, Form, Any, Draw, int], Callable[[], torch.Tensor]]"
 Head: TypeAlias = "Callable[[Form, torch.nn.Sequential], EncodedLearner]"
+OwnLearner: TypeAlias = "Callable[[Parameters, Form, torch.nn.Sequential], torch.nn.Module]"
 
 
 class Method(NamedTuple):
@@ -34,6 +37,7 @@ class Method(NamedTuple):
             training alone.
         head: makes the learner of the (pretrained) network: its hidden layers are the encoder;
             None where a group's model is the network, fine-tuned.
+        own: makes the learner whose `adapt` gives a group's network; None likewise.
         kinds: the kinds of loss that it takes; None for all.
         by_class: whether it compares rows with those of each class: two classes have two outputs,
             and without rows there are no classes, so that the shared model is fitted to all rows.
@@ -41,8 +45,14 @@ class Method(NamedTuple):
 
     losses: Losses | None = None
     head: Head | None = None
+    own: OwnLearner | None = None
     kinds: tuple[str, ...] | None = None
     by_class: bool = False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it has networks of its own beside the estimator's, which begin at random."""
+        return self.own is not None or self.head is _relation
 
 
 # ---- starts of networks -------------------------------------------------------------------------
@@ -101,9 +111,9 @@ def _reptile(
 
 
 def _of_head(
-    settings: Parameters, form: Form, learner: EncodedLearner, draw: Draw, seed: int
+    settings: Parameters, form: Form, learner: torch.nn.Module, draw: Draw, seed: int
 ) -> Callable[[], torch.Tensor]:
-    """A head is trained as it will be used: fitted to support rows, judged by query rows."""
+    """A learner is trained as it will be used: fitted to support rows, judged by query rows."""
     by_class = METHODS[settings.method].by_class
 
     def loss() -> torch.Tensor:
@@ -147,11 +157,59 @@ def _protonet(form: Form, network: torch.nn.Sequential) -> EncodedLearner:
     return ProtoNet(form.encoder(network), ways=form.widths[-1])
 
 
+def _matching(form: Form, network: torch.nn.Sequential) -> EncodedLearner:
+    from pymeta.learners import MatchingNet
+
+    return MatchingNet(form.encoder(network), ways=form.widths[-1], learn_temperature=True)
+
+
+def _relation(form: Form, network: torch.nn.Sequential) -> EncodedLearner:
+    from torch import nn
+
+    from pymeta.learners import RelationNet
+
+    width = form.widths[-2]
+    judge = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, 1))
+    return RelationNet(
+        form.encoder(network), judge, ways=form.widths[-1], loss="cross_entropy", average=True
+    )
+
+
+# ---- learners of their own ----------------------------------------------------------------------
+
+
+def _meta_lstm(settings: Parameters, form: Form, network: torch.nn.Sequential) -> torch.nn.Module:
+    from pymeta.learners import MetaLSTM
+
+    adapt = [n for n, _ in network.named_parameters() if form.adapts(n)]
+    return MetaLSTM(
+        network, loss=form.loss, steps=int(settings.inner_steps), lr=float(settings.inner_lr),
+        adapt=adapt,
+    )  # fmt: skip
+
+
+def _relational(settings: Parameters, form: Form, network: torch.nn.Sequential) -> torch.nn.Module:
+    from pymeta.learners import RelationalMAML
+
+    loss = describe_loss(form.loss)
+    return RelationalMAML(
+        network, loss=form.loss, features=form.widths[0],
+        targets=form.widths[-1] // loss.outputs_per_target,
+        optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
+        steps=int(settings.inner_steps), first_order=bool(settings.first_order),
+        adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
+    )  # fmt: skip
+
+
 METHODS: dict[str, Method] = {
     "maml": Method(_maml),
     "reptile": Method(_reptile),
     "pooled": Method(),
-    "ridge": Method(_of_head, _ridge, ("mse", "bce_with_logits", "cross_entropy")),
-    "bayesian": Method(_of_head, _bayesian, ("mse",)),
-    "protonet": Method(_of_head, _protonet, ("cross_entropy",), by_class=True),
+    "ridge": Method(_of_head, _ridge, kinds=("mse", "bce_with_logits", "cross_entropy")),
+    "bayesian": Method(_of_head, _bayesian, kinds=("mse",)),
+    "protonet": Method(_of_head, _protonet, kinds=("cross_entropy",), by_class=True),
+    "matching": Method(_of_head, _matching, kinds=("cross_entropy",), by_class=True),
+    "relation": Method(_of_head, _relation, kinds=("cross_entropy",), by_class=True),
+    "meta_lstm": Method(_of_head, own=_meta_lstm),
+    "relational": Method(_of_head, own=_relational),
 }

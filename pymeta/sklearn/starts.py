@@ -88,6 +88,45 @@ class NetworkStart:
         )
 
 
+class LearnerStart:
+    """A learner whose `adapt` makes networks of groups: MetaLSTM, RelationalMAML."""
+
+    has_variances = False
+
+    def __init__(self, form: Form, learner: Any) -> None:
+        """Keep both, the learner as it is."""
+        self.form, self.learner = form, learner.requires_grad_(False)
+        # what is adapted has to require grad, or the learner would not know it
+        for name, parameter in learner.model.named_parameters():
+            parameter.requires_grad_(form.adapts(name))
+
+    def _shared(self) -> dict[str, Array]:
+        return {n: p.detach().numpy().copy() for n, p in self.learner.model.named_parameters()}
+
+    def shared(self) -> AdaptedArrays:
+        """The start that all groups have in common."""
+        return self._models({n: p[None] for n, p in self._shared().items()})
+
+    def _models(self, stacked: dict[str, Array]) -> AdaptedArrays:
+        own = {n: p for n, p in stacked.items() if self.form.adapts(n)}
+        return self.form.models(own, {n: p for n, p in self._shared().items() if n not in own})
+
+    def adapt(
+        self, settings: Parameters, xs: Tensors, ys: Tensors, ws: Tensors | None, seed: int
+    ) -> tuple[AdaptedArrays, Array]:
+        """Adapt to T groups, as the learner was trained to."""
+        parts, fine = [], []
+        for first in range(0, len(xs), _AT_A_TIME):
+            part = slice(first, first + _AT_A_TIME)
+            models = self.learner.adapt(
+                xs[part], ys[part], support_weights=None if ws is None else ws[part]
+            )
+            own = {n: p.numpy() for n, p in models.parameters.items()}
+            parts.append(self._models(own))
+            fine.append(models.status.numpy() == 0)
+        return type(parts[0]).concatenate(parts), np.concatenate(fine)
+
+
 class HeadModels:
     """The fitted heads of T groups.
 
@@ -104,7 +143,7 @@ class HeadModels:
     def concatenate(parts: Sequence[HeadModels]) -> HeadModels:
         """All of them, one after another."""
         names = parts[0].parameters
-        joined = {n: np.concatenate([p.parameters[n] for p in parts]) for n in names}
+        joined = {n: _joined([p.parameters[n] for p in parts]) for n in names}
         return HeadModels(parts[0].learner, joined)
 
     def __len__(self) -> int:
@@ -169,6 +208,19 @@ class HeadStart:
         for values in models.parameters.values():
             fine &= np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         return models, fine
+
+
+def _joined(parts: list[Array]) -> Array:
+    """Arrays [T, ...] one after another, zeros where others are longer, as MatchingNet's are."""
+    shape = tuple(max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True))
+    return np.concatenate(
+        [
+            np.pad(
+                p, [(0, 0), *((0, most - n) for most, n in zip(shape, p.shape[1:], strict=True))]
+            )
+            for p in parts
+        ]
+    )
 
 
 def _tensors(arrays: Sequence[Array]) -> Tensors:

@@ -6,8 +6,9 @@ import numpy as np
 
 from pymeta.sklearn import METHODS, MetaClassifier
 
-# the methods that fine-tune a network, and those that fit a head on one
-NETWORKS = [name for name, method in METHODS.items() if method.head is None]
+# the methods that fine-tune a network, that have another learner do so, that fit a head on one
+NETWORKS = [n for n, method in METHODS.items() if method.head is None and method.own is None]
+LEARNERS = [n for n, method in METHODS.items() if method.own is not None]
 HEADS = [name for name, method in METHODS.items() if method.head is not None]
 
 
