@@ -7,6 +7,7 @@
 # make typing    mypy --strict over pymeta/, and the stub of the native module against the module
 # make wheel     build the sdist and from it the wheel, repair and test both; they end up in dist/
 # make test-postgres    the service's store against a PostgreSQL server, installed where there is none (Debian, root)
+# make test-integrations    the blocks of docs/integrations.md, with TensorBoard, MLflow, Lightning, Accelerate and the Hub
 # make test-torch TORCH=2.8.0    the tests on another torch, in an environment of their own (slow: a large download)
 # make sanitize  native and Python tests under Address- and UndefinedBehaviorSanitizer; pool and blocks under ThreadSanitizer
 # make guard     native tests and kernel tests with working memory between pages that nobody may touch
@@ -32,7 +33,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 # One recipe for each purpose; a target's stamp says that its packages are in .venv.
 .PHONY: test demo bench docs lint format typing wheel test-wheel test-torch cuda arm64 clean distclean \
-  sanitize sanitize-native sanitize-python guard fuzz soak arrangements serve-demo test-postgres changelog
+  sanitize sanitize-native sanitize-python guard fuzz soak arrangements serve-demo test-postgres test-integrations changelog
 .DELETE_ON_ERROR:
 
 test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs $(STAMP)/serve $(STAMP)/postgres
@@ -155,6 +156,14 @@ test-postgres: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/serve $(STAMP)/postgres
 	command -v initdb || ls /usr/lib/postgresql/*/bin/initdb || apt-get install -y --no-install-recommends postgresql
 	PYMETA_TEST_POSTGRES=1 $(BIN)/python -m pytest tests/serve/test_serve_store.py tests/serve/test_serve_faults.py
 
+# The blocks of docs/integrations.md; in an environment of their own that sees .venv, which stays as it is.
+test-integrations: $(STAMP)/pymeta $(STAMP)/test
+	$(BIN)/python -m venv build/integrations
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$(build/integrations/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	build/integrations/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt $(call listed,integrations)
+	PYMETA_TEST_INTEGRATIONS=1 build/integrations/bin/python -m pytest tests/project/test_docs.py -k integrations
+
 soak: SECONDS = 3600
 soak: $(STAMP)/pymeta $(STAMP)/test
 	$(BIN)/python tests/soak.py $(SECONDS)
@@ -216,6 +225,8 @@ $(STAMP)/build: $(STAMP)/venv constraints.txt
 	@touch $@
 
 # The lists of packages stand in pyproject.toml alone; $(1) says where.
+listed = $(shell $(PYTHON) -c 'import tomllib; \
+  print(*(repr(r) for r in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"]))')
 needed = $(PIP) install -c constraints.txt $(shell $(PYTHON) -c 'import tomllib; \
   print(*(repr(r) for r in tomllib.load(open("pyproject.toml", "rb"))$(1)))')
 

@@ -8,6 +8,8 @@ own. What is written around a block says how it is tested:
     <!-- to 40 % -->               above such a text: figures of a training, which another processor
                                    rounds another way, and each step after it makes more of that
     <!-- not run: REASON -->       above a block that is only compiled; NOT_RUN repeats the reason
+    <!-- needs: MODULE -->         above a block that is only compiled where the module is missing;
+                                   with PYMETA_TEST_INTEGRATIONS=1 none may be
 
 Blocks in other languages (console, diff, cpp, ...) are not run; those of diff are held against the
 source, line by line.
@@ -63,10 +65,17 @@ class Block(NamedTuple):
     text: str
     follows: bool  # directly the block before it
     tolerance: float = 0.0  # by which its numbers may differ, relative to them
+    needs: str | None = None  # a module
 
     @property
     def is_run(self) -> bool:
         return self.language == "python" and self.reason is None
+
+    @property
+    def misses(self) -> str | None:
+        """The module that keeps it from being run."""
+        absent = self.needs is not None and importlib.util.find_spec(self.needs) is None
+        return self.needs if absent else None
 
 
 def name_of(page: Path) -> str:
@@ -76,7 +85,7 @@ def name_of(page: Path) -> str:
 def blocks_of(text: str) -> list[Block]:
     """The fenced blocks of a page in their order."""
     found: list[Block] = []
-    reason, follows, tolerance = None, False, 0.0
+    reason, needs, follows, tolerance = None, None, False, 0.0
     fence: re.Match | None = None
     lines: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -84,8 +93,9 @@ def blocks_of(text: str) -> list[Block]:
             if line == "```":
                 code = "".join(f"{each}\n" for each in lines)
                 start = number - len(lines)
-                found.append(Block(start, fence[1], fence[2], reason, code, follows, tolerance))
-                fence, reason, follows, tolerance, lines = None, None, True, 0.0, []
+                about = (reason, code, follows, tolerance, needs)
+                found.append(Block(start, fence[1], fence[2], *about))
+                fence, reason, needs, follows, tolerance, lines = None, None, None, True, 0.0, []
             else:
                 lines.append(line)
             continue
@@ -95,10 +105,12 @@ def blocks_of(text: str) -> list[Block]:
             assert fence, f"line {number}: an opening fence with more than a language: {line}"
         elif marked := re.fullmatch(r"<!-- not run: (.+) -->", line):
             reason, follows = marked[1], False
+        elif marked := re.fullmatch(r"<!-- needs: (\w+) -->", line):
+            needs, follows = marked[1], False
         elif marked := re.fullmatch(r"<!-- to (\d+) % -->", line):
             tolerance = int(marked[1]) / 100
         elif line.strip():
-            reason, follows = None, False
+            reason, needs, follows = None, None, False
     assert fence is None, "the last block has no end"
     return found
 
@@ -148,13 +160,17 @@ def test_the_python_of_a_page_runs(page: str, folder: Path):
     for module in ("torch", *NEEDS.get(page, ())):
         pytest.importorskip(module)
     names: dict = {"__name__": "page"}
-    printed = ""
+    printed: str | None = ""  # by the last block; None where that was left out
     for block in BLOCKS[page]:
-        if block.is_run:
+        if block.is_run and block.misses is not None:
+            assert "PYMETA_TEST_INTEGRATIONS" not in os.environ, f"{block.misses} is missing"
+            compile(block.text, page, "exec")
+            printed = None
+        elif block.is_run:
             printed = run_block(page, block, names)
         elif block.language == "python":
             compile(block.text, page, "exec")
-        elif block.language == "text" and block.follows:
+        elif block.language == "text" and block.follows and printed is not None:
             message = f"{page}, line {block.line}: printed\n{printed}"
             assert same_output(block.text, printed, block.tolerance), message
 
@@ -180,6 +196,9 @@ def test_blocks_are_found_as_they_are_marked():
     assert (first.line, first.text, first.is_run, first.follows) == (3, "x = 1\n", True, False)
     assert (output.language, output.follows, output.tolerance) == ("text", True, 0.2)
     assert unrun.reason == "no GPU" and not unrun.is_run
+    (here,) = blocks_of("<!-- needs: json -->\n```python\n```\n")
+    (absent,) = blocks_of("<!-- needs: no_such_module -->\n```python\n```\n")
+    assert here.needs == "json" and here.misses is None and absent.misses == "no_such_module"
     with pytest.raises(AssertionError, match="line 1"):
         blocks_of("```python {.wide}\n```\n")
 
