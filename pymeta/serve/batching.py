@@ -54,9 +54,9 @@ class _Item:
     since: float
 
     @property
-    def key(self) -> tuple[int, bool]:
+    def key(self) -> tuple[int, tuple[int, ...]]:
         """What items of one native call have in common."""
-        return id(self.model), self.tasks.weights is None
+        return id(self.model), self.tasks.form
 
 
 class Batcher:
@@ -139,9 +139,9 @@ class Batcher:
         self._start()
 
     def _start(self) -> None:
-        """Run all that waits, a native call for each model (and for weights or none)."""
+        """Run all that waits, a native call for each model and form of tasks."""
         waiting, self._waiting, self._tasks = self._waiting, [], 0
-        groups: dict[tuple[int, bool], list[_Item]] = {}
+        groups: dict[tuple[int, tuple[int, ...]], list[_Item]] = {}
         for item in waiting:
             groups.setdefault(item.key, []).append(item)
         for items in groups.values():
@@ -209,7 +209,7 @@ def _explained(error: Exception) -> Exception:
 
 
 def run(model: Model, requests: list[tuple[Tasks, bool]]) -> list[Done]:
-    """One native call for the tasks of several requests, all with weights or all without.
+    """One native call for the tasks of several requests, all of one form.
 
     Raises:
         TypeError, ValueError: the adapter refuses a value.
@@ -217,15 +217,17 @@ def run(model: Model, requests: list[tuple[Tasks, bool]]) -> list[Done]:
     xs = joined([x for tasks, _ in requests for x in tasks.xs])
     ys = joined([y for tasks, _ in requests for y in tasks.ys])
     xq = joined([q for tasks, _ in requests for q in tasks.xq])
-    weights = None
-    if requests[0][0].weights is not None:
-        weights = joined([w for tasks, _ in requests for w in tasks.weights or ()])
+    weights, offset, query_offset = (
+        joined([value for tasks, _ in requests for value in getattr(tasks, name) or ()])
+        for name in ("weights", "offset", "query_offset")
+    )
     models = None
     if any(keeps for _, keeps in requests):
-        models = model.adapter.adapt(xs, ys, weights=weights)
-        outputs = models(xq)
+        models = model.adapter.adapt(xs, ys, weights=weights, offset=offset)
+        outputs = models(xq, offset=query_offset)
     else:
-        outputs = model.adapter.adapt_predict(xs, ys, xq, weights=weights)
+        besides = {"weights": weights, "offset": offset, "query_offset": query_offset}
+        outputs = model.adapter.adapt_predict(xs, ys, xq, **besides)
     status = statuses(outputs)
     done, first = [], 0
     for tasks, keeps in requests:
@@ -237,7 +239,12 @@ def run(model: Model, requests: list[tuple[Tasks, bool]]) -> list[Done]:
 
 
 def joined(arrays: list[np.ndarray]) -> Any:
-    """[T, ...] where all have one shape, which costs less to look at; else the list."""
+    """[T, ...] where all have one shape, which costs less to look at; else the list.
+
+    None where there are none.
+    """
+    if not arrays:
+        return None
     first = arrays[0].shape
     return np.stack(arrays) if all(a.shape == first for a in arrays) else arrays
 
@@ -254,9 +261,12 @@ def one_by_one(model: Model, requests: list[tuple[Tasks, bool]]) -> list[Done]:
     """As `run`, task after task, where nobody wants the adapted weights."""
     predict, done = model.adapter.adapt_predict, []
     for tasks, _ in requests:
-        weights: Any = tasks.weights if tasks.weights is not None else [None] * len(tasks.xs)
-        each = zip(tasks.xs, tasks.ys, tasks.xq, weights, strict=True)
-        outputs = [predict(x, y, q, weights=w) for x, y, q, w in each]
+        none: Any = [None] * len(tasks.xs)
+        parts = (tasks.weights or none, tasks.offset or none, tasks.query_offset or none)
+        each = zip(tasks.xs, tasks.ys, tasks.xq, *parts, strict=True)
+        outputs = [
+            predict(x, y, q, weights=w, offset=o, query_offset=p) for x, y, q, w, o, p in each
+        ]
         done.append(Done(outputs, [_status(output) for output in outputs], None))
     return done
 

@@ -43,12 +43,20 @@ class Model:
         """Rows [rows, in]; a Problem that names the field where they are none."""
         return _matrix(field, values, self.adapter.in_features, self.adapter.dtype)
 
-    def targets(self, field: str, values: Any, rows: int) -> np.ndarray:
-        """Targets [rows] or [rows, out] as the adapter wants them; else a Problem."""
+    def targets(self, field: str, values: Any, rows: int, soft: bool = False) -> np.ndarray:
+        """Targets [rows] or [rows, out] as the adapter wants them; else a Problem.
+
+        `soft` says whether classes may come as probabilities [rows, out].
+        """
         found = _array(field, values, np.dtype(np.float64))
         if len(found) != rows:
             raise invalid(field, f"expected {rows} targets, one for each row, got {len(found)}")
         loss, out = self.adapter.loss, self.adapter.out_features
+        if loss.takes_classes and soft and found.ndim == 2:
+            if found.shape[1] != out:
+                raise invalid(field, f"expected {out} probabilities a row, got {_shape(found)}")
+            _check(field, found, (found >= 0) & (found <= 1), "a probability in 0..1")
+            return _cast(field, found, self.adapter.dtype)
         if loss.takes_classes:
             return _classes(field, found, out, loss.ignore_index)
         columns = loss.target_columns(out)
@@ -60,13 +68,34 @@ class Model:
             _check(field, found, found >= 0, f"a number of at least 0, as {loss.kind} takes")
         return _cast(field, found.reshape(rows, columns), self.adapter.dtype)
 
-    def weights(self, field: str, values: Any, rows: int) -> np.ndarray:
-        """Weights [rows]; else a Problem."""
+    def weights(self, field: str, values: Any, rows: int, single: bool = False) -> np.ndarray:
+        """Weights [rows]; else a Problem.
+
+        `single` says whether they may be those of single targets [rows, columns].
+        """
         found = _array(field, values, np.dtype(np.float64))
-        if found.shape != (rows,):
-            raise invalid(field, f"expected {rows} weights, one for each row, got {_shape(found)}")
+        loss, out = self.adapter.loss, self.adapter.out_features
+        columns = 1 if loss.takes_classes else loss.target_columns(out)
+        of_targets = single and columns > 1 and found.shape == (rows, columns)
+        if found.shape != (rows,) and not of_targets:
+            each = f", or one for each of {columns} targets" if single and columns > 1 else ""
+            raise invalid(
+                field, f"expected {rows} weights, one for each row{each}, got {_shape(found)}"
+            )
         _check(field, found, found >= 0, "a weight >= 0")
         return _cast(field, found, self.adapter.dtype)
+
+    def offset(self, field: str, values: Any, rows: int) -> np.ndarray:
+        """What is added to outputs [rows, out]; else a Problem."""
+        found, out = _array(field, values, np.dtype(np.float64)), self.adapter.out_features
+        if found.shape != (rows, out) and not (found.shape == (rows,) and out == 1) and len(found):
+            raise invalid(
+                field,
+                f"expected a number for each output, shape [{rows}, {out}], got {_shape(found)}",
+            )
+        if len(found) != rows:
+            raise invalid(field, f"expected {rows} rows, got {len(found)}")
+        return _cast(field, found.reshape(rows, out), self.adapter.dtype)
 
     def probabilities(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Of outputs [rows, out] each; a Problem where the loss knows no probabilities."""

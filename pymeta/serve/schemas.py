@@ -13,10 +13,9 @@ Matrix = list[Values]
 Targets = Annotated[Values | Matrix, Field(union_mode="left_to_right")]
 
 _XS = Field(description="support rows [rows, in]")
-_YS = Field(
-    description="targets of the support rows: classes [rows] for cross_entropy, "
-    "otherwise values [rows, out], or [rows] where out is 1"
-)
+_CLASSES = "targets of the support rows: classes [rows] for cross_entropy"
+_VALUES = ", otherwise values [rows, out], or [rows] where out is 1"
+_YS = Field(description=_CLASSES + _VALUES)
 _WEIGHTS = Field(default=None, description="weights >= 0 of the rows' losses [rows]")
 _XQ = Field(description="rows to predict [rows, in]")
 
@@ -29,9 +28,22 @@ class Task(_Body):
     """One task: labelled rows to adapt to, and rows to predict."""
 
     xs: Matrix = _XS
-    ys: Targets = _YS
-    weights: Values | None = _WEIGHTS
+    ys: Targets = Field(
+        description=_CLASSES + ", or probabilities of the classes [rows, out]" + _VALUES
+    )
+    weights: Targets | None = Field(
+        default=None,
+        description="weights >= 0 of the rows' losses [rows], or of single targets [rows, out]",
+    )
+    offset: Targets | None = Field(
+        default=None,
+        description="added to the outputs on xs before the loss, a pooled model's say: "
+        "[rows, out], or [rows] where out is 1",
+    )
     xq: Matrix = _XQ
+    query_offset: Targets | None = Field(
+        default=None, description="likewise for xq, and part of the predictions"
+    )
 
 
 class AdaptPredict(_Body):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -23,6 +23,8 @@ from pymeta.serve.retraining import Retraining
 from pymeta.serve.serving import Serving
 from pymeta.serve.settings import Settings
 
+T = TypeVar("T")
+
 
 @dataclass
 class Service:
@@ -30,6 +32,7 @@ class Service:
 
     Attributes:
         features: the names of the features, for reasons; None where nobody gave them.
+        tables: one thread for all Parquet files, since Arrow keeps memory for each that it runs in.
         ready: whether requests are wanted: not before the start, not during the end.
     """
 
@@ -43,6 +46,9 @@ class Service:
     retraining: Retraining | None
     threads: ThreadPoolExecutor
     features: Sequence[str] | None
+    tables: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "pymeta-parquet")
+    )
     ready: bool = False
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -79,8 +85,14 @@ class Service:
                 await task
         await self.batcher.close()
         self.threads.shutdown(wait=True)
+        self.tables.shutdown(wait=True)
         if self.kept is not None:
             self.kept.store.close()
+
+    async def of_tables(self, stage: str, function: Callable[..., T], *args: Any) -> T:
+        """A call that reads or writes a Parquet file, in the thread for them."""
+        with self.metrics.stage(stage):
+            return await asyncio.get_running_loop().run_in_executor(self.tables, function, *args)
 
     async def _refresh_tokens(self) -> None:
         while True:

@@ -1,10 +1,10 @@
 """Bodies to arrays and back: JSON, numpy's npz, and Arrow's stream format, by content type.
 
     JSON    schemas.py says what is in it
-    npz     xs [rows of all tasks, in], ys, weights, xq; support_sizes [T] and query_sizes [T] say
-            how the rows are shared among the tasks; left out, there is one task
-    Arrow   a table with a record for each task: xs and xq are lists of lists of numbers, ys is a
-            list of numbers or of lists, weights a list
+    npz     xs [rows of all tasks, in], ys, weights, offset, xq, query_offset; support_sizes [T]
+            and query_sizes [T] say how the rows are shared among the tasks; left out, there is one
+    Arrow   a table with a record for each task: xs and xq are lists of lists of numbers, ys,
+            weights and offsets lists of numbers or of lists
 
 Nothing is unpickled, and what an npz would unpack to is counted before it is unpacked.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,15 +31,24 @@ JSON = "application/json"
 NPZ = "application/x-npz"
 ARROW = "application/vnd.apache.arrow.stream"
 KINDS = (JSON, NPZ, ARROW)
+_BESIDES = ("weights", "offset", "query_offset")
 
 
 class Tasks(NamedTuple):
-    """T tasks, checked: lists of arrays as `Adapter.adapt` takes them."""
+    """T tasks, checked: lists of arrays as `Adapter.adapt_predict` takes them."""
 
     xs: list[np.ndarray]
     ys: list[np.ndarray]
     weights: list[np.ndarray] | None
     xq: list[np.ndarray]
+    offset: list[np.ndarray] | None = None
+    query_offset: list[np.ndarray] | None = None
+
+    @property
+    def form(self) -> tuple[int, ...]:
+        """What tasks of one native call have in common: the axes of each part, 0 for none."""
+        parts = (self.ys, self.weights, self.offset, self.query_offset)
+        return tuple(part[0].ndim if part else 0 for part in parts)
 
     @property
     def rows(self) -> int:
@@ -86,29 +95,53 @@ def read_tasks(kind: str, body: bytes, model: Model, limits: Limits) -> Tasks:
     if kind == JSON:
         given = parse(schemas.ADAPT_PREDICT, body).tasks
     else:
-        given = _records(kind, body, ("xs", "ys", "xq"), ("weights",), limits)
+        given = _records(kind, body, ("xs", "ys", "xq"), _BESIDES, limits)
     if not 1 <= len(given) <= limits.tasks:
         raise invalid("tasks", f"expected 1 to {limits.tasks}, got {len(given)}")
-    xs, ys, weights, xq = [], [], [], []
+    xs: list[Any] = []
+    ys: list[Any] = []
+    weights: list[Any] = []
+    xq: list[Any] = []
+    offsets: tuple[list[Any], list[Any]] = [], []
     for i, task in enumerate(given):
         place = f"tasks.{i}"
-        x, y, w = support(task, place, model, limits)
-        xs.append(x)
-        ys.append(y)
-        weights.append(w)
-        xq.append(queries(task, place, model, limits))
-    return Tasks(xs, ys, _all_or_none(weights, xs, model), xq)
+        x, y, w = support(task, place, model, limits, stored=False)
+        q = queries(task, place, model, limits)
+        for part, value in zip((xs, ys, weights, xq), (x, y, w, q), strict=True):
+            part.append(value)
+        of_task = (("offset", task.offset, x), ("query_offset", task.query_offset, q))
+        for part, (name, value, rows) in zip(offsets, of_task, strict=True):
+            field = f"{place}.{name}"
+            part.append(None if value is None else model.offset(field, value, len(rows)))
+    out, number = (model.adapter.out_features,), model.adapter.dtype
+    if any(y.ndim == 2 for y in ys):  # a task without rows has targets of any kind
+        ys = [y if len(y) else np.zeros((0, *_wide(ys)), number) for y in ys]
+    _check_alike("ys", ys)
+    _check_alike("weights", weights)
+    return Tasks(
+        xs, ys,
+        _all_or_none(weights, xs, lambda rows: np.ones(rows, number)),
+        xq,
+        _all_or_none(offsets[0], xs, lambda rows: np.zeros((rows, *out), number)),
+        _all_or_none(offsets[1], xq, lambda rows: np.zeros((rows, *out), number)),
+    )  # fmt: skip
 
 
-def support(task: Any, place: str, model: Model, limits: Limits) -> tuple[Any, Any, Any]:
-    """(xs, ys, weights or None) of one task."""
+def support(
+    task: Any, place: str, model: Model, limits: Limits, *, stored: bool
+) -> tuple[Any, Any, Any]:
+    """(xs, ys, weights or None) of one task.
+
+    Rows that are to be stored have one label and one weight each; others may have probabilities of
+    classes, and weights of single targets.
+    """
     prefix = f"{place}." if place else ""
     _check_rows(f"{prefix}xs", task.xs, limits)
     x = model.rows(f"{prefix}xs", task.xs)
-    y = model.targets(f"{prefix}ys", task.ys, len(x))
+    y = model.targets(f"{prefix}ys", task.ys, len(x), soft=not stored)
     if task.weights is None:
         return x, y, None
-    return x, y, model.weights(f"{prefix}weights", task.weights, len(x))
+    return x, y, model.weights(f"{prefix}weights", task.weights, len(x), single=not stored)
 
 
 def queries(task: Any, place: str, model: Model, limits: Limits) -> np.ndarray:
@@ -126,7 +159,7 @@ def read_queries(kind: str, body: bytes, model: Model, limits: Limits) -> np.nda
 def read_rows(kind: str, body: bytes, model: Model, limits: Limits) -> tuple[Any, Any, Any, Any]:
     """(xs, ys, weights or None, what else was said) of rows to append."""
     given = _only(kind, body, schemas.ROWS, ("xs", "ys"), ("weights", "at"), limits)
-    x, y, w = support(given, "", model, limits)
+    x, y, w = support(given, "", model, limits, stored=True)
     if not len(x):
         raise invalid("xs", "expected at least one row")
     if given.at is not None and len(given.at) != len(x):
@@ -148,19 +181,48 @@ def _check_rows(name: str, rows: Any, limits: Limits) -> None:
         raise invalid(name, f"expected at most {limits.rows} rows, got {len(rows)}")
 
 
-def _all_or_none(weights: list[Any], xs: list[np.ndarray], model: Model) -> Any:
-    """A request's weights: none at all, or ones where a task has none."""
-    if all(w is None for w in weights):
+def _wide(ys: list[np.ndarray]) -> tuple[int, ...]:
+    return next(y.shape[1:] for y in ys if y.ndim == 2)
+
+
+def _check_alike(name: str, parts: list[Any]) -> None:
+    """A Problem where tasks of one request have targets or weights of different kinds."""
+    axes = [(i, part.ndim) for i, part in enumerate(parts) if part is not None]
+    odd = next((i for i, n in axes if n != axes[0][1]), None)
+    if odd is not None:
+        raise invalid(
+            f"tasks.{odd}.{name}",
+            f"expected {axes[0][1]} axes as tasks.{axes[0][0]} has: a request's tasks have labels "
+            f"or probabilities, and weights of rows or of targets",
+        )
+
+
+def _all_or_none(
+    parts: list[Any], rows: list[np.ndarray], nothing: Callable[[int], np.ndarray]
+) -> Any:
+    """What some of a request's tasks have: None, or with `nothing` where one lacks it.
+
+    Weights of single targets are 1 where a task has none.
+    """
+    there = [part for part in parts if part is not None]
+    if not there:
         return None
-    dtype = model.adapter.dtype
-    return [np.ones(len(x), dtype) if w is None else w for w, x in zip(weights, xs, strict=True)]
+    found = []
+    for part, x in zip(parts, rows, strict=True):
+        if part is None:
+            part = nothing(len(x))
+            if there[0].ndim > part.ndim:
+                part = np.broadcast_to(part[:, None], (len(x), there[0].shape[1])).copy()
+        found.append(part)
+    return found
 
 
 class _Record:
     """One task of a binary body."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update({"weights": None, "at": None, "window": None, **values})
+        nothing = dict.fromkeys(("weights", "at", "window", "offset", "query_offset"))
+        self.__dict__.update({**nothing, **values})
 
 
 def _records(kind: str, body: bytes, names: Any, optional: Any, limits: Limits) -> list[_Record]:
@@ -190,7 +252,7 @@ def _npz_records(body: bytes, names: Any, optional: Any, limits: Limits) -> list
     counts = {by: arrays.pop(by) for by in sizes.values() if by in arrays}
     cut: dict[str, Any] = {}
     for name, array in arrays.items():
-        by = sizes["xq" if name == "xq" else "xs"]
+        by = sizes["xq" if name in ("xq", "query_offset") else "xs"]
         cut[name] = _cut(name, array, by, counts.get(by))
     tasks = {len(parts) for parts in cut.values()}
     if len(tasks) != 1:

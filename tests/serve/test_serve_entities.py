@@ -298,6 +298,29 @@ def test_import_and_export(service, tmp_path):
         assert predict(other, "e2")["predictions"] == predict(service, "e2")["predictions"]
 
 
+def test_parquet_files_have_one_thread(service, monkeypatch):
+    """Arrow keeps memory for each thread that it runs in."""
+    pytest.importorskip("pyarrow")
+    from pymeta.serve import parquet
+
+    seen = []
+    for name in ("read", "write"):
+        original = getattr(parquet, name)
+
+        def spy(*arguments, original=original):
+            seen.append(threading.current_thread().name)
+            return original(*arguments)
+
+        monkeypatch.setattr(parquet, name, spy)
+    put(service, "a", rows())
+    exported = service.call("GET", "/v1/entities:export").body
+    asked = [("GET", "/v1/entities:export", None)] * 8
+    answers = service.calls(asked)
+    assert [a.status for a in answers] == [200] * 8
+    assert of_parquet(service, exported).status == 200
+    assert len(seen) == 10 and len(set(seen)) == 1 and seen[0].startswith("pymeta-parquet")
+
+
 def test_a_wrong_import_stores_nothing(service):
     pa = pytest.importorskip("pyarrow")
     good = {"entity": ["a", "b"], "x": [[1.0, 2, 3]] * 2, "y": [1.0, 2]}

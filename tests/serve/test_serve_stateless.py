@@ -11,6 +11,7 @@ from serve_help import adapter, alone, in_process, task
 pytest.importorskip("fastapi")
 
 from pymeta.explain import integrated_gradients, support_means
+from pymeta.serve import Settings
 from pymeta.spec.losses import Loss
 
 PATH = "/v1/adapt-predict"
@@ -75,6 +76,114 @@ def test_a_task_that_diverges_is_null_and_the_others_are_as_ever(service):
     assert np.array_equal(
         np.array(got.json["predictions"][1], np.float32), alone(adapter(), task(1))
     )
+
+
+# ---- soft labels, weights of targets, offsets ---------------------------------------------------
+
+
+def classifier():
+    return adapter(
+        layers=(("linear", 3, 5, True), ("tanh",), ("linear", 5, 3, True)), loss="cross_entropy"
+    )
+
+
+def two_targets():
+    return adapter(layers=(("linear", 3, 5, True), ("tanh",), ("linear", 5, 2, True)))
+
+
+def rich(kind, seed, rows=7, queries=2):
+    """A task with everything that a kind of model takes."""
+    random = np.random.default_rng(seed)
+    given, out = task(seed, rows, queries), 3 if kind == "soft" else 2
+    if kind == "soft":
+        p = random.dirichlet(np.ones(3), rows)
+        given |= {"ys": p.tolist(), "weights": random.random(rows).tolist()}
+    else:
+        given |= {"ys": random.normal(size=(rows, 2)).tolist()}
+        given |= {"weights": random.random((rows, 2)).tolist()}
+    given["offset"] = random.normal(size=(rows, out)).tolist()
+    given["query_offset"] = random.normal(size=(queries, out)).tolist()
+    return given
+
+
+def alone_with_all(model, given):
+    arrays = {n: np.array(v, np.float32) for n, v in given.items()}
+    return model.adapt_predict(arrays.pop("xs"), arrays.pop("ys"), arrays.pop("xq"), **arrays)
+
+
+@pytest.mark.parametrize(("kind", "make"), [("soft", classifier), ("of targets", two_targets)])
+@pytest.mark.parametrize("inline_us", [1e6, 0], ids=["on the loop", "in threads"])
+def test_soft_labels_weights_of_targets_and_offsets(tmp_path, kind, make, inline_us):
+    settings = Settings(inline_us=inline_us)
+    tasks = [rich(kind, i, rows, queries) for i, (rows, queries) in enumerate([(7, 2), (4, 1)])]
+    with in_process(tmp_path, make(), store=None, settings=settings) as service:
+        got = service.call("POST", PATH, {"tasks": tasks})
+        assert got.status == 200, got.body
+        for given, predicted in zip(tasks, got.json["predictions"], strict=True):
+            assert np.array_equal(np.float32(predicted), alone_with_all(make(), given))
+        explained = service.call("POST", f"{PATH}?explain=true", {"tasks": tasks})
+        assert explained.json["predictions"] == got.json["predictions"]
+        cut = {n: np.concatenate([np.array(t[n], np.float32) for t in tasks]) for n in tasks[0]}
+        into = io.BytesIO()
+        np.savez(into, **cut, support_sizes=[7, 4], query_sizes=[2, 1])
+        headers = {"content-type": "application/x-npz"}
+        answer = service.call("POST", PATH, into.getvalue(), headers=headers)
+        flat = np.concatenate([np.float32(p) for p in got.json["predictions"]])
+        assert np.array_equal(np.load(io.BytesIO(answer.body))["predictions"], flat)
+        pa = pytest.importorskip("pyarrow")
+        table, sink = pa.table({n: [t[n] for t in tasks] for n in tasks[0]}), io.BytesIO()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        headers = {"content-type": "application/vnd.apache.arrow.stream"}
+        answer = service.call("POST", PATH, sink.getvalue(), headers=headers)
+        found = pa.ipc.open_stream(answer.body).read_all().column("predictions").to_pylist()
+        assert np.array_equal(np.concatenate([np.float32(p) for p in found]), flat)
+
+
+def test_tasks_that_lack_what_others_have(tmp_path):
+    with in_process(tmp_path, two_targets(), store=None) as service:
+        full, plain = rich("of targets", 0), rich("of targets", 1)
+        for name in ("weights", "offset", "query_offset"):
+            del plain[name]
+        got = service.call("POST", PATH, {"tasks": [full, plain]}).json["predictions"]
+        ones = {**plain, "weights": np.ones((7, 2)).tolist()}
+        zeros = {"offset": np.zeros((7, 2)).tolist(), "query_offset": np.zeros((2, 2)).tolist()}
+        for given, predicted in ((full, got[0]), ({**ones, **zeros}, got[1])):
+            assert np.array_equal(np.float32(predicted), alone_with_all(two_targets(), given))
+    with in_process(tmp_path, classifier(), store=None) as service:
+        nothing = {"xs": [], "ys": [], "xq": task()["xq"]}
+        got = service.call("POST", PATH, {"tasks": [rich("soft", 0), nothing]})
+        assert got.status == 200, got.body
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "field"),
+    [
+        ("soft", {"ys": [[0.5, 0.5]] * 7}, "tasks.0.ys"),
+        ("soft", {"ys": [[1.5, -0.5, 0.0]] * 7}, "tasks.0.ys.0.0"),
+        ("soft", {"weights": [[1.0] * 3] * 7}, "tasks.0.weights"),
+        ("soft", {"ys": [0, 1, 2, 0, 1, 2, 0]}, "tasks.1.ys"),
+        ("of targets", {"weights": [[1.0] * 3] * 7}, "tasks.0.weights"),
+        ("of targets", {"weights": [1.0] * 7}, "tasks.1.weights"),
+        ("of targets", {"offset": [[1.0]] * 7}, "tasks.0.offset"),
+        ("of targets", {"offset": [[1.0, 1.0]] * 6}, "tasks.0.offset"),
+        ("of targets", {"query_offset": [1.0] * 2}, "tasks.0.query_offset"),
+        ("of targets", {"query_offset": [[1.0, 1e39]] * 2}, "tasks.0.query_offset.0.1"),
+        ("of targets", {"query_offset": []}, "tasks.0.query_offset"),
+    ],
+)
+def test_wrong_ones_name_their_field(tmp_path, kind, change, field):
+    model = classifier() if kind == "soft" else two_targets()
+    with in_process(tmp_path, model, store=None) as service:
+        got = service.call("POST", PATH, {"tasks": [{**rich(kind, 0), **change}, rich(kind, 1)]})
+        assert got.status == 422 and got.json["field"] == field, got.body
+
+
+def test_stored_rows_have_one_label_and_one_weight(tmp_path):
+    with in_process(tmp_path, classifier()) as service:
+        soft = {"xs": task()["xs"], "ys": rich("soft", 0)["ys"]}
+        got = service.call("PUT", "/v1/entities/a/rows", soft)
+        assert got.status == 422 and got.json["field"] == "ys"
 
 
 # ---- explanations -------------------------------------------------------------------------------

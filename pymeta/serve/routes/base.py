@@ -1,7 +1,7 @@
-"""How a path is declared: what scope it needs, and how OpenAPI describes it.
+"""How a path is declared, once: its method, the scope it needs, and how OpenAPI describes it.
 
 A handler takes the request and returns the answer. FastAPI's own reading of bodies is left out,
-since ours is bounded and knows three formats; its OpenAPI page is made of what `documented` says.
+since ours is bounded and knows three formats; its OpenAPI page is made of what `declared` says.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -22,17 +23,6 @@ Handler = Callable[[Request], Awaitable[Response]]
 H = TypeVar("H", bound=Handler)
 
 _ID = r"1 to 200 letters, digits and . _ : @ -"
-
-
-def needs(scope: str) -> Callable[[H], H]:
-    """Say which scope a handler needs; "open" for none, and no token either."""
-    assert scope in (*SCOPES, "open")
-
-    def mark(handler: H) -> H:
-        handler.needs = scope  # type: ignore[attr-defined]
-        return handler
-
-    return mark
 
 
 class Route(APIRoute):
@@ -60,7 +50,10 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def documented(
+def declared(
+    router: APIRouter,
+    request: str,
+    scope: str,
     summary: str,
     answer: type[BaseModel] | None = None,
     body: type[BaseModel] | None = None,
@@ -69,10 +62,13 @@ def documented(
     parameters: Sequence[dict[str, Any]] = (),
     status: int = 200,
     answers: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The options of a path that OpenAPI shows.
+) -> Callable[[H], H]:
+    """Declare a path: what it is called by, whom it lets in, and what OpenAPI shows of it.
 
     Args:
+        router: of which it becomes a part.
+        request: a method and a path, as in "GET /healthz".
+        scope: that its token needs; "open" for none, and no token either.
         summary: a line.
         answer: what is answered as JSON.
         body: what is sent as JSON.
@@ -96,13 +92,22 @@ def documented(
     }
     if answers is not None:
         responses[status] = {"content": answers}
-    return {
+    method, _, path = request.partition(" ")
+    options: dict[str, Any] = {
         "summary": summary,
         "response_model": answer,
         "responses": responses,
         "openapi_extra": extra,
         "status_code": status,
     }
+    assert scope in (*SCOPES, "open")
+
+    def declare(handler: H) -> H:
+        handler.needs = scope  # type: ignore[attr-defined]
+        router.add_api_route(path, handler, methods=[method], **options)
+        return handler
+
+    return declare
 
 
 def _example(body: type[BaseModel]) -> dict[str, Any]:

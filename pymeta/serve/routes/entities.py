@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from fastapi import APIRouter
@@ -23,8 +20,7 @@ from pymeta.serve.routes.base import (
     KEY,
     PROBABILITIES,
     Route,
-    documented,
-    needs,
+    declared,
     service_of,
 )
 from pymeta.serve.routes.stateless import explained
@@ -44,17 +40,16 @@ def check_name(name: str, field: str = "id") -> str:
     return name
 
 
-@router.put(
-    "/v1/entities/{id}/rows",
-    **documented(
-        "Append labelled rows",
-        schemas.Appended,
-        schemas.Rows,
-        binary=(wire.NPZ, wire.ARROW),
-        parameters=(ENTITY, KEY),
-    ),
+@declared(
+    router,
+    "PUT /v1/entities/{id}/rows",
+    "write",
+    "Append labelled rows",
+    schemas.Appended,
+    schemas.Rows,
+    binary=(wire.NPZ, wire.ARROW),
+    parameters=(ENTITY, KEY),
 )
-@needs("write")
 async def append(request: Request) -> Response:
     """Acknowledged once the rows are on the disk. The first append makes the entity."""
     service = service_of(request)
@@ -84,17 +79,16 @@ def _moments(at: object) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-@router.post(
-    "/v1/entities/{id}/predict",
-    **documented(
-        "Adapt to the entity's rows and predict",
-        schemas.EntityPredictions,
-        schemas.Queries,
-        binary=(wire.NPZ, wire.ARROW),
-        parameters=(ENTITY, EXPLAIN, PROBABILITIES),
-    ),
+@declared(
+    router,
+    "POST /v1/entities/{id}/predict",
+    "read",
+    "Adapt to the entity's rows and predict",
+    schemas.EntityPredictions,
+    schemas.Queries,
+    binary=(wire.NPZ, wire.ARROW),
+    parameters=(ENTITY, EXPLAIN, PROBABILITIES),
 )
-@needs("read")
 async def predict(request: Request) -> Response:
     """The adapted weights are kept until rows are appended or the model changes."""
     service = service_of(request)
@@ -121,11 +115,14 @@ async def predict(request: Request) -> Response:
     return await explained(service, kind, answer, adapted.models, [adapted.mean], [xq])
 
 
-@router.get(
-    "/v1/entities/{id}",
-    **documented("What is stored", schemas.EntityState, parameters=(ENTITY,)),
+@declared(
+    router,
+    "GET /v1/entities/{id}",
+    "read",
+    "What is stored",
+    schemas.EntityState,
+    parameters=(ENTITY,),
 )
-@needs("read")
 async def look(request: Request) -> Response:
     """How many rows, from when to when, and the window; not the rows."""
     entities = service_of(request).entities
@@ -136,8 +133,7 @@ async def look(request: Request) -> Response:
     return _json({**body, "oldest": oldest, "newest": newest})
 
 
-@router.delete("/v1/entities/{id}", **documented("Erase", status=204, parameters=(ENTITY,)))
-@needs("write")
+@declared(router, "DELETE /v1/entities/{id}", "write", "Erase", status=204, parameters=(ENTITY,))
 async def erase(request: Request) -> Response:
     """Rows, remembered keys and adapted weights are gone; 404 where there was nothing."""
     name = check_name(request.path_params["id"])
@@ -146,15 +142,14 @@ async def erase(request: Request) -> Response:
     return Response(status_code=204)
 
 
-@router.post(
-    "/v1/entities:import",
-    **documented(
-        "Append the rows of a Parquet file",
-        schemas.Imported,
-        binary=(parquet.MEDIA_TYPE,),
-    ),
+@declared(
+    router,
+    "POST /v1/entities:import",
+    "write",
+    "Append the rows of a Parquet file",
+    schemas.Imported,
+    binary=(parquet.MEDIA_TYPE,),
 )
-@needs("write")
 async def import_(request: Request) -> Response:
     """Columns: entity, x (list), y (number or list), and maybe at (timestamp) and weight.
 
@@ -167,12 +162,8 @@ async def import_(request: Request) -> Response:
     if request.headers.get("content-type", "").partition(";")[0] != parquet.MEDIA_TYPE:
         raise Problem(415, f"content-type: expected {parquet.MEDIA_TYPE}")
 
-    def work() -> tuple[list[tuple[str, Labelled]], bool]:
-        with service.metrics.stage("decode"):
-            limits = service.settings.limits
-            return parquet.read(body, service.model, limits, check_name)
-
-    found, timed = await asyncio.get_running_loop().run_in_executor(service.threads, work)
+    given = body, service.model, service.settings.limits, check_name
+    found, timed = await service.of_tables("decode", parquet.read, *given)
     key = parquet.key_of(body)
     done = 0
     for name, rows in found:
@@ -190,19 +181,17 @@ async def import_(request: Request) -> Response:
     return _json({"entities": done, "rows": sum(len(rows) for _, rows in found)})
 
 
-@router.get(
-    "/v1/entities:export",
-    **documented("All rows of all entities as a Parquet file", answers=_PARQUET),
+@declared(
+    router,
+    "GET /v1/entities:export",
+    "admin",
+    "All rows of all entities as a Parquet file",
+    answers=_PARQUET,
 )
-@needs("admin")
 async def export(request: Request) -> Response:
     """Written to a temporary file first, so that a slow reader holds no connection."""
-    entities = service_of(request).entities
-
-    def pages() -> Iterator[tuple[str, Labelled]]:
-        return entities.store.each()
-
-    path: Path = await entities.stored(parquet.write, pages)
+    service = service_of(request)
+    path = await service.of_tables("store", parquet.write, service.entities.store.each)
     return FileResponse(
         path, media_type=parquet.MEDIA_TYPE, background=BackgroundTask(path.unlink, True)
     )

@@ -14,15 +14,14 @@ from starlette.responses import Response
 from pymeta.serve import schemas
 from pymeta.serve.problem import Problem
 from pymeta.serve.registry import Refused
-from pymeta.serve.routes.base import Route, documented, needs, parameter, service_of
+from pymeta.serve.routes.base import Route, declared, parameter, service_of
 
 router = APIRouter(route_class=Route, tags=["models"])
 T = TypeVar("T")
 _VERSION = parameter("version", "path", "as GET /v1/models lists it")
 
 
-@router.get("/v1/models", **documented("All versions, newest first", schemas.Models))
-@needs("read")
+@declared(router, "GET /v1/models", "read", "All versions, newest first", schemas.Models)
 async def models(request: Request) -> Response:
     """The versions, and what the serving one asks for."""
     service = service_of(request)
@@ -51,33 +50,35 @@ async def models(request: Request) -> Response:
     return Response(to_json(body), media_type="application/json")
 
 
-@router.post("/v1/models/reload", **documented("Serve what the files say", schemas.Switched))
-@needs("admin")
+@declared(router, "POST /v1/models/reload", "admin", "Serve what the files say", schemas.Switched)
 async def reload(request: Request) -> Response:
     """Import the service's file where it has changed; 409 with the reason where it will not do."""
     return _switched(await _in_thread(service_of(request).serving.reload))
 
 
-@router.post("/v1/models/rollback", **documented("Serve the version before", schemas.Switched))
-@needs("admin")
+@declared(router, "POST /v1/models/rollback", "admin", "Serve the version before", schemas.Switched)
 async def rollback(request: Request) -> Response:
     """The version that served before this one serves again."""
     return _switched(await _in_thread(service_of(request).serving.roll_back))
 
 
-@router.post(
-    "/v1/models/{version}/promote",
-    **documented("Serve one of the versions", schemas.Switched, parameters=(_VERSION,)),
+@declared(
+    router,
+    "POST /v1/models/{version}/promote",
+    "admin",
+    "Serve one of the versions",
+    schemas.Switched,
+    parameters=(_VERSION,),
 )
-@needs("admin")
 async def promote(request: Request) -> Response:
     """It serves from the next batch on."""
     version = request.path_params["version"]
     return _switched(await _in_thread(service_of(request).serving.promote, version))
 
 
-@router.post("/v1/models/retrain", **documented("Begin to train on the store's rows", status=202))
-@needs("admin")
+@declared(
+    router, "POST /v1/models/retrain", "admin", "Begin to train on the store's rows", status=202
+)
 async def retrain(request: Request) -> Response:
     """In a process of its own; what it finds is promoted only if it is not worse."""
     retraining = service_of(request).retraining

@@ -9,20 +9,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pymeta.serve.problem import Problem
-from pymeta.serve.routes.base import Route, documented, needs, service_of
+from pymeta.serve.routes.base import Route, declared, service_of
 
 router = APIRouter(route_class=Route, tags=["operations"])
 
 
-@router.get("/healthz", **documented("Whether the process lives"))
-@needs("open")
+@declared(router, "GET /healthz", "open", "Whether the process lives")
 async def healthz(request: Request) -> Response:
     """It does, if it answers."""
     return Response(b'{"status":"ok"}', media_type="application/json")
 
 
-@router.get("/readyz", **documented("Whether it can serve: model and store; else 503"))
-@needs("open")
+@declared(router, "GET /readyz", "open", "Whether it can serve: model and store; else 503")
 async def readyz(request: Request) -> Response:
     """The serving version; 503 with the reason where requests would fail."""
     service = service_of(request)
@@ -40,10 +38,9 @@ async def readyz(request: Request) -> Response:
     return Response(to_json(body), media_type="application/json")
 
 
-@router.get(
-    "/metrics", **documented("Prometheus' text form", answers={"text/plain": {"schema": {}}})
+@declared(
+    router, "GET /metrics", "read", "Prometheus' text form", answers={"text/plain": {"schema": {}}}
 )
-@needs("read")
 async def metrics(request: Request) -> Response:
     """All numbers of the service."""
     return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -16,8 +16,7 @@ from pymeta.serve.routes.base import (
     EXPLAIN,
     PROBABILITIES,
     Route,
-    documented,
-    needs,
+    declared,
     service_of,
 )
 from pymeta.serve.service import Service, flag
@@ -25,17 +24,16 @@ from pymeta.serve.service import Service, flag
 router = APIRouter(route_class=Route, tags=["predictions"])
 
 
-@router.post(
-    "/v1/adapt-predict",
-    **documented(
-        "Adapt to each task's support rows and predict its query rows",
-        schemas.Predictions,
-        schemas.AdaptPredict,
-        binary=(wire.NPZ, wire.ARROW),
-        parameters=(EXPLAIN, PROBABILITIES),
-    ),
+@declared(
+    router,
+    "POST /v1/adapt-predict",
+    "read",
+    "Adapt to each task's support rows and predict its query rows",
+    schemas.Predictions,
+    schemas.AdaptPredict,
+    binary=(wire.NPZ, wire.ARROW),
+    parameters=(EXPLAIN, PROBABILITIES),
 )
-@needs("read")
 async def adapt_predict(request: Request) -> Response:
     """One or many tasks, each with its own number of rows."""
     service = service_of(request)
