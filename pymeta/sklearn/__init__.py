@@ -21,7 +21,8 @@ Inputs should be standardised: the networks start as PyTorch's layers do, and th
 meant for inputs of unit size. torch is imported by `fit` and `adapt`, pandas never.
 """
 
-from pymeta.sklearn.estimators import MetaClassifier, MetaRegressor
+from pymeta.sklearn.classifier import MetaClassifier
 from pymeta.sklearn.methods import METHODS
+from pymeta.sklearn.regressor import MetaRegressor
 
 __all__ = ["METHODS", "MetaClassifier", "MetaRegressor"]

@@ -17,24 +17,68 @@ if TYPE_CHECKING:
 Tensors: TypeAlias = "list[torch.Tensor]"
 
 
+class Lists(NamedTuple):
+    """Sets of rows as the learners take them; None where rows have no weights or offsets."""
+
+    xs: Tensors
+    ys: Tensors
+    weights: Tensors | None
+    offsets: Tensors | None
+
+    def some(self, part: slice) -> Lists:
+        """Some of the sets."""
+        return Lists(*(None if c is None else c[part] for c in self))  # type: ignore[arg-type]
+
+    @property
+    def as_support(self) -> dict[str, Any]:
+        """The options of a learner's call, where these are the support sets."""
+        return {"support_weights": self.weights, "support_offset": self.offsets}
+
+    @property
+    def as_query(self) -> dict[str, Any]:
+        """Likewise, where they are the query sets."""
+        return {"query_weights": self.weights, "query_offset": self.offsets}
+
+
 class Rows(NamedTuple):
-    """Rows ready for training: x [n, features], y [n], weights [n] or None."""
+    """Ready rows: x [n, features], y [n, ...], weights [n] and offset [n, out] or None."""
 
     x: Array
     y: Array
     weights: Array | None
+    offset: Array | None = None
 
-    def take(self, index: Array) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Some of the rows, as tensors of their own memory."""
+    def at(self, index: Array) -> Rows:
+        """Some of the rows."""
+        return Rows(*(None if c is None else c[index] for c in self))  # type: ignore[arg-type]
+
+    def lists(self, members: Sequence[Array]) -> Lists:
+        """One tensor for each set of rows, in memory of its own."""
         import torch
 
-        w = None if self.weights is None else torch.from_numpy(self.weights[index])
-        return torch.from_numpy(self.x[index]), torch.from_numpy(self.y[index]), w
+        def of(column: Array | None) -> Any:
+            if column is None:
+                return None
+            return [torch.from_numpy(column[index]) for index in members]
 
-    def lists(self, members: Sequence[Array]) -> tuple[Tensors, Tensors, Tensors | None]:
-        """One tensor for each set of rows: xs, ys and (where there are any) weights."""
-        xs, ys, ws = zip(*map(self.take, members), strict=True)
-        return list(xs), list(ys), None if self.weights is None else list(ws)
+        return Lists(of(self.x), of(self.y), of(self.weights), of(self.offset))
+
+
+def in_order(times: Any, *columns: Any) -> list[Any]:
+    """The columns in the order of time, rows of the same time as they came; None stays."""
+    if times is None:
+        return list(columns)
+    at = np.asarray(times)
+    if at.shape != (len(columns[0]),):
+        raise ValueError(
+            f"times: expected one for each row of X, shape [{len(columns[0])}], "
+            f"got {list(at.shape)}"
+        )
+    missing = np.isnat(at) if at.dtype.kind in "mM" else at != at
+    if np.any(missing):
+        raise ValueError(f"times: {int(np.sum(missing))} rows have none")
+    order = np.argsort(at, kind="stable")
+    return [None if c is None else np.asarray(c)[order] for c in columns]
 
 
 class Draw:
@@ -45,7 +89,7 @@ class Draw:
         self.rows, self.members, self.rng = rows, members, rng
         self.each = min(settings.tasks_per_batch, len(members))
         self.limit, self.support = settings.task_rows, settings.support
-        self.shuffle = settings.shuffle
+        self.shuffle = settings.is_shuffled
         sizes = np.array([len(m) for m in members], dtype=float)
         self.chances = sizes / sizes.sum() if settings.draw == "rows" else None
 

@@ -50,6 +50,11 @@ class Method(NamedTuple):
     by_class: bool = False
 
     @property
+    def tunes(self) -> bool:
+        """Whether a group's model is the network, fine-tuned."""
+        return self.head is None and self.own is None
+
+    @property
     def is_random(self) -> bool:
         """Whether it has networks of its own beside the estimator's, which begin at random."""
         return self.own is not None or self.head is _relation
@@ -75,9 +80,8 @@ def _maml(
 
     def loss() -> torch.Tensor:
         support, query = draw.episode()
-        xs, ys, ws = draw.rows.lists(support)
-        xq, yq, wq = draw.rows.lists(query)
-        outcome: pymeta.Outcome = maml(xs, ys, xq, yq, support_weights=ws, query_weights=wq)
+        s, q = draw.rows.lists(support), draw.rows.lists(query)
+        outcome: pymeta.Outcome = maml(s.xs, s.ys, q.xs, q.ys, **s.as_support, **q.as_query)
         return outcome.loss
 
     return loss
@@ -100,8 +104,8 @@ def _reptile(
     )
 
     def loss() -> torch.Tensor:
-        xs, ys, ws = draw.rows.lists(draw.groups())
-        outcome: pymeta.ReptileOutcome = reptile(xs, ys, support_weights=ws)
+        rows = draw.rows.lists(draw.groups())
+        outcome: pymeta.ReptileOutcome = reptile(rows.xs, rows.ys, **rows.as_support)
         return outcome.loss
 
     return loss
@@ -126,9 +130,8 @@ def _of_head(
                 if len(s)
             ]
             support, query = [s for s, _ in both], [q for _, q in both]
-        xs, ys, ws = draw.rows.lists(support)
-        xq, yq, wq = draw.rows.lists(query)
-        found: torch.Tensor = learner(xs, ys, xq, yq, support_weights=ws, query_weights=wq).loss
+        s, q = draw.rows.lists(support), draw.rows.lists(query)
+        found: torch.Tensor = learner(s.xs, s.ys, q.xs, q.ys, **s.as_support, **q.as_query).loss
         return found
 
     return loss

@@ -24,6 +24,7 @@ class Form(NamedTuple):
     dtype: str
     loss: Any  # a name, or a description of pymeta.spec.losses
     head_only: bool
+    is_remainder: bool = False  # of a pooled model, so that the last layer begins with zeros
 
     def initial(self, rng: Any) -> dict[str, Array]:
         """What `torch.nn.Linear` starts with, drawn by `rng`: uniform within 1 / sqrt(inputs)."""
@@ -32,6 +33,9 @@ class Form(NamedTuple):
             bound = 1 / math.sqrt(n_in)
             start[f"{2 * i}.weight"] = rng.uniform(-bound, bound, (n_out, n_in)).astype(self.dtype)
             start[f"{2 * i}.bias"] = rng.uniform(-bound, bound, n_out).astype(self.dtype)
+        if self.is_remainder:
+            for p in (start[f"{2 * i}.weight"], start[f"{2 * i}.bias"]):
+                p[:] = 0
         return start
 
     def network(self, parameters: dict[str, Array]) -> torch.nn.Sequential:
@@ -74,6 +78,11 @@ class Form(NamedTuple):
         return AdaptedArrays(self.architecture(), describe_loss(self.loss), own, shared, tasks)
 
 
+def parameters_of(module: torch.nn.Module) -> dict[str, Array]:
+    """Copies of a module's parameters, by name."""
+    return {n: p.detach().numpy().copy() for n, p in module.named_parameters()}
+
+
 def inner_optimizer(name: str, lr: float) -> Any:
     """The optimiser of the inner loop that the parameter names."""
     import pymeta
@@ -89,4 +98,5 @@ def inner_optimizer(name: str, lr: float) -> Any:
 def pull(settings: Parameters) -> dict[str, Any]:
     """A learner's options of the pull to the start."""
     rows = settings.anchor_rows
-    return {"anchor": float(settings.anchor), "anchor_rows": None if rows is None else float(rows)}
+    none = rows is None or isinstance(rows, str)
+    return {"anchor": float(settings.anchor), "anchor_rows": None if none else float(rows)}

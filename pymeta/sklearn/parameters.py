@@ -63,7 +63,8 @@ def _check_support(value: Any) -> None:
 class Parameters(BaseEstimator):
     """What `MetaClassifier` describes; scikit-learn finds it in the signature of `__init__`."""
 
-    method: str = field(default="maml", kw_only=False)
+    method: str = field(default="auto", kw_only=False)
+    base: Any = None
     hidden: tuple[int, ...] = (64, 64)
     activation: str = "relu"
     inner_optimizer: str = "sgd"
@@ -86,7 +87,10 @@ class Parameters(BaseEstimator):
     adapt_lr: float | None = None
     adapt_epochs: int | None = None
     anchor: float = 0.0
-    anchor_rows: float | None = None
+    anchor_rows: Any = "auto"
+    gate: bool = True
+    unknown: str = "warn"
+    clip_inputs: bool = True
     adapt_validation: float = 0.0
     adapt_patience: int | None = None
     adapt_on_fit: bool = False
@@ -105,7 +109,13 @@ class Parameters(BaseEstimator):
         for width in self.hidden:
             integer("hidden", width, 1)
         _check_support(self.support)
-        for name in ("first_order", "head_only", "shuffle", "adapt_on_fit"):
+        one_of("unknown", self.unknown, ("start", "warn", "error"))
+        if self.base is not None and not hasattr(self.base, "fit"):
+            raise TypeError(
+                f"base: expected an estimator of scikit-learn or None, got "
+                f"{type(self.base).__name__}"
+            )
+        for name in ("first_order", "head_only", "shuffle", "adapt_on_fit", "gate", "clip_inputs"):
             flag(name, getattr(self, name))
         least = {"inner_steps": 1, "iterations": 1, "epochs": 1, "tasks_per_batch": 1}
         for name, value in {**least, "pretrain_epochs": 0}.items():
@@ -116,15 +126,36 @@ class Parameters(BaseEstimator):
                 integer(name, getattr(self, name), value)
         for name in ("inner_lr", "meta_lr", "weight_decay", "anchor"):
             real(name, getattr(self, name))
-        if self.anchor_rows is not None:
-            real("anchor_rows", self.anchor_rows)
-            if self.anchor_rows == 0 or self.anchor:
-                raise ValueError(
-                    f"anchor_rows: expected None, or a number > 0 and anchor=0 with it, got "
-                    f"{self.anchor_rows} and anchor={self.anchor}"
-                )
+        self._check_anchor_rows()
         if self.adapt_lr is not None:
             real("adapt_lr", self.adapt_lr)
         real("adapt_validation", self.adapt_validation, 1.0)
         if self.adapt_patience is not None and self.adapt_validation == 0:
             raise ValueError("adapt_patience: expected adapt_validation > 0 with it, got 0")
+
+    def _check_anchor_rows(self) -> None:
+        rows = self.anchor_rows
+        if rows is None:
+            return
+        if isinstance(rows, str):
+            if rows != "auto":
+                raise TypeError(f"anchor_rows: expected 'auto', None or a number, got {rows!r}")
+            return
+        real("anchor_rows", rows)
+        if rows == 0 or self.anchor:
+            raise ValueError(
+                f"anchor_rows: expected 'auto', None, or a number > 0 and anchor=0 with it, got "
+                f"{rows} and anchor={self.anchor}"
+            )
+
+    _ordered = False  # whether `fit` was told that rows are in the order of time
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether the order of a group's rows means nothing."""
+        return self.shuffle and not self._ordered
+
+    @property
+    def chooses_strength(self) -> bool:
+        """Whether `fit` is to find out how strongly groups are pulled back."""
+        return isinstance(self.anchor_rows, str) and not self.anchor

@@ -6,21 +6,60 @@ the outputs of each on its own rows, `models[...]` are some of them, `concatenat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
 from pymeta.models.arrays import AdaptedArrays
-from pymeta.sklearn.episodes import Tensors
-from pymeta.sklearn.network import Form, inner_optimizer, pull
+from pymeta.sklearn.episodes import Lists, Tensors
+from pymeta.sklearn.network import Form, inner_optimizer
 from pymeta.sklearn.parameters import Parameters, count
 from pymeta.tasks.groups import Array
 
 if TYPE_CHECKING:
     from pymeta.learners import EncodedLearner
 
+STRENGTHS = (None, 5.0, 20.0, 80.0, 320.0)  # rows that the start is worth; None: it pulls not
+LONGER = (1, 4)  # times inner_steps
 _AT_A_TIME = 1024  # groups that a head is fitted to
+
+
+@dataclass(frozen=True)
+class How:
+    """How a network is fine-tuned to groups.
+
+    Attributes:
+        epochs: passes over a group's rows.
+        anchor: the strength of the pull back to the start, for every group.
+        anchor_rows: in its place: the rows that the start is worth.
+    """
+
+    epochs: int
+    anchor: float = 0.0
+    anchor_rows: float | None = None
+
+    @staticmethod
+    def of(settings: Parameters) -> How:
+        """What the settings say; of what is left open, the least."""
+        open_ = settings.anchor_rows is None or isinstance(settings.anchor_rows, str)
+        rows = None if open_ else float(settings.anchor_rows)
+        epochs = count(settings.adapt_epochs) or int(settings.inner_steps)
+        return How(epochs, float(settings.anchor), rows)
+
+    def strengths(self, counts: Array, lr: float) -> Array | None:
+        """[T], where a group of few rows would be pulled past the start by one step."""
+        if self.anchor_rows is None or lr == 0:
+            return None
+        own = self.anchor_rows / np.maximum(counts, 1)
+        return np.minimum(own, 1 / lr) if (own * lr > 1).any() else None
+
+
+def _lr(settings: Parameters) -> float:
+    """The step size of `adapt`."""
+    return float(settings.inner_lr if settings.adapt_lr is None else settings.adapt_lr)
 
 
 class Start(Protocol):
@@ -32,13 +71,25 @@ class Start(Protocol):
 
     has_variances: bool
 
+    def is_finite(self) -> bool:
+        """Whether what was learned is finite."""
+
     def shared(self) -> Models:
         """The one model of rows without a group's own."""
 
+    def hows(self, settings: Parameters) -> list[How]:
+        """The ways to adapt that the settings leave open."""
+
+    def gone_on(self, settings: Parameters, how: How, rows: Lists, seed: int) -> Start:
+        """What becomes of it with the rows of all, as one group."""
+
     def adapt(
-        self, settings: Parameters, xs: Tensors, ys: Tensors, ws: Tensors | None, seed: int
+        self, settings: Parameters, how: How, rows: Lists, seed: int, own: Models | None = None
     ) -> tuple[Models, Array]:
-        """The models of T groups, and which of them are of use, bool [T]."""
+        """The models of T groups, and which of them are of use, bool [T].
+
+        `own` are the models that the groups have already, and go on from.
+        """
 
 
 class NetworkStart:
@@ -50,6 +101,10 @@ class NetworkStart:
         """Keep the parameters {name: array}."""
         self.form, self.parameters = form, parameters
 
+    def is_finite(self) -> bool:
+        """Whether all parameters are."""
+        return all(np.isfinite(p).all() for p in self.parameters.values())
+
     def shared(self) -> AdaptedArrays:
         """The start itself."""
         return self._models({n: p[None] for n, p in self.parameters.items()})
@@ -58,31 +113,57 @@ class NetworkStart:
         own = {n: p for n, p in stacked.items() if self.form.adapts(n)}
         return self.form.models(own, {n: p for n, p in self.parameters.items() if n not in own})
 
-    def adapt(
-        self, settings: Parameters, xs: Tensors, ys: Tensors, ws: Tensors | None, seed: int
-    ) -> tuple[AdaptedArrays, Array]:
-        """Fine-tune to T groups, as the settings of `adapt` say."""
-        models = self._fine_tuner(settings, seed)(
-            xs, ys, weights=ws, progress=bool(settings.verbose)
-        )
-        own = {n: p.numpy() for n, p in models.parameters.items()}
-        return self._models(own), models.status.numpy() == 0
+    def hows(self, settings: Parameters) -> list[How]:
+        """Epochs and strengths."""
+        plain = How.of(settings)
+        strengths = STRENGTHS if settings.chooses_strength else (plain.anchor_rows,)
+        times = LONGER if settings.adapt_epochs is None else (1,)
+        pairs = itertools.product(times, strengths)
+        return [replace(plain, epochs=t * plain.epochs, anchor_rows=s) for t, s in pairs]
 
-    def _fine_tuner(self, settings: Parameters, seed: int) -> Any:
+    def adapt(
+        self,
+        settings: Parameters,
+        how: How,
+        rows: Lists,
+        seed: int,
+        own: Models | None = None,
+    ) -> tuple[AdaptedArrays, Array]:
+        """Fine-tune to T groups, from the start or from models of their own."""
+        import torch
+
+        start = None
+        if own is not None:
+            names = (n for n in own.parameters if self.form.adapts(n))
+            start = {n: torch.from_numpy(np.ascontiguousarray(own.parameters[n])) for n in names}
+        counts = np.array([len(x) for x in rows.xs])
+        models = self._fine_tuner(settings, how, seed)(
+            rows.xs, rows.ys, weights=rows.weights, offset=rows.offsets, start=start,
+            anchor=how.strengths(counts, _lr(settings)), progress=bool(settings.verbose),
+        )  # fmt: skip
+        found = {n: p.numpy() for n, p in models.parameters.items()}
+        return self._models(found), models.status.numpy() == 0
+
+    def gone_on(self, settings: Parameters, how: How, rows: Lists, seed: int) -> NetworkStart:
+        """The start, fine-tuned; as it is, where that diverges."""
+        models, fine = self.adapt(settings, how, rows, seed)
+        return NetworkStart(self.form, models.state_dict(0)) if fine.all() else self
+
+    def _fine_tuner(self, settings: Parameters, how: How, seed: int) -> Any:
         """The inner loop's optimiser, with rows and epochs."""
         import pymeta
 
-        lr = settings.inner_lr if settings.adapt_lr is None else settings.adapt_lr
         return pymeta.FineTune(
             self.form.network(self.parameters),
             loss=self.form.loss,
-            optimizer=inner_optimizer(settings.inner_optimizer, lr),
-            epochs=count(settings.adapt_epochs) or int(settings.inner_steps),
+            optimizer=inner_optimizer(settings.inner_optimizer, _lr(settings)),
+            epochs=how.epochs,
             batch_size=count(settings.inner_batch_size),
-            **pull(settings),
+            anchor=how.anchor,
+            anchor_rows=how.anchor_rows,
             freeze=[n for n in self.parameters if not self.form.adapts(n)] or None,
             validation=float(settings.adapt_validation),
-            validation_rows="random" if settings.shuffle else "last",
+            validation_rows="random" if settings.is_shuffled else "last",
             patience=count(settings.adapt_patience),
             seed=seed,
         )
@@ -100,6 +181,10 @@ class LearnerStart:
         for name, parameter in learner.model.named_parameters():
             parameter.requires_grad_(form.adapts(name))
 
+    def is_finite(self) -> bool:
+        """Whether all that was learned is."""
+        return all(bool(p.isfinite().all()) for p in self.learner.parameters())
+
     def _shared(self) -> dict[str, Array]:
         return {n: p.detach().numpy().copy() for n, p in self.learner.model.named_parameters()}
 
@@ -111,18 +196,32 @@ class LearnerStart:
         own = {n: p for n, p in stacked.items() if self.form.adapts(n)}
         return self.form.models(own, {n: p for n, p in self._shared().items() if n not in own})
 
+    def hows(self, settings: Parameters) -> list[How]:
+        """It has learned how."""
+        return [How.of(settings)]
+
+    def gone_on(self, settings: Parameters, how: How, rows: Lists, seed: int) -> LearnerStart:
+        """Refused: it has learned to make models of groups alone."""
+        raise ValueError("groups: expected a label for each row, got None")
+
     def adapt(
-        self, settings: Parameters, xs: Tensors, ys: Tensors, ws: Tensors | None, seed: int
+        self,
+        settings: Parameters,
+        how: How,
+        rows: Lists,
+        seed: int,
+        own: Models | None = None,
     ) -> tuple[AdaptedArrays, Array]:
         """Adapt to T groups, as the learner was trained to."""
-        parts, fine = [], []
-        for first in range(0, len(xs), _AT_A_TIME):
-            part = slice(first, first + _AT_A_TIME)
-            models = self.learner.adapt(
-                xs[part], ys[part], support_weights=None if ws is None else ws[part]
+        if own is not None:
+            raise ValueError(
+                "partial_fit: this method adapts from its own start alone; give all rows to adapt"
             )
-            own = {n: p.numpy() for n, p in models.parameters.items()}
-            parts.append(self._models(own))
+        parts, fine = [], []
+        for first in range(0, len(rows.xs), _AT_A_TIME):
+            part = rows.some(slice(first, first + _AT_A_TIME))
+            models = self.learner.adapt(part.xs, part.ys, **part.as_support)
+            parts.append(self._models({n: p.numpy() for n, p in models.parameters.items()}))
             fine.append(models.status.numpy() == 0)
         return type(parts[0]).concatenate(parts), np.concatenate(fine)
 
@@ -176,7 +275,7 @@ Models: TypeAlias = AdaptedArrays | HeadModels
 class HeadStart:
     """A learner with a head, which is fitted to a group's own rows."""
 
-    def __init__(self, learner: EncodedLearner, xs: Tensors, ys: Tensors, ws: Tensors | None):
+    def __init__(self, learner: EncodedLearner, rows: Lists):
         """Keep the learner; the shared model is fitted to the rows of the one group given.
 
         Without any rows it is the prior.
@@ -185,26 +284,42 @@ class HeadStart:
 
         self.learner = learner
         self.has_variances = isinstance(learner, BayesianHead)
-        self._shared = self._fitted(xs, ys, ws)
+        self._shared = self._fitted(rows)
+
+    def is_finite(self) -> bool:
+        """Whether the encoder and the prior are."""
+        return all(bool(p.isfinite().all()) for p in self.learner.parameters())
 
     def shared(self) -> HeadModels:
         """The prior's, or where there is none, that of all rows."""
         return self._shared
 
-    def _fitted(self, xs: Tensors, ys: Tensors, ws: Tensors | None) -> HeadModels:
-        models = self.learner.adapt(xs, ys, support_weights=ws)
+    def hows(self, settings: Parameters) -> list[How]:
+        """It knows itself how far groups go."""
+        return [How.of(settings)]
+
+    def gone_on(self, settings: Parameters, how: How, rows: Lists, seed: int) -> HeadStart:
+        """Refused: what is shared is a prior."""
+        raise ValueError("groups: expected a label for each row, got None; a head has no start")
+
+    def _fitted(self, rows: Lists) -> HeadModels:
+        models = self.learner.adapt(rows.xs, rows.ys, **rows.as_support)
         return HeadModels(self.learner, {n: v.numpy() for n, v in models.state.items()})
 
     def adapt(
-        self, settings: Parameters, xs: Tensors, ys: Tensors, ws: Tensors | None, seed: int
+        self, settings: Parameters, how: How, rows: Lists, seed: int, own: Models | None = None
     ) -> tuple[HeadModels, Array]:
-        """Fit to T groups."""
-        parts = []
-        for first in range(0, len(xs), _AT_A_TIME):
-            part = slice(first, first + _AT_A_TIME)
-            parts.append(self._fitted(xs[part], ys[part], None if ws is None else ws[part]))
+        """Fit to T groups; they have to bring all their rows."""
+        if own is not None:
+            raise ValueError(
+                "partial_fit: a head is fitted to all rows of a group at once; give them to adapt"
+            )
+        parts = [
+            self._fitted(rows.some(slice(first, first + _AT_A_TIME)))
+            for first in range(0, len(rows.xs), _AT_A_TIME)
+        ]
         models = HeadModels.concatenate(parts)
-        fine = np.ones(len(xs), dtype=bool)
+        fine = np.ones(len(rows.xs), dtype=bool)
         for values in models.parameters.values():
             fine &= np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         return models, fine

@@ -15,7 +15,8 @@ from pymeta.sklearn.parameters import Parameters, count
 if TYPE_CHECKING:
     import torch
 
-_PRIOR = 10.0
+_PRIOR = 10.0  # times the step size, of a head's prior
+_HELD_OUT, _PATIENCE = 0.1, 5
 
 
 def pooled(
@@ -25,8 +26,12 @@ def pooled(
     rows: Rows,
     epochs: int,
     seed: int,
+    stops_early: bool = False,
 ) -> list[float]:
-    """Ordinary training on all rows as one task, by minibatches of Adam; the loss curve."""
+    """Ordinary training on all rows as one task, by minibatches of Adam; the loss curve.
+
+    Where it `stops_early`, a tenth of the rows is held out and the best epoch's weights are kept.
+    """
     import torch
 
     import pymeta
@@ -39,20 +44,26 @@ def pooled(
         ),
         epochs=epochs,
         batch_size=count(settings.batch_size),
+        validation=_HELD_OUT if stops_early and len(rows.x) >= 1 / _HELD_OUT else 0.0,
+        patience=_PATIENCE if stops_early and len(rows.x) >= 1 / _HELD_OUT else None,
         seed=seed,
     )
-    xs, ys, ws = rows.lists([np.arange(len(rows.x))])
-    models = train(xs, ys, weights=ws, curves=True, progress=bool(settings.verbose))
-    curve: list[float] = models.history.train[0].tolist()
+    one = rows.lists([np.arange(len(rows.x))])
+    options = {"weights": one.weights, "offset": one.offsets, "progress": bool(settings.verbose)}
+    models = train(one.xs, one.ys, curves=True, **options)
+    curve: list[float] = models.history.train[0, : int(models.history.epochs[0])].tolist()
     with torch.no_grad():
         for name, p in network.named_parameters():
             p.copy_(models.parameters[name][0])
-    say(settings, f"pooled: {epochs} epochs, loss {curve[0]:.4f} -> {curve[-1]:.4f}")
+    say(settings, f"pooled: {len(curve)} epochs, loss {curve[0]:.4f} -> {curve[-1]:.4f}")
     return curve
 
 
 def meta_train(
-    settings: Parameters, learned: torch.nn.Module, loss_of_batch: Callable[[], torch.Tensor]
+    settings: Parameters,
+    name: str,
+    learned: torch.nn.Module,
+    loss_of_batch: Callable[[], torch.Tensor],
 ) -> list[float]:
     """Train by one meta-batch after another; the loss of each, from which was learnt.
 
@@ -85,7 +96,7 @@ def meta_train(
                 break  # and so is what has been learnt, which `fit` refuses
             decay.step()
             if (i + 1) % max(settings.iterations // 10, 1) == 0:
-                say(settings, f"{settings.method}: iteration {i + 1}, loss {curve[-1]:.4f}")
+                say(settings, f"{name}: iteration {i + 1}, loss {curve[-1]:.4f}")
     return curve
 
 

@@ -34,6 +34,16 @@ def mean_loss(loss: Loss, z: np.ndarray, y: np.ndarray, weights: np.ndarray | No
         return float((w * values)[w > 0].sum() / total) if total > 0 else 0.0
 
 
+def row_losses(loss: Loss, z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The loss of each row, [rows] in float64; outputs and targets as for `mean_loss`."""
+    z = z.astype(np.float64)
+    with np.errstate(all="ignore"):
+        if loss.takes_classes:
+            return _cross_entropy(loss, z, y)[0]
+        columns = loss.target_columns(z.shape[1])
+        return _of_targets(loss, z, y.reshape(len(z), columns).astype(np.float64)).mean(1)
+
+
 def _of_targets(loss: Loss, z: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The loss of each target, [rows, columns]."""
     if loss.kind in ("gaussian_nll", "student_t_nll"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sklearn_help import opposites
+from sklearn_help import PLAIN, opposites
 
 from pymeta.sklearn import MetaClassifier
 
@@ -12,4 +12,4 @@ from pymeta.sklearn import MetaClassifier
 def fitted():
     """A classifier meta-trained on `opposites`, not adapted."""
     X, y, g = opposites()
-    return MetaClassifier(iterations=200, random_state=0).fit(X, y, groups=g)
+    return MetaClassifier(iterations=200, random_state=0, **PLAIN).fit(X, y, groups=g)

@@ -12,6 +12,10 @@ LEARNERS = [n for n, method in METHODS.items() if method.own is not None]
 HEADS = [name for name, method in METHODS.items() if method.head is not None]
 
 
+# nothing is chosen, and nobody looks after
+PLAIN = {"method": "maml", "anchor_rows": None, "gate": False, "clip_inputs": False}
+
+
 def opposites(groups=20, rows=30, seed=0):
     """Even groups mean one thing, odd ones the opposite: X [n, 2], y [n] of strings, g [n]."""
     rng = np.random.default_rng(seed)
@@ -31,9 +35,9 @@ def levels(groups=20, rows=15, seed=0):
 
 
 def quick(**parameters):
-    """A classifier that is trained for a moment."""
+    """A classifier that is trained for a moment, and adapts without further thought."""
     return MetaClassifier(
-        **{"hidden": (8,), "iterations": 5, "epochs": 3, "random_state": 0, **parameters}
+        **{"hidden": (8,), "iterations": 5, "epochs": 3, "random_state": 0, **PLAIN, **parameters}
     )
 
 

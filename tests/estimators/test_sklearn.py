@@ -20,7 +20,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_validat
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
-from sklearn_help import NETWORKS, levels, opposites, quick, same_models
+from sklearn_help import NETWORKS, PLAIN, levels, opposites, quick, same_models
 
 from pymeta import AdaptedArrays
 from pymeta.sklearn import MetaClassifier, MetaRegressor
@@ -203,7 +203,7 @@ def test_draws_in_proportion_to_rows():
 
 def test_diverged_groups_keep_the_start():
     X, y, g = levels(groups=4)
-    model = MetaRegressor(hidden=(8,), iterations=5, adapt_lr=1e6, adapt_epochs=40, random_state=0)
+    model = MetaRegressor(hidden=(8,), iterations=5, adapt_lr=1e6, adapt_epochs=40, **PLAIN)
     model.fit(X, y, groups=g)
     with pytest.warns(ConvergenceWarning, match=r"adapt_lr: .* 3 of 4 groups.* 'g0', 'g1', 'g3'"):
         model.adapt(X, y, groups=g, sample_weight=(g == "g2") * 0.0 + (g != "g2"))

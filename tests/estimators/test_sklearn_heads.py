@@ -15,7 +15,8 @@ from pymeta.sklearn import METHODS, MetaClassifier, MetaRegressor
 
 CLASSIFIERS = [m for m in HEADS if METHODS[m].kinds != ("mse",)]
 REGRESSORS = [m for m in HEADS if "mse" in METHODS[m].kinds]
-QUICK = {"hidden": (16,), "iterations": 100, "meta_lr": 1e-2, "random_state": 0}
+QUICK = {"hidden": (16,), "iterations": 100, "meta_lr": 1e-2, "random_state": 0, "gate": False}
+QUICK["anchor_rows"] = None
 FEW = QUICK | {"iterations": 3, "dtype": "float64"}
 
 

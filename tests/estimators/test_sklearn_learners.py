@@ -13,6 +13,7 @@ from sklearn_help import LEARNERS, levels, opposites, same_models
 from pymeta.sklearn import MetaClassifier, MetaRegressor
 
 QUICK = {"hidden": (8,), "iterations": 150, "meta_lr": 1e-2, "inner_lr": 0.1, "random_state": 0}
+QUICK |= {"anchor_rows": None, "gate": False}
 FEW = QUICK | {"iterations": 3, "epochs": 3, "dtype": "float64"}
 
 
