@@ -25,6 +25,9 @@ COMMANDS = {
     "inspect": Command("pymeta.commands.inspect:command", "what is in a file that pymeta wrote"),
     "adapt": Command("pymeta.commands.adapt:adapt", "a model for each entity of a table"),
     "predict": Command("pymeta.commands.adapt:predict", "predict a table's rows by those models"),
+    "finance": Command(
+        "pymeta.finance.command:finance", "jobs: volatility, betas, credit and more"
+    ),
     "serve": Command("pymeta.serve.command:serve", "adapt and predict over HTTP"),
     "retrain": Command("pymeta.serve.command:retrain", "train on a service's rows, promote"),
     "token": Command("pymeta.serve.command:token", "make a token for a service's token file"),

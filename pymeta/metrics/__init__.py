@@ -13,6 +13,7 @@ from pymeta.metrics.finance import (
     turnover,
 )
 from pymeta.metrics.models import FromEstimator, FromLearner, Model
+from pymeta.metrics.repeats import mean_report
 from pymeta.metrics.report import Line, Pair, Part, Report
 from pymeta.metrics.scores import (
     METRICS,
@@ -27,6 +28,7 @@ from pymeta.metrics.scores import (
     log_loss,
     mae,
     mse,
+    precision_at,
     qlike,
     r2,
     rmse,
@@ -63,7 +65,9 @@ __all__ = [
     "ks",
     "log_loss",
     "mae",
+    "mean_report",
     "mse",
+    "precision_at",
     "psi",
     "qlike",
     "r2",

@@ -222,7 +222,7 @@ def _stress(
 
 
 def compare(
-    panel: Panel,
+    panel: Panel | Split,
     models: Mapping[str, Any],
     *,
     metrics: Sequence[str | Metric] | None = None,
@@ -244,7 +244,8 @@ def compare(
     with and without the entity, and the start of each model that adapts, unadapted.
 
     Args:
-        panel: with targets, numbers or 0 and 1.
+        panel: with targets, numbers or 0 and 1; or a `Split` of your own, for which `at`, `gap` and
+            `share` do not count.
         models: by name: estimators of scikit-learn or of pymeta, `FromLearner(...)`, or anything
             with fit(train) and predict(history, query); the first one is the one of the verdicts.
         metrics: names in `METRICS`, or metrics; the first one decides in periods and stress tests.
@@ -266,10 +267,13 @@ def compare(
         ImportError: scikit-learn is not installed, or LightGBM where it is asked for.
         TypeError, ValueError: an argument is not as described, or a part of the split is empty.
     """
-    parts = split(panel, at=at, share=share, gap=gap, seed=seed)
-    y = parts.query.need_y()
-    if panel.classes is not None and len(panel.classes) > 2:
-        raise ValueError(f"target: expected numbers or two classes, got {len(panel.classes)}")
+    if isinstance(panel, Split):
+        parts = panel
+    else:
+        parts = split(panel, at=at, share=share, gap=gap, seed=seed)
+    y, classes = parts.query.need_y(), parts.past.classes
+    if classes is not None and len(classes) > 2:
+        raise ValueError(f"target: expected numbers or two classes, got {len(classes)}")
     if not models:
         raise ValueError("models: expected one model or more, got none")
     usual = BINARY if is_binary(parts.past.need_y()) else NUMBERS

@@ -51,6 +51,32 @@ def _average_precision(positive: Array, negative: Array, first: Array) -> Array:
     return group_sums(gained, first)
 
 
+def precision_at(share: float) -> Ranked:
+    """The share of 1 among the rows with the largest predictions: what a review budget finds.
+
+    Rows with one prediction are taken in equal parts where the budget ends among them.
+
+    Args:
+        share: of the rows that are reviewed, 0 < share < 1.
+
+    Example:
+        >>> from pymeta.metrics import precision_at
+        >>> precision_at(0.5)([1, 0, 1, 0], [0.9, 0.8, 0.2, 0.1])
+        0.5
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError(f"share: expected a number between 0 and 1, got {share!r}")
+
+    def finish(positive: Array, negative: Array, first: Array) -> Array:
+        rows = positive + negative
+        budget = share * per_group(rows, first)
+        above = per_group(rows, first) - below(rows.copy(), first) - rows
+        taken = np.clip(np.divide(budget - above, rows, where=rows > 0, out=0 * rows), 0, 1)
+        return group_sums(positive * taken, first) / group_sums(rows, first) / share
+
+    return Ranked(f"precision at {100 * share:g} %", True, "binary", finish)
+
+
 def _log_losses(y: Array, p: Array) -> Array:
     p = np.clip(p, _EPS, 1 - _EPS)  # as scikit-learn has it
     losses: Array = -(y * np.log(p) + (1 - y) * np.log1p(-p))

@@ -416,3 +416,14 @@ def test_stressed_periods_are_the_worst_blocks():
     assert rows.tolist() == [False] * 3 + [True] * 3 + [False] * 6
     defaults = stress_tests.stressed_rows((times > 8).astype(float), times, 0.0, 3)
     assert defaults.tolist() == [False] * 9 + [True] * 3
+
+
+def test_a_split_of_ones_own_is_taken_as_it_is():
+    p = panel()
+    parts = split(p, at="2020-02-10", share=0.2, gap=None, seed=0)
+    model = Oracle(0.1)
+    options = {"lightgbm": False, "stress": False, "draws": 50}
+    own = compare(parts, {"ours": model}, **options)
+    same = compare(p, {"ours": Oracle(0.1)}, at="2020-02-10", share=0.2, **options)
+    assert model.given[0] is parts.train and model.given[1] is parts.history
+    assert own.frame()["MSE"].tolist() == same.frame()["MSE"].tolist()

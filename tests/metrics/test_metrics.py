@@ -292,3 +292,21 @@ def test_the_index_of_population_stability():
     assert np.isfinite(metrics.psi([1.0, 2.0], [5.0]))
     with pytest.raises(ValueError, match="expected rows in both"):
         metrics.psi([], [1.0])
+
+
+def test_precision_at_a_budget_is_that_of_the_rows_reviewed():
+    metric = metrics.precision_at(0.1)
+    y, p, _ = binary(ties=False)
+    first = np.argsort(-p)[:30]
+    assert metric(y, p) == pytest.approx(y[first].mean())
+    # ties at the end of the budget count in equal parts; weights are numbers of rows
+    assert metrics.precision_at(0.5)([1, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]) == pytest.approx(0.25)
+    y, p, w = binary()
+    repeated = [np.repeat(v, w.astype(int)) for v in (y, p)]
+    assert metric(y, p, w) == pytest.approx(metric(*repeated))
+    groups = np.arange(300) % 3
+    each = [metric(y[groups == g], p[groups == g]) for g in range(3)]
+    np.testing.assert_allclose(metric.by_group(y, p, groups, 3), each)
+    for share in (0, 1, True, "a"):
+        with pytest.raises(ValueError, match="share: expected a number between 0 and 1"):
+            metrics.precision_at(share)

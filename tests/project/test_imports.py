@@ -26,6 +26,7 @@ ALLOWED = {
     "data": {"spec", "tasks", "models"},
     "metrics": {"tasks", "data"},
     "learners": {"spec", "tasks", "models", "algorithms"},
+    "finance": {"tasks", "data", "metrics", "learners"},  # and MAML by its public name
     "sklearn": {"spec", "tasks", "models", "learners"},  # and MAML etc. by their public names
     "explain": {"spec", "tasks", "functional", "models"},
     "privacy": {"tasks"},  # and the learners as they are given

@@ -1,0 +1,36 @@
+"""Jobs of finance, each on honest splits, beside its rivals, and ready to be deployed.
+
+    result = pymeta.finance.volatility("prices.npz")
+    print(result)                  # the comparison, in words and tables
+    result.save("out")             # and what is deployed
+    model = pymeta.finance.Deployed.load("out")
+
+or `pymeta finance volatility --data prices.npz --out out`. Needs the extra `finance`.
+"""
+
+from pymeta.data.optional import need
+
+need("torch", "pymeta.finance", "finance")
+need("sklearn", "pymeta.finance", "finance")
+
+from pymeta.finance.deployed import Deployed  # noqa: E402
+from pymeta.finance.jobs.betas import HedgeRatios, betas, betas_panel  # noqa: E402
+from pymeta.finance.jobs.volatility import volatility, volatility_panel  # noqa: E402
+from pymeta.finance.prices import Prices, read_prices  # noqa: E402
+from pymeta.finance.remainder import Remainder  # noqa: E402
+from pymeta.finance.result import Result  # noqa: E402
+from pymeta.finance.walk import Walking  # noqa: E402
+
+__all__ = [
+    "Deployed",
+    "HedgeRatios",
+    "Prices",
+    "Remainder",
+    "Result",
+    "Walking",
+    "betas",
+    "betas_panel",
+    "read_prices",
+    "volatility",
+    "volatility_panel",
+]

@@ -1,0 +1,256 @@
+"""`Remainder`: a pooled model, and for each entity what it leaves, as far as that can be learned.
+
+    output = pooled(x) + w' f(x)        w = 0 for an entity without rows
+
+The head w is exact for each entity: the posterior of a linear model (ridge or logistic) whose prior
+was learned over the training entities, so that an entity of few rows stays near the pooled model.
+What f is, or whether there is a remainder at all, is chosen by the loss of later rows of training
+entities that the choice has not been trained on:
+
+    pooled    no remainder
+    score     the pooled model's own output and 1: a level and a slope for each entity
+    linear    all features and 1
+    network   16 features of a network, trained through the heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pymeta.data import Panel, Ragged
+from pymeta.finance.pooled import Pooled
+from pymeta.learners import BayesianHead, RidgeHead
+from pymeta.metrics.models import _known, history_of
+from pymeta.tasks.groups import Array
+
+FORMS = ("pooled", "score", "linear", "network")
+_CHECKED = 12  # batches of tasks that a form is judged by
+_WIDTH = 16
+
+
+class Remainder:
+    """A model for `pymeta.metrics.compare`: the pooled model and each entity's remainder.
+
+    Args:
+        base: the pooled model: "linear", "lightgbm", or an estimator of scikit-learn.
+        link: "log" for targets > 0 whose predictions have to be.
+        forms: what may be adapted, of "pooled", "score", "linear" and "network".
+        support: rows of a training task that are adapted to: a number, or (least, most).
+        query: rows of it that are predicted.
+        gap: rows between the two, or a timedelta64, as in `Panel.episodes`.
+        split: "time" or "rows", as there.
+        steps: training steps of a head.
+        tasks: of each step.
+        lr: Adam's step size, which falls to a tenth.
+        history: at most so many last rows of an entity are adapted to; None for all.
+        prep: options of the panel's preprocessor.
+        seed: of everything random.
+
+    Attributes:
+        pooled: the pooled model.
+        form: what was chosen.
+        losses: {form: (loss, standard error of its difference to the pooled model's)}.
+        head: the trained learner; None where the form is "pooled".
+    """
+
+    adapts = True
+
+    def __init__(
+        self,
+        *,
+        base: Any = "linear",
+        link: str = "identity",
+        forms: Sequence[str] = FORMS,
+        support: int | tuple[int, int] = (5, 250),
+        query: int | tuple[int, int] = 60,
+        gap: Any = 0,
+        split: str | None = None,
+        steps: int = 150,
+        tasks: int = 64,
+        lr: float = 0.05,
+        history: int | None = None,
+        prep: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Check and keep the settings."""
+        unknown = [f for f in forms if f not in FORMS]
+        if unknown or not forms:
+            raise ValueError(f"forms: expected some of {FORMS}, got {list(forms)}")
+        self.forms, self.steps, self.lr, self.history = tuple(forms), steps, lr, history
+        self.seed = seed
+        self.pooled = Pooled(base, link=link, prep=prep, seed=seed)
+        self.episodes = {
+            "tasks": tasks,
+            "support": support,
+            "query": query,
+            "gap": gap,
+            "split": split,
+            "seed": seed,
+        }
+
+    # ---- training -----------------------------------------------------------------------------
+
+    def fit(self, train: Panel) -> Remainder:
+        """Fit the pooled model, choose the form and train its head."""
+        self.pooled.fit(train)
+        panel, offset = self._seen(train)
+        self._scale = (float(offset.mean()), float(offset.std()) or 1.0)
+        torch.manual_seed(self.seed)
+        self.losses = self._judged(panel, offset)
+        self.form = min(self.losses, key=lambda f: self._worth(f))
+        self.head: Any = None
+        self.smear = None if self.pooled.target is None else self.pooled.target.smear
+        if self.form != "pooled":
+            shown = self._shown(panel, offset, self.form)
+            self.head = self._trained(shown, offset, self.form)
+            self._learn_smear(shown, offset)
+        return self
+
+    def _worth(self, form: str) -> float:
+        """The loss that forms are chosen by: a remainder has to be better by its own error."""
+        loss, error = self.losses[form]
+        return loss + (error if form != "pooled" else 0.0)
+
+    def _seen(self, panel: Panel) -> tuple[Panel, Array]:
+        """The panel with prepared features and seen targets, and its offset."""
+        prepared = self.pooled.prep(panel)
+        offset = self.pooled.offset(panel, prepared.x)
+        if panel.y is None:
+            return prepared, offset
+        return prepared._changed(y=self.pooled.targets(panel)), offset
+
+    def _shown(self, panel: Panel, offset: Array, form: str) -> Panel:
+        """The panel with the features that the head of a form takes."""
+        if form != "score":
+            return panel
+        return panel.with_features(self._score(offset), ["score"])
+
+    def _score(self, offset: Array) -> Array:
+        centre, scale = self._scale
+        found: Array = (offset - np.float32(centre)) / np.float32(scale)
+        return np.clip(found, -5, 5)
+
+    def _judged(self, panel: Panel, offset: Array) -> dict[str, tuple[float, float]]:
+        """The loss of every form on later rows of entities that its head was not trained on."""
+        rest = [f for f in self.forms if f != "pooled"]
+        if not rest or len(panel.entities) < 8:
+            return dict.fromkeys(self.forms[:1], (0.0, 0.0))
+        chosen = np.zeros(len(panel.entities), bool)
+        order = np.random.default_rng(self.seed).permutation(len(chosen))
+        chosen[order[: max(len(chosen) // 4, 2)]] = True
+        rows = np.repeat(chosen, panel.sizes)
+        found: dict[str, tuple[float, float]] = {}
+        for form in rest:
+            shown = self._shown(panel, offset, form)
+            head = self._trained(shown.where(~rows), offset[~rows], form)
+            ours, theirs = self._checked(head, shown.where(rows), offset[rows])
+            gap = ours - theirs
+            found[form] = (float(ours.mean()), float(gap.std() / max(len(gap), 1) ** 0.5))
+            found["pooled"] = (float(theirs.mean()), 0.0)
+        return {f: found[f] for f in self.forms}
+
+    @torch.no_grad()
+    def _checked(self, head: Any, panel: Panel, offset: Array) -> tuple[Array, Array]:
+        """The loss of each entity's tasks, adapted and by the pooled model alone."""
+        tasks = min(self.episodes["tasks"], len(panel.entities))
+        episodes = panel.episodes(**{**self.episodes, "tasks": tasks, "batches": _CHECKED})
+        ours: list[Array] = []
+        theirs: list[Array] = []
+        whose: list[Array] = []
+        for batch in episodes:
+            given, asked = batch.take(offset)
+            models = head.adapt(batch.xs, batch.ys, support_offset=given)
+            p = rows_of(models(batch.xq, offset=asked))
+            y, base = rows_of(batch.yq), rows_of(asked)
+            which = np.repeat(np.arange(len(batch.query_sizes)), batch.query_sizes)
+            for loss, raw in ((ours, p), (theirs, base)):
+                each = self._loss(raw, y)
+                loss.append(np.bincount(which, each) / batch.query_sizes)
+            whose.append(np.searchsorted(panel.entities, batch.entities))
+        codes = np.concatenate(whose)  # an entity's tasks share rows: they count as one
+        there = np.bincount(codes) > 0
+        count = np.bincount(codes)[there]
+        sums = [np.bincount(codes, np.concatenate(v))[there] for v in (ours, theirs)]
+        return sums[0] / count, sums[1] / count
+
+    def _loss(self, raw: Array, y: Array) -> Array:
+        if self.pooled.target is None:
+            return np.asarray(np.logaddexp(0, raw) - y * raw)
+        return np.asarray((raw - y) ** 2)
+
+    def _trained(self, panel: Panel, offset: Array, form: str) -> BayesianHead | RidgeHead:
+        """A head, trained on episodes of a panel; without rows it predicts what the base does."""
+        torch.manual_seed(self.seed)
+        width = panel.x.shape[1]
+        encoder: nn.Module = nn.Identity()
+        features = width
+        if form == "network":
+            layers = (nn.Linear(width, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, _WIDTH), nn.Tanh())
+            encoder, features = nn.Sequential(*layers), _WIDTH
+        if self.pooled.target is None:
+            head: BayesianHead | RidgeHead = RidgeHead(
+                encoder, features=features, outputs=1, loss="bce_with_logits", precision=30.0
+            )
+        else:
+            head = BayesianHead(encoder, features=features, outputs=1, precision=100.0)
+        head.prior_mean.requires_grad_(False)
+        by = [p for p in head.parameters() if p.requires_grad]
+        adam = torch.optim.Adam(by, self.lr if form != "network" else self.lr / 5)
+        rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(self.steps, 1), self.lr / 10)
+        for batch in panel.episodes(**self.episodes, batches=self.steps):
+            adam.zero_grad()
+            given, asked = batch.take(offset)
+            head(*batch, support_offset=given, query_offset=asked).loss.backward()
+            nn.utils.clip_grad_norm_(by, 1.0)
+            adam.step()
+            rate.step()
+        return head
+
+    def _learn_smear(self, shown: Panel, offset: Array) -> None:
+        """By what factor exponentials of predictions are too small, from rows not adapted to."""
+        if self.pooled.link != "log":
+            return
+        target = self.pooled.target
+        assert target is not None and self.head is not None
+        sums = np.zeros(2)  # of the ratio of targets to predictions, adapted and not, on one sample
+        for batch in shown.episodes(**self.episodes, batches=2 * _CHECKED):
+            given, asked = batch.take(offset)
+            models = self.head.adapt(batch.xs, batch.ys, support_offset=given)
+            y = rows_of(batch.yq).astype(np.float64)
+            for i, p in enumerate((rows_of(models(batch.xq, offset=asked)), rows_of(asked))):
+                sums[i] += np.exp((y - p) * target.scale).sum()
+        self.smear = target.smear * sums[0] / sums[1]  # of all rows, by a paired ratio
+
+    # ---- use ----------------------------------------------------------------------------------
+
+    def predict(self, history: Panel | None, query: Panel) -> Array:
+        """[rows of query], with what can be learned of its entities' history."""
+        panel, offset = self._seen(query)
+        if history is None or self.head is None:
+            return self.pooled.back(offset[:, 0])
+        if self.history is not None:
+            history = history.last(self.history)
+        known = _known(history, query.entities)
+        shown = self._shown(panel, offset, self.form)
+        own, own_offset = None, np.zeros((0, 1), np.float32)
+        if known is not None:
+            own, own_offset = self._seen(known)
+            own = self._shown(own, own_offset, self.form)
+        xs, ys = history_of(own, query.entities, shown.x.shape[1])
+        models = self.head.adapt(xs, ys, support_offset=Ragged(own_offset, xs.sizes))
+        found = models(Ragged(shown.x, query.sizes), offset=Ragged(offset, query.sizes))
+        return self.pooled.back(rows_of(found), self.smear)
+
+
+def rows_of(values: Any) -> Array:
+    """[sum of rows] of what tasks have, in any of their forms, of one output."""
+    if isinstance(values, Ragged):
+        return np.asarray(values.values).reshape(-1)
+    if isinstance(values, (list, tuple)):
+        return np.concatenate([np.asarray(v).reshape(-1) for v in values])
+    return np.asarray(values).reshape(-1)
