@@ -14,8 +14,11 @@ need("torch", "pymeta.finance", "finance")
 need("sklearn", "pymeta.finance", "finance")
 
 from pymeta.finance.deployed import Deployed  # noqa: E402
-from pymeta.finance.jobs.betas import HedgeRatios, betas, betas_panel  # noqa: E402
+from pymeta.finance.hedge_ratios import HedgeRatios  # noqa: E402
+from pymeta.finance.jobs.betas import betas, betas_panel  # noqa: E402
+from pymeta.finance.jobs.credit import credit  # noqa: E402
 from pymeta.finance.jobs.volatility import volatility, volatility_panel  # noqa: E402
+from pymeta.finance.loans import loans_panel  # noqa: E402
 from pymeta.finance.prices import Prices, read_prices  # noqa: E402
 from pymeta.finance.remainder import Remainder  # noqa: E402
 from pymeta.finance.result import Result  # noqa: E402
@@ -30,6 +33,8 @@ __all__ = [
     "Walking",
     "betas",
     "betas_panel",
+    "credit",
+    "loans_panel",
     "read_prices",
     "volatility",
     "volatility_panel",

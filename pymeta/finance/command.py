@@ -25,6 +25,7 @@ class Job(NamedTuple):
 
 JOBS = {
     "betas": Job("pymeta.finance.jobs.betas:betas", "betas of stocks from few days"),
+    "credit": Job("pymeta.finance.jobs.credit:credit", "defaults by segment"),
     "volatility": Job("pymeta.finance.jobs.volatility:volatility", "the next days' variances"),
 }
 _TYPES = {"int": int, "float": float, "str": str}

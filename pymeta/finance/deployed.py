@@ -4,7 +4,7 @@
     p = model.predict(history, query)      # tables with the columns that it was trained on
 
 The folder has `adapter.safetensors` (`pymeta.Adapter.load` reads it), `preprocessor.safetensors`,
-`model.json` with the pooled model, and with base="lightgbm" its trees in `trees.txt`.
+`model.json` with the pooled model, and where it has trees, these in `trees.txt`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from pymeta import Adapter
 from pymeta.data import Panel, Preprocessor, Ragged
 from pymeta.data.optional import need
+from pymeta.finance.blend import Blend
 from pymeta.tasks.groups import Array
 
 FORMAT = 1
@@ -116,7 +117,7 @@ class Deployed:
                 f"folder: expected model.json of format {FORMAT}, got {described.get('format')!r}"
             )
         trees = None
-        if described["base"] == "lightgbm":
+        if described["trees"] > 0:
             trees = (folder / "trees.txt").read_text(encoding="utf-8")
         prep = Preprocessor.load(folder / "preprocessor.safetensors")
         return cls(prep, Adapter.load(folder / "adapter.safetensors"), described, trees)
@@ -172,9 +173,13 @@ class Deployed:
         return np.clip(seen, -5, 5), offset
 
     def _pooled(self, x: Array) -> Array:
-        if self.described["base"] == "linear":
+        weight, out = self.described["trees"], np.zeros(len(x))
+        if weight < 1:
             coef = np.asarray(self.described["coef"])
-            return np.asarray(x @ coef + self.described["intercept"])
+            out += (1 - weight) * (x @ coef + self.described["intercept"])
+        return out + weight * self._of_trees(x) if weight > 0 else out
+
+    def _of_trees(self, x: Array) -> Array:
         if self._booster is None:
             lightgbm = need("lightgbm", "a base of LightGBM", "finance")
             self._booster = lightgbm.Booster(model_str=self.trees)
@@ -218,12 +223,17 @@ class Deployed:
 
 def _described(fitted: Any) -> tuple[dict[str, Any], str | None]:
     """The pooled model for JSON, and LightGBM's text."""
+    if isinstance(fitted, Blend):
+        scorecard, boosted = fitted.parts_
+        found: dict[str, Any] = {} if scorecard is None else _described(scorecard)[0]
+        text = None if boosted is None else _described(boosted)[1]
+        return {**found, "trees": fitted.weight_}, text
     if hasattr(fitted, "coef_"):
         coef = np.asarray(fitted.coef_, dtype=np.float64).reshape(-1)
         intercept = float(np.asarray(fitted.intercept_).reshape(-1)[0])
-        return {"base": "linear", "coef": coef.tolist(), "intercept": intercept}, None
+        return {"coef": coef.tolist(), "intercept": intercept, "trees": 0.0}, None
     if hasattr(fitted, "booster_"):
-        return {"base": "lightgbm"}, str(fitted.booster_.model_to_string())
+        return {"trees": 1.0}, str(fitted.booster_.model_to_string())
     raise ValueError(
         f"base: expected a linear model or one of LightGBM to deploy, got {type(fitted).__name__}"
     )

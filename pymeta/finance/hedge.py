@@ -50,9 +50,36 @@ def variance_prior(variance: Array, freedom: Array) -> tuple[float, float]:
     return 2 * half, float(np.exp(e.mean() + digamma(half) - np.log(half)))
 
 
-def market_and_one(market: Array) -> Array:
-    """Features for beta and alpha: float32 [rows, 2]."""
-    return np.stack([market, np.ones(len(market))], axis=1).astype(np.float32)
+def long_betas(returns: Array, market: Array, days: int, lag: int, worth: int = 60) -> Array:
+    """Each stock's beta of the `days` days that ended `lag` days before: [stocks, days of data].
+
+    Drawn towards 1, which counts as `worth` days, so that every day of every stock has one.
+
+    Args:
+        returns: [stocks, days of data], NaN where there is none.
+        market: [days of data], likewise.
+        days: that are looked at.
+        lag: how old they are.
+        worth: of the 1.
+    """
+    product = np.nan_to_num(returns * market)
+    square = np.where(np.isfinite(returns), np.nan_to_num(market**2), 0.0)
+    sums: list[Array] = []
+    for values in (product, square):
+        total = np.cumsum(values, axis=1)
+        total[:, days:] -= total[:, :-days].copy()
+        sums.append(total)
+    known = worth * float(np.nanmean(market**2))
+    beta = np.ones(returns.shape)
+    beta[:, lag:] = (sums[0][:, : -lag or None] + known) / (sums[1][:, : -lag or None] + known)
+    return beta
+
+
+def features(panel: Panel) -> Array:
+    """The market, 1 for alpha, and the market times what the long beta is above 1: [rows, 3]."""
+    market = panel["market"]
+    columns = [market, np.ones(len(market)), market * (panel["long beta"] - 1)]
+    return np.stack(columns, axis=1).astype(np.float32)
 
 
 def residual_variance(xs: Any, ys: Any) -> tuple[Array, Array]:
@@ -75,7 +102,7 @@ def noise_of(xs: Any, ys: Any, freedom: float, usual: float) -> Array:
 
 def in_units_of_noise(panel: Panel, freedom: float, usual: float) -> tuple[Ragged, Ragged]:
     """All entities' rows as support, divided by their noise."""
-    x, y = market_and_one(panel["market"]), panel.need_y()
+    x, y = features(panel), panel.need_y()
     noise = noise_of(Ragged(x, panel.sizes), Ragged(y, panel.sizes), freedom, usual)
     each = np.repeat(noise, panel.sizes)
     return Ragged(x / each[:, None], panel.sizes), Ragged(y / each, panel.sizes)

@@ -14,12 +14,12 @@ import numpy as np
 
 from pymeta.data import Panel
 from pymeta.data.optional import need
+from pymeta.finance.blend import Blend, trees
 from pymeta.metrics.base import is_binary
 from pymeta.metrics.models import Target, linear
 from pymeta.tasks.groups import Array
 
-BASES = ("linear", "lightgbm")
-_TREES = {"n_estimators": 150, "learning_rate": 0.05, "num_leaves": 15, "min_child_samples": 50}
+BASES = ("linear", "lightgbm", "blend")
 
 
 def estimator(base: Any, binary: bool, seed: int) -> Any:
@@ -27,9 +27,9 @@ def estimator(base: Any, binary: bool, seed: int) -> Any:
     if base == "linear":
         return linear(binary)
     if base == "lightgbm":
-        lightgbm = need("lightgbm", "base='lightgbm'", "finance")
-        kind = lightgbm.LGBMClassifier if binary else lightgbm.LGBMRegressor
-        return kind(**_TREES, random_state=seed, n_jobs=1, deterministic=True, verbose=-1)
+        return trees(binary, seed)
+    if base == "blend" and binary:
+        return Blend(seed=seed)
     if not hasattr(base, "get_params"):
         raise TypeError(f"base: expected one of {BASES} or an estimator, got {base!r}")
     return base
@@ -39,7 +39,8 @@ class Pooled:
     """A preprocessor and a pooled model, in logits or in standardised units of the target.
 
     Args:
-        base: "linear", "lightgbm", or an estimator of scikit-learn.
+        base: "linear", "lightgbm", "blend" (for two classes, the mean of both's logits that is best
+            on rows held out), or an estimator of scikit-learn.
         link: "identity", or "log" for targets > 0 whose predictions have to be.
         prep: options of the panel's preprocessor.
         folds: of entities, for the training rows' offsets.
@@ -65,14 +66,14 @@ class Pooled:
         self.folds, self.seed = folds, seed
         self.target: Target | None = None
 
-    def fit(self, train: Panel) -> Pooled:
-        """Fit the preprocessor, the model, and the models of the folds.
+    def fit(self, train: Panel, prep: Any = None) -> Pooled:
+        """Fit the preprocessor, unless it is given, the model, and the models of the folds.
 
         Raises:
             ValueError: targets are 0 and 1, and all the same.
         """
         clone = need("sklearn.base", "pymeta.finance", "finance").clone
-        self.prep = train.preprocessor(**self.options).fit(train)
+        self.prep = train.preprocessor(**self.options).fit(train) if prep is None else prep
         y = train.need_y()
         binary = is_binary(y)
         if binary and len(np.unique(y)) < 2:
@@ -82,6 +83,8 @@ class Pooled:
         wanted = y.astype(int) if self.target is None else self.target.to(y)
         made = estimator(self.base, binary, self.seed)
         self.fitted = clone(made).fit(x, wanted)
+        if isinstance(made, Blend):  # the folds blend as the whole does
+            made = Blend(self.fitted.weight_, self.seed)
         self._rows, self._source = train.rows, train._source
         self._own = self._outputs(self.fitted, x)
         count = len(train.entities)

@@ -24,6 +24,7 @@ from torch import nn
 
 from pymeta.data import Panel, Ragged
 from pymeta.finance.pooled import Pooled
+from pymeta.finance.walk import stacked
 from pymeta.learners import BayesianHead, RidgeHead
 from pymeta.metrics.models import _known, history_of
 from pymeta.tasks.groups import Array
@@ -37,7 +38,7 @@ class Remainder:
     """A model for `pymeta.metrics.compare`: the pooled model and each entity's remainder.
 
     Args:
-        base: the pooled model: "linear", "lightgbm", or an estimator of scikit-learn.
+        base: the pooled model: "linear", "lightgbm", "blend", or an estimator of scikit-learn.
         link: "log" for targets > 0 whose predictions have to be.
         forms: what may be adapted, of "pooled", "score", "linear" and "network".
         support: rows of a training task that are adapted to: a number, or (least, most).
@@ -48,6 +49,8 @@ class Remainder:
         tasks: of each step.
         lr: Adam's step size, which falls to a tenth.
         history: at most so many last rows of an entity are adapted to; None for all.
+        refit: for two classes: the pooled model is fitted again, once, to training rows and the
+            first history together, as rivals are that know all of the past.
         prep: options of the panel's preprocessor.
         seed: of everything random.
 
@@ -74,6 +77,7 @@ class Remainder:
         tasks: int = 64,
         lr: float = 0.05,
         history: int | None = None,
+        refit: bool = False,
         prep: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -82,7 +86,7 @@ class Remainder:
         if unknown or not forms:
             raise ValueError(f"forms: expected some of {FORMS}, got {list(forms)}")
         self.forms, self.steps, self.lr, self.history = tuple(forms), steps, lr, history
-        self.seed = seed
+        self.seed, self.refit = seed, refit
         self.pooled = Pooled(base, link=link, prep=prep, seed=seed)
         self.episodes = {
             "tasks": tasks,
@@ -98,6 +102,8 @@ class Remainder:
     def fit(self, train: Panel) -> Remainder:
         """Fit the pooled model, choose the form and train its head."""
         self.pooled.fit(train)
+        self._train = train
+        self._again: Pooled | None = None
         panel, offset = self._seen(train)
         self._scale = (float(offset.mean()), float(offset.std()) or 1.0)
         torch.manual_seed(self.seed)
@@ -230,6 +236,24 @@ class Remainder:
 
     def predict(self, history: Panel | None, query: Panel) -> Array:
         """[rows of query], with what can be learned of its entities' history."""
+        first = self.pooled
+        try:
+            if history is not None and self.refit and first.target is None:
+                self.pooled = self._fitted_again(history)
+            return self._predicted(history, query)
+        finally:
+            self.pooled = first
+
+    def _fitted_again(self, history: Panel) -> Pooled:
+        """The pooled model of training rows and a history, with the training's features."""
+        if self._again is None:
+            first, rest = self.pooled, ~np.isin(self._train.labels, history.entities)
+            known = stacked(self._train.where(rest), history) if rest.any() else self._train
+            again = Pooled(first.base, prep=first.options, seed=self.seed)
+            self._again = again.fit(known, first.prep)
+        return self._again
+
+    def _predicted(self, history: Panel | None, query: Panel) -> Array:
         panel, offset = self._seen(query)
         if history is None or self.head is None:
             return self.pooled.back(offset[:, 0])

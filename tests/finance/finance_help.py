@@ -45,3 +45,21 @@ def as_table(p: Prices) -> dict:
     }
     order = np.random.default_rng(0).permutation(n * d)
     return {k: v[order] for k, v in table.items()}
+
+
+def loans(regions=16, rows=150, seed=0) -> dict:
+    """Loans whose risk has a level and a slope of each region's own."""
+    rng = np.random.default_rng(seed)
+    n = regions * rows
+    region = np.repeat(np.arange(regions), rows)
+    income, amount = rng.normal(size=(2, n))
+    level, slope = 0.9 * rng.normal(size=regions), 0.8 * rng.normal(size=regions)
+    logit = -0.5 + level[region] + (slope[region] - 1) * income + 0.4 * amount
+    return {
+        "region": np.array([f"R{r:02d}" for r in region]),
+        "issued": np.datetime64("2020-01-01") + rng.integers(0, 730, n),
+        "income": income,
+        "amount": amount,
+        "kind": rng.choice(["a", "b"], n),
+        "bad": (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(int),
+    }

@@ -222,10 +222,10 @@ def test_a_block_sees_what_was_known_when_it_began(gap, late):
 
 
 def test_late_labels_stay_late_during_the_walk():
-    past, future = panel(entities=6).split_time(40)
+    past, future = panel(entities=6).split_time(30)
     model = Remembers()
-    Walking(model, every=10).fit(past).predict(past.where(past.times < 20), future)
-    assert model.calls == [(19, 40, 49), (29, 50, 59)]
+    Walking(model, every=14).fit(past).predict(past.where(past.times < 18), future)
+    assert model.calls == [(17, 30, 43), (31, 44, 57), (45, 58, 59)]
 
 
 def test_a_model_that_is_fitted_again_gets_all_rows_known_and_is_fitted_once():

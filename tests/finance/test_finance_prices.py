@@ -10,7 +10,7 @@ pytest.importorskip("sklearn")
 
 from pymeta.data import Panel
 from pymeta.finance import Deployed, HedgeRatios, betas, betas_panel, volatility, volatility_panel
-from pymeta.finance.hedge import Estimate
+from pymeta.finance.hedge import Estimate, long_betas
 from pymeta.finance.jobs.betas import LearnedPrior
 
 
@@ -62,8 +62,13 @@ def test_volatility_runs_and_is_deployed(tmp_path):
 def betas_of(model, history: Panel):
     """The betas that a model has for a history: its prediction for a market return of 1, less 0."""
     table = {"stock": history.entities, "day": np.full(len(history.entities), history.times.max())}
+    long = history["long beta"][history.offsets[1:] - 1]
     ask = [
-        Panel({**table, "market": np.full(len(history.entities), m)}, entity="stock", time="day")
+        Panel(
+            {**table, "market": np.full(len(history.entities), m), "long beta": long},
+            entity="stock",
+            time="day",
+        )
         for m in (0.0, 1.0)
     ]
     return model.predict(history, ask[1]) - model.predict(history, ask[0])
@@ -79,13 +84,14 @@ def test_the_learned_prior_is_nearer_to_true_betas():
         "stock": np.repeat(np.arange(stocks), days),
         "day": np.tile(np.arange(days), stocks),
         "market": np.tile(market, stocks),
+        "long beta": np.ones(stocks * days),  # nothing known from before
         "return": y.reshape(-1),
     }
     panel = Panel(table, entity="stock", time="day", target="return", numeric=["market"])
     train, test = panel.of(np.arange(60)), panel.of(np.arange(60, 120))
     history = test.last(20)
     error = {}
-    models = {"ours": LearnedPrior(20, 20, steps=60)}
+    models = {"ours": LearnedPrior(20, 20)}
     models |= {kind: Estimate(kind) for kind in ("ols", "pooled", "vasicek")}
     for name, model in models.items():
         error[name] = np.mean((betas_of(model.fit(train), history) - beta[60:]) ** 2)
@@ -96,6 +102,41 @@ def test_the_learned_prior_is_nearer_to_true_betas():
         + models["ours"].head.prior_mean[1].item(),
         abs=1e-5,
     )
+
+
+def test_the_long_beta_is_of_days_before():
+    rng = np.random.default_rng(0)
+    returns, market = rng.normal(size=(3, 400)), rng.normal(size=400)
+    returns[0] += 2 * market
+    found = long_betas(returns, market, 100, 21, worth=0)
+    days = slice(400 - 21 - 100, 400 - 21)  # of the last row
+    wanted = returns[:, days] @ market[days] / (market[days] ** 2).sum()
+    np.testing.assert_allclose(found[:, -1], wanted)
+    assert (found[:, :21] == 1).all()
+    drawn = long_betas(returns, market, 100, 0, worth=100)
+    assert abs(drawn[0, -1] - 1.5) < 0.2 and drawn[0, 0] != 1
+
+
+def test_a_rotation_makes_the_prior_firm():
+    """Betas hold within a window and not from one to the next in some quarters: no adaptation."""
+    rng = np.random.default_rng(0)
+    stocks, days = 40, 400
+    market = rng.normal(size=days)
+    for shift, firm in ((0.0, False), (1.0, True)):
+        beta = 1 + 0.4 * rng.normal(size=(stocks, 1)) * np.ones(days)
+        turn = shift * rng.normal(size=(stocks, 40)) * (np.arange(40) > 20)  # by ten days
+        y = (beta + np.repeat(turn, 10, axis=1)) * market + rng.normal(size=(stocks, days))
+        table = {
+            "stock": np.repeat(np.arange(stocks), days),
+            "day": np.tile(np.arange(days), stocks),
+            "market": np.tile(market, stocks),
+            "long beta": np.ones(stocks * days),
+            "return": y.reshape(-1),
+        }
+        panel = Panel(table, entity="stock", time="day", target="return", numeric=["market"])
+        model = LearnedPrior(10, 10, steps=40).fit(panel)
+        precision = model.head.prior_precision()[0, 0].item()
+        assert (precision > 12) == firm, precision
 
 
 def test_a_rival_is_its_formula():
@@ -133,5 +174,6 @@ def test_betas_run_and_are_deployed(tmp_path):
     # as the model itself has them
     panel = betas_panel(p)
     own = LearnedPrior(30, 21, steps=40).fit(panel)
+    assert found.settings["firmer"] >= 1
     exact = betas_of(own, panel.last(30))
     assert list(ratios.values()) == pytest.approx(exact.tolist(), abs=2e-3)

@@ -48,6 +48,7 @@ NEEDS = {
     "docs/data.md": ("sklearn", "pandas"),
     "docs/explain.md": ("sklearn", "pandas", "matplotlib"),
     "docs/privacy.md": ("dp_accounting",),
+    "docs/finance/index.md": ("sklearn", "lightgbm", "scipy"),
     "docs/serving.md": ("fastapi",),
     "docs/sklearn.md": ("sklearn", "pandas"),
 }

@@ -1,46 +1,51 @@
 """Betas: how much of the market every stock carries, from few days, as a hedge needs it.
 
 `BayesianHead` with an identity for an encoder: a stock's beta (and alpha) have a prior that was
-learned over other stocks, which is Vasicek's estimate (1973) with the prior chosen by the hedge
-error of later days. Stocks differ in noise as well: rows are divided by the stock's own residual
-volatility, itself drawn towards that of all (Smyth 2004), so that a quiet stock's days say more.
+learned over other stocks by the hedge error of later days. Its mean is a line in the stock's beta
+of the year before; without that it is Vasicek's estimate (1973). How firmly the prior holds is
+chosen by the quarters that went worst, so that a rotation of the market does no harm. Stocks
+differ in noise as well: rows are divided by the stock's own residual volatility, itself drawn
+towards that of all (Smyth 2004), so that a quiet stock's days say more.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pymeta import Adapter
 from pymeta.data import Panel, Ragged
 from pymeta.finance.deploy import adapter_of
 from pymeta.finance.hedge import (
     Estimate,
+    features,
     in_units_of_noise,
-    market_and_one,
+    long_betas,
     noise_of,
     residual_variance,
     variance_prior,
 )
+from pymeta.finance.hedge_ratios import HedgeRatios
 from pymeta.finance.prices import Prices, read_prices
 from pymeta.finance.result import Result, Say, compared, result, silent
 from pymeta.finance.walk import Walking
 from pymeta.learners import BayesianHead
 from pymeta.tasks.groups import Array
 
+_LONG = 250  # days of the long beta
+_FIRMER = (1.0, 2.0, 4.0, 8.0, 16.0, 1e6)  # what the learned precision is multiplied by
+_QUARTER = 63
 
-def betas_panel(prices: Prices, market: str | None = None) -> Panel:
+
+def betas_panel(prices: Prices, market: str | None = None, *, lag: int = 21) -> Panel:
     """Rows of returns in per cent: the stock's, as the target, and the market's.
 
     Args:
         prices: of `read_prices`.
+        lag: days before a row that the stock's long beta ends: as long as betas are kept.
         market: the name of the index among the stocks, which is then none of them; None for the
             mean of all stocks.
     """
@@ -58,10 +63,12 @@ def betas_panel(prices: Prices, market: str | None = None) -> Panel:
     own = returns[kept]
     ok = np.isfinite(own) & np.isfinite(index)
     shape = ok.shape
+    long = long_betas(own, index, _LONG, lag)
     table = {
         "stock": np.broadcast_to(prices.names[kept][:, None], shape)[ok],
         "day": np.broadcast_to(prices.days, shape)[ok],
         "market": np.broadcast_to(index, shape)[ok],
+        "long beta": long[ok],
         "return": own[ok],
     }
     return Panel(table, entity="stock", time="day", target="return", numeric=["market"])
@@ -85,26 +92,56 @@ class LearnedPrior:
 
     def fit(self, train: Panel) -> LearnedPrior:
         """Learn the noise's prior from windows of training, then the betas' prior."""
-        plain = train.with_features(market_and_one(train["market"]))
-        episodes = plain.episodes(
-            tasks=64, support=self.days, query=self.query, batches=self.steps, seed=self.seed
-        )
-        batches = list(episodes)
+        plain = train.with_features(features(train))
+        options = {"tasks": 64, "support": self.days, "query": self.query, "seed": self.seed}
+        batches = list(plain.episodes(batches=self.steps, **options))
         found = [residual_variance(b.xs, b.ys) for b in batches]
         self.prior = variance_prior(*(np.concatenate(v) for v in zip(*found, strict=True)))
-        self.head = BayesianHead(nn.Identity(), features=2, outputs=1, precision=10, bias=False)
+        self.head = BayesianHead(nn.Identity(), features=3, outputs=1, precision=20, bias=False)
+        scaled = [self._scaled(b) for b in batches]
         with torch.no_grad():
-            self.head.prior_mean[0] = 1.0
+            self.head.prior_mean[:, 0] = torch.as_tensor(_pooled(scaled), dtype=torch.float32)
         adam = torch.optim.Adam(self.head.parameters(), 0.05)
         rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, len(batches), 0.005)
-        for b in batches:
-            noise = noise_of(b.xs, b.ys, *self.prior)[:, None]
+        for batch in scaled:
             adam.zero_grad()
-            s, q = (b.xs / noise[..., None], b.ys / noise), (b.xq / noise[..., None], b.yq / noise)
-            self.head(*s, *q).loss.backward()
+            self.head(*batch).loss.backward()
             adam.step()
             rate.step()
+        self._firm(plain)
         return self
+
+    def _scaled(self, batch: Any) -> tuple[Array, Array, Array, Array]:
+        """A batch of equal tasks in units of the noise of each task's support."""
+        noise = noise_of(batch.xs, batch.ys, *self.prior)[:, None]
+        xs, xq = batch.xs / noise[..., None], batch.xq / noise[..., None]
+        return xs, batch.ys / noise, xq, batch.yq / noise
+
+    @torch.no_grad()
+    def _firm(self, plain: Panel) -> None:
+        """Multiply the prior's precision by what is best in the quarters where adapting harms."""
+        windows = plain.windows(support=self.days, query=self.query, step=self.query)
+        _, rank = np.unique(windows.times, return_inverse=True)
+        quarter = rank * self.query // _QUARTER
+        root = self.head.prior_root.clone()
+        losses = []
+        for firmer in _FIRMER:
+            self._set_root(root, firmer)
+            each = []
+            for batch in windows:
+                *data, yq = self._scaled(batch)
+                each.append((np.asarray(self.head(*data).predictions)[..., 0] - yq) ** 2)
+            mean = np.bincount(quarter, np.concatenate(each).mean(axis=1)) / np.bincount(quarter)
+            losses.append(mean)
+        gaps = [loss - losses[-1] for loss in losses]  # to no adaptation
+        few = max(round(len(gaps[0]) / 4), 1)
+        worth = [np.sort(g)[-few:].mean() for g in gaps]  # of the quarters that go worst
+        self.firmer = _FIRMER[int(np.argmin(worth))]
+        self._set_root(root, self.firmer)
+
+    def _set_root(self, root: torch.Tensor, firmer: float) -> None:
+        scaled = root.tril(-1) * firmer**0.5 + torch.diag(root.diagonal() + np.log(firmer) / 2)
+        self.head.prior_root.copy_(scaled)
 
     def predict(self, history: Panel | None, query: Panel) -> Array:
         """The posterior mean of alpha and beta, times 1 and the market's return."""
@@ -115,46 +152,15 @@ class LearnedPrior:
             own = models.state["weights"][..., 0].numpy()
             weights[np.searchsorted(query.entities, known.entities)] = own
         each = np.repeat(weights, query.sizes, axis=0)
-        return np.asarray((market_and_one(query["market"]) * each).sum(axis=1))
+        return np.asarray((features(query) * each).sum(axis=1))
 
 
-@dataclass
-class HedgeRatios:
-    """What is deployed: betas of stocks from their last days. numpy alone.
-
-    Attributes:
-        adapter: of rows in units of the stock's noise.
-        days: that a beta is estimated from, at most.
-        prior: degrees of freedom and variance of the noise's prior.
-    """
-
-    adapter: Adapter
-    days: int
-    prior: tuple[float, float]
-
-    def betas(self, history: Panel) -> dict[Any, float]:
-        """{stock: beta}, of the last days of a panel of `betas_panel`."""
-        known = history.last(self.days)
-        models = self.adapter.adapt(*in_units_of_noise(known, *self.prior))
-        ask = np.tile(np.array([1, 0], np.float32), (len(known.entities), 1, 1))
-        found = np.asarray(models(ask)).reshape(-1)
-        labels: list[Any] = known.entities.tolist()
-        return dict(zip(labels, found.tolist(), strict=True))
-
-    def save(self, folder: Any) -> list[Path]:
-        """Write adapter.safetensors and model.json; their paths."""
-        paths = [Path(folder) / "adapter.safetensors", Path(folder) / "model.json"]
-        self.adapter.save(paths[0])
-        text = json.dumps({"days": self.days, "prior": self.prior})
-        paths[1].write_text(text, encoding="utf-8")
-        return paths
-
-    @classmethod
-    def load(cls, folder: Any) -> HedgeRatios:
-        """What `save` wrote."""
-        described = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
-        adapter = Adapter.load(Path(folder) / "adapter.safetensors")
-        return cls(adapter, described["days"], tuple(described["prior"]))
+def _pooled(batches: list[tuple[Array, Array, Array, Array]]) -> Array:
+    """The regression of all query rows together."""
+    x = np.concatenate([b[2].reshape(-1, b[2].shape[-1]) for b in batches]).astype(np.float64)
+    y = np.concatenate([b[3].reshape(-1) for b in batches])
+    found: Array = np.linalg.lstsq(x, y, rcond=None)[0]
+    return found
 
 
 def betas(
@@ -192,7 +198,7 @@ def betas(
         ImportError: a package of the extra `finance` is missing.
         TypeError, ValueError: an argument is not as described.
     """
-    panel = betas_panel(read_prices(data, columns), market)
+    panel = betas_panel(read_prices(data, columns), market, lag=every)
     steps = 40 if quick else 120
 
     def walking(model: Any) -> Walking:
@@ -201,11 +207,14 @@ def betas(
     def models(seed: int) -> dict[str, Any]:
         own = LearnedPrior(days, every, steps=steps, seed=seed)
         rivals = {"Vasicek": "vasicek", "OLS": "ols", "mean beta": "pooled"}
-        return {"learned prior": own} | {k: Estimate(v) for k, v in rivals.items()}
+        found = {"learned prior": own} | {k: Estimate(v) for k, v in rivals.items()}
+        return {k: walking(m) for k, m in found.items()} | {
+            "Vasicek, 250 days": Walking(Estimate("vasicek"), every=every, history=_LONG)
+        }
 
-    found, _ = compared(
+    found, last = compared(
         lambda seed: panel,
-        lambda seed: {k: walking(m) for k, m in models(seed).items()},
+        models,
         seeds=1 if quick else seeds,
         say=say,
         metrics=["mse"],
@@ -218,10 +227,11 @@ def betas(
 
     def deploy() -> HedgeRatios:
         own = LearnedPrior(days, every, steps=steps).fit(panel)
-        x, y = market_and_one(panel["market"]), panel.need_y()
+        x, y = features(panel), panel.need_y()
         noise = noise_of(Ragged(x, panel.sizes), Ragged(y, panel.sizes), *own.prior)
         scaled = panel.with_features(x / np.repeat(noise, panel.sizes)[:, None])
         return HedgeRatios(adapter_of(own.head, scaled.last(days)), days, own.prior)
 
     settings = {"days": days, "every": every, "market": market, "seeds": len(found)}
+    settings["firmer"] = last["learned prior"].model.firmer
     return result("betas", found, deploy, say, settings)
