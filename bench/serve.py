@@ -32,7 +32,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -413,7 +412,7 @@ def soak(seconds: float) -> int:
     """Load on every kind of path, a turn each 5 seconds; 1 if memory grew by over 5 % in the end.
 
     What counts is the growth from a third of the time on. Before, the store is filled up to the
-    rows that it keeps, and each thread of the server gets its own memory by exports at once.
+    rows that it keeps.
     """
     with tempfile.TemporaryDirectory() as folder:
         adapter().save(Path(folder) / "adapter.safetensors")
@@ -424,8 +423,6 @@ def soak(seconds: float) -> int:
             for i in range(50):
                 rows = {name: given[i][name] * 25 for name in ("xs", "ys")}
                 server.call("PUT", f"/v1/entities/e{i}/rows", rows)
-            with ThreadPoolExecutor(8) as threads:
-                list(threads.map(lambda _: server.call("GET", "/v1/entities:export"), range(64)))
             while (now := time.monotonic() - begin) < seconds:
                 measure(server, 8, 1.0)
                 for i in range(20):

@@ -2,8 +2,7 @@
 
 A task's share is its own gradient of the loss by all that is learned together (for Reptile
 theta - theta_t), scaled to a norm of at most C. MAML and Reptile clip and add natively, in one
-call (`task_clip`). Heads share one pass of an encoder by all tasks, so that their tasks are
-differentiated one after another.
+call (`task_clip`). The tasks of all other learners are differentiated one after another.
 
 What a task adds has to be bounded whatever the task holds: a share that is not finite counts as 0,
 as does one that a head cannot solve for. It is found by halving the batch, so that an ordinary
@@ -18,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pymeta.algorithms.maml import MAML
+from pymeta.algorithms.reptile import Reptile
 from pymeta.tasks.ragged import Ragged
 
 Shares: TypeAlias = list[Tensor]  # like the parameters, float64
@@ -50,14 +51,14 @@ class ClippedSum:
 
     def _chosen(self) -> _Sum:
         learner = self._learner
-        if hasattr(type(learner), "task_clip") or hasattr(learner, "task_clip"):
+        if type(learner).forward in (MAML.forward, Reptile.forward):  # not what overrides it
             learner.task_clip = self._clip
             return self._natively
-        if hasattr(learner, "encoder"):
+        if type(learner).__module__.startswith("pymeta.learners."):
             if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learner.modules()):
                 raise ValueError(
-                    "learner: the encoder's batch normalisation lets tasks see each other, and its "
-                    "running statistics keep what they saw without noise; use GroupNorm or "
+                    "learner: batch normalisation of its networks lets tasks see each other, and "
+                    "its running statistics keep what they saw without noise; use GroupNorm or "
                     "LayerNorm"
                 )
             return self._one_by_one

@@ -9,7 +9,7 @@ from helpers import assert_close, batch, mlp
 from torch import nn
 
 import pymeta
-from pymeta.learners import BayesianHead, ProtoNet, RidgeHead
+from pymeta.learners import BayesianHead, EncodedMAML, ProtoNet, RelationalMAML, RidgeHead
 from pymeta.privacy import PrivateTraining, epsilon, noise_multiplier_for
 from pymeta.privacy.noise import Randomness
 from pymeta.privacy.shares import ClippedSum
@@ -90,19 +90,23 @@ def test_a_task_adds_no_more_than_the_clip_whatever_it_holds(make, poison):
     assert found.isfinite().all() and float((found - others).norm()) <= 0.5 + 1e-9
 
 
-@pytest.mark.parametrize("head", [BayesianHead, ProtoNet])
-def test_other_heads_are_taken(head):
-    if head is ProtoNet:
-        learner, data = (
-            ProtoNet(mlp(3, 6)).double(),
-            batch("cross_entropy", tasks=3, inputs=3, out=2),
-        )
+OTHERS = {
+    "bayesian": lambda: BayesianHead(mlp(3, 6), features=6, outputs=1),
+    "protonet": lambda: ProtoNet(mlp(3, 6)),
+    "relational": lambda: RelationalMAML(
+        mlp(3, 6, 1), loss="mse", features=3, targets=1, lr=0.1, steps=2
+    ),
+    "encoded": lambda: EncodedMAML(mlp(3, 6), mlp(6, 1), loss="mse", lr=0.1, steps=2),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_other_learners_are_taken(make):
+    learner = make().double()
+    data = batch(tasks=3, inputs=3, out=1)
+    if isinstance(learner, ProtoNet):
+        data = batch("cross_entropy", tasks=3, inputs=3, out=2)
         data[1][:, :2] = torch.tensor([0, 1])
-    else:
-        learner, data = (
-            BayesianHead(mlp(3, 6), features=6, outputs=1).double(),
-            batch(tasks=3, inputs=3, out=1),
-        )
     by = list(learner.parameters())
     found = ClippedSum(learner, 0.01, by)(tuple(data), {})
     assert 0 < float(flat(found).norm()) <= 0.03
@@ -132,6 +136,13 @@ def test_a_module_that_lets_tasks_see_each_other_is_refused():
         training(pymeta.FineTune(mlp(3, 1), loss="mse", lr=0.1, epochs=1))
     with pytest.raises(TypeError, match="learner: expected"):
         training(nn.Linear(3, 1))
+
+    class Mine(pymeta.MAML):
+        def forward(self, *data, **options):
+            return super().forward(*data, **options)
+
+    with pytest.raises(TypeError, match="learner: expected"):  # who knows what it does
+        training(Mine(mlp(3, 1), loss="mse", lr=0.1, steps=1))
 
 
 # ---- a step -----------------------------------------------------------------------------------
