@@ -19,6 +19,8 @@ pytest.importorskip("fastapi")
 import fuzz_bodies
 import postgres
 
+from pymeta.serve.store import Store
+
 PATH = "/v1/adapt-predict"
 QUIET = ("--log-level", "warning")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux has these limits")
@@ -37,7 +39,7 @@ def service(tmp_path_factory):
     (folder / "files").mkdir()
     store = f"sqlite:///{folder / 'files' / 'rows.db'}?timeout=0.2"
     with served(folder, "--log-level", "error", "--patience", "2", "--store", store) as running:
-        running.files = folder / "files"
+        running.files, running.url = folder / "files", f"sqlite:///{folder / 'files' / 'rows.db'}"
         yield running
 
 
@@ -52,14 +54,13 @@ def row(number: int) -> dict:
     return {"xs": [[number % 7, number % 5, 1]], "ys": [number]}
 
 
-def targets(service, name: str, folder) -> list[float]:
-    """The targets of all stored rows of an entity."""
-    pq = pytest.importorskip("pyarrow.parquet")
-    got = service.call("GET", "/v1/entities:export")
-    assert got.status == 200, got.body
-    (folder / "export.parquet").write_bytes(got.body)
-    table = pq.read_table(folder / "export.parquet").to_pylist()
-    return [each["y"][0] for each in table if each["entity"] == name]
+def targets(url: str, name: str) -> list[float]:
+    """The targets of all stored rows of an entity, read beside the service."""
+    store = Store(url)
+    try:
+        return [y for entity, rows in store.each() if entity == name for y in rows.y[:, 0].tolist()]
+    finally:
+        store.close()
 
 
 def everything(client: socket.socket) -> bytes:
@@ -73,9 +74,10 @@ def everything(client: socket.socket) -> bytes:
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_killed_while_rows_are_written_no_acknowledged_row_is_lost(tmp_path, database, request):
     """And a client that sends again what was not acknowledged has it there once."""
-    store = ["--store", "sqlite:///rows.db"]
+    url = f"sqlite:///{tmp_path / 'rows.db'}"
     if database == "postgresql":
-        store = ["--store", request.getfixturevalue("server").url]
+        url = request.getfixturevalue("server").url
+    store = ["--store", url]
     adapter().save(tmp_path / "adapter.safetensors")
     service = Process(tmp_path, *QUIET, *store).wait()
     service.call("DELETE", "/v1/entities/a")
@@ -106,7 +108,7 @@ def test_killed_while_rows_are_written_no_acknowledged_row_is_lost(tmp_path, dat
         client.join(SOON)
     assert len(unsure) == 4 and len(acknowledged) >= 40
     with served(tmp_path, *QUIET, *store) as again:
-        found = targets(again, "a", tmp_path)
+        found = targets(url, "a")
         assert set(acknowledged) <= set(found) <= {*acknowledged, *unsure}
         assert len(found) == len(set(found))
         for number in [*unsure, *acknowledged[:5]]:
@@ -114,14 +116,14 @@ def test_killed_while_rows_are_written_no_acknowledged_row_is_lost(tmp_path, dat
                 "PUT", "/v1/entities/a/rows", row(number), {"Idempotency-Key": str(number)}
             )
             assert got.status == 200 and got.json["replayed"] == (number in found)
-        assert sorted(targets(again, "a", tmp_path)) == sorted({*acknowledged, *unsure})
+        assert sorted(targets(url, "a")) == sorted({*acknowledged, *unsure})
 
 
 def test_killed_while_models_are_swapped_one_of_them_serves(tmp_path):
     adapter(0).save(tmp_path / "adapter.safetensors")
     service = Process(tmp_path, *QUIET, "--store", "none").wait()
     adapter(1).save(tmp_path / "adapter.safetensors")
-    until(lambda: len(service.call("GET", "/v1/models").json["versions"]) == 2)
+    assert service.call("POST", "/v1/models/reload").status == 200
     names = [v["version"] for v in reversed(service.call("GET", "/v1/models").json["versions"])]
     swaps = []
 
@@ -179,7 +181,7 @@ def stored(service, number: int, name: str = "a") -> int:
 
 
 @linux
-def test_a_full_disk(service, tmp_path):
+def test_a_full_disk(service):
     """The file cannot grow: rows are refused by 507 until it can, all else goes on."""
     import resource
 
@@ -202,10 +204,10 @@ def test_a_full_disk(service, tmp_path):
         resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, unlimited)
     until(lambda: stored(service, 10_000, "full") == 200)
     kept = [float(i) for i in range(len(statuses))]  # the one that was refused is not there
-    assert targets(service, "full", tmp_path) == [*kept, 10_000]
+    assert targets(service.url, "full") == [*kept, 10_000]
 
 
-def test_a_locked_database(service, tmp_path):
+def test_a_locked_database(service):
     assert stored(service, 0, "locked") == 200
     other = sqlite3.connect(service.files / "rows.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -220,7 +222,7 @@ def test_a_locked_database(service, tmp_path):
         other.execute("ROLLBACK")
         other.close()
     assert stored(service, 2, "locked") == 200
-    assert targets(service, "locked", tmp_path) == [0, 2]
+    assert targets(service.url, "locked") == [0, 2]
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
@@ -248,7 +250,7 @@ def test_a_database_that_is_gone_and_back(tmp_path, database, request):
             back()
         assert service.call("GET", "/readyz").status == 200
         assert stored(service, 2) == 200
-        assert targets(service, "a", tmp_path) == [0, 2]
+        assert targets(url, "a") == [0, 2]
 
 
 # ---- clients ------------------------------------------------------------------------------------
