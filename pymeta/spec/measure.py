@@ -41,7 +41,9 @@ def row_losses(loss: Loss, z: np.ndarray, y: np.ndarray) -> np.ndarray:
         if loss.takes_classes:
             return _cross_entropy(loss, z, y)[0]
         columns = loss.target_columns(z.shape[1])
-        return _of_targets(loss, z, y.reshape(len(z), columns).astype(np.float64)).mean(1)
+        each = _of_targets(loss, z, y.reshape(len(z), columns).astype(np.float64))
+        means: np.ndarray = each.mean(1)
+        return means
 
 
 def _of_targets(loss: Loss, z: np.ndarray, y: np.ndarray) -> np.ndarray:
