@@ -14,9 +14,12 @@ need("torch", "pymeta.finance", "finance")
 need("sklearn", "pymeta.finance", "finance")
 
 from pymeta.finance.deployed import Deployed  # noqa: E402
+from pymeta.finance.double_adapt import DoubleAdapt  # noqa: E402
 from pymeta.finance.hedge_ratios import HedgeRatios  # noqa: E402
 from pymeta.finance.jobs.betas import betas, betas_panel  # noqa: E402
 from pymeta.finance.jobs.credit import credit  # noqa: E402
+from pymeta.finance.jobs.fraud import fraud, fraud_panel  # noqa: E402
+from pymeta.finance.jobs.trend import trend, trend_panel  # noqa: E402
 from pymeta.finance.jobs.volatility import volatility, volatility_panel  # noqa: E402
 from pymeta.finance.loans import loans_panel  # noqa: E402
 from pymeta.finance.prices import Prices, read_prices  # noqa: E402
@@ -26,6 +29,7 @@ from pymeta.finance.walk import Walking  # noqa: E402
 
 __all__ = [
     "Deployed",
+    "DoubleAdapt",
     "HedgeRatios",
     "Prices",
     "Remainder",
@@ -34,8 +38,12 @@ __all__ = [
     "betas",
     "betas_panel",
     "credit",
+    "fraud",
+    "fraud_panel",
     "loans_panel",
     "read_prices",
+    "trend",
+    "trend_panel",
     "volatility",
     "volatility_panel",
 ]

@@ -80,6 +80,7 @@ def volatility(
     seeds: int = 3,
     quick: bool = False,
     stress: bool = True,
+    lightgbm: bool = True,
     say: Say = silent,
 ) -> Result:
     """Compare, walking through time, and train a model for deployment.
@@ -96,6 +97,7 @@ def volatility(
         seeds: how many times, with other tested stocks and other starts.
         quick: fewer seeds and training steps: to see it run.
         stress: whether there are stress tests.
+        lightgbm: whether it is among the rivals; of 500 stocks it takes longer than all else.
         say: is told of progress.
 
     Returns:
@@ -137,6 +139,7 @@ def volatility(
         say=say,
         metrics=["qlike"],
         stress=stress and not quick,
+        lightgbm=None if lightgbm else False,
         draws=200 if quick else 1000,
         **options,
     )
