@@ -5,20 +5,23 @@
 # cmake and ninja; compute-sanitizer and ncu are used where they are. No network, and nothing is installed into the system:
 # what is built lies in build/gpu, and a second run builds only what changed.
 #
-# PARTS, in this order (default: all of them)
+# PARTS, in this order (default: all but those in brackets)
 #   build      pymeta with the CUDA executor for this GPU alone, and with the emulated device
 #   kernels    registers, stack, spills and code of each kernel (kernel_report.py)
 #   info       python -m pymeta.info, with its self-test
-#   tests      tests/cuda; at the same time as the next two
-#   emulated   tests/device
-#   sanitize   compute-sanitizer: memcheck, racecheck, synccheck, initcheck over gpu_calls.py
-#   bench      python -m pymeta.bench --device cuda
+#   smoke      gpu_calls.py, every launch waited for: what fails here needs no test to be found
+#   tests      tests/cuda; at the same time as the next four
+#   emulated   [tests/device, which needs no GPU]
+#   memcheck, racecheck, synccheck
+#              compute-sanitizer's tool of that name over gpu_calls.py
+#   initcheck  [likewise; it reports padding that is copied as it is and never used]
+#   bench      python -m pymeta.bench --device cuda: the four cases that decide, large ones first
 #   sweep      the same for pymeta alone with several numbers of threads of a block
 #   ncu        Nsight Compute's view of W1 T=4096 and W3 T=1024
 #
 # FOLDER (default bench/results/gpu) gets summary.md, log.txt, junit.xml, bench.json, bench.md, sweep.json, kernels.json and
-# ncu.txt. A part that fails or runs out of its time is noted, and the next one begins. Exit status: 1 where the build, a test
-# or a sanitizer failed or was asked for and not run to its end; initcheck, bench, sweep and ncu do not count.
+# ncu.txt. A part that fails or runs out of its time is noted, and the next one begins. Exit status: 1 where the build, the smoke
+# run, a test or a sanitizer failed or was asked for and not run to its end; initcheck, bench, sweep and ncu do not count.
 # shellcheck disable=SC2329 # the functions of the parts are called by name, through `run` and `start`
 set -uo pipefail
 
@@ -31,8 +34,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:-$root/bench/results/gpu}
 shift $(($# ? 1 : 0))
 parts=("$@")
-((${#parts[@]})) || parts=(build kernels info tests emulated sanitize bench sweep ncu)
-known=" build kernels info tests emulated sanitize bench sweep ncu "
+sanitizers=(memcheck racecheck synccheck)
+((${#parts[@]})) || parts=(build kernels info smoke tests "${sanitizers[@]}" bench sweep ncu)
+known=" build kernels info smoke tests emulated ${sanitizers[*]} initcheck bench sweep ncu "
 for part in "${parts[@]}"; do
   [[ $known == *" $part "* ]] || { echo "gpu.sh: no part '$part'; there are$known" >&2; exit 2; }
 done
@@ -231,8 +235,10 @@ pytest_of() {
   rm -f "$log"
   return "$code"
 }
-tests() { pytest_of 200 tests/cuda --junitxml "$work/results/junit.xml" --durations 15; }
+tests() { pytest_of 130 tests/cuda --junitxml "$work/results/junit.xml" --durations 15; }
 emulated() { pytest_of 200 tests/device; }
+
+smoke() { CUDA_LAUNCH_BLOCKING=1 in_run within 30 "$python" gpu_calls.py all; }
 
 # Each allocation by itself, so that memcheck sees the end of every array.
 sanitize() {
@@ -241,8 +247,8 @@ sanitize() {
   # initcheck has to see who writes what, torch's kernels too.
   [[ $tool != initcheck && $(compute-sanitizer --help 2>&1) == *"--kernel-name "* ]] && only=(--kernel-name kns=pymeta)
   log=$(mktemp)
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 in_run within 200 compute-sanitizer --tool "$tool" --port "$port" \
-    --error-exitcode 9 --report-api-errors no --print-limit 20 "${only[@]}" "$python" gpu_calls.py sanitize 2>&1 | tee "$log"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 in_run within 130 compute-sanitizer --tool "$tool" --port "$port" \
+    --error-exitcode 9 --report-api-errors no --print-limit 20 "${only[@]}" "$python" gpu_calls.py all 2>&1 | tee "$log"
   code=${PIPESTATUS[0]}
   grep -q 'Device not supported' "$log" && code=77
   ((code == 0)) && ! grep -q 'gpu_calls: all calls made' "$log" && code=1
@@ -257,13 +263,13 @@ bench() {
 }
 
 profile() {
-  local code=0 case
+  local code=0 case sections=(SpeedOfLight MemoryWorkloadAnalysis SchedulerStats WarpStateStats InstructionStats
+    SourceCounters Occupancy LaunchStats)
   command -v ncu >/dev/null || { echo "gpu.sh: no ncu"; return 77; }
   for case in "W1 4096" "W3 1024"; do
     echo "---- $case"
     # shellcheck disable=SC2086 # two arguments
-    in_run within 60 ncu --clock-control none --section SpeedOfLight --section WarpStateStats --section Occupancy \
-      --section LaunchStats --kernel-name 'regex:.*run_tasks.*' --launch-skip 2 --launch-count 1 \
+    in_run within 40 ncu --clock-control none "${sections[@]/#/--section=}" --kernel-name 'regex:.*run_tasks.*' --launch-skip 2 --launch-count 1 \
       "$python" gpu_calls.py $case || code=$?
   done
   grep -q 'LibraryNotLoaded\|ERR_NVGPUCTRPERM' "$logs/ncu.txt" && code=77
@@ -301,7 +307,7 @@ write_results() {
   summary >"$out/summary.md"
 }
 counts_against() { # whether a part that did not pass makes the run fail
-  [[ $1 =~ ^(build|info|tests|emulated|memcheck|racecheck|synccheck)$ && ${state[$1]:-stopped} != "passed" ]] &&
+  [[ $1 =~ ^(build|info|smoke|tests|emulated|memcheck|racecheck|synccheck)$ && ${state[$1]:-stopped} != "passed" ]] &&
     [[ ${state[$1]:-stopped} != "not possible here" ]]
 }
 end() {
@@ -330,18 +336,18 @@ if ! compgen -G "$site/pymeta/_native*.so" >/dev/null; then
 fi
 wanted kernels && run kernels kernels
 wanted info && run info info
+wanted smoke && run smoke smoke
 wanted tests && start tests tests
 wanted emulated && [[ -d $work/run/tests/device ]] && start emulated emulated
-if wanted sanitize; then
-  port=49152
-  for tool in memcheck racecheck synccheck initcheck; do
-    start "$tool" sanitize "$tool" "$port"
-    port=$((port + 100))
-  done
-fi
+port=49152
+for tool in "${sanitizers[@]}" initcheck; do
+  wanted "$tool" && start "$tool" sanitize "$tool" "$port"
+  port=$((port + 100))
+done
 finish
 # From here on nothing else runs: times are taken.
-wanted bench && run bench bench 180 --budget 120 --out "$work/results/bench.json"
+wanted bench && run bench bench 180 --budget 150 --cases "W1 T=65536 K=1" "W3 T=16384 K=5" "W1 T=25 K=1" "W3 T=1024 K=5" \
+  --out "$work/results/bench.json"
 wanted sweep && run sweep bench 60 --only pymeta --cases "W1 T=25 K=1" "W1 T=4096 K=1" "W3 T=1024 K=5" \
   "W5 fine-tuning T=1000 K=20" \
   --block-threads 32 64 128 256 --out "$work/results/sweep.json"

@@ -1,6 +1,6 @@
 """Calls on a GPU for tools that watch them: compute-sanitizer and Nsight Compute (see gpu.sh).
 
-    python gpu_calls.py sanitize    small calls of every kind, each kernel in both precisions
+    python gpu_calls.py all         small calls of every kind, each kernel in both precisions
     python gpu_calls.py W1 4096     three meta-gradients of that benchmark case with so many tasks
     python gpu_calls.py W3 1024
 
@@ -86,10 +86,44 @@ def adapting_calls(dtype: torch.dtype) -> Iterator[str]:
     yield "fine-tuning"
 
 
-def sanitize() -> None:
+def operator_calls(dtype: torch.dtype) -> Iterator[str]:
+    """What else is differentiated: results, starts, rates, targets and weights of each task."""
+    net = nn.Sequential(nn.Linear(3, 20), nn.Tanh(), nn.Linear(20, 2)).to(DEVICE, dtype)
+    maml = pymeta.MAML(net, loss="mse", lr=0.05, steps=2, task_clip=1.0, backend="native")
+    x, y = normal(6, 9, 3, dtype=dtype), normal(6, 9, 2, dtype=dtype).requires_grad_()
+    weights = torch.rand(6, 9, dtype=dtype).to(DEVICE).requires_grad_()
+    rates = torch.full((6,), 0.1, dtype=dtype).to(DEVICE).requires_grad_()
+    first = net[0].weight.detach().expand(6, 20, 3).clone().requires_grad_()
+    out = maml(
+        x, y, x, y, support_weights=weights, start={"0.weight": first}, lr=rates,
+        step_weights=[0.3, 0.7],
+    )  # fmt: skip
+    (out.predictions.sin().sum() + out.task_losses.square().sum()).backward()
+    adapted = maml.adapt(x, y.detach(), create_graph=True)
+    sum(v.square().sum() for v in adapted.values()).backward()
+    yield "MAML, cotangents of predictions, losses and adapted parameters"
+
+
+def image_calls(dtype: torch.dtype) -> Iterator[str]:
+    """Convolutions, pools and what normalises positions."""
+    layers = (nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5, track_running_stats=False))
+    net = nn.Sequential(
+        *layers, nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 6, 3), nn.GroupNorm(2, 6),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+    maml = pymeta.MAML(
+        net.to(DEVICE, dtype), loss="cross_entropy", lr=0.1, steps=2, backend="native"
+    )
+    x = torch.randn(4, 5, 2, 9, 9, dtype=dtype).to(DEVICE)
+    y = torch.randint(0, 3, (4, 5)).to(DEVICE)
+    maml(x, y, x, y).loss.backward()
+    yield "MAML, images"
+
+
+def every_call() -> None:
     """Every call once, in both precisions."""
     for dtype in (torch.float32, torch.float64):
-        for calls in (maml_calls, adapting_calls):
+        for calls in (maml_calls, operator_calls, image_calls, adapting_calls):
             for what in calls(dtype):
                 torch.cuda.synchronize()
                 print(f"{dtype} {what}", flush=True)
@@ -117,8 +151,8 @@ def case(name: str, tasks: int) -> None:
 def main(arguments: list[str]) -> int:
     """Make the calls; the exit code."""
     torch.manual_seed(0)
-    if arguments == ["sanitize"]:
-        sanitize()
+    if arguments == ["all"]:
+        every_call()
     elif len(arguments) == 2 and arguments[0] in ("W1", "W3"):
         case(arguments[0], int(arguments[1]))
     else:
