@@ -69,7 +69,8 @@ def input_gradients(models: Any, xq: Any, *, output: Any = None) -> Attributions
     """The gradient of each row's output by its features, for all models at once.
 
     Args:
-        models: T models, a `pymeta.Adapted` or a `pymeta.AdaptedArrays`.
+        models: T models: a `pymeta.Adapted` or `pymeta.AdaptedArrays`, or those of a learner of
+            `pymeta.learners`, which are differentiated by autograd.
         xq: [T, rows, ...], a list of T arrays [rows_t, ...], or a `pymeta.data.Ragged`; arrays or
             tensors, of the models' dtype.
         output: which output is explained: an integer, or integers [T, rows]; None for the one
@@ -101,7 +102,8 @@ def integrated_gradients(
     """What each feature of each row adds to its output, for all models at once.
 
     Args:
-        models: T models, a `pymeta.Adapted` or a `pymeta.AdaptedArrays`.
+        models: T models: a `pymeta.Adapted` or `pymeta.AdaptedArrays`, or those of a learner of
+            `pymeta.learners`, which are differentiated by autograd.
         xq: [T, rows, ...], a list of T arrays [rows_t, ...], or a `pymeta.data.Ragged`; arrays or
             tensors, of the models' dtype.
         baseline: the row that stands for "nothing known": one of xq's shape [*row], or one for

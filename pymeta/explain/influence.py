@@ -37,12 +37,12 @@ def influence(
 ) -> Any:
     """By how much each support row moved each prediction, for all tasks at once.
 
-    One native call over all tasks for each query row of the longest task. A `pymeta.MAML` that
-    runs in torch is differentiated there.
+    One native call over all tasks for each query row of the longest task. What runs in torch is
+    differentiated there.
 
     Args:
         learner: a `pymeta.Adapter`, or a MAML, FineTune or Reptile that takes all rows in each
-            step.
+            step; or a learner of `pymeta.learners`, which is differentiated by autograd.
         xs: support inputs [T, rows, ...], or a list of T arrays or tensors [rows_t, ...].
         ys: support targets, as the learner takes them.
         xq: the rows whose predictions are asked about, likewise.
@@ -75,11 +75,12 @@ def influence(
 
 
 def _adapter_of(learner: Any) -> Adapter | None:
-    """What deploys the learner; None where a MAML has to run in torch."""
+    """What deploys the learner; None where it has to run in torch."""
     if not hasattr(learner, "adapter"):
+        if hasattr(learner, "adapt") and hasattr(learner, "parameters"):
+            return None
         raise TypeError(
-            f"learner: expected a pymeta.Adapter, MAML, FineTune or Reptile, "
-            f"got {type(learner).__name__}"
+            f"learner: expected a pymeta.Adapter or a learner, got {type(learner).__name__}"
         )
     try:
         made: Adapter = learner.adapter()
@@ -170,13 +171,13 @@ def _flows(sizes: np.ndarray, chosen: np.ndarray, outputs: np.ndarray) -> Any:
 
 
 def _in_torch(
-    maml: Any, xs: Any, ys: Any, xq: Any, query: Packed, weights: Any, offset: Any, output: Any
+    learner: Any, xs: Any, ys: Any, xq: Any, query: Packed, weights: Any, offset: Any, output: Any
 ) -> np.ndarray:
     """As `_natively`, by autograd."""
     import torch
 
     support = Packed.of("xs", xs)
-    like = next(maml.model.parameters())
+    like = next(learner.parameters())
     given = np.ones(len(support.values))
     if weights is not None:
         given = np.concatenate([as_array("weights", w).reshape(-1) for w in weights])
@@ -186,17 +187,22 @@ def _in_torch(
         list(flat.split_with_sizes(shape)) if support.is_list else flat.view(len(shape), -1)
     )
     with torch.enable_grad():
-        out = maml(xs, ys, xq, support_weights=by_task, support_offset=offset)
+        out = learner(xs, ys, xq, support_weights=by_task, support_offset=offset)
         outputs = out.predictions
         packed = torch.cat(outputs) if isinstance(outputs, list) else outputs.flatten(0, 1)
         predicted = packed.detach().cpu().numpy()
-        chosen = chosen_outputs(output, maml.loss, predicted, query)
+        chosen = chosen_outputs(output, _loss_of(learner), predicted, query)
         found = []
         for flows in _flows(query.sizes, chosen, predicted):
             total = (packed * torch.from_numpy(flows).to(packed)).sum()
             (grad,) = torch.autograd.grad(total, flat, retain_graph=True)
             found.append(grad.cpu().numpy())
     return np.stack(found) if found else np.zeros((0, len(given)))
+
+
+def _loss_of(learner: Any) -> Any:
+    """The description of what its outputs are judged by; that of a MAML inside where it has one."""
+    return learner.loss if hasattr(learner, "loss") else learner.maml.loss
 
 
 def _arrays(name: str, value: Any) -> Any:

@@ -82,8 +82,8 @@ class Explained:
         """TypeError unless they are adapted models; ValueError where rows are not independent."""
         if not hasattr(models, "input_gradients") or not hasattr(models, "loss"):
             raise TypeError(
-                f"models: expected a pymeta.Adapted or pymeta.AdaptedArrays, as `adapt` returns, "
-                f"got {type(models).__name__}"
+                f"models: expected adapted models, as a learner's `adapt` returns, got "
+                f"{type(models).__name__}"
             )
         if models.mixes_rows:
             raise ValueError(
@@ -92,7 +92,8 @@ class Explained:
             )
         self._models = models
         self.loss = models.loss
-        like = next(iter(models.parameters.values()))
+        held = models.parameters if hasattr(models, "parameters") else models.state
+        like = next(iter(held.values()))
         self._device = getattr(like, "device", None) if hasattr(like, "detach") else None
 
     def __len__(self) -> int:

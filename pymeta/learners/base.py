@@ -73,6 +73,12 @@ def check_loss(loss: Any, kinds: tuple[str, ...]) -> Loss:
     return described
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether rows are normalised by each other's statistics anywhere in a module."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(each, kinds) for each in module.modules())
+
+
 class EncodedLearner(nn.Module, ABC):
     """The base; not for use by itself.
 
@@ -317,6 +323,43 @@ class AdaptedTasks:
             [T, rows, out], or a list where xq is one.
         """
         return self._outputs(xq, query_sizes, offset)[0]
+
+    @property
+    def loss(self) -> Loss:
+        """What the learner's query sets are judged by."""
+        return self._learner.loss
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a prediction depends on the other rows of its call, as with batch norm."""
+        return has_batch_norm(self._learner)
+
+    def input_gradients(self, xq: Rows, cotangents: Rows) -> Any:
+        """The gradient of every model's sum(cotangents * outputs) by its rows, by autograd.
+
+        Args:
+            xq: as for a call.
+            cotangents: in the shape of a call's result.
+
+        Returns:
+            In the shape of xq; a list where that is one.
+
+        Raises:
+            TypeError, ValueError: as a call.
+        """
+        learner, names = self._learner, _ADAPTED._replace(offset="cotangents")
+        query = learner._set(names, xq, None, None, None, cotangents)  # of the outputs' shape
+        if query.tasks != self._tasks:
+            raise ValueError(f"xq: expected {self._tasks} tasks, got {query.tasks}")
+        rows = flat(query)
+        flows, rows.offset = rows.offset, None
+        if flows is None:
+            raise TypeError("cotangents: expected a number for each output, got None")
+        with torch.enable_grad():
+            x = rows.x.detach().requires_grad_()
+            outputs, _ = learner._outputs(self.state, learner._features(x), rows)
+            (found,) = torch.autograd.grad(outputs, x, flows.reshape(outputs.shape))
+        return shaped(found, rows, query)
 
     def variances(self, xq: Rows, query_sizes: Sizes = None) -> Any:
         """The predictions' variances, in the form of a call.

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.outcome import Outcome
+from pymeta.learners.base import has_batch_norm
 from pymeta.learners.features import Features, choose
-from pymeta.learners.rows import Flat, flat
+from pymeta.learners.rows import Flat, flat, shaped
 from pymeta.models.adapted import Adapted
 from pymeta.spec.history import History
+from pymeta.spec.losses import Loss
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.tasks.checks import Expected
 from pymeta.tasks.ragged import Ragged
@@ -340,6 +342,44 @@ class EncodedTasks:
             TypeError, ValueError: as for `pymeta.Adapted`.
         """
         return self.heads(self._inputs(xq, query_sizes), query_sizes, offset=offset)
+
+    @property
+    def loss(self) -> Loss:
+        """What the tasks were adapted by."""
+        return self.heads.loss
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a prediction depends on the other rows of its call, as with batch norm."""
+        return self.heads.mixes_rows or has_batch_norm(self._learner.encoder)
+
+    def input_gradients(self, xq: Rows, cotangents: Rows) -> Any:
+        """The gradient of every model's sum(cotangents * outputs) by its rows.
+
+        The heads' is one native call, the encoder's is autograd's.
+
+        Args:
+            xq: as for a call, of floating-point numbers.
+            cotangents: in the shape of a call's result.
+
+        Returns:
+            In the shape of xq; a list where that is one.
+
+        Raises:
+            TypeError: xq are no floating-point numbers; and as a call.
+            ValueError: as a call.
+        """
+        query = self._learner._set(_ADAPTED, xq, None, None, None)
+        rows = flat(query)
+        if not rows.x.is_floating_point():
+            raise TypeError(f"xq: expected numbers that have a gradient, got {rows.x.dtype}")
+        with torch.enable_grad():
+            x = rows.x.detach().requires_grad_()
+            features = self._learner.encoder(x)
+        back = self.heads.input_gradients(_as_it_came(features.detach(), rows, query), cotangents)
+        flows = torch.cat(back) if isinstance(back, list) else rows.own(back)
+        (found,) = torch.autograd.grad(features, x, flows)
+        return shaped(found, rows, query)
 
     def predict_proba(
         self, xq: Rows, query_sizes: Sizes = None, *, offset: Rows | None = None

@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.reptile import Reptile
+from pymeta.learners.base import has_batch_norm
 from pymeta.tasks.ragged import Ragged
 
 Shares: TypeAlias = list[Tensor]  # like the parameters, float64
@@ -55,7 +56,7 @@ class ClippedSum:
             learner.task_clip = self._clip
             return self._natively
         if type(learner).__module__.startswith("pymeta.learners."):
-            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learner.modules()):
+            if has_batch_norm(learner):
                 raise ValueError(
                     "learner: batch normalisation of its networks lets tasks see each other, and "
                     "its running statistics keep what they saw without noise; use GroupNorm or "
