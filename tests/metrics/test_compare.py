@@ -332,6 +332,19 @@ def test_the_report(report, tmp_path):
         report.save("r.pdf")
 
 
+@pytest.mark.parametrize("kind", ["numbers", "binary"])
+def test_labels_that_are_later_than_the_history_leave_the_start(kind):
+    """40 periods late, where there are 21 of history: everyone predicts without one."""
+    ours = FromLearner(
+        make_maml("mse" if kind == "numbers" else "bce_with_logits"),
+        episodes={"tasks": 4, "support": 5, "query": 5, "batches": 1},
+    )
+    report = compare(panel(kind, rows=30), {"ours": ours}, draws=50, block=3, lightgbm=False)
+    (late,) = (p for p in report.stress if "late" in p.name)
+    assert late.values["ours"] == late.values["ours, unadapted"]
+    assert late.values["empirical Bayes"] == late.values["pooled linear"]
+
+
 def test_a_worse_model_is_told_so():
     found = compare(
         panel(), {"noise": Oracle(5.0)}, share=0.5, draws=100, lightgbm=False, stress=False
