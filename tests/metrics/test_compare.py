@@ -342,7 +342,8 @@ def test_labels_that_are_later_than_the_history_leave_the_start(kind):
     report = compare(panel(kind, rows=30), {"ours": ours}, draws=50, block=3, lightgbm=False)
     (late,) = (p for p in report.stress if "late" in p.name)
     assert late.values["ours"] == late.values["ours, unadapted"]
-    assert late.values["empirical Bayes"] == late.values["pooled linear"]
+    pooled = pytest.approx(late.values["pooled linear"], rel=1e-5)  # one is summed in float32
+    assert late.values["empirical Bayes"] == pooled
 
 
 def test_a_worse_model_is_told_so():
