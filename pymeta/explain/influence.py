@@ -8,7 +8,7 @@ exact through all inner steps. It tells to first order what the row's presence d
 less f without it, is about w_s times it (Koh, Liang 2017, arXiv:1703.04730, ask the same of a
 minimum; here the steps themselves are differentiated, so that nothing has to have converged).
 Where a loss is a weighted mean, the influences times the weights add up to 0 for each prediction:
-more of one row is less of the others.
+more of one row is less of the others. `anchor_rows` counts rows, whatever they weigh.
 """
 
 from __future__ import annotations
