@@ -1,4 +1,4 @@
-"""Attributions of predictions by integrated gradients (`pymeta.explain`), and reason codes.
+"""Attributions of predictions by integrated gradients, and reason codes: `pymeta.explain`'s.
 
 The baseline is the mean of the task's own support rows, so that the attributions say what sets a
 row apart from what its entity usually is: they add up to the prediction less that at the mean.
@@ -7,30 +7,23 @@ row apart from what its entity usually is: they add up to the prediction less th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from pymeta.explain import integrated_gradients
+from pymeta.explain import Attributions, integrated_gradients, reason_codes
 from pymeta.models.arrays import AdaptedArrays
 from pymeta.serve.problem import invalid
+from pymeta.tasks.ragged import Ragged
 
 METHOD = "integrated gradients from the mean of the task's support rows"
 STEPS = 32  # points on each path
 REASONS = 5
 
 
-class Attributions(NamedTuple):
-    """Of one task's rows."""
-
-    values: np.ndarray  # [rows, in]
-    output: np.ndarray  # [rows] the output that is explained
-    baseline: np.ndarray  # [rows] what it is at the mean
-
-
 def attributions(
     models: AdaptedArrays, means: Sequence[np.ndarray], xq: Sequence[np.ndarray]
-) -> list[Attributions]:
+) -> Attributions:
     """Attributions of every task's rows to the output that `default_outputs` picks.
 
     Args:
@@ -43,12 +36,11 @@ def attributions(
     """
     if models.mixes_rows:
         raise invalid("explain", "batch normalisation leaves a row no reasons of its own")
-    if not sum(map(len, xq)):
-        nothing = [Attributions(q, np.zeros(0, np.int64), np.zeros(0, q.dtype)) for q in xq]
-        return nothing
-    found = integrated_gradients(models, list(xq), baseline=np.stack(means), steps=STEPS)
-    each = zip(found.values, found.outputs, found.baselines, strict=True)
-    return [Attributions(*parts) for parts in each]
+    rows = Ragged(np.concatenate(list(xq)), [len(q) for q in xq])
+    if not len(rows.values):
+        none = Ragged(np.zeros(0, rows.values.dtype), rows.sizes)
+        return Attributions(rows, Ragged(np.zeros(0, np.int64), rows.sizes), none, none)
+    return integrated_gradients(models, rows, baseline=np.stack(means), steps=STEPS)
 
 
 def check_cost(xq: Sequence[np.ndarray], limit: int) -> None:
@@ -58,35 +50,36 @@ def check_cost(xq: Sequence[np.ndarray], limit: int) -> None:
         raise invalid("explain", f"{cost} numbers to predict; expected at most {limit}: fewer rows")
 
 
-def described(found: Sequence[Attributions], names: Sequence[str] | None) -> list[Any]:
-    """As JSON: for each task, for each row, the output, the attributions and the reasons."""
+def described(found: Attributions, names: Sequence[str] | None) -> list[Any]:
+    """As JSON: for each task, for each row, the output, the attributions and the reasons.
+
+    Features of one name are one reason: their attributions are added up.
+    """
+    codes = reason_codes(found, names, most=REASONS)
+    parts = (found.outputs, found.baselines, found.values, codes.columns, codes.amounts)
     return [
         [
             {
-                "output": int(output),
-                "baseline": float(baseline),
-                "attributions": values.tolist(),
-                "reasons": reasons(values, names),
+                "output": output,
+                "baseline": baseline,
+                "attributions": values,
+                "reasons": [
+                    _reason(column, codes.names[column], amount)
+                    for column, amount in zip(columns, amounts, strict=True)
+                    if column >= 0
+                ],
             }
-            for values, output, baseline in zip(*each, strict=True)
+            for output, baseline, values, columns, amounts in zip(
+                *(part.tolist() for part in task), strict=True
+            )
         ]
-        for each in found
+        for task in zip(*parts, strict=True)
     ]
 
 
-def reasons(values: np.ndarray, names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """The features that moved a row's output most, the largest first; those of 0 are none."""
-    order = np.argsort(-np.abs(values), kind="stable")[:REASONS]
-    return [
-        {
-            "feature": int(f),
-            "name": names[f] if names else f"x{f}",
-            "code": f"R{f + 1}{'+' if values[f] > 0 else '-'}",
-            "attribution": float(values[f]),
-        }
-        for f in order
-        if values[f] != 0 and np.isfinite(values[f])
-    ]
+def _reason(column: int, name: str, amount: float) -> dict[str, Any]:
+    code = f"R{column + 1}{'+' if amount > 0 else '-'}"
+    return {"feature": column, "name": name, "code": code, "attribution": amount}
 
 
 def mean_of(support: np.ndarray) -> np.ndarray:

@@ -100,9 +100,9 @@ class Queries(_Body):
 class Reason(BaseModel):
     """A feature that moved a prediction."""
 
-    feature: int
+    feature: int = Field(description="of the names, each counted once, from 0")
     name: str
-    code: str = Field(description="R and the feature's number, counted from 1; + raises, - lowers")
+    code: str = Field(description="R and the name's number, counted from 1; + raises, - lowers")
     attribution: float | None
 
 

@@ -30,7 +30,7 @@ ALLOWED = {
     "sklearn": {"spec", "tasks", "models", "learners"},  # and MAML etc. by their public names
     "explain": {"spec", "tasks", "functional", "models"},
     "privacy": {"tasks", "algorithms", "learners"},
-    "serve": {"spec", "models", "explain"},  # and the learners by their public names
+    "serve": {"spec", "tasks", "models", "explain"},  # and the learners by their public names
 }
 FREE = {
     "info",

@@ -226,6 +226,16 @@ def test_reasons_have_the_features_names(tmp_path):
         assert {r["name"] for r in reasons} == {"age", "income", "debt"}
 
 
+def test_features_of_one_name_are_one_reason(tmp_path):
+    with in_process(tmp_path, store=None, features=["age", "kind", "kind"]) as service:
+        got = service.call("POST", f"{PATH}?explain=true", {"tasks": [task()]})
+    for row in got.json["explanations"][0]:
+        age, *kinds = row["attributions"]
+        wanted = {"age": age, "kind": np.float32(kinds).sum()}
+        assert {r["name"]: pytest.approx(r["attribution"]) for r in row["reasons"]} == wanted
+        assert {r["code"][:2] for r in row["reasons"]} == {"R1", "R2"}
+
+
 @pytest.mark.parametrize(
     ("loss", "outputs", "explained"),
     [(Loss("gaussian_nll"), 2, 0), (Loss("quantile", levels=(0.05, 0.6, 0.9)), 3, 1)],

@@ -70,8 +70,7 @@ async def explained(
     def work() -> Response:
         with service.metrics.stage("explain"):
             found = explain.attributions(models, means, xq)
-            answer.attributions = [each.values for each in found]
-            answer.explained = [each.output for each in found]
+            answer.attributions, answer.explained = list(found.values), list(found.outputs)
             described = explain.described(found, service.features)
         with service.metrics.stage("encode"):
             return wire.respond(kind, answer, described, explain.METHOD)
