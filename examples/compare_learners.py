@@ -89,7 +89,7 @@ def functions(args: argparse.Namespace) -> Suite:
 def images(args: argparse.Namespace) -> Suite:
     """Digits of scikit-learn, or Omniglot's characters."""
     if args.data:
-        from omniglot import load
+        from _omniglot import load
 
         pictures = load(args.data, "grey").reshape(-1, 20, 14, 2, 14, 2).mean((3, 5))
         order = np.random.default_rng(0).permutation(len(pictures))
@@ -261,7 +261,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--suite", choices=[*OF, "both"], default="both")
-    add("--data", help="the .npz described at the head of omniglot.py, in place of digits")
+    add("--data", help="the .npz described at the head of _omniglot.py, in place of digits")
     add("--quick", action="store_true", help="400 meta-batches, 200 test tasks")
     add("--learners", nargs="+", metavar="NAME", help="these alone")
     add("--iterations", type=int, default=10_000, help="meta-batches")

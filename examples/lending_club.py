@@ -31,73 +31,31 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import credit_data
 import numpy as np
 import pandas as pd
-from _common import mean_interval, one_torch_thread
-from numpy.typing import NDArray
-from sklearn.compose import ColumnTransformer
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score, roc_curve
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
+from _common import one_torch_thread
+from _credit_report import HEAD, Result, figure, scored, table
+from _credit_rivals import EACH, regressions, rivals
+from _credit_starts import (
+    MAML,
+    REPTILE,
+    SEED,
+    TUNED,
+    Learner,
+    Problem,
+    Size,
+    adapted_to,
+    fitted,
+    with_starts,
+)
 from threadpoolctl import threadpool_limits
 
 import pymeta
-from pymeta.sklearn import MetaClassifier
-
-Array = NDArray[Any]
-Scores = dict[str, float]
-
-VALIDATION, CUT = "2010-07", "2011-01"  # the first months of the validation period and the future
-LEAST_ROWS, LEAST_OF_A_KIND = 30, 3  # what a group's future must have to count in the macro average
-METRICS = ("AUC", "KS", "Brier", "log-loss")
-SEED = 0
-
-MAML, REPTILE, TUNED = "MAML, adapted", "Reptile, adapted", "pooled network, fine-tuned"
-UNADAPTED, NETWORK = "pooled network, not adapted", "pooled network, all groups' past"
-LOGISTIC, WITH_GROUP = "logistic regression", "logistic regression, group as a feature"
-BOOSTING, EACH = "gradient boosting, group as a feature", "logistic regression per group"
-
-
-HEAD = f"""# LendingClub: a credit model for every state and every 3-digit zip code
-
-Made by `examples/lending_club.py`, which begins with a description of the method: the past is
-everything issued before {CUT}, the future everything after it; the start of MAML, Reptile and the
-fine-tuned network has never seen the group that it is adapted to. *Macro* is the mean over the
-groups with at least {LEAST_ROWS} future loans, {LEAST_OF_A_KIND} of each outcome; *micro* treats
-all future loans as one set. Higher is better for AUC and KS, lower for Brier score and log-loss.
-The last column is the mean difference over groups and half the width of its 95 % interval. The
-interval does not include the randomness of training: with other random starts, the pooled
-network's AUC has a standard deviation of 0.0014 (states, macro) and 0.0021 (micro), so differences
-of that size between networks mean nothing.
-"""
-
-
-class Learner(NamedTuple):
-    """A way to learn a start, with the settings among which the validation period decides."""
-
-    name: str
-    fits: list[dict[str, Any]]
-    adaptations: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of everything."""
-
-    folds: int
-    validations: int  # on how many thirds of a fold's other groups settings are compared
-    learners: tuple[Learner, ...]
-    penalties: tuple[float, ...]  # C of the logistic regressions
-    trees: tuple[dict[str, int], ...]
-
 
 # what `fit` would choose and look after by itself is what this comparison varies
 PLAIN = {"method": "maml", "anchor_rows": None, "gate": False, "clip_inputs": False}
@@ -141,270 +99,6 @@ QUICK = Size(
 )
 
 
-# ---- data ---------------------------------------------------------------------------------------
-
-
-def columns() -> ColumnTransformer:
-    """Numbers: missing ones filled in and marked, standardised, cut at five. Choices: one-hot."""
-    numbers = make_pipeline(
-        SimpleImputer(strategy="median", add_indicator=True),
-        StandardScaler(),
-        FunctionTransformer(np.clip, kw_args={"a_min": -5, "a_max": 5}),
-    )
-    choices = OneHotEncoder(handle_unknown="ignore", min_frequency=20, sparse_output=False)
-    return ColumnTransformer(
-        [("numbers", numbers, credit_data.NUMERIC), ("choices", choices, credit_data.CHOICES)]
-    )
-
-
-def dealt(groups: Array, parts: int, rng: np.random.Generator) -> Array:
-    """A part 0 .. parts-1 for each row, the same for a group's rows; parts are of similar size."""
-    names, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    part = np.empty(len(names), dtype=int)
-    largest_first = np.argsort(-sizes, kind="stable")
-    for i in range(0, len(names), parts):
-        together = largest_first[i : i + parts]
-        part[together] = rng.permutation(parts)[: len(together)]
-    return part[codes]
-
-
-class Problem:
-    """The loans of one grouping: which are past and future, and their features as seen then."""
-
-    def __init__(self, loans: pd.DataFrame, group: str) -> None:
-        self.loans = loans
-        self.y = loans["default"].to_numpy()
-        self.groups = loans[group].to_numpy(dtype=str)
-        issued = loans["issued"].to_numpy(dtype=str)
-        self.past, self.future = issued < CUT, issued >= CUT
-        self.early = issued < VALIDATION
-        self.late = self.past & ~self.early
-        self.rows = dict(zip(*np.unique(self.groups[self.past], return_counts=True), strict=True))
-
-    def features(self, known: Array) -> Array:
-        """All loans' features, by preprocessing that was fitted on those `known` (a mask)."""
-        table = self.loans[credit_data.FEATURES]
-        return columns().fit(table[known]).transform(table).astype(np.float32)
-
-
-# ---- learners with a start ----------------------------------------------------------------------
-
-
-def fitted(problem: Problem, X: Array, rows: Array, settings: dict[str, Any]) -> MetaClassifier:
-    """The start learnt from `rows` (a mask)."""
-    return MetaClassifier(**settings).fit(X[rows], problem.y[rows], groups=problem.groups[rows])
-
-
-def adapted_to(
-    model: MetaClassifier, problem: Problem, X: Array, rows: Array, settings: dict[str, Any]
-) -> MetaClassifier:
-    """The model, its start adapted to the groups of `rows` (a mask), all in one call."""
-    model.set_params(**settings)
-    return model.adapt(X[rows], problem.y[rows], groups=problem.groups[rows])
-
-
-class Trial(NamedTuple):
-    """A rehearsal before the cut: features, and the rows to learn, to adapt to and to score."""
-
-    X: Array
-    learn: Array
-    own: Array
-    late: Array
-
-
-def trials(problem: Problem, others: Array, number: int, rng: np.random.Generator) -> list[Trial]:
-    """Each adapts to another third of the `others` (a mask), having learnt from the rest."""
-    third = dealt(problem.groups, 3, rng)
-    found = []
-    for part in range(number):
-        mine = others & (third == part)
-        learn = problem.early & others & ~mine
-        X = problem.features(learn)
-        found.append(Trial(X, learn, problem.early & mine, problem.late & mine))
-    return found
-
-
-def chosen(
-    problem: Problem, learner: Learner, trials: Sequence[Trial]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings with the least log-loss in the validation period, on held-out groups."""
-    losses = np.zeros((len(learner.fits), len(learner.adaptations)))
-    for X, learn, own, late in trials:
-        for i, fit in enumerate(learner.fits):
-            model = fitted(problem, X, learn, fit)
-            for j, adaptation in enumerate(learner.adaptations):
-                adapted_to(model, problem, X, own, adaptation)
-                p = model.predict_proba(X[late], groups=problem.groups[late])[:, 1]
-                losses[i, j] += log_loss(problem.y[late], p, normalize=False)
-    i, j = np.unravel_index(losses.argmin(), losses.shape)
-    return learner.fits[i], learner.adaptations[j]
-
-
-def told(settings: dict[str, Any]) -> str:
-    """Those settings that something is chosen by."""
-    names = ("hidden", "epochs", "iterations", "inner_lr", "adapt_lr", "adapt_epochs")
-    return ", ".join(f"{n}={settings[n]}" for n in names if n in settings)
-
-
-def with_starts(problem: Problem, size: Size, say: Callable[[str], None]) -> dict[str, Array]:
-    """Each learner's chances of default for all loans of the future, group by held-out group."""
-    rng = np.random.default_rng(SEED)
-    fold = dealt(problem.groups, size.folds, rng)
-    found = {n: np.full(len(problem.y), np.nan) for n in (MAML, REPTILE, TUNED, UNADAPTED)}
-    for k in range(size.folds):
-        others = fold != k
-        learn, own = problem.past & others, problem.past & ~others
-        future = problem.future & ~others
-        X, rehearsals = problem.features(learn), trials(problem, others, size.validations, rng)
-        for learner in size.learners:
-            fit, adaptation = chosen(problem, learner, rehearsals)
-            model = fitted(problem, X, learn, fit)
-            if learner.name == TUNED:
-                found[UNADAPTED][future] = model.predict_proba(X[future])[:, 1]
-            adapted_to(model, problem, X, own, adaptation)
-            p = model.predict_proba(X[future], groups=problem.groups[future])[:, 1]
-            found[learner.name][future] = p
-            say(f"fold {k + 1} of {size.folds}: {learner.name}: {told({**fit, **adaptation})}")
-    return found
-
-
-# ---- rivals -------------------------------------------------------------------------------------
-
-# A rival learns from some rows and scores others: features, two masks -> chances.
-Predict = Callable[[Array, Array, Array], Array]
-
-
-def by_fitting(problem: Problem, model: Any) -> Predict:
-    """The features alone."""
-
-    def predict(X: Array, learn: Array, score: Array) -> Array:
-        return model.fit(X[learn], problem.y[learn]).predict_proba(X[score])[:, 1]
-
-    return predict
-
-
-def logistic(penalty: float) -> LogisticRegression:
-    return LogisticRegression(C=penalty, solver="newton-cholesky")
-
-
-def with_group(problem: Problem, penalty: float) -> Predict:
-    """A logistic regression with an indicator of each group: its own level of risk."""
-
-    def predict(X: Array, learn: Array, score: Array) -> Array:
-        encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False, dtype=np.float32)
-        groups = problem.groups[:, None]
-        own = encoder.fit(groups[learn]).transform(groups)
-        X = np.concatenate([X, own], axis=1)
-        return by_fitting(problem, logistic(penalty))(X, learn, score)
-
-    return predict
-
-
-def boosting(problem: Problem, settings: dict[str, int]) -> Predict:
-    """Gradient boosting with the group as a category: the 254 largest ones, and all others."""
-
-    def predict(X: Array, learn: Array, score: Array) -> Array:
-        names, sizes = np.unique(problem.groups[learn], return_counts=True)
-        largest = names[np.argsort(-sizes, kind="stable")][:254]
-        place = {name: float(i) for i, name in enumerate(largest)}
-        group = [[place.get(name, np.nan)] for name in problem.groups]
-        X = np.concatenate([X, np.array(group, np.float32)], axis=1)
-        model = HistGradientBoostingClassifier(
-            learning_rate=0.05,
-            categorical_features=[X.shape[1] - 1],
-            early_stopping=False,
-            random_state=SEED,
-            **settings,
-        )
-        return by_fitting(problem, model)(X, learn, score)
-
-    return predict
-
-
-def regressions(problem: Problem, X: Array, learn: Array, penalty: float) -> dict[str, Any]:
-    """A logistic regression for each group that has both kinds of loans."""
-    models = {}
-    order = np.flatnonzero(learn)
-    order = order[np.argsort(problem.groups[order], kind="stable")]
-    names, starts = np.unique(problem.groups[order], return_index=True)
-    for name, rows in zip(names, np.split(order, starts[1:]), strict=True):
-        if len(np.unique(problem.y[rows])) == 2:
-            models[name] = logistic(penalty).fit(X[rows], problem.y[rows])
-    return models
-
-
-def one_a_group(problem: Problem, penalty: float) -> Predict:
-    """A group's own regression; the share of defaults in all of the past where it has none."""
-
-    def predict(X: Array, learn: Array, score: Array) -> Array:
-        models = regressions(problem, X, learn, penalty)
-        p = np.full(len(X), problem.y[learn].mean())
-        for name in np.unique(problem.groups[score]):
-            rows = score & (problem.groups == name)
-            if name in models:
-                p[rows] = models[name].predict_proba(X[rows])[:, 1]
-        return p[score]
-
-    return predict
-
-
-def rivals(problem: Problem, size: Size, say: Callable[[str], None]) -> tuple[dict, dict]:
-    """The other methods' chances for all future loans, and the settings chosen for them."""
-    entries: dict[str, tuple[Callable[[Any], Predict], Sequence[Any]]] = {
-        NETWORK: (
-            lambda settings: by_fitting(problem, MetaClassifier(**settings)),
-            size.learners[-1].fits,
-        ),
-        LOGISTIC: (lambda c: by_fitting(problem, logistic(c)), size.penalties),
-        WITH_GROUP: (lambda c: with_group(problem, c), size.penalties),
-        BOOSTING: (lambda settings: boosting(problem, settings), size.trees),
-        EACH: (lambda c: one_a_group(problem, c), size.penalties),
-    }
-    then, now = problem.features(problem.early), problem.features(problem.past)
-    found, settings = {}, {}
-    for name, (make, among) in entries.items():
-
-        def loss(setting: Any, make: Callable[[Any], Predict] = make) -> float:
-            p = make(setting)(then, problem.early, problem.late)
-            return log_loss(problem.y[problem.late], p)
-
-        settings[name] = min(among, key=loss)
-        p = np.full(len(problem.y), np.nan)
-        p[problem.future] = make(settings[name])(now, problem.past, problem.future)
-        found[name] = p
-        say(f"{name}: {told(settings[name]) if name == NETWORK else settings[name]}")
-    return found, settings
-
-
-# ---- scores -------------------------------------------------------------------------------------
-
-
-def scores(y: Array, p: Array) -> Scores:
-    """The four measures of chances `p` of the outcomes `y`."""
-    false_alarms, hits, _ = roc_curve(y, p)
-    return {
-        "AUC": float(roc_auc_score(y, p)),
-        "KS": float(np.max(hits - false_alarms)),
-        "Brier": float(brier_score_loss(y, p)),
-        "log-loss": float(log_loss(y, p)),
-    }
-
-
-def scored(problem: Problem, found: dict[str, Array]) -> tuple[pd.DataFrame, dict[str, Scores]]:
-    """Each group's scores (a row for each group and method), and those of all future loans."""
-    rows = []
-    for name in np.unique(problem.groups[problem.future]):
-        mask = problem.future & (problem.groups == name)
-        y = problem.y[mask]
-        if len(y) < LEAST_ROWS or min(y.sum(), len(y) - y.sum()) < LEAST_OF_A_KIND:
-            continue
-        counts = {"past": int(problem.rows.get(name, 0)), "future": len(y), "defaults": y.sum()}
-        for method, p in found.items():
-            rows.append({"group": name, **counts, "method": method, **scores(y, p[mask])})
-    future = problem.future
-    return pd.DataFrame(rows), {m: scores(problem.y[future], p[future]) for m, p in found.items()}
-
-
 def seconds(call: Callable[[], Any], times: int = 3) -> float:
     """The shortest of some runs."""
     best = np.inf
@@ -428,31 +122,6 @@ def timed(problem: Problem, penalty: float) -> dict[str, Any]:
     return {"groups": groups, "threads": pymeta.num_threads(), "seconds": times}
 
 
-@dataclass(frozen=True)
-class Result:
-    """What came out for one grouping."""
-
-    grouping: str
-    tasks: pd.DataFrame
-    micro: dict[str, Scores]
-    timing: dict[str, Any]
-
-    @property
-    def groups(self) -> int:
-        """How many groups are in the macro average."""
-        return self.tasks["group"].nunique()
-
-    def macro(self, method: str) -> Scores:
-        """The mean over groups."""
-        mine = self.tasks[self.tasks["method"] == method]
-        return {m: float(mine[m].mean()) for m in METRICS}
-
-    def gain(self, method: str, metric: str = "AUC") -> tuple[float, float]:
-        """Mean and half 95 % interval over groups of the difference to the logistic regression."""
-        wide = self.tasks.pivot(index="group", columns="method", values=metric)
-        return mean_interval((wide[method] - wide[LOGISTIC]).to_numpy())
-
-
 def run(loans: pd.DataFrame, grouping: str, size: Size, say: Callable[[str], None]) -> Result:
     """All methods on one grouping."""
     problem = Problem(loans, credit_data.GROUPS[grouping])
@@ -464,71 +133,6 @@ def run(loans: pd.DataFrame, grouping: str, size: Size, say: Callable[[str], Non
     others, settings = rivals(problem, size, tell)
     tasks, micro = scored(problem, {**found, **others})
     return Result(grouping, tasks, micro, timed(problem, settings[EACH]))
-
-
-# ---- output -------------------------------------------------------------------------------------
-
-
-def verdict(result: Result) -> str:
-    """What the numbers say, whoever has won."""
-    macro = {m: result.macro(m)["AUC"] for m in result.micro}
-    micro = {m: s["AUC"] for m, s in result.micro.items()}
-    best, best_micro = max(macro, key=macro.__getitem__), max(micro, key=micro.__getitem__)
-    lines = [
-        f"Highest AUC, macro: {best} ({macro[best]:.4f}); micro: {best_micro} "
-        f"({micro[best_micro]:.4f})."
-    ]
-    for method in (MAML, REPTILE, TUNED):
-        mean, half = result.gain(method)
-        word = "indistinguishable from" if abs(mean) <= half else "above" if mean > 0 else "below"
-        lines.append(f"{method}: {word} {LOGISTIC} (macro AUC {mean:+.4f} ± {half:.4f}).")
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def table(result: Result) -> str:
-    """Markdown: a line for each method; then the times and the verdict."""
-    heads = [f"{m} {kind}" for kind in ("macro", "micro") for m in METRICS]
-    lines = [
-        f"## {result.grouping}: {result.groups} groups in the macro average",
-        "",
-        f"| method | {' | '.join(heads)} | macro AUC against {LOGISTIC} |",
-        f"|---|{'---:|' * (len(heads) + 1)}",
-    ]
-    for method, micro in result.micro.items():
-        cells = [f"{s[m]:.4f}" for s in (result.macro(method), micro) for m in METRICS]
-        mean, half = result.gain(method)
-        difference = "" if method == LOGISTIC else f"{mean:+.4f} ± {half:.4f}"
-        lines.append(f"| {method} | {' | '.join(cells)} | {difference} |")
-    timing = result.timing
-    times = "; ".join(f"{name}: {1e3 * s:,.0f} ms" for name, s in timing["seconds"].items())
-    lines += ["", f"To adapt to the past of all {timing['groups']} groups "]
-    lines[-1] += f"({timing['threads']} threads): {times}."
-    return "\n".join([*lines, "", verdict(result)])
-
-
-def figure(results: Sequence[Result], path: Path) -> None:
-    """Each method's macro AUC against the pooled logistic regression's, with 95 % intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    methods = [m for m in results[0].micro if m != LOGISTIC][::-1]
-    fig, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 3.8), sharey=True)
-    for ax, result in zip(np.atleast_1d(axes), results, strict=True):
-        for place, method in enumerate(methods):
-            mean, half = result.gain(method)
-            ours = method in (MAML, REPTILE, TUNED)
-            ax.errorbar(mean, place, xerr=half, fmt="o", capsize=3, color=f"C{int(not ours)}")
-        ax.axvline(0, color="grey", linewidth=1)
-        ax.set_title(f"{result.grouping}: {result.groups} groups")
-        ax.set_xlabel("macro AUC, difference to one logistic regression")
-        ax.grid(axis="x", alpha=0.3)
-    np.atleast_1d(axes)[0].set_yticks(range(len(methods)), methods)
-    fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
 
 
 def as_json(results: Sequence[Result], size: Size) -> str:

@@ -22,22 +22,6 @@ shots, which is ``ways`` times the mean cross-entropy used here, so its inner st
 falls linearly from 3e-3 to 3e-5, and query sets in training have five drawings per class even for
 1-shot tasks. After 6,000 meta-batches this reaches 85.2 % on the validation characters, and the
 paper's step sizes (``--inner-lr 2 --outer-lr 1e-3 --final-lr 1e-3``) reach 80.2 %, both 1-shot.
-
-The data file is an ``.npz`` with at least one of
-
-    images               uint8 [classes, 20, 28, 28]  grey, ink high (255), paper 0
-    images_nearest_bits  uint8 [classes, 20, 98]      black and white, 784 bits a row, 1 = ink
-
-To make it from the original (github.com/brendenlake/omniglot, python/images_background.zip and
-images_evaluation.zip), walk alphabet/character/drawing.png in any fixed order and store, for each
-105 x 105 drawing (ink is black there),
-
-    image = PIL.Image.open(path)
-    grey = 255 - np.asarray(image.convert("L").resize((28, 28), PIL.Image.LANCZOS))
-    bits = np.packbits(np.asarray(image.resize((28, 28), PIL.Image.NEAREST)).ravel() == 0)
-
-The published experiments used the second form: their script asks for LANCZOS, but the drawings
-are 1-bit images, which PIL always resizes by taking the nearest pixel.
 """
 
 from __future__ import annotations
@@ -52,88 +36,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from _common import Batch, Episodes, accuracies, mean_interval, one_torch_thread
+from _omniglot import TEST_QUERIES, load, network, split
 from numpy.typing import NDArray
-from torch import nn
 from tqdm import tqdm
 
 import pymeta
 
-HIDDEN = (256, 128, 64, 64)
-CHANNELS = 64
-TEST_QUERIES = 15
 EVALUATE_AT_ONCE = 50  # tasks; bounds the memory of an evaluation
-
-
-class Split(NamedTuple):
-    """Three disjoint sets of characters, uint8 [classes, variants, drawings, 784]."""
-
-    train: NDArray[np.uint8]
-    validation: NDArray[np.uint8]
-    test: NDArray[np.uint8]
-
-
-def load(path: str | Path, form: str = "bits") -> NDArray[np.uint8]:
-    """All drawings as uint8 [classes, drawings, 28, 28], ink high: 0/1 for bits, 0..255 for grey.
-
-    Raises:
-        ValueError: the file does not hold that form, or not in the shape described above.
-    """
-    key = {"bits": "images_nearest_bits", "grey": "images"}[form]
-    with np.load(path, allow_pickle=False) as file:
-        if key not in file.files:
-            raise ValueError(f"{path}: no array {key!r} in it, only {', '.join(file.files)}")
-        images = file[key]
-    if form == "bits":
-        images = np.unpackbits(images, axis=-1)
-    if images.dtype != np.uint8 or images.size % 784 or images.ndim < 3:
-        raise ValueError(f"{path}: {key} is {images.dtype} {images.shape}, see this script's head")
-    return images.reshape(*images.shape[:2], 28, 28)
-
-
-def turned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[classes, drawings, 28, 28] -> [classes, 4, drawings, 784]: by 0, 90, 180, 270 degrees."""
-    turns = [np.rot90(images, quarter, axes=(-2, -1)) for quarter in range(4)]
-    return np.stack(turns, axis=1).reshape(len(images), 4, images.shape[1], -1)
-
-
-def split(images: NDArray[np.uint8], train: int, validation: int, seed: int) -> Split:
-    """Shuffle the characters; the first ``train`` (turned) are for training, and so on."""
-    if train + validation >= len(images):
-        raise ValueError(f"{train} + {validation} of {len(images)} characters leave none to test")
-    order = np.random.default_rng(seed).permutation(len(images))
-    upright = images.reshape(len(images), 1, images.shape[1], -1)
-    return Split(
-        turned(images[order[:train]]),
-        upright[order[train : train + validation]],
-        upright[order[train + validation :]],
-    )
-
-
-def convolutional(ways: int) -> nn.Sequential:
-    """Four blocks, after which an image of 28 x 28 pixels is 64 numbers."""
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28))]
-    for channels in (1, CHANNELS, CHANNELS, CHANNELS):
-        layers += [
-            nn.Conv2d(channels, CHANNELS, 3, padding=1),
-            nn.BatchNorm2d(CHANNELS, track_running_stats=False),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(CHANNELS, ways))
-
-
-def network(ways: int, kind: str = "mlp") -> nn.Sequential:
-    """The paper's networks; batch normalisation keeps no running statistics."""
-    if kind == "conv4":
-        return convolutional(ways)
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in zip((784, *HIDDEN), HIDDEN, strict=False):
-        layers += [
-            nn.Linear(fan_in, fan_out),
-            nn.BatchNorm1d(fan_out, track_running_stats=False),
-            nn.ReLU(),
-        ]
-    return nn.Sequential(*layers, nn.Linear(HIDDEN[-1], ways))
 
 
 @torch.no_grad()
@@ -177,9 +86,8 @@ def train(
 ) -> Trained:
     """Meta-train for ``args.iterations`` meta-batches, looking at validation every so often."""
     optimizer = torch.optim.Adam(maml.parameters(), args.outer_lr, fused=True)
-    decay = torch.optim.lr_scheduler.LinearLR(
-        optimizer, 1.0, args.final_lr / args.outer_lr, total_iters=args.iterations
-    )
+    last = args.final_lr / args.outer_lr
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last, total_iters=args.iterations)
     training = looking = loss_sum = 0.0
     bar = tqdm(total=args.iterations, unit="meta-batch", disable=quiet, mininterval=1.0)
     start = time.perf_counter()
@@ -222,7 +130,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--data", required=True, help="the .npz described at the head of this script")
+    add("--data", required=True, help="the .npz described at the head of _omniglot.py")
     add("--form", choices=["bits", "grey"], default="bits", help="which of its arrays")
     add("--network", choices=["mlp", "conv4"], default="mlp", help="fully connected or not")
     add("--shots", type=int, default=1, help="drawings of each class in the support set")

@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import Batch, Episodes, accuracies, mean_interval, one_torch_thread
+from _omniglot import TEST_QUERIES, load, split
 from numpy.typing import NDArray
-from omniglot import TEST_QUERIES, load, split
 from torch import nn
 
 from pymeta.learners import EncodedLearner, MatchingNet, ProtoNet, RelationNet
@@ -146,7 +146,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--data", required=True, help="the .npz described at the head of omniglot.py")
+    add("--data", required=True, help="the .npz described at the head of _omniglot.py")
     add("--form", choices=["bits", "grey"], default="grey", help="which of its arrays")
     add("--learner", choices=["protonet", "matching", "relation"], default="protonet")
     add("--channels", type=int, default=64)

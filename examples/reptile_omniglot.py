@@ -32,7 +32,7 @@ After all 100,000 iterations (533 s on one thread of a busy machine) the accurac
 alone and 87.2 +- 0.4 % together, on 2,000 test tasks. The paper's convolutions reach 95.4 and
 97.7 %.
 
-The data file is the one that ``omniglot.py`` in this folder describes.
+The data file is the one that ``_omniglot.py`` describes.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from _common import Batch, Episodes, accuracies, mean_interval, one_torch_thread
+from _omniglot import HIDDEN, TEST_QUERIES, load, turned
 from numpy.typing import NDArray
-from omniglot import HIDDEN, TEST_QUERIES, load, turned
 from torch import nn
 from tqdm import tqdm
 
@@ -98,9 +99,7 @@ def evaluate(
     return first, second
 
 
-def train(
-    reptile: pymeta.Reptile, episodes: Episodes, args: argparse.Namespace, quiet: bool
-) -> float:
+def train(reptile: pymeta.Reptile, episodes: Episodes, args: Any, quiet: bool) -> float:
     """The outer loop; the seconds it took."""
     optimizer = torch.optim.SGD(reptile.parameters(), args.outer_lr)
     anneal = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.iterations)
@@ -124,7 +123,7 @@ def arguments(argv: Iterable[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--data", required=True, help="the .npz described at the head of omniglot.py")
+    add("--data", required=True, help="the .npz described at the head of _omniglot.py")
     add("--form", choices=["bits", "grey"], default="bits", help="which of its arrays")
     add("--ways", type=int, default=5, help="classes in a task")
     add("--shots", type=int, default=1, help="drawings of each class in a test task's support set")
@@ -192,9 +191,7 @@ def main(argv: Iterable[str] | None = None, quiet: bool = False) -> dict:
             f"{100 * result['interval'][name]:.2f} % "
             f"(untrained network, adapted alike: {100 * result['untrained_accuracy'][name]:.2f} %)"
         )
-    print(
-        f"{args.iterations:,} meta-batches in {seconds:.0f} s; the test took {test_seconds:.0f} s"
-    )
+    print(f"{args.iterations:,} meta-batches in {seconds:.0f} s; test in {test_seconds:.0f} s")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return result

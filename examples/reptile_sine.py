@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from _common import mean_interval, one_torch_thread
+from _plots import starts_figure
 from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
@@ -138,36 +139,6 @@ def table(scores: dict[str, dict[int, NDArray[np.float64]]]) -> str:
     return "\n".join(lines)
 
 
-def figure(nets: dict[str, nn.Module], tasks: Tasks, path: Path) -> None:
-    """A row for each start, a column for each task: before, after 32 steps, and the truth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context({**style, "legend.frameon": False}):
-        drawn, axes = pyplot.subplots(
-            len(nets), len(tasks.xs), figsize=(11, 6.5), layout="constrained", sharex=True
-        )
-        x = POINTS.numpy()
-        for row, (name, net) in zip(axes, nets.items(), strict=True):
-            before, after = fits(net, tasks, 0), fits(net, tasks, TEST_STEPS)
-            row[0].set_ylabel(name)
-            for t, axis in enumerate(row):
-                axis.plot(x, tasks.yq[t, :, 0], color="black", lw=3, alpha=0.18, label="true")
-                axis.plot(x, before[t, :, 0], color="#d55e00", ls=":", label="before")
-                axis.plot(x, after[t, :, 0], color="#0072b2", label=f"after {TEST_STEPS} steps")
-                points = tasks.xs[t, :, 0], tasks.ys[t, :, 0]
-                axis.plot(*points, "o", color="black", ms=4, label="the ten points")
-                axis.set_ylim(-5.5, 5.5)
-        handles = axes[0, 0].get_legend_handles_labels()
-        drawn.legend(*handles, loc="outside upper center", ncols=4)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(path, dpi=150)
-        pyplot.close(drawn)
-
-
 def main(argv: Iterable[str] | None = None) -> dict:
     """Train, compare, print the table and draw the figure; the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -190,7 +161,10 @@ def main(argv: Iterable[str] | None = None) -> dict:
     tasks = draw(np.random.default_rng(args.seed + 2), tests)
     scores = {n: {k: errors(nets, tasks, k) for k in STEPS} for n, nets in starts.items()}
     shown = draw(np.random.default_rng(args.seed + 3), 3)
-    figure({name: nets[0] for name, nets in starts.items()}, shown, args.out)
+    curves = {
+        n: tuple(fits(nets[0], shown, k) for k in (0, TEST_STEPS)) for n, nets in starts.items()
+    }
+    starts_figure(curves, POINTS.numpy(), shown, TEST_STEPS, args.out)
     print(
         f"\nmean squared error on all fifty points, {tests:,} new sinusoids: mean ± 95 % (median)\n"
         f"{table(scores)}\n\n"

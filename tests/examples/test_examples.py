@@ -14,6 +14,13 @@ import torch
 sys.path.insert(0, str(source_tree.need("examples") / "examples"))
 
 import _common
+import _credit_report
+import _credit_rivals
+import _credit_starts
+import _digits
+import _omniglot
+import _sinusoids
+import _starts
 import credit_data
 import demo
 import lending_club
@@ -120,7 +127,7 @@ def test_mean_interval():
 
 
 def test_omniglot_loads_both_forms(tiny):
-    bits, grey = omniglot.load(tiny, "bits"), omniglot.load(tiny, "grey")
+    bits, grey = _omniglot.load(tiny, "bits"), _omniglot.load(tiny, "grey")
     assert bits.shape == (CLASSES, DRAWINGS, 28, 28)
     assert np.array_equal(bits, tiny_images())
     assert np.array_equal(grey, 255 * tiny_images())
@@ -130,14 +137,14 @@ def test_omniglot_refuses_other_files(tmp_path):
     path = tmp_path / "other.npz"
     np.savez(path, images=np.zeros((2, 3, 5, 5), np.uint8))
     with pytest.raises(ValueError, match="images_nearest_bits"):
-        omniglot.load(path, "bits")
+        _omniglot.load(path, "bits")
     with pytest.raises(ValueError, match="images is uint8"):
-        omniglot.load(path, "grey")
+        _omniglot.load(path, "grey")
 
 
 def test_omniglot_split_shares_no_character(tiny):
-    images = omniglot.load(tiny)
-    parts = omniglot.split(images, train=14, validation=4, seed=0)
+    images = _omniglot.load(tiny)
+    parts = _omniglot.split(images, train=14, validation=4, seed=0)
     assert [p.shape for p in parts] == [
         (14, 4, DRAWINGS, 784),
         (4, 1, DRAWINGS, 784),
@@ -146,16 +153,16 @@ def test_omniglot_split_shares_no_character(tiny):
     # An upright first drawing tells its character.
     keys = [[drawing.tobytes() for drawing in part[:, 0, 0]] for part in parts]
     assert len({key for part in keys for key in part}) == CLASSES
-    repeated = omniglot.split(images, train=14, validation=4, seed=0)
+    repeated = _omniglot.split(images, train=14, validation=4, seed=0)
     assert all(np.array_equal(a, b) for a, b in zip(parts, repeated, strict=True))
     with pytest.raises(ValueError, match="none to test"):
-        omniglot.split(images, train=20, validation=4, seed=0)
+        _omniglot.split(images, train=20, validation=4, seed=0)
 
 
 def test_omniglot_rotations():
     image = np.zeros((1, 1, 28, 28), np.uint8)
     image[0, 0, 2, 5] = 1  # row 2, column 5
-    turned = omniglot.turned(image).reshape(4, 28, 28)
+    turned = _omniglot.turned(image).reshape(4, 28, 28)
     # A quarter turn takes (row, column) to (27 - column, row).
     assert [tuple(np.argwhere(t)[0]) for t in turned] == [(2, 5), (22, 2), (25, 22), (5, 25)]
 
@@ -169,7 +176,7 @@ def small_run(tiny: Path, *options: str) -> list[str]:
 
 
 def test_omniglot_with_convolutions_is_native(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(omniglot, "CHANNELS", 8)
+    monkeypatch.setattr(_omniglot, "CHANNELS", 8)
     options = small_run(tiny, "--network", "conv4", "--iterations", "15", "--inner-lr", "0.4")
     result = omniglot.main(options, quiet=True)
     assert "native-cpu" in capsys.readouterr().out
@@ -197,7 +204,7 @@ def test_omniglot_is_repeatable(tiny):
 
 def test_omniglot_keeps_the_best_learner(tiny):
     args = omniglot.arguments(small_run(tiny))
-    parts = omniglot.split(omniglot.load(tiny), 14, 5, seed=0)
+    parts = _omniglot.split(_omniglot.load(tiny), 14, 5, seed=0)
     tasks = _common.Episodes(parts.validation, ways=3, shots=1, queries=15, seed=2)(20)
     torch.manual_seed(0)
     maml = omniglot.learner(args)
@@ -218,21 +225,21 @@ def test_omniglot_keeps_the_best_learner(tiny):
 def test_turned_digits():
     drawings = np.zeros((1, 400, 8, 8), np.float32)
     drawings[:, :, 1, 3:5] = 16.0  # a mark above the middle
-    table = demo.turned(drawings, copies=1, seed=0)
+    table = _digits.turned(drawings, copies=1, seed=0)
     assert table.shape == (1, 1, 400, 64) and table.dtype == np.uint8
     images = table.reshape(400, 8, 8).astype(float)
     row, column = np.mgrid[:8, :8] - 3.5
     mass = images.sum(axis=(1, 2))
     middle = [(images * axis).sum(axis=(1, 2)) / mass for axis in (row, column)]
     angle = np.rad2deg(np.arctan2(middle[1], -middle[0]))
-    limit = demo.LARGEST_TURN
+    limit = _digits.LARGEST_TURN
     assert np.abs(angle).max() < limit + 2 and np.abs(angle).max() > 0.9 * limit
     assert abs(angle.mean()) < 6 * limit / np.sqrt(3 * 400)
 
 
 def test_mixtures_are_made_of_halves():
     drawings = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1) + np.zeros((3, 4, 8, 8), "f4")
-    mixed = demo.mixtures(drawings, seed=0)
+    mixed = _digits.mixtures(drawings, seed=0)
     assert mixed.shape == (3 + 2 * 3 * 2, 4, 8, 8)
     assert np.array_equal(mixed[:3], drawings)
     corners = {(m[0, 0, 0], m[0, 0, 7], m[0, 7, 0], m[0, 7, 7]) for m in mixed[3:]}
@@ -245,7 +252,7 @@ def test_digits_held_out_cover_all():
 
 
 def test_sinusoids_are_sinusoids():
-    draw = demo.Sinusoids(10, 7, seed=0)
+    draw = _sinusoids.Sinusoids(10, 7, seed=0)
     batch = draw(50)
     assert batch.xs.shape == (50, 10, 1) and batch.xq.shape == (50, 7, 1)
     for x, y in ((batch.xs, batch.ys), (batch.xq, batch.yq)):
@@ -302,14 +309,14 @@ def test_demo_figure(demo_run):
 def test_tuning_picks_the_best_step_size():
     """With 'rates' of which all but one diverge or do nothing, that one is taken."""
     torch.manual_seed(0)
-    tasks = demo.Sinusoids(10, 20, seed=1)(30)
-    problem = demo.Problem("mse", demo.squared_errors, False, (0.0, 0.005, 1e6))
-    network = demo.sinusoid_network()
-    tuned = demo.tuned_scores([network], problem, tasks, tasks)
+    tasks = _sinusoids.Sinusoids(10, 20, seed=1)(30)
+    problem = _starts.Problem("mse", _sinusoids.squared_errors, False, (0.0, 0.005, 1e6))
+    network = _sinusoids.sinusoid_network()
+    tuned = _starts.tuned_scores([network], problem, tasks, tasks)
     # torch sums the errors, and promises no bits
-    wanted = demo.scores_after(network, problem, tasks, 0.005, 10)
+    wanted = _starts.scores_after(network, problem, tasks, 0.005, 10)
     np.testing.assert_allclose(tuned[10], wanted, rtol=1e-5)
-    wanted = demo.scores_after(network, problem, tasks, 0.0, 0)
+    wanted = _starts.scores_after(network, problem, tasks, 0.0, 0)
     np.testing.assert_allclose(tuned[0], wanted, rtol=1e-5)
 
 
@@ -345,16 +352,16 @@ def test_loans_are_read_as_they_are_known_at_issue(loans_file, tmp_path):
 
 def test_folds_keep_groups_whole():
     groups = np.random.default_rng(0).choice(np.arange(40), 3000, p=np.arange(1, 41) / 820)
-    part = lending_club.dealt(groups, 4, np.random.default_rng(1))
+    part = _credit_starts.dealt(groups, 4, np.random.default_rng(1))
     assert all(len(set(part[groups == g])) == 1 for g in range(40))
     assert np.bincount(part).min() > 0.8 * 3000 / 4
 
 
 def test_nothing_is_learnt_from_the_future_or_from_held_out_groups(loans_file):
-    problem = lending_club.Problem(credit_data.load(loans_file), "addr_state")
+    problem = _credit_starts.Problem(credit_data.load(loans_file), "addr_state")
     issued = problem.loans["issued"].to_numpy()
     others = np.isin(problem.groups, ["AA", "AB", "AC", "AD", "AE", "AF"])
-    trials = lending_club.trials(problem, others, 3, np.random.default_rng(0))
+    trials = _credit_starts.trials(problem, others, 3, np.random.default_rng(0))
     adapted = [set(problem.groups[trial.own]) for trial in trials]
     assert set.union(*adapted) == set(problem.groups[others])
     for trial, groups in zip(trials, adapted, strict=True):
@@ -362,16 +369,16 @@ def test_nothing_is_learnt_from_the_future_or_from_held_out_groups(loans_file):
         assert set(problem.groups[trial.late]) == groups
         for rows in (trial.learn, trial.own, trial.late):
             assert not (rows & ~others).any() and rows.any()
-        assert issued[trial.learn | trial.own].max() < lending_club.VALIDATION
-        assert issued[trial.late].min() >= lending_club.VALIDATION
-        assert issued[trial.late].max() < lending_club.CUT
+        assert issued[trial.learn | trial.own].max() < _credit_starts.VALIDATION
+        assert issued[trial.late].min() >= _credit_starts.VALIDATION
+        assert issued[trial.late].max() < _credit_starts.CUT
         # Preprocessing: what was learnt from has mean 0, nothing else is promised to.
         assert abs(trial.X[trial.learn, :3].mean()) < 0.02
 
 
 def test_loan_scores():
     y, p = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.6, 0.5, 0.9])
-    scores = lending_club.scores(y, p)
+    scores = _credit_report.scores(y, p)
     assert scores["AUC"] == pytest.approx(5 / 6)  # of six pairs one is in the wrong order
     assert scores["KS"] == pytest.approx(2 / 3)  # at 0.5: both defaults, one of three others
     assert scores["Brier"] == pytest.approx((0.01 + 0.04 + 0.36 + 0.25 + 0.01) / 5)
@@ -384,7 +391,7 @@ def loans_run(loans_file, tmp_path_factory: pytest.TempPathFactory):
     """The whole example by states, small: its result and the folder of what it wrote."""
     folder = tmp_path_factory.mktemp("lending_club")
     few = tuple(
-        lending_club.Learner(
+        _credit_starts.Learner(
             name, [{**fits[0], "iterations": 250}], [{"adapt_lr": 0.2, "adapt_epochs": 20}]
         )
         for name, fits, _ in lending_club.QUICK.learners
@@ -398,36 +405,36 @@ def loans_run(loans_file, tmp_path_factory: pytest.TempPathFactory):
 
 def test_adapted_credit_models_win_where_states_differ(loans_run):
     result, _ = loans_run
-    adapted = (lending_club.MAML, lending_club.REPTILE, lending_club.TUNED)
-    pooled = (lending_club.UNADAPTED, lending_club.NETWORK, lending_club.LOGISTIC)
+    adapted = (_credit_starts.MAML, _credit_starts.REPTILE, _credit_starts.TUNED)
+    pooled = (_credit_starts.UNADAPTED, _credit_rivals.NETWORK, _credit_rivals.LOGISTIC)
     macro = {method: result.macro(method)["AUC"] for method in result.micro}
     assert len(macro) == 9 and max(macro.values()) < 0.95  # no outcome among the features
     for method in adapted:
         assert macro[method] > max(macro[p] for p in pooled) + 0.02
         mean, half = result.gain(method)
-        assert mean == pytest.approx(macro[method] - macro[lending_club.LOGISTIC])
+        assert mean == pytest.approx(macro[method] - macro[_credit_rivals.LOGISTIC])
         assert 0 < half < 0.15
-    assert macro[lending_club.EACH] > macro[lending_club.LOGISTIC]
+    assert macro[_credit_rivals.EACH] > macro[_credit_rivals.LOGISTIC]
 
 
 def test_every_future_loan_is_scored_once(loans_run, loans_file):
     result, _ = loans_run
     loans = credit_data.load(loans_file)
-    future = loans[loans["issued"] >= lending_club.CUT]
+    future = loans[loans["issued"] >= _credit_starts.CUT]
     assert result.groups == future["addr_state"].nunique()
     for _, tasks in result.tasks.groupby("method"):
         assert tasks["future"].sum() == len(future)
         assert tasks["defaults"].sum() == future["default"].sum()
-        assert np.isfinite(tasks[list(lending_club.METRICS)]).all(axis=None)
+        assert np.isfinite(tasks[list(_credit_report.METRICS)]).all(axis=None)
 
 
 def test_loan_outputs(loans_run):
     result, folder = loans_run
     text = (folder / "table.md").read_text()
-    assert text == f"{lending_club.HEAD}\n{lending_club.table(result)}\n"
+    assert text == f"{_credit_report.HEAD}\n{_credit_report.table(result)}\n"
     best = max(result.micro, key=lambda method: result.macro(method)["AUC"])
     assert f"Highest AUC, macro: {best} ({result.macro(best)['AUC']:.4f})" in text
-    assert sum(line.startswith(f"| {lending_club.MAML} |") for line in text.splitlines()) == 1
+    assert sum(line.startswith(f"| {_credit_starts.MAML} |") for line in text.splitlines()) == 1
     assert all(f"{name}: " in text for name in result.timing["seconds"])
     tasks = pd.read_csv(folder / "tasks.csv")
     assert len(tasks) == len(result.tasks) and set(tasks["grouping"]) == {"state"}
@@ -494,12 +501,12 @@ def test_reptile_sinusoids_figure(sine_run):
 
 
 def test_reptile_omniglot_split(tiny):
-    train, test = reptile_omniglot.tables(omniglot.load(tiny), 18)
+    train, test = reptile_omniglot.tables(_omniglot.load(tiny), 18)
     assert train.shape == (18, 4, DRAWINGS, 784) and test.shape == (6, 1, DRAWINGS, 784)
     keys = [[drawing.tobytes() for drawing in part[:, 0, 0]] for part in (train, test)]
     assert len({key for part in keys for key in part}) == CLASSES
     with pytest.raises(ValueError, match="none to test"):
-        reptile_omniglot.tables(omniglot.load(tiny), CLASSES)
+        reptile_omniglot.tables(_omniglot.load(tiny), CLASSES)
 
 
 def reptile_options(tiny: Path, *options: str) -> list[str]:
@@ -527,7 +534,7 @@ def test_reptile_omniglot_without_batch_norm_sees_each_query_alone(tiny):
 
 def test_reptile_omniglot_queries_alone(tiny):
     """One by one is what a model makes of the support set and that query alone."""
-    _, held_out = reptile_omniglot.tables(omniglot.load(tiny), 18)
+    _, held_out = reptile_omniglot.tables(_omniglot.load(tiny), 18)
     tasks = _common.Episodes(held_out, ways=3, shots=1, queries=2, seed=0)(4)
     net = reptile_omniglot.network(3, batch_norm=True)
     reptile = pymeta.Reptile(net, loss="cross_entropy", lr=0.1, steps=1)

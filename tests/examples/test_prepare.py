@@ -12,8 +12,8 @@ import source_tree
 
 sys.path.insert(0, str(source_tree.need("examples") / "examples"))
 
+import _omniglot
 import credit_data
-import omniglot
 import pandas as pd
 import prepare
 
@@ -33,7 +33,7 @@ def test_omniglot(tmp_path):
     out = tmp_path / "omniglot.npz"
     sources = [str(tmp_path / f"{name}.zip") for name in ("background", "evaluation")]
     assert prepare.main(["omniglot", *sources, str(out)]) == 0
-    assert np.array_equal(omniglot.load(out, "bits"), ink.reshape(6, 20, 28, 28))
+    assert np.array_equal(_omniglot.load(out, "bits"), ink.reshape(6, 20, 28, 28))
     assert np.load(out)["is_evaluation"].tolist() == [False] * 3 + [True] * 3
 
 

@@ -52,6 +52,11 @@ def test_they_are_short(name):
     assert len(lines) <= 70
 
 
+def test_no_example_is_long():
+    long = {p.name: len(p.read_text().splitlines()) for p in EXAMPLES.glob("*.py")}
+    assert {name: n for name, n in long.items() if n > 400} == {}
+
+
 def test_maml_minimal(capsys):
     import maml_minimal
 
