@@ -48,6 +48,8 @@ class Remainder:
         steps: training steps of a head.
         tasks: of each step.
         lr: Adam's step size, which falls to a tenth.
+        precision: the heads' prior precision at the beginning of training; None for 100 (30 for two
+            classes).
         history: at most so many last rows of an entity are adapted to; None for all.
         refit: for two classes: the pooled model is fitted again, once, to training rows and the
             first history together, as rivals are that know all of the past.
@@ -76,6 +78,7 @@ class Remainder:
         steps: int = 150,
         tasks: int = 64,
         lr: float = 0.05,
+        precision: float | None = None,
         history: int | None = None,
         refit: bool = False,
         prep: Mapping[str, Any] | None = None,
@@ -86,7 +89,7 @@ class Remainder:
         if unknown or not forms:
             raise ValueError(f"forms: expected some of {FORMS}, got {list(forms)}")
         self.forms, self.steps, self.lr, self.history = tuple(forms), steps, lr, history
-        self.seed, self.refit = seed, refit
+        self.seed, self.refit, self.precision = seed, refit, precision
         self.pooled = Pooled(base, link=link, prep=prep, seed=seed)
         self.episodes = {
             "tasks": tasks,
@@ -103,7 +106,7 @@ class Remainder:
         """Fit the pooled model, choose the form and train its head."""
         self.pooled.fit(train)
         self._train = train
-        self._again: Pooled | None = None
+        self._again: tuple[Pooled, Panel] | None = None
         panel, offset = self._seen(train)
         self._scale = (float(offset.mean()), float(offset.std()) or 1.0)
         torch.manual_seed(self.seed)
@@ -200,10 +203,16 @@ class Remainder:
             encoder, features = nn.Sequential(*layers), _WIDTH
         if self.pooled.target is None:
             head: BayesianHead | RidgeHead = RidgeHead(
-                encoder, features=features, outputs=1, loss="bce_with_logits", precision=30.0
+                encoder,
+                features=features,
+                outputs=1,
+                loss="bce_with_logits",
+                precision=self.precision or 30.0,
             )
         else:
-            head = BayesianHead(encoder, features=features, outputs=1, precision=100.0)
+            head = BayesianHead(
+                encoder, features=features, outputs=1, precision=self.precision or 100.0
+            )
         head.prior_mean.requires_grad_(False)
         by = [p for p in head.parameters() if p.requires_grad]
         adam = torch.optim.Adam(by, self.lr if form != "network" else self.lr / 5)
@@ -239,19 +248,28 @@ class Remainder:
         first = self.pooled
         try:
             if history is not None and self.refit and first.target is None:
-                self.pooled = self._fitted_again(history)
+                self.pooled, history = self._fitted_again(history)
             return self._predicted(history, query)
         finally:
             self.pooled = first
 
-    def _fitted_again(self, history: Panel) -> Pooled:
-        """The pooled model of training rows and a history, with the training's features."""
+    def _fitted_again(self, history: Panel) -> tuple[Pooled, Panel]:
+        """The pooled model of training rows and a history, and that history as its training rows.
+
+        So the history gets the offsets of models without its entity, as training rows did.
+        """
+        rest = ~np.isin(self._train.labels, history.entities)
+        if not rest.any():
+            return self.pooled, history
+        known = stacked(self._train.where(rest), history)
         if self._again is None:
-            first, rest = self.pooled, ~np.isin(self._train.labels, history.entities)
-            known = stacked(self._train.where(rest), history) if rest.any() else self._train
+            first = self.pooled
             again = Pooled(first.base, prep=first.options, seed=self.seed)
-            self._again = again.fit(known, first.prep)
-        return self._again
+            self._again = again.fit(known, first.prep), known
+        again, first_known = self._again
+        mine = np.isin(first_known.labels, history.entities)
+        same = len(first_known) == len(known)
+        return again, first_known.where(mine) if same else history
 
     def _predicted(self, history: Panel | None, query: Panel) -> Array:
         panel, offset = self._seen(query)
