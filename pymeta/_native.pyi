@@ -20,6 +20,8 @@ class Network(metaclass=_Type):
     @property
     def out_features(self) -> int: ...
     @property
+    def statistics_size(self) -> int: ...
+    @property
     def mixes_rows(self) -> bool: ...
     @property
     def parameter_shapes(self) -> list[tuple[int, ...]]: ...
@@ -155,6 +157,7 @@ class Results(metaclass=_Type):
     losses: int
     step_losses: int
     predictions: int
+    statistics: int
     adapted: Sequence[int]
     status: int
     train_curves: int
@@ -197,6 +200,7 @@ class Call(metaclass=_Type):
         predictions: int,
         gradients: Gradients | None,
         step_losses: int = 0,
+        statistics: int = 0,
         cotangents: Cotangents | None = None,
         device: _Device | None = None,
     ) -> int: ...

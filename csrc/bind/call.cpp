@@ -97,6 +97,7 @@ void put_results(const Problem& problem, const Results& results, Described<Real>
   call.losses = pointer<Real>(results.losses);
   call.step_losses = pointer<Real>(results.step_losses);
   call.predictions = pointer<Real>(results.predictions);
+  call.statistics = pointer<Real>(results.statistics);
   if (!results.adapted.empty()) {
     to.adapted = problem.pointers<Real>(results.adapted, "results.adapted");
     call.adapted_parameters = to.adapted.data();
@@ -218,6 +219,7 @@ std::size_t CallParts::repeat(const Repeated& other, const MaybeDevice& device) 
     call.losses = pointer<Real>(other.losses);
     call.predictions = pointer<Real>(other.predictions);
     call.step_losses = pointer<Real>(other.step_losses);
+    call.statistics = pointer<Real>(other.statistics);
     if (other.gradients) put_gradients(*problem_, *other.gradients, described);
     if (other.cotangents) put_cotangents(*problem_, *other.cotangents, described);
     check_meta(call);
@@ -279,6 +281,7 @@ void bind_parts(py::module_& m) {
       .def_readwrite("losses", &Results::losses)
       .def_readwrite("step_losses", &Results::step_losses)
       .def_readwrite("predictions", &Results::predictions)
+      .def_readwrite("statistics", &Results::statistics)
       .def_readwrite("adapted", &Results::adapted)
       .def_readwrite("status", &Results::status)
       .def_readwrite("train_curves", &Results::train_curves)
@@ -313,15 +316,15 @@ void bind_call(py::module_& m) {
           [](const CallParts& call, const std::vector<Address>& start, Address rates, Address xs,
              Address ys, Address xq, Address yq, Address mean_loss, Address losses,
              Address predictions, const Gradients* gradients, Address step_losses,
-             const CotangentParts* cotangents, const MaybeDevice& device) {
+             Address statistics, const CotangentParts* cotangents, const MaybeDevice& device) {
             return call.repeat({start, rates, xs, ys, xq, yq, mean_loss, losses, predictions,
-                                step_losses, gradients, cotangents},
+                                step_losses, statistics, gradients, cotangents},
                                device);
           },
           py::arg("start"), py::arg("rates"), py::arg("xs"), py::arg("ys"), py::arg("xq"),
           py::arg("yq"), py::arg("mean_loss"), py::arg("losses"), py::arg("predictions"),
-          py::arg("gradients"), py::arg("step_losses") = 0, py::arg("cotangents") = py::none(),
-          py::arg("device") = py::none());
+          py::arg("gradients"), py::arg("step_losses") = 0, py::arg("statistics") = 0,
+          py::arg("cotangents") = py::none(), py::arg("device") = py::none());
 }
 
 }  // namespace pymeta

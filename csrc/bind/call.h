@@ -63,7 +63,7 @@ struct Gradients {
 
 // Where everything else goes.
 struct Results {
-  Address mean_loss = 0, losses = 0, step_losses = 0, predictions = 0;
+  Address mean_loss = 0, losses = 0, step_losses = 0, predictions = 0, statistics = 0;
   std::vector<Address> adapted;
   Address status = 0, train_curves = 0, validation_curves = 0, best_epochs = 0, epochs_run = 0;
 };
@@ -75,7 +75,7 @@ using MaybeDevice = std::optional<DeviceTuple>;
 // What differs from one meta-gradient to the next that is like it.
 struct Repeated {
   const std::vector<Address>& start;
-  Address rates, xs, ys, xq, yq, mean_loss, losses, predictions, step_losses;
+  Address rates, xs, ys, xq, yq, mean_loss, losses, predictions, step_losses, statistics;
   const Gradients* gradients;
   const CotangentParts* cotangents;
 };

@@ -104,6 +104,8 @@ void bind_network(py::module_& m) {
                              [](const OwnedNetwork& n) { return n.network.in_features(); })
       .def_property_readonly("out_features",
                              [](const OwnedNetwork& n) { return n.network.out_features(); })
+      .def_property_readonly("statistics_size",
+                             [](const OwnedNetwork& n) { return statistics_scalars(n.network); })
       .def_property_readonly("mixes_rows",
                              [](const OwnedNetwork& n) { return mixes_rows(n.network); })
       .def_property_readonly("parameter_shapes",

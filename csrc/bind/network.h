@@ -50,6 +50,7 @@ class NetworkBuilder {
 
   // Rows of features are what goes in and comes out.
   void finish() const {
+    if (!open_.empty()) refuse("a 'fork' without its 'join'");
     const Shape out = shape();
     if (out.positions() > 1)
       refuse("the last layer gives " + text(out) + ", not one row of features: flatten it");
@@ -127,7 +128,9 @@ class NetworkBuilder {
     const bool side_by_side = window.stride_y == window.height && window.stride_x == window.width &&
                               window.dilation_y == 1 && window.dilation_x == 1 &&
                               paddings[0] + paddings[1] + paddings[2] + paddings[3] == 0;
-    if (!side_by_side || last.kind != LayerKind::batch_norm || last.in.positions() == 1 ||
+    const bool normalises =
+        last.kind == LayerKind::batch_norm || last.kind == LayerKind::step_batch_norm;
+    if (!side_by_side || !normalises || last.in.positions() == 1 ||
         last.activation.kind != ActivationKind::relu)
       return false;
     last.out = windowed(last.in, window, paddings, last.in.channels);
@@ -135,6 +138,52 @@ class NetworkBuilder {
     last.activation = Activation{};
     last.window = window;
     return true;
+  }
+
+  // Branches (core/layers/branches.h).
+
+  // `features`: of the rows, where it is the first layer.
+  void fork(int features) {
+    const Shape given = network_.layer_count == 0 && features > 0 ? shape(features) : shape();
+    append(given, given);
+    open_.push_back({network_.layer_count - 1, -1});
+  }
+  void turn() {
+    if (open_.empty() || open_.back().turn >= 0) refuse("'turn' without a 'fork' before it");
+    Open& open = open_.back();
+    open.turn = network_.layer_count;
+    Layer& fork = owned_.layers[open.fork];
+    Layer& layer = append(shape(), fork.out);
+    layer.other_output = static_cast<std::int16_t>(open.fork);
+    fork.other_delta = static_cast<std::int16_t>(open.turn);
+  }
+  void join() {
+    if (open_.empty() || open_.back().turn < 0) refuse("'join' without a 'turn' before it");
+    const Open open = open_.back();
+    open_.pop_back();
+    const Shape branch = owned_.layers[open.turn].in;
+    if (branch != shape())
+      refuse("a branch gives " + text(branch) + " features, and what is added to it " +
+             text(shape()));
+    Layer& layer = append(shape(), shape());
+    layer.other_output = static_cast<std::int16_t>(open.turn - 1);
+    owned_.layers[open.turn].other_delta = static_cast<std::int16_t>(network_.layer_count - 1);
+  }
+
+  void append_embedding(int in, int feature, int categories, int width) {
+    int column = feature;
+    for (int l = 0; l < network_.layer_count; ++l) {
+      const Layer& before = owned_.layers[l];
+      if (before.kind != kind_ || before.activation.kind != ActivationKind::identity)
+        refuse("an embedding looks up a column of the input, so that it comes first");
+      if (before.lookup.feature >= feature) refuse("embeddings come in the order of their columns");
+      column -= before.out.channels - before.in.channels;
+    }
+    if (feature >= in)
+      refuse("an embedding of feature " + std::to_string(feature) + " of " + std::to_string(in));
+    Layer& layer = append({1, 1, in}, {1, 1, in - 1 + width});
+    layer.lookup = {feature, column, categories};
+    layer.weight = tensor({categories, width, true});
   }
 
   int tensor(const Tensor& shape) {
@@ -189,7 +238,9 @@ class NetworkBuilder {
   void add_activation(const Activation& activation) {
     if (network_.layer_count == 0) refuse("the first layer must be linear or a normalisation");
     Layer* last = &owned_.layers[network_.layer_count - 1];
-    if (last->activation.kind != ActivationKind::identity) {
+    // What a fork and a turn give, others read as it is.
+    const bool is_read = last->kind == LayerKind::fork || last->kind == LayerKind::turn;
+    if (is_read || last->activation.kind != ActivationKind::identity) {
       kind_ = LayerKind::lone_activation;
       const Shape shape = last->out;
       last = &append(shape, shape);
@@ -197,8 +248,14 @@ class NetworkBuilder {
     last->activation = activation;
   }
 
+  // A fork whose join is to come, and its turn, -1 before that.
+  struct Open {
+    int fork, turn;
+  };
+
   OwnedNetwork& owned_;
   Network& network_;
+  std::vector<Open> open_;
   LayerKind kind_{};  // of the layer that is being added
 };
 

@@ -159,6 +159,22 @@ class ItemArrays {
       call_.step_losses[k * call_.tasks + work_.task[lane]] = loss[lane];
   }
 
+  // [mean, variance, steps] of a task, each mean over its steps.
+  void write_statistics(const Layer& layer, const Real* from, std::int64_t column) const {
+    const int channels = layer.out.channels;
+    const long stride = X::stride(channels), size = statistics_scalars(*call_.network);
+    for (int lane = 0; lane < work_.count; ++lane) {
+      Real* to = call_.statistics + work_.task[lane] * size + column;
+      const Real made = from[2 * stride + lane];
+      for (int i = 0; i < 2 * channels; ++i) {
+        const Real* sum = from + (i < channels ? 0 : stride);
+        const Real value = sum[static_cast<long>(i % channels) * X::kElement + lane];
+        to[i] = made > 0 ? value / made : Real(0);
+      }
+      to[2 * channels] = made;
+    }
+  }
+
   void write_adapted(int t, const Real* from) const {
     write_stacked(t, from, call_.adapted_parameters[t]);
   }

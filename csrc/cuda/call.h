@@ -82,7 +82,7 @@ struct Frame {
 
 constexpr std::size_t kFrameCopied = offsetof(Frame, arrays);
 static_assert(kFrameCopied % sizeof(double) == 0, "copied in words");
-static_assert(sizeof(Frame) <= 8192, "a kernel's parameters");
+static_assert(sizeof(Frame) <= 9216, "a kernel's parameters");
 
 // Shared memory: the scratch, the block's frame, then the near memory of the workspace.
 constexpr std::size_t kFramePlace = sizeof(Real) * Block::kScratch;

@@ -376,6 +376,17 @@ class TaskArrays {
     }
     if (thread_index() == 0) call_.status[task_] = bad != 0;
   }
+  // [mean, variance, steps], each mean over the steps
+  PYMETA_FN void write_statistics(const Layer& layer, const Real* from, std::int64_t column) const {
+    const int channels = layer.out.channels;
+    const long stride = Block::stride(channels);
+    Real* to = call_.statistics + task_ * statistics_scalars(*call_.network) + column;
+    const Real made = from[2 * stride];
+    Block::for_indices(2 * channels + 1, [=](int i) {
+      const Real sum = from[i < channels ? i : stride + i - channels];
+      to[i] = i == 2 * channels ? made : made > 0 ? sum / made : Real(0);
+    });
+  }
   PYMETA_FN void write_adapted(int t, const Real* from) const {
     Real* to = call_.adapted_parameters[t] + task_ * layout_.tensors[t].elements();
     for_elements(t, [=](std::size_t index, std::size_t at) { to[index] = from[at]; }, 0);

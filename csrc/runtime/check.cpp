@@ -52,6 +52,8 @@ class SetCheck {
       largest = std::max(largest, rows);
       const std::int64_t counting =
           set_.weights || kind_ != TargetKind::values ? look_at_rows(task, rows) : rows;
+      if (call_.network->layers[0].kind == LayerKind::embedding)
+        check_categories(task, rows, counting < rows);
       set_.has_weightless = set_.has_weightless || counting < rows;
       if (batch_norm && counting == 1)
         refuse(std::string(names_.x) + ": task " + std::to_string(task) + " has one row" +
@@ -88,6 +90,24 @@ class SetCheck {
                     set_.weight_columns > 1 ? weights : nullptr);
     }
     return counting;
+  }
+  // Those that embeddings look up, in rows that count.
+  void check_categories(std::int64_t task, std::int64_t rows, bool leaves_out) const {
+    const Network& network = *call_.network;
+    const std::int64_t start = set_.start(task), in = network.in_features();
+    for (std::int64_t row = 0; row < rows; ++row) {
+      if (leaves_out && !call_.weighs(set_, start + row)) continue;
+      for (int l = 0; l < network.layer_count; ++l) {
+        if (network.layers[l].kind != LayerKind::embedding) break;
+        const Lookup& lookup = network.layers[l].lookup;
+        const double value = set_.x[(start + row) * in + lookup.column];
+        if (!(value >= 0 && value < lookup.categories) || value != std::floor(value))
+          refuse(std::string(names_.x) + ": task " + std::to_string(task) + ", row " +
+                 std::to_string(row) + ", column " + std::to_string(lookup.column) + ": " +
+                 number(value) + " is not a category, an integer in 0.." +
+                 std::to_string(lookup.categories - 1));
+      }
+    }
   }
   void check_weight(std::int64_t task, std::int64_t row, Real weight) const {
     if (!(weight >= 0) || !std::isfinite(weight))

@@ -29,7 +29,7 @@ from pymeta.spec.anchors import check_anchor
 from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation, InnerLoop
 from pymeta.spec.losses import Loss
-from pymeta.spec.modules import check_statistics, one_at_a_time
+from pymeta.spec.modules import one_at_a_time
 from pymeta.spec.network import Description
 from pymeta.spec.optimizers import SGD, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import Schedule
@@ -258,6 +258,7 @@ class Learner(nn.Module, ABC):
             has_anchors = options.get("anchors") is not None
             self._last = NativeCall("adapt", schedule, *sizes, has_anchors=has_anchors)
             return native_adapt.adapt(plan, parameters, inner.lr, inner, support, **options)
+        plan.check_steps(schedule)
         named = {n: p.detach() for n, p in zip(plan.names, parameters, strict=True)}
         check_values_of(options.get("anchors"))
         return reference.adapt(self.model, named, plan.adapted, inner, support, **options)
@@ -337,7 +338,6 @@ class Learner(nn.Module, ABC):
 
         The warning names the line that is `frames` calls up from here, which is the user's.
         """
-        check_statistics(self.model)
         self._fall_back(reason, frames + 1)
         expected = self._expected(plan, *sets)
         for s in sets:

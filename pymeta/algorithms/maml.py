@@ -400,6 +400,7 @@ class MAML(Learner):
             return native_adapt.adapt_with_graph(
                 plan, recipe, parameters, rates, inner, support, how.start
             )
+        plan.check_steps(Schedule(steps))
         self._to_torch(plan, reason, 4, support)
         check_values_of(how.anchors)
         named = dict(zip(plan.names, parameters, strict=True))

@@ -26,6 +26,7 @@ from pymeta.backend import adapt as native_adapt
 from pymeta.backend.gradients import NOTHING
 from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.models.adapted import Adapted
+from pymeta.spec import running
 from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer
 from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_count
@@ -194,13 +195,18 @@ class Reptile(Learner):
                     "Reptile's gradient is set to theta - mean of theta_t, which a transform of "
                     "torch.func (grad, vmap, ...) cannot derive: use out.loss.backward()"
                 )
+            plan.check_steps(schedule)
             self._to_torch(plan, reason, 5, support)
             named = dict(zip(plan.names, parameters, strict=True))
             check_values_of(anchors)
             numbers = None if ids is None else ids.tolist()
-            outcome = reference.reptile(
-                self.model, named, plan.adapted, inner, support, numbers, anchors, self.task_clip
-            )
+            loss, losses, statistics = reference.reptile(
+                self.model, named, plan.adapted, inner, support, numbers, anchors, self.task_clip,
+                plan.norms if trains and plan.trainable else (),
+            )  # fmt: skip
+            outcome = loss, losses
+            if statistics is not None:
+                running.update(plan.norms, statistics)
         if trains:
             self._stream += 1
         return ReptileOutcome(*outcome)

@@ -33,6 +33,8 @@ def own_start(
     common = dict(zip(plan.names, parameters, strict=True))
     own: dict[str, Tensor] = {}
     for name, value in given.items():
+        if name not in common and isinstance(start, Adapted) and name in start.constants:
+            continue  # which this model's mode has no use for
         if name not in common:
             raise ValueError(
                 f"start: the model has no parameter {name!r}; there are {', '.join(plan.names)}"

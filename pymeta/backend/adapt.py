@@ -22,6 +22,7 @@ from pymeta.backend.inputs import (
 from pymeta.backend.node import OfLoss, with_graph
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import MadeAdapted, Recipe, prepare
+from pymeta.spec import running
 from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation
 from pymeta.spec.once import REPTILE
@@ -101,6 +102,7 @@ def adapt(
         rates: [T, rows, columns], dense, where they have step sizes of their own.
         out: contiguous memory for the result; made where left out.
     """
+    plan.check_steps(inner.schedule)
     lr, s = native_lr(plan, lr) if rates is None else rates, ready(plan, support)
     watched = None if validation is None else ready(plan, validation)
     ids = _ids_there(plan, task_ids)
@@ -215,9 +217,13 @@ def reptile(
         call.task_clip = task_clip or 0.0
         call.results.losses, call.results.mean_loss = losses.data_ptr(), loss.data_ptr()
         call.gradients = None if gradients is None else gradients.native
+        statistics = running.memory(plan.norms, losses, s.tasks) if layout is not None else None
+        call.results.statistics = address(statistics)
         anchored = anchors is not None
         how = (wanted, anchored, task_clip is not None)
         plan.runner(call.run, "reptile", s.tasks, s.rows, inner.schedule, *how)()
+        if statistics is not None:
+            running.update(plan.norms, statistics)
     if layout is not None and gradients is not None:
         inputs = layout.inputs(parameters, extras)
         (loss,) = with_graph(OfLoss(Lease(gradients, layout.idle), REPTILE), (loss,), inputs)

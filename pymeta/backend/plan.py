@@ -17,11 +17,14 @@ from torch.nn.parameter import UninitializedParameter
 
 from pymeta import native
 from pymeta.backend.device import Device, unusable
+from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.spec.anchors import NO_ANCHOR, Anchor
+from pymeta.spec.architecture import embedded_columns
 from pymeta.spec.losses import Loss, OwnLoss, check_width, native_loss
-from pymeta.spec.modules import one_at_a_time
+from pymeta.spec.modules import Fixed, fixed_among, one_at_a_time, running_statistics
 from pymeta.spec.network import Description, Unshaped, Unsupported, describe
 from pymeta.spec.optimizers import Rates, native_optimizer, rates
+from pymeta.spec.running import any_tracked, is_tracked
 from pymeta.spec.settings import matching
 from pymeta.spec.watch import Place
 from pymeta.tasks.checks import Expected, row_shape_of
@@ -29,6 +32,7 @@ from pymeta.tasks.task_set import dense
 
 if TYPE_CHECKING:
     from pymeta.spec.optimizers import Optimizer
+    from pymeta.spec.schedule import Schedule
 
 DTYPE_CODES = {torch.float32: 4, torch.float64: 8}
 _PARAMETER_TYPES = (nn.Parameter, Tensor)
@@ -66,8 +70,14 @@ class Plan:
     """A model, a loss and what is adapted, prepared for many calls.
 
     Attributes:
-        names: the parameters, in the order of `named_parameters()`.
+        names: the parameters, in the order of `named_parameters()`, and the running statistics
+            that layers normalise by, as constants behind them.
         parameters: themselves.
+        constants: the names of those running statistics.
+        fixed: the names of the layers that they are of.
+        norms: the batch normalisations whose running statistics a call moves, in the order of the
+            core's, those among them that have none to move; empty where none has any.
+        least_steps: how many inner steps a call has to make at least (`PerStepBatchNorm`).
         watch: whether all of this is still what the model is.
         adapted: those the inner loop changes.
         rates: how lr values are laid out.
@@ -90,25 +100,31 @@ class Plan:
         per: str,
         optimizer: Optimizer | None = None,
         anchor: Anchor = NO_ANCHOR,
-        adapts: bool = True,
         query_loss: Loss | None = None,
         row_shape: tuple[int, ...] | None = None,
+        fixed: Fixed = None,
+        tracks: bool = True,
     ) -> None:
         """Examine the model; TypeError or ValueError where no backend can run it.
 
         `row_shape` is the shape of a row of its inputs, as far as that is known (`shape_for`).
+        `fixed` names the normalisations that use running statistics; None: those in eval mode do.
+        `tracks` is whether calls move the running statistics of those in train mode.
 
         `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by;
         `query_loss` is what query sets are judged by, if that is another one than the loss.
-        Where it only predicts with adapted weights, `adapts` is False, and a normalisation
-        layer's mode does not matter: each set is normalised by its own statistics. `query_loss` is
-        what query sets are judged by, where that is another one.
         """
         with one_at_a_time():
-            named = dict(model.named_parameters())
+            learned = dict(model.named_parameters())
+            constants = running_statistics(model, fixed)
+            named = {**learned, **constants}
             _check_parameters(named)
-            self.description = describe(model, row_shape)
+            self.description = describe(model, row_shape, fixed)
             places = [_place(model, name) for name in named]
+            self.fixed = fixed_among(model, constants)
+            self.norms = self._tracked_norms(model) if tracks else ()
+            self.least_steps = _least_steps(model)
+        self.constants = tuple(constants)
         self.names = tuple(named)
         self.parameters: list[Tensor] = list(named.values())
         places.append((vars(native), "emulating"))
@@ -116,7 +132,7 @@ class Plan:
         self.watch = self.description.watch.and_also(places, self.parameters, there)
         self.dense = all(dense(p) is p for p in self.parameters)
         self.trainable = [n for n, p in named.items() if p.requires_grad]
-        wanted = matching(patterns, self.names)
+        wanted = matching(patterns, tuple(learned))
         self.adapted = tuple(n for n in self.trainable if n in wanted)
         self.rates: Rates = rates(per, {n: named[n].numel() for n in self.adapted})
         self.expected = self._expected(loss, named)
@@ -133,7 +149,6 @@ class Plan:
         self.lrs: dict[tuple[float, int], Tensor] = {}
         self.optimizer = optimizer
         self.anchor = anchor
-        self.adapts = adapts
         self.device = Device.of(self.expected.device)
         self.core_reason = self._make_problem(loss, named)
         self.reason = self.core_reason or self._unfit_there()
@@ -149,7 +164,7 @@ class Plan:
         check_width(loss, d.out_features)
         return Expected(
             loss, dtype, device, d.in_features, d.out_features, d.flattens, d.batch_norm,
-            d.row_shape,
+            d.row_shape, embedded_columns(d.layers),
         )  # fmt: skip
 
     @property
@@ -177,8 +192,6 @@ class Plan:
         if reason is not None:
             return reason
         assert isinstance(self.description, Description)
-        if self.adapts and self.description.running is not None:
-            return f"{self.description.running}: in eval mode it would use running statistics"
         lib = native.extension()
         chain, network = self.description.names, self.description.network
         if list(network.parameter_sizes) != [named[n].numel() for n in chain]:
@@ -193,6 +206,25 @@ class Plan:
         )
         self.chain = [self.names.index(n) for n in chain]
         return None
+
+    def _tracked_norms(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        found = self.description
+        if isinstance(found, Description):
+            norms = found.norms
+        else:
+            norms = tuple(filter(is_tracked, model.modules()))
+        return norms if any_tracked(norms) else ()
+
+    def check_steps(self, schedule: Schedule) -> None:
+        """Raise ValueError where fewer inner steps are made than a layer has rows for."""
+        steps = schedule.steps if schedule.epochs is None else schedule.epochs
+        assert steps is not None
+        if steps < self.least_steps:
+            what = "steps" if schedule.epochs is None else "epochs"
+            raise ValueError(
+                f"{what}: expected at least the {self.least_steps} inner steps that the model's "
+                f"PerStepBatchNorm has rows for, got {steps}"
+            )
 
     def _own_loss(self) -> str | None:
         """Why the native core cannot compute a loss, if it cannot."""
@@ -265,6 +297,12 @@ class Plan:
 
 
 def _place(model: nn.Module, name: str) -> Place:
-    """Where a module holds its parameter."""
+    """Where a module holds its parameter or its running statistics."""
     path, _, key = name.rpartition(".")
-    return model.get_submodule(path)._parameters, key
+    module = model.get_submodule(path)
+    return (module._parameters if key in module._parameters else module._buffers), key
+
+
+def _least_steps(model: nn.Module) -> int:
+    """As many steps as any `PerStepBatchNorm` has rows."""
+    return max((m.steps for m in model.modules() if isinstance(m, PerStepBatchNorm)), default=0)

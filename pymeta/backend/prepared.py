@@ -34,7 +34,9 @@ from pymeta.backend.inputs import (
 )
 from pymeta.backend.node import scaled, with_graph
 from pymeta.backend.plan import Plan
+from pymeta.spec import running
 from pymeta.spec.once import NATIVE
+from pymeta.spec.schedule import Schedule
 from pymeta.spec.transforms import LACKS, in_transform
 from pymeta.spec.watch import forms, forms_there
 from pymeta.tasks.task_set import TaskSet, dense
@@ -201,6 +203,8 @@ class PreparedCall:
         loss: Any = None
         losses: Any = None
         step_losses = None
+        trains = self.layout is not None and bool(plan.trainable)
+        statistics = running.memory(plan.norms, lr, self.tasks) if trains else None
         if extras.yq is not None:
             loss = torch.empty_like(plan.scalar)
             losses = lr.new_empty(self.tasks)
@@ -222,7 +226,10 @@ class PreparedCall:
             predictions.data_ptr(),
             None if gradients is None else gradients.native,
             step_losses=address(step_losses),
+            statistics=address(statistics),
         )
+        if statistics is not None:
+            running.update(plan.norms, statistics)
         return Results(loss, losses, predictions, step_losses)
 
     def vjp(
@@ -459,6 +466,7 @@ def prepare(
     `wanted` left out means all that require grad, if grad is enabled. `trains` says which of the
     parameters do, where these are not the plan's own; tasks' own starts say it themselves.
     """
+    plan.check_steps(Schedule(recipe.steps))
     lr, support = native_lr(plan, lr), ready(plan, support)
     xq = yq = query_weights = None
     if query is not None:

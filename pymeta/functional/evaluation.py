@@ -16,7 +16,9 @@ from pymeta.backend.inputs import has_tangents, in_forward_mode
 from pymeta.backend.plan import Plan
 from pymeta.functional.anchors import check_values_of
 from pymeta.functional.own import Own
+from pymeta.spec import running
 from pymeta.spec.inner import InnerLoop
+from pymeta.spec.transforms import in_transform
 from pymeta.tasks.checks import Names
 from pymeta.tasks.task_set import QUERY, TaskSet, shaped
 
@@ -81,12 +83,17 @@ def in_torch(
         task_clip: as for `pymeta.MAML`.
         out: the shape of a row of outputs, for no tasks.
     """
+    plan.check_steps(inner.schedule)
     check_values_of(own.anchors)
     named = dict(zip(plan.names, parameters, strict=True))
     theirs = reference.Own(own.anchors, own.rates, own.start)
-    losses, predictions, steps = reference.evaluate(
-        model, named, plan.adapted, inner, support, query, theirs, own.step_weights
+    trains = torch.is_grad_enabled() and bool(plan.trainable) and not in_transform()
+    norms = plan.norms if trains else ()
+    losses, predictions, steps, statistics = reference.evaluate(
+        model, named, plan.adapted, inner, support, query, theirs, own.step_weights, norms
     )
+    if statistics is not None:
+        running.update(norms, statistics)
     if query.tasks == 0:
         predictions = query.x.new_zeros(0, query.rows, *out, dtype=plan.expected.dtype)
     outputs = shaped(predictions, query)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pymeta import native
 from pymeta.functional.handles import register
 from pymeta.spec.anchors import check_anchor
-from pymeta.spec.architecture import Architecture
+from pymeta.spec.architecture import Architecture, tensors_of
 from pymeta.spec.losses import Loss, OwnLoss, check_width, describe_loss
 from pymeta.spec.optimizers import LearnableLR, Optimizer, rates
 from pymeta.spec.schedule import check_count
@@ -123,7 +123,9 @@ class Operator:
         self.architecture = architecture
         self.shapes = architecture.shapes()
         wanted = matching(patterns, tuple(self.shapes))
-        self.adapted = tuple(n for n in self.shapes if n in wanted)
+        self.adapted = tuple(
+            n for n in self.shapes if n in wanted and n not in architecture.constants
+        )
 
     @property
     def judge(self) -> Loss:
@@ -214,17 +216,10 @@ def chain(layers: Sequence[Sequence[Any]]) -> Architecture:
         if form is None or len(layer) != 1 + len(form):
             expected = "one of " + ", ".join(forms) if form is None else f"{len(form)} settings"
             raise ValueError(f"layers: {i}: expected {expected}, got {tuple(layer)!r}")
-        names += [f"{i}.{n}" for n in _tensors_of(layer, form)]
+        names += [f"{i}.{n}" for n in tensors_of(layer)]
     found = Architecture(tuple(map(tuple, layers)), tuple(names), tuple(names), False)
     found.shapes()  # they fit each other
     return found
-
-
-def _tensors_of(layer: Sequence[Any], form: str) -> list[str]:
-    """What a layer has of weight and bias: its flags say it; one flag is the bias's alone."""
-    flags = [bool(v) for v, kind in zip(layer[1:], form, strict=True) if kind == "b"]
-    there = flags if len(flags) != 1 else [True, *flags]
-    return [name for name, has in zip(("weight", "bias"), there, strict=False) if has]
 
 
 def _architecture_of(network: Any) -> Architecture:

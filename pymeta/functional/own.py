@@ -85,11 +85,12 @@ def start_of(start: Any, tasks: int, plan: Plan) -> dict[str, Tensor]:
         return {}
     if not isinstance(start, Mapping):
         raise TypeError(f"start: expected {{name: tensor [T, ...]}}, got {type(start).__name__}")
-    shapes = {n: tuple(p.shape) for n, p in zip(plan.names, plan.parameters, strict=True)}
+    named = zip(plan.names, plan.parameters, strict=True)
+    shapes = {n: tuple(p.shape) for n, p in named if n not in plan.constants}
     found = {}
     for name, value in start.items():
         if name not in shapes:
-            there = ", ".join(plan.names) or "none"
+            there = ", ".join(shapes) or "none"
             raise ValueError(f"start: there is no parameter {name!r}; there are {there}")
         wanted = (tasks, *shapes[name])
         tensor = _real_tensor(f"start[{name!r}]", value, plan, str(list(wanted)))

@@ -41,7 +41,6 @@ from pymeta.functional.operator import split
 from pymeta.functional.own import Own, rates_of, step_weights_of
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.inner import InnerLoop
-from pymeta.spec.modules import check_statistics
 from pymeta.spec.network import Description
 from pymeta.spec.schedule import Schedule, check_count
 from pymeta.spec.transforms import LACKS, in_transform
@@ -127,7 +126,7 @@ class Tensors:
                 module = copy.deepcopy(self._module).to(device, dtype)
             plan = Plan(
                 module, o.loss, o.adapted, o.per, o.optimizer, o.pull,
-                query_loss=o.query_loss, row_shape=row_shape,
+                query_loss=o.query_loss, row_shape=row_shape, tracks=False,
             )  # fmt: skip
             found = self._plans[key] = module, plan
         return found
@@ -136,8 +135,8 @@ class Tensors:
         """The chain of layers, where the native core knows one on the CPU."""
         plan = self._planned(self._first[0], torch.device("cpu"), None)[1]
         d = plan.description
-        if not isinstance(d, Description) or plan.core_reason is not None:
-            return None
+        if not isinstance(d, Description) or plan.core_reason is not None or plan.constants:
+            return None  # running statistics are the module's, and no arguments
         return Architecture(d.layers, plan.names, d.names, d.flattens)
 
     def for_arrays(self) -> ThroughTensors:
@@ -167,7 +166,7 @@ class Tensors:
             step_weights_of(request.step_weights, steps, plan),
         )
         parameters = [
-            p if name in own_names else dense(tensors[name])
+            p if name in own_names or name in plan.constants else dense(tensors[name])
             for name, p in zip(plan.names, plan.parameters, strict=True)
         ]
         rates = self._rates(request.rates, plan)
@@ -205,7 +204,6 @@ class Tensors:
 
     def _to_torch(self, ready: _Ready, *sets: TaskSet) -> tuple[int, ...]:
         """Get ready for the reference; the shape of a row of outputs, where it matters."""
-        check_statistics(ready.module)
         assert ready.reason is not None
         self._operator.fall_back(ready.reason)
         expected, shape = ready.plan.expected, None
@@ -247,6 +245,7 @@ class Tensors:
     def _adapt_in_torch(self, ready: _Ready) -> dict[str, Tensor]:
         self._to_torch(ready, ready.support)
         plan, own = ready.plan, ready.own
+        plan.check_steps(Schedule(ready.steps))
         check_values_of(own.anchors)
         named = dict(zip(plan.names, ready.parameters, strict=True))
         done = reference.adapt(

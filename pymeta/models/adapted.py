@@ -23,10 +23,16 @@ from pymeta.backend.plan import Plan
 from pymeta.models.file import Path, Raw, errors_about
 from pymeta.models.given import check_stacked, in_form_of
 from pymeta.models.stacked import Saved, Stacked, load, positions
+from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.history import History
 from pymeta.spec.losses import describe_loss
-from pymeta.spec.modules import drop_running_statistics, one_at_a_time
+from pymeta.spec.modules import (
+    drop_running_statistics,
+    fixed_among,
+    one_at_a_time,
+    running_statistics,
+)
 from pymeta.spec.network import Description
 from pymeta.spec.transforms import in_transform
 from pymeta.tasks.checks import Names
@@ -112,8 +118,9 @@ class Adapted(Stacked[Tensor]):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        plan = Plan(model, describe_loss(loss), None, "network", adapts=False)
-        tasks = check_stacked(dict(model.named_parameters()), parameters)
+        fixed = fixed_among(model, parameters if isinstance(parameters, Mapping) else ())
+        plan = Plan(model, describe_loss(loss), None, "network", fixed=fixed)
+        tasks = check_stacked(_tensors_of(model, fixed), parameters)
         stacked, shared = {}, {}
         for name in plan.names:
             value = parameters[name].detach()
@@ -147,7 +154,8 @@ class Adapted(Stacked[Tensor]):
         saved = load(path, verify)
         with errors_about(os.fspath(path)):
             shape = None if saved.architecture is None else saved.architecture.row_shape
-            plan = Plan(model, saved.loss, None, "network", adapts=False, row_shape=shape)
+            fixed = fixed_among(model, saved.shapes())
+            plan = Plan(model, saved.loss, None, "network", row_shape=shape, fixed=fixed)
             _check_structure(saved, model, plan)
         device = plan.expected.device
 
@@ -172,7 +180,7 @@ class Adapted(Stacked[Tensor]):
         if self._made is None:
             plan = self._plan_for(None)
             own = {n: p.shape[1:] for n, p in self.parameters.items()}
-            if own != {n: p.shape for n, p in self._model.named_parameters()} or any(
+            if own != {n: p.shape for n, p in zip(plan.names, plan.parameters, strict=True)} or any(
                 p.dtype != plan.expected.dtype for p in self.parameters.values()
             ):
                 raise ValueError("the model has changed since these were adapted from it")
@@ -180,13 +188,23 @@ class Adapted(Stacked[Tensor]):
         return self._made
 
     def _plan_for(self, row_shape: tuple[int, ...] | None) -> Plan:
-        return Plan(self._model, self.loss, None, "network", adapts=False, row_shape=row_shape)
+        fixed = fixed_among(self._model, self._names)
+        return Plan(self._model, self.loss, None, "network", row_shape=row_shape, fixed=fixed)
+
+    @property
+    def constants(self) -> frozenset[str]:
+        """The names of running statistics among `parameters`: of layers adapted in eval mode."""
+        return frozenset(self._names) - {name for name, _ in self._model.named_parameters()}
 
     @property
     def mixes_rows(self) -> bool:
         """Whether a prediction depends on the other rows of its call, as with batch norm."""
-        kinds = nn.modules.batchnorm._BatchNorm
-        return any(isinstance(module, kinds) for module in self._model.modules())
+        fixed = fixed_among(self._model, self._names)
+        return any(
+            isinstance(module, (nn.modules.batchnorm._BatchNorm, PerStepBatchNorm))
+            and name not in fixed
+            for name, module in self._model.named_modules()
+        )
 
     def __repr__(self) -> str:
         """How many models of what, and what is known of them."""
@@ -212,12 +230,13 @@ class Adapted(Stacked[Tensor]):
             return self._at(where)
         with one_at_a_time():
             model = copy.deepcopy(self._model)
-        drop_running_statistics(model)
+        fixed = fixed_among(model, self._names)
+        drop_running_statistics(model, fixed)
         own = self._of_task(where)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(own[name])
-                parameter.grad = None
+            for name, tensor in _tensors_of(model, fixed).items():
+                tensor.copy_(own[name])
+                tensor.grad = None
         return model
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -237,7 +256,8 @@ class Adapted(Stacked[Tensor]):
         own = self._of_task(self._number(task))
         with one_at_a_time():
             given = self._model.state_dict(keep_vars=True)
-            values = {id(p): own[name] for name, p in self._model.named_parameters()}
+            fixed = fixed_among(self._model, self._names)
+            values = {id(p): own[name] for name, p in _tensors_of(self._model, fixed).items()}
         copies: dict[int, Any] = {}  # what has two names there has them here
         for value in given.values():
             taken = values.get(id(value), value)
@@ -450,9 +470,15 @@ def _chosen(plan: Plan) -> bool:
     return plan.reason is None
 
 
+def _tensors_of(model: nn.Module, fixed: frozenset[str]) -> dict[str, Tensor]:
+    """A model's parameters, and the running statistics that its fixed layers go by."""
+    return {**dict(model.named_parameters()), **running_statistics(model, fixed)}
+
+
 def _check_structure(saved: Saved, model: nn.Module, plan: Plan) -> None:
     """Raise ValueError unless a file's models are of this model's structure."""
-    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tensors = _tensors_of(model, plan.fixed)
+    own = {name: tuple(p.shape) for name, p in tensors.items()}
     found = saved.shapes()
     if own.keys() != found.keys():
         odd = sorted(own.keys() ^ found.keys())
@@ -461,7 +487,7 @@ def _check_structure(saved: Saved, model: nn.Module, plan: Plan) -> None:
             f"which are not the model's (see {odd[0]})"
         )
     raws = saved.stacked | saved.shared
-    for name, parameter in model.named_parameters():
+    for name, parameter in tensors.items():
         if found[name] != own[name]:
             raise ValueError(
                 f"model: {name} has the shape {list(found[name])} in the file, "

@@ -18,6 +18,7 @@ from pymeta.reference.validation import Validation, weighs
 from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation, InnerLoop
 from pymeta.spec.once import REPTILE, once
+from pymeta.spec.running import Norms
 from pymeta.spec.schedule import Schedule
 from pymeta.tasks.task_set import TaskSet
 from pymeta.tasks.values import leaves_out
@@ -96,11 +97,13 @@ class Evaluated(NamedTuple):
         predictions: [T, rows, out] where all tasks have equal sizes, otherwise a list of T
             tensors [rows_t, out].
         step_losses: [steps, T]; None without weights of the steps.
+        statistics: [T, width], those of the norms (pymeta/spec/running.py), where there are some.
     """
 
     losses: Tensor
     predictions: list[Tensor] | Tensor
     step_losses: Tensor | None
+    statistics: Tensor | None
 
 
 def evaluate(
@@ -112,6 +115,7 @@ def evaluate(
     query: TaskSet,
     own: Own = NOTHING_OWN,
     step_weights: Tensor | None = None,
+    norms: Norms = (),
 ) -> Evaluated:
     """Adapt to every task, and evaluate on its query set.
 
@@ -124,6 +128,7 @@ def evaluate(
         query: T tasks; without targets their losses are 0.
         own: what tasks have of their own in place of `parameters` and of `inner`'s.
         step_weights: [steps] of the query losses after each step; None: the last alone.
+        norms: batch normalisations whose statistics of the support sets are wanted.
     """
     tasks = support.tasks
     if tasks == 0:
@@ -134,9 +139,10 @@ def evaluate(
              if v is not None and v.is_floating_point()),
         )  # fmt: skip
         steps = None if step_weights is None else inner.lr.new_zeros(len(step_weights), 0)
-        return Evaluated(zero.expand(0), [], steps)
+        return Evaluated(zero.expand(0), [], steps, None)
     sift = leaves_out(support, inner.loss) or leaves_out(query, inner.judge)
-    with applied(model) as use:
+    outputs: list[Tensor] | Tensor
+    with applied(model, parameters, norms) as use:
 
         def one(support_set: Set, query_set: Set, mine: dict[str, Any]) -> tuple[Tensor, ...]:
             whole = {**parameters, **mine.get("start", {})}
@@ -144,19 +150,21 @@ def evaluate(
             adapted, fixed = _split(start, names)
             pull, recipe = mine.get("anchor"), _recipe(inner, mine)
             sets = (support_set, query_set)
-            return task_outcome(called, recipe, adapted, fixed, *sets, sift, pull, step_weights)
+            outcome = task_outcome(called, recipe, adapted, fixed, *sets, sift, pull, step_weights)
+            return *outcome, called.statistics()
 
         done = None if sift else _together(use, one, (support, query), own.of_all())
         if done is not None:
-            losses, predictions, steps = cast(tuple[Tensor, Tensor, Tensor], done)
-            return Evaluated(losses, predictions, None if step_weights is None else steps.T)
-        each = [
-            one(cast(Set, support.of_task(t)), cast(Set, query.of_task(t)), own.of_task(t))
-            for t in range(tasks)
-        ]
-    losses, steps = (torch.stack([task[i] for task in each]) for i in (0, 2))
-    outputs = [task[1] for task in each]
-    return Evaluated(losses, outputs, None if step_weights is None else steps.T)
+            losses, outputs, steps, found = cast(tuple[Tensor, ...], done)
+        else:
+            each = [
+                one(cast(Set, support.of_task(t)), cast(Set, query.of_task(t)), own.of_task(t))
+                for t in range(tasks)
+            ]
+            losses, steps, found = (torch.stack([task[i] for task in each]) for i in (0, 2, 3))
+            outputs = [task[1] for task in each]
+    steps_then = None if step_weights is None else steps.T
+    return Evaluated(losses, outputs, steps_then, found if norms else None)
 
 
 def mean_loss(losses: Tensor) -> Tensor:
@@ -165,11 +173,15 @@ def mean_loss(losses: Tensor) -> Tensor:
 
 
 class _Tasks(NamedTuple):
-    """T adapted tasks: their parameters [T, ...], the losses of their steps, their validation."""
+    """T adapted tasks: their parameters [T, ...], the losses of their steps, their validation.
+
+    And the statistics of their norms, [T, width], [T, 0] where none were asked for.
+    """
 
     parameters: Parameters
     losses: Sequence[Tensor]
     validations: Sequence[Validation | None]
+    statistics: Tensor
 
 
 def _adapt_one(
@@ -183,8 +195,8 @@ def _adapt_one(
     patience: int | None = None,
     sift: bool = False,
     anchor: Tensor | None = None,
-) -> tuple[Parameters, Tensor, Validation | None]:
-    """One task's adapted parameters, losses of its steps [steps], and validation."""
+) -> tuple[Parameters, Tensor, Tensor, Validation | None]:
+    """One task's adapted parameters, losses of its steps [steps], statistics, and validation."""
     called, parameters = model.of_a_task(parameters)
     start, fixed = _split(parameters, names)
     watch = None
@@ -193,6 +205,7 @@ def _adapt_one(
         x, y, weights, offset = held
 
         def validation_loss(theta: Parameters) -> Tensor:
+            called.at_step(None)
             with model.evaluating():
                 outputs = shifted(called({**fixed, **theta}, x), offset)
             return task_loss(inner.loss, outputs, y, weights)
@@ -203,7 +216,8 @@ def _adapt_one(
         theta = watch.best
     # vmap wants every output to be a new tensor, also after no step at all
     theta = {name: value.clone() for name, value in theta.items()}
-    return theta, torch.stack(losses) if losses else inner.lr.new_zeros(0), watch
+    stacked = torch.stack(losses) if losses else inner.lr.new_zeros(0)
+    return theta, stacked, called.statistics(), watch
 
 
 def _adapt_tasks(
@@ -216,22 +230,23 @@ def _adapt_tasks(
     task_ids: Sequence[int] | None,
     validation: TaskSet | None = None,
     patience: int | None = None,
+    norms: Norms = (),
 ) -> _Tasks:
     """Adapt to every task; `own` is what they do not share."""
     tasks = support.tasks
     sift = leaves_out(support, inner.loss)
-    with applied(model) as use:
+    with applied(model, parameters, norms) as use:
 
-        def one(support_set: Set, mine: dict[str, Any]) -> tuple[Parameters, Tensor]:
+        def one(support_set: Set, mine: dict[str, Any]) -> tuple[Parameters, Tensor, Tensor]:
             whole = {**parameters, **mine.get("start", {})}
             pull, recipe = mine.get("anchor"), _recipe(inner, mine)
-            return _adapt_one(use, recipe, names, whole, support_set, anchor=pull)[:2]
+            return _adapt_one(use, recipe, names, whole, support_set, anchor=pull)[:3]
 
         alike = validation is None and task_ids is None and tasks > 0 and not sift
         done = _together(use, one, (support,), own.of_all()) if alike else None
         if done is not None:
-            stacked, losses = cast(tuple[Parameters, Tensor], done)
-            return _Tasks(stacked, losses.unbind(0), [None] * tasks)
+            stacked, losses, found = cast(tuple[Parameters, Tensor, Tensor], done)
+            return _Tasks(stacked, losses.unbind(0), [None] * tasks, found)
         each = []
         for t in range(tasks):
             mine = own.of_task(t)
@@ -244,8 +259,9 @@ def _adapt_tasks(
             each.append(_adapt_one(use, recipe, names, whole, support_set, *options))
     stacked = {name: parameters[name].new_empty(0, *parameters[name].shape) for name in names}
     if tasks:
-        stacked = {name: torch.stack([theta[name] for theta, _, _ in each]) for name in names}
-    return _Tasks(stacked, [losses for _, losses, _ in each], [watch for _, _, watch in each])
+        stacked = {name: torch.stack([task[0][name] for task in each]) for name in names}
+    found = torch.stack([task[2] for task in each]) if tasks else torch.zeros(0, 0)
+    return _Tasks(stacked, [task[1] for task in each], [task[3] for task in each], found)
 
 
 def _history(schedule: Schedule, support: TaskSet, tasks: _Tasks, dtype: torch.dtype) -> History:
@@ -388,7 +404,8 @@ def reptile(
     task_ids: Sequence[int] | None = None,
     anchors: Tensor | None = None,
     task_clip: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    norms: Norms = (),
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Reptile's direction as the gradient of a loss (Nichol et al. 2018, algorithm 2).
 
     Args:
@@ -401,15 +418,17 @@ def reptile(
         anchors: [T], as for `adapt`.
         task_clip: the largest norm of a task's theta - theta_t, all parameters together; None
             for any.
+        norms: as for `evaluate`.
 
     Returns:
         The mean [] of the task losses, whose gradient by each parameter theta is theta - mean
-        over t of theta_t (0 for those not adapted); and the task losses [T], each the mean loss
-        of the inner steps' batches.
+        over t of theta_t (0 for those not adapted); the task losses [T], each the mean loss
+        of the inner steps' batches; and the statistics as for `evaluate`.
     """
     with torch.no_grad():
         at = {name: p.detach() for name, p in parameters.items()}
-        tasks = _adapt_tasks(model, at, names, inner, support, Own(anchors), task_ids)
+        own = Own(anchors)
+        tasks = _adapt_tasks(model, at, names, inner, support, own, task_ids, norms=norms)
         losses = inner.lr.new_zeros(support.tasks)
         for t, steps in enumerate(tasks.losses):
             losses[t] = steps.mean() if steps.numel() else 0.0
@@ -419,7 +438,8 @@ def reptile(
             moved |= _mean_moves(at, tasks.parameters, task_clip)
     directions = tuple(moved.values())
     towards = cast(Callable[..., Tensor], _Towards.apply)  # torch has no annotation for it
-    return towards(mean, directions, *parameters.values()), losses
+    statistics = tasks.statistics if norms and support.tasks else None
+    return towards(mean, directions, *parameters.values()), losses, statistics
 
 
 def _mean_moves(start: Parameters, adapted: Parameters, task_clip: float | None) -> Parameters:
@@ -481,7 +501,7 @@ def predict(
     """
     if query.tasks == 0:
         return []
-    with applied(model) as use:
+    with applied(model, {**stacked, **shared}) as use:
 
         def one(own: Parameters, x: Tensor, offset: Tensor | None) -> Tensor:
             called, parameters = use.of_a_task({**shared, **own})

@@ -15,8 +15,9 @@ Only one thread at a time may do so, because `functional_call` puts tensors into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -24,34 +25,81 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from pymeta.spec.modules import one_at_a_time
+from pymeta.nn.norm import PerStepBatchNorm
+from pymeta.spec.modules import fixed_among, one_at_a_time, running_statistics
+from pymeta.spec.running import of_steps
 
 Parameters: TypeAlias = dict[str, Tensor]
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Let batch normalisation use its input's statistics, and put back what calls replace.
+def _left_as_it_was(model: nn.Module, fixed: frozenset[str]) -> Iterator[None]:
+    """Let normalisations use their input's statistics, and put back what calls replace.
 
-    Running statistics are out of the way in this block. Tensors that a module holds as plain
-    attributes are those of before at its end: the weight that torch.nn.utils.weight_norm works
-    out for each call, say.
+    Running statistics are out of the way in this block, but of the `fixed` layers, which use them.
+    Tensors that a module holds as plain attributes are those of before at its end: the weight that
+    torch.nn.utils.weight_norm works out for each call, say.
     """
     held: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (holder, {name: v for name, v in holder.items() if isinstance(v, Tensor)})
         for holder in (module.__dict__ for module in model.modules())
     ]
-    layers = [m for m in model.modules() if isinstance(m, _NormBase)]
-    held += [(layer._buffers, dict(layer._buffers)) for layer in layers]
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, _NormBase)]
+    held += [(layer._buffers, dict(layer._buffers)) for _, layer in layers]
+    modes: list[tuple[dict[str, Any], str, Any]] = [
+        (layer.__dict__, "training", layer.training) for _, layer in layers
+    ]
+    modes += [(m.__dict__, "step", m.step) for _, m in layers if isinstance(m, PerStepBatchNorm)]
     try:
-        for layer in layers:
-            layer._buffers.update(dict.fromkeys(layer._buffers))
+        for name, layer in layers:
+            if name in fixed:
+                layer.training = False
+            else:
+                layer._buffers.update(dict.fromkeys(layer._buffers))
         yield
     finally:
         for holder, kept in held:
             holder.update(kept)
+        for attributes, key, value in modes:
+            attributes[key] = value
+
+
+class _Measuring:
+    """What batch normalisations measure in a forward pass, while it is on.
+
+    torch calls it before the forward of every module of the process; other threads' are none of
+    its business.
+    """
+
+    def __init__(self, norms: Sequence[nn.Module], mode: _Rewritten) -> None:
+        self._numbers = {id(m): i for i, m in enumerate(norms)}
+        self._mode = mode
+        self._thread = threading.get_ident()
+        self._found: dict[int, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """The hook."""
+        number = self._numbers.get(id(module))
+        if self._found is None or number is None or threading.get_ident() != self._thread:
+            return
+        x = inputs[0].detach()
+        x = x[: self._mode.by.counting_rows(x)]
+        axes = (0, *range(2, x.ndim))
+        n = x.numel() // x.shape[1]
+        variance = (x - x.mean(axes, keepdim=True)).square().sum(axes) / (n - 1 or torch.nan)
+        self._found[number] = (x.mean(axes), variance)
+
+    def begin(self) -> None:
+        """Forget what there was."""
+        self._found = {}
+
+    def end(self) -> list[tuple[Tensor, Tensor]]:
+        """(mean, unbiased variance) of each norm since `begin`, the last time that it ran."""
+        found, self._found = self._found or {}, None
+        return [found[i] for i in sorted(found)]
 
 
 class By(NamedTuple):
@@ -63,6 +111,10 @@ class By(NamedTuple):
     counting: int | None = None
     rows: int = 1
     single: bool = False
+
+    def counting_rows(self, x: Tensor) -> int | None:
+        """How many of the input's first rows count; None for all."""
+        return None if self.counting is None else x.shape[0] * self.counting // self.rows
 
 
 def _normalised(x: Tensor, axes: tuple[int, ...], eps: float, rows: int | None = None) -> Tensor:
@@ -89,7 +141,7 @@ def _batch_norm(
             channels
         )
         return _affine(scaled, weight, bias, channels)
-    rows = None if by.counting is None else x.shape[0] * by.counting // by.rows
+    rows = by.counting_rows(x)
     if x[:rows].numel() == x.shape[1] and not by.single:
         raise ValueError(
             f"batch normalisation of one value per channel (input {list(x.shape)}): "
@@ -246,10 +298,36 @@ class Called:
         mode: _Rewritten,
         places: Mapping[str, str],
         buffers: Parameters,
+        norms: Sequence[nn.Module],
+        measuring: _Measuring,
     ) -> None:
         """Hold what `Applied.of_a_task` gives."""
         self._model, self._mode, self._places = model, mode, places
         self.buffers = buffers
+        self._norms, self._measuring = norms, measuring
+        self._by_step = [m for m in model.modules() if isinstance(m, PerStepBatchNorm)]
+        self.measured: list[list[tuple[Tensor, Tensor]]] = []  # of each inner step
+        self.at_step(None)
+
+    def at_step(self, step: int | None) -> None:
+        """From now on the model is at an inner step; None: at the last one."""
+        for module in self._by_step:
+            module.step = step
+
+    def statistics(self) -> Tensor:
+        """Those of the inner steps that were made (pymeta/spec/running.py); [0] without norms."""
+        return of_steps(self._norms, self.measured) if self._norms else torch.zeros(0)
+
+    def step_with_buffers(
+        self, parameters: Parameters, buffers: Parameters, x: Tensor
+    ) -> tuple[Tensor, Parameters, list[tuple[Tensor, Tensor]]]:
+        """As `with_buffers`, and what batch normalisations measured, for `measured`."""
+        self._measuring.begin()
+        try:
+            outputs, buffers = self.with_buffers(parameters, buffers, x)
+        finally:
+            found = self._measuring.end()
+        return outputs, buffers, found if self._norms else []
 
     @contextmanager
     def normalising(self, by: By) -> Iterator[None]:
@@ -295,10 +373,18 @@ class Called:
 class Applied:
     """A model in the block of `applied`, to be called for one task after another."""
 
-    def __init__(self, model: nn.Module, mode: _Rewritten) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: _Rewritten,
+        fixed: frozenset[str],
+        norms: Sequence[nn.Module],
+        measuring: _Measuring,
+    ) -> None:
         """Find what the model holds."""
-        self._model, self._mode = model, mode
+        self._model, self._mode, self._norms, self._measuring = model, mode, norms, measuring
         names = {id(p): name for name, p in model.named_parameters()}
+        names |= {id(b): name for name, b in running_statistics(model, fixed).items()}
         held = _held(model)
         # where parameters are held -> what `named_parameters` calls them
         self._places = {at: names[id(p)] for at, p in held.items() if id(p) in names}
@@ -312,7 +398,10 @@ class Applied:
         """
         buffers = {at: buffer.clone() for at, buffer in self._buffers.items()}
         start = {n: p.clone() if n in self._changed else p for n, p in parameters.items()}
-        return Called(self._model, self._mode, self._places, buffers), start
+        called = Called(
+            self._model, self._mode, self._places, buffers, self._norms, self._measuring
+        )
+        return called, start
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -342,13 +431,28 @@ class Applied:
 
 
 @contextmanager
-def applied(model: nn.Module) -> Iterator[Applied]:
-    """A block in which the model can be called as a function, free of side effects on it."""
+def applied(
+    model: nn.Module, names: Iterable[str], norms: Sequence[nn.Module] = ()
+) -> Iterator[Applied]:
+    """A block in which the model can be called as a function, free of side effects on it.
+
+    `names` are of the tensors that it is called with: its parameters, and the running statistics
+    of the layers that go by these. `norms` are batch normalisations that are to be measured.
+    """
     # of torch's attention kernels only the plain one can be differentiated twice
     plain_attention = sdpa_kernel([SDPBackend.MATH])
     mode = _Rewritten()
-    with one_at_a_time(), _differentiable(), _left_as_it_was(model), mode, plain_attention:
-        yield Applied(model, mode)
+    measuring = _Measuring(norms, mode)
+    fixed = fixed_among(model, names)
+    with ExitStack() as stack:
+        stack.enter_context(one_at_a_time())
+        stack.enter_context(_differentiable())
+        if norms:
+            stack.callback(register_module_forward_pre_hook(measuring).remove)
+        stack.enter_context(_left_as_it_was(model, fixed))
+        stack.enter_context(mode)
+        stack.enter_context(plain_attention)
+        yield Applied(model, mode, fixed, norms, measuring)
 
 
 def output_shape(

@@ -80,16 +80,20 @@ def adapt_task(
 
         def batch_loss(
             adapted: Parameters, buffers: Parameters, used: Set
-        ) -> tuple[Tensor, Parameters]:
+        ) -> tuple[Tensor, tuple[Parameters, list[tuple[Tensor, Tensor]]]]:
             x, y, w, offset = used
-            outputs, buffers = model.with_buffers({**fixed, **adapted}, buffers, x)
-            return task_loss(inner.loss, shifted(outputs, offset), y, w), buffers
+            whole = {**fixed, **adapted}
+            outputs, buffers, measured = model.step_with_buffers(whole, buffers, x)
+            return task_loss(inner.loss, shifted(outputs, offset), y, w), (buffers, measured)
 
+        model.at_step(step)
         with model.normalising(By(single=sift and batch.rows is not None)):
-            gradient, (loss, model.buffers) = torch.func.grad_and_value(batch_loss, has_aux=True)(
-                theta, model.buffers, used
-            )
+            gradient, (loss, (model.buffers, measured)) = torch.func.grad_and_value(
+                batch_loss, has_aux=True
+            )(theta, model.buffers, used)
         losses.append(loss)
+        if len(used[1]):
+            model.measured.append(measured)
         if inner.first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
         if anchor is not None or pull:
@@ -101,6 +105,7 @@ def adapt_task(
         }
         if batch.ends_epoch and watch is not None and watch(theta):
             break
+    model.at_step(None)
     return theta, losses
 
 
@@ -135,6 +140,7 @@ def task_outcome(
     after_steps: list[Tensor] = []
 
     def watch(theta: Parameters) -> bool:
+        model.at_step(len(after_steps))
         after_steps.append(evaluated(theta)[0])
         return False
 

@@ -50,6 +50,13 @@ class Architecture:
         return bool(self.network().mixes_rows)
 
     @property
+    def constants(self) -> frozenset[str]:
+        """The names of running statistics, which nobody learns."""
+        kinds = [layer[0] for layer in self.layers for _ in tensors_of(layer)]
+        pairs = zip(self.chain, kinds, strict=True)
+        return frozenset(name for name, kind in pairs if kind == "fixed_norm")
+
+    @property
     def row_shape(self) -> Shape | None:
         """The shape of a row, where it is not one axis of features."""
         return row_shape(self.layers)
@@ -84,6 +91,31 @@ def row_shape(layers: Sequence[Layer]) -> Shape | None:
     channels, height, width = layers[0][1:]
     sequence = any(layer[0] in _OF_SEQUENCES for layer in layers)
     return (channels, width) if sequence else (channels, height, width)
+
+
+_TENSORS = {"fixed_norm": ("running_var", "running_mean"), "embedding": ("weight",)}
+
+
+def tensors_of(layer: Sequence[Any]) -> tuple[str, ...]:
+    """What a layer has of weight and bias: its flags say it; one flag is the bias's alone."""
+    if layer[0] in _TENSORS:
+        return _TENSORS[layer[0]]
+    form = _form(layer[0]) or ""
+    flags = [bool(v) for v, kind in zip(layer[1:], form, strict=True) if kind == "b"]
+    there = flags if len(flags) != 1 else [True, *flags]
+    return tuple(name for name, has in zip(("weight", "bias"), there, strict=False) if has)
+
+
+def embedded_columns(layers: Sequence[Layer]) -> tuple[tuple[int, int], ...]:
+    """(column, number of categories) of the columns of the input that a chain embeds."""
+    found, wider = [], 0
+    for layer in layers:
+        if layer[0] != "embedding":
+            break
+        _, feature, categories, width = layer[1:]
+        found.append((feature - wider, categories))
+        wider += width - 1
+    return tuple(found)
 
 
 _OF_SEQUENCES = ("conv1d", "max_pool1d", "avg_pool1d", "global_avg_pool1d")

@@ -13,16 +13,30 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
+from pymeta.nn.norm import PerStepBatchNorm
+from pymeta.nn.tabular import TabularInput
+from pymeta.spec.modules import Fixed, is_fixed
 from pymeta.spec.watch import hooked
 
 Layer: TypeAlias = tuple[Any, ...]
 FLATTEN: Layer = ("flatten",)
 IDENTITY: Layer = ("identity",)
+FORK: Layer = ("fork", 0)
+TURN: Layer = ("turn",)
+JOIN: Layer = ("join",)
 
 
 class Refused(Exception):
     """Raised while a model is examined; its message is the reason why it is not native."""
+
+
+class Part(NamedTuple):
+    """A layer, and what the module calls its tensors, in their order."""
+
+    layer: Layer
+    tensors: tuple[str, ...] = ("weight", "bias")
 
 
 def _affine(m: nn.Module) -> tuple[bool, bool]:
@@ -36,6 +50,19 @@ def _linear(m: nn.Linear) -> Layer:
 
 def _batch_norm(m: nn.BatchNorm1d | nn.BatchNorm2d) -> Layer:
     return ("batch_norm", m.num_features, m.eps, *_affine(m))
+
+
+def _step_batch_norm(m: PerStepBatchNorm) -> Layer:
+    return ("step_batch_norm", m.num_features, m.eps, *_affine(m), m.steps)
+
+
+def _embeddings(m: TabularInput) -> list[Part]:
+    parts, features, feature = [], m.in_features, m.numeric
+    for i, (categories, width) in enumerate(zip(m.cardinalities, m.dims, strict=True)):
+        layer = ("embedding", features, feature, categories, width)
+        parts.append(Part(layer, (f"tables.{i}",)))
+        features, feature = features + width - 1, feature + width
+    return parts
 
 
 def _group_norm(m: nn.GroupNorm) -> Layer:
@@ -206,10 +233,11 @@ class Known(NamedTuple):
     layer: Callable[[Any], Layer]
     reads: tuple[str, ...] = ()  # the attributes that `layer` looks at, besides SLOTS
     axes: tuple[int, ...] | None = None  # how many of positions its rows may have; None: any
+    parts: Callable[[Any], list[Part]] | None = None  # where it is several layers
 
 
 # The parameters and buffers of which it matters whether they are there.
-SLOTS = ("weight", "bias", "running_mean")
+SLOTS = ("weight", "bias", "running_mean", "running_var")
 
 MODULES: dict[type, Known] = {
     nn.Linear: Known(_linear, ("in_features", "out_features"), (0,)),
@@ -225,10 +253,16 @@ MODULES: dict[type, Known] = {
     nn.AdaptiveAvgPool2d: Known(_by(_global_avg_pool(2), ("output_size",)), ("output_size",), (2,)),
     nn.BatchNorm1d: Known(_batch_norm, ("num_features", "eps", "training"), (0, 1)),
     nn.BatchNorm2d: Known(_batch_norm, ("num_features", "eps", "training"), (2,)),
+    PerStepBatchNorm: Known(
+        _step_batch_norm, ("num_features", "steps", "eps", "training"), (0, 1, 2)
+    ),
     nn.GroupNorm: Known(_group_norm, ("num_groups", "num_channels", "eps"), (0, 1, 2)),
     nn.InstanceNorm1d: Known(_instance_norm, ("num_features", "eps", "training"), (1,)),
     nn.InstanceNorm2d: Known(_instance_norm, ("num_features", "eps", "training"), (2,)),
     nn.LayerNorm: Known(_layer_norm, ("normalized_shape", "eps"), (0,)),
+    TabularInput: Known(
+        lambda m: _embeddings(m)[0].layer, ("numeric", "cardinalities", "dims"), (0,), _embeddings
+    ),
     nn.Identity: Known(lambda m: IDENTITY),
     nn.Dropout: Known(_dropout, ("p", "training")),
     nn.Unflatten: Known(_unflatten, ("dim", "unflattened_size"), (0,)),
@@ -282,9 +316,31 @@ METHODS: dict[str, Callable[..., Layer]] = {
 }
 
 
+def _fixed_parts(m: _NormBase) -> list[Part]:
+    """A normalisation by running statistics."""
+    steps = m.steps if isinstance(m, PerStepBatchNorm) else 0
+    statistics = ("running_var", "running_mean")
+    parts = [Part(("fixed_norm", m.num_features, m.eps, steps), statistics)]
+    if m.weight is not None or m.bias is not None:
+        parts.append(Part(("scale_shift", m.num_features, *_affine(m), steps)))
+    return parts
+
+
 def label_of(name: str, module: nn.Module) -> str:
     """What messages call a layer: its place in the model, and its class."""
     return f"layer {name} ({type(module).__name__})" if name else type(module).__name__
+
+
+def parts_of(name: str, module: nn.Module, fixed: Fixed = None) -> list[Part]:
+    """The layers that a module is; Refused, with the reason, where it is none.
+
+    `fixed` names the normalisations that use running statistics; None: those in eval mode do.
+    """
+    layer = layer_of(name, module)
+    if isinstance(module, _NormBase) and is_fixed(name, module, fixed):
+        return _fixed_parts(module)
+    known = MODULES[type(module)]
+    return [Part(layer)] if known.parts is None else known.parts(module)
 
 
 def layer_of(name: str, module: nn.Module) -> Layer:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -34,32 +34,52 @@ def one_at_a_time() -> AbstractContextManager[Any]:
     return _lock
 
 
-def uses_running_statistics(model: nn.Module) -> str | None:
-    """The name of a normalisation layer that would use running statistics, if there is one."""
+# The names of normalisation layers that use running statistics; None: those in eval mode do.
+Fixed: TypeAlias = "frozenset[str] | None"
+
+
+def is_fixed(name: str, module: nn.Module, fixed: Fixed = None) -> bool:
+    """Whether a module normalises by its running statistics."""
+    if not isinstance(module, _NormBase) or module.running_mean is None:
+        return False
+    return not module.training if fixed is None else name in fixed
+
+
+def running_statistics(model: nn.Module, fixed: Fixed = None) -> dict[str, Tensor]:
+    """{name: tensor} of the running statistics that a model's layers normalise by."""
+    found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        evaluates = isinstance(module, _NormBase) and not module.training
-        if evaluates and module.running_mean is not None:
-            return name or type(module).__name__
-    return None
+        if is_fixed(name, module, fixed):
+            for key in ("running_mean", "running_var"):
+                buffer = module._buffers[key]
+                assert buffer is not None
+                found[f"{name}.{key}" if name else key] = buffer
+    return found
 
 
-def drop_running_statistics(model: nn.Module) -> None:
-    """Let every normalisation of a module use its input's statistics, in eval mode too."""
-    for layer in model.modules():
+def fixed_among(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """The layers whose running statistics are among the names of a model's tensors."""
+    named = set(names)
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        and (f"{name}.running_mean" if name else "running_mean") in named
+    )
+
+
+def drop_running_statistics(model: nn.Module, fixed: frozenset[str]) -> None:
+    """Let a module's normalisations use their input's statistics in either mode.
+
+    All but the fixed ones, which are put into eval mode.
+    """
+    for name, layer in model.named_modules():
         if isinstance(layer, _NormBase):
+            if name in fixed:
+                layer.eval()
+                continue
             layer.track_running_stats = False
             layer._buffers.update(dict.fromkeys(layer._buffers))
-
-
-def check_statistics(model: nn.Module) -> None:
-    """Raise ValueError where a normalisation layer would use its running statistics."""
-    name = uses_running_statistics(model)
-    if name is not None:
-        raise ValueError(
-            f"model: {name} is in eval mode and would use running statistics, but pymeta "
-            f"normalises each set by its own: call .train() on it, or make it with "
-            f"track_running_stats=False"
-        )
 
 
 def outside_graphs(function: Function) -> Function:

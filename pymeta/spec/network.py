@@ -13,31 +13,29 @@ switched, hooks added or layer settings changed are all seen.
 
 from __future__ import annotations
 
-import operator
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 
 from pymeta import native
+from pymeta.spec.chain import Step, is_sequential, walk
 from pymeta.spec.layers import (
     AXES,
     FLATTEN,
-    FUNCTIONS,
+    FORK,
     IDENTITY,
-    METHODS,
+    JOIN,
     MODULES,
     SLOTS,
+    TURN,
     Layer,
     Refused,
     label_of,
-    layer_of,
 )
-from pymeta.spec.watch import Watch, hooked
+from pymeta.spec.modules import Fixed, running_statistics
+from pymeta.spec.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,8 @@ class Description:
         batch_norm: whether a layer normalises over rows.
         row_shape: of a row of the input, [channels, length] or [channels, height, width]; None
             where it has one axis of features.
-        running: the layer that would use running statistics in the mode it is in, where one is.
+        norms: the modules of the batch normalisations that go by the statistics of sets, in the
+            order in which the native core gives these.
         watch: whether the model is still this chain, of the same parameters.
     """
 
@@ -83,7 +82,7 @@ class Description:
     flattens: bool
     batch_norm: bool
     row_shape: tuple[int, ...] | None
-    running: str | None
+    norms: tuple[nn.Module, ...]
     watch: Watch = field(repr=False, compare=False)
 
 
@@ -106,187 +105,32 @@ def _chain(leaves: Iterable[nn.Module], containers: Iterable[nn.Module]) -> Watc
     return Watch(places, layers + holders, holders)
 
 
-# ---- walking the model ------------------------------------------------------------------------
-
-
-@dataclass
-class _Step:
-    """One layer of the chain; `module` is None where the forward calls a function."""
-
-    layer: Layer
-    name: str
-    module: nn.Module | None
-
-
-def _is_sequential(module: nn.Module) -> bool:
-    return type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-def _walk(module: nn.Module, name: str) -> Iterator[_Step]:
-    """The layers of a module, in the order of their use."""
-    if type(module) in MODULES:
-        yield _Step(layer_of(name, module), name, module)
-        return
-    if hooked(module):
-        raise Refused(f"{name or type(module).__name__} has hooks")
-    if _is_sequential(module):
-        for key, child in module._modules.items():
-            if child is not None:
-                yield from _walk(child, _join(name, key))
-        return
-    if type(module).__module__.startswith("torch.nn.") or not module._modules:
-        layer_of(name, module)  # raises: not a known layer
-    yield from _traced(module, name)
-
-
-class _Tracer(fx.Tracer):
-    """Looks into containers only; every known layer and every torch module stays one node.
-
-    While torch.fx traces, it is in the way of every module of the process. What other threads
-    call meanwhile is none of its business.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
-
-    def _is_mine(self) -> bool:
-        return threading.get_ident() == self._thread
-
-    def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if not self._is_mine():
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if not self._is_mine():
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
-        return type(m) in MODULES or _is_sequential(m) or super().is_leaf_module(m, qualname)
-
-
-def _is_rows(node: Any, current: fx.Node) -> bool:
-    """Whether a node is the number of rows: x.size(0), x.shape[0] or len(x)."""
-    if not isinstance(node, fx.Node):
-        return False
-    if node.op == "call_method" and node.target == "size":
-        return node.args == (current, 0)
-    if node.op == "call_function" and node.target is operator.getitem and node.args[1] == 0:
-        shape = node.args[0]
-        if not isinstance(shape, fx.Node):
-            return False
-        if shape.op == "call_method":
-            return shape.target == "size" and shape.args == (current,)
-        return shape.target is getattr and shape.args == (current, "shape")
-    return False
-
-
-def _looks_at_shape(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target == "size"
-    return node.op == "call_function" and (
-        (node.target is getattr and node.args[1:] == ("shape",)) or node.target is operator.getitem
-    )
-
-
-def _called(node: fx.Node, name: str, current: fx.Node) -> Layer:
-    """The layer that a function or method call on the current value amounts to."""
-    if node.op == "call_method" and node.target in ("view", "reshape"):
-        shape = node.args[1:]
-        if len(shape) == 2 and _is_rows(shape[0], current) and shape[1] == -1:
-            return FLATTEN
-        raise Refused(f"{name}: {node.target}{shape} is not a flattening of rows")
-    table: dict[Any, Callable[..., Layer]] = METHODS if node.op == "call_method" else FUNCTIONS
-    target = getattr(node.target, "__name__", str(node.target))
-    if node.target not in table:
-        raise Refused(f"{name}: {target} has no native kernel, or is more than a chain")
-    try:
-        return table[node.target](*node.args[1:], **dict(node.kwargs))
-    except TypeError:
-        raise Refused(f"{name}: {target} with arguments the native core lacks") from None
-
-
-@contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """A block in which the forward may run without side effects: the user did not call it.
-
-    What it assigns to modules is put back, and it sees copies of the buffers.
-    """
-    parts = list(module.modules())
-    attributes = [(m.__dict__, dict(m.__dict__)) for m in parts]
-    buffers = [(m._buffers, dict(m._buffers)) for m in parts]
-    try:
-        for own, kept in buffers:
-            own.update({n: b if b is None else b.clone() for n, b in kept.items()})
-        yield
-    finally:
-        for now, before in (*attributes, *buffers):
-            for added in now.keys() - before.keys():
-                del now[added]
-            now.update(before)
-
-
-def _traced(module: nn.Module, name: str) -> Iterator[_Step]:
-    """The layers of a module whose forward is found, by tracing it, to be a chain."""
-    label = name or type(module).__name__
-    if "forward" in module.__dict__:  # tracing would look at the class's
-        raise Refused(f"{label} has a forward of its own")
-    try:
-        with _untouched(module):
-            graph = _Tracer().trace(module)
-    except Exception as error:  # a stranger's forward may raise anything when traced
-        raise Refused(f"the forward of {label} cannot be traced ({type(error).__name__})") from None
-    current: fx.Node | None = None
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            if current is not None:
-                raise Refused(f"the forward of {label} takes more than one input")
-            current = node
-            continue
-        if node.op == "get_attr":
-            raise Refused(f"the forward of {label} uses {node.target} directly")
-        first = node.args[0] if node.args else None
-        if node.op in ("call_method", "call_function") and _looks_at_shape(node):
-            continue  # only ever used by a view, which checks it
-        if first is not current or current is None:
-            raise Refused(f"the forward of {label} is not a chain (at {node.name})")
-        if node.op == "output":
-            continue
-        if node.op == "call_module":
-            if len(node.args) != 1 or node.kwargs:
-                raise Refused(f"the forward of {label} calls {node.target} with more inputs")
-            yield from _walk(module.get_submodule(str(node.target)), _join(name, str(node.target)))
-        else:
-            yield _Step(_called(node, label, current), name, None)
-        current = node
-
-
 # ---- the whole --------------------------------------------------------------------------------
 
 
-def _parameter_names(steps: list[_Step], model: nn.Module) -> tuple[str, ...]:
-    """The chain's parameters in its order; each of the model's exactly once."""
+def _tensor(module: nn.Module, path: str) -> Any:
+    """A parameter or buffer of a module, None where it has none of that name."""
+    owner, _, key = path.rpartition(".")
+    holder = module.get_submodule(owner)
+    found = holder._parameters.get(key)
+    return holder._buffers.get(key) if found is None else found
+
+
+def _parameter_names(steps: list[Step], model: nn.Module, fixed: Fixed) -> tuple[str, ...]:
+    """The chain's tensors in its order: each of the model's parameters exactly once.
+
+    Running statistics that are used are among them.
+    """
     known = {id(p): n for n, p in model.named_parameters()}
+    constants = {id(b): n for n, b in running_statistics(model, fixed).items()}
     names: list[str] = []
     for step in steps:
         if step.module is None:
             continue
-        for key in ("weight", "bias"):
-            parameter = step.module._parameters.get(key)
-            if parameter is not None:
-                names.append(known[id(parameter)])
+        for path in step.tensors:
+            tensor = _tensor(step.module, path)
+            if tensor is not None:
+                names.append(known[id(tensor)] if id(tensor) in known else constants[id(tensor)])
     if len(set(names)) != len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise Refused(f"parameter {twice} is used more than once")
@@ -307,15 +151,10 @@ def _network(layers: tuple[Layer, ...]) -> Any:
         raise Refused(str(error)) from None
 
 
-def _running(steps: list[_Step]) -> str | None:
-    """The first layer in eval mode that has running statistics."""
-    for step in steps:
-        m = step.module
-        if not isinstance(m, _NormBase) or m.training:
-            continue
-        if m.running_mean is not None:
-            return label_of(step.name, m)
-    return None
+def _norms(steps: list[Step]) -> tuple[nn.Module, ...]:
+    """The modules of the batch normalisations that go by the statistics of sets."""
+    kinds = ("batch_norm", "step_batch_norm")
+    return tuple(s.module for s in steps if s.layer[0] in kinds and s.module is not None)
 
 
 _SETTINGS = (bool, int, float, str, type(None))
@@ -323,12 +162,12 @@ _SETTINGS = (bool, int, float, str, type(None))
 
 def _settings(module: nn.Module) -> list[str]:
     """The names of the plain values on a traced module, which its forward may depend on."""
-    if _is_sequential(module):
+    if is_sequential(module):
         return []
     return [k for k, v in module.__dict__.items() if isinstance(v, _SETTINGS)]
 
 
-def _axes(step: _Step) -> tuple[int, ...] | None:
+def _axes(step: Step) -> tuple[int, ...] | None:
     """How many axes of positions a layer's rows may have; None where any number will do."""
     if step.module is None:
         return AXES.get(step.layer[0])
@@ -344,7 +183,15 @@ def _image(row_shape: tuple[int, ...]) -> Layer:
     return ("image", row_shape[0], *(row_shape[1:] if len(row_shape) == 3 else (1, row_shape[1])))
 
 
-def _axes_behind(step: _Step, axes: int) -> int:
+def _features(steps: list[Step]) -> int:
+    """The features that a chain takes, as its first layer with parameters says; 0: unknown."""
+    for step in steps:
+        if step.tensors and len(step.layer) > 1 and type(step.layer[1]) is int:
+            return int(step.layer[1])
+    return 0
+
+
+def _axes_behind(step: Step, axes: int) -> int:
     """How many axes of positions rows have behind a layer that got them with `axes`."""
     if step.layer[0] == "unflatten":
         assert isinstance(step.module, nn.Unflatten)
@@ -352,11 +199,20 @@ def _axes_behind(step: _Step, axes: int) -> int:
     return 0 if step.layer == FLATTEN else axes
 
 
-def _shaped(steps: list[_Step], row_shape: tuple[int, ...] | None) -> list[Layer]:
+def _shaped(steps: list[Step], row_shape: tuple[int, ...] | None) -> list[Layer]:
     """The layers for rows of a shape, or of one axis; Refused where a layer does not take them."""
     axes = 0 if row_shape is None else len(row_shape) - 1
     layers: list[Layer] = [] if row_shape is None else [_image(row_shape)]
-    for step in steps:
+    forks: list[int] = []  # the axes at those that are open
+    for i, step in enumerate(steps):
+        if step.layer == FORK:
+            forks.append(axes)
+            layers.append(FORK if layers else ("fork", _features(steps[i:])))
+            continue
+        if step.layer == TURN:
+            axes = forks[-1]
+        elif step.layer == JOIN:
+            forks.pop()
         wanted = _axes(step)
         if wanted is not None and axes not in wanted:
             label = step.name if step.module is None else label_of(step.name, step.module)
@@ -370,7 +226,7 @@ def _shaped(steps: list[_Step], row_shape: tuple[int, ...] | None) -> list[Layer
     return layers
 
 
-def _takes_positions(steps: list[_Step]) -> bool:
+def _takes_positions(steps: list[Step]) -> bool:
     """Whether the chain itself takes rows with positions, so that it has to know their shape."""
     for step in steps:
         if step.layer[0] == "unflatten":
@@ -380,9 +236,11 @@ def _takes_positions(steps: list[_Step]) -> bool:
     return False
 
 
-def _described(model: nn.Module, row_shape: tuple[int, ...] | None) -> Description | Unshaped:
-    steps = list(_walk(model, ""))
-    names = _parameter_names(steps, model)
+def _described(
+    model: nn.Module, row_shape: tuple[int, ...] | None, fixed: Fixed
+) -> Description | Unshaped:
+    steps = list(walk(model, "", fixed))
+    names = _parameter_names(steps, model, fixed)
     spatial = _takes_positions(steps)
     if spatial and row_shape is None:
         return Unshaped(
@@ -401,12 +259,12 @@ def _described(model: nn.Module, row_shape: tuple[int, ...] | None) -> Descripti
         flattens=not spatial and bool(kinds) and kinds[0] == FLATTEN,
         batch_norm=network.mixes_rows,
         row_shape=row_shape if spatial else None,
-        running=_running(steps),
+        norms=_norms(steps),
         watch=_of_a_chain(steps, model),
     )
 
 
-def _of_a_chain(steps: list[_Step], model: nn.Module) -> Watch:
+def _of_a_chain(steps: list[Step], model: nn.Module) -> Watch:
     return _chain(
         [s.module for s in steps if s.module is not None],
         [m for m in model.modules() if type(m) not in MODULES],
@@ -414,13 +272,14 @@ def _of_a_chain(steps: list[_Step], model: nn.Module) -> Watch:
 
 
 def describe(
-    model: nn.Module, row_shape: tuple[int, ...] | None = None
+    model: nn.Module, row_shape: tuple[int, ...] | None = None, fixed: Fixed = None
 ) -> Description | Unsupported:
     """The chain of layers a model is, or the reason why the native core cannot run it.
 
     `row_shape` is the shape of a row of its input, which matters where the rows have positions.
+    `fixed` names the normalisations that use running statistics; None: those in eval mode do.
     """
     try:
-        return _described(model, row_shape)
+        return _described(model, row_shape, fixed)
     except Refused as refusal:
         return Unsupported(str(refusal), _modes(model), row_shape)

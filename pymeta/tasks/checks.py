@@ -45,6 +45,7 @@ class Expected:
     flattens: bool = False
     batch_norm: bool = False
     row_shape: tuple[int, ...] | None = None  # where rows have more than one axis
+    categories: tuple[tuple[int, int], ...] = ()  # (column, how many) of those that are embedded
 
 
 class Checked(NamedTuple):

@@ -55,6 +55,24 @@ def leaves_out(s: TaskSet, loss: Loss) -> bool:
     return int(_counting(s, loss).sum()) < sum(s.counts)
 
 
+def _check_categories(s: TaskSet, expected: Expected) -> None:
+    """What embeddings look up, in rows that count."""
+    x = s.x.detach()
+    count = s.valid() if s.y is None else _counting(s, expected.loss)
+    for column, categories in expected.categories:
+        value = x[..., column]
+        wrong = ~((value >= 0) & (value < categories) & (value == value.floor()))
+        if count is not None:
+            wrong = wrong & count
+        if bool(wrong.any()):
+            index = int(wrong.flatten().nonzero()[0])
+            raise ValueError(
+                f"{s.names.x}: {s.place(index)}, column {column}: "
+                f"{float(value.flatten()[index]):.9g} is not a category, an integer in "
+                f"0..{categories - 1}"
+            )
+
+
 def _first_wrong(wrong: Tensor, s: TaskSet, loss: Loss) -> int | None:
     """The first row that counts of those that are `wrong` [...], if there is one."""
     wrong = wrong & _counting(s, loss)
@@ -165,8 +183,8 @@ def check_values(s: TaskSet, expected: Expected) -> None:
     """The checks that read the data, for what does not do so itself; they wait for the data.
 
     Raises:
-        ValueError: sizes, labels, probabilities or weights out of range, or one row that counts
-            under BatchNorm.
+        ValueError: sizes, labels, probabilities, weights or categories out of range, or one row
+            that counts under BatchNorm.
     """
     expected = _of_set(s, expected)
     if s.y is None:
@@ -175,6 +193,8 @@ def check_values(s: TaskSet, expected: Expected) -> None:
         _check_range(s)
     if s.weights is not None:
         _check_weight_values(s)
+    if expected.categories:
+        _check_categories(s, expected)
     if s.y is None:
         return
     labels = expected.loss.takes_classes and not s.y.is_floating_point()

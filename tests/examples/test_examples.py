@@ -24,6 +24,7 @@ import _starts
 import credit_data
 import demo
 import lending_club
+import maml_plus_plus
 import omniglot
 import pandas as pd
 import reptile_omniglot
@@ -181,6 +182,29 @@ def test_omniglot_with_convolutions_is_native(tiny, monkeypatch, capsys):
     result = omniglot.main(options, quiet=True)
     assert "native-cpu" in capsys.readouterr().out
     assert 0.5 < result["accuracy"] <= 1  # of three classes
+
+
+def test_maml_plus_plus_learns(tiny, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    options = small_run(
+        tiny, "--channels", "8", "--steps", "2", "--iterations", "16", "--multi-step-until", "8",
+        "--first-order-until", "4", "--outer-lr", "3e-3", "--json", str(out), "--quiet",
+    )  # fmt: skip
+    result = maml_plus_plus.main(options)
+    assert "native-cpu" in capsys.readouterr().out
+    assert 0.5 < result["accuracy"][0] <= 1  # of three classes
+    assert 0 < result["accuracy_by_running_statistics"][0] != result["accuracy"][0]
+    assert [point[0] for point in result["curve"]] == [15, 16]
+    assert np.shape(result["step_sizes"]) == (2, 5)  # four convolutions and the last layer
+    assert '"curve"' in out.read_text()
+
+
+def test_maml_plus_plus_goes_over_to_the_last_step():
+    weights = [maml_plus_plus.step_weights(5, progress) for progress in (0, 0.5, 1)]
+    assert all(float(w.sum()) == pytest.approx(1) for w in weights)
+    assert weights[0].tolist() == pytest.approx([0.2] * 5)
+    assert float(weights[1][-1]) == pytest.approx(0.6)
+    assert weights[2].tolist() == pytest.approx([0.006] * 4 + [0.976])
 
 
 @pytest.mark.parametrize("shots", ["1", "5"])

@@ -282,7 +282,7 @@ def test_other_networks_run_in_torch(arrays):
     assert_close(flat(found.gradients), torch.autograd.grad(out.loss, list(net.parameters())))
     assert_close(torch.as_tensor(F.predict(operator, convert(parameters), convert(data[2]))),
                  torch.stack([net(x) for x in data[2]]))  # fmt: skip
-    with pytest.raises(ValueError, match='backend="native": the forward of Odd'):
+    with pytest.raises(ValueError, match='backend="native": Odd: sum has no native'):
         F.Operator(net, loss="mse", lr=0.1, steps=1, backend="native")
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import pymeta
 from pymeta.spec.network import Description, Unsupported, describe
 
 KNOWN = [
@@ -146,7 +145,12 @@ REFUSED = {
         nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)),
         r"takes 4 features, the one before it gives 3",
     ),
-    "skip": (forward_as(lambda s, x: s.b(s.a(x)) + x), r"not a chain|add has no native"),
+    "skip": (forward_as(lambda s, x: torch.cat([s.b(s.a(x)), x], 1)), r"not a chain"),
+    "unread": (forward_as(lambda s, x: (s.a(x), s.b(x))[1]), r"not a chain \(at a\)"),
+    "scaled sum": (
+        forward_as(lambda s, x: torch.add(s.b(s.a(x)), x, alpha=2)),
+        r"add has no native",
+    ),
     "fork": (forward_as(lambda s, x: s.b(x)), r"parameter a\.weight is not part of the chain"),
     "twice": (forward_as(lambda s, x: s.b(s.a(s.a(x)))), r"parameter a\.weight is used more"),
     "direct": (forward_as(lambda s, x: s.b(s.a(x * s.scale))), r"uses scale directly"),
@@ -177,11 +181,11 @@ def test_subclasses_and_exchanged_forwards_are_not_taken_for_known_layers():
 
     assert isinstance(describe(nn.Sequential(Mine(2, 2))), Unsupported)
 
-    class Residual(nn.Sequential):
+    class Doubled(nn.Sequential):
         def forward(self, x):
-            return x + super().forward(x)
+            return 2 * super().forward(x)
 
-    assert isinstance(describe(Residual(nn.Linear(2, 2))), Unsupported)
+    assert isinstance(describe(Doubled(nn.Linear(2, 2))), Unsupported)
     net = nn.Sequential(nn.Linear(2, 2))
     net[0].forward = lambda x: x
     assert "forward of its own" in describe(net).reason
@@ -193,13 +197,18 @@ def test_tied_weights_are_refused():
     assert "used more than once" in describe(net).reason
 
 
-def test_a_layer_that_would_use_running_statistics_is_named():
+def test_running_statistics_are_part_of_the_chain_in_eval_mode():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
     net.append(nn.BatchNorm1d(2))
-    assert describe(net).running is None
-    assert describe(net.eval()).running == "layer 2 (BatchNorm1d)"
-    with pytest.raises(ValueError, match=r"layer 2 \(BatchNorm1d\): .*running statistics"):
-        pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend="native")
+    kinds = ["linear", "batch_norm", "batch_norm"]
+    assert [layer[0] for layer in describe(net).layers] == kinds
+    found = describe(net.eval())
+    assert [layer[0] for layer in found.layers] == [*kinds[:2], "fixed_norm", "scale_shift"]
+    assert found.names[-4:] == ("2.running_var", "2.running_mean", "2.weight", "2.bias")
+    named = describe(net.train(), fixed=frozenset({"2"}))
+    assert named.layers == found.layers and describe(net).layers != found.layers
+    net[2].running_mean = torch.zeros(2)
+    assert not named.watch.is_current()
 
 
 def test_what_makes_a_description_stale():

@@ -13,6 +13,8 @@
 
 PYMETA_KERNEL_BEGIN
 
+constexpr int kLastStep = 1 << 30;  // beyond all rows of parameters for each step
+
 template <class X>
 class InnerLoop {
  public:
@@ -31,6 +33,14 @@ class InnerLoop {
 
   // The strength of each task's pull towards its start; where the call has none, 0.
   PYMETA_FN void set_anchor(Vec anchor) { state_.anchor = anchor; }
+
+  // Before the first step, where they are asked for.
+  PYMETA_FN void clear_statistics() const {
+    Real* to = state_.memory.at(state_.ws.statistics);
+    if (to)
+      X::for_vectors(StatisticsLayout<X>(state_.network).size,
+                     [=](std::size_t i) { store(to + i, zero()); });
+  }
 
   // K inner steps; returns theta[K]. batches.step(k) says what step k works on.
   template <class Batches>
@@ -56,11 +66,12 @@ class InnerLoop {
     const State<X>& s = state_;
     const ItemSet& support = *now.set;
     const Tape tape = s.support_tape(k);
-    const Passes<X> passes(s, support, tape, /*is_query=*/false);
+    const Passes<X> passes(s, support, tape, /*is_query=*/false, k);
     // Layers below the lowest that changes see the same rows with the same weights again.
     const bool same_below = now.same_rows && !s.ws.keeps_steps;
     passes.forward(theta, same_below ? s.lowest_adapted : 0);
     if (s.ws.sums_losses) add_loss(now, tape);
+    if (s.ws.statistics != kNowhere) add_statistics(k, passes, theta, now);
     const Parameters next = s.adapted(k + 1);
     Real* own = const_cast<Real*>(next.own);
     const bool fused = !s.ws.stores_gradient;
@@ -119,10 +130,12 @@ class InnerLoop {
     }
   }
 
-  // Forward pass: outputs() holds the raw outputs, class-major; returns the loss of each task, if there are targets.
-  PYMETA_FN PYMETA_NOINLINE Vec evaluate(const Parameters& theta, const ItemSet& query) const {
+  // Forward pass: outputs() holds the raw outputs, class-major; returns the loss of each task, if there are targets. What has
+  // rows for each step is as in `step`, the last one unless another is given.
+  PYMETA_FN PYMETA_NOINLINE Vec evaluate(const Parameters& theta, const ItemSet& query,
+                                         int step = kLastStep) const {
     const Tape tape = state_.query_tape();
-    Passes<X>(state_, query, tape, /*is_query=*/true).forward(theta);
+    Passes<X>(state_, query, tape, /*is_query=*/true, step).forward(theta);
     return query.targets ? X::sum_rows_in_order(query.extent, tape.at(tape.layout->row_losses))
                          : zero();
   }
@@ -151,6 +164,31 @@ class InnerLoop {
     loss_sum_ = loss_sum_ + (state_.call.job == Job::fine_tune
                                  ? select(now.active, loss * now.set->rows, zero())
                                  : loss);
+  }
+
+  // The statistics of step k to the sums of the steps that share a row; `clear_statistics` comes before the first.
+  PYMETA_FN PYMETA_NOINLINE void add_statistics(int k, const Passes<X>& passes,
+                                                const Parameters& theta, const Step& now) const {
+    Real* to = state_.memory.at(state_.ws.statistics);
+    passes.statistics(theta, [&](const Layer& layer, const LayerPass& p) {
+      const int rows = statistics_rows(layer);
+      const Extent extent = over(p.extent, layer.in);
+      const IntVec counts = now.active & (extent.count > zero());
+      // As torch has it, the running variance is the unbiased one.
+      const Vec unbiased = extent.count / (extent.count - Real(1));
+      const long stride = X::stride(layer.out.channels);
+      Real* row = to + (k < rows ? k : rows - 1) * StatisticsLayout<X>::row(layer);
+      with_statistics<X>(p, [&](int v, const Statistics& own) {
+        Real* mean = row + static_cast<long>(v) * kWidth;
+        store(mean, load(mean) + select(counts, own.mean, zero()));
+        store(mean + stride, load(mean + stride) + select(counts, own.variance * unbiased, zero()));
+      });
+      X::for_indices(1, [&](int) {
+        Real* made = row + 2 * stride;
+        store(made, load(made) + select(counts, broadcast(1), zero()));
+      });
+      to += StatisticsLayout<X>::scalars(layer);
+    });
   }
 
   // theta[k + 1] and the tape of step k; the reverse sweep begins with the last tape as it is.

@@ -14,6 +14,7 @@
 //   add_cotangent(tensor, v)       adds what flows into an adapted tensor
 //   write_own_gradient(tensor, v)  of a start of the item's own; write_own_rates(row, column, gradient)
 //   write_step_loss(k, loss)
+//   write_statistics(layer, from, to)     of one row of a batch normalisation (call/workspace.h: StatisticsLayout)
 //   write_input_gradient(rows, set, computed, to), write_target_gradient(...), write_weight_gradient(...)
 //   is_factored(), factors()       only where the executor has factored layers
 #pragma once
@@ -40,6 +41,15 @@ class ItemJob {
     if (workspace_.start != kNowhere) arrays_.start();
     if (call_.is_anchored()) loop_.set_anchor(arrays_.anchor());
     if (workspace_.own_rates != kNowhere) arrays_.rates();
+    loop_.clear_statistics();
+    adapt_and_write();
+    if (call_.statistics) write_statistics();
+  }
+
+ private:
+  using Parameters = typename InnerLoop<X>::Parameters;
+
+  PYMETA_FN void adapt_and_write() {
     if (call_.job == Job::predict) return write_predictions(loop_.start());
     if (call_.job == Job::fine_tune) return run_epochs();
     if (call_.batches.size > 0) {
@@ -62,8 +72,19 @@ class ItemJob {
     adapt_or_learn(support);
   }
 
- private:
-  using Parameters = typename InnerLoop<X>::Parameters;
+  PYMETA_FN void write_statistics() const {
+    const Real* from = memory_.at(workspace_.statistics);
+    std::int64_t column = 0;
+    for (int l = 0; l < call_.network->layer_count; ++l) {
+      const Layer& layer = call_.network->layers[l];
+      if (!has_statistics(layer)) continue;
+      for (int row = 0; row < statistics_rows(layer); ++row) {
+        arrays_.write_statistics(layer, from, column);
+        from += StatisticsLayout<X>::row(layer);
+        column += 2 * layer.out.channels + 1;
+      }
+    }
+  }
 
   PYMETA_FN void adapt_or_learn(const ItemSet& support) {
     if (call_.job == Job::meta) return learn(support);

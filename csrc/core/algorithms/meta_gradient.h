@@ -56,7 +56,7 @@ class MetaGradient {
     if (state_.ws.own_rate_gradients != kNowhere)
       X::for_vectors(rate_scalars(), [&](std::size_t i) { store(rate_gradients() + i, zero()); });
     const bool keep_v = state_.ws.keeps_v;
-    backward_query(adapted_, query_, seed, [&](int t) {
+    backward_query(adapted_, query_, kLastStep, seed, [&](int t) {
       const std::size_t place = place_of(t);
       return keep_v ? Sink{v() + place} : Sink{totals_.gradient + place, totals_.base(place)};
     });
@@ -109,7 +109,7 @@ class MetaGradient {
     adapted_ = loop_.start();
     for (int k = 0; k < state_.call.steps && !state_.call.is_stopped(); ++k) {
       adapted_ = loop_.step(k, adapted_, steps.step(k));
-      const Vec loss = query_loss();
+      const Vec loss = loop_.evaluate(adapted_, query_, k);
       record(k, loss);
       sum = fma(broadcast(state_.call.step_weights[k]), loss, sum);
     }
@@ -117,10 +117,10 @@ class MetaGradient {
   }
 
   template <class Sinks>
-  PYMETA_FN void backward_query(const Parameters& theta, const ItemSet& query, const Seed& seed,
-                                Sinks sinks) const {
+  PYMETA_FN void backward_query(const Parameters& theta, const ItemSet& query, int step,
+                                const Seed& seed, Sinks sinks) const {
     const Tape tape = state_.query_tape();
-    const Passes<X> passes(state_, query, tape, /*is_query=*/true);
+    const Passes<X> passes(state_, query, tape, /*is_query=*/true, step);
     if (!seed.is_plain) passes.seed(seed);
     passes.backward(theta, sinks);
     SetGradients<X>(state_, query).add_query(tape, seed.losses);
@@ -133,9 +133,9 @@ class MetaGradient {
     query.cotangent = nullptr;  // that of the predictions, which are those at theta[K]
     query.dx = query_.dx_of_step;
     const Parameters theta = s.adapted(k + 1);
-    const Vec loss = loop_.evaluate(theta, query);
+    const Vec loss = loop_.evaluate(theta, query, k);
     const Seed weighted{false, seed.losses * s.call.step_weights[k]};
-    backward_query(theta, query, weighted, [&](int t) {
+    backward_query(theta, query, k, weighted, [&](int t) {
       const std::size_t place = place_of(t);
       return Sink{v() + place, v() + place};
     });
@@ -208,7 +208,7 @@ class MetaGradient {
     if (!s.call.second_order()) return;
     s.transpose(u, s.memory.at(s.ws.u_transposed));
     const Direction direction{&s, u};
-    const Passes<X> passes(s, *step.set, s.support_tape(k), /*is_query=*/false);
+    const Passes<X> passes(s, *step.set, s.support_tape(k), /*is_query=*/false, k);
     passes.tangent_forward(theta, direction);
     passes.tangent_backward(theta, direction, k == s.call.steps - 1, scale, [&](int t) {
       const std::size_t place = place_of(t);

@@ -66,14 +66,17 @@ class Passes {
   using Direction = typename State<X>::Direction;
   using Tape = typename State<X>::Tape;
 
-  // One set and its tape. `is_query`: which of the item's sets it is.
-  PYMETA_FN Passes(const State<X>& state, const ItemSet& set, const Tape& tape, bool is_query)
+  // One set and its tape. `is_query`: which of the item's sets it is. `step`: the inner step whose rows are used of what has
+  // some for each.
+  PYMETA_FN Passes(const State<X>& state, const ItemSet& set, const Tape& tape, bool is_query,
+                   int step)
       : state_(state),
         network_(state.network),
         set_(set),
         tape_(tape),
         last_(state.network.layer_count - 1),
-        is_query_(is_query) {}
+        is_query_(is_query),
+        step_(step) {}
 
   // From layer `from` on; what lies below is on the tape already.
   PYMETA_FN PYMETA_NOINLINE void forward(const Parameters& theta, int from = 0) const {
@@ -133,8 +136,9 @@ class Passes {
           rules.backward(p, l > 0 ? gated(l - 1, tape_.output_delta(l - 1)) : Destination{set_.dx});
           if (l > 0) finish_delta(l - 1);
         }
-        rules.gradient(p, sink(sinks, layer.weight), sink(sinks, layer.bias));
+        rules.gradient(p, sink(sinks, layer, layer.weight), sink(sinks, layer, layer.bias));
       });
+      if (layer.steps > 0) clear_other_steps(sinks, layer);
     }
   }
 
@@ -163,9 +167,8 @@ class Passes {
                                                   bool first_to_input, Real scale,
                                                   Sinks sinks) const {
     const Real* rdy = tangent(state_.ws.tangent.rdy);
-    Real* rd = tangent(state_.ws.tangent.rd[0]);
-    Real* rd_below = tangent(state_.ws.tangent.rd[1]);
     if (!state_.layout.narrow) {
+      Real* rd = delta_tangent(last_);
       X::from_class_major(set_.extent, network_.out_features(), rdy, rd);
       if (is_relu(last_)) pass_on<X>(set_.extent, network_.out_features(), rd, gated(last_, rd));
       finish_delta_tangent(last_, rd);
@@ -173,9 +176,10 @@ class Passes {
     const int lowest = set_.dx ? 0 : above(0);
     for (int l = last_; l >= lowest && !state_.call.is_stopped(); --l) {
       const Layer& layer = network_.layers[l];
+      Real* rd_below = delta_tangent(l - 1);
       with_rules(l, [&](const auto& rules) {
         const LayerPass p = pass(l, theta, delta(l));
-        const LayerTangent t = pass_tangent(l, u, is_class_major(l) ? rdy : rd);
+        const LayerTangent t = pass_tangent(l, u, is_class_major(l) ? rdy : delta_tangent(l));
         if (l > lowest || set_.dx) {
           rules.tangent_backward(p, t, l > 0 ? gated(l - 1, rd_below) : Destination{rd_below});
           if (l > 0)
@@ -183,12 +187,18 @@ class Passes {
           else
             add_to_input_delta(rd_below, first_to_input, scale);
         }
-        rules.tangent_gradient(p, t, sink(sinks, layer.weight), sink(sinks, layer.bias));
+        rules.tangent_gradient(p, t, sink(sinks, layer, layer.weight),
+                               sink(sinks, layer, layer.bias));
       });
-      Real* swap = rd;
-      rd = rd_below;
-      rd_below = swap;
+      if (layer.steps > 0) clear_other_steps(sinks, layer);
     }
+  }
+
+  // visit(layer, its pass) of the batch normalisations whose statistics a forward pass has left on the tape.
+  template <class Visitor>
+  PYMETA_FN void statistics(const Parameters& theta, Visitor visit) const {
+    for (int l = 0; l <= last_; ++l)
+      if (has_statistics(network_.layers[l])) visit(network_.layers[l], pass(l, theta));
   }
 
  private:
@@ -206,25 +216,54 @@ class Passes {
     LayerPass p{layer,
                 set_.extent,
                 tape_.input(l, set_),
-                theta.tensor(layer.weight),
-                theta.tensor(layer.bias),
+                of_step(layer, theta.tensor(layer.weight)),
+                of_step(layer, theta.tensor(layer.bias)),
                 theta.transposed(l),
                 {},
                 d};
     for (int i = 0; i < kMaxKept; ++i) p.kept[i] = tape_.kept(l, i);
+    if (layer.other_output >= 0) p.other_output = tape_.a(layer.other_output);
+    if (layer.other_delta >= 0 && d) p.other_delta = delta(layer.other_delta);
     return p;
   }
   PYMETA_FN LayerTangent pass_tangent(int l, const Direction& u, const Real* rd = nullptr) const {
     const Layer& layer = network_.layers[l];
     // The tangent of the first layer's input is zero.
     LayerTangent t{{l == 0 ? nullptr : tangent(tangents(l - 1).ra), X::stride(layer.in.channels)},
-                   u.tensor(layer.weight),
-                   u.tensor(layer.bias),
+                   of_step(layer, u.tensor(layer.weight)),
+                   of_step(layer, u.tensor(layer.bias)),
                    u.transposed(l),
                    {},
                    rd};
     for (int i = 0; i < kMaxKept; ++i) t.kept[i] = tangent(tangents(l).kept[i]);
+    if (layer.other_output >= 0) t.other_output = tangent(tangents(layer.other_output).ra);
+    if (layer.other_delta >= 0 && rd) t.other_delta = delta_tangent(layer.other_delta);
     return t;
+  }
+
+  // Of a tensor with a row for each inner step, this step's; the last one's from there on.
+  PYMETA_FN std::size_t row_of_step(const Layer& layer) const {
+    if (layer.steps == 0) return 0;
+    const int row = step_ < layer.steps ? step_ : layer.steps - 1;
+    return row * static_cast<std::size_t>(X::stride(layer.out.channels));
+  }
+  PYMETA_FN const Real* of_step(const Layer& layer, const Real* tensor) const {
+    return tensor ? tensor + row_of_step(layer) : nullptr;
+  }
+  PYMETA_FN static Sink shifted(Sink sink, std::size_t by) {
+    if (sink.out) sink.out += by;
+    if (sink.base) sink.base += by;
+    if (sink.extra) sink.extra += by;
+    return sink;
+  }
+  // The rows of other steps have no part in this pass.
+  template <class Sinks>
+  PYMETA_FN PYMETA_NOINLINE void clear_other_steps(const Sinks& sinks, const Layer& layer) const {
+    const std::size_t row = X::stride(layer.out.channels);
+    for (const int tensor : {layer.weight, layer.bias})
+      for (int step = 0; tensor >= 0 && step < layer.steps; ++step)
+        if (step * row != row_of_step(layer))
+          no_gradient<X>(layer.out.channels, shifted(sinks(tensor), step * row));
   }
 
   // The layer from which deltas are of use to parameters.
@@ -251,13 +290,18 @@ class Passes {
   }
   PYMETA_FN Real* tangent(Place place) const { return state_.tangent(place); }
   PYMETA_FN const LayerTangents& tangents(int l) const { return state_.ws.tangent.layers[l]; }
+  // The tangent of the delta at layer l's output: one of two arrays in turn, or its own where another layer reads it too.
+  PYMETA_FN Real* delta_tangent(int l) const {
+    if (l >= 0 && tangents(l).rd != kNowhere) return tangent(tangents(l).rd);
+    return tangent(state_.ws.tangent.rd[(last_ - l) & 1]);
+  }
   // What the activation of layer l was applied to, where that is kept.
   PYMETA_FN const Real* activation_input(int l) const {
     return tape_.at(tape_.layout->layers[l].z);
   }
   template <class Sinks>
-  PYMETA_FN static Sink sink(const Sinks& sinks, int tensor) {
-    return tensor >= 0 ? sinks(tensor) : Sink{};
+  PYMETA_FN Sink sink(const Sinks& sinks, const Layer& layer, int tensor) const {
+    return tensor >= 0 ? shifted(sinks(tensor), row_of_step(layer)) : Sink{};
   }
 
   // A destination at layer l's output: through the gate of its ReLU.
@@ -290,6 +334,7 @@ class Passes {
   const Tape tape_;
   const int last_;
   const bool is_query_;
+  const int step_;
 };
 
 PYMETA_KERNEL_END

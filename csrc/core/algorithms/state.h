@@ -113,7 +113,7 @@ struct State {
         memory(lies),
         rates(of, of.lr.per_task ? lies.at(workspace.own_rates) : common.rates,
               workspace.parameters.size) {
-    while (lowest_adapted < network.layer_count && !is_adapted(network.layers[lowest_adapted]))
+    while (lowest_adapted < network.layer_count && !changes(network.layers[lowest_adapted]))
       ++lowest_adapted;
     while (lowest_with_parameters < network.layer_count &&
            !has_parameters(network.layers[lowest_with_parameters]))
@@ -277,6 +277,8 @@ struct State {
   }
 
  private:
+  // Steps with rows of their own differ without any adaptation.
+  PYMETA_FN bool changes(const Layer& layer) const { return layer.steps > 0 || is_adapted(layer); }
   PYMETA_FN static bool has_parameters(const Layer& layer) {
     return layer.weight >= 0 || layer.bias >= 0;
   }

@@ -50,6 +50,12 @@ struct Window {
 
 constexpr int kMostTaps = 256;  // of a convolution
 
+// Which feature of its input an embedding looks up, and where that lies in the caller's rows.
+struct Lookup {
+  int feature = 0, column = 0;
+  int categories = 0;
+};
+
 struct Layer {
   LayerKind kind{};
   Activation activation;
@@ -58,6 +64,12 @@ struct Layer {
   double eps = 0;   // of the normalisations
   int weight = -1;  // number of the parameter tensor, -1 where the layer has none
   int bias = -1;
+  int steps =
+      0;  // its tensors are [steps, channels], a row for each inner step; 0: the same in all
+  // Of branches (layers/branches.h): the layer whose output it reads besides the one before it, and the one whose delta it
+  // reads besides the one behind it; -1 where there is none.
+  std::int16_t other_output = -1, other_delta = -1;
+  Lookup lookup;
 };
 
 struct Tensor {

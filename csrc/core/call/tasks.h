@@ -152,6 +152,7 @@ struct Call {
   Real* step_losses = nullptr;  // [steps, T] after each step, where those have weights
   Real* mean_loss = nullptr;    // [1] their mean
   Real* predictions = nullptr;  // [total query rows, out]
+  Real* statistics = nullptr;   // [T, statistics_scalars()] of the support sets (layers/registry.h)
   Real* const* gradients =
       nullptr;  // [tensors] in torch's layout, [T, ...] of a task's own start; entries may be null
   Real* lr_gradient = nullptr;                // [lr.rows, lr.columns], or as lr.values

@@ -40,6 +40,7 @@ struct ParameterLayout {
           t = rules.packed_weight(layer);
           transposes = X::kTransposes && rules.kTransposesWeight;
         });
+        if (layer.steps > 0) t.outer = layer.steps;
         if (l > 0) t.place = places.take(t.scalars());
         if (transposes && (l > 0 || input_gradient))
           transposed[l] = transposed_places.take(transposed_scalars<X>(layer));
@@ -47,7 +48,8 @@ struct ParameterLayout {
       if (layer.bias >= 0) {
         PackedTensor& t = tensors[layer.bias];
         t = packed_vector<X>(layer.out.channels);
-        t.place = places.take(t.row);
+        if (layer.steps > 0) t.outer = layer.steps;
+        t.place = places.take(t.scalars());
       }
     }
     size_without_first = places.used;
@@ -132,6 +134,7 @@ struct TapeLayout {
 struct LayerTangents {
   Place ra;
   Place rz;  // where the activation has a curvature
+  Place rd;  // of the delta at z, where another layer reads it too
   Place kept[kMaxKept];
 };
 struct TangentLayout {
@@ -158,6 +161,10 @@ struct TangentLayout {
         static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
     ry = places.take(classes);
     rdy = places.take(classes);
+    for (int l = 0; l < network.layer_count; ++l) layers[l].rd = kNowhere;
+    for (int l = 0; l < network.layer_count; ++l)
+      if (const int other = network.layers[l].other_delta; other >= 0)
+        layers[other].rd = places.take(matrix_scalars<X>(rows, network.layers[other].out));
     size = places.used;
   }
 };
@@ -219,6 +226,24 @@ PYMETA_FN bool reads_rows_in_place(const Network& network, bool last_is_narrow) 
   return in_place;
 }
 
+// The batch normalisations' statistics of an item: for each layer and each row of statistics_rows() the sums of the means
+// and variances of its channels [2, stride], and of the steps that were made [kWidth].
+template <class X>
+struct StatisticsLayout {
+  std::size_t size = 0;
+
+  PYMETA_FN explicit StatisticsLayout(const Network& network) {
+    for (int l = 0; l < network.layer_count; ++l)
+      if (has_statistics(network.layers[l])) size += scalars(network.layers[l]);
+  }
+  PYMETA_FN static std::size_t row(const Layer& layer) {
+    return 2 * static_cast<std::size_t>(X::stride(layer.out.channels)) + kWidth;
+  }
+  PYMETA_FN static std::size_t scalars(const Layer& layer) {
+    return statistics_rows(layer) * row(layer);
+  }
+};
+
 // The whole workspace of a thread.
 template <class X>
 struct Workspace {
@@ -242,6 +267,7 @@ struct Workspace {
   Place start, start_transposed;  // the item's own start, where tasks have theirs
   Place theta, theta_transposed, gradients, states, best, saved;
   Place v, u, u_transposed, state_adjoints, pull, support, query, tangents;
+  Place statistics;  // sums over the steps, as StatisticsLayout has them
   Place order;       // int32 [kTasks kOrders, largest support set]: the shuffled rows of an epoch
   std::size_t size;  // scalars
   std::size_t size_far;
@@ -329,6 +355,7 @@ struct Workspace {
     own_rate_gradients =
         take_if(call.lr_gradient && (call.lr.per_task || call.task_clip > 0), lr_scalars(call));
     best = take_if(call.validation.x, parameters.size);
+    statistics = take_if(call.statistics, StatisticsLayout<X>(network).size);
     accumulated = take_if((call.wants_gradient() || call.job == Job::reptile) && X::kElement > 1,
                           parameters.size);
     saved = saves_steps ? places.take_far(of_a_step * kept) : kNowhere;

@@ -23,6 +23,7 @@
 //     tangent_backward(p, t, below)      rdx } along the direction u of the adapted parameters)
 //     tangent_gradient(p, t, weight, bias)   rgW, rgb
 //     work(layer, effort)                vector operations of one item, for the planner
+//     statistics(p, v)                   only of batch normalisations: mean and variance of the v-th vector of channels
 //
 // A new layer is one such file, a line in registry.h, its torch module in pymeta/spec, and a line in the tests.
 #pragma once
@@ -46,6 +47,8 @@ struct LayerPass {
   const Real* weight_transposed;
   Real* kept[kMaxKept];  // its own arrays on the tape
   const Real* d;
+  const Real* other_output = nullptr;  // of branches.h: what layer.other_output gave,
+  const Real* other_delta = nullptr;   // and the delta at layer.other_delta
 };
 
 // What a tangent pass gives it on top. Null: zero.
@@ -54,8 +57,10 @@ struct LayerTangent {
   const Real* weight;  // the direction u
   const Real* bias;
   const Real* weight_transposed;
-  Real* kept[kMaxKept];  // its own arrays in the tangent pass
-  const Real* rd;        // [rows, out]
+  Real* kept[kMaxKept];                // its own arrays in the tangent pass
+  const Real* rd;                      // [rows, out]
+  const Real* other_output = nullptr;  // the tangents of those of LayerPass
+  const Real* other_delta = nullptr;
 };
 
 // How much a call asks of a layer.
@@ -74,6 +79,12 @@ PYMETA_FN void pass_on(const Extent& extent, int features, const Real* from,
       emit(load(from + at), r, static_cast<int>(column / kWidth));
     });
   });
+}
+
+// What a parameter gets that a pass does not use.
+template <class X>
+PYMETA_FN void no_gradient(int features, const Sink& sink) {
+  X::sum_rows(Extent{0, nullptr, zero()}, features, sink, [](long, long) { return zero(); });
 }
 
 template <class X>

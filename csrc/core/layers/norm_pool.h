@@ -36,7 +36,7 @@ PYMETA_FN inline VecPair counted_pair(const Extent& extent, Vec first, Vec secon
 }
 
 // Its own arrays, one after the other. On a tape: the tap that won each window, or -1 behind a ReLU that is off; h there
-// [positions, rows, channels] each; mean, what it left over, and s [3, channels]. In a tangent pass: rh at the winners; the
+// [positions, rows, channels] each; mean, what it left over, s and the variance [4, channels]. In a tangent pass: rh at the winners; the
 // mean of rx, and q [2, channels].
 template <class X>
 struct NormPool {
@@ -48,7 +48,12 @@ struct NormPool {
   }
   PYMETA_FN static std::size_t kept_scalars(const Layer& layer, int rows, int i) {
     const std::size_t pooled = matrix_scalars<X>(rows, layer.out);
-    return i == 0 ? 2 * pooled : 3 * X::stride(layer.out.channels);
+    return i == 0 ? 2 * pooled : 4 * X::stride(layer.out.channels);
+  }
+  PYMETA_FN static Statistics statistics(const LayerPass& p, int v) {
+    const long row = X::stride(p.layer.out.channels);
+    const Real* kept = p.kept[1] + static_cast<long>(v) * kWidth;
+    return {load(kept) + load(kept + row), load(kept + 3 * row)};
   }
 
   PYMETA_FN PYMETA_NOINLINE static void forward(const LayerPass& p, const Destination& to) {
@@ -279,6 +284,7 @@ struct NormPool {
     store(kept, norm.mean);
     store(kept + s.row, norm.rest);
     store(kept + 2 * s.row, norm.inverse);
+    store(kept + 3 * s.row, variance);
     return norm;
   }
   PYMETA_FN static Norm recalled(const LayerPass& p, const Images& s, int v) {

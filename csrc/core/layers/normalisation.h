@@ -10,15 +10,21 @@
 
 namespace pymeta {
 
+// A vector of channels, or one for each inner step.
+inline Tensor channel_tensor(int channels, int steps) {
+  return {steps > 0 ? steps : 1, channels, steps > 0};
+}
+
 // (features, eps, gamma, beta)
 template <class Builder>
-void add_normalisation(Builder& builder, const double* arguments) {
+void add_normalisation(Builder& builder, const double* arguments, int steps = 0) {
   const int features = static_cast<int>(arguments[0]);
   const Shape shape = builder.shape(features);
   Layer& layer = builder.append(shape, shape);
   layer.eps = arguments[1];
-  if (arguments[2] != 0) layer.weight = builder.tensor({1, features, false});
-  if (arguments[3] != 0) layer.bias = builder.tensor({1, features, false});
+  layer.steps = steps;
+  if (arguments[2] != 0) layer.weight = builder.tensor(channel_tensor(features, steps));
+  if (arguments[3] != 0) layer.bias = builder.tensor(channel_tensor(features, steps));
 }
 
 }  // namespace pymeta
@@ -66,7 +72,13 @@ PYMETA_FN inline Vec norm_delta(Vec inverse, Vec e, Vec mean_e, Vec h, Vec mean_
   return inverse * (e - mean_e - h * mean_eh);
 }
 
-// Its own arrays: h [rows, features] and s [slices, kWidth] on a tape, rh and q in a tangent pass.
+// Statistics of a column, as batch normalisation measured them.
+struct Statistics {
+  Vec mean, variance;
+};
+
+// Its own arrays: h [rows, features] and s [slices, kWidth] on a tape, and over rows their means and variances behind s; rh
+// and q in a tangent pass.
 template <class X, bool kOverRows>
 struct Normalisation {
   static constexpr bool kTransposesWeight = false;
@@ -77,7 +89,14 @@ struct Normalisation {
   }
   PYMETA_FN static std::size_t kept_scalars(const Layer& layer, int rows, int i) {
     if (i == 0) return matrix_scalars<X>(rows, layer.out);
-    return static_cast<std::size_t>(kOverRows ? X::vectors(layer.out.channels) : rows) * kWidth;
+    return kOverRows ? 3 * static_cast<std::size_t>(X::stride(layer.out.channels))
+                     : static_cast<std::size_t>(rows) * kWidth;
+  }
+  // Of the v-th vector of channels.
+  PYMETA_FN static Statistics statistics(const LayerPass& p, int v) {
+    const long row = X::stride(p.layer.out.channels);
+    const Real* kept = p.kept[1] + static_cast<long>(v) * kWidth;
+    return {load(kept + row), load(kept + 2 * row)};
   }
 
   PYMETA_FN PYMETA_NOINLINE static void forward(const LayerPass& p, const Destination& to) {
@@ -95,6 +114,11 @@ struct Normalisation {
         const Vec variance = s.mean(slice, [&](int i) { return centred(i) * centred(i); });
         const Vec inverse = Real(1) / square_root(variance + eps);
         store(kept_inverse + static_cast<long>(slice) * kWidth, inverse);
+        if constexpr (kOverRows) {
+          Real* kept = kept_inverse + static_cast<long>(slice) * kWidth;
+          store(kept + X::stride(s.features), mean + rest);
+          store(kept + 2 * X::stride(s.features), variance);
+        }
         for (int i = 0; i < s.length(); ++i) {
           const Vec h = s.masked(centred(i) * inverse, slice, i);
           store(kept_h + s.at(slice, i), h);

@@ -3,7 +3,10 @@
 
 #include "../activations.h"
 #include "batch_norm.h"
+#include "branches.h"
 #include "convolution.h"
+#include "embedding.h"
+#include "fixed_norm.h"
 #include "group_norm.h"
 #include "layer_norm.h"
 #include "linear.h"
@@ -11,6 +14,7 @@
 #include "norm_pool.h"
 #include "pooling.h"
 #include "rearrangement.h"
+#include "scale_shift.h"
 
 // LAYER(kind, rules); the description is rulesSpec. The first is what a Layer is before it is told.
 #define PYMETA_LAYERS(LAYER)                \
@@ -28,9 +32,16 @@
   LAYER(global_avg_pool1d, GlobalAvgPool1d) \
   LAYER(global_avg_pool2d, GlobalAvgPool2d) \
   LAYER(batch_norm, BatchNorm)              \
+  LAYER(step_batch_norm, StepBatchNorm)     \
   LAYER(norm_pool, NormPool)                \
+  LAYER(fixed_norm, FixedNorm)              \
+  LAYER(scale_shift, ScaleShift)            \
   LAYER(group_norm, GroupNorm)              \
-  LAYER(layer_norm, LayerNorm)
+  LAYER(layer_norm, LayerNorm)              \
+  LAYER(fork, Fork)                         \
+  LAYER(turn, Turn)                         \
+  LAYER(join, Join)                         \
+  LAYER(embedding, Embedding)
 
 namespace pymeta {
 
@@ -65,6 +76,26 @@ PYMETA_MEMBER inline bool has_convolution(const Network& network) {
   return false;
 }
 
+// Is it a batch normalisation, whose statistics somebody may want to know?
+PYMETA_MEMBER inline bool has_statistics(const Layer& layer) {
+  return layer.kind == LayerKind::batch_norm || layer.kind == LayerKind::step_batch_norm ||
+         layer.kind == LayerKind::norm_pool;
+}
+// Of these, one after the other: for each inner step that has parameters of its own, else once, the means of the channels,
+// their variances, and a number above 0 where the task made such a step.
+PYMETA_MEMBER inline int statistics_rows(const Layer& layer) {
+  return layer.steps > 0 ? layer.steps : 1;
+}
+PYMETA_MEMBER inline std::int64_t statistics_scalars(const Network& network) {
+  std::int64_t scalars = 0;
+  for (int l = 0; l < network.layer_count; ++l) {
+    const Layer& layer = network.layers[l];
+    if (has_statistics(layer))
+      scalars += statistics_rows(layer) * (2 * static_cast<std::int64_t>(layer.out.channels) + 1);
+  }
+  return scalars;
+}
+
 // Does a row's output depend on the set's other rows alone (BatchNorm)? Then a set of one row is of no use.
 PYMETA_MEMBER inline bool mixes_rows(const Network& network) {
   bool mixes = false;
@@ -93,6 +124,25 @@ PYMETA_FN void with_layer(LayerKind kind, Visitor visit) {
     PYMETA_LAYERS(PYMETA_CASE)
 #undef PYMETA_CASE
   }
+}
+
+template <class Rules, class = void>
+struct MeasuresStatistics {
+  static constexpr bool value = false;
+};
+template <class Rules>
+struct MeasuresStatistics<Rules, decltype(void(&Rules::statistics))> {
+  static constexpr bool value = true;
+};
+
+// visit(v, mean and variance) of each vector of a batch normalisation's channels.
+template <class X, class Visitor>
+PYMETA_FN void with_statistics(const LayerPass& p, Visitor visit) {
+  with_layer<X>(p.layer.kind, [&](auto rules) {
+    if constexpr (MeasuresStatistics<decltype(rules)>::value)
+      X::for_indices(X::vectors(p.layer.out.channels),
+                     [&](int v) { visit(v, rules.statistics(p, v)); });
+  });
 }
 
 // A transposed weight: its size, and how it is made of the weight.

@@ -1,0 +1,13 @@
+"""Modules that torch lacks: plain torch by themselves, and native in pymeta's learners.
+
+PerStepBatchNorm    batch normalisation with statistics, scale and shift of each inner step
+Residual            x + f(x), with a projection of x where the shapes differ
+TabularInput        embeddings of columns of categories beside columns of numbers
+at_step             a block in which a model is at one inner step, for loops of your own
+"""
+
+from pymeta.nn.norm import PerStepBatchNorm, at_step
+from pymeta.nn.residual import Residual
+from pymeta.nn.tabular import TabularInput
+
+__all__ = ["PerStepBatchNorm", "Residual", "TabularInput", "at_step"]

@@ -1,0 +1,120 @@
+"""Running statistics of batch normalisation: which layers have some, and what a call adds to them.
+
+In train mode a layer normalises each set by the set's own statistics, and a call of a learner in
+which gradients are wanted moves the running ones as one training call of torch does,
+
+    running = (1 - momentum) running + momentum s
+
+(with momentum None the mean over all calls), where s is the mean over the tasks of each task's mean
+over its inner steps of the support set's mean and unbiased variance. A `PerStepBatchNorm` has rows
+for the steps, and each row gets the mean over the steps that use it. Query sets have no part in it,
+and a task without support rows has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from pymeta.nn.norm import PerStepBatchNorm
+
+Norms: TypeAlias = Sequence[nn.Module]
+
+
+def is_tracked(module: nn.Module) -> bool:
+    """Whether a call in the module's mode moves its running statistics."""
+    return (
+        isinstance(module, (_BatchNorm, PerStepBatchNorm))
+        and module.training
+        and module.running_mean is not None
+    )
+
+
+def any_tracked(modules: Iterable[nn.Module]) -> bool:
+    """Whether a call moves any running statistics."""
+    return any(map(is_tracked, modules))
+
+
+def _rows(module: nn.Module) -> int:
+    return module.steps if isinstance(module, PerStepBatchNorm) else 1
+
+
+def _channels(module: nn.Module) -> int:
+    assert isinstance(module, _NormBase)
+    return module.num_features
+
+
+def memory(modules: Norms, like: Tensor, tasks: int) -> Tensor | None:
+    """Room for the statistics of T tasks, of the kind of `like`; None where nobody wants any."""
+    return like.new_empty(tasks, width(modules)) if any_tracked(modules) and tasks > 0 else None
+
+
+def width(modules: Norms) -> int:
+    """How many numbers a task's statistics are."""
+    return sum(_rows(m) * (2 * _channels(m) + 1) for m in modules)
+
+
+def of_steps(modules: Norms, steps: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
+    """A task's statistics from those of its inner steps: of each step (mean, variance) of each.
+
+    Returns:
+        [width]: of each module and each of its rows the means, the variances, and how many steps
+        they are the mean of.
+    """
+    parts: list[Tensor] = []
+    for i, module in enumerate(modules):
+        rows, channels = _rows(module), _channels(module)
+        for row in range(rows):
+            own = [s[i] for k, s in enumerate(steps) if min(k, rows - 1) == row]
+            like = parts[0] if parts else (own[0][0] if own else torch.zeros(0))
+            if own:
+                parts += [torch.stack([pair[j] for pair in own]).mean(0) for j in (0, 1)]
+            else:
+                parts.append(like.new_zeros(2 * channels))
+            parts.append(parts[-1].new_full((1,), float(len(own))))
+    return torch.cat([p.detach() for p in parts])
+
+
+@torch.no_grad()
+def update(modules: Norms, statistics: Tensor) -> None:
+    """Move the running statistics of those modules that are tracked.
+
+    Args:
+        modules: batch normalisations.
+        statistics: [T, width(modules)], as `of_steps` has them.
+    """
+    at = 0
+    for module in modules:
+        rows, channels = _rows(module), _channels(module)
+        end = at + rows * (2 * channels + 1)
+        own = statistics[:, at:end].detach().reshape(len(statistics), rows, -1).double()
+        at = end
+        if is_tracked(module):
+            assert isinstance(module, _NormBase)
+            _update_one(module, own)
+
+
+def _update_one(module: _NormBase, own: Tensor) -> None:
+    """Of one module: own [T, rows, 2 channels + 1]."""
+    channels = module.num_features
+    made = own[..., -1:] > 0
+    tasks = made.sum(0)  # [rows, 1]
+    mean = torch.where(made, own[..., :-1], 0.0).sum(0) / tasks
+    calls = 1
+    if module.num_batches_tracked is not None:
+        each = _rows(module)  # a call in plain torch makes as many in a loop
+        module.num_batches_tracked.add_(each)
+        calls = int(module.num_batches_tracked) // each if module.momentum is None else 1
+    momentum = 1.0 / max(calls, 1) if module.momentum is None else module.momentum
+    for buffer, new in (
+        (module.running_mean, mean[:, :channels]),
+        (module.running_var, mean[:, channels:]),
+    ):
+        assert buffer is not None
+        old = buffer.double().reshape(len(new), channels)
+        moved = torch.where(tasks > 0, old + momentum * (new - old), old)
+        buffer.copy_(moved.reshape(buffer.shape))
