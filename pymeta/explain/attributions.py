@@ -141,7 +141,7 @@ def integrated_gradients(
         away = rows.values[:, None] - starts.at(which[some])
         at = starts.at(which[some]) + _wide(points[0][some], away) * away
         found = _along(models.gradients, at, rows, flows)
-        values += (found * _wide(points[1][some], away) * away).sum(1)
+        _add_each(found * _wide(points[1][some], away) * away, values)
     base = _baseline_outputs(models, starts, rows, flows)
     kind = rows.values.dtype
     return Attributions(
@@ -221,7 +221,7 @@ def _baseline_outputs(
         given = starts.at(every[some])
         at = np.broadcast_to(given, (len(rows.values), *given.shape[1:]))
         outputs = _along(lambda v, sizes, _: models.predict(v, sizes), at, rows, flows)
-        total += (outputs * flows[:, None]).sum((1, 2))
+        _add_each((outputs * flows[:, None]).sum(2), total)
     return total / starts.each
 
 
@@ -234,6 +234,12 @@ def _along(ask: Any, at: np.ndarray, rows: Packed, flows: np.ndarray) -> np.ndar
     values = np.require(at, requirements=["C", "W"]).reshape(count * points, *rows.row)
     found: np.ndarray = ask(values, rows.sizes * points, np.repeat(flows, points, 0))
     return found.reshape(count, points, *found.shape[1:])
+
+
+def _add_each(parts: np.ndarray, to: np.ndarray) -> None:
+    """Add parts [N, points, ...] to [N, ...], point after point: in any chunks the same bits."""
+    for point in range(parts.shape[1]):
+        to += parts[:, point]
 
 
 def _chunks(points: int, numbers: int) -> Iterator[slice]:
