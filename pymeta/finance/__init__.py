@@ -16,6 +16,7 @@ need("sklearn", "pymeta.finance", "finance")
 from pymeta.finance.deployed import Deployed  # noqa: E402
 from pymeta.finance.double_adapt import DoubleAdapt  # noqa: E402
 from pymeta.finance.hedge_ratios import HedgeRatios  # noqa: E402
+from pymeta.finance.jobs.allocation import allocation  # noqa: E402
 from pymeta.finance.jobs.betas import betas, betas_panel  # noqa: E402
 from pymeta.finance.jobs.credit import credit  # noqa: E402
 from pymeta.finance.jobs.fraud import fraud, fraud_panel  # noqa: E402
@@ -35,6 +36,7 @@ __all__ = [
     "Remainder",
     "Result",
     "Walking",
+    "allocation",
     "betas",
     "betas_panel",
     "credit",

@@ -24,6 +24,7 @@ class Job(NamedTuple):
 
 
 JOBS = {
+    "allocation": Job("pymeta.finance.jobs.allocation:allocation", "how much of each asset"),
     "betas": Job("pymeta.finance.jobs.betas:betas", "betas of stocks from few days"),
     "credit": Job("pymeta.finance.jobs.credit:credit", "defaults by segment"),
     "fraud": Job("pymeta.finance.jobs.fraud:fraud", "new patterns of which a few cases are known"),
