@@ -3,6 +3,10 @@
 They are called as MAML is: `out = learner(xs, ys, xq, yq)`, `learner.adapt(xs, ys)(xq)`.
 """
 
+from pymeta.spec.optional import need
+
+need("torch", "pymeta.learners", "torch")
+
 from pymeta.learners.base import AdaptedTasks, EncodedLearner, Outcome
 from pymeta.learners.bayesian import BayesianHead
 from pymeta.learners.encoded import EncodedMAML, EncodedTasks

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pymeta.algorithms.outcome import told_outcome
 from pymeta.learners.rows import Flat, flat, shaped
 from pymeta.learners.sets import row_set
 from pymeta.spec.losses import Loss, describe_loss
@@ -51,6 +52,10 @@ class Outcome(NamedTuple):
     task_losses: Tensor | None
     predictions: Tensor | list[Tensor]
     variances: Tensor | list[Tensor] | None = None
+
+    def __repr__(self) -> str:
+        """The losses in figures, the rest as shapes."""
+        return told_outcome(self)
 
 
 def row_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:

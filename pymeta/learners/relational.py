@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta.algorithms.maml import MAML
+from pymeta.algorithms.outcome import told_outcome
 from pymeta.learners.rows import Flat, flat
 from pymeta.learners.sets import row_set, targets_as_columns
 from pymeta.learners.starts import adapted
@@ -48,6 +49,10 @@ class RelationalOutcome(NamedTuple):
     task_losses: Tensor
     predictions: Tensor | list[Tensor]
     relations: Tensor
+
+    def __repr__(self) -> str:
+        """The losses in figures, the rest as shapes."""
+        return told_outcome(self)
 
 
 def _count(name: str, value: Any) -> int:

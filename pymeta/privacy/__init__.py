@@ -10,6 +10,10 @@
 Needs torch, and for epsilon `dp-accounting` (extra `privacy`).
 """
 
+from pymeta.spec.optional import need
+
+need("torch", "pymeta.privacy", "torch")
+
 from pymeta.privacy.accounting import epsilon, noise_multiplier_for
 from pymeta.privacy.training import PrivateTraining
 

@@ -21,6 +21,10 @@ Inputs should be standardised: the networks start as PyTorch's layers do, and th
 meant for inputs of unit size. torch is imported by `fit` and `adapt`, pandas never.
 """
 
+from pymeta.spec.optional import need
+
+need("sklearn", "pymeta.sklearn", "sklearn")
+
 from pymeta.sklearn.classifier import MetaClassifier
 from pymeta.sklearn.methods import METHODS
 from pymeta.sklearn.regressor import MetaRegressor

@@ -201,3 +201,20 @@ def test_a_torch_that_is_too_old_is_named():
     done = run(f"{fake}import pymeta\npymeta.MAML")
     assert "ImportError: pymeta.MAML needs torch >= 2." in done.stderr
     assert "found 2.3.1+cpu: pip install --upgrade torch" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["learners", "privacy"])
+def test_a_package_that_needs_torch_says_so(name):
+    done = run(f"import pymeta.{name}")
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"ImportError: pymeta.{name} needs torch, which is not installed: "
+        "pip install 'pymeta-kernels[torch]'"
+    )
+
+
+def test_the_estimators_without_scikit_learn_say_so():
+    done = run("sys.modules['sklearn'] = None\nimport pymeta.sklearn")
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ImportError: pymeta.sklearn needs sklearn, which is not installed: "
+        "pip install 'pymeta-kernels[sklearn]'"
+    )

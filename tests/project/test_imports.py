@@ -30,7 +30,7 @@ ALLOWED = {
     "finance": {"tasks", "data", "metrics", "learners"},  # and MAML by its public name
     "sklearn": {"spec", "tasks", "models", "learners"},  # and MAML etc. by their public names
     "explain": {"spec", "tasks", "functional", "models"},
-    "privacy": {"tasks", "algorithms", "learners"},
+    "privacy": {"spec", "tasks", "algorithms", "learners"},
     "serve": {"spec", "tasks", "models", "explain"},  # and the learners by their public names
 }
 FREE = {

@@ -60,6 +60,19 @@ def test_what_reptile_returns():
     assert re.match(r"ReptileOutcome\(loss=[\d.]+; task_losses=\[5\] [\d.]+\.\.", repr(out))
 
 
+def test_what_other_learners_return():
+    from pymeta.learners import ProtoNet, RelationalMAML
+
+    labels = torch.arange(6).remainder(2).repeat(5, 1)
+    proto = ProtoNet(nn.Linear(2, 4))(X, labels, X, labels)
+    assert re.match(
+        r"Outcome\(loss=[\d.]+; task_losses=\[5\] .*; predictions=\[5, 6, ", repr(proto)
+    )
+    sizes = {"features": 2, "targets": 1}
+    related = RelationalMAML(net(), loss="mse", lr=0.1, steps=1, **sizes)(X, Y, X, Y)
+    assert re.match(r"RelationalOutcome\(loss=.*; relations=\[5, \d+\]\)", repr(related))
+
+
 def test_models_and_their_history():
     tune = pymeta.FineTune(net(), loss="mse", lr=0.1, epochs=4, validation=0.34, freeze=["0.*"])
     models = tune(X, Y, curves=True)
