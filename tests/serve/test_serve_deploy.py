@@ -35,6 +35,19 @@ def test_the_image_starts_what_there_is():
     assert options.token_file is not None  # it listens beyond loopback
 
 
+def test_an_image_is_sent_what_it_is_built_from_and_no_more():
+    root = DEPLOY.parent
+    lines = (root / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    sent = {rule[1:] for rule in rules if rule.startswith("!")}
+    listed = re.search(
+        r"^sdist.include = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.M | re.S
+    )
+    of_source = set(re.findall(r'"/([^"]+)"', listed[1]))
+    assert rules[0] == "*" and of_source - sent == {"CHANGELOG.md", "tests"}
+    assert sent - of_source == {"dist"}  # of wheels that are there already
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_demonstration(tmp_path):
     pytest.importorskip("torch")
