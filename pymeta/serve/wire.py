@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,29 +102,62 @@ def read_tasks(kind: str, body: bytes, model: Model, limits: Limits) -> Tasks:
     ys: list[Any] = []
     weights: list[Any] = []
     xq: list[Any] = []
-    offsets: tuple[list[Any], list[Any]] = [], []
     for i, task in enumerate(given):
         place = f"tasks.{i}"
         x, y, w = support(task, place, model, limits, stored=False)
-        q = queries(task, place, model, limits)
-        for part, value in zip((xs, ys, weights, xq), (x, y, w, q), strict=True):
-            part.append(value)
-        of_task = (("offset", task.offset, x), ("query_offset", task.query_offset, q))
-        for part, (name, value, rows) in zip(offsets, of_task, strict=True):
-            field = f"{place}.{name}"
-            part.append(None if value is None else model.offset(field, value, len(rows)))
-    out, number = (model.adapter.out_features,), model.adapter.dtype
-    if any(y.ndim == 2 for y in ys):  # a task without rows has targets of any kind
-        ys = [y if len(y) else np.zeros((0, *_wide(ys)), number) for y in ys]
-    _check_alike("ys", ys)
-    _check_alike("weights", weights)
+        xs.append(x)
+        ys.append(y)
+        weights.append(w)
+        xq.append(queries(task, place, model, limits))
+    if model.adapter.loss.takes_classes:
+        ys = _of_one_kind(ys, model)
     return Tasks(
-        xs, ys,
-        _all_or_none(weights, xs, lambda rows: np.ones(rows, number)),
+        xs,
+        ys,
+        _weights(weights, xs, model),
         xq,
-        _all_or_none(offsets[0], xs, lambda rows: np.zeros((rows, *out), number)),
-        _all_or_none(offsets[1], xq, lambda rows: np.zeros((rows, *out), number)),
-    )  # fmt: skip
+        _offsets("offset", given, xs, model),
+        _offsets("query_offset", given, xq, model),
+    )
+
+
+def _of_one_kind(ys: list[np.ndarray], model: Model) -> list[np.ndarray]:
+    """A request's targets are all labels or all probabilities; none of no rows are of any kind."""
+    soft = next((y for y in ys if y.ndim == 2), None)
+    if soft is not None:
+        nothing = np.zeros((0, soft.shape[1]), model.adapter.dtype)
+        ys = [y if len(y) else nothing for y in ys]
+        _check_alike("ys", ys)
+    return ys
+
+
+def _weights(weights: list[Any], xs: list[np.ndarray], model: Model) -> list[np.ndarray] | None:
+    """A request's weights: none at all, or ones where a task has none."""
+    there = next((w for w in weights if w is not None), None)
+    if there is None:
+        return None
+    _check_alike("weights", weights)
+    columns, dtype = there.shape[1:], model.adapter.dtype
+    return [
+        np.ones((len(x), *columns), dtype) if w is None else w
+        for w, x in zip(weights, xs, strict=True)
+    ]
+
+
+def _offsets(
+    name: str, given: Sequence[Any], rows: list[np.ndarray], model: Model
+) -> list[np.ndarray] | None:
+    """A request's offsets of one side: none at all, or zeros where a task has none."""
+    values = [getattr(task, name) for task in given]
+    if all(value is None for value in values):
+        return None
+    out, dtype = model.adapter.out_features, model.adapter.dtype
+    return [
+        np.zeros((len(x), out), dtype)
+        if value is None
+        else model.offset(f"tasks.{i}.{name}", value, len(x))
+        for i, (value, x) in enumerate(zip(values, rows, strict=True))
+    ]
 
 
 def support(
@@ -181,10 +214,6 @@ def _check_rows(name: str, rows: Any, limits: Limits) -> None:
         raise invalid(name, f"expected at most {limits.rows} rows, got {len(rows)}")
 
 
-def _wide(ys: list[np.ndarray]) -> tuple[int, ...]:
-    return next(y.shape[1:] for y in ys if y.ndim == 2)
-
-
 def _check_alike(name: str, parts: list[Any]) -> None:
     """A Problem where tasks of one request have targets or weights of different kinds."""
     axes = [(i, part.ndim) for i, part in enumerate(parts) if part is not None]
@@ -195,26 +224,6 @@ def _check_alike(name: str, parts: list[Any]) -> None:
             f"expected {axes[0][1]} axes as tasks.{axes[0][0]} has: a request's tasks have labels "
             f"or probabilities, and weights of rows or of targets",
         )
-
-
-def _all_or_none(
-    parts: list[Any], rows: list[np.ndarray], nothing: Callable[[int], np.ndarray]
-) -> Any:
-    """What some of a request's tasks have: None, or with `nothing` where one lacks it.
-
-    Weights of single targets are 1 where a task has none.
-    """
-    there = [part for part in parts if part is not None]
-    if not there:
-        return None
-    found = []
-    for part, x in zip(parts, rows, strict=True):
-        if part is None:
-            part = nothing(len(x))
-            if there[0].ndim > part.ndim:
-                part = np.broadcast_to(part[:, None], (len(x), there[0].shape[1])).copy()
-        found.append(part)
-    return found
 
 
 class _Record:
