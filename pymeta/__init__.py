@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pymeta.models.arrays import AdaptedArrays
     from pymeta.native import free_memory, num_threads, set_num_threads
     from pymeta.spec.history import History
+    from pymeta.spec.implicit import Implicit
     from pymeta.spec.losses import QuantileLoss, StudentTNLLLoss
     from pymeta.spec.optimizers import SGD, Adam, LearnableLR, RMSprop
     from pymeta.spec.schedule import Schedule
@@ -34,6 +35,7 @@ _HOMES = {
     "AdaptedArrays": "models.arrays",
     "Adapter": "models.adapter",
     "History": "spec.history",
+    "Implicit": "spec.implicit",
     "QuantileLoss": "spec.losses",
     "StudentTNLLLoss": "spec.losses",
     "SGD": "spec.optimizers",
@@ -55,6 +57,7 @@ __all__ = [
     "Adapter",
     "FineTune",
     "History",
+    "Implicit",
     "LearnableLR",
     "Outcome",
     "QuantileLoss",

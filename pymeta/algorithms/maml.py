@@ -11,7 +11,7 @@ value, so that, after a first one, they can be captured in a `torch.cuda.CUDAGra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import reference
+from pymeta.algorithms import implicitly
 from pymeta.algorithms.learner import Learner, NativeCall, Weights
 from pymeta.algorithms.outcome import Outcome
 from pymeta.algorithms.settings import Checks, checks_of
@@ -38,10 +39,11 @@ from pymeta.functional.own import (
     start_of,
     step_weights_of,
 )
+from pymeta.spec.implicit import Implicit, check_implicit
 from pymeta.spec.inner import InnerLoop
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
-from pymeta.spec.settings import check_query_loss
+from pymeta.spec.settings import check_query_loss, one_optimizer
 from pymeta.tasks.task_set import (
     QUERY,
     SUPPORT,
@@ -84,6 +86,8 @@ class MAML(Learner):
             a learnable lr together, before the mean over tasks is taken; None for any. For
             robustness, and for differential privacy (Abadi et al. 2016, of tasks in place of
             rows).
+        implicit: a `pymeta.Implicit`: the inner loop is pulled to its start by that strength, and
+            the meta-gradient is that of its minimum (iMAML), whatever the number of steps.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
 
@@ -96,6 +100,10 @@ class MAML(Learner):
         "steps", "first_order", "task_clip", query_loss=lambda self, value: check_query_loss(value)
     )
     _of_the_plan: ClassVar[frozenset[str]] = Learner._of_the_plan | {"query_loss"}
+    _fixed: ClassVar[Mapping[str, str]] = {
+        **Learner._fixed,
+        "implicit": "make a new learner for another one",
+    }
 
     def __init__(
         self,
@@ -111,8 +119,13 @@ class MAML(Learner):
         anchor: float = 0.0,
         anchor_rows: float | None = None,
         task_clip: float | None = None,
+        implicit: Implicit | None = None,
         backend: str = "auto",
     ) -> None:
+        rule = one_optimizer(lr, optimizer, learnable=True)
+        alone = {"first_order": first_order, "task_clip": task_clip}
+        pull = {"anchor": anchor, "anchor_rows": anchor_rows}
+        implicit = check_implicit(implicit, rule, **alone, **pull)
         super().__init__(
             model,
             loss=loss,
@@ -120,10 +133,11 @@ class MAML(Learner):
             optimizer=optimizer,
             adapt=adapt,
             backend=backend,
-            anchor=anchor,
+            anchor=anchor if implicit is None else implicit.strength,
             anchor_rows=anchor_rows,
             learns_lr=True,
         )
+        self._implicit = implicit
         self.steps = steps
         self.first_order = first_order
         self.query_loss = query_loss
@@ -251,7 +265,10 @@ class MAML(Learner):
         query = self._queries(sides, query_offset, step_weights, plan)
         check_same_tasks(support, query)
         how = self._own(plan, support.tasks, steps, anchor, start, lr, step_weights)
-        reason = self._reason(plan, support, query) or how.reason
+        reason = self._reason(plan, support, query)
+        if self._implicit is not None:
+            return implicitly.outcome(self, plan, parameters, steps, support, query, how, reason)
+        reason = reason or how.reason
         if reason is not None:
             return self._in_torch(plan, parameters, steps, support, query, reason, how)
         operands = how.operands(plan, parameters)
@@ -393,7 +410,10 @@ class MAML(Learner):
         support = task_set(SUPPORT, *sides, plan.expected, offset)
         how = self._own(plan, support.tasks, steps, **own)
         inner = self._inner(plan, Schedule(steps), self.first_order)
-        reason = self._reason(plan, support) or how.reason
+        reason = self._reason(plan, support)
+        if self._implicit is not None:
+            return implicitly.adapted(self, plan, parameters, steps, support, how, reason, 4)
+        reason = reason or how.reason
         if reason is None:
             rates = inner.lr if how.rates is None else how.rates
             recipe = how.recipe(self, steps)
@@ -409,6 +429,16 @@ class MAML(Learner):
             start=how.start, anchors=how.anchors, rates=how.rates,
         )  # fmt: skip
         return {name: done.parameters[name] for name in plan.adapted}
+
+    def extra_repr(self) -> str:
+        """What `repr` shows besides the model."""
+        text = super().extra_repr()
+        return text if self._implicit is None else f"{text}, implicit={self._implicit}"
+
+    @property
+    def implicit(self) -> Implicit | None:
+        """How the implicit meta-gradient is found; None where the steps are gone back through."""
+        return self._implicit
 
     @property
     def schedule(self) -> Schedule:
@@ -463,6 +493,7 @@ class MAML(Learner):
     def _forget(self) -> None:
         super()._forget()
         self._prepared = {}
+        self._plan_of_step: Plan | None = None  # `implicitly` makes it
 
     def _last_call(self, plan: Plan) -> NativeCall | None:
         if plan.last is None:  # what the calls leave, but not `adapt`
@@ -482,7 +513,7 @@ class MAML(Learner):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
-        return {**super().__getstate__(), "_prepared": {}, "_handle": None}
+        return {**super().__getstate__(), "_prepared": {}, "_handle": None, "_plan_of_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""

@@ -13,7 +13,7 @@ The same code serves CUDA tensors. What differs for them is in `device.py`; here
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, cast
 
@@ -380,7 +380,20 @@ class PreparedCall:
         return Extras(self._lr, xs, xq, ys, yq, None, None)
 
 
+CHANGED = (
+    "a parameter or an input was changed in place after the call whose predictions, losses or "
+    "adapted parameters are differentiated now; the inner steps have to be made again with what it "
+    "was. Go backward first, then change it"
+)
 _version = attrgetter("_version")
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int] | None:
+    """By which a later change in place is found out; None where a tensor has none."""
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:  # a tensor of inference mode
+        return None
 
 
 class Made:
@@ -396,11 +409,7 @@ class Made:
         self.versions = self._versions()
 
     def _versions(self) -> list[int] | None:
-        """By which a later change in place is found out; None where a tensor has none."""
-        try:
-            return [*map(_version, self.parameters), *map(_version, self.call.given(self.extras))]
-        except RuntimeError:  # a tensor of inference mode
-            return None
+        return versions_of((*self.parameters, *self.call.given(self.extras)))
 
     def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """From the gradients of the results: loss, losses, predictions, or predictions alone."""
@@ -433,11 +442,7 @@ class Made:
                 'use backend="torch"'
             ) from None
         if self._versions() != self.versions:
-            raise RuntimeError(
-                "a parameter or an input was changed in place after the call whose predictions, "
-                "losses or adapted parameters are differentiated now; the inner steps have to be "
-                "made again with what it was. Go backward first, then change it"
-            )
+            raise RuntimeError(CHANGED)
         return self.call.vjp(self.parameters, self.extras, losses, predictions, adapted)
 
 

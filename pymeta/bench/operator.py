@@ -5,6 +5,8 @@ built-in loss in the same run: a cotangent of the predictions (without query tar
 losses, gradients by targets and by row weights, a loss after each step, and `accumulate_grad`,
 which leaves autograd out. They take turns, and a low quantile of each is taken. Before the clock
 starts every gradient is compared with that of the torch backend in float64.
+
+A second table has implicit MAML against unrolled steps (`implicit.py`).
 """
 
 from __future__ import annotations
@@ -171,6 +173,10 @@ def main() -> None:
         print(f"{name}: {base:.0f} us", flush=True)
     head = ["case, one thread", "built-in loss, us", *list(rows[next(iter(rows))])[1:], "error"]
     report.write_one(options.out, "Gradients of the operator", __doc__, head, body, rows)
+
+    from pymeta.bench import implicit
+
+    implicit.write(options.out, options.seconds)
 
 
 if __name__ == "__main__":

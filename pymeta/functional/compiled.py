@@ -182,9 +182,10 @@ def _eagerly(maml: Any, data: tuple[Any, ...], options: dict[str, Any]) -> Any:
 def forward(maml: Any, data: tuple[Any, Any, Any, Any], options: dict[str, Any]) -> Any:
     """`MAML.forward` while torch.compile traces; what goes into an `Outcome`."""
     xs, ys, xq, yq = data
-    own = options["start"] or {}
+    own: Any = options["start"] or {}
     named = dict(maml.model.named_parameters())
-    if isinstance(own, Mapping) and all(name in named for name in own):
+    known = isinstance(own, Mapping) and all(name in named for name in own)
+    if known and maml.implicit is None:
         support = (xs, ys, *(options[f"support_{n}"] for n in ("sizes", "weights", "offset")))
         query = (xq, yq, *(options[f"query_{n}"] for n in ("sizes", "weights", "offset")))
         steps = options["steps"]

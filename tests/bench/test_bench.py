@@ -305,6 +305,22 @@ def test_the_operators_ways_are_verified(monkeypatch):
         operator.check(ways)
 
 
+def test_implicit_gradients_are_verified_and_their_memory_is_flat(monkeypatch):
+    from pymeta.bench import implicit, operator
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(implicit, "CASES", ("tiny",))
+    monkeypatch.setitem(implicit.SHAPES, "tiny", operator.Shape((2, 6, 1), 3, 4, 5, 2))
+    rows, lines = implicit.curve(0.01)
+    assert len(rows) == len(lines) == len(implicit.UNROLLED) + len(implicit.IMPLICIT_STEPS)
+    work = {name: row["workspace_bytes"] for name, row in rows.items()}
+    assert len({v for n, v in work.items() if "implicit" in n}) == 1
+    assert len({v for n, v in work.items() if "unrolled" in n}) == len(implicit.UNROLLED)
+    monkeypatch.setattr(implicit, "TOLERANCE", 1e-12)
+    with pytest.raises(AssertionError, match="off by"):
+        implicit.curve(0.01)
+
+
 def test_quick_begins_no_case_when_it_is_late(local, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "QUICK_START", 0.0)
     status, found = run_in_process(tmp_path, "--quick", "--only", "pymeta")
