@@ -30,8 +30,18 @@ if TYPE_CHECKING:
     from pymeta.algorithms.maml import MAML
 
 
-def _check(maml: MAML, own: Own) -> None:
+def _check(maml: MAML, plan: Plan, own: Own) -> None:
     """ValueError where a setting or an argument has no meaning for implicit gradients."""
+    if plan.least_steps:
+        raise ValueError(
+            "model: expected no PerStepBatchNorm with implicit: its loss is another one at each "
+            "step, so that there is no one minimum"
+        )
+    if plan.norms:
+        raise ValueError(
+            "model: expected no batch normalisation that tracks running statistics with implicit, "
+            "whose calls do not move them: make it with track_running_stats=False, or .eval()"
+        )
     alone = {"first_order": maml.first_order, "task_clip": maml.task_clip}
     check_implicit(maml.implicit, maml.optimizer, **alone)
     if own.step_weights is not None:
@@ -54,7 +64,7 @@ def _plan_of_step(maml: MAML, plan: Plan) -> Plan:
     if found is None:
         found = Plan(
             maml.model, maml.loss, plan.adapted, "network", SGD(1.0),
-            query_loss=maml.query_loss, row_shape=plan.row_shape,
+            query_loss=maml.query_loss, row_shape=plan.row_shape, tracks=False,
         )  # fmt: skip
         maml._plan_of_step = found
     return found
@@ -74,7 +84,7 @@ def adapted(
 
     `reason` says why torch runs the call; a warning of that is for `frames` calls up from here.
     """
-    _check(maml, own)
+    _check(maml, plan, own)
     if reason is not None:
         maml._to_torch(plan, reason, frames, support)
     anchors = None if own.anchors is None else own.anchors.detach()

@@ -238,18 +238,11 @@ class MAML(Learner):
         )
         if torch.compiler.is_compiling():
             options = {
-                "steps": steps,
-                "support_sizes": support_sizes,
-                "query_sizes": query_sizes,
-                "support_weights": support_weights,
-                "query_weights": query_weights,
-                "support_offset": support_offset,
-                "query_offset": query_offset,
-                "anchor": anchor,
-                "start": start,
-                "lr": lr,
-                "step_weights": step_weights,
-            }
+                "steps": steps, "support_sizes": support_sizes, "query_sizes": query_sizes,
+                "support_weights": support_weights, "query_weights": query_weights,
+                "support_offset": support_offset, "query_offset": query_offset, "anchor": anchor,
+                "start": start, "lr": lr, "step_weights": step_weights,
+            }  # fmt: skip
             return Outcome(*compiled.forward(self, (xs, ys, xq, yq), options))
         if plain:
             before = self._prepared.get(torch.is_grad_enabled())

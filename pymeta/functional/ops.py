@@ -142,7 +142,10 @@ def _ready(i: Inputs) -> _Ready:
         side = (i.xq, i.yq, i.query_weights, i.query_offset)  # type: ignore[assignment]
         query = _side(names, plan, side, i.query_sizes, i.how[1])
         check_same_tasks(support, query)
-    named = dict(zip(plan.names, i.parameters, strict=True))
+    # running statistics are the module's own, as they are now
+    there = dict(zip(plan.names, plan.parameters, strict=True))
+    learned = [n for n in plan.names if n not in plan.constants]
+    named = {**there, **dict(zip(learned, i.parameters, strict=True))}
     per_task = i.how[2]
     own = Own(
         anchors_of(i.anchor, support.tasks, plan),
@@ -151,9 +154,8 @@ def _ready(i: Inputs) -> _Ready:
         step_weights_of(i.step_weights, i.steps, plan),
     )
     reason = plan.reason or support.reason or (None if query is None else query.reason)
-    shared = [p for n, p in named.items() if n not in i.own]
-    like = [p for n, p in zip(plan.names, plan.parameters, strict=True) if n not in i.own]
-    if [(p.shape, p.dtype) for p in shared] != [(p.shape, p.dtype) for p in like]:
+    like = {n: (p.shape, p.dtype) for n, p in there.items() if n not in i.own}
+    if {n: (named[n].shape, named[n].dtype) for n in like} != like:
         reason = "its parameters have other shapes or dtypes"
     if reason is not None:
         raise RuntimeError(f"the model is not what was compiled: {reason}")
@@ -163,9 +165,10 @@ def _ready(i: Inputs) -> _Ready:
     recipe = own.recipe(owner, i.steps)
     if not i.how[3]:
         recipe = recipe._replace(task_clip=0.0)
-    trains = i.wanted[: len(i.parameters)]
+    trained = dict(zip(learned, i.wanted, strict=False))
+    trains = [trained.get(name, False) for name in plan.names]
     wanted = cast(Wanted, (any(trains), *i.wanted[len(i.parameters) :]))
-    operands = own.operands(plan, [dense(p) for p in i.parameters])
+    operands = own.operands(plan, [dense(p) for p in named.values()])
     call, extras = prepare(plan, recipe, operands, rates, support, query, wanted, trains)
     return _Ready(owner, plan, call, operands, extras, own, support, query)
 

@@ -373,7 +373,7 @@ class Tensors:
     ) -> tuple[Results | None, dict[str, Any]]:
         named = {"lr" if name == "rates" else name for name in wrt}
         wanted = cast(Wanted, ("parameters" in wrt, *(name in named for name in EXTRAS)))
-        trains = [wanted[0]] * len(ready.parameters)
+        trains = [wanted[0] and n not in ready.plan.constants for n in ready.plan.names]
         call, extras = self._prepared(ready, flows is None, wanted, trains)
         operands, results = ready.operands, None
         extras = type(extras)(*(None if e is None else e.detach() for e in extras))
@@ -396,7 +396,7 @@ class Tensors:
             tensors = call.vjp(operands, extras, flows.task_losses, predictions, into)
         rest, found = iter(tensors), {}
         if wanted[0]:
-            found = {key_of(name): next(rest) for name in ready.plan.names}
+            found = {key_of(name): next(rest) for name in self._operator.shapes}
         for name, is_wanted in zip(EXTRAS, wanted[1:], strict=True):
             if is_wanted:
                 given = "rates" if name == "lr" and "rates" in wrt else name

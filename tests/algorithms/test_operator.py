@@ -225,6 +225,35 @@ def test_a_second_derivative_is_refused(output):
         torch.autograd.grad(first[0].sum(), list(net.parameters()), allow_unused=True)
 
 
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_gradgradcheck_is_refused_for_every_input(output):
+    """Nobody gets a wrong second derivative: by any input, there is none, in words."""
+    net, (xs, ys, xq, yq), (ws, wq), start, rates = small()
+    inputs = {"xs": xs, "ys": ys, "support_weights": ws, "lr": rates, "start": start["0.weight"]}
+    if output != "adapted":
+        inputs["xq"] = xq
+    if output not in ("adapted", "predictions"):
+        inputs |= {"yq": yq, "query_weights": wq}
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")
+
+    def call(name):
+        def run(value):
+            given = {**inputs, name: value}
+            given["start"] = {"0.weight": given["start"]}
+            if output == "adapted":
+                return tuple(module.adapt(**given, create_graph=True).values())
+            if output == "predictions":
+                return module(**given).predictions
+            return getattr(module(**given), output)
+
+        return run
+
+    for name, value in inputs.items():
+        leaf = value.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.gradgradcheck(call(name), [leaf])
+
+
 # ---- closed forms -------------------------------------------------------------------------------
 
 

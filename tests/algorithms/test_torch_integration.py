@@ -1,5 +1,7 @@
 """MAML inside torch: optimisers, clipping, encoders below it, torch.compile, gradcheck."""
 
+import copy
+
 import pytest
 import torch
 from helpers import LOSSES, assert_close, batch, gradients, mlp
@@ -216,6 +218,26 @@ def test_compile_goes_back_natively_only_where_something_flows(monkeypatch):
     assert calls == []
     (out.predictions.sum() + out.task_losses.sum()).backward()
     assert calls == [1]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_compile_running_statistics(train):
+    """Those that are used are constants, and those that are tracked move as in an eager call."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        net[1].running_mean.normal_()
+        net[1].running_var.uniform_(0.5, 2)
+    net.train(train)
+    before = net[1].running_mean.clone()
+    other = copy.deepcopy(net)
+    compiled_agrees(make(net), *batch())
+    assert torch.equal(net[1].running_mean, before) != train
+    compiled, data = torch.compile(make(other), fullgraph=True, backend="aot_eager"), batch()
+    moved = copy.deepcopy(other)
+    compiled(*data)
+    make(moved)(*data)
+    assert_close([other[1].running_mean, other[1].running_var],
+                 [moved[1].running_mean, moved[1].running_var])  # fmt: skip
 
 
 def test_compile_a_ragged_call():

@@ -9,6 +9,7 @@ import torch
 from cases import Problem, cases
 from helpers import assert_close, batch, mlp, targets
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernels import OPTIMIZERS, PROFILE, same_bits
 from torch import nn
 
@@ -102,6 +103,41 @@ def test_random_calls_have_the_learners_bits(case):
         adapt_options = {n: v for n, v in o.items() if not n.startswith("query")}
         adapted = F.adapt(operator, p, *d[:2], rates=convert(rates), **adapt_options)
         equal(adapted, wanted["adapted"])
+
+
+@settings(PROFILE, max_examples=25)
+@given(cases(tasks=(1, 3, 17), beside=True), st.sampled_from(["predictions", "adapted"]))
+def test_random_products_have_autograds_bits(case, flows):
+    """Without a graph, by tensors and by arrays: what autograd finds through the same functions."""
+    problem = Problem(case)
+    module = problem.module(torch.float32)
+    operator = as_operator(problem, module)
+    parameters = {n.removeprefix("model."): p.detach() for n, p in module.named_parameters()}
+    rates = parameters.pop("lr", None)
+    if case.seed % 2:
+        parameters = {n: p + 0.1 * torch.randn(case.tasks, *p.shape)
+                      for n, p in parameters.items()}  # fmt: skip
+    support, query = (s.to(torch.float32) for s in (problem.support, problem.query))
+    arguments, options = problem.arguments(support, query)
+    data, options = arguments[:3], {n: v for n, v in options.items() if n != "query_weights"}
+    if flows == "adapted":
+        data = data[:2]
+        options = {n: v for n, v in options.items() if not n.startswith("query")}
+    leaves = {n: p.clone().requires_grad_() for n, p in parameters.items()}
+    run = F.adapt_predict if flows == "predictions" else F.adapt
+    made = run(operator, leaves, *data, **options, rates=rates)
+    values = flat(made)
+    into = [torch.randn_like(v) for v in values]
+    wanted = torch.autograd.grad(values, list(leaves.values()), into, allow_unused=True,
+                                 materialize_grads=True)  # fmt: skip
+    flow = dict(zip(made, into, strict=True)) if isinstance(made, dict) else into
+    flow = into[0] if isinstance(made, torch.Tensor) else flow
+    for convert in (lambda v: v, in_numpy):
+        found = F.vjp(
+            operator, convert(parameters), *map(convert, data), rates=convert(rates),
+            **{n: convert(v) for n, v in options.items()}, **{flows: convert(flow)},
+        )  # fmt: skip
+        equal(found.gradients, list(wanted))
 
 
 @pytest.mark.parametrize("arrays", [False, True])
@@ -297,6 +333,23 @@ def test_images_of_any_size(arrays):
         found = F.meta_gradient(operator, convert(parameters), *map(convert, (x, y, x, y)))
         out = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")(x, y, x, y)
         equal(found.gradients, torch.autograd.grad(out.loss, list(net.parameters())))
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_running_statistics_are_the_modules_and_stay(arrays, train):
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        net[1].running_mean.normal_()
+        net[1].running_var.uniform_(0.5, 2)
+    net.train(train)
+    operator, parameters = make(net, backend="native")
+    data, convert = batch(), in_numpy if arrays else lambda v: v
+    out = pymeta.MAML(copy.deepcopy(net), loss="mse", lr=0.1, steps=2, backend="native")(*data)
+    for _ in range(2):
+        found = F.meta_gradient(operator, convert(parameters), *map(convert, data))
+        equal(found.task_losses, out.task_losses)
+    equal(F.adapt_predict(operator, convert(parameters), *map(convert, data[:3])), out.predictions)
 
 
 def test_float32_and_float64_of_one_operator():

@@ -341,6 +341,19 @@ def test_what_does_not_go_with_it_is_refused(name):
         make(mlp(2, 3, 2), **options)
 
 
+def test_normalisations_that_do_not_go_with_it_are_refused():
+    norm, data = nn.BatchNorm1d(3), batch()
+    net = nn.Sequential(nn.Linear(2, 3), norm, nn.Tanh(), nn.Linear(3, 2)).double()
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match="expected no batch normalisation that tracks"):
+            make(net, backend)(*data)
+    found = []
+    for backend in BACKENDS:
+        module = make(net.eval(), backend, cg_steps=3)
+        found.append(torch.autograd.grad(module(*data).loss, list(net.parameters())))
+    assert_close(*found, terms=10**6)
+
+
 def test_what_a_call_cannot_have_is_refused():
     net, data = mlp(2, 3, 2), batch()
     for backend in BACKENDS:
