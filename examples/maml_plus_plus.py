@@ -34,7 +34,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import Episodes, mean_interval, one_torch_thread
-from omniglot import CHANNELS, TEST_QUERIES, Best, evaluate, load, split
+from _omniglot import CHANNELS, TEST_QUERIES, load, split
+from omniglot import Best, evaluate
 from torch import Tensor, nn
 from tqdm import tqdm
 
