@@ -16,10 +16,12 @@ need("sklearn", "pymeta.finance", "finance")
 from pymeta.finance.deployed import Deployed  # noqa: E402
 from pymeta.finance.double_adapt import DoubleAdapt  # noqa: E402
 from pymeta.finance.hedge_ratios import HedgeRatios  # noqa: E402
+from pymeta.finance.intents import Intents  # noqa: E402
 from pymeta.finance.jobs.allocation import allocation  # noqa: E402
 from pymeta.finance.jobs.betas import betas, betas_panel  # noqa: E402
 from pymeta.finance.jobs.credit import credit  # noqa: E402
 from pymeta.finance.jobs.fraud import fraud, fraud_panel  # noqa: E402
+from pymeta.finance.jobs.text import text  # noqa: E402
 from pymeta.finance.jobs.trend import trend, trend_panel  # noqa: E402
 from pymeta.finance.jobs.volatility import volatility, volatility_panel  # noqa: E402
 from pymeta.finance.loans import loans_panel  # noqa: E402
@@ -32,6 +34,7 @@ __all__ = [
     "Deployed",
     "DoubleAdapt",
     "HedgeRatios",
+    "Intents",
     "Prices",
     "Remainder",
     "Result",
@@ -44,6 +47,7 @@ __all__ = [
     "fraud_panel",
     "loans_panel",
     "read_prices",
+    "text",
     "trend",
     "trend_panel",
     "volatility",

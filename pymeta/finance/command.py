@@ -28,6 +28,7 @@ JOBS = {
     "betas": Job("pymeta.finance.jobs.betas:betas", "betas of stocks from few days"),
     "credit": Job("pymeta.finance.jobs.credit:credit", "defaults by segment"),
     "fraud": Job("pymeta.finance.jobs.fraud:fraud", "new patterns of which a few cases are known"),
+    "text": Job("pymeta.finance.jobs.text:text", "new intents from a few examples each"),
     "trend": Job("pymeta.finance.jobs.trend:trend", "which stocks do better, by DoubleAdapt"),
     "volatility": Job("pymeta.finance.jobs.volatility:volatility", "the next days' variances"),
 }

@@ -45,13 +45,13 @@ def adapter_of(head: BayesianHead | RidgeHead, panel: Panel) -> Adapter:
     whiten.weight.copy_(inverse[:, :width])
     if head.bias:
         whiten.bias.copy_(inverse[:, width])
-    last = nn.Linear(len(root), 1, bias=False)
+    last = nn.Linear(len(root), head.outputs, bias=False)
     last.weight.copy_((root.T @ head.prior_mean).T)
     before = list(head.encoder) if isinstance(head.encoder, nn.Sequential) else []
     network = nn.Sequential(*before, whiten, last)
-    binary = isinstance(head, RidgeHead)
-    largest, rows = _curvature(network[:-1], panel, binary)
-    pull = 1.0 if binary else 2.0
+    steepest = {"mse": 2.0, "cross_entropy": 0.5}.get(head.loss.kind, 0.25)  # of a row's loss
+    largest, rows = _curvature(network[:-1], panel, steepest)
+    pull = 2.0 if head.loss.kind == "mse" else 1.0  # mse lacks the half that the formula has
     low, high = pull / rows, largest + pull
     root_kappa = math.sqrt(high / low)
     momentum = ((root_kappa - 1) / (root_kappa + 1)) ** 2
@@ -68,9 +68,9 @@ def adapter_of(head: BayesianHead | RidgeHead, panel: Panel) -> Adapter:
     return learner.adapter()
 
 
-def _curvature(features: nn.Module, panel: Panel, binary: bool) -> tuple[float, int]:
+def _curvature(features: nn.Module, panel: Panel, factor: float) -> tuple[float, int]:
     """The largest curvature of a task's mean loss, and the rows of the largest task."""
-    z = features(torch.as_tensor(panel.x))
+    z = torch.cat([features(part) for part in torch.split(torch.as_tensor(panel.x), 4096)])
     tasks = len(panel.entities)
     code = torch.as_tensor(panel.codes)
     squares = z.new_zeros(tasks, z.shape[1], z.shape[1])
@@ -78,7 +78,6 @@ def _curvature(features: nn.Module, panel: Panel, binary: bool) -> tuple[float, 
         part = z[first : first + 4096]
         squares.index_add_(0, code[first : first + 4096], part.unsqueeze(2) * part.unsqueeze(1))
     squares /= torch.as_tensor(panel.sizes).to(z.dtype)[:, None, None]
-    factor = 0.25 if binary else 2.0
     # a task of few rows may be steeper than the mean of many: as steep as the longest of its rows
     longest = float(z.square().sum(1).quantile(0.99)) if len(z) < 10**6 else float("inf")
     largest = float(torch.linalg.eigvalsh(squares)[:, -1].max())

@@ -15,8 +15,10 @@ entities that the choice has not been trained on:
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +33,26 @@ from pymeta.tasks.groups import Array
 
 FORMS = ("pooled", "score", "linear", "network")
 _CHECKED = 12  # batches of tasks that a form is judged by
+_BLOCKS = 12  # of time, the worst quarter of which has to be no worse than the pooled model
+FIRMER = (1.0, 4.0, 16.0)  # what a head's precision may be multiplied by
 _WIDTH = 16
+
+
+class Check(NamedTuple):
+    """A remainder beside the pooled model: its loss, and ours less it.
+
+    Attributes:
+        pooled: the pooled model's.
+        gap: ours less it.
+        error: the gap's standard error over entities.
+        worst: the gap in the quarter of the blocks of time that is worst for ours, less its
+            standard error.
+    """
+
+    pooled: float
+    gap: float
+    error: float
+    worst: float
 
 
 class Remainder:
@@ -59,6 +80,7 @@ class Remainder:
     Attributes:
         pooled: the pooled model.
         form: what was chosen.
+        firmer: what the learned precision was multiplied by.
         losses: {form: (loss, standard error of its difference to the pooled model's)}.
         head: the trained learner; None where the form is "pooled".
     """
@@ -110,20 +132,15 @@ class Remainder:
         panel, offset = self._seen(train)
         self._scale = (float(offset.mean()), float(offset.std()) or 1.0)
         torch.manual_seed(self.seed)
-        self.losses = self._judged(panel, offset)
-        self.form = min(self.losses, key=lambda f: self._worth(f))
+        self.losses: dict[str, tuple[float, float]] = {}
+        self.form, self.firmer = self._chosen(panel, offset)
         self.head: Any = None
         self.smear = None if self.pooled.target is None else self.pooled.target.smear
         if self.form != "pooled":
             shown = self._shown(panel, offset, self.form)
-            self.head = self._trained(shown, offset, self.form)
+            self.head = firmed(self._trained(shown, offset, self.form), self.firmer)
             self._learn_smear(shown, offset)
         return self
-
-    def _worth(self, form: str) -> float:
-        """The loss that forms are chosen by: a remainder has to be better by its own error."""
-        loss, error = self.losses[form]
-        return loss + (error if form != "pooled" else 0.0)
 
     def _seen(self, panel: Panel) -> tuple[Panel, Array]:
         """The panel with prepared features and seen targets, and its offset."""
@@ -144,52 +161,68 @@ class Remainder:
         found: Array = (offset - np.float32(centre)) / np.float32(scale)
         return np.clip(found, -5, 5)
 
-    def _judged(self, panel: Panel, offset: Array) -> dict[str, tuple[float, float]]:
-        """The loss of every form on later rows of entities that its head was not trained on."""
+    def _chosen(self, panel: Panel, offset: Array) -> tuple[str, float]:
+        """The form and its firmness, by later rows of entities that no head was trained on.
+
+        A remainder has to be better than the pooled model by its own standard error over entities,
+        and no worse in the quarter of the blocks of time that is worst for it.
+        """
         rest = [f for f in self.forms if f != "pooled"]
         if not rest or len(panel.entities) < 8:
-            return dict.fromkeys(self.forms[:1], (0.0, 0.0))
-        chosen = np.zeros(len(panel.entities), bool)
-        order = np.random.default_rng(self.seed).permutation(len(chosen))
-        chosen[order[: max(len(chosen) // 4, 2)]] = True
-        rows = np.repeat(chosen, panel.sizes)
-        found: dict[str, tuple[float, float]] = {}
+            return self.forms[0] if len(self.forms) == 1 else (*rest, "pooled")[0], 1.0
+        held = np.zeros(len(panel.entities), bool)
+        order = np.random.default_rng(self.seed).permutation(len(held))
+        held[order[: max(len(held) // 4, min(5, len(held) // 2))]] = True
+        rows = np.repeat(held, panel.sizes)
+        best = ("pooled", 1.0) if "pooled" in self.forms else (rest[0], 1.0)
+        least = 0.0 if "pooled" in self.forms else np.inf
         for form in rest:
             shown = self._shown(panel, offset, form)
             head = self._trained(shown.where(~rows), offset[~rows], form)
-            ours, theirs = self._checked(head, shown.where(rows), offset[rows])
-            gap = ours - theirs
-            found[form] = (float(ours.mean()), float(gap.std() / max(len(gap), 1) ** 0.5))
-            found["pooled"] = (float(theirs.mean()), 0.0)
-        return {f: found[f] for f in self.forms}
+            for firmer in FIRMER:
+                check = self._checked(firmed(head, firmer), shown.where(rows), offset[rows])
+                self.losses.setdefault("pooled", (check.pooled, 0.0))
+                known = self.losses.get(form, (np.inf, 0.0))
+                self.losses[form] = min(known, (check.pooled + check.gap, check.error))
+                safe = check.worst <= 0 or "pooled" not in self.forms
+                if safe and check.gap + check.error * ("pooled" in self.forms) < least:
+                    best, least = (form, firmer), check.gap + check.error
+        return best
 
     @torch.no_grad()
-    def _checked(self, head: Any, panel: Panel, offset: Array) -> tuple[Array, Array]:
-        """The loss of each entity's tasks, adapted and by the pooled model alone."""
+    def _checked(self, head: Any, panel: Panel, offset: Array) -> Check:
+        """A head beside the pooled model, on tasks of a panel."""
         tasks = min(self.episodes["tasks"], len(panel.entities))
         episodes = panel.episodes(**{**self.episodes, "tasks": tasks, "batches": _CHECKED})
-        ours: list[Array] = []
-        theirs: list[Array] = []
-        whose: list[Array] = []
+        found: list[tuple[Array, ...]] = []
         for batch in episodes:
             given, asked = batch.take(offset)
             models = head.adapt(batch.xs, batch.ys, support_offset=given)
             p = rows_of(models(batch.xq, offset=asked))
-            y, base = rows_of(batch.yq), rows_of(asked)
-            which = np.repeat(np.arange(len(batch.query_sizes)), batch.query_sizes)
-            for loss, raw in ((ours, p), (theirs, base)):
-                each = self._loss(raw, y)
-                loss.append(np.bincount(which, each) / batch.query_sizes)
-            whose.append(np.searchsorted(panel.entities, batch.entities))
-        codes = np.concatenate(whose)  # an entity's tasks share rows: they count as one
-        there = np.bincount(codes) > 0
-        count = np.bincount(codes)[there]
-        sums = [np.bincount(codes, np.concatenate(v))[there] for v in (ours, theirs)]
-        return sums[0] / count, sums[1] / count
+            found.append((p, rows_of(asked), rows_of(batch.yq), batch.query_rows))
+        p, base, y, rows = (np.concatenate(v) for v in zip(*found, strict=True))
+        ours, theirs = self._loss(p, y), self._loss(base, y)
+        codes = panel.codes[rows]  # an entity's tasks share rows: they count as one
+        gaps = np.bincount(codes, ours - theirs) / np.maximum(np.bincount(codes), 1)
+        gaps = gaps[np.bincount(codes) > 0]
+        worst = 0.0
+        if panel.times is not None:
+            rank = np.unique(panel.times[rows], return_inverse=True)[1]
+            block = rank * _BLOCKS // (rank.max() + 1)
+            each = np.bincount(block, ours - theirs) / np.maximum(np.bincount(block), 1)
+            there = np.isin(block, np.argsort(each)[-max(len(each) // 4, 1) :])
+            gap = (ours - theirs)[there]
+            worst = float(gap.mean() - gap.std() / len(gap) ** 0.5)
+        error = float(gaps.std() / len(gaps) ** 0.5)
+        return Check(float(theirs.mean()), float((ours - theirs).mean()), error, worst)
 
     def _loss(self, raw: Array, y: Array) -> Array:
         if self.pooled.target is None:
             return np.asarray(np.logaddexp(0, raw) - y * raw)
+        if self.pooled.link == "log":  # QLIKE, of predictions that are right on average
+            rest = (y - raw).astype(np.float64) * self.pooled.target.scale
+            smear = np.exp(rest).mean()
+            return np.asarray(np.exp(rest) / smear - rest + np.log(smear) - 1)
         return np.asarray((raw - y) ** 2)
 
     def _trained(self, panel: Panel, offset: Array, form: str) -> BayesianHead | RidgeHead:
@@ -287,6 +320,20 @@ class Remainder:
         models = self.head.adapt(xs, ys, support_offset=Ragged(own_offset, xs.sizes))
         found = models(Ragged(shown.x, query.sizes), offset=Ragged(offset, query.sizes))
         return self.pooled.back(rows_of(found), self.smear)
+
+
+@torch.no_grad()
+def firmed(head: BayesianHead | RidgeHead, firmer: float) -> BayesianHead | RidgeHead:
+    """A copy whose prior precision is so many times as large."""
+    if firmer == 1:
+        return head
+    twin = copy.deepcopy(head)
+    if isinstance(twin, RidgeHead):
+        twin.log_precision.add_(math.log(firmer))
+    else:
+        diagonal = torch.diag(twin.prior_root.diagonal() + math.log(firmer) / 2)
+        twin.prior_root.copy_(twin.prior_root.tril(-1) * firmer**0.5 + diagonal)
+    return twin
 
 
 def rows_of(values: Any) -> Array:

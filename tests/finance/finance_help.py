@@ -47,7 +47,7 @@ def as_table(p: Prices) -> dict:
     return {k: v[order] for k, v in table.items()}
 
 
-def loans(regions=16, rows=150, seed=0) -> dict:
+def loans(regions=30, rows=120, seed=0) -> dict:
     """Loans whose risk has a level and a slope of each region's own."""
     rng = np.random.default_rng(seed)
     n = regions * rows

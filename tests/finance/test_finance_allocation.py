@@ -11,8 +11,8 @@ pytest.importorskip("sklearn")
 
 import pymeta
 from pymeta.finance import allocation
-from pymeta.finance.jobs.allocation import Policy
 from pymeta.finance.periods import Periods, groups_of, until
+from pymeta.finance.policy import Policy
 from pymeta.finance.portfolio import (
     Bounds,
     drifted,
@@ -106,6 +106,12 @@ def test_a_policy_finds_what_pays():
     ours, _ = simulate(policy.chooser(group, 6), group.growth[6:], Bounds())
     base, _ = simulate(lambda k, held: torch.full((8,), 1 / 8), group.growth[6:], Bounds())
     assert np.log1p(ours).sum() > np.log1p(base).sum() + 0.1
+    assert policy.strength == 1.0
+    for group in (
+        groups := [made() for _ in range(6)]
+    ):  # what pays is noise: nothing is held for it
+        group.x = rng.normal(size=(20, 8, 6)).astype(np.float32)
+    assert Policy(Bounds(), "log", 1.0, steps=40, seed=0).fit(groups).strength == 0.0
 
 
 def test_a_report_has_intervals_of_differences():
