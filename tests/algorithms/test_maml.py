@@ -106,6 +106,8 @@ def test_flat_targets_and_flattened_inputs():
 
 def test_batch_norm_on_both():
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
+    assert_same(net, batch(), both(net))
+    net.eval()
     before = copy.deepcopy(net.state_dict())
     assert_same(net, batch(), both(net))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
