@@ -104,6 +104,9 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         dtype: "float32" or "float64", in which everything is computed.
         random_state: the same integer gives the same bits, for any number of threads.
         verbose: whether to print how training goes.
+        callback: called in `fit` as callback(stage, iteration, loss) after each meta-batch (stage
+            is the method's name), and when pooled training, which is one call, has ended, for
+            each of its epochs (stage "pooled"); an exception that it raises ends `fit`.
 
     Attributes:
         classes_: [C], the class labels.

@@ -97,6 +97,7 @@ class Parameters(BaseEstimator):
     dtype: str = "float32"
     random_state: Any = None
     verbose: bool = False
+    callback: Any = None
 
     def _check_parameters(self) -> None:
         """Raise TypeError or ValueError, naming it, where a parameter is not as documented."""
@@ -127,6 +128,11 @@ class Parameters(BaseEstimator):
         for name in ("inner_lr", "meta_lr", "weight_decay", "anchor"):
             real(name, getattr(self, name))
         self._check_anchor_rows()
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(
+                f"callback: expected a function of (stage, iteration, loss) or None, got "
+                f"{type(self.callback).__name__}"
+            )
         if self.adapt_lr is not None:
             real("adapt_lr", self.adapt_lr)
         real("adapt_validation", self.adapt_validation, 1.0)

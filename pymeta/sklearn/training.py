@@ -55,6 +55,8 @@ def pooled(
     with torch.no_grad():
         for name, p in network.named_parameters():
             p.copy_(models.parameters[name][0])
+    for epoch, loss in enumerate(curve, start=1):
+        _tell(settings, "pooled", epoch, loss)
     say(settings, f"pooled: {len(curve)} epochs, loss {curve[0]:.4f} -> {curve[-1]:.4f}")
     return curve
 
@@ -92,12 +94,18 @@ def meta_train(
             loss.backward()  # type: ignore[no-untyped-call]
             outer.step()
             curve.append(loss.item())
+            _tell(settings, name, i + 1, curve[-1])
             if not math.isfinite(curve[-1]):
                 break  # and so is what has been learnt, which `fit` refuses
             decay.step()
             if (i + 1) % max(settings.iterations // 10, 1) == 0:
                 say(settings, f"{name}: iteration {i + 1}, loss {curve[-1]:.4f}")
     return curve
+
+
+def _tell(settings: Parameters, stage: str, iteration: int, loss: float) -> None:
+    if settings.callback is not None:
+        settings.callback(stage, iteration, loss)
 
 
 def say(settings: Parameters, line: str) -> None:

@@ -510,3 +510,21 @@ def test_verbose(capsys):
     assert [line for line in lines if "maml: iteration 20, loss" in line] == lines[-1:]
     quick(iterations=20).fit(X, y, groups=g)
     assert capsys.readouterr().out == ""
+
+
+def test_a_callback_is_told_of_training():
+    X, y, g = opposites(groups=4)
+    told = []
+    model = quick(callback=lambda *what: told.append(what), iterations=7, pretrain_epochs=2)
+    model.fit(X, y, groups=g)
+    stages = [("pooled", 1), ("pooled", 2), *(("maml", i) for i in range(1, 8))]
+    assert [what[:2] for what in told] == stages
+    assert [loss for stage, _, loss in told if stage == "maml"] == model.loss_curve_
+    with pytest.raises(TypeError, match=r"callback: expected a function of \(stage, iteration"):
+        quick(callback="print").fit(X, y, groups=g)
+
+    def stop(stage, iteration, loss):
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        quick(callback=stop).fit(X, y, groups=g)
