@@ -194,6 +194,8 @@ class EncodedMAML(nn.Module):
                 f"xq: expected rows of shape {list(s.x.shape[1:])} as xs has, got "
                 f"{list(q.x.shape[1:])}"
             )
+        if s.x.dtype != q.x.dtype:
+            raise TypeError(f"xq: expected {s.x.dtype} as xs has, got {q.x.dtype}")
         fs, fq = self._features([s, q], [_counting(support, s), _counting(query, q)])
         out: Outcome = self.maml(
             _as_it_came(fs, s, support), ys, _as_it_came(fq, q, query), yq, steps=steps,

@@ -85,6 +85,8 @@ class MatchingNet(ClassLearner):
         """Support features [T, S, d] that have seen one another."""
         if g.shape[-1] != self.context:
             raise ValueError(f"encoder: expected {self.context} features, got {g.shape[-1]}")
+        if rows.tasks == 0:
+            return g
         sizes = torch.bincount(rows.task, minlength=rows.tasks).cpu()
         packed = nn.utils.rnn.pack_padded_sequence(g, sizes, batch_first=True, enforce_sorted=False)
         found, _ = self.writer(packed)

@@ -233,7 +233,7 @@ class MetaLSTM(nn.Module):
         like = adapted(self.maml)
         tasks, start = tasks_in(xs), joined(like)
         theta = start.expand(tasks, -1)
-        parts = range(0, theta.numel(), _AT_ONCE)
+        parts = range(0, max(theta.numel(), 1), _AT_ONCE)  # one part of none, as torch.split has it
         sizes = [min(_AT_ONCE, theta.numel() - first) for first in parts]
         memories = [self._empty(start, n) for n in sizes]
         for _ in range(steps):
@@ -245,8 +245,7 @@ class MetaLSTM(nn.Module):
                 for (values, slopes, seen), memory in zip(pieces, memories, strict=True)
             ]
             memories = [memory for _, memory in found]
-            if found:
-                theta = torch.cat([values for values, _ in found]).view_as(theta)
+            theta = torch.cat([values for values, _ in found]).view_as(theta)
         return named(theta, like)
 
     def _gradients(
@@ -267,7 +266,7 @@ class MetaLSTM(nn.Module):
             )  # fmt: skip
             found = torch.autograd.grad(out.loss, list(start.values()))
         tasks = len(theta)  # out.loss is the mean over tasks, whose gradient costs no more
-        return torch.cat([g.reshape(tasks, -1) for g in found], 1) * tasks, out.task_losses.detach()
+        return torch.cat([g.flatten(1) for g in found], 1) * tasks, out.task_losses.detach()
 
     def _empty(self, like: Tensor, n: int) -> _Memory:
         """What the cell has in mind before the first step."""

@@ -313,7 +313,7 @@ class RelationalMAML(nn.Module):
             gates, shifts = change.chunk(2, dim=1)
             shape = (tasks, *parameter.shape)
             return parameter * (1 + gates.reshape(shape).tanh()) + shifts.reshape(shape)
-        gates = change.view(tasks, -1, *[1] * (parameter.ndim - 1))
+        gates = change.view(tasks, len(parameter), *[1] * (parameter.ndim - 1))
         return parameter * (1 + gates.tanh())
 
     def _embedding(self, rows: Flat) -> Tensor:

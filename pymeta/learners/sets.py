@@ -40,4 +40,4 @@ def targets_as_columns(rows: Flat, classes: int | None, like: Tensor) -> Tensor:
     assert y is not None
     if classes is not None and not y.is_floating_point():
         return torch.nn.functional.one_hot(y, classes).to(like.dtype)
-    return y.reshape(len(y), -1).to(like.dtype)
+    return (y.flatten(1) if y.ndim > 1 else y.unsqueeze(1)).to(like.dtype)

@@ -276,6 +276,8 @@ def test_calls_that_are_refused():
     xs, ys = lists(SIZES)
     with pytest.raises(ValueError, match="xq: expected 3 tasks as xs has, got 2"):
         learner(xs, ys, xs[:2], ys[:2])
+    with pytest.raises(TypeError, match=r"xq: expected torch\.int64 as xs has, got torch\.int32"):
+        learner(xs, ys, [x.int() for x in xs], ys)
     with pytest.raises(ValueError, match="label 7"):
         learner(xs, [y + 7 for y in ys], xs, ys)
     flat = EncodedMAML(nn.Identity(), nn.Linear(3, 2), loss="mse", lr=0.1, steps=1)

@@ -14,7 +14,7 @@ from pathlib import Path
 import every_learner
 import pytest
 import torch
-from every_learner import MAKERS, gradients, make, tasks
+from every_learner import MAKERS, OUTPUTS, gradients, make, tasks
 from helpers import assert_close
 from torch import nn
 
@@ -129,6 +129,15 @@ def test_it_says_where_it_runs_and_refuses_other_tasks(kind):
         learner(None, ys, xq, yq)
     with pytest.raises((TypeError, ValueError), match="xs: expected"):
         learner.adapt(xs[0, 0], ys)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tasks_at_all(kind):
+    learner, data = make(kind), tasks(kind)
+    outputs = 1 if getattr(learner, "ways", OUTPUTS) is None else OUTPUTS  # no labels, one class
+    out = learner(*(v[:0] for v in data))
+    assert out.predictions.shape == (0, 3, outputs) and out.task_losses.shape == (0,)
+    assert learner.adapt(data[0][:0], data[1][:0])(data[2][:0]).shape == (0, 3, outputs)
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
