@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,28 +55,31 @@ class Words:
         scale = np.maximum(parts.transform(counted).std(axis=0), 1e-6)
         return cls(made.get_feature_names_out().astype(str), made.idf_, parts.components_, scale)
 
+    def _terms(self, texts: Sequence[str]) -> Iterator[tuple[Array, Array]]:
+        """Of each text the known terms, and their weights, of norm 1."""
+        place = {term: i for i, term in enumerate(self.vocabulary.tolist())}
+        for text in texts:
+            words = _TOKEN.findall(text.lower())
+            terms = words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
+            known = np.array([place[t] for t in terms if t in place], dtype=np.int64)
+            found, count = np.unique(known, return_counts=True)
+            weight = (1 + np.log(count)) * self.idf[found]
+            yield found, weight / (np.linalg.norm(weight) or 1.0)
+
     def tfidf(self, texts: Sequence[str]) -> Array:
         """[texts, terms], rows of norm 1 (of 0 where no term is known)."""
-        place = {term: i for i, term in enumerate(self.vocabulary.tolist())}
-        out = np.zeros((len(texts), len(place)))
-        for row, text in enumerate(texts):
-            words = _TOKEN.findall(text.lower())
-            for term in words + [f"{a} {b}" for a, b in itertools.pairwise(words)]:
-                if term in place:
-                    out[row, place[term]] += 1
-        here = out > 0
-        out[here] = 1 + np.log(out[here])
-        out *= self.idf
-        norm = np.linalg.norm(out, axis=1, keepdims=True)
-        return np.asarray(out / np.where(norm > 0, norm, 1))
+        out = np.zeros((len(texts), len(self.vocabulary)))
+        for row, (terms, weights) in enumerate(self._terms(texts)):
+            out[row, terms] = weights
+        return out
 
     def __call__(self, texts: Sequence[str]) -> Array:
         """Features [texts, features], float32."""
-        parts = [
-            self.tfidf(texts[i : i + 2000]) @ self.directions.T for i in range(0, len(texts), 2000)
-        ]
-        found = np.concatenate(parts) if parts else np.zeros((0, len(self.scale)))
-        return np.asarray(found / self.scale, dtype=np.float32)
+        by_term = np.ascontiguousarray(self.directions.T / self.scale)
+        out = np.empty((len(texts), by_term.shape[1]), np.float32)
+        for row, (terms, weights) in enumerate(self._terms(texts)):
+            out[row] = weights @ by_term[terms]
+        return out
 
     def save(self, path: Any) -> None:
         """Write an .npz."""
