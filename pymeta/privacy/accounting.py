@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from numbers import Integral, Real
 from typing import Any
 
 _ACCOUNTANTS = ("pld", "rdp")
@@ -42,24 +43,27 @@ def check_number(name: str, value: Any, least: float, most: float, *, open_at: s
         TypeError: it is no real number.
         ValueError: it is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    within = (value > least if "least" in open_at else value >= least) and (
-        value < most if "most" in open_at else value <= most
+    found = float(value)
+    within = (found > least if "least" in open_at else found >= least) and (
+        found < most if "most" in open_at else found <= most
     )
-    if not within or not math.isfinite(value):
+    if not within or not math.isfinite(found):
         left, right = "(["["least" not in open_at], ")]"["most" not in open_at]
         top = "infinity" if math.isinf(most) else f"{most:g}"
         raise ValueError(f"{name}: expected a number in {left}{least:g}, {top}{right}, got {value}")
-    return float(value)
+    return found
 
 
-def _check_steps(steps: Any) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: expected an integer >= 0, got {type(steps).__name__}")
-    if steps < 0:
-        raise ValueError(f"steps: expected an integer >= 0, got {steps}")
-    return steps
+def check_integer(name: str, value: Any, least: int) -> int:
+    """An integer; TypeError where it is none, ValueError where it is smaller than `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer >= {least}, got {type(value).__name__}")
+    found = int(value)
+    if found < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {found}")
+    return found
 
 
 def _event(accounting: Any, noise_multiplier: float, sampling_rate: float, steps: int) -> Any:
@@ -114,7 +118,7 @@ def epsilon(
     delta = check_number("delta", delta, 0, 1, open_at="least most")
     noise = check_number("noise_multiplier", noise_multiplier, 0, math.inf)
     rate = check_number("sampling_rate", sampling_rate, 0, 1, open_at="least")
-    steps = _check_steps(steps)
+    steps = check_integer("steps", steps, 0)
     accounting = need_accounting("epsilon")
     make = _maker(accounting, accountant)
     if steps == 0:
@@ -149,8 +153,7 @@ def noise_multiplier_for(
     most = check_number("epsilon", epsilon, 0, math.inf, open_at="least")
     delta = check_number("delta", delta, 0, 1, open_at="least most")
     rate = check_number("sampling_rate", sampling_rate, 0, 1, open_at="least")
-    if _check_steps(steps) < 1:
-        raise ValueError("steps: expected an integer >= 1, got 0")
+    steps = check_integer("steps", steps, 1)
     accounting = need_accounting("noise_multiplier_for")
     found = accounting.calibrate_dp_mechanism(
         _maker(accounting, accountant),

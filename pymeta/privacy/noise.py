@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pymeta.privacy.accounting import check_integer
+
 _BITS = 53  # of a float64's mantissa
 _TERMS = 4  # normal numbers in a sum
 
@@ -23,11 +25,8 @@ class Randomness:
 
     def __init__(self, seed: int | None) -> None:
         """TypeError or ValueError unless the seed is None or an integer >= 0."""
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed: expected an integer >= 0 or None, got {type(seed).__name__}")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed: expected an integer >= 0 or None, got {seed}")
-        self._generator = None if seed is None else np.random.default_rng(seed)
+        number = None if seed is None else check_integer("seed", seed, 0)
+        self._generator = None if number is None else np.random.default_rng(number)
 
     def uniform(self, count: int) -> np.ndarray:
         """[count] in [0, 1)."""

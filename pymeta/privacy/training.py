@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pymeta.privacy.accounting import check_number, epsilon
+from pymeta.privacy.accounting import check_integer, check_number, epsilon
 from pymeta.privacy.noise import Randomness
 from pymeta.privacy.shares import ClippedSum, count_tasks
 
@@ -26,6 +26,8 @@ _OF_A_TASK = (
     "query_weights",
     "support_offset",
     "query_offset",
+    "anchor",
+    "task_ids",
 )
 
 
@@ -85,10 +87,7 @@ class PrivateTraining:
         """Check the arguments."""
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected torch's, got {type(optimizer).__name__}")
-        if isinstance(tasks, bool) or not isinstance(tasks, int):
-            raise TypeError(f"tasks: expected an integer >= 1, got {type(tasks).__name__}")
-        if tasks < 1:
-            raise ValueError(f"tasks: expected an integer >= 1, got {tasks}")
+        tasks = check_integer("tasks", tasks, 1)
         infinity = float("inf")
         self._rate = check_number("sampling_rate", sampling_rate, 0, 1, open_at="least")
         self._clip = check_number("clip", clip, 0, infinity, open_at="least")
@@ -126,7 +125,8 @@ class PrivateTraining:
         Args:
             data: the learner's arguments, for the tasks drawn: xs, ys, xq, yq (for Reptile xs, ys).
                 May be left out where none was drawn.
-            options: sizes, weights and offsets of the tasks, as the learner takes them.
+            options: sizes, weights, offsets, strengths and numbers of the tasks, as the learner
+                takes them.
 
         Raises:
             RuntimeError: `sample` was not called, or the learner's `task_clip` was changed.

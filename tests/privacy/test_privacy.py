@@ -320,6 +320,19 @@ def test_the_noise_for_an_epsilon_gives_it():
     assert private.epsilon(1e-5) == found
 
 
+def test_numpys_numbers_are_numbers():
+    plain = epsilon(delta=1e-5, noise_multiplier=1.5, sampling_rate=0.25, steps=10)
+    numbers = {"noise_multiplier": np.float32(1.5), "sampling_rate": np.float64(0.25)}
+    assert epsilon(delta=1e-5, steps=np.int64(10), **numbers) == plain
+    learner = maml()
+    private = training(learner, tasks=np.int64(7), seed=np.int64(0))
+    data = data_for(learner)
+    some = private.sample()
+    anchor = np.full(7, 0.1)[some]
+    private.step(*(d[some] for d in data), anchor=anchor)
+    assert private.steps == 1
+
+
 def test_wrong_arguments_of_epsilon_are_refused_by_name():
     good = {"delta": 1e-5, "noise_multiplier": 1.0, "sampling_rate": 0.1, "steps": 10}
     for name, value, kind in [
