@@ -90,6 +90,11 @@ class Explained:
                 "models: batch normalisation makes each prediction depend on all rows of its call, "
                 "so that a row has no attributions of its own; use GroupNorm or LayerNorm"
             )
+        if getattr(models, "has_categories", False):
+            raise ValueError(
+                "models: a row's categories have no gradient where the network itself embeds them; "
+                "explain a network of one-hot columns (pymeta.data's preprocessor makes them)"
+            )
         self._models = models
         self.loss = models.loss
         held = models.parameters if hasattr(models, "parameters") else models.state

@@ -24,6 +24,7 @@ from pymeta.models.file import Path, Raw, errors_about
 from pymeta.models.given import check_stacked, in_form_of
 from pymeta.models.stacked import Saved, Stacked, load, positions
 from pymeta.nn.norm import PerStepBatchNorm
+from pymeta.nn.tabular import TabularInput
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.history import History
 from pymeta.spec.losses import describe_loss
@@ -205,6 +206,12 @@ class Adapted(Stacked[Tensor]):
             and name not in fixed
             for name, module in self._model.named_modules()
         )
+
+    @property
+    def has_categories(self) -> bool:
+        """Whether some columns of a row are numbers of categories, which have no gradient."""
+        kinds = (TabularInput, nn.Embedding, nn.EmbeddingBag)
+        return any(isinstance(module, kinds) for module in self._model.modules())
 
     def __repr__(self) -> str:
         """How many models of what, and what is known of them."""

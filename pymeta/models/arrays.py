@@ -116,7 +116,13 @@ class AdaptedArrays(Stacked[np.ndarray]):
     @property
     def mixes_rows(self) -> bool:
         """Whether a prediction depends on the other rows of its call, as with batch norm."""
-        return bool(self.architecture.network().mixes_rows)
+        kinds = ("batch_norm", "step_batch_norm")  # of which a network of images may be certain
+        return any(layer[0] in kinds for layer in self.architecture.layers)
+
+    @property
+    def has_categories(self) -> bool:
+        """Whether some columns of a row are numbers of categories, which have no gradient."""
+        return any(layer[0] == "embedding" for layer in self.architecture.layers)
 
     def __repr__(self) -> str:
         """How many models of what, and what is known of them."""

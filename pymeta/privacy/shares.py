@@ -20,6 +20,7 @@ from torch import Tensor
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.reptile import Reptile
 from pymeta.learners.base import has_batch_norm
+from pymeta.spec.running import any_tracked
 from pymeta.tasks.ragged import Ragged
 
 Shares: TypeAlias = list[Tensor]  # like the parameters, float64
@@ -52,21 +53,30 @@ class ClippedSum:
 
     def _chosen(self) -> _Sum:
         learner = self._learner
-        if type(learner).forward in (MAML.forward, Reptile.forward):  # not what overrides it
+        is_own = type(learner).forward in (MAML.forward, Reptile.forward)  # not what overrides it
+        if not is_own and not type(learner).__module__.startswith("pymeta.learners."):
+            raise TypeError(
+                f"learner: expected a pymeta.MAML, a Reptile, or a learner of pymeta.learners, "
+                f"got {type(learner).__name__}"
+            )
+        self._check_nothing_is_kept()
+        if not is_own and has_batch_norm(learner):
+            raise ValueError(
+                "learner: batch normalisation of its networks lets tasks see each other; use "
+                "GroupNorm or LayerNorm"
+            )
+        if is_own and getattr(learner, "implicit", None) is None:
             learner.task_clip = self._clip
             return self._natively
-        if type(learner).__module__.startswith("pymeta.learners."):
-            if has_batch_norm(learner):
-                raise ValueError(
-                    "learner: batch normalisation of its networks lets tasks see each other, and "
-                    "its running statistics keep what they saw without noise; use GroupNorm or "
-                    "LayerNorm"
-                )
-            return self._one_by_one
-        raise TypeError(
-            f"learner: expected a pymeta.MAML, a Reptile, or a learner of pymeta.learners, "
-            f"got {type(learner).__name__}"
-        )
+        return self._one_by_one
+
+    def _check_nothing_is_kept(self) -> None:
+        if any_tracked(self._learner.modules()):
+            raise ValueError(
+                "learner: the running statistics of its batch normalisation would keep what tasks "
+                "show them, without clipping and noise; make it with track_running_stats=False, "
+                "or use GroupNorm or LayerNorm"
+            )
 
     def __call__(self, data: tuple[Any, ...], options: dict[str, Any]) -> Shares:
         """The sum, 0 for no task.
@@ -75,6 +85,7 @@ class ClippedSum:
             data: the learner's arguments, of T tasks.
             options: likewise by name; those that are None, or hold something for each task.
         """
+        self._check_nothing_is_kept()  # a mode may have changed
         if not count_tasks(data[0]):
             return self.nothing()
         return self._finite(data, options)

@@ -19,6 +19,7 @@ from pymeta.explain import (
     integrated_gradients,
     support_means,
 )
+from pymeta.nn import TabularInput
 from pymeta.spec.losses import describe_loss
 
 LOSSES = [("mse", 2), ("cross_entropy", 3), ("bce_with_logits", 1)]
@@ -265,6 +266,37 @@ def test_batch_normalisation_is_refused(kind):
     rows = xs if kind == "torch" else xs.numpy()
     with pytest.raises(ValueError, match="batch normalisation"):
         input_gradients(models, rows)
+
+
+def test_a_batch_norm_of_images_is_refused_and_one_in_eval_mode_is_not():
+    norm = nn.BatchNorm2d(2)
+    net = nn.Sequential(nn.Conv2d(3, 2, 2), norm, nn.ReLU(), nn.Flatten(), nn.Linear(2, 1)).double()
+    x, y = torch.randn(2, 4, 3, 2, 2).double(), torch.randn(2, 4, 1).double()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    for mixes in (True, False):
+        net.train(mixes)
+        maml = pymeta.MAML(net, loss="mse", lr=0.1, steps=1)
+        with torch.no_grad():
+            models, arrays = maml.adapt(x, y), arrays_of(maml, x, y)
+        assert models.mixes_rows == arrays.mixes_rows == mixes
+        if mixes:
+            with pytest.raises(ValueError, match="batch normalisation"):
+                input_gradients(arrays, x.numpy())
+            continue
+        found = input_gradients(models, x)
+        assert_close(tensors(found.values), by_autograd(models, x, found.outputs))
+
+
+def test_categories_that_the_network_embeds_are_refused():
+    table = TabularInput(numeric=2, cardinalities=[4], dims=[3])
+    net = nn.Sequential(table, nn.Linear(5, 1)).double()
+    maml = pymeta.MAML(net, loss="mse", lr=0.1, steps=1)
+    x = torch.cat([torch.randn(2, 4, 2), torch.randint(0, 4, (2, 4, 1))], -1).double()
+    y = torch.randn(2, 4, 1).double()
+    for models, rows in ((maml.adapt(x, y), x), (arrays_of(maml, x, y), x.numpy())):
+        with pytest.raises(ValueError, match="categories have no gradient"):
+            input_gradients(models, rows)
 
 
 def test_torch_is_not_imported():

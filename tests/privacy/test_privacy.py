@@ -91,6 +91,9 @@ def test_a_task_adds_no_more_than_the_clip_whatever_it_holds(make, poison):
 
 
 OTHERS = {
+    "implicit": lambda: pymeta.MAML(
+        mlp(3, 6, 1), loss="mse", lr=0.1, steps=5, implicit=pymeta.Implicit(1.0)
+    ),
     "bayesian": lambda: BayesianHead(mlp(3, 6), features=6, outputs=1),
     "protonet": lambda: ProtoNet(mlp(3, 6)),
     "relational": lambda: RelationalMAML(
@@ -128,9 +131,31 @@ def test_options_and_ragged_tasks_go_to_their_tasks():
     assert float((whole - parts).norm()) <= 0.5 + 1e-9 and not torch.equal(whole, parts)
 
 
+def test_running_statistics_are_refused():
+    """They would keep what the tasks show them as it is."""
+    net = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)).double()
+    options = {"loss": "mse", "lr": 0.1, "steps": 1}
+    for kind in (pymeta.MAML, pymeta.Reptile):
+        with pytest.raises(ValueError, match="running statistics"):
+            training(kind(net, **options))
+    fixed = pymeta.MAML(net.eval(), **options)
+    private = training(fixed)
+    some = private.sample()
+    net.train()
+    with pytest.raises(ValueError, match="running statistics"):
+        private.step(*(d[some] for d in data_for(fixed)))
+    plain = nn.BatchNorm1d(6, track_running_stats=False)
+    own = nn.Sequential(nn.Linear(3, 6), plain, nn.Linear(6, 1)).double()
+    training(pymeta.MAML(own, **options))
+
+
 def test_a_module_that_lets_tasks_see_each_other_is_refused():
     net = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6)).double()
-    with pytest.raises(ValueError, match="batch normalisation"):
+    with pytest.raises(ValueError, match="running statistics"):
+        training(RidgeHead(net, features=6, outputs=1, loss="mse").double())
+    plain = nn.BatchNorm1d(6, track_running_stats=False)
+    net = nn.Sequential(nn.Linear(3, 6), plain).double()
+    with pytest.raises(ValueError, match="see each other"):
         training(RidgeHead(net, features=6, outputs=1, loss="mse").double())
     with pytest.raises(TypeError, match="learner: expected"):
         training(pymeta.FineTune(mlp(3, 1), loss="mse", lr=0.1, epochs=1))
