@@ -59,6 +59,7 @@ import pymeta
 
 # what `fit` would choose and look after by itself is what this comparison varies
 PLAIN = {"method": "maml", "anchor_rows": None, "gate": False, "clip_inputs": False}
+PLAIN |= {"inner_lr": 0.05, "learn_lr": False, "clip_norm": None}
 NET = {**PLAIN, "hidden": (32,), "weight_decay": 1.0, "random_state": SEED}
 META = {**NET, "tasks_per_batch": 4, "task_rows": 64, "draw": "rows"}
 NETS = [{**NET, "hidden": hidden, "epochs": e} for hidden in ((16,), (32,)) for e in (4, 8)]

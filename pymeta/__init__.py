@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from pymeta.algorithms.maml import MAML
     from pymeta.algorithms.outcome import Outcome
     from pymeta.algorithms.reptile import Reptile, ReptileOutcome
+    from pymeta.algorithms.step_size import step_size
     from pymeta.models.adapted import Adapted
     from pymeta.models.adapter import Adapter
     from pymeta.models.arrays import AdaptedArrays
     from pymeta.native import free_memory, num_threads, set_num_threads
+    from pymeta.spec.anchors import LearnableAnchor
     from pymeta.spec.history import History
     from pymeta.spec.implicit import Implicit
     from pymeta.spec.losses import QuantileLoss, StudentTNLLLoss
@@ -38,6 +40,7 @@ _HOMES = {
     "Implicit": "spec.implicit",
     "QuantileLoss": "spec.losses",
     "StudentTNLLLoss": "spec.losses",
+    "LearnableAnchor": "spec.anchors",
     "SGD": "spec.optimizers",
     "Adam": "spec.optimizers",
     "RMSprop": "spec.optimizers",
@@ -46,6 +49,7 @@ _HOMES = {
     "free_memory": "native",
     "num_threads": "native",
     "set_num_threads": "native",
+    "step_size": "algorithms.step_size",
 }
 
 __all__ = [
@@ -58,6 +62,7 @@ __all__ = [
     "FineTune",
     "History",
     "Implicit",
+    "LearnableAnchor",
     "LearnableLR",
     "Outcome",
     "QuantileLoss",
@@ -69,6 +74,7 @@ __all__ = [
     "free_memory",
     "num_threads",
     "set_num_threads",
+    "step_size",
 ]
 
 _TORCH_HOMES = {
@@ -76,6 +82,7 @@ _TORCH_HOMES = {
     "algorithms.outcome",
     "algorithms.reptile",
     "algorithms.finetune",
+    "algorithms.step_size",
     "models.adapted",
 }
 _OLDEST_TORCH = (2, 4)

@@ -83,7 +83,7 @@ class Problem(metaclass=_Type):
         second_order: bool = False,
         lr_rows: int = 1,
         # of parameters, lr, xs, xq, ys, yq, support and query weights
-        wanted: Sequence[bool] = [True, False, False, False, False, False, False, False],
+        wanted: Sequence[bool] = [True, False, False, False, False, False, False, False, False],
         has_anchors: bool = False,
         device: int | None = None,
     ) -> dict[str, Any]: ...
@@ -135,7 +135,7 @@ class Schedule(metaclass=_Type):
     ) -> None: ...
 
 # Where gradients go: of each parameter tensor ([T, ...] of an own start; 0 for none; empty: of none
-# at all), of the rates, of the inputs, targets and row weights of both sets.
+# at all), of the rates, of the inputs, targets and row weights of both sets, of the anchors.
 class Gradients(metaclass=_Type):
     def __init__(
         self,
@@ -147,6 +147,7 @@ class Gradients(metaclass=_Type):
         yq: int = 0,
         support_weights: int = 0,
         query_weights: int = 0,
+        anchors: int = 0,
     ) -> None: ...
 
 # Where everything else goes: mean_loss [1], losses [T], step_losses [steps, T],

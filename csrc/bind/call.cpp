@@ -63,6 +63,7 @@ void put_gradients(const Problem& problem, const Gradients& gradients, Described
   to.call.yq_gradient = pointer<Real>(gradients.yq);
   to.call.support_weights_gradient = pointer<Real>(gradients.support_weights);
   to.call.query_weights_gradient = pointer<Real>(gradients.query_weights);
+  to.call.anchors_gradient = pointer<Real>(gradients.anchors);
 }
 
 template <class Real>
@@ -268,13 +269,14 @@ void bind_parts(py::module_& m) {
            py::arg("seed") = 0, py::arg("stream") = 0, py::arg("task_ids") = 0);
   py::class_<Gradients>(m, "Gradients")
       .def(py::init([](std::vector<Address> parameters, Address lr, Address xs, Address xq,
-                       Address ys, Address yq, Address support_weights, Address query_weights) {
-             return Gradients{std::move(parameters), lr,           xs, xq, ys, yq,
-                              support_weights,       query_weights};
+                       Address ys, Address yq, Address support_weights, Address query_weights,
+                       Address anchors) {
+             return Gradients{std::move(parameters), lr,     xs, xq, ys, yq, support_weights,
+                              query_weights,         anchors};
            }),
            py::arg("parameters") = std::vector<Address>{}, py::arg("lr") = 0, py::arg("xs") = 0,
            py::arg("xq") = 0, py::arg("ys") = 0, py::arg("yq") = 0, py::arg("support_weights") = 0,
-           py::arg("query_weights") = 0);
+           py::arg("query_weights") = 0, py::arg("anchors") = 0);
   py::class_<Results>(m, "Results")
       .def(py::init<>())
       .def_readwrite("mean_loss", &Results::mean_loss)

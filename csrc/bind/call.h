@@ -59,6 +59,7 @@ struct Schedule {
 struct Gradients {
   std::vector<Address> parameters;  // empty: of none of them
   Address lr = 0, xs = 0, xq = 0, ys = 0, yq = 0, support_weights = 0, query_weights = 0;
+  Address anchors = 0;
 };
 
 // Where everything else goes.

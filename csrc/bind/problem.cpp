@@ -17,8 +17,8 @@ void describe_blocks(int ordinal, const BlockPlan& plan, py::dict& result) {
   result["factored"] = false;
 }
 
-// Whether gradients are wanted: of the parameters, the learning rates, xs, xq, ys, yq, and both sets' row weights.
-using Wanted = std::array<bool, 8>;
+// Whether gradients are wanted: of the parameters, the learning rates, xs, xq, ys, yq, both sets' row weights, and the anchors.
+using Wanted = std::array<bool, 9>;
 
 template <class Real>
 void put_wanted(const Wanted& wanted, Call<Real>& call, Real* const* somewhere, Real* some) {
@@ -31,6 +31,7 @@ void put_wanted(const Wanted& wanted, Call<Real>& call, Real* const* somewhere, 
   if (wanted[5]) call.yq_gradient = some;
   if (wanted[6]) call.support_weights_gradient = some;
   if (wanted[7]) call.query_weights_gradient = some;
+  if (wanted[8]) call.anchors_gradient = some;
 }
 
 // How a call of these sizes would run.

@@ -107,6 +107,11 @@ class ItemArrays {
       call_.lr_gradient[rate_index(lane, row, column)] = value[lane] / call_.divisor();
   }
 
+  void write_anchor_gradient(Vec value) const {
+    for (int lane = 0; lane < work_.count; ++lane)
+      call_.anchors_gradient[work_.task[lane]] = value[lane] / call_.divisor();
+  }
+
   Seed seed() const {
     const Cotangents<Real>& given = call_.cotangents;
     if (!given.any()) return {true, broadcast(1)};

@@ -343,6 +343,10 @@ class TaskArrays {
     if (thread_index() == 0) call_.lr_gradient[rate_index(row, column)] = value / call_.divisor();
   }
 
+  PYMETA_FN void write_anchor_gradient(Vec value) const {
+    if (thread_index() == 0) call_.anchors_gradient[task_] = value / call_.divisor();
+  }
+
   PYMETA_FN Seed seed() const {
     const Cotangents<Real>& given = call_.cotangents;
     if (!given.any()) return {true, Real(1)};

@@ -13,14 +13,18 @@ a device are larger: it takes many tasks to fill it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pymeta.algorithms.chunks import columns_of, copy_into, part_of
+from pymeta.algorithms.divergence import check_reaction, layer_rates, reacted
 from pymeta.algorithms.held_out import (
     check_classes,
     held_out_counts,
@@ -38,11 +42,9 @@ from pymeta.backend.plan import Plan
 from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.models.adapted import Adapted
 from pymeta.spec.class_weights import ClassWeights, check_class_count, check_class_weights
-from pymeta.spec.history import History
-from pymeta.spec.inner import Adaptation
 from pymeta.spec.losses import Loss
 from pymeta.spec.modules import outside_graphs
-from pymeta.spec.optimizers import Optimizer, check_number
+from pymeta.spec.optimizers import LearnableLR, Optimizer, check_number
 from pymeta.spec.schedule import Schedule, check_count
 from pymeta.spec.settings import check_patterns
 from pymeta.tasks.checks import Expected, Names
@@ -115,6 +117,12 @@ class FineTune(Learner):
             order of time.
         patience: stop a task after so many epochs in a row without a lower validation loss.
         seed: of the shuffles and of the choice of rows held out.
+        on_divergence: what becomes of a task whose loss on the rows it trained on is greater at
+            the end than at its start, or not finite: "start", it returns there; "keep"; or
+            "raise", an ArithmeticError. Its status is then 2 (1 where weights are not finite).
+            None: nobody looks, which saves two passes forward, and status knows of 1 alone.
+        layer_lr: step sizes in place of the optimiser's, one for each module that owns free
+            parameters, in their order: as `MAML(lr=LearnableLR(per="layer"))` learned them, say.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
 
@@ -133,8 +141,13 @@ class FineTune(Learner):
         validation=lambda self, value: _check_fraction(value),
         validation_rows=lambda self, value: _check_validation_rows(value),
         patience=lambda self, v: None if v is None else check_count("patience", v, 1),
+        on_divergence=lambda self, value: check_reaction(value),
     )
     _of_the_plan: ClassVar[frozenset[str]] = Learner._of_the_plan | {"freeze"}
+    _fixed: ClassVar[Mapping[str, str]] = {
+        **Learner._fixed,
+        "layer_lr": "make a new learner for other ones",
+    }
 
     def __init__(
         self,
@@ -153,6 +166,8 @@ class FineTune(Learner):
         validation_rows: str = "random",
         patience: int | None = None,
         seed: int = 0,
+        on_divergence: str | None = None,
+        layer_lr: Sequence[float] | np.ndarray | Tensor | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -169,13 +184,41 @@ class FineTune(Learner):
         self.class_weights: ClassWeights = class_weights  # type: ignore[assignment]
         self.validation, self.validation_rows = validation, validation_rows
         self.patience = patience
+        self.on_divergence = on_divergence
+        self._layer_lr = None if layer_lr is None else layer_rates(layer_lr)
+        if layer_lr is not None:
+            self._per = "layer"
         plan = self._look()
+        self._lr(plan)
         check_class_count(self.class_weights, self.loss, plan.expected.out_features)
 
     @property
     def schedule(self) -> Schedule:
         """The epochs, and how each goes through the rows."""
         return Schedule(None, self.epochs, self.batch_size, self.seed)
+
+    @property
+    def layer_lr(self) -> Tensor | None:
+        """The step sizes of the layers [layers]; None where there is one for all."""
+        return self._layer_lr
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """As in the base class; step sizes of layers are there as a description."""
+        if self._layer_lr is None:
+            return super().optimizer
+        return replace(self._rule, lr=LearnableLR(float(self._layer_lr.mean()), per="layer"))
+
+    def _lr(self, plan: Plan) -> Tensor:
+        if self._layer_lr is None:
+            return super()._lr(plan)
+        columns = plan.rates.columns
+        if self._layer_lr.shape != (columns,):
+            raise ValueError(
+                f"layer_lr: expected {columns}, one for each layer with free parameters, "
+                f"got {len(self._layer_lr)}"
+            )
+        return self._layer_lr.to(plan.expected.device, plan.expected.dtype)
 
     def _made_plan(self, row_shape: tuple[int, ...] | None) -> Plan:
         names = [name for name, _ in self.model.named_parameters()]
@@ -237,13 +280,14 @@ class FineTune(Learner):
                 exception that it raises ends the run.
 
         Returns:
-            T models; `status` tells which of them have weights that are not finite.
+            T models; `status` tells which of them diverged.
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
             ValueError: a wrong shape or device, a label, size or weight out of range, a batch
                 of one row under batch normalisation, a normalisation layer that would use
                 running statistics; with backend="native" also whatever only torch could run.
+            ArithmeticError: a task diverged, with on_divergence="raise".
         """
         options: dict[str, Any] = {"start": start, "sizes": sizes, "weights": weights}
         options |= {"offset": offset, "validation_data": validation_data, "task_ids": task_ids}
@@ -300,7 +344,7 @@ class FineTune(Learner):
             while group := list(itertools.islice(iterator, chunk)):
                 of_group = None if ids is None else list(itertools.islice(ids, len(group)))
                 try:
-                    x, y, weights, offset = _columns(group)
+                    x, y, weights, offset = columns_of(group)
                     options: dict[str, Any] = {"weights": weights, "offset": offset}
                     options |= {"task_ids": of_group, "curves": curves}
                     models = self._tuned(x, y, False, 5, **options)
@@ -366,7 +410,7 @@ class FineTune(Learner):
                 on_host = in_torch or plan.device is None  # where values may be read
                 if self.validation and plan.expected.batch_norm and on_host:
                     _check_halves(part, watched, self.loss, first)
-                view = _part_of(out, first, last)
+                view = part_of(out, first, last)
                 options: dict[str, Any] = {} if in_torch else {"out": view}
                 done = self._adapt_tasks(
                     plan,
@@ -383,7 +427,13 @@ class FineTune(Learner):
                     **options,
                 )
                 if in_torch:
-                    _copy(done, view)
+                    copy_into(done, view)
+                if self.on_divergence is not None:
+                    begin = {n: v[first:last] for n, v in own.items()}
+                    reacted(
+                        self, plan, parameters, begin, part, view, self.on_divergence, in_torch,
+                        first,
+                    )  # fmt: skip
                 bar.advance(last - first)
         call = self._last
         if call is not None:  # not the last chunk alone
@@ -456,22 +506,6 @@ def _eagerly(learner: FineTune, xs: Any, ys: Any, progress: Any, options: Any) -
     return learner.forward(xs, ys, progress=progress, **options)
 
 
-def _columns(group: list[Any]) -> tuple[Any, ...]:
-    """The x, y, weights and offsets of single tasks: lists, or None where all are None."""
-    for i, task in enumerate(group):
-        if not isinstance(task, (tuple, list)) or not 2 <= len(task) <= 4:
-            got = f"{len(task)} entries" if isinstance(task, (tuple, list)) else type(task).__name__
-            raise TypeError(f"tasks[{i}]: expected (x, y) or (x, y, weights, offset), got {got}")
-        if len(task) != len(group[0]):
-            raise ValueError(
-                f"tasks[{i}]: expected weights in all tasks or in none, "
-                f"got {len(task)} entries after {len(group[0])}"
-            )
-    columns = [list(column) for column in zip(*group, strict=True)]
-    given = [None if all(v is None for v in column) else column for column in columns[2:]]
-    return (*columns[:2], *given, None, None)[:4]
-
-
 def _check_halves(train: TaskSet, held: TaskSet | None, loss: Loss, first: int) -> None:
     """Raise where batch normalisation would meet a single row that counts after the split.
 
@@ -484,23 +518,3 @@ def _check_halves(train: TaskSet, held: TaskSet | None, loss: Loss, first: int) 
                 f"validation: task {first + counts.index(1)} has one row that counts {what}, "
                 f"which batch normalisation cannot normalise"
             )
-
-
-def _part_of(whole: Adaptation, first: int, last: int) -> Adaptation:
-    """Some of the tasks; views."""
-    history = whole.history and History.of(
-        {name: values[first:last] for name, values in whole.history.values().items()}
-    )
-    parameters = {name: values[first:last] for name, values in whole.parameters.items()}
-    return Adaptation(parameters, whole.status[first:last], history)
-
-
-def _copy(done: Adaptation, out: Adaptation) -> None:
-    """Put a result where it belongs."""
-    for name, values in out.parameters.items():
-        values.copy_(done.parameters[name])
-    out.status.copy_(done.status)
-    if out.history is not None and done.history is not None:
-        found = done.history.values()
-        for name, values in out.history.values().items():
-            values.copy_(found[name])

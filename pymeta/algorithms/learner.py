@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import native, reference
+from pymeta.algorithms.divergence import check_reaction, reacted
+from pymeta.algorithms.learned_anchor import LearnedAnchor
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.gradients import NOTHING, Wanted
@@ -157,6 +159,7 @@ class Learner(nn.Module, ABC):
         self.adapted_patterns = adapt
         self.backend = backend
         self._anchor = check_anchor(anchor, anchor_rows)
+        self.learned_anchor: LearnedAnchor | None = None
         self._rule = one_optimizer(lr, optimizer, learns_lr)
         rate = self._rule.lr
         self._per = rate.per if isinstance(rate, LearnableLR) else "network"
@@ -213,12 +216,16 @@ class Learner(nn.Module, ABC):
     @property
     def anchor(self) -> float:
         """The strength of the pull towards the start, where it is one for all tasks."""
-        return self._anchor.strength
+        learned = self.learned_anchor
+        return self._anchor.strength if learned is None or learned.of_rows else learned.value
 
     @property
     def anchor_rows(self) -> float | None:
         """What is divided by the number of a task's rows to be its strength; None: nothing is."""
-        return self._anchor.rows or None
+        learned = self.learned_anchor
+        return (
+            learned.value if learned is not None and learned.of_rows else self._anchor.rows or None
+        )
 
     @property
     @abstractmethod
@@ -263,6 +270,17 @@ class Learner(nn.Module, ABC):
         check_values_of(options.get("anchors"))
         return reference.adapt(self.model, named, plan.adapted, inner, support, **options)
 
+    def _strengths(self, anchor: Anchors, support: TaskSet, plan: Plan) -> Tensor | None:
+        """The tasks' own strengths of the pull [T]: a call's, or what is learned."""
+        if anchor is None and self.learned_anchor is not None:
+            if getattr(self, "task_clip", None) is not None:
+                raise ValueError(
+                    "task_clip: a LearnableAnchor's share of the meta-gradient is not clipped; "
+                    "expected None, or an anchor that is a number"
+                )
+            return self.learned_anchor.strengths(support, plan)
+        return anchors_of(anchor, support.tasks, plan)
+
     def _adapted_to(
         self,
         schedule: Schedule,
@@ -275,25 +293,33 @@ class Learner(nn.Module, ABC):
         offset: Rows | None = None,
         start: Starts = None,
         lr: OwnRates = None,
+        curves: bool = False,
+        on_divergence: str | None = None,
     ) -> Adapted:
         """The models adapted to the support sets of T tasks; for `adapt` itself to call."""
         with torch.no_grad():
             plan, parameters = self._current(xs)
             support = task_set(SUPPORT, xs, ys, sizes, weights, plan.expected, offset)
             ids = check_task_ids(task_ids, support.tasks)
-            anchors = anchors_of(anchor, support.tasks, plan)
+            anchors = self._strengths(anchor, support, plan)
+            reaction = check_reaction(on_divergence)
             check_minibatches(plan, support, schedule)
             reason = self._reason(plan, support)
             in_torch = reason is not None
             if reason is not None:
                 self._to_torch(plan, reason, 4, support)
-            options = {
+            options: dict[str, Any] = {
                 "task_ids": ids,
                 "anchors": anchors,
                 "start": start_of(start, support.tasks, plan),
                 "rates": rates_of(lr, support.tasks, plan),
             }
+            if curves:  # an epoch of all rows is a step
+                schedule = Schedule(None, schedule.steps)
+                options["curves"] = True
             done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, **options)
+            if reaction is not None:
+                reacted(self, plan, parameters, options["start"], support, done, reaction, in_torch)
             return self._adapted(plan, parameters, done, support.tasks, in_torch)
 
     def _adapted(

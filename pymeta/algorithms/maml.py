@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pymeta import reference
 from pymeta.algorithms import implicitly
+from pymeta.algorithms.learned_anchor import eagerly, numbers_of
 from pymeta.algorithms.learner import Learner, NativeCall, Weights
 from pymeta.algorithms.outcome import Outcome
 from pymeta.algorithms.settings import Checks, checks_of
@@ -27,7 +28,7 @@ from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.functional import compiled
-from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
+from pymeta.functional.anchors import Anchors, check_values_of
 from pymeta.functional.evaluation import QUERIES, in_torch, lacks_forward_mode, lacks_gradient
 from pymeta.functional.handles import register
 from pymeta.functional.own import (
@@ -39,6 +40,7 @@ from pymeta.functional.own import (
     start_of,
     step_weights_of,
 )
+from pymeta.spec.anchors import LearnableAnchor
 from pymeta.spec.implicit import Implicit, check_implicit
 from pymeta.spec.inner import InnerLoop
 from pymeta.spec.optimizers import LearnableLR, Optimizer
@@ -79,7 +81,7 @@ class MAML(Learner):
             which alone means plain SGD. The meta-gradient goes through its momentum and clipping
             too.
         anchor: the penalty anchor/2 |theta - start|^2 on what is adapted (L2-SP); the
-            meta-gradient goes through it, at both of its ends.
+            meta-gradient goes through it, at both of its ends. A number, or a `LearnableAnchor`.
         anchor_rows: in its place: anchor_rows / n for a task of n rows that count, so that the
             start is worth as much as so many rows.
         task_clip: the largest norm of one task's share of the meta-gradient, all parameters and
@@ -116,8 +118,8 @@ class MAML(Learner):
         first_order: bool = False,
         adapt: Sequence[str] | None = None,
         optimizer: Optimizer | None = None,
-        anchor: float = 0.0,
-        anchor_rows: float | None = None,
+        anchor: float | LearnableAnchor = 0.0,
+        anchor_rows: float | LearnableAnchor | None = None,
         task_clip: float | None = None,
         implicit: Implicit | None = None,
         backend: str = "auto",
@@ -126,6 +128,7 @@ class MAML(Learner):
         alone = {"first_order": first_order, "task_clip": task_clip}
         pull = {"anchor": anchor, "anchor_rows": anchor_rows}
         implicit = check_implicit(implicit, rule, **alone, **pull)
+        numbers, learned = numbers_of(anchor, anchor_rows)
         super().__init__(
             model,
             loss=loss,
@@ -133,8 +136,7 @@ class MAML(Learner):
             optimizer=optimizer,
             adapt=adapt,
             backend=backend,
-            anchor=anchor if implicit is None else implicit.strength,
-            anchor_rows=anchor_rows,
+            **(numbers if implicit is None else {"anchor": implicit.strength}),
             learns_lr=True,
         )
         self._implicit = implicit
@@ -146,6 +148,7 @@ class MAML(Learner):
         plan = self._look()
         if isinstance(self._rule.lr, LearnableLR):
             self._make_lr(self._rule.lr, plan)
+        self.learned_anchor = None if learned is None else learned.to(plan.scalar)
         self._handle = register(self)
 
     def _make_lr(self, rate: LearnableLR, plan: Plan) -> None:
@@ -224,18 +227,11 @@ class MAML(Learner):
                 of its task NaN, and all that depends on it (PYMETA_CHECK_VALUES=1 raises).
         """
         plain = (
-            steps is None
-            and anchor is None
-            and support_sizes is None
-            and query_sizes is None
-            and support_weights is None
-            and query_weights is None
-            and support_offset is None
-            and query_offset is None
-            and start is None
-            and lr is None
-            and step_weights is None
-        )
+            steps is None and anchor is None and support_sizes is None and query_sizes is None
+            and support_weights is None and query_weights is None and support_offset is None
+            and query_offset is None and start is None and lr is None and step_weights is None
+            and self.learned_anchor is None
+        )  # fmt: skip
         if torch.compiler.is_compiling():
             options = {
                 "steps": steps, "support_sizes": support_sizes, "query_sizes": query_sizes,
@@ -243,6 +239,8 @@ class MAML(Learner):
                 "support_offset": support_offset, "query_offset": query_offset, "anchor": anchor,
                 "start": start, "lr": lr, "step_weights": step_weights,
             }  # fmt: skip
+            if self.learned_anchor is not None:
+                return Outcome(*eagerly(self, (xs, ys, xq, yq), options))
             return Outcome(*compiled.forward(self, (xs, ys, xq, yq), options))
         if plain:
             before = self._prepared.get(torch.is_grad_enabled())
@@ -257,11 +255,10 @@ class MAML(Learner):
         sides = (xq, yq, query_sizes, query_weights)
         query = self._queries(sides, query_offset, step_weights, plan)
         check_same_tasks(support, query)
-        how = self._own(plan, support.tasks, steps, anchor, start, lr, step_weights)
+        how = self._own(plan, support, steps, anchor, start, lr, step_weights)
         reason = self._reason(plan, support, query)
         if self._implicit is not None:
             return implicitly.outcome(self, plan, parameters, steps, support, query, how, reason)
-        reason = reason or how.reason
         if reason is not None:
             return self._in_torch(plan, parameters, steps, support, query, reason, how)
         operands = how.operands(plan, parameters)
@@ -343,13 +340,13 @@ class MAML(Learner):
         return task_set(QUERIES, xq, None, sizes, None, plan.query_expected, offset)
 
     def _own(
-        self, plan: Plan, tasks: int, steps: int, anchor: Any, start: Any, lr: Any,
+        self, plan: Plan, support: TaskSet, steps: int, anchor: Any, start: Any, lr: Any,
         step_weights: Any = None,
     ) -> Own:  # fmt: skip
         return Own(
-            anchors_of(anchor, tasks, plan),
-            start_of(start, tasks, plan),
-            rates_of(lr, tasks, plan),
+            self._strengths(anchor, support, plan),
+            start_of(start, support.tasks, plan),
+            rates_of(lr, support.tasks, plan),
             step_weights_of(step_weights, steps, plan),
         )
 
@@ -365,6 +362,8 @@ class MAML(Learner):
         anchor: Anchors = None,
         start: Starts = None,
         lr: OwnRates = None,
+        curves: bool = False,
+        on_divergence: str | None = None,
         create_graph: bool = False,
     ) -> Any:
         """The models adapted to T tasks.
@@ -379,6 +378,9 @@ class MAML(Learner):
             anchor: as in `forward`.
             start: as in `forward`.
             lr: as in `forward`.
+            curves: whether the models get a `history`, whose `train` [T, steps] are the support
+                losses before each step.
+            on_divergence: as for `pymeta.FineTune`.
             create_graph: return the adapted parameters themselves, differentiable as the results
                 of `forward` are.
 
@@ -388,12 +390,14 @@ class MAML(Learner):
 
         Raises:
             TypeError, ValueError: as `forward`.
+            ArithmeticError: a task diverged, with on_divergence="raise".
         """
         steps = self.steps if steps is None else check_count("steps", steps)
         sides = (xs, ys, support_sizes, support_weights)
         own: dict[str, Any] = {"anchor": anchor, "start": start, "lr": lr}
         if create_graph:
             return self._adapted_with_graph(sides, support_offset, steps, own)
+        own |= {"curves": curves, "on_divergence": on_divergence}
         return self._adapted_to(Schedule(steps), *sides, offset=support_offset, **own)
 
     def _adapted_with_graph(
@@ -401,12 +405,11 @@ class MAML(Learner):
     ) -> dict[str, Tensor]:
         plan, parameters = self._current()
         support = task_set(SUPPORT, *sides, plan.expected, offset)
-        how = self._own(plan, support.tasks, steps, **own)
+        how = self._own(plan, support, steps, **own)
         inner = self._inner(plan, Schedule(steps), self.first_order)
         reason = self._reason(plan, support)
         if self._implicit is not None:
             return implicitly.adapted(self, plan, parameters, steps, support, how, reason, 4)
-        reason = reason or how.reason
         if reason is None:
             rates = inner.lr if how.rates is None else how.rates
             recipe = how.recipe(self, steps)

@@ -182,6 +182,18 @@ def adapt_with_graph(
     return dict(zip(adapted, with_graph(made, tuple(adapted.values()), inputs), strict=True))
 
 
+def losses(
+    plan: Plan, parameters: list[Tensor], own: dict[str, Tensor], support: TaskSet
+) -> Tensor:
+    """The loss of each task's rows [T], with its own parameters {name: [T, ...]}; no graph."""
+    found = [own.get(n, p) for n, p in zip(plan.names, parameters, strict=True)]
+    recipe = Recipe(0, True, own=tuple(own))
+    lr = plan.scalar.new_zeros(plan.rates.columns)
+    with torch.no_grad():
+        call, extras = prepare(plan, recipe, found, lr, support, support)
+        return call.run(found, extras, None).losses
+
+
 def reptile(
     plan: Plan,
     parameters: list[Tensor],

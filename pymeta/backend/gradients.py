@@ -1,7 +1,7 @@
 """The memory of gradients that the core computes, one flat buffer for all that are wanted.
 
 They lie one after another: the gradients of the parameters (or of the tasks' own starts), of lr, of
-the inputs, targets and row weights of both sets.
+the inputs, targets and row weights of both sets, of the anchors.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pymeta import native
 from pymeta.backend.plan import Plan
 
 # Of the parameters, then of the operands that `Extras` names.
-Wanted: TypeAlias = tuple[bool, bool, bool, bool, bool, bool, bool, bool]
-NOTHING: Wanted = (False,) * 8
+Wanted: TypeAlias = tuple[bool, bool, bool, bool, bool, bool, bool, bool, bool]
+NOTHING: Wanted = (False,) * 9
 
 
 class Extras(NamedTuple):
@@ -32,6 +32,7 @@ class Extras(NamedTuple):
     yq: Tensor | None
     support_weights: Tensor | None
     query_weights: Tensor | None
+    anchors: Tensor | None = None
 
 
 class Gradients:

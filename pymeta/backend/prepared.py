@@ -477,7 +477,8 @@ def prepare(
     if query is not None:
         query = ready(plan, query)
         xq, yq, query_weights = query.x, query.y, query.weights
-    extras = Extras(lr, support.x, xq, support.y, yq, support.weights, query_weights)
+    weights = support.weights, query_weights
+    extras = Extras(lr, support.x, xq, support.y, yq, *weights, recipe.anchors)
     if recipe.own and trains is None:
         trains = [p.requires_grad for p in parameters]
     if wanted is None:

@@ -201,7 +201,7 @@ class _NativeStep:
         self._names = sorted(names, key=[*plan.names, *extras].index)  # as the core has them
         self._adapted = list(minimum.adapted)
         trains = [name in names for name in plan.names]
-        by = cast(Wanted, (any(trains), *(name in names for name in extras)))
+        by = cast(Wanted, (any(trains), *(name in names for name in extras), False))
         operands = [p.detach() for p in minimum.operands]
         self._call, self._read = prepare(
             plan, recipe, operands, rates, minimum.support, None, by, trains

@@ -167,7 +167,8 @@ def _ready(i: Inputs) -> _Ready:
         recipe = recipe._replace(task_clip=0.0)
     trained = dict(zip(learned, i.wanted, strict=False))
     trains = [trained.get(name, False) for name in plan.names]
-    wanted = cast(Wanted, (any(trains), *i.wanted[len(i.parameters) :]))
+    # not of anchors: width_of leaves that to eager mode
+    wanted = cast(Wanted, (any(trains), *i.wanted[len(i.parameters) :], False))
     operands = own.operands(plan, [dense(p) for p in named.values()])
     call, extras = prepare(plan, recipe, operands, rates, support, query, wanted, trains)
     return _Ready(owner, plan, call, operands, extras, own, support, query)

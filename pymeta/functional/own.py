@@ -26,13 +26,6 @@ class Own(NamedTuple):
     rates: Tensor | None  # [T, 1, columns]
     step_weights: Tensor | None  # [steps]; all tasks'
 
-    @property
-    def reason(self) -> str | None:
-        """Why the native core cannot take it; None where it can."""
-        if self.anchors is not None and self.anchors.requires_grad and torch.is_grad_enabled():
-            return "anchor requires grad, which the native core has no gradient for"
-        return None
-
     def operands(self, plan: Plan, parameters: list[Tensor]) -> list[Tensor]:
         """The parameters in order, or the tasks' own in their place."""
         if not self.start:

@@ -199,7 +199,6 @@ class Tensors:
             or next((s.reason for s in sets if s.reason is not None), None)
             or lacks_forward_mode(tensors, sets)
             or lacks_gradient(sets)
-            or ready.own.reason
         )
 
     def _to_torch(self, ready: _Ready, *sets: TaskSet) -> tuple[int, ...]:
@@ -372,7 +371,7 @@ class Tensors:
         self, ready: _Ready, wrt: tuple[str, ...], leaves: dict[str, Any], flows: Flows | None
     ) -> tuple[Results | None, dict[str, Any]]:
         named = {"lr" if name == "rates" else name for name in wrt}
-        wanted = cast(Wanted, ("parameters" in wrt, *(name in named for name in EXTRAS)))
+        wanted = cast(Wanted, ("parameters" in wrt, *(name in named for name in EXTRAS), False))
         trains = [wanted[0] and n not in ready.plan.constants for n in ready.plan.names]
         call, extras = self._prepared(ready, flows is None, wanted, trains)
         operands, results = ready.operands, None
@@ -397,7 +396,7 @@ class Tensors:
         rest, found = iter(tensors), {}
         if wanted[0]:
             found = {key_of(name): next(rest) for name in self._operator.shapes}
-        for name, is_wanted in zip(EXTRAS, wanted[1:], strict=True):
+        for name, is_wanted in zip(EXTRAS, wanted[1:-1], strict=True):
             if is_wanted:
                 given = "rates" if name == "lr" and "rates" in wrt else name
                 grad = next(rest)

@@ -12,6 +12,7 @@ scikit-learn's estimators (pymeta's too) and pymeta's learners become such model
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,11 +99,21 @@ class FromEstimator:
         self.target = None if self.is_binary else Target(y, self.link)
         x = self.prep(train).x
         wanted = self._wanted(y)
-        groups = {"groups": train.labels} if self.adapts else {}
+        groups = self._of(train) if self.adapts else {}
         self.fitted.fit(x, wanted, **groups)
         if self.target is not None:
             self.target.smeared(y, self._raw(x))
         return self
+
+    def _of(self, panel: Panel) -> dict[str, Any]:
+        """Groups, and times where there are some and the estimator takes them."""
+        given = {"groups": panel.labels}
+        takes = signature(self.fitted.adapt).parameters
+        return (
+            given
+            if panel.times is None or "times" not in takes
+            else {**given, "times": panel.times}
+        )
 
     def _wanted(self, y: Array) -> Array:
         return y.astype(int) if self.target is None else self.target.to(y)
@@ -117,7 +128,7 @@ class FromEstimator:
         groups = {}
         if self.adapts and history is not None:
             fitted = self.fitted.adapt
-            fitted(self.prep(history).x, self._wanted(history.need_y()), groups=history.labels)
+            fitted(self.prep(history).x, self._wanted(history.need_y()), **self._of(history))
             groups = {"groups": query.labels}
         found = self._raw(self.prep(query).x, **groups)
         return found if self.target is None else self.target.back(found)

@@ -76,8 +76,8 @@ class Adapted(Stacked[Tensor]):
     Attributes:
         parameters: {name: [T, ...]}, the layout of `torch.func.stack_module_state`; those that
             were not adapted are expanded views of one tensor. `from_stacked` is the way back.
-        status: [T] int8, 0 where a task's own weights are finite, 1 where it diverged. It and
-            the history are on the parameters' device.
+        status: [T] int8, 1 where a task's own weights are not finite, 2 where its loss grew and
+            `on_divergence` was to look, else 0. It and the history are on the parameters' device.
         loss: a description of the loss they were adapted by.
         history: the learning curves (`pymeta.History`), where they were asked for.
     """

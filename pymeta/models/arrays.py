@@ -51,7 +51,8 @@ class AdaptedArrays(Stacked[np.ndarray]):
     Attributes:
         architecture: the chain of layers.
         parameters: {name: [T, ...]}; those that were not adapted are views of one array.
-        status: [T] int8, 0 where a task's own weights are finite, 1 where it diverged.
+        status: [T] int8, 1 where a task's own weights are not finite, 2 where its loss grew and
+            `on_divergence` was to look, else 0.
         loss: a description of the loss they were adapted by.
         history: learning curves, where a file has them.
     """

@@ -28,5 +28,6 @@ need("sklearn", "pymeta.sklearn", "sklearn")
 from pymeta.sklearn.classifier import MetaClassifier
 from pymeta.sklearn.methods import METHODS
 from pymeta.sklearn.regressor import MetaRegressor
+from pymeta.sklearn.scoring import AdaptScorer, adapt_score
 
-__all__ = ["METHODS", "MetaClassifier", "MetaRegressor"]
+__all__ = ["METHODS", "AdaptScorer", "MetaClassifier", "MetaRegressor", "adapt_score"]

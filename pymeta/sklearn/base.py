@@ -17,10 +17,10 @@ from sklearn.utils.validation import (
 )
 
 from pymeta.sklearn.choosing import Judge, choose, outputs_of
-from pymeta.sklearn.episodes import Draw, Rows, in_order
+from pymeta.sklearn.episodes import Draw, Rows, in_order, sample
 from pymeta.sklearn.gate import gains, keeps
 from pymeta.sklearn.methods import METHODS, Method
-from pymeta.sklearn.network import Form, parameters_of
+from pymeta.sklearn.network import Form, parameters_of, start_lr
 from pymeta.sklearn.offsets import checked_offset, cross_fitted, fitted
 from pymeta.sklearn.parameters import Parameters, one_of
 from pymeta.sklearn.starts import HeadStart, How, LearnerStart, Models, NetworkStart, Start
@@ -244,15 +244,22 @@ class MetaEstimator(Parameters):
         starts: dict[str, Start] = {}
         curves: dict[str, list[float]] = {}
         pretrained: dict[str, Array] | None = None
+
+        def lr_of(network: Any) -> float:
+            return start_lr(self, form, network, sample(self, rows, members))
+
         if self.method == "auto" and not form.is_remainder and len(members) > 1:
             network = form.network(initial)
             curves["pooled"] = pooled(self, form, network, rows, self.epochs, _seed(rng), True)
             pretrained = parameters_of(network)
         for name in names:
             if name == "zero":
-                starts[name], curves[name] = NetworkStart(form, initial), [0.0]
+                starts[name], curves[name] = (
+                    NetworkStart(form, initial, lr_of(form.network(initial))),
+                    [0.0],
+                )
             elif name == "pooled" and pretrained is not None:
-                starts[name] = NetworkStart(form, pretrained)
+                starts[name] = NetworkStart(form, pretrained, lr_of(form.network(pretrained)))
             else:
                 network = form.network(initial if pretrained is None else pretrained)
                 starts[name], curves[name] = self._start_of(
@@ -269,26 +276,31 @@ class MetaEstimator(Parameters):
         self, name: str, network: Any, rows: Rows, members: list[Array], rng: Any, pretrain: bool
     ) -> tuple[Start, list[float]]:
         """What a method learns, beginning with the network, which it changes."""
-        method, curve = METHODS[name], []
+        method, curve, rates = METHODS[name], [], None
         meta = method.losses is not None and len(members) > 1
         epochs = self.pretrain_epochs if meta else self.epochs
         if epochs and pretrain:
             curve = pooled(self, self._form, network, rows, epochs, _seed(rng))
-        learned = self._learner(method, network, _seed(rng) if method.is_random else 0)
+        form = self._form
+        if method.tunes or method.own is not None:
+            form = form._replace(lr=start_lr(self, form, network, sample(self, rows, members)))
+        learned = self._learner(method, form, network, _seed(rng) if method.is_random else 0)
         learned = learned.to(next(network.parameters()).dtype)
         if meta:
             assert method.losses is not None
             draw = Draw(self, rows, members, rng)
-            loss_of_batch = method.losses(self, self._form, learned, draw, _seed(rng))
+            loss_of_batch = method.losses(self, form, learned, draw, _seed(rng))
+            rates = getattr(loss_of_batch, "rates", None)
             curve = meta_train(self, name, learned, loss_of_batch)
         if method.own is not None:
             return LearnerStart(self._form, learned), curve
         if method.head is None:
-            return NetworkStart(self._form, parameters_of(learned)), curve
+            found = None if rates is None else rates.detach().numpy().copy()
+            return NetworkStart(self._form, parameters_of(learned), form.lr, found), curve
         all_rows = np.arange(len(rows.x) if method.by_class else 0)
         return HeadStart(learned.requires_grad_(False), rows.lists([all_rows])), curve
 
-    def _learner(self, method: Method, network: Any, seed: int) -> Any:
+    def _learner(self, method: Method, form: Form, network: Any, seed: int) -> Any:
         """What a method trains: the network, or a learner on it."""
         if method.head is None and method.own is None:
             return network
@@ -297,9 +309,9 @@ class MetaEstimator(Parameters):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if method.own is not None:
-                return method.own(self, self._form, network)
+                return method.own(self, form, network)
             assert method.head is not None
-            return method.head(self._form, network)
+            return method.head(form, network)
 
     # ---- adapt ----------------------------------------------------------------------------------
 

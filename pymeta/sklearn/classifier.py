@@ -59,7 +59,11 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         activation: "relu", "tanh", "elu", "gelu" or "silu".
         inner_optimizer: what takes the steps on a group, here and in `adapt`: "sgd", "momentum"
             (SGD with momentum 0.9), "adam" or "rmsprop".
-        inner_lr: its step size.
+        inner_lr: its step size. "auto": for SGD one over the largest curvature of support sets of
+            some groups (`pymeta.step_size`), 0.01 for the others.
+        learn_lr: let MAML learn a step size for each layer, from `inner_lr` on (Li et al. 2017);
+            `adapt` uses them.
+        clip_norm: gradients of the inner steps are scaled to at most this norm; None for any.
         inner_steps: its steps on a group in `fit`.
         inner_batch_size: rows of a step in `adapt` and in Reptile; None for all of the group's
             (MAML always takes all).
@@ -81,7 +85,7 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         epochs: passes over the rows in pooled training.
         batch_size: rows of a step in pooled training; None for all.
         pretrain_epochs: epochs of pooled training before MAML or Reptile begins.
-        adapt_lr: step size in `adapt`; None for `inner_lr`.
+        adapt_lr: step size in `adapt`; None for `inner_lr`, or what was learned.
         adapt_epochs: passes over a group's rows in `adapt`; None for `inner_steps`.
         anchor: strength of the pull back to the start (L2-SP), in `adapt` and in the inner steps
             of `fit`.
@@ -94,6 +98,9 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
             `pymeta/sklearn/gate.py`); of groups of 6 rows and more.
         unknown: what becomes of groups that `adapt` was never given: "start", the shared model;
             "warn", likewise, and a warning says so once; or "error".
+        on_divergence: what becomes of groups whose loss on their own rows is greater after `adapt`
+            than before: "start", they keep the shared model, with a warning; "keep"; or "raise",
+            an ArithmeticError.
         clip_inputs: whether features are kept within the range of those that `fit` saw.
         adapt_validation: fraction of each group's rows that `adapt` holds out, to keep the best
             epoch's weights; with shuffle=False the last ones.

@@ -81,6 +81,22 @@ def in_order(times: Any, *columns: Any) -> list[Any]:
     return [None if c is None else np.asarray(c)[order] for c in columns]
 
 
+_SAMPLED = 32  # groups
+
+
+def sample(settings: Parameters, rows: Rows, members: list[Array]) -> Lists:
+    """Support sets of some groups, spread over all of them; without groups, of all rows."""
+    members = members or [np.arange(len(rows.x))]
+    some = members[:: max(len(members) // _SAMPLED, 1)][:_SAMPLED]
+    limit = settings.task_rows
+    share = 0.5 if isinstance(settings.support, numbers.Integral) else float(settings.support)
+    sizes = [max(round(share * min(len(m), limit or len(m))), 1) for m in some]
+    if isinstance(settings.support, numbers.Integral):
+        sizes = [max(min(int(settings.support), len(m) - 1), 1) for m in some]
+    steps = [max(len(m) // n, 1) for m, n in zip(some, sizes, strict=True)]
+    return rows.lists([m[::k][:n] for m, k, n in zip(some, steps, sizes, strict=True)])
+
+
 class Draw:
     """Draws meta-batches: some groups, of each some rows, split in support and query."""
 

@@ -60,6 +60,22 @@ class Method(NamedTuple):
         return self.own is not None or self.head is _relation
 
 
+class WithRates:
+    """The loss of a meta-batch, and the step sizes of layers that are learned with it.
+
+    Attributes:
+        rates: [layers], a parameter.
+    """
+
+    def __init__(self, loss: Callable[[], torch.Tensor], rates: torch.nn.Parameter) -> None:
+        """Keep both."""
+        self._loss, self.rates = loss, rates
+
+    def __call__(self) -> torch.Tensor:
+        """The loss of the next meta-batch."""
+        return self._loss()
+
+
 # ---- starts of networks -------------------------------------------------------------------------
 
 
@@ -68,10 +84,11 @@ def _maml(
 ) -> Callable[[], torch.Tensor]:
     import pymeta
 
+    rate = pymeta.LearnableLR(form.lr, per="layer") if settings.learn_lr else form.lr
     maml = pymeta.MAML(
         network,
         loss=form.loss,
-        optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
+        optimizer=inner_optimizer(settings, rate),
         **pull(settings),
         steps=int(settings.inner_steps),
         first_order=bool(settings.first_order),
@@ -84,7 +101,7 @@ def _maml(
         outcome: pymeta.Outcome = maml(s.xs, s.ys, q.xs, q.ys, **s.as_support, **q.as_query)
         return outcome.loss
 
-    return loss
+    return WithRates(loss, maml.lr) if settings.learn_lr else loss
 
 
 def _reptile(
@@ -95,7 +112,7 @@ def _reptile(
     reptile = pymeta.Reptile(
         network,
         loss=form.loss,
-        optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
+        optimizer=inner_optimizer(settings, form.lr),
         **pull(settings),
         steps=int(settings.inner_steps),
         batch_size=count(settings.inner_batch_size),
@@ -186,7 +203,7 @@ def _meta_lstm(settings: Parameters, form: Form, network: torch.nn.Sequential) -
 
     adapt = [n for n, _ in network.named_parameters() if form.adapts(n)]
     return MetaLSTM(
-        network, loss=form.loss, steps=int(settings.inner_steps), lr=float(settings.inner_lr),
+        network, loss=form.loss, steps=int(settings.inner_steps), lr=form.lr,
         adapt=adapt,
     )  # fmt: skip
 
@@ -198,7 +215,7 @@ def _relational(settings: Parameters, form: Form, network: torch.nn.Sequential) 
     return RelationalMAML(
         network, loss=form.loss, features=form.widths[0],
         targets=form.widths[-1] // loss.outputs_per_target,
-        optimizer=inner_optimizer(settings.inner_optimizer, settings.inner_lr),
+        optimizer=inner_optimizer(settings, form.lr),
         steps=int(settings.inner_steps), first_order=bool(settings.first_order),
         adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
     )  # fmt: skip

@@ -15,6 +15,8 @@ from pymeta.tasks.groups import Array
 if TYPE_CHECKING:
     import torch
 
+    from pymeta.sklearn.episodes import Lists
+
 
 class Form(NamedTuple):
     """What the networks of a fitted estimator are, whatever its parameters are set to later."""
@@ -25,6 +27,7 @@ class Form(NamedTuple):
     loss: Any  # a name, or a description of pymeta.spec.losses
     head_only: bool
     is_remainder: bool = False  # of a pooled model, so that the last layer begins with zeros
+    lr: float = 0.05  # the inner step size that training begins with
 
     def initial(self, rng: Any) -> dict[str, Array]:
         """What `torch.nn.Linear` starts with, drawn by `rng`: uniform within 1 / sqrt(inputs)."""
@@ -78,21 +81,43 @@ class Form(NamedTuple):
         return AdaptedArrays(self.architecture(), describe_loss(self.loss), own, shared, tasks)
 
 
+MOMENTUM = 0.9
+_ADAPTIVE_LR = 0.01  # of Adam and RMSprop, whose steps do not know of curvature
+
+
+def start_lr(settings: Parameters, form: Form, network: torch.nn.Module, support: Lists) -> float:
+    """The inner step size to begin with: as it is set, or from the curvature of support sets."""
+    if not isinstance(settings.inner_lr, str):
+        return float(settings.inner_lr)
+    if settings.inner_optimizer in ("adam", "rmsprop"):
+        return _ADAPTIVE_LR
+    import pymeta
+
+    rates = pymeta.step_size(
+        network, support.xs, support.ys, loss=form.loss, weights=support.weights,
+        offset=support.offsets, adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
+    )  # fmt: skip
+    rates = rates[rates.isfinite()]
+    lr = float(rates.min()) if len(rates) else 1.0
+    return lr * (1 - MOMENTUM) if settings.inner_optimizer == "momentum" else lr
+
+
 def parameters_of(module: torch.nn.Module) -> dict[str, Array]:
     """Copies of a module's parameters, by name."""
     return {n: p.detach().numpy().copy() for n, p in module.named_parameters()}
 
 
-def inner_optimizer(name: str, lr: float) -> Any:
-    """The optimiser of the inner loop that the parameter names."""
+def inner_optimizer(settings: Parameters, lr: Any) -> Any:
+    """The optimiser of the inner loop that the parameters name; lr is a number or learnable."""
     import pymeta
 
-    lr = float(lr)
+    name, clip = settings.inner_optimizer, settings.clip_norm
+    clip = None if clip is None else float(clip)
     if name == "adam":
-        return pymeta.Adam(lr)
+        return pymeta.Adam(lr, clip_norm=clip)
     if name == "rmsprop":
-        return pymeta.RMSprop(lr)
-    return pymeta.SGD(lr, momentum=0.9) if name == "momentum" else pymeta.SGD(lr)
+        return pymeta.RMSprop(lr, clip_norm=clip)
+    return pymeta.SGD(lr, momentum=MOMENTUM if name == "momentum" else 0.0, clip_norm=clip)
 
 
 def pull(settings: Parameters) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 ACTIVATIONS = {"relu": "ReLU", "tanh": "Tanh", "elu": "ELU", "gelu": "GELU", "silu": "SiLU"}
+_FLAGS = ("gate", "clip_inputs", "learn_lr")
 OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
 
 
@@ -68,7 +69,9 @@ class Parameters(BaseEstimator):
     hidden: tuple[int, ...] = (64, 64)
     activation: str = "relu"
     inner_optimizer: str = "sgd"
-    inner_lr: float = 0.05
+    inner_lr: Any = "auto"
+    learn_lr: bool = True
+    clip_norm: float | None = 10.0
     inner_steps: int = 5
     inner_batch_size: int | None = None
     first_order: bool = False
@@ -90,6 +93,7 @@ class Parameters(BaseEstimator):
     anchor_rows: Any = "auto"
     gate: bool = True
     unknown: str = "warn"
+    on_divergence: str = "start"
     clip_inputs: bool = True
     adapt_validation: float = 0.0
     adapt_patience: int | None = None
@@ -111,12 +115,13 @@ class Parameters(BaseEstimator):
             integer("hidden", width, 1)
         _check_support(self.support)
         one_of("unknown", self.unknown, ("start", "warn", "error"))
+        one_of("on_divergence", self.on_divergence, ("start", "keep", "raise"))
         if self.base is not None and not hasattr(self.base, "fit"):
             raise TypeError(
                 f"base: expected an estimator of scikit-learn or None, got "
                 f"{type(self.base).__name__}"
             )
-        for name in ("first_order", "head_only", "shuffle", "adapt_on_fit", "gate", "clip_inputs"):
+        for name in ("first_order", "head_only", "shuffle", "adapt_on_fit", *_FLAGS):
             flag(name, getattr(self, name))
         least = {"inner_steps": 1, "iterations": 1, "epochs": 1, "tasks_per_batch": 1}
         for name, value in {**least, "pretrain_epochs": 0}.items():
@@ -125,8 +130,16 @@ class Parameters(BaseEstimator):
         for name, value in {**optional, "inner_batch_size": 1, "adapt_patience": 1}.items():
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), value)
-        for name in ("inner_lr", "meta_lr", "weight_decay", "anchor"):
+        for name in ("meta_lr", "weight_decay", "anchor"):
             real(name, getattr(self, name))
+        if not isinstance(self.inner_lr, str):
+            real("inner_lr", self.inner_lr)
+        elif self.inner_lr != "auto":
+            raise TypeError(f"inner_lr: expected 'auto' or a number, got {self.inner_lr!r}")
+        if self.clip_norm is not None:
+            real("clip_norm", self.clip_norm)
+            if self.clip_norm == 0:
+                raise ValueError("clip_norm: expected a number > 0 or None, got 0")
         self._check_anchor_rows()
         if self.callback is not None and not callable(self.callback):
             raise TypeError(

@@ -57,11 +57,6 @@ class How:
         return np.minimum(own, 1 / lr) if (own * lr > 1).any() else None
 
 
-def _lr(settings: Parameters) -> float:
-    """The step size of `adapt`."""
-    return float(settings.inner_lr if settings.adapt_lr is None else settings.adapt_lr)
-
-
 class Start(Protocol):
     """What groups begin from.
 
@@ -97,13 +92,17 @@ class NetworkStart:
 
     has_variances = False
 
-    def __init__(self, form: Form, parameters: dict[str, Array]) -> None:
-        """Keep the parameters {name: array}."""
+    def __init__(
+        self, form: Form, parameters: dict[str, Array], lr: float, rates: Array | None = None
+    ) -> None:
+        """Keep the parameters {name: array}, and the step size, or those of layers [layers]."""
         self.form, self.parameters = form, parameters
+        self.lr, self.rates = lr, rates
 
     def is_finite(self) -> bool:
         """Whether all parameters are."""
-        return all(np.isfinite(p).all() for p in self.parameters.values())
+        rates = [] if self.rates is None else [self.rates]
+        return all(np.isfinite(p).all() for p in (*self.parameters.values(), *rates))
 
     def shared(self) -> AdaptedArrays:
         """The start itself."""
@@ -137,17 +136,28 @@ class NetworkStart:
             names = (n for n in own.parameters if self.form.adapts(n))
             start = {n: torch.from_numpy(np.ascontiguousarray(own.parameters[n])) for n in names}
         counts = np.array([len(x) for x in rows.xs])
+        pull = how.strengths(counts, self._largest_lr(settings))
         models = self._fine_tuner(settings, how, seed)(
             rows.xs, rows.ys, weights=rows.weights, offset=rows.offsets, start=start,
-            anchor=how.strengths(counts, _lr(settings)), progress=bool(settings.verbose),
+            anchor=pull, progress=bool(settings.verbose),
         )  # fmt: skip
         found = {n: p.numpy() for n, p in models.parameters.items()}
-        return self._models(found), models.status.numpy() == 0
+        status = models.status.numpy()
+        kept = (0, 2) if settings.on_divergence == "keep" else (0,)
+        return self._models(found), np.isin(status, kept)
 
     def gone_on(self, settings: Parameters, how: How, rows: Lists, seed: int) -> NetworkStart:
         """The start, fine-tuned; as it is, where that diverges."""
         models, fine = self.adapt(settings, how, rows, seed)
-        return NetworkStart(self.form, models.state_dict(0)) if fine.all() else self
+        if not fine.all():
+            return self
+        return NetworkStart(self.form, models.state_dict(0), self.lr, self.rates)
+
+    def _largest_lr(self, settings: Parameters) -> float:
+        """The step size of `adapt`, where layers have their own the largest."""
+        if settings.adapt_lr is not None:
+            return float(settings.adapt_lr)
+        return self.lr if self.rates is None else float(self.rates.max())
 
     def _fine_tuner(self, settings: Parameters, how: How, seed: int) -> Any:
         """The inner loop's optimiser, with rows and epochs."""
@@ -156,7 +166,9 @@ class NetworkStart:
         return pymeta.FineTune(
             self.form.network(self.parameters),
             loss=self.form.loss,
-            optimizer=inner_optimizer(settings.inner_optimizer, _lr(settings)),
+            optimizer=inner_optimizer(settings, self._largest_lr(settings)),
+            layer_lr=None if settings.adapt_lr is not None else self.rates,
+            on_divergence=settings.on_divergence,
             epochs=how.epochs,
             batch_size=count(settings.inner_batch_size),
             anchor=how.anchor,

@@ -70,7 +70,9 @@ def meta_train(
     """Train by one meta-batch after another; the loss of each, from which was learnt.
 
     The outer step is AdamW's, its size falling linearly to a hundredth. What a head has besides its
-    encoder, logarithms most of it, goes ten times as fast and does not decay.
+    encoder, logarithms most of it, goes ten times as fast and does not decay; nor do step sizes
+    that are learned too, which go ten times as fast in units of their first value, and stay above a
+    hundredth of it.
     """
     import torch
 
@@ -82,6 +84,12 @@ def meta_train(
         {"params": others},
         {"params": prior, "lr": _PRIOR * lr, "weight_decay": 0.0},
     ]
+    rates: torch.nn.Parameter | None = getattr(loss_of_batch, "rates", None)
+    least = 0.0
+    if rates is not None:
+        first = float(rates.detach().max())
+        groups.append({"params": [rates], "lr": _PRIOR * lr * first, "weight_decay": 0.0})
+        least = first / 100
     outer = torch.optim.AdamW(
         [g for g in groups if g["params"]], lr, weight_decay=float(settings.weight_decay)
     )
@@ -93,6 +101,9 @@ def meta_train(
             outer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             outer.step()
+            if rates is not None:
+                with torch.no_grad():
+                    rates.clamp_(min=least)
             curve.append(loss.item())
             _tell(settings, name, i + 1, curve[-1])
             if not math.isfinite(curve[-1]):

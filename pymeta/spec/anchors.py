@@ -31,12 +31,41 @@ class Anchor:
 NO_ANCHOR = Anchor()
 
 
+@dataclass(frozen=True)
+class LearnableAnchor:
+    """A strength of the pull that is meta-learned with the parameters, by its logarithm.
+
+    So it is positive whatever the outer optimiser does, and a step of that optimiser is a factor.
+    As `MAML(anchor=LearnableAnchor(0.1))` it is the strength of every task, as
+    `MAML(anchor_rows=LearnableAnchor(20))` it is divided by the rows of each task that count:
+    what is learned is how many rows the start is worth.
+
+    Args:
+        initial: the value it begins with.
+
+    Raises:
+        TypeError, ValueError: `initial` is no finite number > 0.
+    """
+
+    initial: float
+
+    def __post_init__(self) -> None:
+        """Check the value."""
+        value = check_number("LearnableAnchor.initial", self.initial, above=True)
+        object.__setattr__(self, "initial", value)
+
+
 def check_anchor(anchor: Any, anchor_rows: Any) -> Anchor:
     """The anchor that these options of a learner describe.
 
     Raises:
         TypeError, ValueError: one of them is out of its range, or both are given.
     """
+    for name, value in (("anchor", anchor), ("anchor_rows", anchor_rows)):
+        if isinstance(value, LearnableAnchor):
+            raise TypeError(
+                f"{name}: expected a number, got a LearnableAnchor, which only MAML can learn"
+            )
     if np.ndim(anchor):
         raise TypeError(
             f"anchor: expected a number, got {type(anchor).__name__}; a strength for each task "

@@ -14,6 +14,7 @@ HEADS = [name for name, method in METHODS.items() if method.head is not None]
 
 # nothing is chosen, and nobody looks after
 PLAIN = {"method": "maml", "anchor_rows": None, "gate": False, "clip_inputs": False}
+PLAIN |= {"inner_lr": 0.05, "learn_lr": False, "clip_norm": None}
 
 
 def opposites(groups=20, rows=30, seed=0):

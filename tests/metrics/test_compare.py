@@ -274,6 +274,36 @@ def test_an_estimator_that_adapts_gets_groups():
     assert ((adapted - parts.query.y) ** 2).mean() < 0.8 * ((start - parts.query.y) ** 2).mean()
 
 
+@pytest.mark.parametrize("takes_times", [True, False])
+def test_an_estimator_that_takes_times_gets_them(takes_times):
+    from sklearn.linear_model import LinearRegression
+
+    given = []
+
+    class Plain(LinearRegression):
+        def fit(self, X, y, groups=None, **more):
+            given.append((groups, more))
+            return super().fit(X, y)
+
+        def adapt(self, X, y, groups=None):
+            given.append((groups, {}))
+
+        def predict(self, X, groups=None):
+            return super().predict(X)
+
+    class Timed(Plain):
+        def adapt(self, X, y, groups=None, times=None):
+            given.append((groups, {"times": times}))
+
+    parts = split(panel(), at=None, share=0.2, gap=None, seed=0)
+    model = FromEstimator(Timed() if takes_times else Plain()).fit(parts.train)
+    model.predict(parts.history, parts.query)
+    for (groups, more), wanted in zip(given, (parts.train, parts.history), strict=True):
+        assert np.array_equal(groups, wanted.labels)
+        times = {"times": wanted.times.tolist()} if takes_times else {}
+        assert {n: v.tolist() for n, v in more.items()} == times
+
+
 # ---- verdicts -----------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@
 //   write_status(theta), write_adapted(tensor, from), write_predictions(set, outputs)
 //   seed()                         what flows into the query set
 //   add_cotangent(tensor, v)       adds what flows into an adapted tensor
-//   write_own_gradient(tensor, v)  of a start of the item's own; write_own_rates(row, column, gradient)
+//   write_own_gradient(tensor, v)  of a start of the item's own; write_own_rates(row, column, gradient);
+//   write_anchor_gradient(gradient)
 //   write_step_loss(k, loss)
 //   write_statistics(layer, from, to)     of one row of a batch normalisation (call/workspace.h: StatisticsLayout)
 //   write_input_gradient(rows, set, computed, to), write_target_gradient(...), write_weight_gradient(...)
@@ -143,6 +144,7 @@ class ItemJob {
     if (call_.lr.per_task && call_.lr_gradient)
       gradient.own_rate_gradients(
           [&](int row, int column, Vec value) { arrays_.write_own_rate(row, column, value); });
+    if (call_.anchors_gradient) arrays_.write_anchor_gradient(gradient.anchor_gradient());
     const bool second = call_.second_order();
     if (call_.xs_gradient)
       arrays_.write_input_gradient(call_.support, support, second, call_.xs_gradient);

@@ -4,6 +4,7 @@
 //   v = dL_query/dtheta at theta[K]
 //   for k = K-1 .. 0:   (lr[k] gets -d[k] v)   u = the adjoint of g[k], -lr[k] v in plain SGD;   v += H[k] u
 //                       with an anchor  v += a u,  p -= a u:  g[k] has a (theta[k] - theta[0]) in it
+//                       (a gets <theta[k] - theta[0], u>)
 //   v + p is the meta-gradient.
 //
 // H[k] u, the Hessian of the support loss at theta[k] times u, is a tangent pass over the tape of step k
@@ -81,6 +82,9 @@ class MetaGradient {
     }
     if (s.ws.sums_at_end || !s.call.second_order()) add_task();
   }
+
+  // Of the strength of each task's pull towards its start.
+  PYMETA_FN Vec anchor_gradient() const { return anchor_gradient_; }
 
   // visit(row, column, gradient) of the rates of an item whose tasks have their own.
   template <class Visitor>
@@ -203,7 +207,7 @@ class MetaGradient {
     } else {
       rule_vjp(k, theta, step);
       u = s.memory.at(s.ws.u);
-      if (s.ws.pull != kNowhere) anchor_vjp(k);
+      if (s.ws.pull != kNowhere) anchor_vjp(k, theta);
     }
     if (!s.call.second_order()) return;
     s.transpose(u, s.memory.at(s.ws.u_transposed));
@@ -266,8 +270,9 @@ class MetaGradient {
   }
 
   // The anchor's part of g[k]: at theta[k] into v, at the start into p. At k = 0 the two are one, and cancel.
-  PYMETA_FN void anchor_vjp(int k) const {
+  PYMETA_FN void anchor_vjp(int k, const Parameters& theta) {
     const State<X>& s = state_;
+    if (s.call.anchors_gradient && k > 0) add_anchor_gradient(theta);
     Real *v = s.memory.at(s.ws.v), *u = s.memory.at(s.ws.u), *pull = s.memory.at(s.ws.pull);
     s.for_adapted([&](int, std::size_t place, std::size_t size) {
       X::for_vectors(size, [=, &s](std::size_t i) {
@@ -280,6 +285,17 @@ class MetaGradient {
           store(pull + at, load(pull + at) - share);
         }
       });
+    });
+  }
+
+  // Of step k > 0, at theta[k].
+  PYMETA_FN PYMETA_NOINLINE void add_anchor_gradient(const Parameters& theta) {
+    const State<X>& s = state_;
+    const Parameters start = s.start();
+    const Real* u = s.memory.at(s.ws.u);
+    anchor_gradient_ = anchor_gradient_ + s.sum_adapted([&](int t) {
+      return [to = theta.tensor(t), from = start.tensor(t), u_of = u + place_of(t)](
+                 std::size_t at) { return (load(to + at) - load(from + at)) * load(u_of + at); };
     });
   }
 
@@ -335,6 +351,7 @@ class MetaGradient {
   const ItemSet& query_;
   const Totals& totals_;
   Parameters adapted_{};
+  Vec anchor_gradient_ = zero();
 };
 
 PYMETA_KERNEL_END

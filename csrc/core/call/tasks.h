@@ -162,6 +162,7 @@ struct Call {
   Real* yq_gradient = nullptr;                // [total query rows, out]
   Real* support_weights_gradient = nullptr;   // [total support rows]
   Real* query_weights_gradient = nullptr;     // [total query rows]
+  Real* anchors_gradient = nullptr;           // [T], of the strengths of the pull
   Real* const* adapted_parameters = nullptr;  // [tensors] each [T, ...]; entries may be null
   std::int8_t* status = nullptr;              // [T] 1 where an adapted weight is not finite
   Real* train_curves = nullptr;               // [T, epochs] mean loss while an epoch ran
@@ -189,8 +190,9 @@ struct Call {
 #endif
   }
   PYMETA_MEMBER bool wants_gradient() const {
-    return job == Job::meta && (gradients || lr_gradient || wants_input_gradient() || ys_gradient ||
-                                yq_gradient || support_weights_gradient || query_weights_gradient);
+    return job == Job::meta &&
+           (gradients || lr_gradient || wants_input_gradient() || ys_gradient || yq_gradient ||
+            support_weights_gradient || query_weights_gradient || anchors_gradient);
   }
   PYMETA_MEMBER bool wants_input_gradient() const { return xs_gradient || xq_gradient; }
   // By what sums over tasks are divided.
