@@ -32,10 +32,12 @@ def attributions(
         xq: T arrays [rows, in], the rows that were predicted.
 
     Raises:
-        Problem: the model has batch normalisation.
+        Problem: the model has batch normalisation, or embeds categories itself.
     """
     if models.mixes_rows:
         raise invalid("explain", "batch normalisation leaves a row no reasons of its own")
+    if models.has_categories:
+        raise invalid("explain", "the model embeds categories itself, which have no gradient")
     rows = Ragged(np.concatenate(list(xq)), [len(q) for q in xq])
     if not len(rows.values):
         none = Ragged(np.zeros(0, rows.values.dtype), rows.sizes)

@@ -29,8 +29,10 @@ LAYERS = (("linear", 3, 5, True), ("tanh",), ("linear", 5, 1, True))
 
 def adapter(seed: int = 0, layers=LAYERS, loss="mse", dtype=np.float32, **options):
     """A small adapter with random weights."""
-    places = [i for i, layer in enumerate(layers) if layer[0] == "linear"]
-    names = tuple(f"{i}.{kind}" for i in places for kind in ("weight", "bias"))
+    kinds = {"linear": ("weight", "bias"), "embedding": ("tables.0",)}
+    names = tuple(
+        f"{i}.{kind}" for i, layer in enumerate(layers) for kind in kinds.get(layer[0], ())
+    )
     chain = Architecture(layers, names, names, False)
     random = np.random.default_rng(seed)
     start = {n: random.normal(size=s).astype(dtype) for n, s in chain.shapes().items()}

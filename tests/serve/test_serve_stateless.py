@@ -209,6 +209,17 @@ def test_attributions_are_those_of_pymeta_explain(service):
         assert first["name"] == f"x{first['feature']}"
 
 
+def test_an_explanation_that_there_is_none_of_is_422(tmp_path):
+    layers = (("embedding", 3, 2, 4, 2), ("linear", 4, 1, True))  # two numbers and a category
+    given = task()
+    for name in ("xs", "xq"):
+        given[name] = [[*row[:2], i % 4] for i, row in enumerate(given[name])]
+    with in_process(tmp_path, adapter(layers=layers), store=None) as service:
+        assert service.call("POST", PATH, {"tasks": [given]}).status == 200
+        got = service.call("POST", f"{PATH}?explain=true", {"tasks": [given]})
+        assert got.status == 422 and "categories" in got.json["detail"]
+
+
 def test_explanations_of_no_rows_and_of_batch_normalisation(service, tmp_path):
     got = service.call("POST", f"{PATH}?explain=true", {"tasks": [{**task(), "xq": []}]})
     assert got.status == 200 and got.json["explanations"] == [[]]
