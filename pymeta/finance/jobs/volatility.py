@@ -74,8 +74,9 @@ def volatility(
     columns: Mapping[str, str] | None = None,
     days: int = 60,
     horizon: int = 1,
+    form: str | None = None,
     every: int = 21,
-    at: Any = None,
+    at: str | None = None,
     share: float = 0.3,
     seeds: int = 3,
     quick: bool = False,
@@ -91,6 +92,8 @@ def volatility(
         columns: what a table's columns are called, as there.
         days: that a stock is adapted to.
         horizon: days ahead.
+        form: what is adapted, "score", "linear" or "network"; by default it is chosen on training
+            stocks, and may be nothing.
         every: days after which models are adapted again, and a rival is fitted again.
         at: the day from which is predicted; None for after seven tenths of the time.
         share: of the stocks, which are tested and not trained on.
@@ -114,7 +117,7 @@ def volatility(
     def ours(seed: int) -> Remainder:
         return Remainder(
             link="log",
-            forms=FORMS[:3] if quick else FORMS,
+            forms=(form,) if form else FORMS[:3] if quick else FORMS,
             support=days,
             query=every,
             gap=horizon - 1,
