@@ -77,6 +77,8 @@ class _Node(torch.autograd.Function):
         if not given:
             return (None,) * (2 + len(ctx.inputs))
         parts = ctx.call.backward(gradients)
+        if not torch.is_grad_enabled():
+            return None, None, *parts
         # create_graph=True: somebody may differentiate these
         return None, None, *once(ctx.call.why_once, parts, (*given, *ctx.inputs))
 

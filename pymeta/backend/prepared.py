@@ -137,6 +137,7 @@ class PreparedCall:
             self.layout = Layout.of(plan, wanted, None, extras)
         else:
             self.layout = Layout.of(plan, wanted, parameters, extras, trains)
+        self._tracks = bool(plan.norms and plan.trainable) and self.layout is not None
         lr = extras.lr
         second_order = self.layout is not None and not recipe.first_order
         lr_rows = 1 if lr.ndim == 1 else lr.shape[-2]
@@ -203,13 +204,16 @@ class PreparedCall:
         loss: Any = None
         losses: Any = None
         step_losses = None
-        trains = self.layout is not None and bool(plan.trainable)
-        statistics = running.memory(plan.norms, lr, self.tasks) if trains else None
+        more: dict[str, int] = {}  # seldom there, and each takes its time
+        statistics = running.memory(plan.norms, lr, self.tasks) if self._tracks else None
+        if statistics is not None:
+            more["statistics"] = statistics.data_ptr()
         if extras.yq is not None:
             loss = torch.empty_like(plan.scalar)
             losses = lr.new_empty(self.tasks)
             if self.recipe.step_weights is not None:
                 step_losses = lr.new_zeros(self.recipe.steps, self.tasks)
+                more["step_losses"] = step_losses.data_ptr()
         if self.tasks == 0:
             loss = None if loss is None else loss.zero_()
             return Results(loss, losses, predictions, step_losses)
@@ -225,8 +229,7 @@ class PreparedCall:
             address(losses),
             predictions.data_ptr(),
             None if gradients is None else gradients.native,
-            step_losses=address(step_losses),
-            statistics=address(statistics),
+            **more,
         )
         if statistics is not None:
             running.update(plan.norms, statistics)

@@ -162,7 +162,7 @@ class _Solve:
         return by if m.strengths.ndim else by.sum()
 
 
-_BLOCK = 2**18  # elements of a vector: a few of them fit into a core's share of the cache
+_BLOCK = 2**19  # elements of a vector: a few of them fit into the last cache
 
 
 def _sum_of_tasks(values: Tensor, like: Tensor) -> Tensor:
