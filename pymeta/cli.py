@@ -6,6 +6,7 @@ exit status; it parses them itself, so that `pymeta --help` imports nothing.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,7 +27,7 @@ COMMANDS = {
     "adapt": Command("pymeta.commands.adapt:adapt", "a model for each entity of a table"),
     "predict": Command("pymeta.commands.adapt:predict", "predict a table's rows by those models"),
     "finance": Command(
-        "pymeta.finance.command:finance", "jobs: volatility, betas, credit and more"
+        "pymeta.commands.finance:finance", "jobs: volatility, betas, credit and more"
     ),
     "serve": Command("pymeta.serve.command:serve", "adapt and predict over HTTP"),
     "retrain": Command("pymeta.serve.command:retrain", "train on a service's rows, promote"),
@@ -49,9 +50,18 @@ def main(words: Sequence[str] | None = None) -> int:
     Args:
         words: the command line after `pymeta`; None for this process's.
     """
+    try:
+        status = _run(sys.argv[1:] if words is None else list(words))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # its reader has seen enough, as in `pymeta info | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
+
+
+def _run(words: list[str]) -> int:
     from pymeta.namesake import require_ours
 
-    words = sys.argv[1:] if words is None else list(words)
     try:
         require_ours()
     except ImportError as error:

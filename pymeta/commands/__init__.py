@@ -1,1 +1,1 @@
-"""Subcommands of `pymeta` on files: `inspect`, `adapt`, `predict`. None imports torch."""
+"""Subcommands of `pymeta`: `inspect`, `adapt`, `predict` (without torch), and `finance`."""

@@ -99,6 +99,14 @@ def test_info_as_json(monkeypatch, capsys):
     assert cli.main(["info", "--json"]) == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell with pipes")
+def test_a_reader_that_has_seen_enough():
+    shell = f"set -o pipefail; {sys.executable} -m pymeta --help | true"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=600)
+    assert done.returncode in (0, 141) and "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
 def test_a_missing_extra_is_one_line(monkeypatch, capsys):
     def needs(words):
         raise ImportError("this needs pandas: pip install 'pymeta-kernels[data]'")

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("lightgbm")
 
-from pymeta.finance import Deployed, command, credit, loans_panel
+from pymeta.commands import finance as command
+from pymeta.finance import Deployed, credit, loans_panel
 from pymeta.finance.blend import Blend
 from pymeta.finance.loans import KNOWN, schema_of
 

@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("sklearn")
 
 import pymeta
+from pymeta.commands import finance as command
 from pymeta.data import Panel, Ragged
-from pymeta.finance import Deployed, Remainder, Walking, command, read_prices
+from pymeta.finance import Deployed, Remainder, Walking, read_prices
 from pymeta.finance.deploy import adapter_of
 from pymeta.finance.hedge import ols, variance_prior
 from pymeta.finance.pooled import Pooled
