@@ -219,9 +219,9 @@ class MetaEstimator(Parameters):
         if (self.chooses_strength or self.method == "auto") and len(members) > 1:
 
             def learn(some: list[Array]) -> dict[str, Start]:
-                ends = np.cumsum([len(m) for m in some])
-                own = np.split(np.arange(ends[-1]), ends[:-1])
-                return self._learned(names, rows.at(np.concatenate(some)), own, rng)[0]
+                index = np.sort(np.concatenate(some))  # rows stay in their order
+                own = [np.searchsorted(index, m) for m in some]
+                return self._learned(names, rows.at(index), own, rng)[0]
 
             adapted = [name for name in names if name != "zero"]
             loss = describe_loss(self._form.loss)

@@ -30,7 +30,8 @@ def pooled(
 ) -> list[float]:
     """Ordinary training on all rows as one task, by minibatches of Adam; the loss curve.
 
-    Where it `stops_early`, a tenth of the rows is held out and the best epoch's weights are kept.
+    Where it `stops_early`, a tenth of the rows is held out, the last ones where their order means
+    something, and the best epoch's weights are kept.
     """
     import torch
 
@@ -45,6 +46,7 @@ def pooled(
         epochs=epochs,
         batch_size=count(settings.batch_size),
         validation=_HELD_OUT if stops_early and len(rows.x) >= 1 / _HELD_OUT else 0.0,
+        validation_rows="random" if settings.is_shuffled else "last",
         patience=_PATIENCE if stops_early and len(rows.x) >= 1 / _HELD_OUT else None,
         seed=seed,
     )

@@ -13,6 +13,7 @@ from sklearn.ensemble import RandomForestRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn_help import PLAIN, levels, opposites, same_models
 
+import pymeta
 from pymeta import QuantileLoss
 from pymeta.sklearn import MetaClassifier, MetaRegressor
 from pymeta.sklearn.choosing import folds, halves
@@ -186,6 +187,29 @@ def test_times_order_the_rows():
         two.fit(X, y, groups=g, times=days[:3])
     with pytest.raises(ValueError, match=r"^times: 1 rows have none"):
         two.adapt(X, y, groups=g, times=np.where(np.arange(len(y)) == 4, np.nan, 1.0))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_pooled_training_stops_by_the_last_rows_where_they_are_in_order(ordered, monkeypatch):
+    made = []
+
+    class Spy(pymeta.FineTune):
+        def forward(self, xs, ys, **options):
+            if self.validation:
+                made.append((self.validation_rows, xs[0]))
+            return super().forward(xs, ys, **options)
+
+    monkeypatch.setattr(pymeta, "FineTune", Spy)
+    X, y, g = levels(groups=9, rows=20)
+    days = np.tile(np.arange(20), 9)
+    X = days[:, None] / 20.0
+    MetaRegressor(**QUICK | {"iterations": 2, "epochs": 2}).fit(
+        X, y, groups=g, times=days if ordered else None
+    )
+    assert len(made) == 4  # three folds, and all groups
+    for how, x in made:
+        assert how == ("last" if ordered else "random")
+        assert bool((np.diff(x[:, 0].numpy()) >= 0).all()) == ordered
 
 
 # ---- the gate -----------------------------------------------------------------------------------
