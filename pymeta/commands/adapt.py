@@ -107,7 +107,7 @@ def _adapt(options: Namespace) -> str:
     made |= {"features": options.features, "preprocessor": options.preprocessor}
     made |= {"unused": sorted(n for n in used if n)}
     entities_path(options.out).write_text(json.dumps(made, indent=1) + "\n")
-    wrong = int((models.status != 0).sum())
+    wrong = int((models.status == 1).sum())
     return (
         f"{options.out}: {len(models):,} models adapted to {len(x):,} rows in "
         f"{1e3 * took:.3g} ms; {wrong} diverged"

@@ -73,7 +73,8 @@ def _models(path: file.Path) -> Facts:
     return {
         **(network if saved.architecture is None else _network(saved.architecture)),
         "models": saved.tasks,
-        "not_finite": int((status != 0).sum()),
+        "not_finite": int((status == 1).sum()),
+        "loss_grew": int((status == 2).sum()),
         "loss": saved.loss.kind,
         "own": list(saved.stacked),
         "shared": list(saved.shared),

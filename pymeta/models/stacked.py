@@ -131,15 +131,16 @@ class Stacked(ABC, Generic[Array]):
         own: Iterable[Any] = self._stacked.values()
         common: Iterable[Any] = self._shared.values()
         adapted = sum(math.prod(value.shape[1:]) for value in own)
-        count = adapted + sum(math.prod(value.shape) for value in common)
-        parts = [f"{self._tasks:,} x {model}", f"{count:,} parameters each"]
+        size = adapted + sum(math.prod(value.shape) for value in common)
+        parts = [f"{self._tasks:,} x {model}", f"{size:,} parameters each"]
         if self._shared:
             parts[-1] += f", {adapted:,} of them adapted"
         parts.append(self.loss.name)
         if self._status is not None:  # what is not known yet is not worked out to be shown
             status: Any = self._status
-            wrong = int((status != 0).sum())
-            parts += [f"{wrong:,} not finite"] if wrong else []
+            for code, what in ((1, "not finite"), (2, "of a loss that grew")):
+                count = int((status == code).sum())
+                parts += [f"{count:,} {what}"] if count else []
         parts += ["with history"] if self.history is not None else []
         return f"{type(self).__name__}({'; '.join(parts)})"
 

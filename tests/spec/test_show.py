@@ -86,6 +86,12 @@ def test_models_and_their_history():
     assert int((wrong.status != 0).sum()) == 1 and "; 1 not finite" in repr(wrong)
 
 
+def test_models_whose_loss_grew_are_told_apart():
+    models = pymeta.FineTune(net(), loss="mse", lr=0.1, epochs=1)(X, Y)
+    models._status = torch.tensor([0, 2, 1, 2, 0], dtype=torch.int8)
+    assert repr(models).endswith("mse; 1 not finite; 2 of a loss that grew)")
+
+
 def test_histories_in_figures():
     nan = float("nan")
     train = np.array([[4.0, 2.0, nan], [2.0, 1.0, 0.5], [nan, nan, nan]])
