@@ -341,9 +341,8 @@ def test_batch_norm_needs_two_rows_in_each_minibatch(backend):
     assert module(xs[:, :2], ys[:, :2]).loss.isfinite()
     with pytest.raises(ValueError, match=r"xs.*task 0.*one row"):
         module(xs[:, :1], ys[:, :1])
-    module.eval()
-    with pytest.raises(ValueError, match=r"model: 1 is in eval mode"):
-        module(xs[:, :5], ys[:, :5])
+    module.eval()  # by running statistics, for which one row is enough
+    assert module(xs, ys).loss.isfinite() and module(xs[:, :1], ys[:, :1]).loss.isfinite()
 
 
 CONSTRUCTION = {

@@ -153,7 +153,7 @@ def test_tables_that_are_refused(tmp_path):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"needs pandas, .*pymeta\[data\]"):
+    with pytest.raises(ImportError, match=r"needs pandas, .*pymeta-kernels\[data\]"):
         panel().to_frame()
 
 

@@ -268,7 +268,7 @@ def call(source: Source, made: Made) -> None:
         weights = [np.empty((tasks, s.rows), real) for s in (support, query)]
         many = np.tile(lr, (max(tasks, 1), 1, 1))  # so much is there for rates of each task, too
         extra = [np.empty_like(many), np.empty_like(support.x), np.empty_like(query.x)]
-        extra += [*targets, *weights]
+        extra += [*targets, *weights, np.empty(tasks, real)]  # the last for strengths of anchors
         wanted = [a.ctypes.data if source.chance(96) else 0 for a in extra]
         steps = odd_count(source, source.below(MOST_STEPS))
         put(source, native_call, schedule=lib.Schedule(steps=steps),
@@ -367,7 +367,7 @@ def look_at_plan(source: Source, made: Made) -> None:
         lib.Schedule(source.integer(), source.integer(), source.integer())
         if source.chance(128) else a_schedule(source)[0],
         source.integer(), *(source.integer() for _ in range(3)), bool(source.below(2)),
-        odd(source, source.pick((1, 2, 3))), odd(source, [bool(source.below(2)) for _ in range(8)]),
+        odd(source, source.pick((1, 2, 3))), odd(source, [bool(source.below(2)) for _ in range(9)]),
         bool(source.below(2)),
         **({"device": odd(source, -1)} if emulates() and source.below(2) else {}),
     )  # fmt: skip

@@ -174,7 +174,7 @@ def test_a_process_without_torch(tmp_path):
     assert np.array_equal(np.load(out), adapter.adapt(xs, ys)(xq))
 
 
-NEEDS_TORCH = ["Adapted", "FineTune", "MAML", "Outcome", "Reptile", "ReptileOutcome"]
+NEEDS_TORCH = ["Adapted", "FineTune", "MAML", "Outcome", "Reptile", "ReptileOutcome", "step_size"]
 ASK = """
 import pymeta
 for name in {names}:
