@@ -7,6 +7,7 @@ fitted without their entity (cross-fitting); all other rows get that of the mode
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,8 +67,10 @@ class Pooled:
         self.folds, self.seed = folds, seed
         self.target: Target | None = None
 
-    def fit(self, train: Panel, prep: Any = None) -> Pooled:
+    def fit(self, train: Panel, prep: Any = None, target: Target | None = None) -> Pooled:
         """Fit the preprocessor, unless it is given, the model, and the models of the folds.
+
+        A `target` that is given says in which units targets are seen.
 
         Raises:
             ValueError: targets are 0 and 1, and all the same.
@@ -78,7 +81,7 @@ class Pooled:
         binary = is_binary(y)
         if binary and len(np.unique(y)) < 2:
             raise ValueError(f"target: expected 0 and 1 in training, got {int(y[0])} alone")
-        self.target = None if binary else Target(y, self.link)
+        self.target = None if binary else copy.copy(target) or Target(y, self.link)
         x = self.prep(train).x
         wanted = y.astype(int) if self.target is None else self.target.to(y)
         made = estimator(self.base, binary, self.seed)

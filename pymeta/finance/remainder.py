@@ -72,8 +72,8 @@ class Remainder:
         precision: the heads' prior precision at the beginning of training; None for 100 (30 for two
             classes).
         history: at most so many last rows of an entity are adapted to; None for all.
-        refit: for two classes: the pooled model is fitted again, once, to training rows and the
-            first history together, as rivals are that know all of the past.
+        refit: whether the pooled model is fitted again, once, to training rows and the first
+            history together, as rivals are that know all of the past.
         prep: options of the panel's preprocessor.
         seed: of everything random.
 
@@ -280,7 +280,7 @@ class Remainder:
         """[rows of query], with what can be learned of its entities' history."""
         first = self.pooled
         try:
-            if history is not None and self.refit and first.target is None:
+            if history is not None and self.refit:
                 self.pooled, history = self._fitted_again(history)
             return self._predicted(history, query)
         finally:
@@ -297,8 +297,10 @@ class Remainder:
         known = stacked(self._train.where(rest), history)
         if self._again is None:
             first = self.pooled
-            again = Pooled(first.base, prep=first.options, seed=self.seed)
-            self._again = again.fit(known, first.prep), known
+            again = Pooled(first.base, link=first.link, prep=first.options, seed=self.seed)
+            # a head on all features was trained on these; one on the score does not mind others
+            prep = first.prep if self.form in ("linear", "network") else None
+            self._again = again.fit(known, prep, first.target), known
         again, first_known = self._again
         mine = np.isin(first_known.labels, history.entities)
         same = len(first_known) == len(known)

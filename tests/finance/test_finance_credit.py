@@ -62,6 +62,20 @@ def test_a_refitted_pooled_model_knows_the_history():
     assert np.abs(known - whole).mean() < 0.5 * np.abs(alone - whole).mean()
 
 
+def test_a_refitted_model_of_numbers_is_that_of_all_rows():
+    from pymeta.finance import Remainder, volatility_panel
+
+    panel = volatility_panel(finance_help.prices(stocks=10, days=300))
+    past, future = panel.split_time(panel.times.max() - np.timedelta64(20, "D"))
+    train, test = past.of(past.entities[:5]), past.of(past.entities[5:])
+    query = future.of(future.entities[5:])
+    options = {"forms": ("pooled",), "steps": 1, "link": "log", "prep": {"clip": None}}
+    alone = Remainder(**options).fit(train).predict(test, query)
+    known = Remainder(refit=True, **options).fit(train).predict(test, query)
+    whole = Remainder(**options).fit(past).predict(test, query)
+    assert np.abs(known / whole - 1).max() < 0.02 < np.abs(alone / whole - 1).max()
+
+
 def test_a_schema_is_known_by_its_columns():
     schema = KNOWN[0]
     names = {*schema.segment, schema.target, schema.time, *schema.numeric, *schema.categorical}

@@ -123,13 +123,14 @@ def volatility(
             gap=horizon - 1,
             steps=40 if quick else 150,
             history=days,
+            refit=True,
             seed=seed,
         )
 
     def models(seed: int) -> dict[str, Any]:
         walk: dict[str, Any] = {"every": every, "gap": late}
         return {
-            "adapted HAR": Walking(ours(seed), history=days, **walk),
+            "adapted HAR": Walking(ours(seed), **walk),  # which takes the last days itself
             "HAR by stock, last 250 days": Walking(PerEntity("log", None), history=250, **walk),
             "pooled HAR, fitted again": Walking(Pooled("log", None), refit=True, **walk),
         }
