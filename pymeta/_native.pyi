@@ -174,6 +174,8 @@ class Call(metaclass=_Type):
     rates: Rates
     schedule: Schedule
     first_order: bool
+    # whether the first rows of each query set are its support set, by which alone it is normalised
+    by_support: bool
     step_weights: int  # [steps] of the query losses after each step; 0: the last alone
     task_clip: float  # largest norm of a task's share of the summed gradients; 0: any
     patience: int

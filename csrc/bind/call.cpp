@@ -187,6 +187,7 @@ void CallParts::describe(Described<Real>& to) const {
     call.validation = described_set<Real>(*validation, false);
   }
   call.step_weights = pointer<Real>(step_weights);
+  call.by_support = by_support && job_ == Job::meta;
   if (!(task_clip >= 0)) refuse("task_clip: expected at least 0");
   call.task_clip = task_clip;
   if (gradients) put_gradients(*problem_, *gradients, to);
@@ -303,6 +304,7 @@ void bind_call(py::module_& m) {
       .def_readwrite("schedule", &CallParts::schedule)
       .def_readwrite("first_order", &CallParts::first_order)
       .def_readwrite("step_weights", &CallParts::step_weights)
+      .def_readwrite("by_support", &CallParts::by_support)
       .def_readwrite("task_clip", &CallParts::task_clip)
       .def_readwrite("patience", &CallParts::patience)
       .def_readwrite("anchors", &CallParts::anchors)

@@ -109,6 +109,7 @@ class CallParts {
   Address anchors = 0;  // [T], in place of the optimiser's
   bool first_order = false;
   Address step_weights = 0;
+  bool by_support = false;
   double task_clip = 0;
   int patience = -1;
   Rows support, query;

@@ -56,6 +56,13 @@ class Binder {
         store(keep + static_cast<long>(r) * kWidth, (Vec)(extent.count > broadcast(Real(r))));
       extent.keep = keep;
     }
+    if (places.context != kNowhere) {
+      // The first rows of a query set are those of its support set.
+      count_in_statistics(extent, memory + places.context, work, [&](std::int64_t task, int r) {
+        return r < call_.support.size(task) &&
+               call_.weighs(call_.support, call_.support.start(task) + r);
+      });
+    }
     ItemSet result{{nullptr, 0}, extent, nullptr, nullptr, nullptr, offered};
     result.lies(places, Memory{memory});
     if (places.x == kNowhere) {
@@ -93,24 +100,32 @@ class Binder {
     all.weights = nullptr;
     all.has_weightless = false;
     ItemSet result = bind(all, places, work, memory);
+    if (places.context != kNowhere) return result;  // whose statistics are the support set's
     // Room that such a set leaves unused: one task's rows need no mask, and without targets there is no scale.
     Real* counting = memory + (X::kTasks == 1 ? places.keep : places.scale);
-    Extent& extent = result.extent;
+    count_in_statistics(result.extent, counting, work, [&](std::int64_t task, int r) {
+      return r < set.size(task) && call_.weighs(set, set.start(task) + r);
+    });
+    return result;
+  }
+
+ private:
+  // Only rows of which counts(task, row) is true are in statistics over rows.
+  template <class Counts>
+  static void count_in_statistics(Extent& extent, Real* counting, const Item<X>& work,
+                                  Counts is_in) {
     extent.count = zero();
     for (int r = 0; r < extent.rows; ++r) {
       IntVec counts{};
       for (int lane = 0; lane < work.count; ++lane)
-        if (r < set.size(work.task[lane]) && call_.weighs(set, set.start(work.task[lane]) + r))
-          counts[lane] = -1;
+        if (is_in(work.task[lane], r)) counts[lane] = -1;
       if (X::kTasks == 1) counts = broadcast_int(counts[0]);
       extent.count = extent.count + select(counts, broadcast(1), zero());
       store(counting + static_cast<long>(r) * kWidth, (Vec)counts);
     }
     extent.counting = counting;
-    return result;
   }
 
- private:
   // Which rows of the caller's arrays each lane gets.
   class ItemRows {
    public:

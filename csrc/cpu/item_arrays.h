@@ -164,7 +164,7 @@ class ItemArrays {
       call_.step_losses[k * call_.tasks + work_.task[lane]] = loss[lane];
   }
 
-  // [mean, variance, steps] of a task, each mean over its steps.
+  // [mean, variance, steps, numbers] of a task, each but the third the mean over its steps.
   void write_statistics(const Layer& layer, const Real* from, std::int64_t column) const {
     const int channels = layer.out.channels;
     const long stride = X::stride(channels), size = statistics_scalars(*call_.network);
@@ -177,6 +177,7 @@ class ItemArrays {
         to[i] = made > 0 ? value / made : Real(0);
       }
       to[2 * channels] = made;
+      to[2 * channels + 1] = made > 0 ? from[2 * stride + kWidth + lane] / made : Real(0);
     }
   }
 

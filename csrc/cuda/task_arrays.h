@@ -33,6 +33,18 @@ class TaskBinder {
     Real* x = memory_.at(places.x);
     Block::map(extent, in, [&](long at, long c, int r) { x[at] = set.x[rows.row(r) * in + c]; });
     ItemSet result{{x, Block::stride(in)}, extent, nullptr, nullptr, nullptr, Real(offered.count)};
+    if (Real* context = memory_.at(places.context)) {
+      // The set's first rows are those of the support set.
+      const std::int64_t support = call_.support.start(task_);
+      Block::for_indices(count, [&](int r) {
+        const std::int64_t own = rows.row(r) - rows.first;
+        const bool counts =
+            own < call_.support.size(task_) && call_.weighs(call_.support, support + own);
+        context[r] = Real(counts ? 1 : 0);
+      });
+      result.extent.count = Block::sum_rows_in_order(extent, context);
+      result.extent.counting = context;
+    }
     result.lies(places, memory_);
     result.loss = &call_.loss_of(set);
     if (set.offset) {
@@ -62,6 +74,7 @@ class TaskBinder {
     all.y = nullptr;
     all.has_weightless = false;
     ItemSet result = bind(all, places);
+    if (places.context != kNowhere) return result;  // whose statistics are the support set's
     Real* counting = memory_.at(places.keep);
     mark(set, {nullptr, result.extent.rows}, counting);
     result.extent.count = Block::sum_rows_in_order(result.extent, counting);
@@ -380,13 +393,13 @@ class TaskArrays {
     }
     if (thread_index() == 0) call_.status[task_] = bad != 0;
   }
-  // [mean, variance, steps], each mean over the steps
+  // [mean, variance, steps, numbers], each but the third the mean over the steps
   PYMETA_FN void write_statistics(const Layer& layer, const Real* from, std::int64_t column) const {
     const int channels = layer.out.channels;
     const long stride = Block::stride(channels);
     Real* to = call_.statistics + task_ * statistics_scalars(*call_.network) + column;
     const Real made = from[2 * stride];
-    Block::for_indices(2 * channels + 1, [=](int i) {
+    Block::for_indices(2 * channels + 2, [=](int i) {
       const Real sum = from[i < channels ? i : stride + i - channels];
       to[i] = i == 2 * channels ? made : made > 0 ? sum / made : Real(0);
     });

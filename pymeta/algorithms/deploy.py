@@ -28,6 +28,11 @@ def from_learner(learner: Learner) -> Adapter:
             "adapter: expected validation=0, because an adapter holds no rows out; find the "
             "number of epochs with a FineTune that does, and deploy one with that number"
         )
+    if getattr(learner, "query_statistics", "own") != "own":
+        raise ValueError(
+            'adapter: expected query_statistics="own": an adapter normalises the rows that it '
+            "predicts by their own statistics, or in eval mode by running ones"
+        )
     plan, tensors = learner._current()
     if plan.unshaped:
         raise ValueError(

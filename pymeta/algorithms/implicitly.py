@@ -37,6 +37,8 @@ def _check(maml: MAML, plan: Plan, own: Own) -> None:
             "model: expected no PerStepBatchNorm with implicit: its loss is another one at each "
             "step, so that there is no one minimum"
         )
+    if maml.query_statistics != "own":
+        raise ValueError('query_statistics: expected "own" with implicit')
     if plan.norms:
         raise ValueError(
             "model: expected no batch normalisation that tracks running statistics with implicit, "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import native, reference
+from pymeta.algorithms import by_support
 from pymeta.algorithms.divergence import check_reaction, reacted
 from pymeta.algorithms.learned_anchor import LearnedAnchor
 from pymeta.algorithms.settings import Checks, checks_of
@@ -320,7 +321,13 @@ class Learner(nn.Module, ABC):
             done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, **options)
             if reaction is not None:
                 reacted(self, plan, parameters, options["start"], support, done, reaction, in_torch)
+            if self._by_support(plan):
+                how = (self._inner(plan, schedule), done, support, in_torch)
+                plan, done = by_support.kept(self.model, plan, parameters, *how)
             return self._adapted(plan, parameters, done, support.tasks, in_torch)
+
+    def _by_support(self, plan: Plan) -> bool:
+        return False  # MAML may say otherwise
 
     def _adapted(
         self,
@@ -335,7 +342,7 @@ class Learner(nn.Module, ABC):
             done = _all_on(plan.expected.device, done)
         shared = {
             name: p.detach().clone()
-            for name, p in zip(plan.names, parameters, strict=True)
+            for name, p in zip(plan.names, parameters, strict=False)  # constants may be more
             if name not in done.parameters
         }
         return Adapted(

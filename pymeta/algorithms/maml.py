@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import reference
-from pymeta.algorithms import implicitly
+from pymeta.algorithms import by_support, implicitly
 from pymeta.algorithms.learned_anchor import eagerly, numbers_of
 from pymeta.algorithms.learner import Learner, NativeCall, Weights
 from pymeta.algorithms.outcome import Outcome
@@ -29,25 +29,22 @@ from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.functional import compiled
 from pymeta.functional.anchors import Anchors, check_values_of
-from pymeta.functional.evaluation import QUERIES, in_torch, lacks_forward_mode, lacks_gradient
+from pymeta.functional.evaluation import in_torch, lacks_forward_mode, lacks_gradient
 from pymeta.functional.handles import register
 from pymeta.functional.own import (
     Own,
     OwnRates,
     Starts,
     StepWeights,
-    rates_of,
-    start_of,
-    step_weights_of,
+    own_of,
 )
 from pymeta.spec.anchors import LearnableAnchor
 from pymeta.spec.implicit import Implicit, check_implicit
 from pymeta.spec.inner import InnerLoop
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
-from pymeta.spec.settings import check_query_loss, one_optimizer
+from pymeta.spec.settings import check_query_loss, check_query_statistics, one_optimizer
 from pymeta.tasks.task_set import (
-    QUERY,
     SUPPORT,
     Rows,
     Sizes,
@@ -84,6 +81,9 @@ class MAML(Learner):
             meta-gradient goes through it, at both of its ends. A number, or a `LearnableAnchor`.
         anchor_rows: in its place: anchor_rows / n for a task of n rows that count, so that the
             start is worth as much as so many rows.
+        query_statistics: what batch normalisations in train mode normalise query sets by: "own",
+            the set's own rows, which makes predictions depend on each other, or "support", the
+            task's support rows with the weights of then. Gradients go through either.
         task_clip: the largest norm of one task's share of the meta-gradient, all parameters and
             a learnable lr together, before the mean over tasks is taken; None for any. For
             robustness, and for differential privacy (Abadi et al. 2016, of tasks in place of
@@ -99,9 +99,16 @@ class MAML(Learner):
     """
 
     _checks: ClassVar[Checks] = checks_of(
-        "steps", "first_order", "task_clip", query_loss=lambda self, value: check_query_loss(value)
+        "steps",
+        "first_order",
+        "task_clip",
+        query_loss=lambda self, value: check_query_loss(value),
+        query_statistics=lambda self, value: check_query_statistics(value),
     )
-    _of_the_plan: ClassVar[frozenset[str]] = Learner._of_the_plan | {"query_loss"}
+    _of_the_plan: ClassVar[frozenset[str]] = Learner._of_the_plan | {
+        "query_loss",
+        "query_statistics",
+    }
     _fixed: ClassVar[Mapping[str, str]] = {
         **Learner._fixed,
         "implicit": "make a new learner for another one",
@@ -120,6 +127,7 @@ class MAML(Learner):
         optimizer: Optimizer | None = None,
         anchor: float | LearnableAnchor = 0.0,
         anchor_rows: float | LearnableAnchor | None = None,
+        query_statistics: str = "own",
         task_clip: float | None = None,
         implicit: Implicit | None = None,
         backend: str = "auto",
@@ -143,6 +151,7 @@ class MAML(Learner):
         self.steps = steps
         self.first_order = first_order
         self.query_loss = query_loss
+        self.query_statistics = query_statistics
         self.task_clip = task_clip
         self._prepared: dict[Any, PreparedCall] = {}  # by whether grad is enabled
         plan = self._look()
@@ -253,16 +262,24 @@ class MAML(Learner):
             SUPPORT, xs, ys, support_sizes, support_weights, plan.expected, support_offset
         )
         sides = (xq, yq, query_sizes, query_weights)
-        query = self._queries(sides, query_offset, step_weights, plan)
+        apart = self._by_support(plan)
+        query = by_support.queries(sides, query_offset, step_weights, plan, apart)
         check_same_tasks(support, query)
-        how = self._own(plan, support, steps, anchor, start, lr, step_weights)
+        anchors = self._strengths(anchor, support, plan)
+        how = own_of(plan, support.tasks, steps, anchors, start, lr, step_weights)
         reason = self._reason(plan, support, query)
         if self._implicit is not None:
             return implicitly.outcome(self, plan, parameters, steps, support, query, how, reason)
+        if reason is None and apart:
+            reason = by_support.lacking(support, query)
         if reason is not None:
             return self._in_torch(plan, parameters, steps, support, query, reason, how)
         operands = how.operands(plan, parameters)
         rates = self._lr(plan) if how.rates is None else how.rates
+        if apart:
+            recipe = how.recipe(self, steps)
+            results = by_support.results(plan, recipe, operands, rates, support, query)
+            return Outcome(*results)._replace(predictions=shaped(results.predictions, query))
         call, extras = prepare(plan, how.recipe(self, steps), operands, rates, support, query)
         results = call(operands, extras)
         if query.lengths is not None:
@@ -327,28 +344,9 @@ class MAML(Learner):
                     parameter.grad = grad if now is None else now.add_(grad)
         return out.detached()
 
-    def _queries(
-        self, sides: tuple[Any, Any, Any, Any], offset: Any, step_weights: Any, plan: Plan
-    ) -> TaskSet:
-        """The query sets, with targets or for predictions alone."""
-        xq, yq, sizes, weights = sides
-        if yq is not None:
-            return task_set(QUERY, *sides, plan.query_expected, offset)
-        for name, value in (("query_weights", weights), ("step_weights", step_weights)):
-            if value is not None:
-                raise ValueError(f"{name}: expected None where yq is, for there is no query loss")
-        return task_set(QUERIES, xq, None, sizes, None, plan.query_expected, offset)
-
-    def _own(
-        self, plan: Plan, support: TaskSet, steps: int, anchor: Any, start: Any, lr: Any,
-        step_weights: Any = None,
-    ) -> Own:  # fmt: skip
-        return Own(
-            self._strengths(anchor, support, plan),
-            start_of(start, support.tasks, plan),
-            rates_of(lr, support.tasks, plan),
-            step_weights_of(step_weights, steps, plan),
-        )
+    def _by_support(self, plan: Plan) -> bool:
+        """Whether there is anything that support rows normalise query rows by."""
+        return self.query_statistics == "support" and plan.normalises
 
     def adapt(
         self,
@@ -405,7 +403,8 @@ class MAML(Learner):
     ) -> dict[str, Tensor]:
         plan, parameters = self._current()
         support = task_set(SUPPORT, *sides, plan.expected, offset)
-        how = self._own(plan, support, steps, **own)
+        anchors = self._strengths(own.pop("anchor"), support, plan)
+        how = own_of(plan, support.tasks, steps, anchors, **own)
         inner = self._inner(plan, Schedule(steps), self.first_order)
         reason = self._reason(plan, support)
         if self._implicit is not None:
@@ -458,7 +457,10 @@ class MAML(Learner):
         inner = self._inner(plan, Schedule(steps), self.first_order)
         out = () if query.tasks else self._output_shape(plan, query)
         sets = support, query
-        found = in_torch(self.model, plan, parameters, inner, *sets, how, self.task_clip, out)
+        found = in_torch(
+            self.model, plan, parameters, inner, *sets, how, self.task_clip, out,
+            self._by_support(plan),
+        )  # fmt: skip
         return Outcome(*found)  # type: ignore[arg-type]  # None without query targets
 
     def _reason(self, plan: Plan, *sets: TaskSet) -> str | None:

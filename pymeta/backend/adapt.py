@@ -274,6 +274,40 @@ def input_gradients(
     return found
 
 
+def set_statistics(
+    plan: Plan, parameters: list[Tensor], stacked: dict[str, Tensor], support: TaskSet
+) -> Tensor:
+    """The native twin of `reference.set_statistics`, of the plan's `set_norms`.
+
+    Made by inner steps of size 0 from each task's own weights.
+
+    Args:
+        plan: of the model.
+        parameters: those that tasks share, in the order of `plan.names`.
+        stacked: {name: [T, ...]} those that each task has of its own.
+        support: T tasks.
+    """
+    s = ready(plan, support)
+    found = plan.scalar.new_zeros(s.tasks, running.width(plan.set_norms))
+    if s.tasks == 0:
+        return found
+    own = {n: dense(p) for n, p in stacked.items()}
+    names = [plan.names[i] for i in plan.chain]
+    ordered = chained(plan, parameters)  # held while the core reads them
+    call = plan.call("adapt")
+    call.tasks = s.tasks
+    call.start = [own.get(n, p).data_ptr() for n, p in zip(names, ordered, strict=True)]
+    call.own_starts = [n in own for n in names]
+    lr = native_lr(plan, plan.scalar.new_zeros(plan.rates.columns))
+    call.rates = native_rates(lr)
+    steps = running.most_rows(plan.set_norms)
+    call.schedule = native.extension().Schedule(steps=steps)
+    call.support = native.rows(s)
+    call.results.statistics = found.data_ptr()
+    plan.runner(call.run, "statistics", s.tasks, s.rows, steps, *own)()
+    return found
+
+
 def predict(
     plan: Plan, stacked: dict[str, Tensor], shared: dict[str, Tensor], query: TaskSet
 ) -> Tensor:

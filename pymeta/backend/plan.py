@@ -24,7 +24,7 @@ from pymeta.spec.losses import Loss, OwnLoss, check_width, native_loss
 from pymeta.spec.modules import Fixed, fixed_among, one_at_a_time, running_statistics
 from pymeta.spec.network import Description, Unshaped, Unsupported, describe
 from pymeta.spec.optimizers import Rates, native_optimizer, rates
-from pymeta.spec.running import any_tracked, is_tracked
+from pymeta.spec.running import any_tracked, is_batch_norm
 from pymeta.spec.settings import matching
 from pymeta.spec.watch import Place
 from pymeta.tasks.checks import Expected, row_shape_of
@@ -122,7 +122,8 @@ class Plan:
             self.description = describe(model, row_shape, fixed)
             places = [_place(model, name) for name in named]
             self.fixed = fixed_among(model, constants)
-            self.norms = self._tracked_norms(model) if tracks else ()
+            self.set_norms = self._norms_of_sets(model)
+            self.norms = self.set_norms if tracks and any_tracked(self.set_norms) else ()
             self.least_steps = _least_steps(model)
         self.constants = tuple(constants)
         self.names = tuple(named)
@@ -168,6 +169,11 @@ class Plan:
         )  # fmt: skip
 
     @property
+    def normalises(self) -> bool:
+        """Whether batch normalisations go by the statistics of sets."""
+        return bool(self.set_norms)
+
+    @property
     def unshaped(self) -> bool:
         """Whether this is a chain that waits for the shape of its rows."""
         return isinstance(self.description, Unshaped)
@@ -207,13 +213,13 @@ class Plan:
         self.chain = [self.names.index(n) for n in chain]
         return None
 
-    def _tracked_norms(self, model: nn.Module) -> tuple[nn.Module, ...]:
+    def _norms_of_sets(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """Batch normalisations by the statistics of sets, in the core's order where it has one."""
         found = self.description
         if isinstance(found, Description):
-            norms = found.norms
-        else:
-            norms = tuple(filter(is_tracked, model.modules()))
-        return norms if any_tracked(norms) else ()
+            return found.norms
+        named = model.named_modules()
+        return tuple(m for n, m in named if is_batch_norm(m) and n not in self.fixed)
 
     def check_steps(self, schedule: Schedule) -> None:
         """Raise ValueError where fewer inner steps are made than a layer has rows for."""

@@ -157,6 +157,7 @@ class PreparedCall:
         call.anchors = address(recipe.anchors)
         call.step_weights = address(recipe.step_weights)
         call.task_clip = recipe.task_clip
+        call.by_support = query is not None and query.context > 0
         call.support = native.rows(support)
         if query is not None:
             call.query = native.rows(query)

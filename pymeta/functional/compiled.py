@@ -185,7 +185,7 @@ def forward(maml: Any, data: tuple[Any, Any, Any, Any], options: dict[str, Any])
     own: Any = options["start"] or {}
     named = dict(maml.model.named_parameters())
     known = isinstance(own, Mapping) and all(name in named for name in own)
-    if known and maml.implicit is None:
+    if known and maml.implicit is None and maml.query_statistics == "own":
         support = (xs, ys, *(options[f"support_{n}"] for n in ("sizes", "weights", "offset")))
         query = (xq, yq, *(options[f"query_{n}"] for n in ("sizes", "weights", "offset")))
         steps = options["steps"]

@@ -69,6 +69,7 @@ def in_torch(
     own: Own,
     task_clip: float | None,
     out: tuple[int, ...],
+    by_support: bool = False,
 ) -> Results:
     """The call by `pymeta/reference`.
 
@@ -82,6 +83,7 @@ def in_torch(
         own: what the tasks have of their own, and the weights of the steps.
         task_clip: as for `pymeta.MAML`.
         out: the shape of a row of outputs, for no tasks.
+        by_support: whether query sets are normalised by the support sets' statistics.
     """
     plan.check_steps(inner.schedule)
     check_values_of(own.anchors)
@@ -90,8 +92,9 @@ def in_torch(
     trains = torch.is_grad_enabled() and bool(plan.trainable) and not in_transform()
     norms = plan.norms if trains else ()
     losses, predictions, steps, statistics = reference.evaluate(
-        model, named, plan.adapted, inner, support, query, theirs, own.step_weights, norms
-    )
+        model, named, plan.adapted, inner, support, query, theirs, own.step_weights, norms,
+        by_support,
+    )  # fmt: skip
     if statistics is not None:
         running.update(norms, statistics)
     if query.tasks == 0:

@@ -147,3 +147,21 @@ def step_weights_of(step_weights: Any, steps: int, plan: Plan) -> Tensor | None:
             "the losses they weigh"
         )
     return dense(weights)
+
+
+def own_of(
+    plan: Plan,
+    tasks: int,
+    steps: int,
+    anchors: Tensor | None,
+    start: Any,
+    lr: Any,
+    step_weights: Any = None,
+) -> Own:
+    """All that T tasks have of their own; TypeError or ValueError as the parts of it."""
+    return Own(
+        anchors,
+        start_of(start, tasks, plan),
+        rates_of(lr, tasks, plan),
+        step_weights_of(step_weights, steps, plan),
+    )

@@ -6,6 +6,7 @@ TabularInput        embeddings of columns of categories beside columns of number
 at_step             a block in which a model is at one inner step, for loops of your own
 """
 
+import pymeta.nn.needed  # noqa: F401, before all that imports torch
 from pymeta.nn.norm import PerStepBatchNorm, at_step
 from pymeta.nn.residual import Residual
 from pymeta.nn.tabular import TabularInput

@@ -34,13 +34,12 @@ from pymeta.reference.batch import (
     adapt,
     clipped,
     evaluate,
-    input_gradients,
     mean_loss,
     not_finite,
-    predict,
     reptile,
 )
 from pymeta.reference.modules import output_shape
+from pymeta.reference.predict import input_gradients, predict, set_statistics
 from pymeta.spec.inner import Adaptation, InnerLoop
 
 __all__ = [
@@ -56,4 +55,5 @@ __all__ = [
     "output_shape",
     "predict",
     "reptile",
+    "set_statistics",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -116,6 +115,7 @@ def evaluate(
     own: Own = NOTHING_OWN,
     step_weights: Tensor | None = None,
     norms: Norms = (),
+    by_support: bool = False,
 ) -> Evaluated:
     """Adapt to every task, and evaluate on its query set.
 
@@ -129,6 +129,7 @@ def evaluate(
         own: what tasks have of their own in place of `parameters` and of `inner`'s.
         step_weights: [steps] of the query losses after each step; None: the last alone.
         norms: batch normalisations whose statistics of the support sets are wanted.
+        by_support: whether query sets are normalised by the support sets' statistics.
     """
     tasks = support.tasks
     if tasks == 0:
@@ -150,7 +151,9 @@ def evaluate(
             adapted, fixed = _split(start, names)
             pull, recipe = mine.get("anchor"), _recipe(inner, mine)
             sets = (support_set, query_set)
-            outcome = task_outcome(called, recipe, adapted, fixed, *sets, sift, pull, step_weights)
+            outcome = task_outcome(
+                called, recipe, adapted, fixed, *sets, sift, pull, step_weights, by_support
+            )
             return *outcome, called.statistics()
 
         done = None if sift else _together(use, one, (support, query), own.of_all())
@@ -455,66 +458,3 @@ def _mean_moves(start: Parameters, adapted: Parameters, task_clip: float | None)
         name: (factor.reshape(-1, *[1] * (move.ndim - 1)) * move).mean(0)
         for name, move in moves.items()
     }
-
-
-def input_gradients(
-    model: nn.Module,
-    stacked: Mapping[str, Tensor],
-    shared: Mapping[str, Tensor],
-    query: TaskSet,
-    cotangents: Tensor | Sequence[Tensor],
-) -> Tensor:
-    """The gradient of sum(cotangents * predictions) by the queries' inputs: like query.x.
-
-    Args:
-        model: as for `predict`, likewise what follows.
-        stacked: {name: [T, ...]}.
-        shared: {name: [...]}.
-        query: T tasks.
-        cotangents: like the predictions.
-    """
-    if query.tasks == 0:
-        return torch.zeros_like(query.x)
-    x = query.x.detach().requires_grad_()
-    query = copy.copy(query)
-    query.x = x
-    with torch.enable_grad():
-        outputs = predict(model, stacked, shared, query)
-        total = sum((o * c).sum() for o, c in zip(outputs, cotangents, strict=True))
-        (found,) = torch.autograd.grad(total, x, materialize_grads=True, allow_unused=True)
-    return found
-
-
-def predict(
-    model: nn.Module,
-    stacked: Mapping[str, Tensor],
-    shared: Mapping[str, Tensor],
-    query: TaskSet,
-) -> list[Tensor] | Tensor:
-    """Each task's outputs on its own rows: [T, rows, out], or a list of them where ragged.
-
-    Args:
-        model: the module.
-        stacked: {name: [T, ...]} the parameters that each task has of its own.
-        shared: {name: [...]} all others.
-        query: T tasks; targets and weights are not looked at, an offset is added.
-    """
-    if query.tasks == 0:
-        return []
-    with applied(model, {**stacked, **shared}) as use:
-
-        def one(own: Parameters, x: Tensor, offset: Tensor | None) -> Tensor:
-            called, parameters = use.of_a_task({**shared, **own})
-            return shifted(called(parameters, x), offset)
-
-        done = None
-        if query.uniform:
-            dims = 0 if stacked else None, 0, None if query.offset is None else 0
-            done = use.together(one, dims, dict(stacked), query.x, query.offset)
-        if done is not None:
-            return cast(Tensor, done)
-        each = []
-        for t in range(query.tasks):
-            x, _, _, offset = query.of_task(t)
-            each.append(one({n: p[t] for n, p in stacked.items()}, x, offset))
-        return each

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.spec.modules import fixed_among, one_at_a_time, running_statistics
-from pymeta.spec.running import of_steps
+from pymeta.spec.running import Measured, of_steps
 
 Parameters: TypeAlias = dict[str, Tensor]
 
@@ -78,7 +78,7 @@ class _Measuring:
         self._numbers = {id(m): i for i, m in enumerate(norms)}
         self._mode = mode
         self._thread = threading.get_ident()
-        self._found: dict[int, tuple[Tensor, Tensor]] | None = None
+        self._found: dict[int, Measured] | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """The hook."""
@@ -90,14 +90,14 @@ class _Measuring:
         axes = (0, *range(2, x.ndim))
         n = x.numel() // x.shape[1]
         variance = (x - x.mean(axes, keepdim=True)).square().sum(axes) / (n - 1 or torch.nan)
-        self._found[number] = (x.mean(axes), variance)
+        self._found[number] = (x.mean(axes), variance, x.new_full((), float(n)))
 
     def begin(self) -> None:
         """Forget what there was."""
         self._found = {}
 
-    def end(self) -> list[tuple[Tensor, Tensor]]:
-        """(mean, unbiased variance) of each norm since `begin`, the last time that it ran."""
+    def end(self) -> list[Measured]:
+        """What each norm measured since `begin`, the last time that it ran."""
         found, self._found = self._found or {}, None
         return [found[i] for i in sorted(found)]
 
@@ -306,7 +306,7 @@ class Called:
         self.buffers = buffers
         self._norms, self._measuring = norms, measuring
         self._by_step = [m for m in model.modules() if isinstance(m, PerStepBatchNorm)]
-        self.measured: list[list[tuple[Tensor, Tensor]]] = []  # of each inner step
+        self.measured: list[list[Measured]] = []  # of each inner step
         self.at_step(None)
 
     def at_step(self, step: int | None) -> None:
@@ -320,7 +320,7 @@ class Called:
 
     def step_with_buffers(
         self, parameters: Parameters, buffers: Parameters, x: Tensor
-    ) -> tuple[Tensor, Parameters, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, Parameters, list[Measured]]:
         """As `with_buffers`, and what batch normalisations measured, for `measured`."""
         self._measuring.begin()
         try:

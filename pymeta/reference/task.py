@@ -13,6 +13,7 @@ from pymeta.reference.modules import By, Called, Parameters
 from pymeta.reference.rules import direction, first_state
 from pymeta.spec.inner import InnerLoop
 from pymeta.spec.losses import Loss
+from pymeta.spec.running import Measured
 from pymeta.spec.schedule import Batch
 from pymeta.tasks.values import counting
 
@@ -80,7 +81,7 @@ def adapt_task(
 
         def batch_loss(
             adapted: Parameters, buffers: Parameters, used: Set
-        ) -> tuple[Tensor, tuple[Parameters, list[tuple[Tensor, Tensor]]]]:
+        ) -> tuple[Tensor, tuple[Parameters, list[Measured]]]:
             x, y, w, offset = used
             whole = {**fixed, **adapted}
             outputs, buffers, measured = model.step_with_buffers(whole, buffers, x)
@@ -119,11 +120,13 @@ def task_outcome(
     sift: bool = False,
     anchor: Tensor | None = None,
     step_weights: Tensor | None = None,
+    by_support: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One task: adapt on the support set, evaluate on the query set.
 
     `anchor` is as for `adapt_task`. Where rows are to be sifted, those that do not count have
-    outputs all the same, as constants. `query` may be without targets.
+    outputs all the same, as constants. `query` may be without targets. With `by_support` batch
+    normalisation of query rows goes by the statistics of the support rows that count.
 
     Returns:
         The loss on the query set [], that after each step weighed by `step_weights` where those
@@ -131,8 +134,17 @@ def task_outcome(
     """
     x, y, weights, offset = that_count(inner.judge, query) if sift else query
 
+    context = that_count(inner.loss, support)[0] if sift else support[0]
+
+    def called(theta: Parameters, x: Tensor) -> Tensor:
+        if not by_support:
+            return model({**fixed, **theta}, x)
+        together = torch.cat([context, x])
+        with model.normalising(By(len(context), len(together), single=True)):
+            return model({**fixed, **theta}, together)[len(context) :]
+
     def evaluated(theta: Parameters) -> tuple[Tensor, Tensor]:
-        outputs = shifted(model({**fixed, **theta}, x), offset)
+        outputs = shifted(called(theta, x), offset)
         # query sets without targets have no loss
         none = outputs.new_zeros(())
         return none if y is None else task_loss(inner.judge, outputs, y, weights), outputs
@@ -157,6 +169,11 @@ def task_outcome(
         loss = (step_weights * steps).sum()
     if sift and y is not None and len(y) < len(query[1]):
         count = counting(inner.judge, query[1], query[2])
-        of_all = shifted(model.of_all_rows({**fixed, **adapted}, query[0], count), query[3])
+        if by_support:
+            with torch.no_grad():
+                all_rows = called(adapted, query[0])
+        else:
+            all_rows = model.of_all_rows({**fixed, **adapted}, query[0], count)
+        of_all = shifted(all_rows, query[3])
         outputs = of_all.detach().index_put((count,), outputs)
     return loss, outputs, steps

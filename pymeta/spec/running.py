@@ -25,13 +25,48 @@ from pymeta.nn.norm import PerStepBatchNorm
 Norms: TypeAlias = Sequence[nn.Module]
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module normalises over the rows of a set."""
+    return isinstance(module, (_BatchNorm, PerStepBatchNorm))
+
+
 def is_tracked(module: nn.Module) -> bool:
     """Whether a call in the module's mode moves its running statistics."""
-    return (
-        isinstance(module, (_BatchNorm, PerStepBatchNorm))
-        and module.training
-        and module.running_mean is not None
-    )
+    there = is_batch_norm(module) and module.running_mean is not None
+    return there and module.training
+
+
+def kept_by(
+    model: nn.Module, modules: Norms, statistics: Tensor
+) -> tuple[frozenset[str], dict[str, Tensor]]:
+    """Statistics of sets in the place of running ones.
+
+    Args:
+        model: whose modules these are.
+        modules: batch normalisations.
+        statistics: as for `of_support`.
+
+    Returns:
+        The modules' names, and {name: [T, ...]} of their running statistics.
+
+    Raises:
+        ValueError: a module has no running statistics.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, Tensor] = {}
+    for module, pair in zip(modules, of_support(modules, statistics), strict=True):
+        name = names[id(module)]
+        for key, value in zip(("running_mean", "running_var"), pair, strict=True):
+            buffer = module._buffers.get(key)
+            if buffer is None:
+                raise ValueError(
+                    f"query_statistics: adapted models keep the support sets' statistics in the "
+                    f"place of running ones, and layer {name} has none: make it with "
+                    f"track_running_stats=True"
+                )
+            whole = value.reshape(len(value), *[1] * (buffer.ndim - 1), -1)
+            found[f"{name}.{key}" if name else key] = whole.expand(-1, *buffer.shape).contiguous()
+    return frozenset(names[id(m)] for m in modules), found
 
 
 def any_tracked(modules: Iterable[nn.Module]) -> bool:
@@ -41,6 +76,11 @@ def any_tracked(modules: Iterable[nn.Module]) -> bool:
 
 def _rows(module: nn.Module) -> int:
     return module.steps if isinstance(module, PerStepBatchNorm) else 1
+
+
+def most_rows(modules: Norms) -> int:
+    """The number of steps that the modules have rows of their own for; 1 for none."""
+    return max(map(_rows, modules), default=1)
 
 
 def _channels(module: nn.Module) -> int:
@@ -55,15 +95,18 @@ def memory(modules: Norms, like: Tensor, tasks: int) -> Tensor | None:
 
 def width(modules: Norms) -> int:
     """How many numbers a task's statistics are."""
-    return sum(_rows(m) * (2 * _channels(m) + 1) for m in modules)
+    return sum(_rows(m) * (2 * _channels(m) + 2) for m in modules)
 
 
-def of_steps(modules: Norms, steps: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
-    """A task's statistics from those of its inner steps: of each step (mean, variance) of each.
+Measured: TypeAlias = tuple[Tensor, Tensor, Tensor]  # mean and unbiased variance, of how many []
+
+
+def of_steps(modules: Norms, steps: Sequence[Sequence[Measured]]) -> Tensor:
+    """A task's statistics from those of its inner steps.
 
     Returns:
-        [width]: of each module and each of its rows the means, the variances, and how many steps
-        they are the mean of.
+        [width]: of each module and each of its rows the means, the variances, how many steps they
+        are the mean of, and of how many numbers each is.
     """
     parts: list[Tensor] = []
     for i, module in enumerate(modules):
@@ -75,7 +118,8 @@ def of_steps(modules: Norms, steps: Sequence[Sequence[tuple[Tensor, Tensor]]]) -
                 parts += [torch.stack([pair[j] for pair in own]).mean(0) for j in (0, 1)]
             else:
                 parts.append(like.new_zeros(2 * channels))
-            parts.append(parts[-1].new_full((1,), float(len(own))))
+            numbers = [torch.stack([s[2] for s in own]).mean()] if own else [like.new_zeros(())]
+            parts.append(torch.stack([like.new_full((), float(len(own))), *numbers]))
     return torch.cat([p.detach() for p in parts])
 
 
@@ -90,7 +134,7 @@ def update(modules: Norms, statistics: Tensor) -> None:
     at = 0
     for module in modules:
         rows, channels = _rows(module), _channels(module)
-        end = at + rows * (2 * channels + 1)
+        end = at + rows * (2 * channels + 2)
         own = statistics[:, at:end].detach().reshape(len(statistics), rows, -1).double()
         at = end
         if is_tracked(module):
@@ -98,12 +142,29 @@ def update(modules: Norms, statistics: Tensor) -> None:
             _update_one(module, own)
 
 
+def of_support(modules: Norms, statistics: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What each module normalises by: the sets' means and (biased) variances [T, channels].
+
+    Args:
+        modules: batch normalisations.
+        statistics: [T, width(modules)] of passes with the same weights, one for each row.
+    """
+    at, found = 0, []
+    for module in modules:
+        rows, channels = _rows(module), _channels(module)
+        at += rows * (2 * channels + 2)
+        own = statistics[:, at - 2 * channels - 2 : at]  # the last row
+        numbers = own[:, -1:]
+        found.append((own[:, :channels], own[:, channels:-2] * (numbers - 1) / numbers))
+    return found
+
+
 def _update_one(module: _NormBase, own: Tensor) -> None:
-    """Of one module: own [T, rows, 2 channels + 1]."""
+    """Of one module: own [T, rows, 2 channels + 2]."""
     channels = module.num_features
-    made = own[..., -1:] > 0
+    made = own[..., -2:-1] > 0
     tasks = made.sum(0)  # [rows, 1]
-    mean = torch.where(made, own[..., :-1], 0.0).sum(0) / tasks
+    mean = torch.where(made, own[..., :-2], 0.0).sum(0) / tasks
     calls = 1
     if module.num_batches_tracked is not None:
         each = _rows(module)  # a call in plain torch makes as many in a loop

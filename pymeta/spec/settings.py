@@ -53,6 +53,13 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def check_query_statistics(value: Any) -> str:
+    """What normalises query sets; ValueError where it is neither."""
+    if value not in ("own", "support"):
+        raise ValueError(f'query_statistics: expected "own" or "support", got {value!r}')
+    return str(value)
+
+
 def check_query_loss(value: Any) -> Loss | None:
     """What query sets are judged by, described; None stays."""
     try:

@@ -60,6 +60,8 @@ class TaskSet:
     offset: Tensor | None = None  # [..., out], is added to the model's outputs
     distributions: bool = False  # y are such over the classes, not labels
     loss: Loss | None = None  # what its targets are held against
+    context: int = 0  # so many first rows of each task are only there to normalise by
+    by_support: bool = False  # it is normalised by other rows: a single one is a set
 
     @property
     def weight_columns(self) -> int:
@@ -106,7 +108,7 @@ class TaskSet:
     def keeps_weightless(self) -> bool:
         """Whether rows of weight 0 count too, because the gradient by that weight is wanted."""
         w = self.weights
-        return w is not None and w.requires_grad and torch.is_grad_enabled()
+        return self.context > 0 or (w is not None and w.requires_grad and torch.is_grad_enabled())
 
     def part(self, first: int, last: int) -> TaskSet:
         """The tasks first .. last-1; views of this set's memory."""
@@ -361,3 +363,26 @@ def _padded(predictions: list[Tensor], rows: int) -> Tensor:
         return torch.nn.functional.pad(values, [*below, 0, rows - values.shape[0]])
 
     return torch.stack([padded(values) for values in predictions])
+
+
+def with_context(query: TaskSet, support: TaskSet, classes: bool) -> TaskSet:
+    """The query rows of each task behind its support rows, which weigh nothing.
+
+    For batch normalisation by the support rows alone. Both sets are [T, rows, ...], the query
+    without weights or offsets of its own. `classes` is whether targets are classes.
+    """
+    rows = support.rows
+
+    def behind(value: float, whole: Tensor) -> Tensor:
+        context = whole.new_full((query.tasks, rows, *whole.shape[2:]), value)
+        return torch.cat([context, whole], 1)
+
+    y = query.y
+    if y is not None:  # targets that every loss takes
+        outputs = y.shape[-1] if query.distributions else 1
+        y = behind(0 if classes and not query.distributions else 1 / outputs, y)
+    weights = None if y is None else behind(0.0, query.x.new_ones(query.tasks, query.rows))
+    return replace(
+        query, x=torch.cat([support.x, query.x], 1), y=y, weights=weights,
+        rows=rows + query.rows, context=rows,
+    )  # fmt: skip

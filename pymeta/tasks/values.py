@@ -119,6 +119,8 @@ def counts_that_count(s: TaskSet, loss: Loss) -> list[int]:
 
 def _check_single_rows(s: TaskSet, loss: Loss, of_single_rows: bool = False) -> None:
     """Raise where one row alone would be normalised; perhaps only of the tasks with one row."""
+    if s.by_support:
+        return
     counts = counts_that_count(s, loss)
     if of_single_rows:
         counts = [count if rows == 1 else 0 for count, rows in zip(counts, s.counts, strict=True)]

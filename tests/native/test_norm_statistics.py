@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pymeta
+import pymeta.functional
 from pymeta.nn import PerStepBatchNorm, at_step
 
 
@@ -431,3 +432,40 @@ def test_too_few_steps_for_the_rows_are_refused(backend):
     tune = pymeta.FineTune(net, loss="cross_entropy", lr=0.1, epochs=2, backend=backend)
     with pytest.raises(ValueError, match=r"epochs: expected at least the 3 inner steps"):
         tune(*data[:2])
+
+
+# ---- beside eager learners ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows", "steps"])
+def test_torch_compile_has_the_statistics_of_either_mode(name):
+    torch._dynamo.reset()
+    net, data = TRACKED[name](), episodes((2,))
+    other = copy.deepcopy(net)
+    for training in (True, False):
+        pair = [learner(n.train(training)) for n in (net, other)]
+        compiled = torch.compile(pair[0], fullgraph=True, backend="aot_eager")
+        got, wanted = compiled(*data).loss, pair[1](*data).loss
+        assert torch.equal(got, wanted)
+        assert_close(
+            torch.autograd.grad(got, list(net.parameters())),
+            torch.autograd.grad(wanted, list(other.parameters())),
+        )
+        assert all(map(torch.equal, net.buffers(), other.buffers()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_calls_leave_statistics_alone(training, backend):
+    """They use those that the module had when the operator was made."""
+    net, data = TRACKED["rows"]().train(training), episodes((2,))
+    before = copy.deepcopy(net.state_dict())
+    wanted = learner(copy.deepcopy(net), backend)(*data)
+    options = {"loss": "cross_entropy", "lr": 0.3, "steps": STEPS, "backend": backend}
+    operator = pymeta.functional.Operator(net, **options)
+    parameters = dict(net.named_parameters())
+    found = pymeta.functional.meta_gradient(operator, parameters, *data)
+    assert_close([found.loss.detach()], [wanted.loss.detach()])
+    arrays = {n: p.detach().numpy() for n, p in parameters.items()}
+    from_arrays = pymeta.functional.meta_gradient(operator, arrays, *(v.numpy() for v in data))
+    assert_close([torch.as_tensor(from_arrays.loss)], [wanted.loss.detach()])
+    assert all(map(torch.equal, net.state_dict().values(), before.values()))

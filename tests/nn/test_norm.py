@@ -1,5 +1,8 @@
 """PerStepBatchNorm in plain torch: a BatchNorm for each inner step."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -82,3 +85,9 @@ def test_steps_are_counted(steps):
 def test_the_inputs_shape_is_checked():
     with pytest.raises(ValueError, match=r"input: expected \[rows, 3\].*got \[2, 4\]"):
         PerStepBatchNorm(3, 1)(torch.zeros(2, 4))
+
+
+def test_without_torch_the_extra_is_named():
+    code = "import sys; sys.modules['torch'] = None; import pymeta.nn"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pymeta.nn needs torch" in done.stderr and "pymeta-kernels[torch]" in done.stderr

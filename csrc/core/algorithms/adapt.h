@@ -184,8 +184,9 @@ class InnerLoop {
         store(mean + stride, load(mean + stride) + select(counts, own.variance * unbiased, zero()));
       });
       X::for_indices(1, [&](int) {
-        Real* made = row + 2 * stride;
+        Real *made = row + 2 * stride, *numbers = made + kWidth;
         store(made, load(made) + select(counts, broadcast(1), zero()));
+        store(numbers, load(numbers) + select(counts, extent.count, zero()));
       });
       to += StatisticsLayout<X>::scalars(layer);
     });

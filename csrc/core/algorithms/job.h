@@ -82,7 +82,7 @@ class ItemJob {
       for (int row = 0; row < statistics_rows(layer); ++row) {
         arrays_.write_statistics(layer, from, column);
         from += StatisticsLayout<X>::row(layer);
-        column += 2 * layer.out.channels + 1;
+        column += 2 * layer.out.channels + 2;
       }
     }
   }

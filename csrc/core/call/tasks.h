@@ -138,6 +138,8 @@ struct Call {
   int patience = -1;  // at least 0: a task stops after so many epochs without a better validation
   Minibatches batches;
   bool first_order = false;
+  bool by_support =
+      false;  // the first rows of each query set are its support set, by which alone it is normalised
   const Real* step_weights =
       nullptr;           // [steps] of the query losses after each step; null: the last alone
   double task_clip = 0;  // largest norm of a task's share of the summed gradients; 0: any

@@ -173,6 +173,7 @@ struct TangentLayout {
 struct SetLayout {
   Place x;  // kNowhere where the caller's own array is read
   Place targets, scale, keep;
+  Place context;     // as Extent::counting, where some rows alone are normalised by
   Place dx;          // dL/dx, where wanted
   Place dx_of_step;  // that of one of several evaluations
   Place cotangent;   // dL/dy beside the loss, class-major
@@ -186,6 +187,7 @@ struct SetLayout {
     bool x = false, y = false, weights = false;  // gradients
     bool cotangent = false;
     bool steps = false;  // it is evaluated after each step
+    bool context = false;
   };
 
   template <class X>
@@ -199,6 +201,7 @@ struct SetLayout {
     targets = places.take(static_cast<std::size_t>(columns) * X::class_stride(rows));
     scale = places.take(X::class_stride(rows));
     keep = places.take(static_cast<std::size_t>(rows) * kWidth);
+    context = places.take_if(wanted.context, static_cast<std::size_t>(rows) * kWidth);
     dx = places.take_if(wanted.x, matrix);
     dx_of_step = places.take_if(wanted.x && wanted.steps, matrix);
     cotangent = places.take_if(wanted.cotangent, classes);
@@ -227,7 +230,7 @@ PYMETA_FN bool reads_rows_in_place(const Network& network, bool last_is_narrow) 
 }
 
 // The batch normalisations' statistics of an item: for each layer and each row of statistics_rows() the sums of the means
-// and variances of its channels [2, stride], and of the steps that were made [kWidth].
+// and variances of its channels [2, stride], of the steps that were made, and of the numbers each was measured of [2, kWidth].
 template <class X>
 struct StatisticsLayout {
   std::size_t size = 0;
@@ -237,7 +240,7 @@ struct StatisticsLayout {
       if (has_statistics(network.layers[l])) size += scalars(network.layers[l]);
   }
   PYMETA_FN static std::size_t row(const Layer& layer) {
-    return 2 * static_cast<std::size_t>(X::stride(layer.out.channels)) + kWidth;
+    return 2 * static_cast<std::size_t>(X::stride(layer.out.channels)) + 2 * kWidth;
   }
   PYMETA_FN static std::size_t scalars(const Layer& layer) {
     return statistics_rows(layer) * row(layer);
@@ -330,11 +333,12 @@ struct Workspace {
                            copy_input || minibatches || call.support.has_weightless,
                            {call.xs_gradient != nullptr, call.ys_gradient != nullptr,
                             call.support_weights_gradient != nullptr, false, false});
-    query_set.lay_out<X>(places, network, call.loss_of(call.query), call.max_query,
-                         copy_input || call.query.has_weightless,
-                         {call.xq_gradient != nullptr, call.yq_gradient != nullptr,
-                          call.query_weights_gradient != nullptr,
-                          call.cotangents.predictions != nullptr, call.step_weights != nullptr});
+    query_set.lay_out<X>(
+        places, network, call.loss_of(call.query), call.max_query,
+        copy_input || call.query.has_weightless,
+        {call.xq_gradient != nullptr, call.yq_gradient != nullptr,
+         call.query_weights_gradient != nullptr, call.cotangents.predictions != nullptr,
+         call.step_weights != nullptr, call.by_support});
     validation_set.lay_out<X>(places, network, call.loss_of(call.validation), call.max_validation,
                               copy_input || call.validation.has_weightless, {});
     support_set.lay_out_beside<X>(places, call, call.support, step_rows);

@@ -99,8 +99,8 @@ struct NormPool {
             const long at = s.at(place, i) + column;
             const Vec e = place < 0 ? zero() : won(winner, at, tap, load(p.d + at) * gamma);
             const Vec h = norm.h(load(x + s.at(position, i) + column));
-            emit(norm_delta(norm.inverse, e, mean.first, h, mean.second), position * s.images + i,
-                 v);
+            const int row = position * s.images + i;
+            emit(norm_delta(s.dense, row, norm.inverse, e, mean.first, h, mean.second), row, v);
           }
         });
       });
@@ -319,7 +319,9 @@ struct NormPool {
     const VecPair sums = sum_over(s.pooled, [&](int r) {
       const long at = r * s.row + column;
       const Vec e = active(winner, at, load(p.d + at));
-      return counted_pair(s.pooled, e, e * load(kept_h + at), r);
+      const Vec eh = e * load(kept_h + at);
+      if (s.pooled.counting) return VecPair{s.pooled.masked(e, r), s.pooled.masked(eh, r)};
+      return counted_pair(s.pooled, e, eh, r);
     });
     return {sums.first * gamma / s.dense.count, sums.second * gamma / s.dense.count};
   }

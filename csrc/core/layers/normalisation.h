@@ -51,6 +51,14 @@ struct Slices {
     if (!kOverRows) v = X::masked_columns(v, features, column(slice, i));
     return extent.masked(v, row(slice, i));
   }
+  // The same of what all rows have of the statistics, where only some are in them (Extent::counting).
+  template <class Body>
+  PYMETA_FN Vec mean_of_all(int slice, Body body) const {
+    if constexpr (kOverRows)
+      if (extent.counting)
+        return sum_over(extent, [&](int i) { return extent.masked(body(i), i); }) / extent.count;
+    return mean(slice, body);
+  }
   template <class Body>
   PYMETA_FN Vec mean(int slice, Body body) const {
     if constexpr (kOverRows) {
@@ -76,6 +84,13 @@ PYMETA_FN inline Vec norm_delta(Vec inverse, Vec e, Vec mean_e, Vec h, Vec mean_
 struct Statistics {
   Vec mean, variance;
 };
+
+// The same where only some rows are in the statistics: the others do not move them.
+PYMETA_FN inline Vec norm_delta(const Extent& extent, int row, Vec inverse, Vec e, Vec mean_e,
+                                Vec h, Vec mean_eh) {
+  if (!extent.counting) return norm_delta(inverse, e, mean_e, h, mean_eh);
+  return inverse * (e - extent.counted(mean_e + h * mean_eh, row));
+}
 
 // Its own arrays: h [rows, features] and s [slices, kWidth] on a tape, and over rows their means and variances behind s; rh
 // and q in a tangent pass.
@@ -140,11 +155,13 @@ struct Normalisation {
           return load(d + s.at(slice, i)) * feature(gamma, s.column(slice, i), 1);
         };
         const Vec inverse = load(kept_inverse + static_cast<long>(slice) * kWidth);
-        const Vec mean_e = s.mean(slice, e);
-        const Vec mean_eh = s.mean(slice, [&](int i) { return e(i) * h(i); });
-        for (int i = 0; i < s.length(); ++i)
-          emit(s.masked(norm_delta(inverse, e(i), mean_e, h(i), mean_eh), slice, i),
-               s.row(slice, i), s.column(slice, i));
+        const Vec mean_e = s.mean_of_all(slice, e);
+        const Vec mean_eh = s.mean_of_all(slice, [&](int i) { return e(i) * h(i); });
+        for (int i = 0; i < s.length(); ++i) {
+          const Vec dx = kOverRows ? norm_delta(s.extent, i, inverse, e(i), mean_e, h(i), mean_eh)
+                                   : norm_delta(inverse, e(i), mean_e, h(i), mean_eh);
+          emit(s.masked(dx, slice, i), s.row(slice, i), s.column(slice, i));
+        }
       });
     });
   }

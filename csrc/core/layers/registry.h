@@ -82,7 +82,7 @@ PYMETA_MEMBER inline bool has_statistics(const Layer& layer) {
          layer.kind == LayerKind::norm_pool;
 }
 // Of these, one after the other: for each inner step that has parameters of its own, else once, the means of the channels,
-// their variances, and a number above 0 where the task made such a step.
+// their unbiased variances, how many such steps the task made, and of how many numbers each is.
 PYMETA_MEMBER inline int statistics_rows(const Layer& layer) {
   return layer.steps > 0 ? layer.steps : 1;
 }
@@ -91,7 +91,7 @@ PYMETA_MEMBER inline std::int64_t statistics_scalars(const Network& network) {
   for (int l = 0; l < network.layer_count; ++l) {
     const Layer& layer = network.layers[l];
     if (has_statistics(layer))
-      scalars += statistics_rows(layer) * (2 * static_cast<std::int64_t>(layer.out.channels) + 1);
+      scalars += statistics_rows(layer) * (2 * static_cast<std::int64_t>(layer.out.channels) + 2);
   }
   return scalars;
 }
