@@ -132,7 +132,8 @@ class Arrays:
                 "or of the network; use LearnableLR(per='layer') or a plain lr"
             )
         values = _numbers("lr", lr, dtype, [(tasks,), (tasks, columns)])
-        return dense(np.broadcast_to(values.reshape(tasks, 1, -1), (tasks, 1, columns)))
+        values = (values if values.ndim == 2 else values[:, None])[:, None]
+        return dense(np.broadcast_to(values, (tasks, 1, columns)))
 
     # ---- calls --------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ def adapt(
     """
     support = Side(xs, ys, support_sizes, support_weights, support_offset)
     request = Request(parameters, support, None, steps, anchor, lr, rates)
-    found: dict[str, Any] = _runner(operator, parameters).adapt(request)
+    found: dict[str, Any] = _runner(operator, parameters, request).adapt(request)
     return found
 
 
@@ -167,7 +167,7 @@ def adapt_predict(
     support = Side(xs, ys, support_sizes, support_weights, support_offset)
     query = Side(xq, None, query_sizes, None, query_offset)
     request = Request(parameters, support, query, steps, anchor, lr, rates)
-    return _runner(operator, parameters).adapt_predict(request)
+    return _runner(operator, parameters, request).adapt_predict(request)
 
 
 def predict(
@@ -252,7 +252,8 @@ def meta_gradient(
     request = Request(parameters, support, query, steps, anchor, lr, rates, step_weights)
     if yq is None:
         raise ValueError("yq: expected query targets, got None: there is no loss without them")
-    results, found = _runner(operator, parameters).gradients(request, _checked(wrt, request), None)
+    runner = _runner(operator, parameters, request)
+    results, found = runner.gradients(request, _checked(wrt, request), None)
     return MetaGradient(*results, *found)
 
 
@@ -314,7 +315,7 @@ def vjp(
     support = Side(xs, ys, support_sizes, support_weights, support_offset)
     query = None if xq is None else Side(xq, yq, query_sizes, query_weights, query_offset)
     request = Request(parameters, support, query, steps, anchor, lr, rates, step_weights)
-    flows = Flows(task_losses, predictions, adapted)
+    flows = Flows(task_losses, predictions, adapted or None)
     if all(flow is None for flow in flows):
         raise ValueError("task_losses, predictions, adapted: expected at least one of them")
     for name, flow, needs, there in (
@@ -327,7 +328,8 @@ def vjp(
     if unknown:
         names = ", ".join(operator.adapted) or "nothing"
         raise ValueError(f"adapted: {unknown[0]!r} is not adapted; {names} is")
-    _, found = _runner(operator, parameters).gradients(request, _checked(wrt, request), flows)
+    runner = _runner(operator, parameters, request)
+    _, found = runner.gradients(request, _checked(wrt, request), flows)
     return Gradients(*found)
 
 
@@ -356,8 +358,10 @@ def _checked(wrt: Any, request: Request) -> tuple[str, ...]:
     return tuple(wrt)
 
 
-def _runner(operator: Operator, parameters: Any) -> Any:
+def _runner(operator: Operator, parameters: Any, request: Request | None = None) -> Any:
     """What runs a call with these parameters."""
+    if request is not None and request.lr is not None and request.rates is not None:
+        raise ValueError("lr, rates: expected one of them: tasks' own step sizes, or all tasks'")
     if not isinstance(operator, Operator):
         raise TypeError(
             f"operator: expected a pymeta.functional.Operator, got {type(operator).__name__}"

@@ -117,7 +117,7 @@ def rates_of(lr: Any, tasks: int, plan: Plan) -> Tensor | None:
         raise ValueError(
             f"lr: expected shape {shape}, a rate for each task, got {list(rates.shape)}"
         )
-    rates = rates.reshape(tasks, 1, -1).expand(tasks, 1, columns)
+    rates = (rates if rates.ndim == 2 else rates[:, None])[:, None].expand(tasks, 1, columns)
     return dense(rates)
 
 

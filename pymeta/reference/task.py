@@ -38,8 +38,13 @@ def _at(task: Set, rows: Tensor) -> Set:
 
 
 def that_count(loss: Loss, task: Set) -> Set:
-    """The rows of a set that count; all others are left out, whatever they hold."""
+    """The rows of a set that count; all others are left out, whatever they hold.
+
+    Without targets, all of them do.
+    """
     _, y, weights, _ = task
+    if y is None:
+        return task
     count = counting(loss, y, weights)
     return task if bool(count.all()) else _at(task, count)
 

@@ -282,6 +282,49 @@ def test_no_tasks_and_no_steps():
         assert F.predict(operator, convert(parameters), convert(data[2])).shape == (0, 4, 2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("columns", [(), (2,)])
+def test_no_tasks_have_no_step_sizes_of_their_own(backend, columns):
+    operator, parameters = make(lr=pymeta.LearnableLR(0.1, "layer"), backend=backend)
+    data, lr = [v[:0] for v in batch()], batch()[0].new_zeros(0, *columns)
+    for convert in (lambda v: v, in_numpy):
+        given = (operator, convert(parameters), *map(convert, data))
+        found = F.meta_gradient(*given, lr=convert(lr), wrt=["lr"])
+        assert found.input_gradients["lr"].shape == lr.shape
+        assert float(found.loss) == 0
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predictions_after_rows_of_no_weight(backend, arrays):
+    operator, parameters = make(backend=backend)
+    (xs, ys, xq, _), convert = batch(), in_numpy if arrays else lambda v: v
+    weights = torch.ones(xs.shape[:2], dtype=xs.dtype)
+    weights[:, 0] = 0
+    given = [convert(v) for v in (parameters, xs, ys, xq)]
+    found = F.adapt_predict(operator, *given, support_weights=convert(weights))
+    given = [convert(v) for v in (parameters, xs[:, 1:], ys[:, 1:], xq)]
+    assert_close(flat(found), flat(F.adapt_predict(operator, *given)))
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_that_exclude_each_other(backend, arrays):
+    operator, parameters = make(backend=backend)
+    convert = in_numpy if arrays else lambda v: v
+    parameters, (xs, ys, xq, yq) = convert(parameters), [convert(v) for v in batch()]
+    both = {"lr": convert(torch.ones(3).double()), "rates": convert(torch.ones(1).double())}
+    for call in (
+        lambda: F.adapt(operator, parameters, xs, ys, **both),
+        lambda: F.adapt_predict(operator, parameters, xs, ys, xq, **both),
+        lambda: F.meta_gradient(operator, parameters, xs, ys, xq, yq, **both),
+    ):
+        with pytest.raises(ValueError, match="lr, rates: expected one of them"):
+            call()
+    with pytest.raises(ValueError, match="task_losses, predictions, adapted: expected at least"):
+        F.vjp(operator, parameters, xs, ys, adapted={})
+
+
 def test_copies_of_an_operator_do_the_same():
     operator, parameters = make(lr=pymeta.LearnableLR(0.1, "parameter", per_step=True))
     data = batch()

@@ -222,3 +222,14 @@ def test_a_single_row_that_does_not_count_is_no_set_of_one_row(backend):
     adapted = tune(x[:, :1], y[:, :1], weights=torch.zeros(len(x), 1)).parameters
     for name, start in tune.model.named_parameters():
         assert torch.equal(adapted[name], start.detach().expand_as(adapted[name]))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_predictions_without_query_targets(backend):
+    x, y, weights = rows("mse", 6)
+    xq = without(rows("mse", 7))[0]
+    kept_x, kept_y, kept_weights = without((x, y, weights))
+    module = pymeta.MAML(network(False), loss="mse", lr=0.1, steps=2, backend=backend)
+    found = module(x, y, xq, support_weights=weights).predictions
+    wanted = module(kept_x, kept_y, xq, support_weights=kept_weights).predictions
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
