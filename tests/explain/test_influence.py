@@ -34,6 +34,33 @@ def test_it_is_the_slope_of_predictions_by_weights(backend):
     assert np.abs(found).max() > 1e-3
 
 
+class Doubled(nn.Linear):
+    """A layer that the native core lacks."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:pymeta runs")
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("rows", [3.0, pymeta.LearnableAnchor(3.0)])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_rows_of_no_weight_do_not_count_for_anchor_rows(native, rows, loss):
+    net = mlp(5, 7, 3) if native else nn.Sequential(Doubled(5, 3)).double()
+    backend = "native" if native else "torch"
+    maml = pymeta.MAML(net, loss=loss, lr=0.1, steps=3, anchor_rows=rows, backend=backend)
+    xs, ys, xq, _ = batch(tasks=4, support=8, query=6, inputs=5, out=3)
+    if loss == "cross_entropy":
+        ys = ys.argmax(-1)
+        ys[:, 4] = -100
+    weights = torch.rand(4, 8).double() + 0.5
+    weights[:, :3] = 0
+    found = influence(maml, xs, ys, xq, weights=weights, output=1)
+    kept = influence(maml, xs[:, 3:], ys[:, 3:], xq, weights=weights[:, 3:], output=1)
+    assert np.abs(kept).max() > 1e-3
+    assert_close(torch.from_numpy(found[..., 3:]), torch.from_numpy(kept))
+
+
 @pytest.mark.parametrize("optimizer", [pymeta.SGD(0.1, momentum=0.9), pymeta.Adam(0.05)])
 def test_backends_and_learners_agree(optimizer):
     net = mlp(5, 7, 2)
