@@ -179,6 +179,11 @@ def _start(path: str) -> AdaptedArrays:
 
 def _entities(models: str, count: int) -> dict[str, Any]:
     path = entities_path(models)
+    if not path.exists():
+        raise ValueError(
+            f"{path}: no such file, which says whose each model in {models} is; pymeta adapt "
+            "writes one, a learner's save does not"
+        )
     made = json.loads(path.read_text())
     keys = {"entity", "entities", "features", "preprocessor", "unused"}
     if not isinstance(made, dict) or made.keys() != keys or len(made["entities"]) != count:

@@ -194,8 +194,10 @@ def _baselines(baseline: Any, population: Any, rows: Packed) -> _Baselines:
             raise ValueError("population: expected None, because there is a baseline")
         given = as_array("population", population).astype(kind)
         if given.shape[1:] != row or not len(given):
+            wanted = "[" + ", ".join(map(str, ("rows", *row))) + "]"
             raise ValueError(
-                f"population: expected some rows {['B', *row]}, got shape {list(given.shape)}"
+                f"population: expected {wanted}, one or more for all tasks together, "
+                f"got shape {list(given.shape)}"
             )
         return _Baselines(given, False)
     if baseline is None:

@@ -214,8 +214,13 @@ def chain(layers: Sequence[Sequence[Any]]) -> Architecture:
             )
         form = forms.get(layer[0])
         if form is None or len(layer) != 1 + len(form):
-            expected = "one of " + ", ".join(forms) if form is None else f"{len(form)} settings"
-            raise ValueError(f"layers: {i}: expected {expected}, got {tuple(layer)!r}")
+            given = repr(tuple(layer))
+            if form is None:
+                expected = "one of " + ", ".join(forms)
+            else:
+                expected = f"{len(form)} settings after {layer[0]!r}"
+                given = f"{len(layer) - 1} in {given}"
+            raise ValueError(f"layers: {i}: expected {expected}, got {given}")
         names += [f"{i}.{n}" for n in tensors_of(layer)]
     found = Architecture(tuple(map(tuple, layers)), tuple(names), tuple(names), False)
     found.shapes()  # they fit each other

@@ -11,6 +11,13 @@ from pymeta.spec.losses import Loss, describe_loss
 from pymeta.spec.optimizers import OPTIMIZERS, SGD, LearnableLR, Optimizer, check_lr
 
 
+def _named(value: Any) -> str:
+    """What a caller gave, for a message: a string or a class says more than its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if isinstance(value, str) else type(value).__name__
+
+
 def one_optimizer(lr: Any, optimizer: Any, learnable: bool) -> Optimizer:
     """The inner optimiser given by exactly one of `lr` and `optimizer`."""
     if (lr is None) == (optimizer is None):
@@ -21,8 +28,7 @@ def one_optimizer(lr: Any, optimizer: Any, learnable: bool) -> Optimizer:
     elif type(optimizer) not in OPTIMIZERS.values():
         rules = [f"pymeta.{rule.__name__}" for rule in OPTIMIZERS.values()]
         raise TypeError(
-            f"optimizer: expected {', '.join(rules[:-1])} or {rules[-1]}, "
-            f"got {type(optimizer).__name__}"
+            f"optimizer: expected {', '.join(rules[:-1])} or {rules[-1]}, got {_named(optimizer)}"
         )
     if isinstance(optimizer.lr, LearnableLR) and not learnable:
         name = "lr" if lr is not None else "optimizer.lr"

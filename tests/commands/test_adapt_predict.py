@@ -175,6 +175,15 @@ def test_names_that_do_not_fit_the_models_are_refused(folder, capsys):
     assert "not the names of the 3 models" in capsys.readouterr().err
 
 
+def test_models_without_the_names_of_entities_are_refused(folder, capsys):
+    assert cli.main(ADAPT) == 0
+    (folder / "models.entities.json").unlink()
+    assert cli.main(PREDICT) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "models.entities.json: no such file, which says whose each model" in line
+    assert "pymeta adapt" in line
+
+
 def test_neither_imports_torch(folder):
     for words in (ADAPT, PREDICT):
         code = "import sys; sys.modules['torch'] = None; from pymeta.cli import main; "

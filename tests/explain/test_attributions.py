@@ -244,6 +244,11 @@ def test_wrong_arguments_are_refused_by_name():
         (ValueError, "population", lambda: integrated_gradients(models, xq, population=xq[0, :0])),
         (
             ValueError,
+            r"population: expected \[rows, 5\]",
+            lambda: integrated_gradients(models, xq, population=xq),
+        ),
+        (
+            ValueError,
             "population: expected None",
             lambda: integrated_gradients(models, xq, baseline=xq[0, 0], population=xq[0]),
         ),

@@ -475,7 +475,7 @@ def test_what_an_operator_is_made_of_is_checked():
         (TypeError, "network: expected a torch.nn.Module", 3, {}),
         (TypeError, "layers: 1: expected a tuple", [*layers[:1], "tanh"], {}),
         (ValueError, "layers: 0: expected one of linear", [("lineal", 2, 3)], {}),
-        (ValueError, "layers: 0: expected 3 settings", [("linear", 2, 3)], {}),
+        (ValueError, "layers: 0: .* 3 settings after 'linear', got 2", [("linear", 2, 3)], {}),
         (ValueError, "layers", [*layers, ("linear", 4, 1, True)], {}),
         (ValueError, "loss: .* is a function, which needs a torch module", layers,
          {"loss": lambda o, t: (o - t).square().mean()}),

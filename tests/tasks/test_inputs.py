@@ -36,6 +36,16 @@ CONSTRUCTION = {
         r"optimizer: expected pymeta\.SGD, pymeta\.Adam or pymeta\.RMSprop, got float",
         {"lr": None, "optimizer": 0.1},
     ),
+    "optimizer by name": (
+        TypeError,
+        r"optimizer: expected pymeta\.SGD.*, got 'adam'",
+        {"lr": None, "optimizer": "adam"},
+    ),
+    "optimizer of torch": (
+        TypeError,
+        r"optimizer: expected pymeta\.SGD.*, got the class Adam",
+        {"lr": None, "optimizer": torch.optim.Adam},
+    ),
     "steps negative": (ValueError, r"steps: expected an integer >= 0, got -1", {"steps": -1}),
     "steps float": (TypeError, r"steps: .*got float", {"steps": 1.0}),
     "steps bool": (TypeError, r"steps: .*got bool", {"steps": True}),
