@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pymeta.algorithms.outcome import told_outcome
-from pymeta.learners.rows import Flat, flat, shaped
+from pymeta.learners.rows import Flat, flat, merged, shaped
 from pymeta.learners.sets import row_set
 from pymeta.spec.losses import Loss, describe_loss
 from pymeta.tasks.checks import Expected
@@ -212,11 +212,10 @@ class EncodedLearner(nn.Module, ABC):
         others = q.where(~kept)
         with torch.no_grad():
             more, spread = self._outputs(state, self._features(others.x), others)
-        order = torch.cat([kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]]).argsort()
-        outputs = torch.cat([outputs, more])[order]
+        outputs = merged(kept, outputs, more)
         if variances is None or spread is None:
             return outputs, None
-        return outputs, torch.cat([variances, spread])[order]
+        return outputs, merged(kept, variances, spread)
 
     def adapt(
         self,

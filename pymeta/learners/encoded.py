@@ -21,7 +21,7 @@ from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.outcome import Outcome
 from pymeta.learners.base import has_batch_norm
 from pymeta.learners.features import Features, choose
-from pymeta.learners.rows import Flat, flat, shaped
+from pymeta.learners.rows import Flat, flat, merged, shaped
 from pymeta.models.adapted import Adapted
 from pymeta.spec.history import History
 from pymeta.spec.losses import Loss
@@ -270,8 +270,7 @@ class EncodedMAML(nn.Module):
     def _with_others(self, features: Tensor, rows: Flat, counts: Tensor) -> Tensor:
         with torch.no_grad():
             others = self._encoded(rows.x[~counts])
-        order = torch.cat([counts.nonzero()[:, 0], (~counts).nonzero()[:, 0]]).argsort()
-        return torch.cat([features, others])[order]
+        return merged(counts, features, others)
 
     def _encoded(self, x: Tensor) -> Tensor:
         like = next(self.maml.model.parameters())

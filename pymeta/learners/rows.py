@@ -133,3 +133,9 @@ def shaped(values: Tensor, rows: Flat, s: TaskSet) -> Tensor | list[Tensor]:
     if s.lengths is not None:
         return list(torch.split(values, s.lengths))
     return rows.padded(values)
+
+
+def merged(chosen: Tensor, values: Tensor, others: Tensor) -> Tensor:
+    """The values [N, ...] of all rows, of those that are chosen, bool [N], and of the others."""
+    order = torch.cat([chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]]).argsort()
+    return torch.cat([values, others])[order]
