@@ -1,5 +1,6 @@
 """What the tests of the kernels share."""
 
+import pytest
 import torch
 from cases import Problem
 from helpers import gradients
@@ -35,3 +36,18 @@ def check_slope(problem: Problem, isa: str, executor: str) -> None:
     rounding = 64 * EPS[torch.float64] * (1 + abs(float(value.detach()))) / 1e-5
     assert abs(slope) > 1e3 * rounding
     assert abs(slope - near) <= abs(near - far) + rounding
+
+
+def check_slope_of_each_parameter(maml, data, *, rel: float, abs: float) -> None:
+    """The gradient of `maml(*data).loss` along a random line of each parameter, likewise."""
+    maml(*data).loss.backward()
+    for p in maml.model.parameters():
+        direction = torch.randn_like(p)
+        slope = float((p.grad * direction).sum())
+        ends = []
+        for sign in (1e-5, -1e-5):
+            with torch.no_grad():
+                p.add_(direction, alpha=sign)
+                ends.append(float(maml(*data).loss))
+                p.add_(direction, alpha=-sign)
+        assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope, rel=rel, abs=abs)

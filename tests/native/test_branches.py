@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import assert_close, assert_promised, loop_meta_loss
 from kernels import EXECUTORS, PATHS, same_bits, takes, using
+from native_help import check_slope_of_each_parameter
 from torch import nn
 from torch.nn import functional as F
 
@@ -139,17 +140,7 @@ def test_finite_differences(name, isa, executor):
     net, data = made(name)
     maml = learner(net)
     with using(isa, executor):
-        maml(*data).loss.backward()
-        for p in net.parameters():
-            direction = torch.randn_like(p)
-            slope = float((p.grad * direction).sum())
-            ends = []
-            for sign in (1e-5, -1e-5):
-                with torch.no_grad():
-                    p.add_(direction, alpha=sign)
-                    ends.append(float(maml(*data).loss))
-                    p.add_(direction, alpha=-sign)
-            assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope, rel=1e-5, abs=1e-8)
+        check_slope_of_each_parameter(maml, data, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("name", ["rows", "traced", "images"])
