@@ -73,6 +73,8 @@ def facts() -> dict[str, Any]:
 
 def report(found: dict[str, Any] | None = None) -> list[str]:
     """The facts, a line each."""
+    from pymeta.spec.show import counted
+
     f = facts() if found is None else found
     torch = "not installed: adapters run, all else needs it"
     if f["torch"] is not None:
@@ -89,8 +91,8 @@ def report(found: dict[str, Any] | None = None) -> list[str]:
             f"native      {f['native']}",
             f"isa         {f['isa']} (of {', '.join(f['isas'])})",
             f"executor    {f['executor']}",
-            f"threads     {f['threads']} of {f['cores']} cores that this process may use, "
-            f"of {f['cores_of_machine']}",
+            f"threads     {f['threads']} of {counted(f['cores'], 'core')} that this process may "
+            f"use, of {f['cores_of_machine']}",
             *_cuda_lines(f),
         ]
     return lines + [f"{name}={value}" for name, value in f["environment"].items()]

@@ -6,18 +6,23 @@ from typing import Any
 
 from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation
+from pymeta.spec.show import counted
 
 
 def columns_of(group: list[Any]) -> tuple[Any, ...]:
     """The x, y, weights and offsets of single tasks: lists, or None where all are None."""
     for i, task in enumerate(group):
         if not isinstance(task, (tuple, list)) or not 2 <= len(task) <= 4:
-            got = f"{len(task)} entries" if isinstance(task, (tuple, list)) else type(task).__name__
+            got = (
+                counted(len(task), "entry")
+                if isinstance(task, (tuple, list))
+                else type(task).__name__
+            )
             raise TypeError(f"tasks[{i}]: expected (x, y) or (x, y, weights, offset), got {got}")
         if len(task) != len(group[0]):
             raise ValueError(
                 f"tasks[{i}]: expected weights in all tasks or in none, "
-                f"got {len(task)} entries after {len(group[0])}"
+                f"got {counted(len(task), 'entry')} after {len(group[0])}"
             )
     columns = [list(column) for column in zip(*group, strict=True)]
     given = [None if all(v is None for v in column) else column for column in columns[2:]]

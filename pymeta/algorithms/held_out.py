@@ -17,6 +17,7 @@ from pymeta import native
 from pymeta.spec.class_weights import class_table, classes_of, row_factors
 from pymeta.spec.losses import Loss
 from pymeta.spec.schedule import SPLIT, permutation
+from pymeta.spec.show import counted
 from pymeta.tasks.checks import Expected, Names
 from pymeta.tasks.task_set import TaskSet, check_same_tasks, task_set
 
@@ -136,7 +137,9 @@ def validation_set(
             f"(validation={fraction}), got {type(data).__name__}"
         )
     if not isinstance(data, (tuple, list)) or not 2 <= len(data) <= 4:
-        got = f"{len(data)} entries" if isinstance(data, (tuple, list)) else type(data).__name__
+        got = (
+            counted(len(data), "entry") if isinstance(data, (tuple, list)) else type(data).__name__
+        )
         raise TypeError(f"validation_data: expected (x, y) or (x, y, weights, offset), got {got}")
     x, y, weights, offset = (*data, None, None)[:4]
     held = task_set(_VALIDATION, x, y, None, weights, expected, offset)

@@ -37,6 +37,7 @@ from pymeta.spec.network import Description
 from pymeta.spec.optimizers import SGD, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import Schedule
 from pymeta.spec.settings import one_optimizer
+from pymeta.spec.show import counted
 from pymeta.spec.transforms import LACKS, in_transform
 from pymeta.tasks.checks import Expected
 from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, TaskSet, check_task_ids, task_set
@@ -90,18 +91,18 @@ class NativeCall(NamedTuple):
 def _planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
     """The executor of a call, and how the call was cut, in words."""
     s = call.schedule
-    turns = f"{s.steps} steps" if s.epochs is None else f"{s.epochs} epochs"
+    turns = counted(s.steps, "step") if s.epochs is None else counted(s.epochs, "epoch")
     arguments = (plan.dtype_code, call.job, native.schedule(s), *call[2:])
     if plan.device is None:
         p = plan.problem.plan(*arguments)
-        how = f"{p['threads']} threads, {p['workspace_bytes']} bytes of workspace each"
+        how = f"{counted(p['threads'], 'thread')}, {p['workspace_bytes']} bytes of workspace each"
     else:
         p = plan.problem.plan(*arguments, device=plan.device.ordinal)
         how = (
-            f"{p['threads']} threads a task, {p['blocks']} blocks at once, "
+            f"{counted(p['threads'], 'thread')} a task, {counted(p['blocks'], 'block')} at once, "
             f"{p['workspace_bytes']} bytes of workspace"
         )
-    return p["executor"], f"{call.tasks} tasks, {turns}, {how}"
+    return p["executor"], f"{counted(call.tasks, 'task')}, {turns}, {how}"
 
 
 class Learner(nn.Module, ABC):
@@ -486,9 +487,8 @@ class Learner(nn.Module, ABC):
             on, executor = f"native-cpu {native.isa()}", native.executor()
         else:
             on, executor = f"native-cuda {plan.device.name}", "block"
-        if last is None:
-            text = f"{on} {executor}: {chain}"
-        else:
+        text = f"{on} {executor}: {chain}"
+        if last is not None:
             executor, what = _planned(plan, last)
             text = f"{on} {executor}: {chain}; the last call had {what}"
         if self._fallback_reason is not None:

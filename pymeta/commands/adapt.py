@@ -25,6 +25,7 @@ from pymeta.commands import rows
 from pymeta.models import file
 from pymeta.models.adapter import Adapter
 from pymeta.models.arrays import AdaptedArrays
+from pymeta.spec.show import counted
 from pymeta.tasks.ragged import in_tasks
 
 _ERRORS = (OSError, TypeError, ValueError)
@@ -109,7 +110,8 @@ def _adapt(options: Namespace) -> str:
     entities_path(options.out).write_text(json.dumps(made, indent=1) + "\n")
     wrong = int((models.status == 1).sum())
     return (
-        f"{options.out}: {len(models):,} models adapted to {len(x):,} rows in "
+        f"{options.out}: {counted(len(models), 'model', form=',')} adapted to "
+        f"{counted(len(x), 'row', form=',')} in "
         f"{1e3 * took:.3g} ms; {wrong} diverged"
     )
 
@@ -187,7 +189,7 @@ def _entities(models: str, count: int) -> dict[str, Any]:
     made = json.loads(path.read_text())
     keys = {"entity", "entities", "features", "preprocessor", "unused"}
     if not isinstance(made, dict) or made.keys() != keys or len(made["entities"]) != count:
-        raise ValueError(f"{path}: not the names of the {count} models in {models}")
+        raise ValueError(f"{path}: not the names of the {counted(count, 'model')} in {models}")
     return made
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pymeta.data.table import Columns, as_text, is_missing, read_table
 from pymeta.spec.losses import Loss
+from pymeta.spec.show import counted
 
 Array = Any
 
@@ -51,7 +52,8 @@ def numbers(table: Columns, names: Sequence[str], option: str, dtype: Any) -> Ar
         missing = int((~np.isfinite(values.astype(np.float64))).sum())
         if missing:
             raise ValueError(
-                f"{option}: {name}: {missing} values are missing or infinite; fill them first "
+                f"{option}: {name}: {counted(missing, 'value is', 'values are')} missing or "
+                "infinite; fill them first "
                 f"(--preprocessor)"
             )
         found.append(values.astype(dtype))
@@ -103,7 +105,10 @@ def grouped(table: Columns, entity: str | None) -> Grouped:
         return Grouped(["all"], np.array([rows]), np.arange(rows))
     values = column(table, entity, "--entity")
     if is_missing(values).any():
-        raise ValueError(f"--entity: {entity}: {int(is_missing(values).sum())} rows have none")
+        raise ValueError(
+            f"--entity: {entity}: "
+            f"{counted(int(is_missing(values).sum()), 'row has', 'rows have')} none"
+        )
     labels = as_text(values).astype(str)
     names, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     return Grouped(names.tolist(), sizes, np.argsort(codes, kind="stable"))

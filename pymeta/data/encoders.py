@@ -15,6 +15,7 @@ import numpy as np
 from pymeta.data.optional import need
 from pymeta.data.table import as_text
 from pymeta.spec.fields import Fields
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 Columns: TypeAlias = Mapping[str, Array]
@@ -113,7 +114,7 @@ class Numbers:
         for name in held:
             if name not in arrays or arrays[name].shape != (len(names),):
                 raise ValueError(
-                    f"{fields.what}: {name} is missing, or not of {len(names)} columns"
+                    f"{fields.what}: {name} is missing, or not of {counted(len(names), 'column')}"
                 )
         if not (arrays["low"] <= arrays["high"]).all() or not (arrays["scale"] > 0).all():
             raise ValueError(f"{fields.what}: limits are not in order, or a scale is not > 0")

@@ -20,6 +20,7 @@ import numpy as np
 from pymeta.data.augment import Augmentation
 from pymeta.data.batch import Batch, make_batch
 from pymeta.data.draw import between, distinct, is_whole, size_range, slices, whole, within
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 if TYPE_CHECKING:
@@ -215,7 +216,8 @@ class _ByRows:
         labels, y = np.unique(panel.need_y(), return_inverse=True)
         if len(labels) < 2 or (labels != np.round(labels)).any():
             raise ValueError(
-                f"balanced: expected targets of two classes or more, got {len(labels)} numbers, "
+                "balanced: expected targets of two classes or more, got "
+                f"{counted(len(labels), 'number')}, "
                 f"such as {labels[0]}"
             )
         self.classes = len(labels)
@@ -232,7 +234,9 @@ class _ByRows:
         self.of_class = self.of_class.reshape(-1, self.classes)
         self.class_starts = self.class_starts.reshape(-1, self.classes)
         self.fits &= (self.of_class >= most).all(axis=1)
-        self.needs = f", {most} rows of each of {self.classes} classes among them"
+        self.needs = (
+            f", {counted(most, 'row')} of each of {counted(self.classes, 'class')} among them"
+        )
 
     def _numbers(self, rng: np.random.Generator, entities: Array) -> tuple[Array, Array]:
         """How many rows of support and query each task has."""

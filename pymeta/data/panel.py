@@ -15,6 +15,7 @@ import numpy as np
 from pymeta.data.batch import Tasks, make_tasks
 from pymeta.data.draw import slices, whole
 from pymeta.data.table import Columns, as_times, is_missing, read_table
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array, labels_of
 
 if TYPE_CHECKING:
@@ -107,11 +108,12 @@ class Panel:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        features = f"{len(self.features)} features" if self.features else "no features"
+        features = counted(len(self.features), "feature") if self.features else "no features"
         span = ""
         if self.times is not None and len(self):
             span = f", {_brief(self.times.min())} to {_brief(self.times.max())}"
-        return f"Panel({len(self)} rows of {len(self.entities)} entities, {features}{span})"
+        size = f"{counted(len(self), 'row')} of {counted(len(self.entities), 'entity')}"
+        return f"Panel({size}, {features}{span})"
 
     def __getitem__(self, column: str) -> Array:
         """A column of the data, in the panel's order of rows."""
@@ -162,7 +164,9 @@ class Panel:
             out[:, i] = self._columns[name]
             bad = ~np.isfinite(out[:, i])
             if bad.any():
-                raise ValueError(f"x: {int(bad.sum())} rows have no finite {name}; {cure}")
+                raise ValueError(
+                    f"x: {counted(int(bad.sum()), 'row has', 'rows have')} no finite {name}; {cure}"
+                )
         return out
 
     def need_y(self) -> Array:
@@ -286,7 +290,7 @@ class Panel:
         x = np.ascontiguousarray(x, x.dtype if x.dtype == np.float64 else np.float32)
         kept = tuple(f"x{i}" for i in range(x.shape[1])) if names is None else tuple(names)
         if len(kept) != x.shape[1]:
-            raise ValueError(f"names: expected {x.shape[1]} names, got {len(kept)}")
+            raise ValueError(f"names: expected {counted(x.shape[1], 'name')}, got {len(kept)}")
         return self._changed(_x=x, _names=kept)
 
     def with_columns(self, **columns: Any) -> Panel:
@@ -298,7 +302,7 @@ class Panel:
         table = {**self._columns, **read_table(columns)}
         for name, values in table.items():
             if len(values) != len(self):
-                raise ValueError(f"{name}: expected {len(self)} rows, got {len(values)}")
+                raise ValueError(f"{name}: expected {counted(len(self), 'row')}, got {len(values)}")
         if {self.entity, self.time} & columns.keys():
             raise ValueError("columns: the entity and the time order the rows: make a new Panel")
         y = self.y
@@ -434,7 +438,8 @@ def _target(
     missing = int(is_missing(values).sum())
     if missing:
         raise ValueError(
-            f"target: {missing} rows have no {name}; drop them, or leave target out for rows that "
+            f"target: {counted(missing, 'row has', 'rows have')} no {name}; drop them, or leave "
+            "target out for rows that "
             f"are to be predicted"
         )
     if values.dtype.kind == "M":

@@ -15,6 +15,7 @@ from pymeta.data.encoders import Categories, EntityTarget, Numbers
 from pymeta.data.table import as_text, as_times, read_table
 from pymeta.models import file
 from pymeta.spec.fields import Fields
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Preprocessor:
         if panel.classes is not None and len(panel.classes) > 2:
             raise ValueError(
                 f"encode_entity: expected a target of numbers or of two classes, got "
-                f"{len(panel.classes)} classes"
+                f"{counted(len(panel.classes), 'class')}"
             )
         part = EntityTarget.fit(panel.labels, panel.times, y, self.smooth)
         self._parts["entity"] = part

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pymeta.data.optional import need
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 Columns: TypeAlias = dict[str, Array]
@@ -192,7 +193,10 @@ def as_times(name: str, values: Array) -> Array:
             ) from None
     missing = is_missing(values)
     if missing.any():
-        raise ValueError(f"time: {name}: {int(missing.sum())} rows have no time; drop or fill them")
+        raise ValueError(
+            f"time: {name}: {counted(int(missing.sum()), 'row has', 'rows have')} no time; drop "
+            "or fill them"
+        )
     return values
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from pymeta.data.batch import Batch, make_batch
 from pymeta.data.draw import slices, whole, within
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class Windows:
         counts = np.maximum((panel.sizes - length) // self.step + 1, 0)
         if not counts.any():
             raise ValueError(
-                f"support, query: no entity has the {length} rows of a window, the largest has "
+                f"support, query: no entity has the {counted(length, 'row')} of a window, the "
+                "largest has "
                 f"{int(panel.sizes.max(initial=0))}"
             )
         self.entities = np.repeat(np.arange(len(counts)), counts)
@@ -75,7 +77,8 @@ class Windows:
         if len(tied):
             where = self._panel.labels[tied[0]]
             raise ValueError(
-                f"time: {len(tied)} rows are of the time of the row before, first of {where!r} "
+                f"time: {counted(len(tied), 'row is', 'rows are')} of the time of the row "
+                f"before, first of {where!r} "
                 f'at {times[tied[0]]}; windows go by rows: use episodes(split="time"), or make one '
                 f"row of each time"
             )

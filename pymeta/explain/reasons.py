@@ -9,6 +9,7 @@ import numpy as np
 
 from pymeta.explain.attributions import Attributions
 from pymeta.explain.rows import Packed
+from pymeta.spec.show import counted
 
 _SIGNS = ("both", "up", "down")
 
@@ -102,7 +103,7 @@ def _grouped(names: Any, features: int) -> tuple[tuple[str, ...], np.ndarray]:
         names = names.sources
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(
-            f"names: expected a fitted Preprocessor or a list of {features} names, got "
+            f"names: expected a fitted Preprocessor or a list of {counted(features, 'name')}, got "
             f"{type(names).__name__}"
         )
     if len(names) != features:

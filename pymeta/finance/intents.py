@@ -15,6 +15,7 @@ from pymeta import Adapter
 from pymeta.data.optional import need
 from pymeta.finance.words import Words
 from pymeta.learners import RidgeHead
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 QUERY = 10  # rows of each class
@@ -127,7 +128,8 @@ def split_classes(labels: Array, ways: int, shots: int, share: float, seed: int)
     held = round(share * len(order))
     if min(held, len(order) - held) < ways:
         raise ValueError(
-            f"ways, share: expected {ways} classes of {shots + QUERY} rows or more to train on "
+            f"ways, share: expected {counted(ways, 'class')} of {counted(shots + QUERY, 'row')} "
+            "or more to train on "
             f"and as many to test on, got {len(order)} in all"
         )
     return [order[held:], order[:held]]

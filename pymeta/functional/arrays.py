@@ -18,6 +18,7 @@ from pymeta.spec.architecture import Architecture
 from pymeta.spec.losses import native_loss
 from pymeta.spec.optimizers import native_optimizer
 from pymeta.spec.schedule import Schedule, check_count
+from pymeta.spec.show import counted
 from pymeta.tasks.arrays import (
     DTYPE_CODES,
     Gathered,
@@ -90,7 +91,9 @@ class Arrays:
             names = _QUERIES if request.query.y is None else _QUERY
             query = _side(names, request.query, self._expected(o.judge, dtype))
             if query.tasks != support.tasks:
-                raise ValueError(f"xq: expected {support.tasks} tasks as xs has, got {query.tasks}")
+                raise ValueError(
+                    f"xq: expected {counted(support.tasks, 'task')} as xs has, got {query.tasks}"
+                )
         own = split(parameters, o.shapes, support.tasks)
         per_task = request.lr is not None
         rates = (
@@ -271,7 +274,9 @@ class Arrays:
                 predictions = _numbers("predictions", predictions, dtype, [shape])
             else:
                 if not isinstance(predictions, (list, tuple)) or len(predictions) != tasks:
-                    raise ValueError(f"predictions: expected a list of {tasks} arrays, as xq is")
+                    raise ValueError(
+                        f"predictions: expected a list of {counted(tasks, 'array')}, as xq is"
+                    )
                 pairs = zip(predictions, q.lengths, strict=True)
                 predictions = np.concatenate([
                     _numbers(f"predictions[{t}]", p, dtype, [(n, out)])
@@ -348,7 +353,8 @@ def _side(names: Names, side: Side, expected: Expected) -> Gathered:
     sizes = np.asarray(side.sizes)
     if sizes.dtype.kind not in "iu" or sizes.shape != (found.tasks,):
         raise ValueError(
-            f"{names.sizes}: expected {found.tasks} integers, got {sizes.dtype} of shape "
+            f"{names.sizes}: expected {counted(found.tasks, 'integer')}, got {sizes.dtype} of "
+            "shape "
             f"{list(sizes.shape)}"
         )
     return found._replace(sizes=sizes.astype(np.int64))

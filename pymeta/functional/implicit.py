@@ -30,6 +30,7 @@ from pymeta.backend.prepared import CHANGED, Recipe, prepare, versions_of
 from pymeta.spec.implicit import Implicit
 from pymeta.spec.inner import InnerLoop
 from pymeta.spec.schedule import Schedule
+from pymeta.spec.show import counted
 from pymeta.tasks.task_set import TaskSet, dense
 
 IMPLICIT = "an implicit meta-gradient cannot be differentiated again"
@@ -340,7 +341,8 @@ class Solver:
         count = sum(int(c.sum()) for c in self._curved if c.is_cpu)
         if count:
             warnings.warn(
-                f"implicit: the loss of {count} of {sum(map(len, self._curved))} tasks, with its "
+                f"implicit: the loss of {count} of "
+                f"{counted(sum(map(len, self._curved)), 'task')}, with its "
                 f"pull to the start, curves downwards where they were adapted to; a larger "
                 f"strength, or more inner steps, make a minimum of it",
                 UserWarning,

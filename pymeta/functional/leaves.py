@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from pymeta.functional.evaluation import Results
+from pymeta.spec.show import counted
 from pymeta.tasks.checks import Expected, Names, of_table
 from pymeta.tasks.task_set import QUERY, SUPPORT, TaskSet, tensor_of
 
@@ -151,7 +152,9 @@ def checked_flows(
         if q.lengths is not None:
             wanted = [None if out is None else (n, out) for n in q.lengths]
             if not isinstance(predictions, (list, tuple)) or len(predictions) != len(wanted):
-                raise ValueError(f"predictions: expected a list of {tasks} tensors, as xq is one")
+                raise ValueError(
+                    f"predictions: expected a list of {counted(tasks, 'tensor')}, as xq is one"
+                )
             pairs = zip(predictions, wanted, strict=True)
             predictions = [one(f"predictions[{t}]", p, s) for t, (p, s) in enumerate(pairs)]
         else:

@@ -23,6 +23,7 @@ from pymeta.spec.settings import (
     matching,
     one_optimizer,
 )
+from pymeta.spec.show import counted
 
 if TYPE_CHECKING:
     from pymeta.functional.arrays import Arrays
@@ -169,7 +170,9 @@ class Operator:
     def __repr__(self) -> str:
         """What it does, in a line."""
         what = self.architecture or "a module"
-        return f"Operator({what}; {self.loss.name}, {self.optimizer}, {self.steps} steps)"
+        return (
+            f"Operator({what}; {self.loss.name}, {self.optimizer}, {counted(self.steps, 'step')})"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived."""

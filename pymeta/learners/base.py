@@ -22,6 +22,7 @@ from pymeta.algorithms.outcome import told_outcome
 from pymeta.learners.rows import Flat, flat, merged, shaped
 from pymeta.learners.sets import row_set
 from pymeta.spec.losses import Loss, describe_loss
+from pymeta.spec.show import counted
 from pymeta.tasks.checks import Expected
 from pymeta.tasks.task_set import (
     QUERY,
@@ -299,7 +300,9 @@ class AdaptedTasks:
         """Some of the tasks; of an index, a model whose call takes rows [rows, ...] alone too."""
         if isinstance(index, int):
             if not -self._tasks <= index < self._tasks:
-                raise IndexError(f"index {index} is out of range for {self._tasks} tasks")
+                raise IndexError(
+                    f"index {index} is out of range for {counted(self._tasks, 'task')}"
+                )
             index = slice(index % self._tasks, index % self._tasks + 1)
         state = {name: value[index] for name, value in self.state.items()}
         return AdaptedTasks(self._learner, state, len(range(*index.indices(self._tasks))))
@@ -309,7 +312,7 @@ class AdaptedTasks:
         learner = self._learner
         query = learner._set(_ADAPTED, xq, None, sizes, None, offset)
         if query.tasks != self._tasks:
-            raise ValueError(f"xq: expected {self._tasks} tasks, got {query.tasks}")
+            raise ValueError(f"xq: expected {counted(self._tasks, 'task')}, got {query.tasks}")
         rows = flat(query)
         outputs, variances = learner._outputs(self.state, learner._features(rows.x), rows)
         found = None if variances is None else shaped(variances, rows, query)
@@ -354,7 +357,7 @@ class AdaptedTasks:
         learner, names = self._learner, _ADAPTED._replace(offset="cotangents")
         query = learner._set(names, xq, None, None, None, cotangents)  # of the outputs' shape
         if query.tasks != self._tasks:
-            raise ValueError(f"xq: expected {self._tasks} tasks, got {query.tasks}")
+            raise ValueError(f"xq: expected {counted(self._tasks, 'task')}, got {query.tasks}")
         rows = flat(query)
         flows, rows.offset = rows.offset, None
         if flows is None:

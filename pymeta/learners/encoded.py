@@ -26,6 +26,7 @@ from pymeta.models.adapted import Adapted
 from pymeta.spec.history import History
 from pymeta.spec.losses import Loss
 from pymeta.spec.optimizers import LearnableLR, Optimizer
+from pymeta.spec.show import counted
 from pymeta.tasks.checks import Expected
 from pymeta.tasks.ragged import Ragged
 from pymeta.tasks.task_set import QUERY, SUPPORT, Rows, Sizes, TaskSet, check_same_tasks, task_set
@@ -241,7 +242,11 @@ class EncodedMAML(nn.Module):
     def explain(self) -> str:
         """Where a call runs."""
         how = "without a graph" if self.is_frozen else "trained"
-        kept = f", {len(self.features)} rows are kept" if self.features.keep else ""
+        kept = (
+            f", {counted(len(self.features), 'row is', 'rows are')} kept"
+            if self.features.keep
+            else ""
+        )
         return f"{self.maml.explain()}; torch: the encoder, {how}, all tasks' rows at once{kept}"
 
     # ---- features -----------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pymeta.spec.show import counted
+
 
 def blocks(encoder: nn.Module) -> list[str]:
     """The names of an encoder's layers: the children of its longest ModuleList or Sequential.
@@ -54,7 +56,7 @@ def choose(encoder: nn.Module, train: bool | int | Sequence[str] | None) -> None
     if isinstance(train, int):
         layers = blocks(encoder)
         if not 1 <= train <= len(layers):
-            raise ValueError(f"train: expected 1 to {len(layers)} layers, got {train}")
+            raise ValueError(f"train: expected 1 to {counted(len(layers), 'layer')}, got {train}")
         patterns = [f"{layer}.*" for layer in layers[-train:]]
     elif isinstance(train, str) or not isinstance(train, Sequence):
         raise TypeError(

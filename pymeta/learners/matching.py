@@ -26,6 +26,7 @@ from pymeta.learners.base import State
 from pymeta.learners.classes import ClassLearner, class_sums
 from pymeta.learners.protonet import check_temperature
 from pymeta.learners.rows import Flat, grouped
+from pymeta.spec.show import counted
 
 
 class MatchingNet(ClassLearner):
@@ -84,7 +85,9 @@ class MatchingNet(ClassLearner):
     def _in_context(self, g: Tensor, rows: Flat) -> Tensor:
         """Support features [T, S, d] that have seen one another."""
         if g.shape[-1] != self.context:
-            raise ValueError(f"encoder: expected {self.context} features, got {g.shape[-1]}")
+            raise ValueError(
+                f"encoder: expected {counted(self.context, 'feature')}, got {g.shape[-1]}"
+            )
         if rows.tasks == 0:
             return g
         sizes = torch.bincount(rows.task, minlength=rows.tasks).cpu()

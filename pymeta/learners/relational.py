@@ -31,6 +31,7 @@ from pymeta.learners.sets import row_set, targets_as_columns
 from pymeta.learners.starts import adapted
 from pymeta.models.adapted import Adapted
 from pymeta.spec.optimizers import LearnableLR, Optimizer
+from pymeta.spec.show import counted
 from pymeta.tasks.checks import Expected
 from pymeta.tasks.task_set import SUPPORT, Rows, Sizes
 
@@ -322,7 +323,8 @@ class RelationalMAML(nn.Module):
         if x.ndim != 2 or x.shape[1] != self.features:
             what = "xs" if self.encoder is None else "encoder"
             raise ValueError(
-                f"{what}: expected rows of {self.features} features, got {list(x.shape[1:])}"
+                f"{what}: expected rows of {counted(self.features, 'feature')}, got "
+                f"{list(x.shape[1:])}"
             )
         classes = self.targets if self.maml.loss.takes_classes else None
         y = targets_as_columns(rows, classes, x)

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from pymeta.learners.base import EncodedLearner, State, check_loss
 from pymeta.learners.rows import Flat, columns, times_own
 from pymeta.spec.losses import Loss
+from pymeta.spec.show import counted
 
 _MOST_STEPS = 50
 _HALVINGS = 30
@@ -139,7 +140,7 @@ def with_bias(head: RidgeHead | nn.Module, features: Tensor) -> Tensor:
     """The features, and behind them one that is 1, where the head has that."""
     wanted = head.features
     if features.shape[1] != wanted:
-        raise ValueError(f"encoder: expected {wanted} features, got {features.shape[1]}")
+        raise ValueError(f"encoder: expected {counted(wanted, 'feature')}, got {features.shape[1]}")
     if not head.bias:
         return features
     return torch.cat([features, features.new_ones(len(features), 1)], dim=1)

@@ -26,6 +26,7 @@ from pymeta.metrics.report import Line, Pair, Part, Report
 from pymeta.metrics.scores import metric_of
 from pymeta.metrics.stress import Test, standard_tests, stressed_rows
 from pymeta.metrics.tables import evaluate
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 BINARY = ("log_loss", "auc", "brier", "calibration_error")
@@ -104,7 +105,9 @@ def _predicted(name: str, model: Any, history: Panel | None, query: Panel) -> Ar
         )
     bad = int((~np.isfinite(found)).sum())
     if bad:
-        raise ValueError(f"models: {name}: {bad} of {len(query)} predictions are not finite")
+        raise ValueError(
+            f"models: {name}: {bad} of {counted(len(query), 'prediction')} are not finite"
+        )
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from pymeta.data.optional import need
 from pymeta.metrics.bootstrap import Interval
 from pymeta.metrics.tables import Score
+from pymeta.spec.show import counted
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]  # the head, and the rows
 
@@ -137,7 +138,7 @@ class Report:
         return head, body
 
     def _parts_table(self, parts: list[Part]) -> Table:
-        head = [self.metrics[0], *(f"{p.name} ({p.rows} rows)" for p in parts)]
+        head = [self.metrics[0], *(f"{p.name} ({counted(p.rows, 'row')})" for p in parts)]
         body = []
         for line in self.lines:
             cells = []

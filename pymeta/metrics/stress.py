@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from pymeta.data.panel import Panel
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 Test: TypeAlias = Callable[[Panel, Panel], tuple[Panel, Panel, Array]]
@@ -123,5 +124,5 @@ def standard_tests(past: Panel, periods: int = 40) -> dict[str, Test]:
         if gone is not None:
             tests[f"without {gone}"] = without(gone)
     if past.times is not None:
-        tests[f"labels {periods} periods late"] = delay_labels(periods)
+        tests[f"labels {counted(periods, 'period')} late"] = delay_labels(periods)
     return tests

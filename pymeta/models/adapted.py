@@ -35,6 +35,7 @@ from pymeta.spec.modules import (
     running_statistics,
 )
 from pymeta.spec.network import Description
+from pymeta.spec.show import counted
 from pymeta.spec.transforms import in_transform
 from pymeta.tasks.checks import Names
 from pymeta.tasks.task_set import QUERY, Rows, Sizes, TaskSet, dense, shaped, task_set
@@ -309,7 +310,8 @@ class Adapted(Stacked[Tensor]):
         query = task_set(names, xq, None, sizes, None, plan.expected, offset)
         if query.tasks != self._tasks:
             raise ValueError(
-                f"xq: expected {self._tasks} tasks, one for each model, got {query.tasks}"
+                f"xq: expected {counted(self._tasks, 'task')}, one for each model, got "
+                f"{query.tasks}"
             )
         return plan, query
 

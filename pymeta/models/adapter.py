@@ -48,7 +48,7 @@ from pymeta.spec.optimizers import (
     read_optimizer,
 )
 from pymeta.spec.schedule import Schedule, check_count, described_schedule, read_schedule
-from pymeta.spec.show import brief
+from pymeta.spec.show import brief, counted
 from pymeta.tasks.arrays import (
     DTYPE_CODES,
     Gathered,
@@ -364,8 +364,8 @@ class Adapter:
     def __repr__(self) -> str:
         """What it does, in a line."""
         s = self.schedule
-        turns = f"{s.steps} steps" if s.epochs is None else f"{s.epochs} epochs"
-        size = f"{sum(p.size for p in self._start):,} parameters, {self.dtype}"
+        turns = counted(s.steps, "step") if s.epochs is None else counted(s.epochs, "epoch")
+        size = f"{counted(sum(p.size for p in self._start), 'parameter', form=',')}, {self.dtype}"
         recipe = f"{self.loss.kind}, {brief(self.optimizer)}, {turns}"
         return f"Adapter({self.architecture}; {size}; {recipe})"
 

@@ -22,6 +22,7 @@ from pymeta.spec.architecture import Architecture, Shape, read_architecture
 from pymeta.spec.fields import Fields
 from pymeta.spec.history import History
 from pymeta.spec.losses import Loss, check_width, loss_fields, read_loss
+from pymeta.spec.show import counted
 
 Array = TypeVar("Array")  # torch.Tensor or np.ndarray
 Self = TypeVar("Self", bound="Stacked[Any]")
@@ -59,7 +60,9 @@ def positions(index: Any, tasks: int) -> int | slice | np.ndarray:
         raise _no_index(f"{chosen.dtype} of shape {list(chosen.shape)}")
     if chosen.dtype.kind == "b":
         if chosen.size != tasks:
-            raise IndexError(f"task: a mask of {chosen.size} bools for {tasks} tasks")
+            raise IndexError(
+                f"task: a mask of {counted(chosen.size, 'bool')} for {counted(tasks, 'task')}"
+            )
         return np.flatnonzero(chosen)
     return _in_range(chosen.astype(np.int64), tasks)
 
@@ -73,7 +76,7 @@ def _no_index(got: str) -> TypeError:
 def _in_range(chosen: np.ndarray, tasks: int) -> np.ndarray:
     wrong = chosen[(chosen < -tasks) | (chosen >= tasks)]
     if wrong.size:
-        raise IndexError(f"task: {wrong.flat[0]} is not one of {tasks} tasks")
+        raise IndexError(f"task: {wrong.flat[0]} is not one of {counted(tasks, 'task')}")
     return np.where(chosen < 0, chosen + tasks, chosen)
 
 
@@ -132,7 +135,7 @@ class Stacked(ABC, Generic[Array]):
         common: Iterable[Any] = self._shared.values()
         adapted = sum(math.prod(value.shape[1:]) for value in own)
         size = adapted + sum(math.prod(value.shape) for value in common)
-        parts = [f"{self._tasks:,} x {model}", f"{size:,} parameters each"]
+        parts = [f"{self._tasks:,} x {model}", f"{counted(size, 'parameter', form=',')} each"]
         if self._shared:
             parts[-1] += f", {adapted:,} of them adapted"
         parts.append(self.loss.name)
@@ -398,7 +401,9 @@ def _check(saved: Saved) -> None:
     tasks = saved.tasks
     for name, raw in saved.stacked.items():
         if raw.shape[:1] != (tasks,):
-            raise ValueError(f"{name} has the shape {list(raw.shape)}, expected {tasks} tasks")
+            raise ValueError(
+                f"{name} has the shape {list(raw.shape)}, expected {counted(tasks, 'task')}"
+            )
     wrong = [n for n, r in (saved.stacked | saved.shared).items() if r.dtype in ("I8", "I64")]
     if wrong:
         raise ValueError(f"{wrong[0]} is not of a floating point dtype")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pymeta.privacy.accounting import check_integer, check_number, epsilon
 from pymeta.privacy.noise import Randomness
 from pymeta.privacy.shares import ClippedSum, count_tasks
+from pymeta.spec.show import counted
 
 _OF_A_TASK = (
     "support_sizes",
@@ -140,7 +141,9 @@ class PrivateTraining:
             raise TypeError(f"{wrong[0]}: expected one of {', '.join(_OF_A_TASK)}")
         drawn, given = len(self._drawn), count_tasks(data[0]) if data else 0
         if given != drawn:
-            raise ValueError(f"xs: expected the {drawn} tasks that were drawn, got {given}")
+            raise ValueError(
+                f"xs: expected the {counted(drawn, 'task')} that were drawn, got {given}"
+            )
         self._take(self._sum(data, options) if drawn else self._sum.nothing())
 
     def _take(self, shares: list[Tensor]) -> None:

@@ -29,6 +29,7 @@ from pymeta.serve.service import Service
 from pymeta.serve.serving import Serving
 from pymeta.serve.settings import Settings
 from pymeta.serve.store import Store, Window
+from pymeta.spec.show import counted
 
 _ROUTERS = (stateless.router, entities.router, models.router, operations.router)
 _BODIES = (schemas.AdaptPredict, schemas.Rows, schemas.Queries, schemas.ProblemBody)
@@ -124,7 +125,8 @@ def _service(
     serving = Serving(Registry(folder), source, metrics)
     if features is not None and len(features) != serving.model.shape.in_features:
         raise ValueError(
-            f"features: expected {serving.model.shape.in_features} names, got {len(features)}"
+            f"features: expected {counted(serving.model.shape.in_features, 'name')}, got "
+            f"{len(features)}"
         )
     guard = Guard(
         None if token_file is None else Path(token_file),

@@ -32,6 +32,7 @@ from pymeta.serve.model import Model
 from pymeta.serve.problem import Problem, busy, unavailable
 from pymeta.serve.settings import Settings
 from pymeta.serve.wire import Tasks
+from pymeta.spec.show import counted
 
 _FIRST_SECONDS_PER_ROW = 20e-6  # until there is a measurement
 
@@ -102,7 +103,10 @@ class Batcher:
         if self._closed:
             raise unavailable("the service is shutting down")
         if self._held and self._held + count > self._limit:
-            raise busy(f"{self._held} tasks are waiting or running; at most {self._limit} may")
+            raise busy(
+                f"{counted(self._held, 'task is', 'tasks are')} waiting or running; "
+                f"at most {self._limit} may"
+            )
         loop = asyncio.get_running_loop()
         item = _Item(model, tasks, keeps, loop.create_future(), perf_counter())
         if not self._waiting:

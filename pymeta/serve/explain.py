@@ -14,6 +14,7 @@ import numpy as np
 from pymeta.explain import Attributions, integrated_gradients, reason_codes
 from pymeta.models.arrays import AdaptedArrays
 from pymeta.serve.problem import invalid
+from pymeta.spec.show import counted
 from pymeta.tasks.ragged import Ragged
 
 METHOD = "integrated gradients from the mean of the task's support rows"
@@ -49,7 +50,9 @@ def check_cost(xq: Sequence[np.ndarray], limit: int) -> None:
     """A Problem where the points on the paths would be more than `limit` numbers."""
     cost = STEPS * sum(q.size for q in xq)
     if cost > limit:
-        raise invalid("explain", f"{cost} numbers to predict; expected at most {limit}: fewer rows")
+        raise invalid(
+            "explain", f"{counted(cost, 'number')} to predict; expected at most {limit}: fewer rows"
+        )
 
 
 def described(found: Attributions, names: Sequence[str] | None) -> list[Any]:

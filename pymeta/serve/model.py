@@ -11,6 +11,7 @@ import numpy as np
 from pymeta.models.adapter import Adapter
 from pymeta.models.arrays import sigmoid, softmax
 from pymeta.serve.problem import Problem, invalid
+from pymeta.spec.show import counted
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Shape:
 
     def __str__(self) -> str:
         """In words."""
-        return f"{self.in_features} features, {self.out_features} outputs, {self.loss}"
+        size = f"{counted(self.in_features, 'feature')}, {counted(self.out_features, 'output')}"
+        return f"{size}, {self.loss}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +52,24 @@ class Model:
         """
         found = _array(field, values, np.dtype(np.float64))
         if len(found) != rows:
-            raise invalid(field, f"expected {rows} targets, one for each row, got {len(found)}")
+            raise invalid(
+                field, f"expected {counted(rows, 'target')}, one for each row, got {len(found)}"
+            )
         loss, out = self.adapter.loss, self.adapter.out_features
         if loss.takes_classes and soft and found.ndim == 2:
             if found.shape[1] != out:
-                raise invalid(field, f"expected {out} probabilities a row, got {_shape(found)}")
+                raise invalid(
+                    field, f"expected {counted(out, 'probability')} a row, got {_shape(found)}"
+                )
             _check(field, found, (found >= 0) & (found <= 1), "a probability in 0..1")
             return _cast(field, found, self.adapter.dtype)
         if loss.takes_classes:
             return _classes(field, found, out, loss.ignore_index)
         columns = loss.target_columns(out)
         if not (found.shape == (rows, columns) or (found.ndim == 1 and columns == 1) or not rows):
-            raise invalid(field, f"expected {columns} values for each row, got {_shape(found)}")
+            raise invalid(
+                field, f"expected {counted(columns, 'value')} for each row, got {_shape(found)}"
+            )
         if loss.targets == "probabilities":
             _check(field, found, (found >= 0) & (found <= 1), "a probability in 0..1")
         if loss.targets == "amounts":
@@ -80,7 +88,8 @@ class Model:
         if found.shape != (rows,) and not of_targets:
             each = f", or one for each of {columns} targets" if single and columns > 1 else ""
             raise invalid(
-                field, f"expected {rows} weights, one for each row{each}, got {_shape(found)}"
+                field,
+                f"expected {counted(rows, 'weight')}, one for each row{each}, got {_shape(found)}",
             )
         _check(field, found, found >= 0, "a weight >= 0")
         return _cast(field, found, self.adapter.dtype)
@@ -94,7 +103,7 @@ class Model:
                 f"expected a number for each output, shape [{rows}, {out}], got {_shape(found)}",
             )
         if len(found) != rows:
-            raise invalid(field, f"expected {rows} rows, got {len(found)}")
+            raise invalid(field, f"expected {counted(rows, 'row')}, got {len(found)}")
         return _cast(field, found.reshape(rows, out), self.adapter.dtype)
 
     def probabilities(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -136,7 +145,7 @@ def _matrix(field: str, values: Any, columns: int, dtype: np.dtype[Any]) -> np.n
         return np.empty((0, columns), dtype)
     found = _array(field, values, dtype)
     if found.ndim != 2 or found.shape[1] != columns:
-        raise invalid(field, f"expected rows of {columns} features, got {_shape(found)}")
+        raise invalid(field, f"expected rows of {counted(columns, 'feature')}, got {_shape(found)}")
     return found
 
 
@@ -163,4 +172,6 @@ def _ragged(field: str, values: Sequence[Any]) -> Problem:
     """Rows of different lengths: name the first that differs."""
     lengths = [len(row) if isinstance(row, list) else -1 for row in values]
     odd = next(i for i, n in enumerate(lengths) if n != lengths[0])
-    return invalid(f"{field}.{odd}", f"expected {lengths[0]} values as the row before, got another")
+    return invalid(
+        f"{field}.{odd}", f"expected {counted(lengths[0], 'value')} as the row before, got another"
+    )

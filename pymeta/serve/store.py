@@ -25,6 +25,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from pymeta.serve.database import connect, guarded, upsert
 from pymeta.serve.problem import Problem
+from pymeta.spec.show import counted
 
 _KEPT_ANSWERS = 1000  # of each entity: how many idempotency keys are remembered
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -269,7 +270,8 @@ class Store:
         if (row.features, row.targets) != (features, targets):
             raise Problem(
                 409,
-                f"the entity's rows have {row.features} features and {row.targets} targets, these "
+                f"the entity's rows have {counted(row.features, 'feature')} and "
+                f"{counted(row.targets, 'target')}, these "
                 f"have {features} and {targets}; delete it first, or use another one",
                 "xs",
             )

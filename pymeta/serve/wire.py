@@ -26,6 +26,7 @@ from pymeta.serve import schemas
 from pymeta.serve.model import Model
 from pymeta.serve.problem import Problem, invalid, of_validation
 from pymeta.serve.settings import Limits
+from pymeta.spec.show import counted
 
 JSON = "application/json"
 NPZ = "application/x-npz"
@@ -211,7 +212,7 @@ def _only(kind: str, body: bytes, schema: Any, names: Any, optional: Any, limits
 
 def _check_rows(name: str, rows: Any, limits: Limits) -> None:
     if len(rows) > limits.rows:
-        raise invalid(name, f"expected at most {limits.rows} rows, got {len(rows)}")
+        raise invalid(name, f"expected at most {counted(limits.rows, 'row')}, got {len(rows)}")
 
 
 def _check_alike(name: str, parts: list[Any]) -> None:
@@ -221,7 +222,8 @@ def _check_alike(name: str, parts: list[Any]) -> None:
     if odd is not None:
         raise invalid(
             f"tasks.{odd}.{name}",
-            f"expected {axes[0][1]} axes as tasks.{axes[0][0]} has: a request's tasks have labels "
+            f"expected {counted(axes[0][1], 'axis')} as tasks.{axes[0][0]} has: a request's "
+            "tasks have labels "
             f"or probabilities, and weights of rows or of targets",
         )
 

@@ -367,8 +367,8 @@ class MetaEstimator(Parameters):
         if not fine.all():
             lost = names[~fine].tolist()
             warnings.warn(
-                f"adapt_lr: adaptation diverged for {len(lost)} of {len(names)} groups, which "
-                f"keep the shared start: {', '.join(map(repr, lost[:5]))}",
+                f"adapt_lr: adaptation diverged for {len(lost)} of {len(names)} "
+                f"groups, which keep the shared start: {', '.join(map(repr, lost[:5]))}",
                 ConvergenceWarning,
                 stacklevel=3,
             )

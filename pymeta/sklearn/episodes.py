@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from pymeta.sklearn.parameters import Parameters
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def in_order(times: Any, *columns: Any) -> list[Any]:
         )
     missing = np.isnat(at) if at.dtype.kind in "mM" else at != at
     if np.any(missing):
-        raise ValueError(f"times: {int(np.sum(missing))} rows have none")
+        raise ValueError(f"times: {counted(int(np.sum(missing)), 'row has', 'rows have')} none")
     order = np.argsort(at, kind="stable")
     return [None if c is None else np.asarray(c)[order] for c in columns]
 

@@ -11,6 +11,7 @@ import numpy as np
 from pymeta.sklearn.episodes import Rows
 from pymeta.sklearn.network import Form
 from pymeta.sklearn.parameters import Parameters, count
+from pymeta.spec.show import counted
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ def pooled(
             p.copy_(models.parameters[name][0])
     for epoch, loss in enumerate(curve, start=1):
         _tell(settings, "pooled", epoch, loss)
-    say(settings, f"pooled: {len(curve)} epochs, loss {curve[0]:.4f} -> {curve[-1]:.4f}")
+    say(settings, f"pooled: {counted(len(curve), 'epoch')}, loss {curve[0]:.4f} -> {curve[-1]:.4f}")
     return curve
 
 

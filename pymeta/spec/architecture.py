@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from pymeta import native
 from pymeta.spec.fields import Fields
+from pymeta.spec.show import counted
 
 Layer: TypeAlias = tuple[Any, ...]
 Shape: TypeAlias = tuple[int, ...]
@@ -141,7 +142,9 @@ def _read_layer(index: int, value: Any) -> Layer:
     if form is None:
         raise ValueError(f"{what}: unknown kind of layer {value[0][:60]!r}")
     if len(value) - 1 != len(form):
-        raise ValueError(f"{what}: {value[0]} has {len(form)} values, got {len(value) - 1}")
+        raise ValueError(
+            f"{what}: {value[0]} has {counted(len(form), 'value')}, got {len(value) - 1}"
+        )
     fields = Fields(what, {str(i): v for i, v in enumerate(value)})
     take = {
         "n": lambda i: fields.integer(i, 1, 2**24),
@@ -169,7 +172,8 @@ def read_architecture(value: Any) -> Architecture:
         raise ValueError(f"architecture: {error}") from None
     if len(found.chain) != tensors:
         raise ValueError(
-            f"architecture: {tensors} parameters in the layers, {len(found.chain)} in chain"
+            f"architecture: {counted(tensors, 'parameter')} in the layers, {len(found.chain)} in "
+            "chain"
         )
     if len(set(found.names)) != len(found.names) or sorted(found.names) != sorted(found.chain):
         raise ValueError("architecture: names and chain are not the same names in two orders")

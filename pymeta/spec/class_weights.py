@@ -14,6 +14,7 @@ import numpy as np
 
 from pymeta.spec.losses import Loss
 from pymeta.spec.optimizers import check_number
+from pymeta.spec.show import counted
 
 if TYPE_CHECKING:
     from pymeta.spec.fields import Fields
@@ -51,12 +52,15 @@ def check_class_count(weights: ClassWeights, loss: Loss, out: int | None) -> Non
         return
     if not loss.takes_classes and out != 1:
         raise ValueError(
-            f"class_weights: expected None for bce_with_logits with {out} outputs, of which "
+            f"class_weights: expected None for bce_with_logits with {counted(out, 'output')}, of "
+            "which "
             f"none is the class"
         )
     classes = out if loss.takes_classes else 2
     if not isinstance(weights, str) and len(weights) != classes:
-        raise ValueError(f"class_weights: expected {classes} numbers, got {len(weights)}")
+        raise ValueError(
+            f"class_weights: expected {counted(classes, 'number')}, got {len(weights)}"
+        )
 
 
 def classes_of(

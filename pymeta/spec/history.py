@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pymeta.spec.show import as_numpy, number
+from pymeta.spec.show import as_numpy, counted, number
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,7 +31,10 @@ class History:
     def __repr__(self) -> str:
         """How many curves, and their mean at both ends."""
         train = as_numpy(self.train)
-        parts = [f"{len(train)} tasks, {train.shape[1]} epochs", f"train {_ends(train)}"]
+        parts = [
+            f"{counted(len(train), 'task')}, {counted(train.shape[1], 'epoch')}",
+            f"train {_ends(train)}",
+        ]
         if self.validation is not None:
             parts.append(f"validation {_ends(as_numpy(self.validation))}")
         if self.best_epochs is not None and len(train):

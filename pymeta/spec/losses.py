@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymeta import native
+from pymeta.spec.show import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -291,14 +292,15 @@ def check_width(loss: Loss, out_features: int) -> None:
     each = loss.outputs_per_target
     if out_features % each:
         raise ValueError(
-            f"loss: {loss.kind} asks for {each} outputs for each target "
-            f"({_KINDS[loss.kind].of_which}), but the model has {out_features} outputs"
+            f"loss: {loss.kind} asks for {counted(each, 'output')} for each target "
+            f"({_KINDS[loss.kind].of_which}), but the model has {counted(out_features, 'output')}"
         )
     for name, values in (("weight", loss.weight), ("pos_weight", loss.pos_weight)):
         broadcasts = len(values) == 1 and not loss.takes_classes
         if values and not broadcasts and len(values) != out_features:
             raise ValueError(
-                f"loss: {name} has {len(values)} entries, but the model has {out_features} outputs"
+                f"loss: {name} has {counted(len(values), 'entry')}, but the model has "
+                f"{counted(out_features, 'output')}"
             )
 
 

@@ -35,6 +35,7 @@ from pymeta.spec.layers import (
     label_of,
 )
 from pymeta.spec.modules import Fixed, running_statistics
+from pymeta.spec.show import counted
 from pymeta.spec.watch import Watch
 
 
@@ -216,7 +217,7 @@ def _shaped(steps: list[Step], row_shape: tuple[int, ...] | None) -> list[Layer]
         wanted = _axes(step)
         if wanted is not None and axes not in wanted:
             label = step.name if step.module is None else label_of(step.name, step.module)
-            got = "one axis of features" if axes == 0 else f"{axes} axes of positions"
+            got = "one axis of features" if axes == 0 else f"{counted(axes, 'axis')} of positions"
             raise Refused(f"{label} does not take rows with {got}")
         if step.layer != IDENTITY and (step.layer != FLATTEN or axes):
             layers.append(step.layer)

@@ -59,3 +59,23 @@ def brief(value: Any) -> str:
         if f.default is dataclasses.MISSING or getattr(value, f.name) != f.default
     ]
     return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def counted(count: float, one: str, many: str = "", form: str = "") -> str:
+    """A number and its noun: "1 row", "3 classes", "0 entries".
+
+    Args:
+        count: how many.
+        one: the noun beside 1, perhaps with its verb ("row has").
+        many: what stands beside other numbers; by default the noun's regular plural.
+        form: how the number is formatted, as in f-strings.
+    """
+    return f"{count:{form}} {one if count == 1 else many or _plural(one)}"
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith("axis"):
+        return f"{noun[:-2]}es"
+    if noun[-1] == "y" and noun[-2] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "tch", "sh")) else f"{noun}s"

@@ -15,6 +15,7 @@ import numpy as np
 from pymeta import native
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.losses import Loss
+from pymeta.spec.show import counted
 from pymeta.tasks.checks import Expected, Kind, Names, checked, cure, of_table
 
 DTYPE_CODES = {np.dtype(np.float32): 4, np.dtype(np.float64): 8}
@@ -187,7 +188,7 @@ def gather_queries(
     """Queries for so many tasks; TypeError or ValueError as `gather`; `name` is the offset's."""
     query = gather(Names("xq", offset=name), xq, None, None, expected, offset)
     if query.tasks != tasks:
-        raise ValueError(f"xq: expected {tasks} tasks, {why}, got {query.tasks}")
+        raise ValueError(f"xq: expected {counted(tasks, 'task')}, {why}, got {query.tasks}")
     return query
 
 
@@ -209,9 +210,11 @@ def ids_of(task_ids: Any, tasks: int) -> np.ndarray | None:
         return None
     ids = np.asarray(task_ids)
     if ids.dtype.kind not in "iu" and ids.size:
-        raise TypeError(f"task_ids: expected {tasks} integers, got {ids.dtype}")
+        raise TypeError(f"task_ids: expected {counted(tasks, 'integer')}, got {ids.dtype}")
     if ids.shape != (tasks,):
-        raise ValueError(f"task_ids: expected {tasks} integers, got shape {list(ids.shape)}")
+        raise ValueError(
+            f"task_ids: expected {counted(tasks, 'integer')}, got shape {list(ids.shape)}"
+        )
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= 2**63 - 1:
         raise ValueError(f"task_ids: expected integers in 0..{2**63 - 1}")
     return ids.astype(np.int64)

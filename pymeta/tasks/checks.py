@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymeta.spec.losses import Loss
+from pymeta.spec.show import counted
 from pymeta.tasks.ragged import Ragged
 
 
@@ -195,7 +196,8 @@ def _alike(kind: Kind, name: str, values: Any, x_name: str, lengths: list[int]) 
     for t, (value, rows) in enumerate(zip(out, lengths, strict=True)):
         if value.shape[0] != rows:
             raise ValueError(
-                f"{name}[{t}]: expected {rows} rows as {x_name}[{t}], got {value.shape[0]}"
+                f"{name}[{t}]: expected {counted(rows, 'row')} as {x_name}[{t}], got "
+                f"{value.shape[0]}"
             )
     return out
 
@@ -235,7 +237,8 @@ def _check_x(kind: Kind, names: Names, x: Any, given: Any, expected: Expected, l
     if len(shape) <= lead or shape[-1] != expected.in_features:
         got = shape[-1] if len(shape) > lead else "none"
         raise ValueError(
-            f"{names.x}: expected {expected.in_features} features, which is what the model "
+            f"{names.x}: expected {counted(expected.in_features, 'feature')}, which is what the "
+            "model "
             f"takes, got {got} (shape {_shape(x)})"
         )
     return x
@@ -386,7 +389,7 @@ def checked(
         if len(shape) < 3:
             raise ValueError(
                 f"{names.x}: expected shape [tasks, rows, features], got {_shape(x)} "
-                f"({x.ndim} dimensions)"
+                f"({counted(x.ndim, 'dimension')})"
             )
         lead_of = shape[0], shape[1]
         y, weights, offset = (

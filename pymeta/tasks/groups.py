@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pymeta.spec.show import counted
+
 Array: TypeAlias = NDArray[Any]
 
 
@@ -20,7 +22,9 @@ def _is_missing(label: Any) -> bool:
 def _as_array(groups: Any, name: str) -> Array:
     """`groups` as an array, of objects where numpy would make strings of what is none."""
     if isinstance(groups, np.ma.MaskedArray) and np.any(groups.mask):
-        raise ValueError(f"{name}: {np.sum(groups.mask)} rows have no group (masked)")
+        raise ValueError(
+            f"{name}: {counted(np.sum(groups.mask), 'row has', 'rows have')} no group (masked)"
+        )
     if hasattr(groups, "__array__"):
         return np.asarray(groups)
     unordered = isinstance(groups, (set, frozenset, dict))
@@ -83,7 +87,9 @@ def labels_of(groups: Any, X: Any, name: str = "groups") -> Array:
     else:
         missing = [g for g in labels.tolist() if labels.dtype.kind in "fcO" and _is_missing(g)]
     if missing:
-        raise ValueError(f"{name}: {len(missing)} rows have no group ({missing[0]!r})")
+        raise ValueError(
+            f"{name}: {counted(len(missing), 'row has', 'rows have')} no group ({missing[0]!r})"
+        )
     return _of_one_kind(labels, name) if labels.dtype.kind == "O" else labels
 
 

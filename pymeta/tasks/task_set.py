@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pymeta.spec.losses import Loss
+from pymeta.spec.show import counted
 from pymeta.tasks.checks import Expected, Kind, Names, checked, of_table
 
 Rows: TypeAlias = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
@@ -324,7 +325,7 @@ def check_same_tasks(support: TaskSet, query: TaskSet) -> None:
     """Raise ValueError unless both sides have the same number of tasks."""
     if support.tasks != query.tasks:
         raise ValueError(
-            f"{query.names.x}: expected {support.tasks} tasks as {support.names.x} has, "
+            f"{query.names.x}: expected {counted(support.tasks, 'task')} as {support.names.x} has, "
             f"got {query.tasks}"
         )
 

@@ -111,7 +111,7 @@ def test_a_stream_is_one_call(weighted, backend):
 
 
 STREAMS = {
-    "entries": (TypeError, r"tasks\[1\]: expected \(x, y\) or .*got 1 entries", lambda t: (t[0],)),
+    "entries": (TypeError, r"tasks\[1\]: expected \(x, y\) or .*got 1 entry", lambda t: (t[0],)),
     "type": (TypeError, r"tasks\[1\]: expected \(x, y\) or .*got Tensor", lambda t: t[0]),
     "weights": (ValueError, r"tasks\[1\]: expected weights in all", lambda t: (*t, t[0][:, 0])),
     "x": (ValueError, r"xs\[1\]: expected shape", lambda t: (t[0][:, :1], t[1])),
@@ -386,7 +386,7 @@ CALLS = {
     ),
     "validation entries": (
         TypeError,
-        r"validation_data: .*got 1 entries",
+        r"validation_data: .*got 1 entry",
         {"validation_data": (X,)},
     ),
     "validation tasks": (

@@ -156,11 +156,11 @@ def test_missing_values_and_files_are_refused(folder, table, capsys):
     table.loc[3, "b"] = np.nan
     table.to_csv("rows.csv", index=False)
     assert cli.main(ADAPT) == 1
-    assert "--features: b: 1 values are missing or infinite" in capsys.readouterr().err
+    assert "--features: b: 1 value is missing or infinite" in capsys.readouterr().err
     table.loc[4, "shop"] = None
     table.to_csv("rows.csv", index=False)
     assert cli.main(ADAPT) == 1
-    assert "--entity: shop: 1 rows have none" in capsys.readouterr().err
+    assert "--entity: shop: 1 row has none" in capsys.readouterr().err
     for words in (["adapt", "none.safetensors", *ADAPT[2:]], [*ADAPT[:2], "none.csv", *ADAPT[3:]]):
         assert cli.main(words) == 1
         assert "none." in capsys.readouterr().err

@@ -123,13 +123,13 @@ def test_missing_values_of_every_kind_of_column():
             ValueError,
             "time: kind: expected times such as 2011-12-31",
         ),
-        ({"target": "kind"}, ValueError, "target: 1 rows have no kind; drop them"),
+        ({"target": "kind"}, ValueError, "target: 1 row has no kind; drop them"),
         ({"numeric": ["kind"]}, TypeError, "numeric: kind does not hold numbers"),
         ({"numeric": ["sold"]}, ValueError, "numeric: sold is the entity, the time or the target"),
         ({"numeric": "size"}, TypeError, "numeric: expected a list of names, got str"),
         ({"numeric": ["size", "size"]}, ValueError, "each feature once"),
         ({"time": None}, TypeError, "numeric: day holds times, which are no feature"),
-        ({"entity": "kind"}, ValueError, "entity: 1 rows have no group"),
+        ({"entity": "kind"}, ValueError, "entity: 1 row has no group"),
     ],
 )
 def test_what_is_refused(changes, error, says):
@@ -229,7 +229,7 @@ def test_a_panel_without_a_preprocessor():
     with pytest.raises(ValueError, match="x: kind is a category, not a number; prepare the panel"):
         _ = panel().x
     holes = Panel({"e": [0, 0], "x": [1.0, np.nan]}, entity="e")
-    with pytest.raises(ValueError, match="x: 1 rows have no finite x; prepare the panel"):
+    with pytest.raises(ValueError, match="x: 1 row has no finite x; prepare the panel"):
         _ = holes.x
 
 

@@ -238,7 +238,7 @@ def test_a_loaded_one_needs_numpy_alone(tmp_path):
         ("preprocessor", lambda d: d["until"].update(unit="eons"), "no unit of time"),
         ("entity", lambda d: d["labels"].pop(), "its rows do not fit its entities"),
         ("entity", lambda d: d["labels"].reverse(), "its rows do not fit its entities"),
-        ("numbers", lambda d: d["columns"].pop(), "not of 1 columns"),
+        ("numbers", lambda d: d["columns"].pop(), "not of 1 column"),
     ],
 )
 def test_files_that_say_other_things_are_refused(tmp_path, part, change, says):

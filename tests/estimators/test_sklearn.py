@@ -289,7 +289,7 @@ BAD_GROUPS = {
     "a table": (lambda g: [[i, i] for i in g], r"got shape \[600, 2\]"),
     "one string": (lambda g: "a", "got the str 'a'"),
     "one number": (lambda g: 3, "got the int '3'"),
-    "NaN": (lambda g: np.where(np.arange(len(g)) == 7, np.nan, g), r"1 rows have no group \(nan\)"),
+    "NaN": (lambda g: np.where(np.arange(len(g)) == 7, np.nan, g), r"1 row has no group \(nan\)"),
     "NaN in a list": (lambda g: [float("nan") if i == 3 else f"g{i}" for i in g], r"30 .*\(nan\)"),
     "NaN in a tuple": (lambda g: tuple(np.nan if i == 3 else f"g{i}" for i in g), r"30 .*\(nan\)"),
     "None": (lambda g: [None if i == 3 else str(i) for i in g], r"30 rows have no group \(None\)"),

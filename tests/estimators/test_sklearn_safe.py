@@ -185,7 +185,7 @@ def test_times_order_the_rows():
     assert same_models(one, two)
     with pytest.raises(ValueError, match=r"^times: expected one for each row"):
         two.fit(X, y, groups=g, times=days[:3])
-    with pytest.raises(ValueError, match=r"^times: 1 rows have none"):
+    with pytest.raises(ValueError, match=r"^times: 1 row has none"):
         two.adapt(X, y, groups=g, times=np.where(np.arange(len(y)) == 4, np.nan, 1.0))
 
 

@@ -25,9 +25,9 @@ ALLOWED = {
     "models": {"native", "nn", "spec", "tasks", "reference", "backend"},
     "algorithms": {"native", "spec", "tasks", "reference", "backend", "functional", "models"},
     "data": {"spec", "tasks", "models"},
-    "metrics": {"tasks", "data"},
+    "metrics": {"spec", "tasks", "data"},
     "learners": {"spec", "tasks", "models", "algorithms"},
-    "finance": {"tasks", "data", "metrics", "learners"},  # and MAML by its public name
+    "finance": {"spec", "tasks", "data", "metrics", "learners"},  # and MAML by its public name
     "sklearn": {"spec", "tasks", "models", "learners"},  # and MAML etc. by their public names
     "explain": {"spec", "tasks", "functional", "models"},
     "privacy": {"spec", "tasks", "algorithms", "learners"},

@@ -9,7 +9,7 @@ from torch import nn
 
 import pymeta
 from pymeta.spec.history import History
-from pymeta.spec.show import brief, shape, spread
+from pymeta.spec.show import brief, counted, shape, spread
 
 
 def net() -> nn.Sequential:
@@ -129,3 +129,32 @@ def test_pieces():
     assert spread(np.empty(0)) == "[0]" and spread(np.array([np.nan])) == "[1] none finite"
     assert brief(pymeta.SGD(0.1)) == "SGD(lr=0.1)"
     assert brief(pymeta.SGD(0.1, momentum=0.9)) == "SGD(lr=0.1, momentum=0.9)"
+
+
+@pytest.mark.parametrize(
+    ("count", "one", "wanted"),
+    [(1, "row", "1 row"), (0, "row", "0 rows"), (2, "class", "2 classes"), (1, "class", "1 class"),
+     (3, "entry", "3 entries"), (2, "axis", "2 axes"), (4, "day", "4 days"),
+     (2, "batch", "2 batches"), (2, "epoch", "2 epochs")],
+)  # fmt: skip
+def test_numbers_and_their_nouns(count, one, wanted):
+    assert counted(count, one) == wanted
+
+
+def test_numbers_with_a_verb_or_a_form():
+    assert counted(1, "row is", "rows are") == "1 row is"
+    assert counted(2, "row is", "rows are") == "2 rows are"
+    assert counted(1234, "model", form=",") == "1,234 models"
+
+
+def test_one_of_a_kind_is_said_in_the_singular():
+    net = torch.nn.Linear(1, 1)
+    learner = pymeta.MAML(net, loss="mse", lr=0.1, steps=1)
+    x = torch.ones(1, 1, 1)
+    models = learner.adapt(x, x)
+    assert ", 1 step, " in learner.explain() and "had 1 task," in learner.explain()
+    assert "1 steps" not in f"{learner.adapter()!r}" and "1 step" in f"{learner.adapter()!r}"
+    with pytest.raises(ValueError, match=r"xq: expected 1 task, one for each model, got 2$"):
+        models(torch.ones(2, 1, 1))
+    with pytest.raises(ValueError, match=r"^xs: expected 1 feature, which is what the model"):
+        learner.adapt(torch.ones(1, 1, 2), x)

@@ -26,6 +26,7 @@ from pymeta.finance.portfolio import (
 from pymeta.finance.prices import read_prices
 from pymeta.finance.result import Result, Say, result, silent
 from pymeta.metrics import Report
+from pymeta.spec.show import counted
 
 
 def _compared(
@@ -120,7 +121,10 @@ def allocation(
         say(f"seed {seed + 1}: {', '.join(sorted(held))} tested")
         train = [until(groups[n], first) for n in names if n not in held]
         policy = Policy(bounds, utility, aversion, steps=steps, seed=seed)
-        facts = {"tested": ", ".join(sorted(held)), "periods": f"{periods - first} of {days} days"}
+        facts = {
+            "tested": ", ".join(sorted(held)),
+            "periods": f"{periods - first} of {counted(days, 'day')}",
+        }
         tested = [groups[n] for n in sorted(held)]
         reports.append(_compared(policy, train, tested, first, facts))
         chosen.append(policy.strength)

@@ -36,6 +36,7 @@ from pymeta.finance.words import Words
 from pymeta.learners import ProtoNet
 from pymeta.metrics import Report, accuracy
 from pymeta.metrics.compare import _Judge, _Run
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array, labels_of
 
 
@@ -96,7 +97,10 @@ def _compared(labels: Array, x: Array, ways: int, shots: int, share: float, seed
     sizes = np.full(len(entity), shots)
     lines = [judge.line(r, [accuracy], sizes) for r in runs]
     pairs = [judge.pair(runs[0], r, accuracy) for r in runs[1:]]
-    facts = {"tasks": f"{episodes} of {ways} held-out classes, {shots} examples of each"}
+    facts = {
+        "tasks": f"{episodes} of {counted(ways, 'held-out class', 'held-out classes')}, "
+        f"{counted(shots, 'example')} of each"
+    }
     return Report(lines, pairs, [], [], [accuracy.name], facts)
 
 

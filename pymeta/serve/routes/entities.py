@@ -26,6 +26,7 @@ from pymeta.serve.routes.base import (
 from pymeta.serve.routes.stateless import explained
 from pymeta.serve.service import flag
 from pymeta.serve.store import Labelled, Window, microseconds
+from pymeta.spec.show import counted
 
 router = APIRouter(route_class=Route, tags=["entities"])
 _NAME = re.compile(r"[\w.:@-]{1,200}", re.ASCII)
@@ -172,7 +173,7 @@ async def import_(request: Request) -> Response:
         except Problem as problem:
             raise Problem(
                 problem.status,
-                f"after {done} of {len(found)} entities: {problem.detail}",
+                f"after {done} of {counted(len(found), 'entity')}: {problem.detail}",
                 problem.field,
                 problem.headers,
                 stored=done,
