@@ -105,7 +105,6 @@ def _natively(
     support = Packed.of("xs", xs)
     factors = adapter.class_factors(xs, ys, weights).reshape(-1)
     given = factors * _row_weights(weights, support)
-    anchor = _strengths(adapter.anchor_rows, given, ys, adapter.loss, support)
     outputs = adapter.adapt(xs, ys, weights=weights, offset=offset)(xq)
     predicted = np.concatenate(outputs) if isinstance(outputs, list) else _rows(outputs)
     chosen = chosen_outputs(output, adapter.loss, predicted, query)
@@ -117,7 +116,6 @@ def _natively(
             wrt=("support_weights",),
             support_weights=support.shaped(given),
             support_offset=offset,
-            anchor=None if anchor is None else anchor.astype(adapter.dtype),
             rates=adapter.lr if isinstance(adapter.optimizer.lr, LearnableLR) else None,
         )  # fmt: skip
         slopes = product.input_gradients["support_weights"]
@@ -163,25 +161,6 @@ def _row_weights(weights: Any, support: Packed) -> np.ndarray:
     return np.concatenate([w.reshape(-1) for w in found])
 
 
-def _strengths(
-    rows: float | None, weights: np.ndarray, ys: Any, loss: Any, support: Packed
-) -> np.ndarray | None:
-    """[T] of the pull by `anchor_rows`, float64; None where it is another.
-
-    A call that is asked for gradients by weights counts rows of weight 0, too.
-    """
-    if not rows:
-        return None
-    counts = weights != 0
-    each = [as_array("ys", y) for y in (ys if isinstance(ys, (list, tuple)) else [ys])]
-    if loss.takes_classes and each[0].dtype.kind in "iu":
-        counts &= np.concatenate([y.reshape(-1) for y in each]) != loss.ignore_index
-    ends = np.cumsum(support.sizes)
-    found = [counts[end - n : end].sum() for end, n in zip(ends, support.sizes, strict=True)]
-    strengths: np.ndarray = rows / np.maximum(np.array(found, np.float64), 1)
-    return strengths
-
-
 def _flows(sizes: np.ndarray, chosen: np.ndarray, outputs: np.ndarray) -> Any:
     """For row number 0, 1, ... of all tasks at once: 1 at that row's output, 0 elsewhere."""
     numbers = np.arange(len(chosen)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -204,16 +183,12 @@ def _in_torch(
     if weights is not None:
         given = np.concatenate([as_array("weights", w).reshape(-1) for w in weights])
     flat = torch.tensor(given, dtype=like.dtype, device=like.device, requires_grad=True)
-    options: dict[str, Any] = {}
-    strengths = _strengths(_rows_of_start(learner), given, ys, _loss_of(learner), support)
-    if strengths is not None:
-        options["anchor"] = torch.from_numpy(strengths).to(like)
     shape = support.sizes.tolist()
     by_task: Any = (
         list(flat.split_with_sizes(shape)) if support.is_list else flat.view(len(shape), -1)
     )
     with torch.enable_grad():
-        out = learner(xs, ys, xq, support_weights=by_task, support_offset=offset, **options)
+        out = learner(xs, ys, xq, support_weights=by_task, support_offset=offset)
         outputs = out.predictions
         packed = torch.cat(outputs) if isinstance(outputs, list) else outputs.flatten(0, 1)
         predicted = packed.detach().cpu().numpy()
@@ -229,14 +204,6 @@ def _in_torch(
 def _loss_of(learner: Any) -> Any:
     """The description of what its outputs are judged by; that of a MAML inside where it has one."""
     return learner.loss if hasattr(learner, "loss") else learner.maml.loss
-
-
-def _rows_of_start(learner: Any) -> float | None:
-    """A MAML's `anchor_rows`, learned or not; None where there are none."""
-    learned = getattr(learner, "learned_anchor", None)
-    if learned is not None:
-        return learned.value if learned.of_rows else None
-    return getattr(learner, "anchor_rows", None)
 
 
 def _arrays(name: str, value: Any) -> Any:

@@ -20,7 +20,7 @@ from pymeta.spec.once import REPTILE, once
 from pymeta.spec.running import Norms
 from pymeta.spec.schedule import Schedule
 from pymeta.tasks.task_set import TaskSet
-from pymeta.tasks.values import leaves_out
+from pymeta.tasks.values import counts_that_weigh, leaves_out
 
 # ---- all tasks --------------------------------------------------------------------------------
 
@@ -51,6 +51,14 @@ class Own(NamedTuple):
 
 
 NOTHING_OWN = Own()
+
+
+def _with_strengths(own: Own, inner: InnerLoop, support: TaskSet) -> Own:
+    """With the strengths that depend on how many rows of a task weigh something."""
+    if own.anchor is not None or not inner.anchor.rows:
+        return own
+    counts = counts_that_weigh(support, inner.loss)
+    return own._replace(anchor=inner.lr.new_tensor([inner.anchor.of(n) for n in counts]))
 
 
 def _recipe(inner: InnerLoop, own: dict[str, Any]) -> InnerLoop:
@@ -141,6 +149,7 @@ def evaluate(
         )  # fmt: skip
         steps = None if step_weights is None else inner.lr.new_zeros(len(step_weights), 0)
         return Evaluated(zero.expand(0), [], steps, None)
+    own = _with_strengths(own, inner, support)
     sift = leaves_out(support, inner.loss) or leaves_out(query, inner.judge)
     outputs: list[Tensor] | Tensor
     with applied(model, parameters, norms) as use:
@@ -237,6 +246,7 @@ def _adapt_tasks(
 ) -> _Tasks:
     """Adapt to every task; `own` is what they do not share."""
     tasks = support.tasks
+    own = _with_strengths(own, inner, support)
     sift = leaves_out(support, inner.loss)
     with applied(model, parameters, norms) as use:
 

@@ -71,15 +71,15 @@ def adapt_task(
         task_id: tells the task's shuffles from others'.
         watch: is shown the parameters after each epoch; ends the loop by returning True.
         sift: whether there may be rows that do not count.
-        anchor: [], the strength of the task's pull towards the start, in place of the recipe's.
+        anchor: [], the strength of the task's pull towards the start, in place of the recipe's,
+            of which `batch.py` finds that which depends on rows.
 
     Returns:
         The adapted parameters, and the loss of each step's batch before that step.
     """
     theta, losses = start, []
     state = first_state(inner.optimizer, start)
-    counting_rows = len((that_count(inner.loss, support) if sift else support)[1])
-    pull = inner.anchor.of(counting_rows) if anchor is None else anchor
+    pull = inner.anchor.strength if anchor is None else anchor
     for step, batch in enumerate(inner.schedule.batches(support[0].shape[0], task_id)):
         rows = _rows(support, batch)
         used = that_count(inner.loss, rows) if sift else rows

@@ -117,6 +117,12 @@ def counts_that_count(s: TaskSet, loss: Loss) -> list[int]:
     return [int(part.sum()) for part in parts]
 
 
+def counts_that_weigh(s: TaskSet, loss: Loss) -> list[int]:
+    """How many rows of each task weigh something, whether or not a gradient keeps the others."""
+    with torch.no_grad():
+        return counts_that_count(s, loss)
+
+
 def _check_single_rows(s: TaskSet, loss: Loss, of_single_rows: bool = False) -> None:
     """Raise where one row alone would be normalised; perhaps only of the tasks with one row."""
     if s.by_support:

@@ -132,6 +132,40 @@ def test_a_start_that_is_worth_rows(backend, path, kind):
         assert not same_bits(got, everything(kind, net, x, y, backend, {}, call))
 
 
+@pytest.mark.parametrize(
+    "backend, path",
+    [("torch", PATHS[0]), *(("native", path) for path in PATHS)],
+    ids=["torch", *map("-".join, PATHS)],
+)
+@pytest.mark.parametrize("columns", [1, 2])
+def test_rows_that_weigh_nothing_do_not_count_where_their_gradient_is_wanted(
+    backend, path, columns
+):
+    """A call's results do not depend on what it is to be differentiated by."""
+    net, data = mlp(2, 5, 2), batch(tasks=3, support=8)
+    weights = torch.ones(3, 8, dtype=torch.float64)
+    if columns == 2:
+        weights = torch.ones(3, 8, 2, dtype=torch.float64)
+    weights[0, 2:5] = weights[2, :] = 0.0
+    if columns == 2:
+        weights[1, :4, 1] = 0.0  # these rows weigh something
+    counting = torch.tensor([2.5 / n for n in (5, 8, 1)], dtype=torch.float64)
+    if backend == "native" and columns == 2:
+        backend = "auto"
+    options = {"backend": backend, "loss": "mse", "lr": 0.1, "steps": STEPS}
+    with using(*path):
+        constant = pymeta.MAML(net, anchor_rows=2.5, **options)(*data, support_weights=weights)
+        asked = weights.clone().requires_grad_()
+        got = pymeta.MAML(net, anchor_rows=2.5, **options)(*data, support_weights=asked)
+        wanted = pymeta.MAML(net, **options)(*data, support_weights=asked, anchor=counting)
+        assert_close(got.task_losses, constant.task_losses)
+        assert same_bits(got.task_losses, wanted.task_losses)
+        assert same_bits(gradients(got.loss, asked), gradients(wanted.loss, asked))
+        learned = pymeta.MAML(net, anchor_rows=pymeta.LearnableAnchor(2.5), **options)
+        again, before = (learned(*data, support_weights=w) for w in (asked, weights))
+        assert_close(again.task_losses, before.task_losses)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_held_out_do_not_count(backend):
     net, (x, y, *_) = mlp(2, 5, 2), batch(tasks=3, support=8)

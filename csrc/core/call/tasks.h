@@ -82,7 +82,7 @@ struct Optimizer {
   bool decoupled = false;  // AdamW: the decay is no part of the gradient
   double clip_norm = 0;    // largest norm of a task's gradient; 0: any
   double anchor = 0;       // pull towards the start (L2-SP)
-  double anchor_rows = 0;  // in its place: the pull of a task is this over the number of its rows
+  double anchor_rows = 0;  // in its place: the pull of a task is this over its rows that weigh
 
   PYMETA_MEMBER bool is_anchored() const { return anchor != 0 || anchor_rows != 0; }
   // theta - lr g and nothing else
@@ -213,15 +213,7 @@ struct Call {
   PYMETA_MEMBER bool has_plain_steps() const { return optimizer.is_plain() && !anchors; }
   // Does a row of a set count? One of weight 0, or with the ignored label, is left out of its set, whatever it holds.
   PYMETA_MEMBER bool weighs(const RowSet<Real>& set, std::int64_t row) const {
-    if (set.weights && !set.keeps_weightless) {
-      const Real* weights = set.weights + row * set.weight_columns;
-      bool any = false;
-      for (int c = 0; c < set.weight_columns; ++c) any = any || weights[c] != 0;
-      if (!any) return false;
-    }
-    const Loss& own = loss_of(set);
-    return !set.y || !takes_labels(own) ||
-           static_cast<const std::int64_t*>(set.y)[row] != own.ignore_index;
+    return (set.keeps_weightless || has_weight(set, row)) && !is_ignored(set, row);
   }
   PYMETA_MEMBER const Loss& loss_of(const RowSet<Real>& set) const {
     return set.loss ? *set.loss : *loss;
@@ -239,18 +231,20 @@ struct Call {
       if (!weighs(set, first + r)) return true;
     return false;
   }
-  // How many of a task's rows count.
-  PYMETA_MEMBER int counting_rows(const RowSet<Real>& set, std::int64_t task) const {
-    if (!set.has_weightless) return set.size(task);
+  // How many of a task's rows weigh something, whether or not the others are kept.
+  PYMETA_MEMBER int weighing_rows(const RowSet<Real>& set, std::int64_t task) const {
+    if (!set.has_weightless && !set.keeps_weightless) return set.size(task);
+    const std::int64_t first = set.start(task);
     int count = 0;
-    for (int r = 0; r < set.size(task); ++r) count += weighs(set, set.start(task) + r);
+    for (int r = 0; r < set.size(task); ++r)
+      count += has_weight(set, first + r) && !is_ignored(set, first + r);
     return count;
   }
   // The strength of a task's pull towards its start.
   PYMETA_MEMBER Real anchor_of(std::int64_t task) const {
     if (anchors) return anchors[task];
     if (optimizer.anchor_rows == 0) return Real(optimizer.anchor);
-    const int rows = counting_rows(support, task);
+    const int rows = weighing_rows(support, task);
     return Real(optimizer.anchor_rows / (rows > 0 ? rows : 1));
   }
   // Does each task have a start of its own for this tensor?
@@ -286,6 +280,20 @@ struct Call {
   // Inner steps of a task of so many rows.
   PYMETA_MEMBER std::int64_t steps_of(int rows) const {
     return job == Job::fine_tune ? static_cast<std::int64_t>(epochs) * batches.count(rows) : steps;
+  }
+
+ private:
+  PYMETA_MEMBER static bool has_weight(const RowSet<Real>& set, std::int64_t row) {
+    if (!set.weights) return true;
+    const Real* weights = set.weights + row * set.weight_columns;
+    bool any = false;
+    for (int c = 0; c < set.weight_columns; ++c) any = any || weights[c] != 0;
+    return any;
+  }
+  PYMETA_MEMBER bool is_ignored(const RowSet<Real>& set, std::int64_t row) const {
+    const Loss& own = loss_of(set);
+    return set.y && takes_labels(own) &&
+           static_cast<const std::int64_t*>(set.y)[row] == own.ignore_index;
   }
 };
 
