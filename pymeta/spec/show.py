@@ -61,11 +61,11 @@ def brief(value: Any) -> str:
     return f"{type(value).__name__}({', '.join(shown)})"
 
 
-def counted(count: float, one: str, many: str = "", form: str = "") -> str:
+def counted(count: Any, one: str, many: str = "", form: str = "") -> str:
     """A number and its noun: "1 row", "3 classes", "0 entries".
 
     Args:
-        count: how many.
+        count: how many; a number of Python or numpy.
         one: the noun beside 1, perhaps with its verb ("row has").
         many: what stands beside other numbers; by default the noun's regular plural.
         form: how the number is formatted, as in f-strings.
