@@ -14,6 +14,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import background
 import draws
 import numpy as np
 import pytest
@@ -65,6 +66,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {path: chance.random() for path in sorted({item.path for item in items})}
     chance.shuffle(items)
     items.sort(key=lambda item: place[item.path])  # a module's fixtures are made once
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin the programs that tests will ask for, where a core has nothing else to do."""
+    if background.cores() > 1 and not session.config.option.collectonly:
+        for program in background.programs_of(session.items):
+            program.start(nice=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End what a failure or an interrupt left running."""
+    for program in background.programs_of(getattr(session, "items", ())):
+        program.end()
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pymeta
 
+BACKENDS = "native", "torch"
+
 
 def problem():
     """The net and the tasks, the same in every process."""
@@ -25,17 +27,17 @@ def gradients(module, tasks):
     return {name.removeprefix("module."): p.grad for name, p in module.named_parameters()}
 
 
-def main(path, backend):
-    """Save this process's gradients as {path}.{rank}."""
+def main(folder):
+    """Save this process's gradients as {folder}/{backend}.{rank}."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
-    net, tasks = problem()
-    maml = pymeta.MAML(
-        net, loss="mse", lr=pymeta.LearnableLR(0.1, "layer"), steps=2, backend=backend
-    )
-    mine = [v.chunk(world)[rank] for v in tasks]
-    torch.save(gradients(DistributedDataParallel(maml), mine), f"{path}.{rank}")
+    for backend in BACKENDS:
+        net, tasks = problem()
+        lr = pymeta.LearnableLR(0.1, "layer")
+        maml = pymeta.MAML(net, loss="mse", lr=lr, steps=2, backend=backend)
+        mine = [v.chunk(world)[rank] for v in tasks]
+        torch.save(gradients(DistributedDataParallel(maml), mine), f"{folder}/{backend}.{rank}")
     dist.barrier()  # nobody leaves while the other still talks to him
     dist.destroy_process_group()
 

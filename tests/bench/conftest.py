@@ -26,7 +26,7 @@ def _threads_as_before():
     pymeta.set_num_threads(before[1])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run of the program on the smallest case: pymeta alone."""
     folder = tmp_path_factory.mktemp("elsewhere")

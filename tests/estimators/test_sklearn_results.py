@@ -127,7 +127,7 @@ def test_balanced_classes_are_those_of_the_rows_that_count():
 def test_three_classes():
     X, _, g = opposites(groups=9, rows=60)
     y = np.array(["low", "middle", "top"])[(np.digitize(X[:, 0], [-0.5, 0.5]) + g) % 3]
-    model = MetaClassifier(iterations=300, adapt_epochs=20, inner_lr=0.1, random_state=0)
+    model = MetaClassifier(iterations=100, adapt_epochs=20, inner_lr=0.1, random_state=0)
     model.fit(X, y, groups=g).adapt(X, y, groups=g)
     assert model.score(X, y) < 0.6
     assert model.score(X, y, groups=g) > 0.8
@@ -139,7 +139,7 @@ def test_three_classes():
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_regression(loss):
     X, y, g = levels()
-    model = MetaRegressor(loss=loss, iterations=300, inner_lr=0.1, random_state=0)
+    model = MetaRegressor(loss=loss, iterations=100, inner_lr=0.1, random_state=0)
     model.fit(X, y, groups=g).adapt(X, y, groups=g)
     later, truth, groups = levels(rows=40)
     assert model.score(later, truth) < 0.3

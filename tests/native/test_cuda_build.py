@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: they compile, what ptxas made of them, and the built module.
 
-nvcc compiles the kernels in float32 for sm_90, half a minute of one core. More of them:
+nvcc compiles the kernels in float32 for sm_90, two minutes of one core. More of them:
 
     PYMETA_TEST_CUDA="float double 80 90 100 120" pytest tests/native/test_cuda_build.py
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import source_tree
+from background import Program
 
 ROOT = source_tree.need("csrc/cuda", "bench/kernel_report.py", "CMakeLists.txt")
 KERNELS = ROOT / "csrc" / "cuda" / "kernels.cu"
@@ -51,25 +52,28 @@ ARCHITECTURES = [word for word in CHOSEN if word.isdigit()]
 # ---- the kernels --------------------------------------------------------------------------------
 
 
-def compile_kernels(real: str, folder: Path) -> tuple[Path, Path]:
-    """The kernels of one real type for all chosen architectures: object file and ptxas's log."""
-    target, log = folder / f"{real}.o", folder / f"{real}.log"
+def compiler(program: str, real: str) -> Program:
+    """nvcc on the kernels of one real type for all chosen architectures."""
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     # The options of CMakeLists.txt.
     options = ["-std=c++17", "-O3", "-fmad=false", "-DPYMETA_BLOCK", "-DPYMETA_ISA=cuda"]
-    command = [nvcc(), *options, *code, f"-DPYMETA_REAL={real}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
-    done = subprocess.run(
-        [*command, "-c", str(KERNELS), "-o", str(target)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr[-8000:]}"
-    log.write_text(done.stderr)
-    return target, log
+    options += [*code, f"-DPYMETA_REAL={real}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
+    return Program(program, *options, "-c", str(KERNELS), "-o", "{folder}/kernels.o", cwd=ROOT)
+
+
+COMPILERS = {real: compiler(found, real) for real in REALS if (found := nvcc()) is not None}
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
-    folder = tmp_path_factory.mktemp("cuda")
-    return {real: compile_kernels(real, folder) for real in REALS}
+    """Of each real type: object file and ptxas's log."""
+    folder, made = tmp_path_factory.mktemp("cuda"), {}
+    for real, program in COMPILERS.items():
+        done, log = program.result(), folder / f"{real}.log"
+        assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stderr[-8000:]}"
+        log.write_text(done.stderr)
+        made[real] = program.folder / "kernels.o", log
+    return made
 
 
 @needs_nvcc
@@ -81,6 +85,7 @@ def test_options_are_those_of_the_build():
 
 
 @needs_nvcc
+@pytest.mark.background(*COMPILERS.values())
 @pytest.mark.parametrize("real", REALS)
 def test_every_kernel_is_there_and_none_spills_much(real, compiled):
     _, log = compiled[real]

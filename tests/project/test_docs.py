@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import pytest
 import source_tree
+from background import Program
 
 import pymeta
 import pymeta.data
@@ -320,21 +321,23 @@ def test_the_patches_of_adding_a_layer_apply_and_compile(tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path):
+SITE = Program(
+    *(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", "{folder}"),
+    cwd=ROOT,
+    NO_MKDOCS_2_WARNING="1",
+)
+
+
+@pytest.mark.background(SITE)
+def test_the_site_builds_without_a_warning():
     if any(map(_is_missing, ("mkdocs", "material", "mkdocstrings_handlers"))):
         pytest.skip("needs mkdocs-material and mkdocstrings: pip install 'pymeta-kernels[docs]'")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-    )
+    done, site = SITE.result(), SITE.folder
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = list(tmp_path.rglob("*.html"))
+    pages = list(site.rglob("*.html"))
     assert len(pages) > 20
-    assert (tmp_path / "objects.inv").stat().st_size > 1000  # for other projects' links
-    learners = re.sub(r"<[^>]+>", "", (tmp_path / "api" / "learners.html").read_text())
+    assert (site / "objects.inv").stat().st_size > 1000  # for other projects' links
+    learners = re.sub(r"<[^>]+>", "", (site / "api" / "learners.html").read_text())
     assert re.search(r"MAML\(\s*model: Module,\s*\*,\s*loss: Any", learners)
     for page in pages:  # a reader's browser asks nobody else for anything
         fetched = re.findall(

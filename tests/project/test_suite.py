@@ -6,9 +6,11 @@ import textwrap
 from pathlib import Path
 
 import arrangements
+import background
 import draws
 import pytest
 import torch
+from background import Program
 from rounding import ALIKE, ROUNDED, OtherRounding
 
 HERE = Path(__file__).resolve().parents[1]
@@ -112,3 +114,50 @@ def test_an_arrangement_runs_and_its_failure_shows(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(arrangements, "lacking", lambda need: "it has none")
     assert arrangements.main(["one core", *program]) == 0
     assert "not on this machine: it has none" in capsys.readouterr().out
+
+
+# ---- programs beside the tests ------------------------------------------------------------------
+
+
+def test_a_program_runs_once_and_says_what_it_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "import os, pathlib, sys; print(os.environ['WHO'], os.getcwd()); sys.stderr.write('e')"
+    code += "; pathlib.Path(sys.argv[1], 'made').touch(exist_ok=False); sys.exit(3)"
+    program = Program(sys.executable, "-c", code, "{folder}", cwd=tmp_path, WHO="it")
+    program.start(nice=True)
+    for _ in range(2):
+        done = program.result()
+        assert (done.returncode, done.stderr) == (3, "e")
+        assert done.stdout.split() == ["it", str(tmp_path)]
+    place = program.folder
+    assert (place / "made").exists()
+    program.end()
+    assert not place.exists()
+    assert program.result().returncode == 3  # begun anew, in another folder
+    program.end()
+
+
+def test_the_end_kills_what_still_runs():
+    program = Program(sys.executable, "-c", "import time; time.sleep(600)", cwd=HERE)
+    program.start()
+    process = program._process
+    assert process.poll() is None
+    program.end()
+    assert process.returncode == -9
+
+
+def test_programs_of_the_chosen_tests_begin(request):
+    ours = [item for item in request.session.items if item.path == Path(__file__)]
+    assert background.programs_of(ours) == []
+    one, two = Program("one", cwd=HERE), Program("two", cwd=HERE)
+
+    class Item:
+        def __init__(self, *programs):
+            self.programs = programs
+
+        def iter_markers(self, name):
+            assert name == "background"
+            return [pytest.mark.background(*self.programs).mark] if self.programs else []
+
+    assert background.programs_of([Item(two), Item(), Item(one, two)]) == [two, one]
+    assert background.cores() >= 1

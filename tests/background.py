@@ -1,0 +1,95 @@
+"""Programs that tests wait for and that need nothing of this process: compilers, mypy, mkdocs.
+
+Together they take a minute or more. Where there is a core to spare they begin with the session, at
+a lower priority, beside the tests; elsewhere each begins when its test asks for it.
+
+    MYPY = Program(sys.executable, "-m", "mypy", cwd=ROOT)
+
+    @pytest.mark.background(MYPY)
+    def test_mypy():
+        assert MYPY.result().returncode == 0
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+
+class Program:
+    """A command that runs at most once in a session, and what it said.
+
+    Args:
+        command: the words. "{folder}" in them is a folder of the program's own.
+        cwd: where it runs.
+        environment: variables besides this process's.
+    """
+
+    def __init__(self, *command: str, cwd: Path, **environment: str) -> None:
+        self._command, self._cwd, self._environment = command, cwd, environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._place: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where it may write; there until the session ends."""
+        if self._place is None:
+            self._place = Path(tempfile.mkdtemp(prefix="pymeta-background-"))
+            (self._place / "own").mkdir()
+        return self._place / "own"
+
+    def start(self, *, nice: bool = False) -> None:
+        """Begin, unless it has begun."""
+        if self._process is not None:
+            return
+        words = [word.replace("{folder}", str(self.folder)) for word in self._command]
+        if nice and shutil.which("nice"):
+            words = ["nice", "-n", "10", *words]
+        with open(self._said("out"), "wb") as out, open(self._said("err"), "wb") as err:
+            self._process = subprocess.Popen(
+                words,
+                cwd=self._cwd,
+                env={**os.environ, **self._environment},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+
+    def result(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end."""
+        self.start()
+        assert self._process is not None
+        status = self._process.wait()
+        said = [self._said(name).read_text() for name in ("out", "err")]
+        return subprocess.CompletedProcess(self._command, status, *said)
+
+    def end(self) -> None:
+        """Nobody asks any more: kill it where it still runs, remove its files."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        if self._place is not None:
+            shutil.rmtree(self._place, ignore_errors=True)
+        self._process = self._place = None
+
+    def _said(self, name: str) -> Path:
+        return self.folder.parent / name
+
+
+def programs_of(items: Iterable[pytest.Item]) -> list[Program]:
+    """What the chosen tests will ask for, each once, in the order of the tests."""
+    marks = (mark for item in items for mark in item.iter_markers("background"))
+    return list(dict.fromkeys(program for mark in marks for program in mark.args))
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
