@@ -10,12 +10,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import blocks
 import torch
+from blocks import MEASURING, every_layer
 from helpers import LOSSES, MORE_LOSSES, gradients, targets
 from hypothesis import strategies as st
 from images import KINDS, conv, make_image_layer
 from kernels import (
-    ACTIVATIONS,
     DTYPES,
     EPS,
     OPTIMIZERS,
@@ -30,6 +31,7 @@ from kernels import (
     takes,
     using,
 )
+from kinks import NORMS, is_kinked, walk
 from torch import nn
 
 import pymeta
@@ -37,14 +39,6 @@ from pymeta import native
 from pymeta.spec.losses import describe_loss
 
 # ---- cases ------------------------------------------------------------------------------------
-
-# Where a module's value, slope or curvature jumps.
-KINKS = {
-    nn.ReLU: lambda m: 0.0,
-    nn.LeakyReLU: lambda m: 0.0,
-    nn.ELU: lambda m: 0.0,
-    nn.Softplus: lambda m: m.threshold / m.beta,
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,7 @@ class Case:
     input_gradients: bool = True
     seed: int = 0
     beside: tuple[str, ...] = ()  # of "soft" labels, weights of "elements", "offset"
+    ties: bool = False  # rows of a few integers
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -80,14 +75,18 @@ class Case:
         return next(layer[2] for layer in reversed(self.chain) if len(layer) > 2)
 
     @property
+    def layers(self) -> list[tuple]:
+        """All layers, those of branches among them."""
+        return list(every_layer(self.chain))
+
+    @property
     def batch_norm(self) -> bool:
-        return any(layer[0].startswith("batch_norm") for layer in self.chain)
-
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+        return any(layer[0].startswith(MEASURING) for layer in self.layers)
 
 
 def _module(layer: tuple) -> nn.Module:
+    if layer[0] in blocks.KINDS:
+        return blocks.make_block(layer, _module)
     return make_image_layer(layer) if layer[0] in KINDS else make_layer(layer)
 
 
@@ -95,7 +94,7 @@ def make_net(case: Case) -> nn.Sequential:
     """The network in float32: whatever is rounded is so for every dtype alike."""
     torch.manual_seed(case.seed)
     net = nn.Sequential(*map(_module, [layer for layer in case.chain if layer[0] != "rows"]))
-    for module in net:
+    for module in net.modules():
         if isinstance(module, NORMS):
             for p in module.parameters():
                 nn.init.normal_(p, mean=0.5)
@@ -156,6 +155,10 @@ class Side:
 
 def make_side(case: Case, rows: int) -> Side:
     x = torch.randn(case.tasks, rows, *case.row_shape)
+    if case.ties:
+        x = x.round()
+    if case.chain[0][0] == "tabular":
+        blocks.fill_categories(x, case.chain[0])
     columns = case.out
     if case.loss in MORE_LOSSES:
         columns = describe_loss(make_loss(case)).target_columns(case.out)
@@ -283,7 +286,7 @@ def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES, beside=Fa
         query=draw(st.integers(2, 8)),
         form=draw(st.sampled_from(["uniform", "uniform", "padded", "list"])),
         weights=draw(st.booleans()),
-        steps=draw(st.integers(0, 4)),
+        steps=draw(st.integers(blocks.least_steps(chain), 4)),
         first_order=draw(SOMETIMES),
         lr=lr,
         per_step=lr is not None and draw(st.booleans()),
@@ -299,12 +302,12 @@ def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES, beside=Fa
 # ---- how close is close -----------------------------------------------------------------------
 
 
-SUMMING = ("linear", "conv", "batch_norm", "layer_norm", "batch_norm_image", "group_norm")
+SUMMING = ("linear", "conv", "layer_norm", "group_norm", "instance_norm", *MEASURING)
 
 
 def longest_sum(case: Case) -> int:
     """The most terms that a chain of sums in this case adds up."""
-    widths = sum(max(layer[1], layer[2]) for layer in case.chain if layer[0] in SUMMING)
+    widths = sum(max(layer[1], layer[2]) for layer in case.layers if layer[0].startswith(SUMMING))
     if case.chain[0][0] == "rows":  # gradients are sums over positions too
         widths += (case.support + case.query) * math.prod(case.row_shape[1:])
     passes = 1 if case.first_order else 3
@@ -380,100 +383,6 @@ class Wanted:
         assert not wrong, "\n".join([str(self.problem.case), *wrong])
 
 
-def is_kinked(case: Case) -> bool:
-    names = {layer[0] for layer in case.chain}
-    kinked = {n for n, make in ACTIVATIONS.items() if type(make()) in KINKS} | {"max_pool"}
-    return bool(names & kinked) or case.loss in ("huber", "l1", "quantile")
-
-
-def as_normalised(norm: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """What a normalisation takes the statistics of, and over which axes."""
-    if isinstance(norm, nn.LayerNorm):
-        return z, (1,)
-    if isinstance(norm, nn.GroupNorm):
-        return z.reshape(len(z), norm.num_groups, z[0].numel() // norm.num_groups), (2,)
-    return z, (0, *range(2, z.ndim))
-
-
-def gaps_in_windows(z: torch.Tensor, pool: nn.Module) -> list[float]:
-    """How far the largest number of a window is above the next one, where they differ."""
-    two = isinstance(pool, nn.MaxPool2d)
-    z = z if two else z[:, :, None]
-    k, s, p, d = (
-        v if isinstance(v, tuple) else ((v, v) if two else (one, v))
-        for v, one in (
-            (pool.kernel_size, 1), (pool.stride, 1), (pool.padding, 0), (pool.dilation, 1)
-        )
-    )  # fmt: skip
-    z = nn.functional.pad(z, (p[1], p[1], p[0], p[0]), value=-math.inf)
-    columns = nn.functional.unfold(z.flatten(0, 1)[:, None].nan_to_num(), k, dilation=d, stride=s)
-    if columns.shape[1] < 2:
-        return []
-    best = columns.topk(2, 1).values
-    gaps = (best[:, 0] - best[:, 1]).flatten()
-    return gaps[gaps > 0].tolist()
-
-
-def walk(problem: Problem) -> tuple[float, float]:
-    """What the reference meets on its way: (how near a kink, how steep a normalisation).
-
-    The first is the smallest |z - kink| / max |z|: on the two sides of a kink derivatives differ
-    however exact the arithmetic. An exact hit, as the zeros behind a ReLU are for the next one, is
-    the same for everybody and does not count. The second is the largest |mean| / std, at least 1.
-    """
-    case, found = problem.case, {"nearest": math.inf, "steepest": 1.0}
-
-    def look_for_kinks(z: torch.Tensor, kink: float) -> None:
-        gaps = (z.detach().abs() if kink == 0 else (z.detach() - kink).abs()).flatten()
-        gaps = gaps[gaps > 0]
-        if gaps.numel():
-            gap = float(gaps.min() / max(float(z.abs().max()), abs(kink)))
-            found["nearest"] = min(found["nearest"], gap)
-
-    def look_for_ties(z: torch.Tensor, pool: nn.Module) -> None:
-        for gap in gaps_in_windows(z.detach(), pool):
-            found["nearest"] = min(found["nearest"], gap / max(float(z.abs().max()), 1e-300))
-
-    def look_at_means(z: torch.Tensor, axis: Any, eps: float) -> None:
-        std = (z.var(axis, unbiased=False) + eps).sqrt()
-        found["steepest"] = max(found["steepest"], float((z.mean(axis).abs() / std).max()))
-
-    module = problem.module(torch.float64)
-    net = copy.deepcopy(module.model)
-    for layer in net:
-        if type(layer) in KINKS:
-            kink = KINKS[type(layer)](layer)
-            layer.register_forward_pre_hook(
-                lambda m, args, kink=kink: look_for_kinks(args[0], kink)
-            )
-        elif isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d)):
-            layer.register_forward_pre_hook(lambda m, args: look_for_ties(args[0], m))
-        elif isinstance(layer, NORMS):
-            layer.register_forward_pre_hook(
-                lambda m, args: look_at_means(*as_normalised(m, args[0].detach()), m.eps)
-            )
-    support, query = problem.support.to(torch.float64), problem.query.to(torch.float64)
-    arguments, options = problem.arguments(support, query)
-    options = {k: v for k, v in options.items() if not k.startswith("query")}
-    for step in range(case.steps + 1):
-        models = module.adapt(*arguments[:2], steps=step, **options)
-        for side in (support, query) if step == case.steps else (support,):
-            for t, rows in enumerate(side.sizes):
-                if rows == 0:
-                    continue
-                values = {n: v[t] for n, v in models.parameters.items()}
-                y = torch.func.functional_call(net, values, (side.x[t, :rows],))
-                if side.offset is not None:
-                    y = y + side.offset[t, :rows]
-                if case.loss == "huber":
-                    delta = problem.loss.delta if case.loss_options else 1.0
-                    look_for_kinks((y - side.y[t, :rows]).abs(), delta)
-                if case.loss in ("l1", "quantile"):
-                    each = y.shape[1] // side.y.shape[-1]
-                    look_for_kinks(y - side.y[t, :rows].repeat(1, each), 0.0)
-    return found["nearest"], found["steepest"]
-
-
 def compare(case: Case) -> tuple[torch.dtype, ...]:
     """One case on every path; in float32 only where no kink is within reach of its rounding.
 
@@ -485,7 +394,7 @@ def compare(case: Case) -> tuple[torch.dtype, ...]:
 def compare_problem(problem: Problem) -> tuple[torch.dtype, ...]:
     """As `compare`, of a problem."""
     case, dtypes, steepest = problem.case, DTYPES, 1.0
-    if is_kinked(case) or any("norm" in layer[0] for layer in case.chain):
+    if is_kinked(case) or any("norm" in layer[0] for layer in case.layers):
         nearest, steepest = walk(problem)
         if nearest < 64 * EPS[torch.float32]:
             dtypes = (torch.float64,)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 
+from blocks import normalisation, residual
 from hypothesis import strategies as st
-from kernels import ACTIVATIONS
+from kernels import ACTIVATIONS, SOMETIMES
 from torch import nn
 
 CHANNELS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 24, 33)
@@ -115,14 +116,38 @@ class _Growing:
     def normalise(self) -> None:
         affine = self.draw(st.booleans())
         many = math.prod(self.sizes) > 1  # of one value torch takes no statistics
-        if many and self.draw(st.integers(0, 2)) == 0:
+        kind = self.draw(st.integers(0, 4))
+        if many and kind == 0:
             groups = self.draw(st.sampled_from(_divisors(self.channels, self.channels)))
             self.chain.append(("group_norm", self.channels, self.channels, groups, affine))
+            return
+        if kind > 2:
+            kinds = ("fixed_norm", "step_norm", *["instance_norm"] * many)
+            self.chain.append(normalisation(self.draw, kinds, self.channels, self.axes))
             return
         self.chain.append(("batch_norm_image", self.channels, self.channels, self.axes, affine))
 
     def activate(self) -> None:
         self.chain.append((self.draw(st.sampled_from(sorted(ACTIVATIONS))),))
+
+    def branch(self) -> None:
+        """A residual block of convolutions that keep the sizes, with a projection or without."""
+        draw, inputs = self.draw, self.channels
+        inner, outputs = draw(st.sampled_from(CHANNELS)), inputs
+        shortcut = None
+        if draw(st.booleans()):
+            outputs = draw(st.sampled_from(CHANNELS))
+            shortcut = [conv(inputs, outputs, (1,) * self.axes, bias=draw(st.booleans()))]
+            if draw(SOMETIMES):
+                shortcut.append(("batch_norm_image", outputs, outputs, self.axes, True))
+        layers = [
+            conv(inputs, inner, (3,) * self.axes, padding="same", bias=False),
+            ("batch_norm_image", inner, inner, self.axes, True),
+            (draw(st.sampled_from(sorted(ACTIVATIONS))),),
+            conv(inner, outputs, (draw(st.integers(1, 3)),) * self.axes, padding="same"),
+        ]
+        self.chain.append(residual(inputs, outputs, layers, shortcut))
+        self.channels = outputs
 
 
 @st.composite
@@ -130,7 +155,11 @@ def image_chains(draw):
     """Convolutions, poolings, normalisations and activations, then a linear layer."""
     growing = _Growing(draw, draw(st.sampled_from([1, 2, 2])))
     for i in range(draw(st.integers(1, 3))):
-        if i == 0 or draw(st.integers(0, 3)):
+        if i == 0 and draw(SOMETIMES):
+            growing.pool()
+        if i > 0 and draw(SOMETIMES):
+            growing.branch()
+        elif i == 0 or draw(st.integers(0, 3)):
             growing.convolve()
         for step in (growing.normalise, growing.activate, growing.pool):
             if draw(st.booleans()):

@@ -51,17 +51,36 @@ struct Chain {
     append(LayerKind::flatten, last(), {1, 1, last().features()});
     return *this;
   }
-  Chain& conv(int out, const Window& window) {
+  Chain& conv(int out, const Window& window, bool bias = true) {
     const int in = last().channels;
     Layer& layer = append(LayerKind::conv2d, last(), windowed(window, out));
     layer.window = window;
     layer.weight =
         tensor({out, in / window.groups * window.taps(), true, window.height, window.width});
-    layer.bias = tensor({1, out, false});
+    if (bias) layer.bias = tensor({1, out, false});
     return *this;
   }
   Chain& pool(LayerKind kind, const Window& window) {
     append(kind, last(), windowed(window, last().channels)).window = window;
+    return *this;
+  }
+  // x + f(x): fork, the layers of f, turn, the layers that x goes through, join.
+  Chain& fork() {
+    fork_ = network().layer_count;
+    append(LayerKind::fork, last(), last());
+    return *this;
+  }
+  Chain& turn() {
+    turn_ = network().layer_count;
+    const Shape shape = owned.layers[fork_].out;
+    append(LayerKind::turn, last(), shape).other_output = static_cast<std::int16_t>(fork_);
+    owned.layers[fork_].other_delta = static_cast<std::int16_t>(turn_);
+    return *this;
+  }
+  Chain& join() {
+    const std::int16_t at = static_cast<std::int16_t>(network().layer_count);
+    append(LayerKind::join, last(), last()).other_output = static_cast<std::int16_t>(turn_ - 1);
+    owned.layers[turn_].other_delta = at;
     return *this;
   }
   // The normalisation before, its ReLU and this in one.
@@ -76,6 +95,8 @@ struct Chain {
 
  private:
   Shape last() const { return owned.layers[network().layer_count - 1].out; }
+  int fork_ = 0, turn_ = 0;  // of the open branch
+
   // Padded alike on both sides.
   Shape windowed(const Window& w, int channels) const {
     const Shape in = last();

@@ -76,6 +76,45 @@ std::vector<Setup> setups() {
   s.rates = Rates::elements, s.optimizer = rmsprop(0.5, true, 0, 0);
   all.push_back(s);
 
+  const Window three{3, 3, 1, 1, 1, 1}, pairs{2, 2, 2, 2}, point{};
+  s = Setup{};
+  s.name = "images";
+  const Window strided{2, 3, 2, 1, 1, 0, 2, 1};
+  Window grouped{2, 1}, averaged{3, 3, 1, 1, 1, 1};
+  grouped.groups = 3;
+  s.chain.image({7, 6, 2})
+      .conv(17, three, false)
+      .norm(L::batch_norm, 17)
+      .pool_norm(pairs)
+      .conv(6, strided, false)
+      .norm(L::batch_norm, 6)
+      .act(A::tanh)
+      .pool(L::max_pool2d, three)
+      .conv(9, grouped)
+      .act(A::silu)
+      .pool(L::avg_pool2d, averaged)
+      .flatten();
+  s.chain.linear(s.chain.network().layers[s.chain.network().layer_count - 1].out.channels, 3);
+  s.form = Form::padded, s.tasks = 18, s.support = 4, s.query = 3, s.smooth = false;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "residual block";
+  s.chain.image({4, 3, 3})
+      .fork()
+      .conv(18, three)
+      .act(A::tanh)
+      .conv(5, three)
+      .turn()
+      .conv(5, point)
+      .join()
+      .act(A::silu)
+      .pool(L::global_avg_pool2d, Window{4, 3})
+      .flatten()
+      .linear(5, 2);
+  s.form = Form::packed, s.tasks = 17, s.support = 4, s.query = 3;
+  all.push_back(s);
+
   s = Setup{};
   s.name = "wide end";
   s.chain.linear(4, 3).act(A::leaky_relu, 0.1).linear(3, 70).act(A::relu);

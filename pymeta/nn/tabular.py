@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def _sizes(name: str, values: Any) -> tuple[int, ...]:
@@ -83,7 +82,10 @@ class TabularInput(nn.Module):
                 f"{len(self.dims)} categories), got {list(x.shape)}"
             )
         codes = x.detach()[:, self.numeric :].long()
-        looked_up = [F.embedding(codes[:, i], table) for i, table in enumerate(self.tables)]
+        # F.embedding cannot be differentiated twice where there are no rows
+        looked_up = [
+            torch.index_select(table, 0, codes[:, i]) for i, table in enumerate(self.tables)
+        ]
         return torch.cat([x[:, : self.numeric], *looked_up], 1)
 
     def extra_repr(self) -> str:

@@ -1,10 +1,66 @@
 """What the tests of the kernels share."""
 
+import math
+
 import pytest
 import torch
-from cases import Problem
+from cases import Case, Problem, meta_gradient, of_tasks
 from helpers import gradients
-from kernels import EPS, using
+from kernels import EPS, EXECUTORS, same_bits, using
+
+POISONS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 3e38}
+
+
+def check_bits(case: Case, dtype: torch.dtype, isa: str) -> None:
+    """A task's bits are its own: alone, permuted, on either executor, on any number of threads."""
+    problem = Problem(case)
+    module = problem.module(dtype)
+    every = list(range(case.tasks))
+    shuffled = torch.randperm(case.tasks).tolist()
+    with using(isa, "rows", 1):
+        wanted = problem.results(module)
+    for executor in EXECUTORS:
+        with using(isa, executor, 1):
+            one_thread = problem.results(module)
+            permuted = problem.results(module, shuffled)
+            alone = problem.results(module, [0])
+        assert same_bits(of_tasks(one_thread, every), of_tasks(wanted, every)), executor
+        assert same_bits(of_tasks(permuted, every), of_tasks(wanted, shuffled)), executor
+        assert same_bits(of_tasks(alone, [0]), of_tasks(wanted, [0])), executor
+        with using(isa, executor, 3):
+            got = problem.results(module)
+        assert same_bits(of_tasks(got, every), of_tasks(wanted, every)), executor
+        assert same_bits(meta_gradient(got), meta_gradient(one_thread)), executor
+
+
+def check_isolation(
+    case: Case, poison: str, where: str, dtype: torch.dtype, isa: str, threads=(1, 2)
+) -> None:
+    """What one task holds changes no bit of another's results: `where` is xs, ys or xq."""
+    problem = Problem(case)
+    side = problem.query if where == "xq" else problem.support
+    spoiled = int(torch.randint(case.tasks, ()))
+    others = [t for t in range(case.tasks) if t != spoiled]
+    module = problem.module(dtype)
+    paths = [(e, n) for e in EXECUTORS for n in threads]
+    wanted = {}
+    for path in paths:
+        with using(isa, *path):
+            wanted[path] = problem.results(module)
+    values = side.y if where == "ys" and side.y.is_floating_point() else side.x
+    no_probability = values is side.y and case.loss == "bce_with_logits"  # but for NaN, an error
+    number = math.nan if no_probability else POISONS[poison]
+    numbers = values.shape[-1]
+    if values is side.x and case.chain[0][0] == "tabular":
+        numbers = case.chain[0][3]  # a category that is none is an error
+    values[spoiled, ..., :numbers] = number
+    for path in paths:
+        with using(isa, *path):
+            got = problem.results(module)
+        assert same_bits(of_tasks(got, others), of_tasks(wanted[path], others)), path
+        for name in ("xs", "xq"):
+            if case.input_gradients:
+                assert same_bits(got[name][others], wanted[path][name][others]), path
 
 
 def check_slope(problem: Problem, isa: str, executor: str) -> None:

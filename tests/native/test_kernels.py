@@ -39,7 +39,7 @@ from kernels import (
     same_bits,
     using,
 )
-from native_help import check_slope
+from native_help import POISONS, check_isolation, check_slope
 from torch import nn
 
 import pymeta
@@ -179,8 +179,6 @@ def test_gradcheck(executor):
 
 # ---- NaN, infinity, huge numbers ----------------------------------------------------------------
 
-POISONS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 3e38}
-
 
 @settings(PROFILE)
 @given(
@@ -191,26 +189,7 @@ POISONS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 3e38}
     ISAS,
 )
 def test_a_diverged_task_is_its_own_affair(case, poison, where, dtype, isa):
-    problem = Problem(case)
-    side = problem.query if where == "xq" else problem.support
-    spoiled = int(torch.randint(case.tasks, ()))
-    others = [t for t in range(case.tasks) if t != spoiled]
-    module = problem.module(dtype)
-    paths = [(e, n) for e in EXECUTORS for n in (1, 2)]
-    wanted = {}
-    for path in paths:
-        with using(isa, *path):
-            wanted[path] = problem.results(module)
-    values = side.y if where == "ys" and side.y.is_floating_point() else side.x
-    no_probability = values is side.y and case.loss == "bce_with_logits"  # but for NaN, an error
-    values[spoiled] = math.nan if no_probability else POISONS[poison]
-    for path in paths:
-        with using(isa, *path):
-            got = problem.results(module)
-        assert same_bits(of_tasks(got, others), of_tasks(wanted[path], others)), path
-        for name in ("xs", "xq"):
-            if case.input_gradients:
-                assert same_bits(got[name][others], wanted[path][name][others]), path
+    check_isolation(case, poison, where, dtype, isa)
 
 
 @pytest.mark.parametrize("isa, executor", PATHS)

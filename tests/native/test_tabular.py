@@ -154,6 +154,17 @@ def test_a_row_that_does_not_count_may_hold_anything(backend):
         learner(net, backend)(xs, ys, xq, yq)
 
 
+def test_a_task_of_no_rows_that_count(backend):
+    """It is not adapted; torch's own F.embedding has no second derivative of no rows."""
+    net, (xs, ys, xq, yq) = made("both")
+    weights = torch.ones(3, 6, dtype=torch.float64)
+    weights[1] = 0
+    out = learner(net, backend)(xs, ys, xq, yq, support_weights=weights)
+    grads = torch.autograd.grad(out.loss, list(net.parameters()))
+    assert all(g.isfinite().all() for g in grads) and grads[0].any()
+    assert_close([out.predictions[1]], [net(xq[1])])
+
+
 def test_models_files_and_adapters(tmp_path):
     net, (xs, ys, xq, yq) = made("both")
     maml = learner(net)
