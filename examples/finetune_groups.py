@@ -4,7 +4,9 @@
 
 The target is 0 or 1. A fifth of each group's rows (the last ones) is held out: it stops each
 group's training where it no longer helps, and tells what it gained. That flatters a little, for
-the same rows chose the epoch. The models are saved.
+the same rows chose the epoch. The models are saved, to predict with by
+
+    pymeta predict models.safetensors new.csv --entity merchant --preprocessor prep.safetensors
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--epochs", type=int, default=50)
     options = parser.parse_args(argv)
     panel = Panel(options.table, entity=options.group, target=options.target)
-    panel = panel.preprocessor().fit(panel)(panel)
-    xs, ys = panel.tasks()[:2]
+    prep = panel.preprocessor().fit(panel)
+    xs, ys = prep(panel).tasks()[:2]
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(xs[0].shape[-1], 32), nn.ReLU(), nn.Linear(32, 1))
     recipe = {"loss": "bce_with_logits", "optimizer": pymeta.Adam(3e-3), "batch_size": 32}
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     print(models)
     print(f"held-out log-loss, mean of {len(models)} groups: {losses[:, 0].mean():.4f} for all")
     print(f"by one network, {best.mean():.4f} with one each; trained {models.history}")
-    models.save("models.safetensors")
+    models.save("models.safetensors", entities=panel.entities)
+    prep.save("prep.safetensors")
     return losses[:, 0].mean().item(), best.mean().item()
 
 

@@ -3,14 +3,13 @@
     pymeta adapt adapter.safetensors past.csv --entity shop --target sales --out models.safetensors
     pymeta predict models.safetensors new.csv --entity shop --out predictions.csv
 
-The models' file is what `AdaptedArrays.save` writes. Beside it, `models.entities.json` says which
-entity each model is of, and from which columns.
+The models' file is what a learner's models' `save(path, entities=names)` writes, too. Beside it,
+`models.entities.json` says which entity each model is of, and from which columns.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -25,6 +24,7 @@ from pymeta.commands import rows
 from pymeta.models import file
 from pymeta.models.adapter import Adapter
 from pymeta.models.arrays import AdaptedArrays
+from pymeta.models.entities import read_entities, write_entities
 from pymeta.spec.show import counted
 from pymeta.tasks.ragged import in_tasks
 
@@ -50,11 +50,6 @@ def _parser(name: str, description: str, first: str, what: str) -> ArgumentParse
 def _refused(command: str, error: Exception) -> int:
     print(f"pymeta {command}: {error}", file=sys.stderr)
     return 1
-
-
-def entities_path(models: str) -> Path:
-    """Where the names of a models' file are."""
-    return Path(models).with_suffix(".entities.json")
 
 
 # ---- adapt --------------------------------------------------------------------------------------
@@ -104,10 +99,14 @@ def _adapt(options: Namespace) -> str:
     models = adapter.adapt(tasks(x), tasks(y), weights=tasks(weights), steps=options.steps)
     took = time.perf_counter() - began
     models.save(options.out)
-    made = {"entity": options.entity, "entities": groups.names}
-    made |= {"features": options.features, "preprocessor": options.preprocessor}
-    made |= {"unused": sorted(n for n in used if n)}
-    entities_path(options.out).write_text(json.dumps(made, indent=1) + "\n")
+    write_entities(
+        options.out,
+        groups.names,
+        entity=options.entity,
+        features=options.features,
+        preprocessor=options.preprocessor,
+        unused=sorted(n for n in used if n),
+    )
     wrong = int((models.status == 1).sum())
     return (
         f"{options.out}: {counted(len(models), 'model', form=',')} adapted to "
@@ -149,9 +148,15 @@ def _predict(options: Namespace) -> tuple[list[str], Any]:
         used |= {options.entity} if options.entity else set()
     else:
         models = AdaptedArrays.load(options.models, verify=True)
-        made = _entities(options.models, len(models))
+        made = read_entities(options.models, len(models))
         names, used = made["entities"], set(made["unused"])
         options.entity = options.entity or made["entity"]
+        if options.entity is None and len(names) > 1:
+            raise ValueError(
+                f"--entity: expected the column that says which of the {len(names)} models in "
+                f"{options.models} is a row's"
+            )
+        used |= {options.entity} if options.entity else set()
         if options.features is None and options.preprocessor is None:
             options.features, options.preprocessor = made["features"], made["preprocessor"]
         if options.start is not None:
@@ -177,20 +182,6 @@ def _start(path: str) -> AdaptedArrays:
     """The start of an adapter as one model."""
     adapter = Adapter.load(path)
     return AdaptedArrays(adapter.architecture, adapter.loss, {}, adapter.parameters, 1)
-
-
-def _entities(models: str, count: int) -> dict[str, Any]:
-    path = entities_path(models)
-    if not path.exists():
-        raise ValueError(
-            f"{path}: no such file, which says whose each model in {models} is; pymeta adapt "
-            "writes one, a learner's save does not"
-        )
-    made = json.loads(path.read_text())
-    keys = {"entity", "entities", "features", "preprocessor", "unused"}
-    if not isinstance(made, dict) or made.keys() != keys or len(made["entities"]) != count:
-        raise ValueError(f"{path}: not the names of the {counted(count, 'model')} in {models}")
-    return made
 
 
 def _which(wanted: list[str], names: list[str], has_start: bool) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from pymeta.models.entities import checked, write_entities
 from pymeta.models.file import Contents, Path, Raw, errors_about, read, write
 from pymeta.spec.architecture import Architecture, Shape, read_architecture
 from pymeta.spec.fields import Fields
@@ -247,16 +248,23 @@ class Stacked(ABC, Generic[Array]):
 
     # ---- files --------------------------------------------------------------------------------
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, entities: Iterable[Any] | None = None) -> None:
         """Write all models into one safetensors file; what they share is written once.
 
         The file is written under another name and then renamed, so that no reader sees half
         of it.
 
+        Args:
+            path: of the file.
+            entities: whose each model is, T names in the models' order. They are written beside
+                it, into a file that ends in .entities.json, from which `pymeta predict` has them.
+
         Raises:
             OSError: it cannot be written.
             TypeError: a parameter has a dtype that these files do not hold.
+            ValueError: there are not T names, or one of them twice.
         """
+        names = None if entities is None else checked(entities, self._tasks)
         architecture = self._architecture()
         own = {
             f".history.{n}": v for n, v in (self.history.values() if self.history else {}).items()
@@ -274,6 +282,8 @@ class Stacked(ABC, Generic[Array]):
         }
         tensors = {**self._stacked, **self._shared, **own}
         write(path, "models", described, {name: self._to_raw(v) for name, v in tensors.items()})
+        if names is not None:
+            write_entities(path, names)
 
     def _like(
         self: Self,

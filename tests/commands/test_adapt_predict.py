@@ -193,3 +193,43 @@ def test_neither_imports_torch(folder):
             text=True,
         )
         assert done.returncode == 0, done.stderr
+
+
+# ---- models that a learner saved ----------------------------------------------------------------
+
+
+def test_models_of_a_learner_with_the_names_of_their_entities(folder, table, capsys):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    groups = list(table.drop(columns="y").groupby("shop"))
+    xs = [rows[["a", "b"]].to_numpy(np.float32) for _, rows in groups]
+    ys = [table.loc[rows.index, ["y"]].to_numpy(np.float32) for _, rows in groups]
+    tune = pymeta.FineTune(torch.nn.Linear(2, 1), loss="mse", optimizer=pymeta.SGD(0.1), epochs=3)
+    models = tune([torch.tensor(x) for x in xs], [torch.tensor(y) for y in ys])
+    models.save("models.safetensors", entities=[name for name, _ in groups])
+    table.drop(columns="y").to_csv("rows.csv", index=False)
+    assert cli.main(PREDICT) == 1
+    said = capsys.readouterr().err
+    assert "--entity: expected the column that says which of the 3 models in models" in said
+    assert cli.main([*PREDICT, "--entity", "shop"]) == 0
+    got = pandas.read_csv("out.csv")
+    for i, (_, rows) in enumerate(groups):
+        wanted = models[i](torch.tensor(xs[i])).detach().numpy()[:, 0]
+        assert np.allclose(got.loc[rows.index, "prediction"], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "said"),
+    [
+        (["a"], ValueError, "entities: expected 3 names, got 1"),
+        (["a", "b", "a"], ValueError, "entities: 'a' is there 2 times"),
+        ("abc", TypeError, "entities: expected a name for each model, got 'abc'"),
+        (3, TypeError, "entities: expected a name for each model, got 3"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_is_written(tmp_path, names, error, said):
+    x = np.zeros((3, 2, 2), np.float32)
+    models = adapter().adapt(x, x[:, :, :1])
+    with pytest.raises(error, match=said):
+        models.save(tmp_path / "models.safetensors", entities=names)
+    assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import source_tree
 
+import pymeta
+from pymeta import cli
+
 EXAMPLES = source_tree.need("examples") / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -68,20 +71,30 @@ def test_maml_minimal(capsys):
 def test_own_csv(folder, capsys):
     import own_csv
 
-    import pymeta
-
     path = made_table(folder, groups=16, rows=24, binary=False)
     words = [str(path), "--entity", "who", "--target", "y", "--time", "day", "--batches", "150"]
     before, after = own_csv.main(words)
     assert after < 0.5 * before
     assert "4 held-out entities" in capsys.readouterr().out
     pymeta.Adapter.load(folder / "adapter.safetensors")
-    from pymeta import cli
-
     adapt = ["adapt", "adapter.safetensors", str(path), "--entity", "who", "--target", "y"]
     adapt += ["--preprocessor", "preprocessor.safetensors", "--out", "models.safetensors"]
     assert cli.main(adapt) == 0
     assert "16 models adapted to 384 rows" in capsys.readouterr().out
+
+
+def test_own_csv_with_a_target_of_text(folder, capsys):
+    pandas = pytest.importorskip("pandas")
+    import own_csv
+
+    path = made_table(folder, groups=40, rows=24, binary=True)
+    table = pandas.read_csv(path)
+    table.assign(y=table["y"].map({0: "no", 1: "yes"})).to_csv(path, index=False)
+    words = [str(path), "--entity", "who", "--target", "y", "--time", "day", "--batches", "200"]
+    before, after = own_csv.main(words)
+    assert after < before - 0.15
+    assert "10 held-out entities: share of wrong classes" in capsys.readouterr().out
+    assert pymeta.Adapter.load(folder / "adapter.safetensors").loss.kind == "cross_entropy"
 
 
 def test_finetune_groups(folder, capsys):
@@ -91,7 +104,10 @@ def test_finetune_groups(folder, capsys):
     before, after = finetune_groups.main([str(path), "--group", "who", "--target", "y"])
     assert after < 0.8 * before
     assert "Adapted(10 x Sequential" in capsys.readouterr().out
-    assert (folder / "models.safetensors").exists()
+    words = ["predict", "models.safetensors", str(path), "--entity", "who", "--preprocessor"]
+    assert cli.main([*words, "prep.safetensors"]) == 0
+    who, *lines = capsys.readouterr().out.splitlines()
+    assert who == "who,probability" and len(lines) == 600
 
 
 def test_sklearn_pipeline(folder):
@@ -108,8 +124,6 @@ def test_serve_client(folder, capsys):
     pytest.importorskip("fastapi")
     import serve_client
     import torch
-
-    import pymeta
 
     net = torch.nn.Sequential(torch.nn.Linear(2, 1))
     torch.nn.init.zeros_(net[0].weight)
