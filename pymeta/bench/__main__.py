@@ -87,7 +87,7 @@ def parser(program: str = "python -m pymeta.bench") -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="default pymeta-bench.json; Markdown goes beside it",
+        help="default pymeta-bench.json, none with --quick; Markdown goes beside it",
     )
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two files of results")
     add("--plot", type=Path, metavar="FILE", help="measure the two sweeps and draw them")
@@ -287,9 +287,9 @@ def _checked(options: argparse.Namespace) -> None:
         for name in ("block_threads", "budget"):
             if getattr(options, name):
                 raise ValueError(f"--{name.replace('_', '-')}: needs --device cuda")
-    if options.out is None:
+    if options.out is None and not options.quick:
         options.out = Path("pymeta-bench.json")
-    if options.out.suffix != ".json":
+    if options.out is not None and options.out.suffix != ".json":
         raise ValueError(f"--out: expected a file that ends in .json, got {options.out}")
 
 
@@ -318,10 +318,23 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m pymet
     if why is not None:
         say(why)
         return 1
+    settings = _settings(options, names)
+    if options.out is not None:
+        return _measure(options, settings, f"{options.out}, {options.out.with_suffix('.md').name}")
+    with tempfile.TemporaryDirectory() as folder:  # a quick look leaves nothing behind
+        options.out = Path(folder) / "pymeta-bench.json"
+        status = _measure(options, settings, "--out FILE.json keeps the results")
+        if status:
+            say(options.out.with_suffix(".log").read_text())
+    return status
+
+
+def _measure(options: argparse.Namespace, settings: Settings, where: str) -> int:
+    """Run, say where the results are; the exit status."""
     began = time.monotonic()
-    output = _run(options, _settings(options, names))
+    output = _run(options, settings)
     rows = list(output.rows.values())
-    say(f"{options.out}, {options.out.with_suffix('.md').name}: {time.monotonic() - began:.0f} s")
+    say(f"{where}: {time.monotonic() - began:.0f} s")
     if _wrong(rows):
         say("a contestant's answer was wrong, see above")
         return 1

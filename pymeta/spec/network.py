@@ -13,6 +13,7 @@ switched, hooks added or layer settings changed are all seen.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,15 +142,45 @@ def _parameter_names(steps: list[Step], model: nn.Module, fixed: Fixed) -> tuple
     return tuple(names)
 
 
-def _network(layers: tuple[Layer, ...]) -> Any:
-    """The native Network of the layers; Refused where they do not fit each other."""
+def _network(layers: tuple[Layer, ...], steps: list[Step]) -> Any:
+    """The native Network of the layers; Refused where it does not run them.
+
+    `steps` are those of a chain whose rows have no positions.
+    """
     missing = native.missing()
     if missing is not None:
         raise Refused(missing)
     try:
         return native.extension().Network(layers)
     except ValueError as error:
+        _check_widths(steps)
         raise Refused(str(error)) from None
+
+
+_MISFIT = re.compile(r"(?:layers: )?layer \d+ takes (\d+) features, the one before it gives (\d+)")
+
+
+def _check_widths(steps: list[Step]) -> None:
+    """ValueError where a layer takes another number of features than it is given.
+
+    That is no reason to fall back: torch cannot run such a model either. (With positions it may,
+    where a linear layer is meant for the last axis alone.)
+    """
+    for k, step in enumerate(steps):
+        try:
+            native.extension().Network(tuple(_shaped(steps[: k + 1], None)))
+        except (ValueError, Refused) as error:
+            found = _MISFIT.fullmatch(str(error))
+            if found is not None and step.module is not None:
+                givers = [
+                    label_of(s.name, s.module)
+                    for s in steps[:k]
+                    if s.module is not None and any(True for _ in s.module.parameters())
+                ]
+                raise ValueError(
+                    f"model: {label_of(step.name, step.module)} takes "
+                    f"{counted(int(found[1]), 'feature')}, but {givers[-1]} gives {found[2]}"
+                ) from None
 
 
 def _norms(steps: list[Step]) -> tuple[nn.Module, ...]:
@@ -249,7 +280,7 @@ def _described(
             _of_a_chain(steps, model),
         )
     layers = _shaped(steps, row_shape if spatial else None)
-    network = _network(tuple(layers))
+    network = _network(tuple(layers), [] if spatial else steps)
     kinds = [s.layer for s in steps if s.layer != IDENTITY]
     return Description(
         layers=tuple(layers),
@@ -279,6 +310,9 @@ def describe(
 
     `row_shape` is the shape of a row of its input, which matters where the rows have positions.
     `fixed` names the normalisations that use running statistics; None: those in eval mode do.
+
+    Raises:
+        ValueError: a layer takes another number of features than the one before it gives.
     """
     try:
         return _described(model, row_shape, fixed)

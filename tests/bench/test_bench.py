@@ -326,3 +326,17 @@ def test_quick_begins_no_case_when_it_is_late(local, monkeypatch, tmp_path, caps
     status, found = run_in_process(tmp_path, "--quick", "--only", "pymeta")
     assert status == 0 and len(found["cases"]) == 1  # the first always runs
     assert "after 0 s no case begins; left out: W1 T=256 K=1, W5" in capsys.readouterr().err
+
+
+def test_a_quick_look_leaves_nothing_behind(tmp_path, monkeypatch, local, capsys):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    short = ["--rounds", "1", "--seconds", "0.002", "--cases", TINY, "--only", "pymeta"]
+    assert cli.main(["--quick", *short]) == 0
+    said = capsys.readouterr()
+    assert "--out FILE.json keeps the results: " in said.err and "W1 T=1 K=1" in said.out
+    assert list(folder.iterdir()) == []
+    assert cli.main(["--quick", *short, "--out", "found.json"]) == 0
+    assert {p.name for p in folder.iterdir()} == {"found.json", "found.md", "found.log"}
+    assert "found.json, found.md: " in capsys.readouterr().err

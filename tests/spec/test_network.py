@@ -1,12 +1,14 @@
 """describe: which modules are chains, which are not and why, and when it must look again."""
 
 import re
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import pymeta
 from pymeta.spec.network import Description, Unsupported, describe
 
 KNOWN = [
@@ -141,10 +143,6 @@ REFUSED = {
     "flatten": (nn.Sequential(nn.Flatten(0), nn.Linear(2, 2)), r"Flatten from dimension 0"),
     "lstm": (nn.LSTM(2, 2), r"LSTM has no native kernel"),
     "no layer": (nn.Sequential(nn.ReLU()), r"the first layer must be linear or a normalisation"),
-    "widths": (
-        nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)),
-        r"takes 4 features, the one before it gives 3",
-    ),
     "skip": (forward_as(lambda s, x: torch.cat([s.b(s.a(x)), x], 1)), r"not a chain"),
     "unread": (forward_as(lambda s, x: (s.a(x), s.b(x))[1]), r"not a chain \(at a\)"),
     "scaled sum": (
@@ -172,6 +170,41 @@ def test_refusals_say_why(case):
     assert isinstance(found, Unsupported)
     assert re.search(reason, found.reason), found.reason
     assert found.watch.is_current()
+
+
+MISFITS = {
+    "linear": (
+        nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(4, 2)),
+        r"model: layer 2 \(Linear\) takes 4 features, but layer 0 \(Linear\) gives 3",
+    ),
+    "nested": (
+        nn.Sequential(nn.Sequential(nn.Linear(2, 1)), nn.LayerNorm(5), nn.Linear(5, 1)),
+        r"model: layer 1 \(LayerNorm\) takes 5 features, but layer 0\.0 \(Linear\) gives 1",
+    ),
+    "one": (
+        nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(1, 2)),
+        r"model: layer 2 \(Linear\) takes 1 feature, but layer 1 \(BatchNorm1d\) gives 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_layers_that_do_not_fit_are_an_error_and_no_fallback(case):
+    module, said = MISFITS[case]
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        describe(module)
+    for backend in ("auto", "torch"):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=f"^{said}$"):
+            warnings.simplefilter("error")
+            pymeta.MAML(module, loss="mse", lr=0.1, steps=1, backend=backend)
+    with pytest.raises(RuntimeError):  # which torch finds out when it runs
+        module.eval()(torch.ones(4, 2))
+
+
+def test_a_linear_layer_on_the_last_axis_of_positions_is_no_misfit():
+    module = nn.Sequential(nn.Conv1d(2, 3, 1), nn.Linear(5, 2), nn.Flatten())
+    assert module(torch.ones(4, 2, 5)).shape == (4, 6)
+    assert isinstance(describe(module, (2, 5)), Unsupported)
 
 
 def test_subclasses_and_exchanged_forwards_are_not_taken_for_known_layers():
