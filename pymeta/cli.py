@@ -21,16 +21,16 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "info": Command("pymeta.info:command", "what runs here and why, and a self-test"),
-    "bench": Command("pymeta.bench.__main__:command", "how fast it is here, beside its rivals"),
-    "inspect": Command("pymeta.commands.inspect:command", "what is in a file that pymeta wrote"),
-    "adapt": Command("pymeta.commands.adapt:adapt", "a model for each entity of a table"),
-    "predict": Command("pymeta.commands.adapt:predict", "predict a table's rows by those models"),
+    "info": Command("pymeta.info:command", "show what runs here and why, and test it"),
+    "bench": Command("pymeta.bench.__main__:command", "measure its speed here beside its rivals"),
+    "inspect": Command("pymeta.commands.inspect:command", "show what is in a file of pymeta's"),
+    "adapt": Command("pymeta.commands.adapt:adapt", "make a model for each entity of a table"),
+    "predict": Command("pymeta.commands.adapt:predict", "predict a table's rows with those models"),
     "finance": Command(
-        "pymeta.commands.finance:finance", "jobs: volatility, betas, credit and more"
+        "pymeta.commands.finance:finance", "run a job of finance: volatility, credit, fraud, ..."
     ),
     "serve": Command("pymeta.serve.command:serve", "adapt and predict over HTTP"),
-    "retrain": Command("pymeta.serve.command:retrain", "train on a service's rows, promote"),
+    "retrain": Command("pymeta.serve.command:retrain", "train on a service's rows, and promote"),
     "token": Command("pymeta.serve.command:token", "make a token for a service's token file"),
 }
 

@@ -58,6 +58,7 @@ class Worker:
             env=environment,
         )
         self._answers: queue.Queue[str] = queue.Queue()
+        self._late = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -76,9 +77,12 @@ class Worker:
 
     def receive(self, patience: float | None = None) -> dict[str, Any]:
         """The answer; {"error": ...} where the process is gone, or needs longer, and is ended."""
+        if self._late:  # what it may have said before it was ended is no answer to this
+            return {"error": "the process ended"}
         try:
             line = self._answers.get(timeout=patience)
         except queue.Empty:
+            self._late = True
             self.close(at_once=True)
             return {"error": f"not ready after {patience:.0f} s"}
         if not line:

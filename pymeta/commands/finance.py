@@ -24,13 +24,17 @@ class Job(NamedTuple):
 
 
 JOBS = {
-    "allocation": Job("pymeta.finance.jobs.allocation:allocation", "how much of each asset"),
-    "betas": Job("pymeta.finance.jobs.betas:betas", "betas of stocks from few days"),
-    "credit": Job("pymeta.finance.jobs.credit:credit", "defaults by segment"),
-    "fraud": Job("pymeta.finance.jobs.fraud:fraud", "new patterns of which a few cases are known"),
-    "text": Job("pymeta.finance.jobs.text:text", "new intents from a few examples each"),
-    "trend": Job("pymeta.finance.jobs.trend:trend", "which stocks do better, by DoubleAdapt"),
-    "volatility": Job("pymeta.finance.jobs.volatility:volatility", "the next days' variances"),
+    "allocation": Job(
+        "pymeta.finance.jobs.allocation:allocation", "choose portfolio weights for groups of assets"
+    ),
+    "betas": Job("pymeta.finance.jobs.betas:betas", "estimate stocks' betas from few days"),
+    "credit": Job("pymeta.finance.jobs.credit:credit", "predict defaults by segment"),
+    "fraud": Job("pymeta.finance.jobs.fraud:fraud", "detect new kinds of fraud from a few cases"),
+    "text": Job("pymeta.finance.jobs.text:text", "classify messages from a few examples a class"),
+    "trend": Job("pymeta.finance.jobs.trend:trend", "rank stocks by their next returns"),
+    "volatility": Job(
+        "pymeta.finance.jobs.volatility:volatility", "predict the next days' variances of stocks"
+    ),
 }
 _TYPES = {"int": int, "float": float, "str": str}
 _OWN = ("data", "columns", "say")
@@ -41,7 +45,9 @@ def usage() -> str:
     width = max(map(len, JOBS))
     lines = [f"  {name:<{width}}  {job.help}" for name, job in JOBS.items()]
     head = "usage: pymeta finance JOB --data FILE [--out FOLDER] ..."
-    return "\n".join([head, "", *lines, "", "pymeta finance JOB --help has a job's options."])
+    about = "Compare adapted models with their rivals on a table of yours, and train one to deploy."
+    more = "pymeta finance JOB --help lists a job's options."
+    return "\n".join([head, "", about, "", *lines, "", more])
 
 
 def finance(words: Sequence[str]) -> int:
@@ -82,16 +88,18 @@ def parser(name: str, run: Callable[..., Any]) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=f"pymeta finance {name}", description=doc.partition("\n")[0]
     )
-    made.add_argument("--data", required=True, help=_escaped(helps.get("data", "")))
-    made.add_argument("--out", help="folder for the report and what is deployed")
-    made.add_argument("--quiet", action="store_true", help="no progress")
+    made.add_argument("--data", required=True, help=_of_command(helps.get("data", "")))
+    made.add_argument("--out", help="the folder to write the report and the trained model to")
+    made.add_argument("--quiet", action="store_true", help="show no progress")
+    roles = dict.fromkeys(re.findall(r'"(\w+)":', helps.get("columns", "")))
     made.add_argument(
-        "--column", action="append", default=[], metavar="ROLE=NAME", help="a column's name"
-    )
+        "--column", action="append", default=[], metavar="ROLE=NAME",
+        help=f"what a column of the table is called; roles: {', '.join(roles)}",
+    )  # fmt: skip
     for option, parameter in inspect.signature(run).parameters.items():
         if option in _OWN:
             continue
-        flag, help_ = "--" + option.replace("_", "-"), _escaped(helps.get(option, ""))
+        flag, help_ = "--" + option.replace("_", "-"), _of_command(helps.get(option, ""))
         if isinstance(parameter.default, bool):
             action: Any = argparse.BooleanOptionalAction if parameter.default else "store_true"
             made.add_argument(flag, action=action, default=parameter.default, help=help_)
@@ -101,8 +109,10 @@ def parser(name: str, run: Callable[..., Any]) -> argparse.ArgumentParser:
     return made
 
 
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")
+def _of_command(text: str) -> str:
+    """What a docstring says of an argument, as an option's help."""
+    text = re.sub(r"\bgive `columns`", "give --column", text).replace("`at`", "--at")
+    return text.removesuffix(".").replace("`", "").replace("%", "%%")
 
 
 def arguments_of(doc: str) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib import import_module
 
 import finance_help
 import numpy as np
@@ -396,3 +398,14 @@ def test_seeds_are_averaged():
         mean_report([])
     result = Result("job", mean, reports, None)
     assert "Who wins" in str(result) and result.adapter is None
+
+
+@pytest.mark.parametrize("name", command.JOBS)
+def test_the_help_of_a_job_says_what_each_option_is(name):
+    module, _, function = command.JOBS[name].home.partition(":")
+    made = command.parser(name, getattr(import_module(module), function))
+    helps = {a.dest: a.help for a in made._actions}
+    assert all(helps.values()) and not [h for h in helps.values() if h.endswith(".")]
+    assert not [h for h in helps.values() if "`" in h or h.startswith(("of ", "that "))]
+    assert re.search(r"roles: \w+, \w+", helps["column"])
+    assert made.format_help()  # a stray % would raise

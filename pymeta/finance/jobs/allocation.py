@@ -82,18 +82,20 @@ def allocation(
     Args:
         data: prices, as `pymeta.finance.read_prices` takes them, with `sector` in an .npz; without
             sectors, groups are random.
-        columns: what a table's columns are called, as there.
+        columns: what a table's columns are called, {"entity": ..., "time": ..., "close": ...,
+            "open": ..., "high": ..., "low": ...}, as there.
         utility: "log" (of wealth), "sharpe" or "mean_variance".
-        aversion: to variance, of "mean_variance".
-        size: stocks of a group, at most.
-        days: of a period.
-        cost: of a trade, as a share of what is traded.
-        leverage: the sum of the weights' sizes.
-        turnover: the most that is traded at once, as a share of wealth; any by default.
+        aversion: the aversion to variance, for "mean_variance".
+        size: the most stocks in a group.
+        days: the days in a period.
+        cost: the cost of a trade, as a share of what is traded.
+        leverage: the sum of the weights' absolute values.
+        turnover: the most that is traded at once, as a share of wealth; no limit by default.
         long_only: whether no weight is below 0.
-        share: of the groups, which are tested and not trained on; of the periods, the last ones.
-        seeds: how many times, with other tested groups and other starts.
-        quick: one seed and fewer training steps: to see it run.
+        share: the share of groups that is tested and not trained on, and of periods: the last
+            ones.
+        seeds: how many runs, each with other tested groups and other starts.
+        quick: use one seed and fewer training steps, to see it run.
         say: is told of progress.
 
     Returns:

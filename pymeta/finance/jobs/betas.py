@@ -180,14 +180,15 @@ def betas(
 
     Args:
         data: prices, as `pymeta.finance.read_prices` takes them; closes are enough.
-        columns: what a table's columns are called, as there.
+        columns: what a table's columns are called, {"entity": ..., "time": ..., "close": ...,
+            "open": ..., "high": ..., "low": ...}, as there.
         market: the name of the index among the stocks; None for the mean of all stocks.
-        days: that a beta is estimated from.
-        every: days after which it is estimated again.
-        at: the day from which hedges are judged; None for after seven tenths of the time.
-        share: of the stocks, which are tested and not trained on.
-        seeds: how many times, with other tested stocks.
-        quick: one seed and fewer training steps: to see it run.
+        days: how many days a beta is estimated from.
+        every: days until it is estimated again.
+        at: the first day that hedges are judged on; by default after seven tenths of the time.
+        share: the share of stocks that is tested and not trained on.
+        seeds: how many runs, each with other tested stocks.
+        quick: use one seed and fewer training steps, to see it run.
         say: is told of progress.
 
     Returns:

@@ -41,16 +41,16 @@ def credit(
             columns are known; for others give `columns`.
         columns: {"segment": ..., "target": ..., "time": ...}: the column of segments (or several,
             "a,b"), of defaults (0 and 1), and of times, or none.
-        numeric: features that are numbers, "a,b"; all columns that are nothing else by default.
-        categorical: features that are categories, likewise.
+        numeric: the features that are numbers, "a,b"; by default all columns with no other role.
+        categorical: the features that are categories, "a,b"; likewise.
         base: the pooled model: "linear", "lightgbm" or "blend".
-        at: the time from which is predicted; by default after seven tenths of the time. Without
+        at: the first time that is predicted; by default after seven tenths of the time. Without
             times, half of the held-out segments' rows are predicted from the other half.
-        gap: days until an outcome is known; loans younger than that at `at` are not learned from.
-        share: of the segments, which are held out; 0 to learn from the past of all of them.
-        seeds: how many times, with other held-out segments and other starts.
-        quick: one seed and fewer training steps: to see it run.
-        stress: whether there are stress tests.
+        gap: days until an outcome is known; loans younger than that at `at` are not trained on.
+        share: the share of segments that is held out; 0 trains on the past of all of them.
+        seeds: how many runs, each with other held-out segments and other starts.
+        quick: use one seed and fewer training steps, to see it run.
+        stress: whether to run stress tests.
         say: is told of progress.
 
     Returns:

@@ -161,14 +161,14 @@ def fraud(
     Args:
         data: transactions: an .npz with `X`, `y` and `columns`, or a table, or its path.
         columns: {"target": ..., "time": ..., "pattern": ...}, as in `fraud_panel`.
-        by: "cluster", "hour" or "pattern", as there.
+        by: what a pattern is: "cluster", "hour" or "pattern", as in `fraud_panel`.
         patterns: how many clusters.
-        shots: frauds of a new pattern that are labelled.
+        shots: how many frauds of a new pattern are labelled.
         budget: the share of rows that are reviewed.
         base: the pooled model: "linear", "lightgbm" or "blend".
-        share: of the patterns, which are held out; of the hours, the last ones.
-        seeds: how many times, with other patterns held out and other starts.
-        quick: one seed and fewer training steps: to see it run.
+        share: the share of patterns that is held out (of hours, the last ones).
+        seeds: how many runs, each with other patterns held out and other starts.
+        quick: use one seed and fewer training steps, to see it run.
         say: is told of progress.
 
     Returns:

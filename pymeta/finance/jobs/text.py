@@ -119,14 +119,15 @@ def text(
     """Compare on classes that training has not seen, and train a model for deployment.
 
     Args:
-        data: a table with a text and a label a row, or an .npz with embeddings `X` and labels `y`.
+        data: a table with a text and a label in each row, or an .npz with embeddings `X` and
+            labels `y`.
         columns: {"text": ..., "label": ...}; {"text": "text", "label": "category"} by default.
-        ways: classes of a task.
-        shots: examples of each.
-        features: directions of TF-IDF; embeddings are taken as they are.
-        share: of the classes, which are tested and not trained on.
-        seeds: how many times, with other tested classes and other starts.
-        quick: one seed and fewer training steps: to see it run.
+        ways: how many classes a task has.
+        shots: how many examples of each class are labelled.
+        features: how many directions of TF-IDF are kept; embeddings are taken as they are.
+        share: the share of classes that is tested and not trained on.
+        seeds: how many runs, each with other tested classes and other starts.
+        quick: use one seed and fewer training steps, to see it run.
         say: is told of progress.
 
     Returns:

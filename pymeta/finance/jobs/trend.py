@@ -190,14 +190,15 @@ def trend(
 
     Args:
         data: prices, as `pymeta.finance.read_prices` takes them; closes are enough.
-        columns: what a table's columns are called, as there.
-        days: of a stretch that is adapted to, and that is predicted.
-        horizon: days ahead.
-        at: the day from which is predicted; by default after seven tenths of the time.
-        share: of the stocks, which are tested and not trained on.
-        incremental: whether maps and start first take steps on the last stretch that is known.
-        seeds: how many times, with other tested stocks and other starts.
-        quick: one seed and fewer training steps: to see it run.
+        columns: what a table's columns are called, {"entity": ..., "time": ..., "close": ...,
+            "open": ..., "high": ..., "low": ...}, as there.
+        days: the days in a stretch that is adapted to, and in one that is predicted.
+        horizon: how many days ahead.
+        at: the first day that is predicted; by default after seven tenths of the time.
+        share: the share of stocks that is tested and not trained on.
+        incremental: whether the maps and the start first take steps on the last known stretch.
+        seeds: how many runs, each with other tested stocks and other starts.
+        quick: use one seed and fewer training steps, to see it run.
         say: is told of progress.
 
     Returns:

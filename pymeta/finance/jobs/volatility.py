@@ -89,18 +89,19 @@ def volatility(
     Args:
         data: prices, as `pymeta.finance.read_prices` takes them: with open, high and low the
             variance is Garman and Klass's, without them the squared return.
-        columns: what a table's columns are called, as there.
-        days: that a stock is adapted to.
-        horizon: days ahead.
-        form: what is adapted, "score", "linear" or "network"; by default it is chosen on training
+        columns: what a table's columns are called, {"entity": ..., "time": ..., "close": ...,
+            "open": ..., "high": ..., "low": ...}, as there.
+        days: how many days a stock is adapted to.
+        horizon: how many days ahead.
+        form: what is adapted: "score", "linear" or "network"; by default it is chosen on training
             stocks, and may be nothing.
-        every: days after which models are adapted again, and a rival is fitted again.
-        at: the day from which is predicted; None for after seven tenths of the time.
-        share: of the stocks, which are tested and not trained on.
-        seeds: how many times, with other tested stocks and other starts.
-        quick: fewer seeds and training steps: to see it run.
-        stress: whether there are stress tests.
-        lightgbm: whether it is among the rivals; of 500 stocks it takes longer than all else.
+        every: days until models are adapted and rivals fitted again.
+        at: the first day that is predicted; by default after seven tenths of the time.
+        share: the share of stocks that is tested and not trained on.
+        seeds: how many runs, each with other tested stocks and other starts.
+        quick: use fewer seeds and training steps, to see it run.
+        stress: whether to run stress tests.
+        lightgbm: whether LightGBM is among the rivals; on 500 stocks it takes longer than all else.
         say: is told of progress.
 
     Returns:
