@@ -230,8 +230,12 @@ listed = $(shell $(PYTHON) -c 'import tomllib; \
 needed = $(PIP) install -c constraints.txt $(shell $(PYTHON) -c 'import tomllib; \
   print(*(repr(r) for r in tomllib.load(open("pyproject.toml", "rb"))$(1)))')
 
-$(STAMP)/test $(STAMP)/bench $(STAMP)/docs $(STAMP)/examples $(STAMP)/serve $(STAMP)/postgres: $(STAMP)/torch pyproject.toml
+$(STAMP)/bench $(STAMP)/examples $(STAMP)/serve $(STAMP)/postgres: $(STAMP)/torch pyproject.toml
 	$(call needed,["project"]["optional-dependencies"]["$(notdir $@)"])
+	@touch $@
+
+$(STAMP)/test $(STAMP)/docs: $(STAMP)/torch pyproject.toml
+	$(call needed,["dependency-groups"]["$(notdir $@)"])
 	@touch $@
 
 $(STAMP)/fuzz: $(STAMP)/venv constraints.txt

@@ -38,7 +38,7 @@ def run(*command: str) -> str:
 
 def program(name: str) -> str:
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
-    assert found, f"no {name}: pip install 'pymeta-kernels[test]', and binutils from the system"
+    assert found, f"no {name}: make .venv/stamp/test, and binutils from the system"
     return found
 
 

@@ -331,7 +331,7 @@ SITE = Program(
 @pytest.mark.background(SITE)
 def test_the_site_builds_without_a_warning():
     if any(map(_is_missing, ("mkdocs", "material", "mkdocstrings_handlers"))):
-        pytest.skip("needs mkdocs-material and mkdocstrings: pip install 'pymeta-kernels[docs]'")
+        pytest.skip("needs mkdocs-material and mkdocstrings: make .venv/stamp/docs")
     done, site = SITE.result(), SITE.folder
     assert done.returncode == 0, done.stdout + done.stderr
     pages = list(site.rglob("*.html"))

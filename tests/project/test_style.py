@@ -18,7 +18,7 @@ FOLDERS = [
 def tool(name: str) -> str:
     """The program that pip installed beside this Python."""
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
-    assert found, f"{name} is not installed: pip install 'pymeta-kernels[test]'"
+    assert found, f"{name} is not installed: make .venv/stamp/test"
     return found
 
 

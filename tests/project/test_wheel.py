@@ -44,7 +44,7 @@ IN_WHEEL = re.compile(
 )
 IN_SDIST = re.compile(
     r"PKG-INFO|pyproject\.toml|CMakeLists\.txt|LICENSE|README\.md|CHANGELOG\.md"
-    r"|cmake/[\w-]+\.(cmake|map)|csrc/README\.md|csrc/(\w+/)+\w+\.(h|cpp|cu|cuh)"
+    r"|cmake/[\w-]+\.(cmake|map|py)|csrc/README\.md|csrc/(\w+/)+\w+\.(h|cpp|cu|cuh)"
     r"|pymeta/(\w+/)*\w+\.pyi?|pymeta/bench/chosen\.json|pymeta/py\.typed|tests/(\w+/)*[\w.-]+"
 )
 
