@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pymeta.backend.plan import Plan
 from pymeta.models.adapted import architecture
 from pymeta.models.adapter import Adapter
+from pymeta.spec import running
+from pymeta.spec.architecture import Architecture
 from pymeta.spec.optimizers import LearnableLR
 from pymeta.tasks.task_set import dense
 
@@ -27,11 +30,6 @@ def from_learner(learner: Learner) -> Adapter:
         raise ValueError(
             "adapter: expected validation=0, because an adapter holds no rows out; find the "
             "number of epochs with a FineTune that does, and deploy one with that number"
-        )
-    if getattr(learner, "query_statistics", "own") != "own":
-        raise ValueError(
-            'adapter: expected query_statistics="own": an adapter normalises the rows that it '
-            "predicts by their own statistics, or in eval mode by running ones"
         )
     plan, tensors = learner._current()
     if plan.unshaped:
@@ -60,4 +58,17 @@ def from_learner(learner: Learner) -> Adapter:
         anchor=learner.anchor,
         anchor_rows=learner.anchor_rows,
         class_weights=getattr(learner, "class_weights", None),
+        predicting=_predicting(learner, plan),
     )
+
+
+def _predicting(learner: Learner, plan: Plan) -> Architecture | None:
+    """The chain of models that go by the statistics of their support sets; None for others."""
+    if getattr(learner, "query_statistics", "own") == "own" or not plan.normalises:
+        return None
+    fixed = running.fixed_by(learner.model, plan.set_norms)
+    own = Plan(
+        learner.model, plan.expected.loss, None, "network", row_shape=plan.row_shape,
+        fixed=fixed | plan.fixed,
+    )  # fmt: skip
+    return architecture(own)

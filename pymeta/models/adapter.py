@@ -24,18 +24,17 @@ from typing import Any
 import numpy as np
 
 from pymeta import native
+from pymeta.models import by_support
 from pymeta.models.arrays import AdaptedArrays, array_of, checked_parameters, frozen, raw_of
 from pymeta.models.file import Contents, Path, read, write
+from pymeta.models.row_weights import class_factors
 from pymeta.spec.anchors import check_anchor
 from pymeta.spec.architecture import Architecture, read_architecture
 from pymeta.spec.class_weights import (
     ClassWeights,
     check_class_count,
     check_class_weights,
-    class_table,
-    classes_of,
     read_class_weights,
-    row_factors,
 )
 from pymeta.spec.fields import Fields
 from pymeta.spec.losses import Loss, check_width, loss_fields, native_loss, read_loss
@@ -84,6 +83,9 @@ class Adapter:
         anchor: the strength of the pull towards the start.
         anchor_rows: in its place, None or what is divided by a task's rows to be its strength.
         class_weights: what weighs rows by their class: None, "balanced", or one for each class.
+        predicting: the chain of layers of the models that it makes, where it differs: one with
+            statistics of the support rows in the place of batch normalisations (a learner's
+            `query_statistics="support"`); or None.
         adapted: the names of the parameters that are adapted.
         parameters: {name: array} the start, read-only.
     """
@@ -101,6 +103,7 @@ class Adapter:
         anchor: float = 0.0,
         anchor_rows: float | None = None,
         class_weights: ClassWeights = None,
+        predicting: Architecture | None = None,
     ) -> None:
         """Copy the arguments; use a learner's `adapter()` or `load` rather than this.
 
@@ -127,7 +130,10 @@ class Adapter:
         if isinstance(optimizer.lr, LearnableLR) == (lr is None):
             raise ValueError("lr: expected values exactly where the optimiser's are learnable")
         self.lr = frozen(np.array([optimizer.lr], self.dtype) if lr is None else lr)
+        self.predicting = predicting
+        self._measured = by_support.of(architecture, predicting)
         self._expected = expected_of(architecture, loss, self.dtype)
+        self._predicted = expected_of(predicting or architecture, loss, self.dtype)
         self._row_shape = architecture.row_shape
         self._one_task = 1 + len(self._row_shape or (1,))  # axes of one task's rows
         groups = self._lay_out_lr()
@@ -229,7 +235,8 @@ class Adapter:
         """Adapt, and predict with what was adapted: the raw outputs.
 
         One task (xs of two dimensions) is the fast way: given `out` and contiguous arrays, it
-        allocates nothing after the first call with that many rows. The rows of one task have one
+        allocates nothing after the first call with that many rows (but where `predicting` is not
+        None, which takes three calls). The rows of one task have one
         axis of features also where the model begins with Flatten.
 
         Args:
@@ -256,6 +263,8 @@ class Adapter:
                 xs, ys, xq = need_array("xs", xs), need_array("ys", ys), need_array("xq", xq)
         if xs.ndim != self._one_task:
             return self._many(xs, ys, xq, out, weights, offset, query_offset)
+        if self._measured is not None:
+            return self._alone(xs, ys, xq, out, weights, offset, query_offset)
         if weights is not None:
             weights = need_array("weights", weights)
         offsets: tuple[Any, ...] = ()
@@ -298,7 +307,7 @@ class Adapter:
         """The tasks with class weights worked into the rows' weights."""
         if self.class_weights is None:
             return support
-        factors = _class_factors(support, self.loss, self.out_features, self.class_weights)
+        factors = class_factors(support, self.loss, self.out_features, self.class_weights)
         weights = factors if support.weights is None else support.weights * factors
         return support._replace(weights=weights)
 
@@ -313,7 +322,7 @@ class Adapter:
         support = gather(_SUPPORT, xs, ys, weights, self._expected)
         if self.class_weights is None:
             return np.ones(support.x.shape[: 1 if support.starts is not None else 2], self.dtype)
-        return _class_factors(support, self.loss, self.out_features, self.class_weights)
+        return class_factors(support, self.loss, self.out_features, self.class_weights)
 
     def _one(self, xs: Any, ys: Any, weights: Any) -> Gathered:
         """One task as a batch."""
@@ -328,9 +337,19 @@ class Adapter:
         expected = self._expected
         support = self._weighted(gather(_SUPPORT, xs, ys, weights, expected, offset))
         why, name = "as xs has", "query_offset"
-        query = gather_queries(xq, support.tasks, why, expected, query_offset, name)
+        query = gather_queries(xq, support.tasks, why, self._predicted, query_offset, name)
         out = query.room(out, self.out_features)
         return self._adapt(support, self.schedule, None)._predict(query, out)
+
+    def _alone(
+        self, xs: Any, ys: Any, xq: Any, out: Any, weights: Any, offset: Any, query_offset: Any
+    ) -> Any:
+        """`adapt_predict` for one task as a batch."""
+        given = {"ys": ys, "xq": xq, "out": out, "weights": weights, "offset": offset}
+        given["query_offset"] = query_offset
+        alone = [None if v is None else need_array(n, v)[None] for n, v in given.items()]
+        found = self._many(xs[None], *alone)
+        return found[0] if out is None else out
 
     def _adapt(
         self, support: Gathered, schedule: Schedule, ids: np.ndarray | None
@@ -349,7 +368,12 @@ class Adapter:
         with _weights_by_name():
             call.run()
         shared = {n: p for n, p in self.parameters.items() if n not in made}
-        return AdaptedArrays(self.architecture, self.loss, made, shared, support.tasks, status)
+        architecture = self.predicting or self.architecture
+        if self._measured is not None:
+            start = {n: made.get(n, p) for n, p in self.parameters.items()}
+            columns = self._native_lr.shape[1]
+            made |= self._measured.of(self._problem, columns, start, self.adapted, support)
+        return AdaptedArrays(architecture, self.loss, made, shared, support.tasks, status)
 
     def _rates(self) -> Any:
         return native.extension().Rates(address(self._native_lr), *self._native_lr.shape)
@@ -375,7 +399,8 @@ class Adapter:
         """The arguments of the constructor."""
         names = ("architecture", "parameters", "adapted", "loss", "optimizer", "schedule")
         pull = ("anchor", "anchor_rows")
-        parts = {name: getattr(self, name) for name in (*names, *pull, "class_weights")}
+        rest = ("class_weights", "predicting")
+        parts = {name: getattr(self, name) for name in (*names, *pull, *rest)}
         return {**parts, "lr": self._learned_lr()}
 
     def _learned_lr(self) -> np.ndarray | None:
@@ -406,6 +431,7 @@ class Adapter:
                 # only where there is one: files without it are read by earlier versions, too
                 **({} if self.anchor_rows is None else {"anchor_rows": self.anchor_rows}),
                 "class_weights": self.class_weights,
+                **({} if self.predicting is None else {"predicting": self.predicting.described()}),
             },
         }
         learned = self._learned_lr()
@@ -429,27 +455,6 @@ class Adapter:
 
 
 # ---- pieces -----------------------------------------------------------------------------------
-
-
-def _class_factors(
-    support: Gathered, loss: Loss, outputs: int, weights: str | tuple[float, ...]
-) -> np.ndarray:
-    """What the rows' weights are multiplied by: the weight of the row's class.
-
-    A wrong label is left for the native core to find.
-    """
-    assert support.y is not None
-    if support.distributions:
-        raise ValueError("class_weights: expected None where ys are distributions over the classes")
-    tasks = support.tasks
-    sizes = np.full(tasks, support.rows) if support.sizes is None else support.sizes
-    task = np.repeat(np.arange(tasks), sizes)
-    number = np.arange(len(task)) - (np.cumsum(sizes) - sizes)[task]
-    weighs = None if support.weights is None else support.weights.reshape(-1)
-    found = classes_of("ys", support.y.reshape(-1), task, number, loss, outputs, weighs)
-    table = class_table(found, task, tasks, weights, outputs if loss.takes_classes else 2)
-    factors = row_factors(found, task, table).astype(support.x.dtype)
-    return factors.reshape(support.x.shape[:-1])
 
 
 def _as_engines_want(
@@ -493,6 +498,8 @@ def _read_parts(contents: Contents) -> dict[str, Any]:
         "anchor_rows": recipe.number("anchor_rows") if "anchor_rows" in recipe else None,
         "class_weights": read_class_weights(recipe),
     }
+    if "predicting" in recipe:
+        parts["predicting"] = read_architecture(recipe.take("predicting", dict, "an object"))
     recipe.end()
     for name, raw in contents.tensors.items():
         if raw.dtype not in ("F32", "F64"):

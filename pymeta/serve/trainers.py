@@ -77,7 +77,9 @@ def maml(adapter: Adapter, episodes: int, lr: float, draw: Callable[[], Sequence
         anchor_rows=adapter.anchor_rows,
         steps=adapter.schedule.steps or 0,
         adapt=[own[name] for name in adapter.adapted],
-        backend="native",
+        query_statistics="own" if adapter.predicting is None else "support",
+        # by the statistics of support sets, tasks of different sizes run in torch
+        backend="native" if adapter.predicting is None else "auto",
     )
     if isinstance(learner.lr, nn.Parameter):
         with torch.no_grad():

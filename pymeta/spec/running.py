@@ -52,21 +52,38 @@ def kept_by(
     Raises:
         ValueError: a module has no running statistics.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = _names(model)
+    fixed = fixed_by(model, modules)
     found: dict[str, Tensor] = {}
     for module, pair in zip(modules, of_support(modules, statistics), strict=True):
         name = names[id(module)]
         for key, value in zip(("running_mean", "running_var"), pair, strict=True):
-            buffer = module._buffers.get(key)
-            if buffer is None:
-                raise ValueError(
-                    f"query_statistics: adapted models keep the support sets' statistics in the "
-                    f"place of running ones, and layer {name} has none: make it with "
-                    f"track_running_stats=True"
-                )
+            buffer = module._buffers[key]
+            assert buffer is not None
             whole = value.reshape(len(value), *[1] * (buffer.ndim - 1), -1)
             found[f"{name}.{key}" if name else key] = whole.expand(-1, *buffer.shape).contiguous()
-    return frozenset(names[id(m)] for m in modules), found
+    return fixed, found
+
+
+def fixed_by(model: nn.Module, modules: Norms) -> frozenset[str]:
+    """The names of batch normalisations that get statistics in the place of running ones.
+
+    Raises:
+        ValueError: a module has no running statistics.
+    """
+    names = _names(model)
+    for module in modules:
+        if any(module._buffers.get(n) is None for n in ("running_mean", "running_var")):
+            raise ValueError(
+                f"query_statistics: adapted models keep the support sets' statistics in the "
+                f"place of running ones, and layer {names[id(module)]} has none: make it with "
+                f"track_running_stats=True"
+            )
+    return frozenset(names[id(m)] for m in modules)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(module): name for name, module in model.named_modules()}
 
 
 def any_tracked(modules: Iterable[nn.Module]) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close, assert_promised
@@ -211,12 +212,45 @@ def test_settings_and_what_cannot_be_kept():
     net, (xs, ys, *_) = made("rows")
     with pytest.raises(ValueError, match=r'query_statistics: expected "own" or "support"'):
         pymeta.MAML(net, loss="mse", lr=0.1, steps=1, query_statistics="running")
-    maml = learner(net)
-    with pytest.raises(ValueError, match=r'adapter: expected query_statistics="own"'):
-        maml.adapter()
-    maml.query_statistics = "own"
-    assert maml.adapter() is not None
     free = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4, track_running_stats=False),
                          nn.Linear(4, 3)).double()  # fmt: skip
-    with pytest.raises(ValueError, match=r"layer 1 has none: make it with track_running_stats"):
-        learner(free).adapt(xs, ys)
+    for call in (lambda: learner(free).adapt(xs, ys), learner(free).adapter):
+        with pytest.raises(ValueError, match=r"layer 1 has none: make it with track_running_stats"):
+            call()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_an_adapter_has_what_the_learner_has(name, tmp_path):
+    """All tasks, one, single rows, lists, from a file and from a copy: in bits."""
+    net, (xs, ys, xq, _) = made(name)
+    maml = learner(net)
+    models = maml.adapt(xs, ys)
+    wanted = models(xq).numpy()
+    maml.adapter().save(tmp_path / "adapter")
+    x, y, q = (v.numpy() for v in (xs, ys, xq))
+    loaded = pymeta.Adapter.load(tmp_path / "adapter")
+    for adapter in (maml.adapter(), loaded, copy.deepcopy(loaded)):
+        made_there = adapter.adapt(x, y)
+        assert np.array_equal(made_there(q), wanted)
+        assert np.array_equal(made_there(q[:, 1:2]), wanted[:, 1:2])
+        assert np.array_equal(adapter.adapt_predict(x, y, q), wanted)
+        out = np.empty_like(wanted[1])
+        assert adapter.adapt_predict(x[1], y[1], q[1], out) is out
+        assert np.array_equal(out, wanted[1])
+        assert np.array_equal(adapter.adapt_predict(x[1], y[1], q[1, :1]), wanted[1, :1])
+        ragged = adapter.adapt([x[0], x[1][:3]], [y[0], y[1][:3]])
+        assert np.array_equal(ragged(q[:2])[0], wanted[0])
+        alone = maml.adapt(xs[1:2, :3], ys[1:2, :3])
+        assert np.array_equal(ragged(q[:2])[1], alone(xq[1:2]).numpy()[0])
+        made_there.save(tmp_path / "models")
+        assert np.array_equal(pymeta.AdaptedArrays.load(tmp_path / "models")(q), wanted)
+        assert torch.equal(pymeta.Adapted.load(tmp_path / "models", net)(xq), models(xq))
+
+
+def test_an_adapter_whose_two_chains_differ_is_refused():
+    maml = learner(made("rows")[0])
+    parts = maml.adapter().__getstate__()
+    own = pymeta.MAML(maml.model, loss="cross_entropy", lr=LR, steps=STEPS, backend="native")
+    for predicting in (parts["architecture"], own.adapter().architecture):
+        with pytest.raises(ValueError, match=r"predicting: expected the same layers"):
+            pymeta.Adapter(**{**parts, "predicting": predicting})
