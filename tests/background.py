@@ -1,7 +1,8 @@
 """Programs that tests wait for and that need nothing of this process: compilers, mypy, mkdocs.
 
-Together they take a minute or more. Where there is a core to spare they begin with the session, at
-a lower priority, beside the tests; elsewhere each begins when its test asks for it.
+Together they take minutes. Where there are cores to spare, as many as there are such cores run at a
+time beside the tests, at a lower priority, in the order in which tests ask for them; elsewhere each
+begins when its test asks for it.
 
     MYPY = Program(sys.executable, "-m", "mypy", cwd=ROOT)
 
@@ -27,11 +28,11 @@ class Program:
 
     Args:
         command: the words. "{folder}" in them is a folder of the program's own.
-        cwd: where it runs.
+        cwd: where it runs; by default in that folder.
         environment: variables besides this process's.
     """
 
-    def __init__(self, *command: str, cwd: Path, **environment: str) -> None:
+    def __init__(self, *command: str, cwd: Path | None = None, **environment: str) -> None:
         self._command, self._cwd, self._environment = command, cwd, environment
         self._process: subprocess.Popen[bytes] | None = None
         self._place: Path | None = None
@@ -54,12 +55,22 @@ class Program:
         with open(self._said("out"), "wb") as out, open(self._said("err"), "wb") as err:
             self._process = subprocess.Popen(
                 words,
-                cwd=self._cwd,
+                cwd=self._cwd or self.folder,
                 env={**os.environ, **self._environment},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
             )
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has started."""
+        return self._process is not None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is at work now."""
+        return self._process is not None and self._process.poll() is None
 
     def result(self) -> subprocess.CompletedProcess[str]:
         """Wait for its end."""
@@ -71,7 +82,7 @@ class Program:
 
     def end(self) -> None:
         """Nobody asks any more: kill it where it still runs, remove its files."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.runs:
             self._process.kill()
             self._process.wait()
         if self._place is not None:
@@ -93,3 +104,11 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def advance(programs: list[Program], spare: int) -> None:
+    """Start the next ones, so that as many run as there are cores to spare."""
+    free = spare - sum(program.runs for program in programs)
+    waiting = [program for program in programs if not program.begun]
+    for program in waiting[: max(free, 0)]:
+        program.start(nice=True)

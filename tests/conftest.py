@@ -68,16 +68,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place[item.path])  # a module's fixtures are made once
 
 
+_programs: list[background.Program] = []  # that the chosen tests ask for
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin the programs that tests will ask for, where a core has nothing else to do."""
-    if background.cores() > 1 and not session.config.option.collectonly:
-        for program in background.programs_of(session.items):
-            program.start(nice=True)
+    """Find the programs that tests will ask for."""
+    if not session.config.option.collectonly:
+        _programs[:] = background.programs_of(session.items)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_runtest_logstart() -> None:
+    """Begin those for which there is a core."""
+    background.advance(_programs, background.cores() - 1)
+
+
+def pytest_sessionfinish() -> None:
     """End what a failure or an interrupt left running."""
-    for program in background.programs_of(getattr(session, "items", ())):
+    for program in _programs:
         program.end()
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from background import Program
+
 from pymeta.bench import (
     __main__ as cli,
 )
@@ -30,6 +32,12 @@ def bench(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complete
         text=True,
         timeout=900,
     )
+
+
+RESULTS = Program(
+    *(sys.executable, "-m", "pymeta.bench", "--cases", TINY, "--rounds", "3", "--seconds", "0.01"),
+    *("--without", "torch", "jax", "higher", "scikit-learn", "--out", "found.json"),
+)
 
 
 class LocalWorker:

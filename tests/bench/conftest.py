@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_help import TINY, LocalWorker, bench
+from bench_help import RESULTS, LocalWorker
 
 import pymeta
 from pymeta.bench import (
@@ -27,14 +27,11 @@ def _threads_as_before():
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def results() -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run of the program on the smallest case: pymeta alone."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    without = ["--without", "torch", "jax", "higher", "scikit-learn"]
-    short = ["--rounds", "3", "--seconds", "0.01"]
-    done = bench("--cases", TINY, *without, *short, "--out", "found.json", cwd=folder)
+    done = RESULTS.result()
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done
+    return RESULTS.folder, done
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bench_help import TINY, W5, bench, run_in_process
+from bench_help import RESULTS, TINY, W5, bench, run_in_process
 
 import pymeta
 from pymeta.bench import (
@@ -32,6 +32,7 @@ from pymeta.bench.cases import CASES, CUDA_CASES, LATENCY, chosen, draw, pool
 # ---- the program --------------------------------------------------------------------------------
 
 
+@pytest.mark.background(RESULTS)
 def test_it_prints_a_table_with_errors_times_and_the_peak(results):
     _, done = results
     lines = done.stdout.splitlines()
@@ -45,6 +46,7 @@ def test_it_prints_a_table_with_errors_times_and_the_peak(results):
     assert row[8].endswith("%") and row[9] in ("rows", "lanes")
 
 
+@pytest.mark.background(RESULTS)
 def test_its_json_says_what_was_measured_where_and_how(results):
     folder, _ = results
     found = json.loads((folder / "found.json").read_text())

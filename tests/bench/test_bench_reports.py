@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bench_help import TINY, run_in_process
+from bench_help import RESULTS, TINY, run_in_process
 
 from pymeta.bench import (
     __main__ as cli,
@@ -150,6 +150,7 @@ def test_peaks_and_bursts_by_hand():
 # ---- comparing ----------------------------------------------------------------------------------
 
 
+@pytest.mark.background(RESULTS)
 def test_a_regression_shows_and_noise_does_not(results, tmp_path, capsys):
     folder, _ = results
     before = json.loads((folder / "found.json").read_text())
@@ -178,6 +179,7 @@ def test_a_regression_shows_and_noise_does_not(results, tmp_path, capsys):
     assert " faster" in capsys.readouterr().out
 
 
+@pytest.mark.background(RESULTS)
 def test_published_results_can_be_compared(results, tmp_path):
     """Files of an earlier form too: without rounds, the fastest call stands for the noise."""
     folder, _ = results

@@ -160,4 +160,22 @@ def test_programs_of_the_chosen_tests_begin(request):
             return [pytest.mark.background(*self.programs).mark] if self.programs else []
 
     assert background.programs_of([Item(two), Item(), Item(one, two)]) == [two, one]
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_as_many_run_as_there_are_cores_to_spare(spare):
+    code = "import time; time.sleep(600)"
+    programs = [Program(sys.executable, "-c", code, cwd=HERE) for _ in range(3)]
+    try:
+        for _ in range(2):
+            background.advance(programs, spare)
+            assert [program.runs for program in programs] == [i < spare for i in range(3)]
+        if spare:
+            programs[0]._process.kill()
+            programs[0].result()  # it has come to its end
+            background.advance(programs, spare)
+            assert [program.begun for program in programs] == [i <= spare for i in range(3)]
+    finally:
+        for program in programs:
+            program.end()
     assert background.cores() >= 1
