@@ -355,7 +355,7 @@ def test_a_jobs_options_are_its_arguments():
     found = vars(parser.parse_args(words))
     assert found["days"] == 7 and found["stress"] is False and found["fast"] is False
     assert found["at"] is None and found["data"] == "f"
-    assert "how many, in two lines of 100 %." in " ".join(parser.format_help().split())
+    assert "how many, in two lines of 100 % --fast" in " ".join(parser.format_help().split())
 
 
 def test_every_job_has_a_home_and_help(capsys):
