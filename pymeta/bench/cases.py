@@ -4,12 +4,17 @@ W1  1-40-40-1 ReLU, MSE, 10+10 rows: the sinusoids of the MAML paper (Finn et al
 W2  784-256-128-64-64-5 ReLU, with and without batch normalisation, cross-entropy, 5+25 rows:
     the paper's non-convolutional network on 5-way 1-shot images (sec. 5.2)
 W3  24-64-64-1 ReLU, binary cross-entropy, 32+32 rows: a small scoring model for each segment
+conv4  four 3x3 convolutions of 64 channels on 28x28 images, cross-entropy, 5+25 rows (Vinyals et
+    al. 2016): the field's network
+windows  convolutions of width 3 over 40 days of 5 series, 16-32-32 channels, binary cross-entropy,
+    32+32 rows: up or down, a model for each asset
 W4  Reptile, 1-64-64-1 tanh, MSE, 10 rows, 32 steps: the sinusoids of Nichol et al. 2018 (sec. 4.1)
 W5  fine-tuning, W3's network on 50 rows, 20 epochs of full-batch Adam: a thousand scoring models
 W6  latency: W3's network adapted to 20 rows by 5 steps, then one row predicted (latency.py)
 
-W1 to W3 are meta-gradients of MAML; `Case.job` says what a case computes. `CASES` are what a CPU
-is measured by, `CUDA_CASES` the same with the numbers of tasks that a GPU is for.
+W1 to W3, conv4 and windows are meta-gradients of MAML; `Case.job` says what a case computes.
+`CASES` are what a CPU is measured by, `CUDA_CASES` the same with the numbers of tasks that a GPU is
+for.
 """
 
 from __future__ import annotations
@@ -39,9 +44,9 @@ class Case:
         name: e.g. "W1 T=25 K=1".
         sizes: widths of the chain; the activation (after batch normalisation, where there is one)
             between.
-        image: (height, width) where rows are images of sizes[0] channels, or (). Every layer but
-            the last is then a 3x3 convolution with padding, behind its activation a 2x2 max
-            pooling.
+        image: (height, width) where rows are images of sizes[0] channels, (length,) where they
+            are sequences, or (). Every layer but the last is then a convolution of width 3 with
+            padding, behind its activation a max pooling of width 2.
         loss: "mse", "cross_entropy" or "bce_with_logits".
         support, query: rows of a task.
         steps: inner steps, each on all of the support rows.
@@ -112,7 +117,7 @@ class Case:
         """Network, loss and rows in a line."""
         norm = " BN" if self.batch_norm else ""
         rows = f"{self.support}+{self.query}" if self.query else f"{self.support}"
-        convolutional = f"conv {self.image[0]}x{self.image[1]} " if self.image else ""
+        convolutional = f"conv {'x'.join(map(str, self.image))} " if self.image else ""
         network = f"{convolutional}{'-'.join(map(str, self.sizes))}{norm} {self.activation}"
         return f"{network}, {self.loss}, {rows} rows, {self.steps} x {self.optimizer}"
 
@@ -138,13 +143,15 @@ class Case:
             return self.layers
         *hidden, (inputs, outputs) = self.layers
         left = math.prod(n >> len(hidden) for n in self.image)
-        return [*((9 * i, o) for i, o in hidden), (inputs * left, outputs)]
+        taps = 3 ** len(self.image)
+        return [*((taps * i, o) for i, o in hidden), (inputs * left, outputs)]
 
     def weight_shapes(self) -> list[tuple[int, ...]]:
         """Of each layer, as torch has them."""
         if not self.image:
             return [(o, i) for i, o in self.layers]
-        shapes: list[tuple[int, ...]] = [(o, i, 3, 3) for i, o in self.layers[:-1]]
+        window = (3,) * len(self.image)
+        shapes: list[tuple[int, ...]] = [(o, i, *window) for i, o in self.layers[:-1]]
         inputs, outputs = self.products[-1]
         return [*shapes, (outputs, inputs)]
 
@@ -199,6 +206,9 @@ _CONV4 = Case(
     batch_norm=True,
     image=(28, 28),
 )
+_WINDOWS = Case(
+    *("windows", (5, 16, 32, 32, 1), "bce_with_logits", 32, 32, 5, 0.1, 64), image=(40,)
+)
 _W3 = Case("W3", (24, 64, 64, 1), "bce_with_logits", 32, 32, 5, 0.1, 64)
 _W4 = Case(
     *("W4 Reptile", (1, 64, 64, 1), "mse", 10, 0, 32, 0.02, 32),
@@ -228,6 +238,7 @@ CASES = _named([
     _W2,
     _W2_BN,
     *_family(_CONV4, tasks=(1, 4, 32)),
+    *_family(_WINDOWS, tasks=(64, 500)),
     *_family(_W3, first_order=(False, True), tasks=(64, 1024)),
     _W4,
     _W5,
@@ -432,10 +443,12 @@ def _images(rng: np.random.Generator, case: Case) -> list[Array]:
 
 
 def _segments(rng: np.random.Generator, case: Case) -> list[Array]:
-    teacher = rng.normal(size=(case.tasks, case.sizes[0], 1)) / case.sizes[0] ** 0.5
+    features = math.prod(case.row_shape)
+    teacher = rng.normal(size=(case.tasks, features, 1)) / features**0.5
     arrays = []
     for rows in (case.support, case.query):
-        x = rng.normal(size=(case.tasks, rows, case.sizes[0]))
+        x = rng.normal(size=(case.tasks, rows, features))
         chance = 1.0 / (1.0 + np.exp(1.0 - 2.0 * (x @ teacher)))
-        arrays += [x, (rng.random(chance.shape) < chance).astype(np.float64)]
+        labels = (rng.random(chance.shape) < chance).astype(np.float64)
+        arrays += [x.reshape(case.tasks, rows, *case.row_shape), labels]
     return arrays

@@ -5,7 +5,8 @@ Meta-gradients come from `jax.value_and_grad` of the vmapped inner loop, inner g
 that a layer is `x @ w` without a transpose. Inputs are on the device before the clock starts. The
 flags that set the platform and the number of devices and threads must be in the environment before
 JAX is imported: `contestants.py` says which, and each configuration has its own process.
-Images have their channels last, and the convolutions' weights lie as [3, 3, in, out].
+Images have their channels last, and the convolutions' weights lie as [3, 3, in, out]; sequences
+likewise, with one axis of positions.
 """
 
 from __future__ import annotations
@@ -45,19 +46,20 @@ def _losses(kind: str) -> Function:
 
 
 def _pooled(x: jax.Array) -> jax.Array:
-    """The largest of each 2x2 window, [rows, height, width, channels]."""
-    rows, height, width, channels = x.shape
-    whole = x[:, : height // 2 * 2, : width // 2 * 2]
-    windows = whole.reshape(rows, height // 2, 2, width // 2, 2, channels)
-    return windows.max((2, 4))
+    """The largest of each window of width 2, [rows, positions..., channels]."""
+    rows, *sizes, channels = x.shape
+    whole = x[(slice(None), *(slice(n // 2 * 2) for n in sizes))]
+    halves = [size for n in sizes for size in (n // 2, 2)]
+    return whole.reshape(rows, *halves, channels).max(tuple(range(2, 2 * len(sizes) + 1, 2)))
 
 
 def _forward(layers: Layers, x: jax.Array, activation: Function = jax.nn.relu) -> jax.Array:
     images = x.ndim > 2
     for w, b, *norm in layers[:-1]:
         if images:
-            named = ("NHWC", "HWIO", "NHWC")
-            x = lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=named) + b
+            named = ("NHWC", "HWIO", "NHWC") if x.ndim == 4 else ("NWC", "WIO", "NWC")
+            strides = (1,) * (x.ndim - 2)
+            x = lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=named) + b
         else:
             x = x @ w + b
         if norm:
@@ -69,7 +71,7 @@ def _forward(layers: Layers, x: jax.Array, activation: Function = jax.nn.relu) -
             x = _pooled(x)
     w, b = layers[-1]
     if images:  # in torch's order
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)
     return x @ w + b
 
 
@@ -219,7 +221,7 @@ def _arguments(case: Case, data: Data, multiple: int) -> tuple[Any, tuple[Array,
     layers = []
     while flat:
         w, *rest = flat[:per_layer] if len(flat) > 2 else flat
-        turned = w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T
+        turned = np.moveaxis(w, (0, 1), (-1, -2))  # [out, in, ...] to [..., in, out]
         layers.append((np.ascontiguousarray(turned), *rest))
         flat = flat[1 + len(rest) :]
     extra = -case.tasks % multiple
@@ -229,7 +231,7 @@ def _arguments(case: Case, data: Data, multiple: int) -> tuple[Any, tuple[Array,
         return np.concatenate([a, a[:1].repeat(extra, 0)])
 
     ys, yq = (y.astype(np.int32) if y.dtype == np.int64 else y for y in (data.ys, data.yq))
-    xs, xq = (x.transpose(0, 1, 3, 4, 2) if x.ndim == 5 else x for x in (data.xs, data.xq))
+    xs, xq = (np.moveaxis(x, 2, -1) for x in (data.xs, data.xq))  # of features: themselves
     query = (xq, yq) if case.query else ()
     sets = tuple(fill(a) for a in (xs, ys, *query))
     return layers, (np.concatenate([weights, np.zeros(extra, np.float32)]), *sets)
@@ -239,8 +241,8 @@ def _flat(layers: Layers) -> list[jax.Array]:
     """In the order and shapes of `Data.parameters`."""
     found: list[jax.Array] = []
     for w, *rest in layers:
-        images = w.ndim - rest[0].ndim == 3  # the results of many tasks have an axis more
-        found += [jnp.moveaxis(w, (-1, -2), (-4, -3)) if images else w.swapaxes(-1, -2), *rest]
+        axes = w.ndim - rest[0].ndim - 1  # of positions; many tasks' results have an axis more
+        found += [jnp.moveaxis(w, (-1, -2), (-2 - axes, -1 - axes)), *rest]
     return found
 
 

@@ -37,12 +37,17 @@ def inner_optimizer(case: Case) -> SGD | Adam:
 # ---- without torch -------------------------------------------------------------------------------
 
 
+def _two(case: Case, sizes: tuple[int, ...], first: int) -> tuple[int, int]:
+    """Along height and width; a sequence has `first` as its height's."""
+    return (first, sizes[-1]) if len(case.image) == 1 else (sizes[0], sizes[-1])
+
+
 def architecture(case: Case) -> Architecture:
     """The case's network as the native core takes it, its parameters in the order of `Data`."""
     layers: list[tuple[Any, ...]] = []
     names: list[str] = []
     if case.image:
-        layers.append(("image", case.sizes[0], *case.image))
+        layers.append(("image", case.sizes[0], *_two(case, case.image, 1)))
     for i, (inputs, outputs) in enumerate(case.layers):
         if i == len(case.layers) - 1 and case.image:
             layers.append(("flatten",))
@@ -50,15 +55,19 @@ def architecture(case: Case) -> Architecture:
         if i == len(case.layers) - 1 or not case.image:
             layers.append(("linear", *case.products[i], True))
         else:
-            window = (3, 3, 1, 1, 1, 1, 1, 1, 1, 1)  # kernel, stride, paddings, dilation
-            layers.append(("conv2d", inputs, outputs, *window, 1, True))
+            # kernel, stride, paddings, dilation
+            padding = _two(case, (1,), 0)
+            sides = [side for side in padding for _ in range(2)]
+            window = (*_two(case, (3,), 1), 1, 1, *sides, 1, 1)
+            layers.append((f"conv{len(case.image)}d", inputs, outputs, *window, 1, True))
         if i < len(case.layers) - 1:
             if case.batch_norm:
                 names += [f"{len(layers)}.weight", f"{len(layers)}.bias"]
                 layers.append(("batch_norm", outputs, 1e-5, True, True))
             layers.append((case.activation,))
             if case.image:
-                layers.append(("max_pool2d", 2, 2, 2, 2, 0, 0, 0, 0, 1, 1))
+                pairs = _two(case, (2,), 1)
+                layers.append((f"max_pool{len(case.image)}d", *pairs, *pairs, 0, 0, 0, 0, 1, 1))
     return Architecture(tuple(layers), tuple(names), tuple(names), False)
 
 

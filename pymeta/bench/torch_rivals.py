@@ -38,14 +38,16 @@ def make_model(case: Case, data: Data, device: devices.Device | None = None) -> 
             layers.append(nn.Linear(*case.products[i]))
             break
         if case.image:
-            layers.append(nn.Conv2d(inputs, outputs, 3, padding=1))
+            convolution = nn.Conv1d if len(case.image) == 1 else nn.Conv2d
+            layers.append(convolution(inputs, outputs, 3, padding=1))
         else:
             layers.append(nn.Linear(inputs, outputs))
         if case.batch_norm:
-            norm = nn.BatchNorm2d if case.image else nn.BatchNorm1d
+            norm = nn.BatchNorm2d if len(case.image) == 2 else nn.BatchNorm1d
             layers.append(norm(outputs, track_running_stats=False))
         layers.append(ACTIVATIONS[case.activation]())
-        layers += [nn.MaxPool2d(2)] * bool(case.image)
+        pool = nn.MaxPool1d if len(case.image) == 1 else nn.MaxPool2d
+        layers += [pool(2)] * bool(case.image)
     model = nn.Sequential(*layers).to(torch.from_numpy(data.xs).dtype)
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), data.parameters, strict=True):
