@@ -29,6 +29,17 @@ def conv(inputs, outputs, kernel, stride=1, padding=0, dilation=1, groups=1, bia
     return ("conv", terms, outputs, inputs, kernel, stride, padding, dilation, groups, bias)
 
 
+WINOGRAD = 16  # channels, at least, on both sides of what csrc/cpu/winograd.h may do
+
+
+def may_transform(layer: tuple) -> bool:
+    """Whether a layer is of a kind that Winograd's transforms are used for."""
+    if layer[0] != "conv" or layer[4] != (3, 3) or min(layer[2], layer[3]) < WINOGRAD:
+        return False
+    _, _, _, _, _, stride, _, dilation, groups, _ = layer
+    return all(v in (1, (1, 1)) for v in (stride, dilation)) and groups == 1
+
+
 def make_image_layer(layer: tuple) -> nn.Module:
     """The module of a layer whose kind is in KINDS."""
     kind, *values = layer

@@ -7,6 +7,9 @@
 // block's rows are still in the cache for the next tap. Where blocks end does not depend on how many images there are: rows
 // that a task lacks, or blocks of them, add nothing.
 //
+// Of a single input channel, whose products would be one multiply-add deep and whose gradients one row high, the taps along a row of the
+// window go together: a product's depth, a gradient's rows.
+//
 // Groups that see some of the inputs only are sums over vectors of channels instead, whose inputs are gathered one by one.
 #pragma once
 
@@ -48,13 +51,18 @@ class ConvolutionProducts {
     const Shape& out = layer_.out;
     const int wide = least(kBlockPositions, out.width), high = kBlockPositions / wide;
     bool is_first = true;
+    if (is_single()) begin_sums(sink);
     for (int y = 0; y < out.height; y += high)
       for (int x = 0; x < out.width; x += wide)
         for (int image = 0; image == 0 || image < images_; image += kBlockImages) {
           const Block block{y,     least(y + high, out.height),
                             x,     least(x + wide, out.width),
                             image, least(kBlockImages, images_ - image)};
-          for (int tap = 0; tap < taps_; ++tap) add_block(pairs, count, block, tap, is_first, sink);
+          if (is_single())
+            add_single_block(pairs, count, block, sink);
+          else
+            for (int tap = 0; tap < taps_; ++tap)
+              add_block(pairs, count, block, tap, is_first, sink);
           is_first = false;
         }
   }
@@ -84,6 +92,10 @@ class ConvolutionProducts {
         for (int kx = 0; kx < across.taps; ++kx) {
           const int from_x = across.at(x, kx);
           if (from_x < 0) continue;
+          if (is_single() && !to_output && kx > 0 && across.at(x, kx - 1) >= 0) {
+            ++segments[used - 1].depth;
+            continue;
+          }
           const long place = static_cast<long>(from_y * from.width + from_x) * images_;
           segments[used++] = segment(terms[i], terms[i].x.p + place * terms[i].x.row,
                                      ky * across.taps + kx, to_output);
@@ -96,6 +108,8 @@ class ConvolutionProducts {
     const int in = layer_.in.channels, out = layer_.out.channels;
     if (to_output) return Access::transposed_tap(term, a, in, out, tap, taps_);
     const long row = static_cast<long>(Access::vectors(out)) * kWidth;
+    if (is_single())  // on to the next tap
+      return {a, term.x.row, next_tap(term.x), term.w + tap * row, row, kWidth, 1};
     return {a, term.x.row, kElement, term.w + tap * row, taps_ * row, kWidth, in};
   }
 
@@ -138,6 +152,60 @@ class ConvolutionProducts {
         }
         x = end;
       }
+    }
+    return used;
+  }
+
+  // Of a single input channel.
+
+  bool is_single() const { return layer_.in.channels == 1; }
+  // From an input to the one that the same output sees under the next tap of the row.
+  long next_tap(const Matrix& x) const {
+    return static_cast<long>(layer_.window.dilation_x) * images_ * x.row;
+  }
+  Product taps_product(int taps, const Segment* segments, int used) const {
+    return {taps, Access::vectors(layer_.out.channels), segments, used};
+  }
+  void begin_sums(const Sink& sink) const {
+    const long row = static_cast<long>(Access::vectors(layer_.out.channels)) * kWidth;
+    multiply<Access>(taps_product(taps_, nullptr, 0),
+                     accumulate(sink.out, row, sink.base, sink.extra, sink.scale));
+  }
+  // Run by run of positions that see inputs under the same taps.
+  void add_single_block(const Matrix (*pairs)[2], int count, const Block& block,
+                        const Sink& sink) const {
+    const Axis across = columns_of(layer_, false);
+    const long row = static_cast<long>(Access::vectors(layer_.out.channels)) * kWidth;
+    for (int x = block.x; x < block.x_end;) {
+      const int end = block.images == images_ ? least(across.run_end(x), block.x_end) : x + 1;
+      int first = 0, taps = 0;
+      for (int k = 0; k < across.taps; ++k)
+        if (across.at(x, k) >= 0 && taps++ == 0) first = k;
+      for (int ky = 0; ky < layer_.window.height && taps > 0; ++ky) {
+        Segment segments[2 * kBlockPositions];
+        int used = 0;
+        for (int i = 0; i < count; ++i)
+          used = list_run(pairs[i], block, x, end, ky, first, segments, used);
+        Real* const out = sink.out + (ky * across.taps + first) * row;
+        if (used > 0)
+          multiply<Access>(taps_product(taps, segments, used),
+                           accumulate(out, row, out, nullptr, sink.scale));
+      }
+      x = end;
+    }
+  }
+  int list_run(const Matrix (&pair)[2], const Block& block, int x, int end, int ky, int kx,
+               Segment* segments, int used) const {
+    const Axis down = rows_of(layer_, false), across = columns_of(layer_, false);
+    for (int y = block.y; y < block.y_end; ++y) {
+      const int from_y = down.at(y, ky);
+      if (from_y < 0) continue;
+      const long from =
+          static_cast<long>(from_y * layer_.in.width + across.at(x, kx)) * images_ + block.image;
+      const long at = static_cast<long>(y * layer_.out.width + x) * images_ + block.image;
+      segments[used++] = {pair[0].p + from * pair[0].row, next_tap(pair[0]), pair[0].row,
+                          pair[1].p + at * pair[1].row,   pair[1].row,       kWidth,
+                          (end - x) * block.images};
     }
     return used;
   }

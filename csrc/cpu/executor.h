@@ -19,6 +19,7 @@
 #include "../core/call/workspace.h"
 #include "convolution.h"
 #include "gemm.h"
+#include "winograd.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -119,31 +120,37 @@ struct Executor {
     multiply<Access>(product, sunk(sink, stride(out)));
   }
 
-  // The same of a convolution, its groups by themselves (convolution.h).
+  // The same of a convolution, its groups by themselves (convolution.h); of some shapes by winograd.h, which works in `scratch`.
 
+  static std::size_t convolution_scratch(const Layer& layer, int rows) {
+    return suits_winograd(layer) ? WinogradProducts<Access>::scratch_scalars(layer, rows) : 0;
+  }
   template <class Visitor>  // visit(products of the layer)
-  static void with_convolution(const Layer& layer, const Extent& set, Visitor visit) {
+  static void with_convolution(const Layer& layer, const Extent& set, Real* scratch,
+                               Visitor visit) {
     if (layer.window.groups > 1)
       visit(GroupedConvolution<Access>(layer, set));
+    else if (suits_winograd(layer))
+      visit(WinogradProducts<Access>(layer, set, scratch));
     else
       visit(ConvolutionProducts<Access>(layer, set));
   }
   static void convolve(const Layer& layer, const Extent& set, const Term* terms, int count,
-                       const Real* bias, const Destination& to) {
+                       const Real* bias, const Destination& to, Real* scratch) {
     const Epilogue into = destined(to, stride(layer.out.channels), over(set, layer.out));
-    with_convolution(layer, set,
+    with_convolution(layer, set, scratch,
                      [&](const auto& own) { own.apply(terms, count, bias, into, false); });
   }
   static void convolve_transposed(const Layer& layer, const Extent& set, const Term* terms,
-                                  int count, const Destination& to) {
+                                  int count, const Destination& to, Real* scratch) {
     const Epilogue into = destined(to, stride(layer.in.channels), over(set, layer.in));
-    with_convolution(layer, set,
+    with_convolution(layer, set, scratch,
                      [&](const auto& own) { own.apply(terms, count, nullptr, into, true); });
   }
   static void convolve_outer(const Layer& layer, const Extent& set, const Matrix (*pairs)[2],
-                             int count, const Sink& sink) {
+                             int count, const Sink& sink, Real* scratch) {
     if (!sink.out) return;
-    with_convolution(layer, set, [&](const auto& own) { own.outer(pairs, count, sink); });
+    with_convolution(layer, set, scratch, [&](const auto& own) { own.outer(pairs, count, sink); });
   }
 
   static Epilogue sunk(const Sink& sink, long row) {

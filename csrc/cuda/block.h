@@ -127,11 +127,13 @@ struct Block {
 
   // ---- convolutions --------------------------------------------------------------------------------------------
 
-  // An output is a thread's: one chain of multiply-adds, tap by tap and in each in the order of the inputs.
+  // An output is a thread's: one chain of multiply-adds, tap by tap and in each in the order of the inputs. Nothing is worked on
+  // beside them, whatever the shape.
 
+  PYMETA_FN static std::size_t convolution_scratch(const Layer&, int) { return 0; }
   PYMETA_FN PYMETA_NOINLINE static void convolve(const Layer& layer, const Extent& set,
                                                  const Term* terms, int count, const Real* bias,
-                                                 const Destination& to) {
+                                                 const Destination& to, Real*) {
     const Epilogue epilogue = destined(to, stride(layer.out.channels));
     const Axis down = rows_of(layer, false), across = columns_of(layer, false);
     const Groups groups = groups_of(layer);
@@ -157,7 +159,7 @@ struct Block {
   }
   PYMETA_FN PYMETA_NOINLINE static void convolve_transposed(const Layer& layer, const Extent& set,
                                                             const Term* terms, int count,
-                                                            const Destination& to) {
+                                                            const Destination& to, Real*) {
     const Epilogue epilogue = destined(to, stride(layer.in.channels));
     const Axis down = rows_of(layer, true), across = columns_of(layer, true);
     const Groups groups = groups_of(layer);
@@ -183,7 +185,7 @@ struct Block {
   }
   PYMETA_FN PYMETA_NOINLINE static void convolve_outer(const Layer& layer, const Extent& set,
                                                        const Matrix (*pairs)[2], int count,
-                                                       const Sink& sink) {
+                                                       const Sink& sink, Real*) {
     if (!sink.out) return;
     const Epilogue epilogue = sunk(sink, stride(layer.out.channels));
     const Axis down = rows_of(layer, false), across = columns_of(layer, false);

@@ -99,6 +99,19 @@ std::vector<Setup> setups() {
   all.push_back(s);
 
   s = Setup{};
+  s.name = "3x3 convolutions of many channels";
+  s.chain.image({9, 8, 16})
+      .conv(17, three)
+      .act(A::tanh)
+      .conv(16, three, false)
+      .norm(L::batch_norm, 16)
+      .pool_norm(pairs)
+      .flatten()
+      .linear(16 * 4 * 4, 2);
+  s.form = Form::padded, s.tasks = 17, s.support = 3, s.query = 2, s.smooth = false;
+  all.push_back(s);
+
+  s = Setup{};
   s.name = "residual block";
   s.chain.image({4, 3, 3})
       .fork()

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pymeta
+from pymeta import native
 from pymeta.spec.network import Description, Unshaped, Unsupported, describe
 
 IMAGE_CASES = cases(tasks=(1, 2, 3, 17), chain=image_chains()).map(
@@ -72,6 +73,29 @@ def test_the_bits_of_an_images_task_are_its_own(case, dtype, isa):
        st.sampled_from(DTYPES), ISAS)  # fmt: skip
 def test_a_diverged_images_task_is_its_own_affair(case, poison, where, dtype, isa):
     check_isolation(small(case), poison, where, dtype, isa, threads=(1,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", native.isas())
+def test_the_bits_of_transformed_convolutions_are_a_tasks_own(isa, dtype):
+    """Of tasks of 0 to 6 images, some of them in one vector: blocks of tiles are theirs."""
+    case = replace(IMAGES["3x3 without padding and with more"], support=6)
+    check_bits(case, dtype, isa)
+
+
+@pytest.mark.parametrize("isa, executor", PATHS)
+def test_a_nan_reaches_the_outputs_that_see_its_pixel(isa, executor):
+    """And no other: each output's sum has the inputs under its own taps only."""
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Flatten())
+    xs = torch.randn(1, 8, 16, 9, 9)
+    ys = torch.zeros(1, 8, 16 * 81)
+    for row in range(1, 8):
+        xs[0, row, 3, row, 8 - row] = math.nan  # at each place of a tile
+    maml = pymeta.MAML(net, loss="mse", lr=0.1, steps=0, backend="native")
+    with using(isa, executor):
+        got = maml(xs, ys, xs, ys).predictions
+    torch.testing.assert_close(got, net(xs[0])[None], equal_nan=True)
+    assert got.isnan().sum() == 7 * 16 * 9
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -221,6 +221,7 @@ class Passes {
                 theta.transposed(l),
                 {},
                 d};
+    p.scratch = state_.memory.at(state_.ws.scratch);
     for (int i = 0; i < kMaxKept; ++i) p.kept[i] = tape_.kept(l, i);
     if (layer.other_output >= 0) p.other_output = tape_.a(layer.other_output);
     if (layer.other_delta >= 0 && d) p.other_delta = delta(layer.other_delta);

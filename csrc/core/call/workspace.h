@@ -96,8 +96,10 @@ struct TapeLayout {
   Place row_losses;
   std::size_t size;
 
+  // `is_read_once`: each forward pass is followed by its backward pass or by none, and by nothing else that reads the tape.
   template <class X>
-  PYMETA_FN void lay_out(const Network& network, int rows, bool with_deltas, bool with_tangents) {
+  PYMETA_FN void lay_out(const Network& network, int rows, bool with_deltas, bool with_tangents,
+                         bool is_read_once) {
     Places places;
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
@@ -106,7 +108,9 @@ struct TapeLayout {
       LayerTape& tape = layers[l];
       tape.a = places.take(matrix);
       tape.z = places.take_if(slope_needs_input(activation), matrix);
-      tape.d = places.take_if(with_deltas, matrix);
+      tape.d = is_read_once && is_replaced_by_delta(network, l)
+                   ? tape.a
+                   : places.take_if(with_deltas, matrix);
       tape.c = places.take_if(with_tangents && has_curvature(activation), matrix);
       take_kept<X>(places, layer, rows, tape.kept);
     }
@@ -117,6 +121,19 @@ struct TapeLayout {
     kept = places.take(classes);
     row_losses = places.take(X::class_stride(rows));
     size = places.used;
+  }
+
+  // Is the delta at layer l's output written over it, element by element? As a normalisation that does not keep what it
+  // normalises (norm_pool.h) can, where nobody else reads the output: not the layer itself, no branch.
+  PYMETA_FN static bool is_replaced_by_delta(const Network& network, int l) {
+    const Layer& layer = network.layers[l];
+    bool alone = l + 1 < network.layer_count &&
+                 network.layers[l + 1].kind == LayerKind::norm_pool &&
+                 (layer.kind == LayerKind::conv1d || layer.kind == LayerKind::conv2d) &&
+                 layer.activation.kind == ActivationKind::identity;
+    for (int other = 0; other < network.layer_count; ++other)
+      alone = alone && network.layers[other].other_output != l;
+    return alone;
   }
 
   template <class X>
@@ -271,6 +288,7 @@ struct Workspace {
   Place theta, theta_transposed, gradients, states, best, saved;
   Place v, u, u_transposed, state_adjoints, pull, support, query, tangents;
   Place statistics;  // sums over the steps, as StatisticsLayout has them
+  Place scratch;     // what layers work in for the time of a call (LayerPass)
   Place order;       // int32 [kTasks kOrders, largest support set]: the shuffled rows of an epoch
   std::size_t size;  // scalars
   std::size_t size_far;
@@ -307,8 +325,8 @@ struct Workspace {
     for (int t = 0; t < network.tensor_count; ++t) own_starts = own_starts || call.has_own_start(t);
     const std::size_t states = call.optimizer.states() * parameters.size;
     const std::size_t each_step = keeps_gradients ? call.steps : 1;
-    support_tape.lay_out<X>(network, step_rows, true, second);
-    query_tape.lay_out<X>(network, evaluated, call.wants_gradient(), false);
+    support_tape.lay_out<X>(network, step_rows, true, second, false);
+    query_tape.lay_out<X>(network, evaluated, call.wants_gradient(), false, true);
     tangent.lay_out<X>(network, call.max_support);
     factorable = X::kFactors && is_factorable(call);
 
@@ -360,6 +378,9 @@ struct Workspace {
         take_if(call.lr_gradient && (call.lr.per_task || call.task_clip > 0), lr_scalars(call));
     best = take_if(call.validation.x, parameters.size);
     statistics = take_if(call.statistics, StatisticsLayout<X>(network).size);
+    const int most_rows = call.max_support > evaluated ? call.max_support : evaluated;
+    const std::size_t scratch_size = scratch_scalars<X>(network, most_rows);
+    scratch = take_if(scratch_size > 0, scratch_size);
     accumulated = take_if((call.wants_gradient() || call.job == Job::reptile) && X::kElement > 1,
                           parameters.size);
     saved = saves_steps ? places.take_far(of_a_step * kept) : kNowhere;

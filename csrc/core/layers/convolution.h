@@ -1,11 +1,13 @@
 // Convolutions over sequences and images, z(y, x) = b + sum over taps k of x(y, x under k) W[k]:
 //   dx(i) = sum over outputs o that see i under k of d(o) W[k]^T      gW[k] = sum over o of x(o under k)^T d(o)
 // and the tangents of each, as of a linear layer (linear.h). Taps that lie outside are left out: there is no padding. The
-// weight is packed as a linear one's whose inputs are [in / groups, taps]; its transpose is [taps, out, stride(in)].
+// weight is packed as a linear one's whose inputs are [in / groups, taps]; its transpose is [taps, out, stride(in)]. Where an executor
+// has another way for some shapes (winograd.h), it works in scratch memory.
 #pragma once
 
 #include "linear.h"
 #include "taps.h"
+#include "winograd.h"
 
 namespace pymeta {
 
@@ -71,46 +73,50 @@ struct Convolution {
     X::transpose_taps(layer, weight, transposed);
   }
   PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
+  PYMETA_FN static std::size_t scratch_scalars(const Layer& layer, int rows) {
+    return X::convolution_scratch(layer, rows);
+  }
 
   PYMETA_FN static void forward(const LayerPass& p, const Destination& to) {
     const Term term{p.x, p.weight};
-    X::convolve(p.layer, p.extent, &term, 1, p.bias, to);
+    X::convolve(p.layer, p.extent, &term, 1, p.bias, to, p.scratch);
   }
   PYMETA_FN static void backward(const LayerPass& p, const Destination& below) {
     const Term term{delta(p, p.d), p.weight, p.weight_transposed};
-    X::convolve_transposed(p.layer, p.extent, &term, 1, below);
+    X::convolve_transposed(p.layer, p.extent, &term, 1, below, p.scratch);
   }
   PYMETA_FN static void gradient(const LayerPass& p, const Sink& weight, const Sink& bias) {
     const Matrix pair[1][2] = {{p.x, delta(p, p.d)}};
-    X::convolve_outer(p.layer, p.extent, pair, 1, weight);
+    X::convolve_outer(p.layer, p.extent, pair, 1, weight, p.scratch);
     sum_delta<X>(over(p.extent, p.layer.out), p.layer.out.channels, p.d, bias);
   }
 
   PYMETA_FN static void tangent_forward(const LayerPass& p, const LayerTangent& t,
                                         const Destination& to) {
     const LinearTerms sum = Linear<X>::tangent_terms(p, t);
-    X::convolve(p.layer, p.extent, sum.terms, sum.count, t.bias, to);
+    X::convolve(p.layer, p.extent, sum.terms, sum.count, t.bias, to, p.scratch);
   }
   PYMETA_FN static void tangent_backward(const LayerPass& p, const LayerTangent& t,
                                          const Destination& below) {
     LinearTerms sum;
     sum.add({delta(p, t.rd), p.weight, p.weight_transposed});
     if (t.weight) sum.add({delta(p, p.d), t.weight, t.weight_transposed});
-    X::convolve_transposed(p.layer, p.extent, sum.terms, sum.count, below);
+    X::convolve_transposed(p.layer, p.extent, sum.terms, sum.count, below, p.scratch);
   }
   PYMETA_FN static void tangent_gradient(const LayerPass& p, const LayerTangent& t,
                                          const Sink& weight, const Sink& bias) {
     LinearPairs sum;
     if (t.rx.p) sum.add(t.rx, delta(p, p.d));
     sum.add(p.x, delta(p, t.rd));
-    X::convolve_outer(p.layer, p.extent, sum.pairs, sum.count, weight);
+    X::convolve_outer(p.layer, p.extent, sum.pairs, sum.count, weight, p.scratch);
     sum_delta<X>(over(p.extent, p.layer.out), p.layer.out.channels, t.rd, bias);
   }
 
   static double work(const Layer& layer, const Effort& effort) {
+    const double share = X::convolution_scratch(layer, 1) > 0 ? winograd_share(layer) : 1;
     return Linear<X>::product_work(
         static_cast<double>(layer.out.positions()) * X::vectors(layer.out.channels),
-        static_cast<double>(groups_of(layer).in) * layer.window.taps(), effort);
+        share * groups_of(layer).in * layer.window.taps(), effort);
   }
 
  private:

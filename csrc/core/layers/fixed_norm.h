@@ -27,15 +27,7 @@ struct FixedNormSpec {
 PYMETA_KERNEL_BEGIN
 
 template <class X>
-struct FixedNorm {
-  static constexpr bool kTransposesWeight = false;
-  static constexpr bool kReadsRowsInPlace = false;
-
-  PYMETA_FN static PackedTensor packed_weight(const Layer& layer) {
-    return packed_vector<X>(layer.out.channels);
-  }
-  PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
-
+struct FixedNorm : ChannelMap<X> {
   PYMETA_FN static void forward(const LayerPass& p, const Destination& to) {
     scaled(p, p.x.p, p.bias, to);
   }
@@ -58,10 +50,6 @@ struct FixedNorm {
   PYMETA_FN static void tangent_gradient(const LayerPass& p, const LayerTangent&,
                                          const Sink& weight, const Sink& bias) {
     gradient(p, weight, bias);
-  }
-
-  static double work(const Layer& layer, const Effort& effort) {
-    return elementwise_work<X>(layer, effort);
   }
 
  private:

@@ -23,6 +23,7 @@
 //     tangent_backward(p, t, below)      rdx } along the direction u of the adapted parameters)
 //     tangent_gradient(p, t, weight, bias)   rgW, rgb
 //     work(layer, effort)                vector operations of one item, for the planner
+//     scratch_scalars(layer, rows)       only of those that work in memory of their own (LayerPass::scratch): how much, at most
 //     statistics(p, v)                   only of batch normalisations: mean and variance of the v-th vector of channels
 //
 // A new layer is one such file, a line in registry.h, its torch module in pymeta/spec, and a line in the tests.
@@ -49,6 +50,7 @@ struct LayerPass {
   const Real* d;
   const Real* other_output = nullptr;  // of branches.h: what layer.other_output gave,
   const Real* other_delta = nullptr;   // and the delta at layer.other_delta
+  Real* scratch = nullptr;             // scratch_scalars() for the time of a call
 };
 
 // What a tangent pass gives it on top. Null: zero.

@@ -92,6 +92,21 @@ PYMETA_FN inline Vec norm_delta(const Extent& extent, int row, Vec inverse, Vec 
   return inverse * (e - extent.counted(mean_e + h * mean_eh, row));
 }
 
+// What maps that treat each channel by itself, with nothing kept of a pass, have in common.
+template <class X>
+struct ChannelMap {
+  static constexpr bool kTransposesWeight = false;
+  static constexpr bool kReadsRowsInPlace = false;
+
+  PYMETA_FN static PackedTensor packed_weight(const Layer& layer) {
+    return packed_vector<X>(layer.out.channels);
+  }
+  PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
+  static double work(const Layer& layer, const Effort& effort) {
+    return elementwise_work<X>(layer, effort);
+  }
+};
+
 // Its own arrays: h [rows, features] and s [slices, kWidth] on a tape, and over rows their means and variances behind s; rh
 // and q in a tangent pass.
 template <class X, bool kOverRows>

@@ -161,6 +161,29 @@ PYMETA_FN void transpose_weight(const Layer& layer, const Real* weight, Real* tr
   });
 }
 
+template <class Rules, class = void>
+struct WorksInScratch {
+  static constexpr bool value = false;
+};
+template <class Rules>
+struct WorksInScratch<Rules, decltype(void(&Rules::scratch_scalars))> {
+  static constexpr bool value = true;
+};
+
+// Of the layer that needs most for sets of so many rows.
+template <class X>
+PYMETA_FN std::size_t scratch_scalars(const Network& network, int rows) {
+  std::size_t most = 0;
+  for (int l = 0; l < network.layer_count; ++l)
+    with_layer<X>(network.layers[l].kind, [&](auto rules) {
+      if constexpr (WorksInScratch<decltype(rules)>::value) {
+        const std::size_t own = rules.scratch_scalars(network.layers[l], rows);
+        most = own > most ? own : most;
+      }
+    });
+  return most;
+}
+
 // The same for layer l of a network: a narrow last layer has rules of its own.
 template <class X, class Visitor>
 PYMETA_FN void with_variant(const Network& network, int l, bool last_is_narrow, Visitor visit) {

@@ -26,15 +26,7 @@ struct ScaleShiftSpec {
 PYMETA_KERNEL_BEGIN
 
 template <class X>
-struct ScaleShift {
-  static constexpr bool kTransposesWeight = false;
-  static constexpr bool kReadsRowsInPlace = false;
-
-  PYMETA_FN static PackedTensor packed_weight(const Layer& layer) {
-    return packed_vector<X>(layer.out.channels);
-  }
-  PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }
-
+struct ScaleShift : ChannelMap<X> {
   PYMETA_FN static void forward(const LayerPass& p, const Destination& to) {
     const Real *x = p.x.p, *gamma = p.weight, *beta = p.bias;
     put(p, to, [=](long at, int v) {
@@ -78,10 +70,6 @@ struct ScaleShift {
       return rx ? fma(load(d + at), load(rx + at), own) : own;
     });
     sum_delta<X>(extent, p.layer.out.channels, rd, bias);
-  }
-
-  static double work(const Layer& layer, const Effort& effort) {
-    return elementwise_work<X>(layer, effort);
   }
 
  private:

@@ -1,0 +1,109 @@
+// Networks for the native tests, layer by layer.
+#pragma once
+
+#include "../core/layers/registry.h"
+
+namespace pymeta::testing {
+
+struct Chain {
+  OwnedNetwork owned;
+
+  const Network& network() const { return owned.network; }
+
+  Chain& linear(int in, int out, bool bias = true) {
+    Layer& layer = append(LayerKind::linear, {1, 1, in}, {1, 1, out});
+    layer.weight = tensor({out, in, true});
+    if (bias) layer.bias = tensor({1, out, false});
+    return *this;
+  }
+  Chain& norm(LayerKind kind, int features, double eps = 1e-3) {
+    const Shape shape = network().layer_count > 0 ? last() : Shape{1, 1, features};
+    Layer& layer = append(kind, shape, shape);
+    layer.eps = eps;
+    layer.weight = tensor({1, features, false});
+    layer.bias = tensor({1, features, false});
+    return *this;
+  }
+  Chain& act(ActivationKind kind, double alpha = 0, double threshold = 0) {
+    Layer* last = &owned.layers[network().layer_count - 1];
+    if (last->activation.kind != ActivationKind::identity)
+      last = &append(LayerKind::lone_activation, last->out, last->out);
+    last->activation = {kind, alpha, threshold};
+    return *this;
+  }
+
+  Chain& image(const Shape& shape) {
+    append(LayerKind::image, {1, 1, shape.features()}, shape);
+    return *this;
+  }
+  Chain& flatten() {
+    append(LayerKind::flatten, last(), {1, 1, last().features()});
+    return *this;
+  }
+  Chain& conv(int out, const Window& window, bool bias = true) {
+    const int in = last().channels;
+    Layer& layer = append(LayerKind::conv2d, last(), windowed(window, out));
+    layer.window = window;
+    layer.weight =
+        tensor({out, in / window.groups * window.taps(), true, window.height, window.width});
+    if (bias) layer.bias = tensor({1, out, false});
+    return *this;
+  }
+  Chain& pool(LayerKind kind, const Window& window) {
+    append(kind, last(), windowed(window, last().channels)).window = window;
+    return *this;
+  }
+  // x + f(x): fork, the layers of f, turn, the layers that x goes through, join.
+  Chain& fork() {
+    fork_ = network().layer_count;
+    append(LayerKind::fork, last(), last());
+    return *this;
+  }
+  Chain& turn() {
+    turn_ = network().layer_count;
+    const Shape shape = owned.layers[fork_].out;
+    append(LayerKind::turn, last(), shape).other_output = static_cast<std::int16_t>(fork_);
+    owned.layers[fork_].other_delta = static_cast<std::int16_t>(turn_);
+    return *this;
+  }
+  Chain& join() {
+    const std::int16_t at = static_cast<std::int16_t>(network().layer_count);
+    append(LayerKind::join, last(), last()).other_output = static_cast<std::int16_t>(turn_ - 1);
+    owned.layers[turn_].other_delta = at;
+    return *this;
+  }
+  // The normalisation before, its ReLU and this in one.
+  Chain& pool_norm(const Window& window) {
+    const Shape out = windowed(window, last().channels);
+    Layer& norm = owned.layers[network().layer_count - 1];
+    norm.kind = LayerKind::norm_pool;
+    norm.window = window;
+    norm.out = out;
+    return *this;
+  }
+
+ private:
+  Shape last() const { return owned.layers[network().layer_count - 1].out; }
+  int fork_ = 0, turn_ = 0;  // of the open branch
+
+  // Padded alike on both sides.
+  Shape windowed(const Window& w, int channels) const {
+    const Shape in = last();
+    return {(in.height + 2 * w.top - w.dilation_y * (w.height - 1) - 1) / w.stride_y + 1,
+            (in.width + 2 * w.left - w.dilation_x * (w.width - 1) - 1) / w.stride_x + 1, channels};
+  }
+  Layer& append(LayerKind kind, const Shape& in, const Shape& out) {
+    Layer& layer = owned.layers[owned.network.layer_count++];
+    layer = Layer{};
+    layer.kind = kind;
+    layer.in = in;
+    layer.out = out;
+    return layer;
+  }
+  int tensor(const Tensor& shape) {
+    owned.tensors[owned.network.tensor_count] = shape;
+    return owned.network.tensor_count++;
+  }
+};
+
+}  // namespace pymeta::testing
