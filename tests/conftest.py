@@ -26,10 +26,19 @@ _IMPORTS = re.compile(r"^(?:from|import) ([\w.]+)", re.MULTILINE)
 
 
 @cache
+def _with_torch() -> tuple[str, ...]:
+    """torch, and the packages of pymeta that cannot be imported without it."""
+    places = getattr(importlib.util.find_spec("pymeta"), "submodule_search_locations", [])
+    files = [path for place in places for path in sorted(Path(place).glob("*/__init__.py"))]
+    need = [p.parent.name for p in files if 'need("torch"' in p.read_text()]
+    return "torch", *(f"pymeta.{name}" for name in [*need, "sklearn"])
+
+
+@cache
 def _imports_torch(path: Path) -> bool:
     """Whether a module of tests/ does at its top level, itself or by another one of tests/."""
     names = _IMPORTS.findall(path.read_text())
-    if "pymeta.sklearn" in names or any(name.split(".")[0] == "torch" for name in names):
+    if any(f"{name}.".startswith(f"{package}.") for name in names for package in _with_torch()):
         return True
     places = [folder / f"{name}.py" for name in names for folder in {HERE, path.parent}]
     return any(_imports_torch(place) for place in places if place.exists())

@@ -11,6 +11,8 @@ import pytest
 import source_tree
 
 sys.path.insert(0, str(source_tree.need("examples") / "examples"))
+pytest.importorskip("torch")
+pytest.importorskip("pandas")
 
 import _omniglot
 import credit_data

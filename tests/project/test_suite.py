@@ -146,9 +146,7 @@ def test_the_end_kills_what_still_runs():
     assert process.returncode == -9
 
 
-def test_programs_of_the_chosen_tests_begin(request):
-    ours = [item for item in request.session.items if item.path == Path(__file__)]
-    assert background.programs_of(ours) == []
+def test_programs_of_the_chosen_tests_are_each_there_once():
     one, two = Program("one", cwd=HERE), Program("two", cwd=HERE)
 
     class Item:
@@ -179,3 +177,25 @@ def test_as_many_run_as_there_are_cores_to_spare(spare):
         for program in programs:
             program.end()
     assert background.cores() >= 1
+
+
+# ---- without torch ------------------------------------------------------------------------------
+
+COLLECT = f"""
+import sys
+for name in ("torch", "sklearn", "scipy", "pandas", "polars", "matplotlib"):
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", {str(HERE)!r}]))
+"""
+COLLECTED = Program(sys.executable, "-c", COLLECT, cwd=HERE.parent)
+
+
+@pytest.mark.background(COLLECTED)
+def test_where_there_is_no_torch_the_other_modules_are_collected():
+    """They are what a wheel is tested by in an environment that has none."""
+    done = COLLECTED.result()
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert "no torch: " in done.stdout
+    assert "tests/models/test_without_torch.py::" in done.stdout
+    assert "tests/finance/test_finance_prices.py::" not in done.stdout
