@@ -83,7 +83,8 @@ def main() -> int:
     changelog.write_text(folded(changelog.read_text(), found))
     for path in folder.glob("+*.md"):
         path.unlink()
-    print(f"CHANGELOG.md: {sum(map(len, found.values()))} entries added")
+    count = sum(map(len, found.values()))
+    print(f"CHANGELOG.md: {count} {'entry' if count == 1 else 'entries'} added")
     return 0
 
 

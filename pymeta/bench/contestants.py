@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pymeta.bench import ours
 from pymeta.bench.cases import Array, Case, Data
 from pymeta.bench.devices import Device, host_burst, nothing, timed
+from pymeta.spec.show import counted
 
 
 @dataclass
@@ -201,7 +202,7 @@ def _torch_cpu(kind: str) -> Maker:
             return Prepared(run, _as_it_is, threads=threads)
 
         counts = sorted({1, cores()})
-        tried = {f"{n} threads": partial(candidate, n) for n in counts}
+        tried = {counted(n, "thread"): partial(candidate, n) for n in counts}
         best = fastest(tried, cached=kind == "compiled")
         torch.set_num_threads(best.threads)
         return {kind if kind == "higher" else f"torch {kind}": best}

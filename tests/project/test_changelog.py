@@ -75,7 +75,7 @@ def test_the_command_folds_and_deletes(tmp_path, monkeypatch, capsys):
     (tmp_path / "CHANGELOG.md").write_text(CHANGELOG)
     (folder / "+new.added.md").write_text("New.\n")
     main = runpy.run_path(str(folder / "fold.py"))["main"]
-    assert main() == 0 and capsys.readouterr().out == "CHANGELOG.md: 1 entries added\n"
+    assert main() == 0 and capsys.readouterr().out == "CHANGELOG.md: 1 entry added\n"
     assert "- New.\n" in (tmp_path / "CHANGELOG.md").read_text()
     assert not list(folder.glob("+*"))
     (folder / "+bad.md").write_text("Bad.\n")
