@@ -186,11 +186,9 @@ def main(argv: Iterable[str] | None = None, quiet: bool = False) -> dict:
         f"{args.test_steps} inner steps:"
     )
     for name, what in zip(names, ("each query alone", "all queries together"), strict=True):
-        print(
-            f"  {what}: {100 * result['accuracy'][name]:.2f} +- "
-            f"{100 * result['interval'][name]:.2f} % "
-            f"(untrained network, adapted alike: {100 * result['untrained_accuracy'][name]:.2f} %)"
-        )
+        figures = ("accuracy", "interval", "untrained_accuracy")
+        got, half, alike = (100 * result[figure][name] for figure in figures)
+        print(f"  {what}: {got:.2f} +- {half:.2f} % (untrained, adapted alike: {alike:.2f} %)")
     print(f"{args.iterations:,} meta-batches in {seconds:.0f} s; test in {test_seconds:.0f} s")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
