@@ -142,36 +142,38 @@ def _parameter_names(steps: list[Step], model: nn.Module, fixed: Fixed) -> tuple
     return tuple(names)
 
 
-def _network(layers: tuple[Layer, ...], steps: list[Step]) -> Any:
-    """The native Network of the layers; Refused where it does not run them.
-
-    `steps` are those of a chain whose rows have no positions.
-    """
+def _network(
+    layers: tuple[Layer, ...], steps: list[Step], row_shape: tuple[int, ...] | None
+) -> Any:
+    """The native Network of the layers; Refused where it does not run them."""
     missing = native.missing()
     if missing is not None:
         raise Refused(missing)
     try:
         return native.extension().Network(layers)
     except ValueError as error:
-        _check_widths(steps)
+        _check_widths(steps, row_shape)
         raise Refused(str(error)) from None
 
 
 _MISFIT = re.compile(r"(?:layers: )?layer \d+ takes (\d+) features, the one before it gives (\d+)")
 
 
-def _check_widths(steps: list[Step]) -> None:
+def _check_widths(steps: list[Step], row_shape: tuple[int, ...] | None) -> None:
     """ValueError where a layer takes another number of features than it is given.
 
     That is no reason to fall back: torch cannot run such a model either. (With positions it may,
-    where a linear layer is meant for the last axis alone.)
+    where a linear layer is meant for the last axis alone; then `_shaped` refuses.)
     """
     for k, step in enumerate(steps):
         try:
-            native.extension().Network(tuple(_shaped(steps[: k + 1], None)))
+            native.extension().Network(tuple(_shaped(steps[: k + 1], row_shape)))
         except (ValueError, Refused) as error:
             found = _MISFIT.fullmatch(str(error))
-            if found is not None and step.module is not None:
+            if found is None or step.module is None:
+                continue
+            # behind positions the widths of two convolutions may be what does not fit
+            if row_shape is None or getattr(step.module, "in_features", 0) == int(found[1]):
                 givers = [
                     label_of(s.name, s.module)
                     for s in steps[:k]
@@ -280,7 +282,7 @@ def _described(
             _of_a_chain(steps, model),
         )
     layers = _shaped(steps, row_shape if spatial else None)
-    network = _network(tuple(layers), [] if spatial else steps)
+    network = _network(tuple(layers), steps, row_shape if spatial else None)
     kinds = [s.layer for s in steps if s.layer != IDENTITY]
     return Description(
         layers=tuple(layers),
