@@ -12,12 +12,13 @@ import pandas as pd
 from _common import mean_interval
 from _credit_rivals import LOGISTIC
 from _credit_starts import CUT, MAML, REPTILE, TUNED, Array, Problem
-from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score, roc_curve
+
+from pymeta.metrics import auc, brier, ks, log_loss
 
 Scores = dict[str, float]
 
 LEAST_ROWS, LEAST_OF_A_KIND = 30, 3  # what a group's future must have to count in the macro average
-METRICS = ("AUC", "KS", "Brier", "log-loss")
+METRICS = {"AUC": auc, "KS": ks, "Brier": brier, "log-loss": log_loss}
 
 HEAD = f"""# LendingClub: a credit model for every state and every 3-digit zip code
 
@@ -35,13 +36,7 @@ of that size between networks mean nothing.
 
 def scores(y: Array, p: Array) -> Scores:
     """The four measures of chances `p` of the outcomes `y`."""
-    false_alarms, hits, _ = roc_curve(y, p)
-    return {
-        "AUC": float(roc_auc_score(y, p)),
-        "KS": float(np.max(hits - false_alarms)),
-        "Brier": float(brier_score_loss(y, p)),
-        "log-loss": float(log_loss(y, p)),
-    }
+    return {name: float(metric(y, p)) for name, metric in METRICS.items()}
 
 
 def scored(problem: Problem, found: dict[str, Array]) -> tuple[pd.DataFrame, dict[str, Scores]]:
