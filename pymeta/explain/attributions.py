@@ -10,6 +10,9 @@ Gauss-Legendre quadrature; `Attributions.gap` is what it leaves. Over a populati
 is expected gradients (Erion et al. 2021, arXiv:1906.10670), here the mean over all of them rather
 than a sample, so that it is complete too: the attributions add up to f(x) - mean of f(b).
 
+Where the network embeds categories (`pymeta.nn.TabularInput`), the path goes straight from the
+baseline's embeddings to the row's, and what the numbers of one category add is its column's.
+
 The points on the paths of all rows of all tasks are rows of one native call, as many points at a
 time as `_NUMBERS` allows.
 """
@@ -21,8 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pymeta.explain.baselines import Baselines, baselines_of
+from pymeta.explain.embedded import Embedded
 from pymeta.explain.outputs import chosen_outputs
-from pymeta.explain.rows import Explained, Packed, as_array
+from pymeta.explain.rows import Explained, Packed
 
 _NUMBERS = 2**21  # of inputs in one native call
 
@@ -108,7 +113,8 @@ def integrated_gradients(
             tensors, of the models' dtype.
         baseline: the row that stands for "nothing known": one of xq's shape [*row], or one for
             each task [T, *row] (`support_means(xs)`); None for zeros, which is the mean of
-            standardised features.
+            standardised features, and for a category that the network embeds the mean of its
+            table.
         population: baselines [B, *row] in its place: the attributions are the mean over all of
             them. It costs B times as much.
         steps: points on each path. Networks of smooth activations need few, those of ReLU more.
@@ -127,8 +133,8 @@ def integrated_gradients(
         raise TypeError(f"steps: expected an integer >= 1, got {type(steps).__name__}")
     if steps < 1:
         raise ValueError(f"steps: expected an integer >= 1, got {steps}")
-    models, rows = Explained(models), Packed.of("xq", xq)
-    starts = _baselines(baseline, population, rows)
+    space, rows, starts = _space(models, Packed.of("xq", xq), baseline, population)
+    models = Explained(models if space is None else space.rest)
     predicted = models.predict(rows.values, rows.sizes)
     chosen = chosen_outputs(output, models.loss, predicted, rows)
     flows = _one_hot(chosen, predicted)
@@ -143,6 +149,7 @@ def integrated_gradients(
         found = _along(models.gradients, at, rows, flows)
         _add_each(found * _wide(points[1][some], away) * away, values)
     base = _baseline_outputs(models, starts, rows, flows)
+    values = values if space is None else space.by_column(values)
     kind = rows.values.dtype
     return Attributions(
         rows.shaped(values.astype(kind)),
@@ -169,52 +176,22 @@ def support_means(xs: Any) -> np.ndarray:
     return means
 
 
-# ---- baselines --------------------------------------------------------------------------------
+def _space(
+    models: Any, rows: Packed, baseline: Any, population: Any
+) -> tuple[Embedded | None, Packed, Baselines]:
+    """Where paths lie: among the rows, or behind the layers that embed their categories."""
+    if not getattr(models, "has_categories", False):
+        return None, rows, baselines_of(baseline, population, rows)
+    space = Embedded(models)
+    wide = space.rows(rows)
+    return space, wide, space.baselines(baseline, population, rows)
 
 
-class _Baselines(NamedTuple):
-    """What paths begin at: `values` [B, *row] of all rows, or [N, 1, *row] of each row its own."""
-
-    values: np.ndarray
-    of_rows: bool
-
-    @property
-    def each(self) -> int:
-        return 1 if self.of_rows else len(self.values)
-
-    def at(self, which: np.ndarray) -> np.ndarray:
-        """[N or 1, points, *row] the baselines of some points."""
-        return self.values if self.of_rows else self.values[which][None]
-
-
-def _baselines(baseline: Any, population: Any, rows: Packed) -> _Baselines:
-    kind, row = rows.values.dtype, rows.row
-    if population is not None:
-        if baseline is not None:
-            raise ValueError("population: expected None, because there is a baseline")
-        given = as_array("population", population).astype(kind)
-        if given.shape[1:] != row or not len(given):
-            wanted = "[" + ", ".join(map(str, ("rows", *row))) + "]"
-            raise ValueError(
-                f"population: expected {wanted}, one or more for all tasks together, "
-                f"got shape {list(given.shape)}"
-            )
-        return _Baselines(given, False)
-    if baseline is None:
-        return _Baselines(np.zeros((1, *row), kind), False)
-    given, tasks = as_array("baseline", baseline).astype(kind), len(rows.sizes)
-    if given.shape == row:
-        return _Baselines(given[None], False)
-    if given.shape != (tasks, *row):
-        raise ValueError(
-            f"baseline: expected a row {list(row)}, or one for each task {[tasks, *row]}, "
-            f"got shape {list(given.shape)}"
-        )
-    return _Baselines(np.repeat(given, rows.sizes, 0)[:, None], True)
+# ---- points on paths --------------------------------------------------------------------------
 
 
 def _baseline_outputs(
-    models: Explained, starts: _Baselines, rows: Packed, flows: np.ndarray
+    models: Explained, starts: Baselines, rows: Packed, flows: np.ndarray
 ) -> np.ndarray:
     """[N] the output that is explained at the baseline, or its mean over them."""
     total = np.zeros(len(rows.values), np.float64)
@@ -225,9 +202,6 @@ def _baseline_outputs(
         outputs = _along(lambda v, sizes, _: models.predict(v, sizes), at, rows, flows)
         _add_each((outputs * flows[:, None]).sum(2), total)
     return total / starts.each
-
-
-# ---- points on paths --------------------------------------------------------------------------
 
 
 def _along(ask: Any, at: np.ndarray, rows: Packed, flows: np.ndarray) -> np.ndarray:

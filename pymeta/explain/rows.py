@@ -93,7 +93,7 @@ class Explained:
         if getattr(models, "has_categories", False):
             raise ValueError(
                 "models: a row's categories have no gradient where the network itself embeds them; "
-                "explain a network of one-hot columns (pymeta.data's preprocessor makes them)"
+                "integrated_gradients goes by their embeddings"
             )
         self._models = models
         self.loss = models.loss

@@ -293,15 +293,88 @@ def test_a_batch_norm_of_images_is_refused_and_one_in_eval_mode_is_not():
         assert_close(tensors(found.values), by_autograd(models, x, found.outputs))
 
 
-def test_categories_that_the_network_embeds_are_refused():
-    table = TabularInput(numeric=2, cardinalities=[4], dims=[3])
-    net = nn.Sequential(table, nn.Linear(5, 1)).double()
-    maml = pymeta.MAML(net, loss="mse", lr=0.1, steps=1)
-    x = torch.cat([torch.randn(2, 4, 2), torch.randint(0, 4, (2, 4, 1))], -1).double()
-    y = torch.randn(2, 4, 1).double()
-    for models, rows in ((maml.adapt(x, y), x), (arrays_of(maml, x, y), x.numpy())):
-        with pytest.raises(ValueError, match="categories have no gradient"):
-            input_gradients(models, rows)
+def test_categories_have_no_plain_gradient():
+    _, models, x = tabular()
+    with pytest.raises(ValueError, match="categories have no gradient"):
+        input_gradients(models, x)
+
+
+def tabular(adapt=None):
+    """A network that embeds two columns of categories: (arrays, models, x)."""
+    torch.manual_seed(3)
+    table = TabularInput(numeric=2, cardinalities=[4, 3], dims=[3, 1])
+    net = nn.Sequential(table, nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    maml = pymeta.MAML(net, loss="mse", lr=0.3, steps=2, adapt=adapt)
+    codes = [torch.randint(0, n, (3, 5, 1)) for n in (4, 3)]
+    x = torch.cat([torch.randn(3, 5, 2), *codes], -1).double()
+    y = torch.randn(3, 5, 2).double()
+    return arrays_of(maml, x, y), maml.adapt(x, y), x
+
+
+def path(model, wide, start):
+    """Attributions [wide] behind the first layer, by autograd at many points of one path."""
+    rest = model[1:]
+    points = (torch.arange(2000, dtype=torch.float64) + 0.5)[:, None] / 2000
+    at = (start + points * (wide - start)).requires_grad_()
+    (grad,) = torch.autograd.grad(rest(at)[:, 0].sum(), at)
+    return (grad.mean(0) * (wide - start)).detach()
+
+
+@pytest.mark.parametrize("adapt", [None, ["1.weight", "1.bias"]])
+@pytest.mark.parametrize("start", ["none", "row", "population"])
+def test_categories_are_explained_by_their_embeddings(adapt, start):
+    arrays, models, x = tabular(adapt)
+    rows = torch.tensor([[0.5, -1.0, 2.0, 1.0], [0.0, 0.3, 1.0, 0.0]]).double()
+    given = {
+        "none": {},
+        "row": {"baseline": rows[0]},
+        "population": {"population": rows},
+    }[start]
+    found = integrated_gradients(models, x, output=0, steps=24, **given)
+    assert found.values.shape == x.shape
+    wanted = torch.zeros(x.shape, dtype=torch.float64)
+    for t in range(3):
+        model = models[t]
+        first, tables = model[0], list(model[0].tables)
+        if start == "none":
+            means = torch.cat([torch.zeros(2, dtype=torch.float64), *(p.mean(0) for p in tables)])
+            starts = [means.detach()]
+        else:
+            starts = list(first(rows[: 1 if start == "row" else 2]).detach())
+        for r in range(5):
+            wide = first(x[t, r : r + 1])[0].detach()
+            each = torch.stack([path(model, wide, s) for s in starts]).mean(0)
+            wanted[t, r] = torch.stack([each[0], each[1], each[2:5].sum(), each[5]])
+    # the midpoint rule's error on 2,000 points of a smooth path, and that of the quadrature
+    np.testing.assert_allclose(found.values, wanted.numpy(), rtol=0, atol=2e-6)
+    assert float(np.abs(found.gap).max()) < 1e-9
+    again = integrated_gradients(arrays, x.numpy(), output=0, steps=24, **given)
+    assert np.array_equal(again.values, found.values)
+
+
+def test_categories_out_of_range_and_in_modules_of_your_own_are_refused():
+    _, models, x = tabular()
+    with pytest.raises(ValueError, match=r"^baseline: column 3: expected a category, .* 0 to 2"):
+        integrated_gradients(models, x, baseline=torch.tensor([0.0, 0.0, 1.0, 3.0]))
+    bad = x.clone()
+    bad[1, 2, 2] = 0.5
+    with pytest.raises(ValueError, match=r"^xq: column 2: expected a category, .* got 0.5"):
+        integrated_gradients(models, bad)
+    with pytest.raises(ValueError, match=r"^xq: expected 3 tasks of rows \[rows, 4\]"):
+        integrated_gradients(models, x[:, :, :3])
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.last = nn.Embedding(4, 3), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.last(self.table(x[:, 0].long()))
+
+    maml = pymeta.MAML(Own(), loss="mse", lr=0.1, steps=1, backend="torch")
+    rows = torch.randint(0, 4, (2, 4, 1)).float()
+    with pytest.raises(ValueError, match=r"no chain of known layers"):
+        integrated_gradients(maml.adapt(rows, torch.randn(2, 4, 1)), rows)
 
 
 def test_torch_is_not_imported():
