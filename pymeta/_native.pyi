@@ -82,8 +82,20 @@ class Problem(metaclass=_Type):
         validation_rows: int = 0,
         second_order: bool = False,
         lr_rows: int = 1,
-        # of parameters, lr, xs, xq, ys, yq, support and query weights
-        wanted: Sequence[bool] = [True, False, False, False, False, False, False, False, False],
+        # of parameters, lr, xs, xq, ys, yq, support and query weights, anchors, both offsets
+        wanted: Sequence[bool] = [
+            True,
+            False,
+            False,
+            False,
+            False,
+            False,
+            False,
+            False,
+            False,
+            False,
+            False,
+        ],
         has_anchors: bool = False,
         device: int | None = None,
     ) -> dict[str, Any]: ...
@@ -115,11 +127,15 @@ class Rates(metaclass=_Type):
         self, values: int, rows: int = 1, columns: int = 1, per_task: bool = False
     ) -> None: ...
 
-# What flows into the losses [T], the predictions [total query rows, out] and each adapted tensor
-# [T, ...] on the way back, in place of the mean loss alone.
+# What flows into the losses [T], the predictions [total query rows, out], each adapted tensor
+# [T, ...] and the losses of the steps [steps, T] on the way back, in place of the mean loss alone.
 class Cotangents(metaclass=_Type):
     def __init__(
-        self, losses: int = 0, predictions: int = 0, adapted: Sequence[int] = ()
+        self,
+        losses: int = 0,
+        predictions: int = 0,
+        adapted: Sequence[int] = (),
+        step_losses: int = 0,
     ) -> None: ...
 
 # Either steps or epochs, the other is -1; batch_size 0: all rows; task_ids int64 [T].
@@ -135,7 +151,8 @@ class Schedule(metaclass=_Type):
     ) -> None: ...
 
 # Where gradients go: of each parameter tensor ([T, ...] of an own start; 0 for none; empty: of none
-# at all), of the rates, of the inputs, targets and row weights of both sets, of the anchors.
+# at all), of the rates, of the inputs, targets and weights of both sets, of the anchors, and of
+# both offsets.
 class Gradients(metaclass=_Type):
     def __init__(
         self,
@@ -148,6 +165,8 @@ class Gradients(metaclass=_Type):
         support_weights: int = 0,
         query_weights: int = 0,
         anchors: int = 0,
+        support_offset: int = 0,
+        query_offset: int = 0,
     ) -> None: ...
 
 # Where everything else goes: mean_loss [1], losses [T], step_losses [steps, T],

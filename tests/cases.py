@@ -315,7 +315,10 @@ def longest_sum(case: Case) -> int:
 
 
 # The groups of results that are made from the same deltas.
-GRADIENTS = ("gradients", "lr", "rates", "xs", "xq", "ys", "yq", "support_weights", "query_weights")
+GRADIENTS = (
+    "gradients", "lr", "rates", "xs", "xq", "ys", "yq", "support_weights", "query_weights",
+    "anchor", "support_offset", "query_offset",
+)  # fmt: skip
 
 
 def growth_of(case: Case) -> float:

@@ -64,12 +64,15 @@ void put_gradients(const Problem& problem, const Gradients& gradients, Described
   to.call.support_weights_gradient = pointer<Real>(gradients.support_weights);
   to.call.query_weights_gradient = pointer<Real>(gradients.query_weights);
   to.call.anchors_gradient = pointer<Real>(gradients.anchors);
+  to.call.support_offset_gradient = pointer<Real>(gradients.support_offset);
+  to.call.query_offset_gradient = pointer<Real>(gradients.query_offset);
 }
 
 template <class Real>
 void put_cotangents(const Problem& problem, const CotangentParts& cotangents, Described<Real>& to) {
   to.call.cotangents.losses = pointer<Real>(cotangents.losses);
   to.call.cotangents.predictions = pointer<Real>(cotangents.predictions);
+  to.call.cotangents.step_losses = pointer<Real>(cotangents.step_losses);
   if (cotangents.adapted.empty()) return;
   to.cotangents = problem.pointers<Real>(cotangents.adapted, "cotangents.adapted");
   to.call.cotangents.adapted = to.cotangents.data();
@@ -84,9 +87,11 @@ void check_meta(const Call<Real>& call) {
   if ((call.support_weights_gradient && !call.support.weights) ||
       (call.query_weights_gradient && !call.query.weights))
     refuse("gradients: there are no row weights");
-  if ((call.support_weights_gradient && call.support.weight_columns > 1) ||
-      (call.query_weights_gradient && call.query.weight_columns > 1))
-    refuse("gradients: weights of single targets have none");
+  if ((call.support_offset_gradient && !call.support.offset) ||
+      (call.query_offset_gradient && !call.query.offset))
+    refuse("gradients: there is no offset");
+  if (call.cotangents.step_losses && !call.step_weights)
+    refuse("cotangents: the losses of steps have no weights");
   if ((call.query_weights_gradient || call.yq_gradient || call.step_weights) && !call.query.y)
     refuse("gradients: without query targets there is no query loss");
 }
@@ -256,11 +261,12 @@ void bind_parts(py::module_& m) {
            py::arg("values"), py::arg("rows") = 1, py::arg("columns") = 1,
            py::arg("per_task") = false);
   py::class_<CotangentParts>(m, "Cotangents")
-      .def(py::init([](Address losses, Address predictions, std::vector<Address> adapted) {
-             return CotangentParts{losses, predictions, std::move(adapted)};
+      .def(py::init([](Address losses, Address predictions, std::vector<Address> adapted,
+                       Address step_losses) {
+             return CotangentParts{losses, predictions, std::move(adapted), step_losses};
            }),
            py::arg("losses") = 0, py::arg("predictions") = 0,
-           py::arg("adapted") = std::vector<Address>{});
+           py::arg("adapted") = std::vector<Address>{}, py::arg("step_losses") = 0);
   py::class_<Schedule>(m, "Schedule")
       .def(py::init([](int steps, int epochs, int batch_size, std::uint64_t seed,
                        std::uint64_t stream, Address task_ids) {
@@ -271,13 +277,23 @@ void bind_parts(py::module_& m) {
   py::class_<Gradients>(m, "Gradients")
       .def(py::init([](std::vector<Address> parameters, Address lr, Address xs, Address xq,
                        Address ys, Address yq, Address support_weights, Address query_weights,
-                       Address anchors) {
-             return Gradients{std::move(parameters), lr,     xs, xq, ys, yq, support_weights,
-                              query_weights,         anchors};
+                       Address anchors, Address support_offset, Address query_offset) {
+             return Gradients{std::move(parameters),
+                              lr,
+                              xs,
+                              xq,
+                              ys,
+                              yq,
+                              support_weights,
+                              query_weights,
+                              anchors,
+                              support_offset,
+                              query_offset};
            }),
            py::arg("parameters") = std::vector<Address>{}, py::arg("lr") = 0, py::arg("xs") = 0,
            py::arg("xq") = 0, py::arg("ys") = 0, py::arg("yq") = 0, py::arg("support_weights") = 0,
-           py::arg("query_weights") = 0, py::arg("anchors") = 0);
+           py::arg("query_weights") = 0, py::arg("anchors") = 0, py::arg("support_offset") = 0,
+           py::arg("query_offset") = 0);
   py::class_<Results>(m, "Results")
       .def(py::init<>())
       .def_readwrite("mean_loss", &Results::mean_loss)

@@ -46,6 +46,7 @@ struct Rates {
 struct CotangentParts {
   Address losses = 0, predictions = 0;
   std::vector<Address> adapted;  // empty: into none of them
+  Address step_losses = 0;
 };
 
 // Either steps or epochs; the other is -1.
@@ -59,7 +60,7 @@ struct Schedule {
 struct Gradients {
   std::vector<Address> parameters;  // empty: of none of them
   Address lr = 0, xs = 0, xq = 0, ys = 0, yq = 0, support_weights = 0, query_weights = 0;
-  Address anchors = 0;
+  Address anchors = 0, support_offset = 0, query_offset = 0;
 };
 
 // Where everything else goes.

@@ -17,8 +17,9 @@ void describe_blocks(int ordinal, const BlockPlan& plan, py::dict& result) {
   result["factored"] = false;
 }
 
-// Whether gradients are wanted: of the parameters, the learning rates, xs, xq, ys, yq, both sets' row weights, and the anchors.
-using Wanted = std::array<bool, 9>;
+// Whether gradients are wanted: of the parameters, the learning rates, xs, xq, ys, yq, both sets' row weights, the anchors, and
+// both sets' offsets.
+using Wanted = std::array<bool, 11>;
 
 template <class Real>
 void put_wanted(const Wanted& wanted, Call<Real>& call, Real* const* somewhere, Real* some) {
@@ -32,6 +33,8 @@ void put_wanted(const Wanted& wanted, Call<Real>& call, Real* const* somewhere, 
   if (wanted[6]) call.support_weights_gradient = some;
   if (wanted[7]) call.query_weights_gradient = some;
   if (wanted[8]) call.anchors_gradient = some;
+  if (wanted[9]) call.support_offset_gradient = some;
+  if (wanted[10]) call.query_offset_gradient = some;
 }
 
 // How a call of these sizes would run.

@@ -255,7 +255,7 @@ class Binder {
         } else {
           const Real* y = static_cast<const Real*>(set.y) + row * columns;
           for (int o = 0; o < columns; ++o)
-            t[o * classes + at] = by_element && own[o] == 0 ? Real(0) : y[o];
+            t[o * classes + at] = by_element ? call_.target_of(set, own[o], y[o]) : y[o];
           if (!by_element) total += weight;
           for (int o = 0; by_element && o < columns; ++o) total += own[o];
         }

@@ -120,6 +120,12 @@ class ItemArrays {
       losses[lane] = given.losses[work_.task[lane]];
     return {false, X::kTasks == 1 ? broadcast(losses[0]) : losses};
   }
+  Vec step_cotangent(int k) const {
+    Vec losses = zero();
+    for (int lane = 0; lane < work_.count; ++lane)
+      losses[lane] = call_.cotangents.step_losses[k * call_.tasks + work_.task[lane]];
+    return X::kTasks == 1 ? broadcast(losses[0]) : losses;
+  }
   void add_cotangent(int t, Real* v) const {
     layout_.elements(t, 0, [&](std::size_t from, std::size_t place) {
       for (int lane = 0; lane < work_.count; ++lane)
@@ -240,37 +246,53 @@ class ItemArrays {
                                        : Real(0);
     });
   }
-  // [rows, out], 0 in rows that do not count
   void write_target_gradient(const RowSet<Real>& rows, const ItemSet& bound, Real* gradient) const {
-    const int out = target_columns(call_.loss_of(rows), call_.network->out_features());
-    const long classes = X::class_stride(bound.extent.rows);
-    visit_rows(rows, [&](int lane, std::int64_t row, int place) {
-      const Real* from = bound.target_gradient + lane + static_cast<long>(place) * X::kElement;
-      for (int o = 0; o < out; ++o)
-        gradient[row * out + o] = place < 0 ? Real(0) : from[o * classes] / call_.divisor();
-    });
+    write_columns(rows, bound, bound.target_gradient,
+                  target_columns(call_.loss_of(rows), call_.network->out_features()), gradient);
   }
-  // [rows], of the rows' shares as core/algorithms/set_gradients.h has them
+  void write_offset_gradient(const RowSet<Real>& rows, const ItemSet& bound, Real* gradient) const {
+    write_columns(rows, bound, bound.offset_gradient, call_.network->out_features(), gradient);
+  }
+  // [rows, weight columns], of the shares as core/algorithms/set_gradients.h has them
   void write_weight_gradient(const RowSet<Real>& rows, const ItemSet& bound, Real* gradient) const {
+    const int columns = rows.weight_columns;
+    const long classes = X::class_stride(bound.extent.rows);
     Real total[X::kTasks] = {}, shares[X::kTasks] = {};
-    const auto share = [&](int lane, int place) {
-      return bound.weight_gradient[lane + static_cast<long>(place) * X::kElement];
+    const auto share = [&](int lane, int place, int c) {
+      return bound.weight_gradient[c * classes + lane + static_cast<long>(place) * X::kElement];
     };
     visit_rows(rows, [&](int lane, std::int64_t row, int place) {
-      if (place < 0) return;
-      total[lane] += rows.weights[row] * call_.class_weight(rows, row);
-      shares[lane] += rows.weights[row] * share(lane, place);
+      for (int c = 0; place >= 0 && c < columns; ++c) {
+        const Real weight = rows.weights[row * columns + c];
+        if (columns > 1 && weight == 0) continue;
+        total[lane] += weight * call_.class_weight(rows, row);
+        shares[lane] += weight * share(lane, place, c);
+      }
     });
     visit_rows(rows, [&](int lane, std::int64_t row, int place) {
-      gradient[row] =
-          place < 0 || !(total[lane] > 0)
-              ? Real(0)
-              : (share(lane, place) - call_.class_weight(rows, row) * shares[lane] / total[lane]) /
-                    (total[lane] * call_.divisor());
+      for (int c = 0; c < columns; ++c) {
+        const bool flows =
+            place >= 0 && total[lane] > 0 && !call_.is_masked(rows, row, c, share(lane, place, c));
+        gradient[row * columns + c] =
+            flows ? (share(lane, place, c) -
+                     call_.class_weight(rows, row) * shares[lane] / total[lane]) /
+                        (total[lane] * call_.divisor())
+                  : Real(0);
+      }
     });
   }
 
  private:
+  // From class-major `from` [columns, rows] to [rows, columns], 0 in rows that do not count.
+  void write_columns(const RowSet<Real>& rows, const ItemSet& bound, const Real* from, int columns,
+                     Real* gradient) const {
+    const long classes = X::class_stride(bound.extent.rows);
+    visit_rows(rows, [&](int lane, std::int64_t row, int place) {
+      const Real* own = from + lane + static_cast<long>(place) * X::kElement;
+      for (int c = 0; c < columns; ++c)
+        gradient[row * columns + c] = place < 0 ? Real(0) : own[c * classes] / call_.divisor();
+    });
+  }
   std::size_t rate_index(int lane, int row, int column) const {
     return (static_cast<std::size_t>(work_.task[lane]) * call_.lr.rows + row) * call_.lr.columns +
            column;

@@ -141,9 +141,8 @@ class TaskBinder {
     const Extent extent{rows, nullptr, Real(rows)};
     if (!labels)
       Block::map(extent, columns, [&](long, long o, int r) {
-        const bool weighs = !elements || elements[o * rows + r] != 0;
-        targets[o * rows + r] =
-            weighs ? static_cast<const Real*>(set.y)[bound.row(r) * columns + o] : Real(0);
+        const Real y = static_cast<const Real*>(set.y)[bound.row(r) * columns + o];
+        targets[o * rows + r] = elements ? call_.target_of(set, elements[o * rows + r], y) : y;
       });
     Block::for_indices(rows, [&](int r) {
       const std::int64_t row = bound.row(r);
@@ -156,7 +155,8 @@ class TaskBinder {
         scale[r] = in_range ? weight : Real(NAN);
         targets[r] = Real(in_range ? label : 0);
       } else {
-        scale[r] = takes(loss, targets + r, columns, rows) ? weight : Real(NAN);
+        const Real* own = elements ? elements + r : nullptr;
+        scale[r] = takes(loss, targets + r, own, columns, rows) ? weight : Real(NAN);
       }
     });
     Real total = labels || set.weights ? total_weight(loss, extent, targets, scale) : Real(rows);
@@ -179,13 +179,16 @@ class TaskBinder {
     sync();
     return sum;
   }
-  // Are a row's targets (one in every `step`) what the loss takes?
-  PYMETA_FN static bool takes(const Loss& loss, const Real* targets, int columns, int step) {
+  // Are a row's targets (one in every `step`) what the loss takes? Not asked of those of weight 0.
+  PYMETA_FN static bool takes(const Loss& loss, const Real* targets, const Real* weights,
+                              int columns, int step) {
     const TargetKind kind = target_kind(loss);
     if (kind != TargetKind::probabilities && kind != TargetKind::amounts) return true;
-    for (int o = 0; o < columns; ++o)
-      if (targets[o * step] < 0 || (kind == TargetKind::probabilities && targets[o * step] > 1))
-        return false;
+    for (int o = 0; o < columns; ++o) {
+      const Real y = targets[o * step];
+      if (weights && weights[o * step] == 0) continue;
+      if (y < 0 || (kind == TargetKind::probabilities && y > 1)) return false;
+    }
     return true;
   }
   // The sum of a row's weights, one in every `step`.
@@ -365,6 +368,9 @@ class TaskArrays {
     if (!given.any()) return {true, Real(1)};
     return {false, given.losses ? given.losses[task_] : Real(0)};
   }
+  PYMETA_FN Vec step_cotangent(int k) const {
+    return call_.cotangents.step_losses[k * call_.tasks + task_];
+  }
   PYMETA_FN void add_cotangent(int t, Real* v) const {
     const Real* from = call_.cotangents.adapted[t] + task_ * layout_.tensors[t].elements();
     for_elements(t, [=](std::size_t index, std::size_t at) { v[at] += from[index]; }, 0);
@@ -432,42 +438,57 @@ class TaskArrays {
     });
   }
 
-  // [rows, out], 0 in rows that do not count
   PYMETA_FN void write_target_gradient(const RowSet<Real>& rows, const ItemSet& bound,
                                        Real* gradient) const {
-    const int out = target_columns(call_.loss_of(rows), call_.network->out_features());
-    const int all = rows.size(task_);
-    const Real divisor = call_.divisor();
-    Real* to = gradient + rows.start(task_) * out;
-    const TaskRows bound_rows = bound_rows_of(rows);
-    if (bound_rows.count < all) Block::for_indices(all * out, [=](int i) { to[i] = 0; });
-    Block::map(bound.extent, out, [&](long, long o, int r) {
-      const std::int64_t row = bound_rows.rows ? bound_rows.rows[r] : r;
-      to[row * out + o] = bound.target_gradient[o * bound.extent.rows + r] / divisor;
-    });
+    write_columns(rows, bound, bound.target_gradient,
+                  target_columns(call_.loss_of(rows), call_.network->out_features()), gradient);
   }
-  // [rows], of the rows' shares as core/algorithms/set_gradients.h has them
+  PYMETA_FN void write_offset_gradient(const RowSet<Real>& rows, const ItemSet& bound,
+                                       Real* gradient) const {
+    write_columns(rows, bound, bound.offset_gradient, call_.network->out_features(), gradient);
+  }
+  // [rows, weight columns], of the shares as core/algorithms/set_gradients.h has them
   PYMETA_FN void write_weight_gradient(const RowSet<Real>& rows, const ItemSet& bound,
                                        Real* gradient) const {
-    const int all = rows.size(task_), count = bound.extent.rows;
+    const int all = rows.size(task_), count = bound.extent.rows, columns = rows.weight_columns;
     const std::int64_t first = rows.start(task_);
     const TaskRows bound_rows = bound_rows_of(rows);
     const auto row_of = [&](int r) { return first + (bound_rows.rows ? bound_rows.rows[r] : r); };
     Real total = 0, shares = 0;
-    for (int r = 0; r < count; ++r) {
-      total += rows.weights[row_of(r)] * call_.class_weight(rows, row_of(r));
-      shares += rows.weights[row_of(r)] * bound.weight_gradient[r];
-    }
+    for (int r = 0; r < count; ++r)
+      for (int c = 0; c < columns; ++c) {
+        const Real weight = rows.weights[row_of(r) * columns + c];
+        if (columns > 1 && weight == 0) continue;
+        total += weight * call_.class_weight(rows, row_of(r));
+        shares += weight * bound.weight_gradient[c * count + r];
+      }
     const bool empty = !(total > 0);
-    if (count < all || empty) Block::for_indices(all, [=](int r) { gradient[first + r] = 0; });
-    Block::for_indices(empty ? 0 : count, [&](int r) {
-      gradient[row_of(r)] =
-          (bound.weight_gradient[r] - call_.class_weight(rows, row_of(r)) * shares / total) /
-          (total * call_.divisor());
+    Real* to = gradient + first * columns;
+    if (count < all || empty) Block::for_indices(all * columns, [=](int i) { to[i] = 0; });
+    Block::map({empty ? 0 : count, nullptr, Real(count)}, columns, [&](long, long c, int r) {
+      const Real own = bound.weight_gradient[c * count + r];
+      const bool masked = call_.is_masked(rows, row_of(r), static_cast<int>(c), own);
+      gradient[row_of(r) * columns + c] =
+          masked ? Real(0)
+                 : (own - call_.class_weight(rows, row_of(r)) * shares / total) /
+                       (total * call_.divisor());
     });
   }
 
  private:
+  // From `from` [columns, rows] to [rows, columns], 0 in rows that do not count.
+  PYMETA_FN void write_columns(const RowSet<Real>& rows, const ItemSet& bound, const Real* from,
+                               int columns, Real* gradient) const {
+    const int all = rows.size(task_), count = bound.extent.rows;
+    const Real divisor = call_.divisor();
+    Real* to = gradient + rows.start(task_) * columns;
+    const TaskRows bound_rows = bound_rows_of(rows);
+    if (bound_rows.count < all) Block::for_indices(all * columns, [=](int i) { to[i] = 0; });
+    Block::map(bound.extent, columns, [&](long, long c, int r) {
+      const std::int64_t row = bound_rows.rows ? bound_rows.rows[r] : r;
+      to[row * columns + c] = from[c * count + r] / divisor;
+    });
+  }
   PYMETA_FN std::size_t rate_index(int row, int column) const {
     return (static_cast<std::size_t>(task_) * call_.lr.rows + row) * call_.lr.columns + column;
   }

@@ -133,6 +133,33 @@ void test_masked_targets() {
   });
 }
 
+// Each target's own loss: times its weight, what it adds to its row's.
+void test_losses_of_targets() {
+  for_each_loss_spec([&](LossKind kind, auto spec) {
+    Random random(8);
+    Loss loss;
+    loss.kind = kind;
+    const double levels[2] = {0.25, 0.75};
+    loss.levels = levels;
+    loss.level_count = 2;
+    loss.constant = spec.constant(loss);
+    Trial trial(loss, true, random);
+    if (trial.elements.empty()) return;
+    Numbers values(trial.targets.size());
+    LossRows rows = trial.rows();
+    rows.values = values.data();
+    loss_gradient<X>(loss, rows, trial.row_losses.data(), nullptr);
+    double sum = 0, magnitude = 0;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const double part = values[i] * trial.elements[i] * trial.scale[i % kRows];
+      sum += part;
+      magnitude += std::fabs(part);
+    }
+    CHECK(std::fabs(sum - trial.value()) <= 1e-14 * magnitude,
+          std::string(trial.name) + ": its targets' losses are not its rows'");
+  });
+}
+
 void test_each_loss() {
   const double weight[kOut] = {0.5, 1.5, 2, 0.75}, pos_weight[kOut] = {3, 1, 0.25, 2};
   const double levels[2] = {0.25, 0.9};
@@ -163,5 +190,6 @@ namespace pymeta::testing {
 void test_losses() {
   one_number::test_each_loss();
   one_number::test_masked_targets();
+  one_number::test_losses_of_targets();
 }
 }  // namespace pymeta::testing

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pymeta import native
+from pymeta.backend import adapt as native_adapt
 from pymeta.spec.class_weights import class_table, classes_of, row_factors
 from pymeta.spec.losses import Loss
 from pymeta.spec.schedule import SPLIT, permutation
@@ -159,11 +160,7 @@ def held_out_counts(sizes: Tensor, fraction: float) -> Tensor:
 def _orders(sizes: Tensor, seed: int, task_ids: Tensor | None) -> Tensor:
     """A permutation of each task's rows, one after another: int64 [sum of sizes]."""
     if native.missing() is None:
-        out = torch.empty(int(sizes.sum()), dtype=torch.int64, device="cpu")
-        address = 0 if task_ids is None else task_ids.data_ptr()
-        arguments = (len(sizes), sizes.data_ptr(), out.data_ptr())
-        native.extension().shuffle(seed, 0, address, 0, SPLIT, *arguments)
-        return out
+        return native_adapt.permutations(sizes, seed, task_ids, SPLIT)
     ids = [0] * len(sizes) if task_ids is None else task_ids.tolist()
     each = [
         permutation(seed, 0, task, 0, rows, SPLIT)

@@ -29,7 +29,7 @@ from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.functional import compiled
 from pymeta.functional.anchors import Anchors, check_values_of
-from pymeta.functional.evaluation import in_torch, lacks_forward_mode, lacks_gradient
+from pymeta.functional.evaluation import in_torch, lacks_forward_mode
 from pymeta.functional.handles import register
 from pymeta.functional.own import (
     Own,
@@ -466,11 +466,7 @@ class MAML(Learner):
     def _reason(self, plan: Plan, *sets: TaskSet) -> str | None:
         """As the base class has it; the native core has no forward mode."""
         tensors = [*plan.parameters, self._parameters.get("lr")]
-        return (
-            super()._reason(plan, *sets)
-            or lacks_forward_mode(tensors, sets)
-            or lacks_gradient(sets)
-        )
+        return super()._reason(plan, *sets) or lacks_forward_mode(tensors, sets)
 
     def _made_plan(self, row_shape: tuple[int, ...] | None) -> Plan:
         return Plan(
@@ -491,7 +487,6 @@ class MAML(Learner):
     def _forget(self) -> None:
         super()._forget()
         self._prepared = {}
-        self._plan_of_step: Plan | None = None  # `implicitly` makes it
 
     def _last_call(self, plan: Plan) -> NativeCall | None:
         if plan.last is None:  # what the calls leave, but not `adapt`
@@ -511,7 +506,7 @@ class MAML(Learner):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
-        return {**super().__getstate__(), "_prepared": {}, "_handle": None, "_plan_of_step": None}
+        return {**super().__getstate__(), "_prepared": {}, "_handle": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""

@@ -12,8 +12,8 @@ from pymeta.spec.show import as_numpy, number, shape, spread
 class Outcome(NamedTuple):
     """What a MAML call returns.
 
-    The first three carry a graph where grad is enabled. `loss.backward()` alone costs nothing more
-    on the native backend; whatever else is differentiated costs one more native call.
+    All of it carries a graph where grad is enabled. `loss.backward()` alone costs nothing more on
+    the native backend; whatever else is differentiated costs one more native call.
 
     Attributes:
         loss: [], the mean over tasks of `task_losses`; None without query targets.
@@ -22,8 +22,7 @@ class Outcome(NamedTuple):
         predictions: [T, rows, out], the network's raw outputs on the query set; a list of
             [rows_t, out] where xq came as a list; rows beyond a task's query size are 0. A row
             that does not count has them as constants.
-        step_losses: [steps, T], the query losses after each step, without a graph; None without
-            `step_weights`.
+        step_losses: [steps, T], the query losses after each step; None without `step_weights`.
     """
 
     loss: Tensor
@@ -42,8 +41,10 @@ class Outcome(NamedTuple):
             predictions = [p.detach() for p in predictions]
         elif predictions is not None:
             predictions = predictions.detach()
-        loss, losses = (v if v is None else v.detach() for v in self[:2])
-        return Outcome(loss, losses, predictions, self.step_losses)
+        loss, losses, steps = (
+            v if v is None else v.detach() for v in (self.loss, self.task_losses, self.step_losses)
+        )
+        return Outcome(loss, losses, predictions, steps)  # type: ignore[arg-type]
 
 
 def told_outcome(outcome: NamedTuple) -> str:

@@ -40,6 +40,14 @@ def _ids_there(plan: Plan, task_ids: Tensor | None) -> Tensor | None:
     return plan.device.upload("task_ids", task_ids)
 
 
+def permutations(sizes: Tensor, seed: int, task_ids: Tensor | None, purpose: int) -> Tensor:
+    """A permutation of `sizes` [T] rows for each task, one after another: int64 [sum of sizes]."""
+    out = torch.empty(int(sizes.sum()), dtype=torch.int64, device="cpu")
+    arguments = (len(sizes), sizes.data_ptr(), out.data_ptr())
+    native.extension().shuffle(seed, 0, address(task_ids), 0, purpose, *arguments)
+    return out
+
+
 def memory(
     plan: Plan,
     parameters: list[Tensor],

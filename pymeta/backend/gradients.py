@@ -1,7 +1,7 @@
 """The memory of gradients that the core computes, one flat buffer for all that are wanted.
 
 They lie one after another: the gradients of the parameters (or of the tasks' own starts), of lr, of
-the inputs, targets and row weights of both sets, of the anchors.
+the inputs, targets and weights of both sets, of the anchors, and of both offsets.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pymeta import native
 from pymeta.backend.plan import Plan
 
 # Of the parameters, then of the operands that `Extras` names.
-Wanted: TypeAlias = tuple[bool, bool, bool, bool, bool, bool, bool, bool, bool]
-NOTHING: Wanted = (False,) * 9
+Wanted: TypeAlias = tuple[bool, bool, bool, bool, bool, bool, bool, bool, bool, bool, bool]
+NOTHING: Wanted = (False,) * 11
 
 
 class Extras(NamedTuple):
@@ -32,7 +32,9 @@ class Extras(NamedTuple):
     yq: Tensor | None
     support_weights: Tensor | None
     query_weights: Tensor | None
-    anchors: Tensor | None = None
+    anchor: Tensor | None = None
+    support_offset: Tensor | None = None
+    query_offset: Tensor | None = None
 
 
 class Gradients:
@@ -96,7 +98,8 @@ class Layout:
         self.parameter_total = end = total if wanted[0] else 0
         self.extra_offsets: list[int] = []
         for tensor, is_wanted in zip(extras, wanted[1:], strict=True):
-            self.extra_offsets.append(end * plan.itemsize if is_wanted else -1)
+            written = is_wanted and tensor is not None and tensor.numel() > 0
+            self.extra_offsets.append(end * plan.itemsize if written else -1)
             if is_wanted and tensor is not None:
                 self.shapes.append(tuple(tensor.shape))
                 end += tensor.numel()

@@ -148,6 +148,7 @@ class Plan:
         self.lr_order: Tensor | None = None
         self.last: tuple[Any, ...] | None = None
         self.lrs: dict[tuple[float, int], Tensor] = {}
+        self.of_one_step: Plan | None = None  # functional/implicit_calls.py makes it
         self.optimizer = optimizer
         self.anchor = anchor
         self.device = Device.of(self.expected.device)

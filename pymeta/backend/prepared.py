@@ -38,7 +38,7 @@ from pymeta.spec import running
 from pymeta.spec.once import NATIVE
 from pymeta.spec.schedule import Schedule
 from pymeta.spec.transforms import LACKS, in_transform
-from pymeta.spec.watch import forms, forms_there
+from pymeta.spec.watch import Form
 from pymeta.tasks.task_set import TaskSet, dense
 
 
@@ -48,7 +48,7 @@ class Results(NamedTuple):
     loss: Tensor  # []
     losses: Tensor  # [T]
     predictions: Tensor
-    step_losses: Tensor | None  # [steps, T]
+    step_losses: Tensor | None = None  # [steps, T]
 
 
 class Recipe(NamedTuple):
@@ -243,6 +243,7 @@ class PreparedCall:
         losses: Tensor | None,
         predictions: Tensor | None,
         adapted: Sequence[Tensor | None] = (),
+        step_losses: Tensor | None = None,
     ) -> list[Tensor]:
         """The wanted gradients of any scalar of the results, from those of the results.
 
@@ -252,6 +253,7 @@ class PreparedCall:
             losses: [T], or None.
             predictions: of their shape, or None.
             adapted: [T, ...] of each of `plan.adapted`, or None; may be left out.
+            step_losses: [steps, T], or None.
         """
         assert self.layout is not None
         gradients = self._cleared(Gradients(self.layout, None))
@@ -259,11 +261,13 @@ class PreparedCall:
             return gradients.tensors
         losses = None if losses is None else dense(losses)
         predictions = None if predictions is None else dense(predictions)
+        step_losses = None if step_losses is None else dense(step_losses)
         into = [0] * len(self.plan.chain)
         held = [None if a is None else dense(a) for a in adapted]
         for at, tensor in zip(self._in_chain, held, strict=False):
             into[at] = address(tensor)
-        flows = address(losses), address(predictions), into if any(into) else []
+        into = into if any(into) else []
+        flows = address(losses), address(predictions), into, address(step_losses)
         ordered = chained(self.plan, parameters)  # held while the core reads them
         self.repeat(
             [p.data_ptr() for p in ordered],
@@ -293,11 +297,13 @@ class PreparedCall:
             (predictions,) = with_graph(made, (results.predictions,), inputs)
             return results._replace(predictions=predictions)
         gradients = self._cleared(layout.memory())
-        *outputs, step_losses = self.run(parameters, extras, gradients)
+        results = self.run(parameters, extras, gradients)
         made = Made(self, parameters, extras)
         made.lease = Lease(gradients, layout.idle)
-        loss, losses, predictions = with_graph(made, tuple(outputs), inputs)
-        return Results(loss, losses, predictions, step_losses)
+        outputs = cast(tuple[Tensor, ...], results)
+        if results.step_losses is None:  # each output of a node takes its time
+            outputs = outputs[:3]
+        return Results(*with_graph(made, outputs, inputs))
 
     def accumulate(self, parameters: list[Tensor], extras: Extras) -> Results:
         """`run`, and the gradients added to the `.grad` of what they are of; no graph."""
@@ -352,8 +358,7 @@ class PreparedCall:
         self._is_there = self._watch.is_there
         self._settings = _settings(owner)  # not the owner, which holds this call
         self._lr, self._stream = lr, None if device is None else device.stream()
-        self._forms_of = forms if device is None else forms_there
-        self._forms = self._forms_of([*self._watch.tensors, *data])
+        self._form = Form([*self._watch.tensors, *data], device is not None)
         return True
 
     def _may_be_made_there(self, device: Device) -> bool:
@@ -376,7 +381,7 @@ class PreparedCall:
         ):
             return None
         try:
-            if self._forms_of([*self._watch.tensors, xs, ys, xq, yq]) != self._forms:
+            if not self._form.fits([*self._watch.tensors, xs, ys, xq, yq]):
                 return None
             xs.data_ptr(), ys.data_ptr(), xq.data_ptr(), yq.data_ptr()
         except RuntimeError:  # a layout without strides or without a pointer
@@ -416,28 +421,30 @@ class Made:
         return versions_of((*self.parameters, *self.call.given(self.extras)))
 
     def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        """From the gradients of the results: loss, losses, predictions, or predictions alone."""
+        """From the gradients of the results, in their order, or of the predictions alone."""
         if self.lease is None:
             return self._again(None, gradients[0])
-        loss, losses, predictions = gradients
-        if losses is None and predictions is None:
+        loss, losses, predictions = gradients[:3]
+        steps = gradients[3] if len(gradients) > 3 else None
+        if losses is None and predictions is None and steps is None:
             assert loss is not None
             return scaled(self.lease, loss)
         if loss is not None:
             mean = (loss / max(self.call.tasks, 1)).expand(self.call.tasks)
             losses = mean if losses is None else losses + mean
-        return self._again(losses, predictions)
+        return self._again(losses, predictions, step_losses=steps)
 
     def _again(
         self,
         losses: Tensor | None,
         predictions: Tensor | None,
         adapted: Sequence[Tensor | None] = (),
+        step_losses: Tensor | None = None,
     ) -> Sequence[Tensor]:
         if in_transform():
             raise RuntimeError(LACKS)
         try:
-            for flow in (losses, predictions, *adapted):
+            for flow in (losses, predictions, *adapted, step_losses):
                 address(flow)
         except RuntimeError:
             raise RuntimeError(
@@ -447,7 +454,8 @@ class Made:
             ) from None
         if self._versions() != self.versions:
             raise RuntimeError(CHANGED)
-        return self.call.vjp(self.parameters, self.extras, losses, predictions, adapted)
+        flows = losses, predictions, adapted, step_losses
+        return self.call.vjp(self.parameters, self.extras, *flows)
 
 
 class MadeAdapted(Made):
@@ -477,12 +485,12 @@ def prepare(
     """
     plan.check_steps(Schedule(recipe.steps))
     lr, support = native_lr(plan, lr), ready(plan, support)
-    xq = yq = query_weights = None
+    xq = yq = query_weights = query_offset = None
     if query is not None:
         query = ready(plan, query)
-        xq, yq, query_weights = query.x, query.y, query.weights
-    weights = support.weights, query_weights
-    extras = Extras(lr, support.x, xq, support.y, yq, *weights, recipe.anchors)
+        xq, yq, query_weights, query_offset = query.x, query.y, query.weights, query.offset
+    weights, offsets = (support.weights, query_weights), (support.offset, query_offset)
+    extras = Extras(lr, support.x, xq, support.y, yq, *weights, recipe.anchors, *offsets)
     if recipe.own and trains is None:
         trains = [p.requires_grad for p in parameters]
     if wanted is None:

@@ -243,10 +243,12 @@ class Arrays:
         support, query = ready.support, ready.query
         places = {
             "xs": support.x, "ys": support.y, "support_weights": support.weights,
-            "lr": ready.rates, "rates": ready.rates,
+            "lr": ready.rates, "rates": ready.rates, "support_offset": support.offset,
+            "anchor": ready.anchors,
         }  # fmt: skip
         if query is not None:
             places |= {"xq": query.x, "yq": query.y, "query_weights": query.weights}
+            places |= {"query_offset": query.offset}
         for name in wrt:
             if name == "parameters":
                 continue
@@ -256,17 +258,20 @@ class Arrays:
                 raise ValueError(f"wrt: {name} are {like.dtype}, which have no gradient")
             made[name] = np.zeros_like(like)
         lr = address(made.get("rates", made.get("lr")))
-        parts = {name: address(made.get(name)) for name in ("xs", "xq", "ys", "yq")}
-        weights = {n: address(made.get(n)) for n in ("support_weights", "query_weights")}
+        sides = (n for n in places if n not in ("lr", "rates", "anchor"))
+        parts = {name: address(made.get(name)) for name in sides}
         of_parameters = [address(made.get(f"parameters.{n}")) for n in chain]
-        return made, native.extension().Gradients(of_parameters, lr, **parts, **weights)
+        anchors = address(made.get("anchor"))
+        return made, native.extension().Gradients(of_parameters, lr, anchors=anchors, **parts)
 
     def _put_flows(self, call: Any, flows: Flows, ready: _Ready) -> list[Any]:
         """Let a call have what flows into its results; the arrays to be held meanwhile."""
         o, tasks, dtype = self._operator, ready.support.tasks, ready.dtype
-        losses, predictions, adapted = flows
+        losses, predictions, adapted, step_losses = flows
         if losses is not None:
             losses = _numbers("task_losses", losses, dtype, [(tasks,)])
+        if step_losses is not None:
+            step_losses = _numbers("step_losses", step_losses, dtype, [(ready.steps, tasks)])
         if predictions is not None and ready.query is not None:
             q, out = ready.query, self._architecture.out_features
             if q.lengths is None:
@@ -288,9 +293,9 @@ class Arrays:
         }
         into = [address(adapted.get(name)) for name in self._architecture.chain]
         call.cotangents = native.extension().Cotangents(
-            address(losses), address(predictions), into if any(into) else []
+            address(losses), address(predictions), into if any(into) else [], address(step_losses)
         )
-        return [losses, predictions, adapted]
+        return [losses, predictions, adapted, step_losses]
 
     def _as_given(self, name: str, grad: np.ndarray, request: Request) -> Any:
         """A gradient in the order and form that the input came in."""
@@ -303,9 +308,11 @@ class Arrays:
         if name == "lr":
             given = np.shape(request.lr)
             return grad.sum((1, 2)) if len(given) == 1 else grad[:, 0]
-        side = request.support if name in ("xs", "ys", "support_weights") else request.query
+        if name == "anchor":
+            return grad
+        side = request.support if name in _SUPPORT else request.query
         assert side is not None
-        given = {"x": side.x, "y": side.y}.get(name[0], side.weights)
+        given = side[_SUPPORT.index(name) if side is request.support else _QUERY.index(name)]
         if isinstance(given, (list, tuple)):
             ends = np.cumsum([len(v) for v in given])[:-1]
             flat = grad.reshape(-1, *given[0].shape[1:])
@@ -318,11 +325,6 @@ def _keeping_weightless(ready: _Ready, wrt: tuple[str, ...]) -> _Ready:
     for name in ("support", "query"):
         side = getattr(ready, name)
         if f"{name}_weights" in wrt:
-            if side.weight_columns > 1:
-                raise ValueError(
-                    f"wrt: {name}_weights: the native core has no gradient for weights of single "
-                    f"targets; tensors have, in torch"
-                )
             ready = ready._replace(**{name: side._replace(keeps_weightless=True)})
     return ready
 

@@ -45,6 +45,7 @@ class Flows(NamedTuple):
     task_losses: Any = None
     predictions: Any = None
     adapted: Parameters | None = None
+    step_losses: Any = None
 
 
 class Gradients(NamedTuple):
@@ -228,7 +229,7 @@ def meta_gradient(
         xq: query inputs.
         yq: query targets.
         wrt: what it is taken by: "parameters", "rates" or "lr" (of each task), "xs", "ys", "xq",
-            "yq", "support_weights", "query_weights".
+            "yq", "support_weights", "query_weights", "support_offset", "query_offset", "anchor".
         steps: in place of the operator's.
         support_sizes: how many of its rows each task uses.
         query_sizes: likewise of xq.
@@ -268,6 +269,7 @@ def vjp(
     task_losses: Any = None,
     predictions: Any = None,
     adapted: Parameters | None = None,
+    step_losses: Any = None,
     wrt: Sequence[str] = ("parameters",),
     steps: int | None = None,
     support_sizes: Any = None,
@@ -283,8 +285,9 @@ def vjp(
 ) -> Gradients:
     """The vector-Jacobian product of the operator, without autograd.
 
-    That is the gradient of `sum(task_losses * L) + sum(predictions * P) + sum(adapted[n] * A[n])`,
-    where L [T], P [T, rows, out] and A {name: [T, ...]} are what the operator makes.
+    That is the gradient of `sum(task_losses * L) + sum(predictions * P) + sum(adapted[n] * A[n]) +
+    sum(step_losses * S)`, where L [T], P [T, rows, out], A {name: [T, ...]} and S [steps, T] are
+    what the operator makes.
 
     Args:
         operator: as for `meta_gradient`, like all that is not named here.
@@ -296,6 +299,7 @@ def vjp(
         task_losses: [T], what flows into the losses.
         predictions: what flows into the predictions, in their form.
         adapted: {name: [T, ...]}, what flows into some of the adapted parameters.
+        step_losses: [steps, T], what flows into the losses after each step; with `step_weights`.
         wrt: what the product is taken by.
         steps: in place of the operator's.
         support_sizes: how many of its rows each task uses.
@@ -315,15 +319,17 @@ def vjp(
     support = Side(xs, ys, support_sizes, support_weights, support_offset)
     query = None if xq is None else Side(xq, yq, query_sizes, query_weights, query_offset)
     request = Request(parameters, support, query, steps, anchor, lr, rates, step_weights)
-    flows = Flows(task_losses, predictions, adapted or None)
+    flows = Flows(task_losses, predictions, adapted or None, step_losses)
     if all(flow is None for flow in flows):
-        raise ValueError("task_losses, predictions, adapted: expected at least one of them")
+        raise ValueError(f"{', '.join(Flows._fields)}: expected at least one of them")
     for name, flow, needs, there in (
         ("task_losses", task_losses, "yq", yq is not None and xq is not None),
         ("predictions", predictions, "xq", xq is not None),
+        ("step_losses", step_losses, "yq", yq is not None and xq is not None),
+        ("step_losses", step_losses, "step_weights", step_weights is not None),
     ):
         if flow is not None and not there:
-            raise ValueError(f"{name}: expected None, for there is no {needs}")
+            raise ValueError(f"{name}: expected None, for the call has no {needs}")
     unknown = [n for n in adapted or {} if n not in operator.adapted]
     if unknown:
         names = ", ".join(operator.adapted) or "nothing"
@@ -348,6 +354,9 @@ def _checked(wrt: Any, request: Request) -> tuple[str, ...]:
         "yq": query.y is not None,
         "support_weights": support.weights is not None,
         "query_weights": query.weights is not None,
+        "support_offset": support.offset is not None,
+        "query_offset": query.offset is not None,
+        "anchor": request.anchor is not None,
     }
     for name in wrt:
         if name not in there:

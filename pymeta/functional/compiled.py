@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from pymeta.backend.gradients import Extras
 from pymeta.functional import ops  # registers them
 from pymeta.functional.evaluation import Results
 from pymeta.functional.handles import owner_of
@@ -39,7 +40,7 @@ def _constant(function: Function) -> Function:
 def _width(handle: str, dtype: torch.dtype, device: torch.device, shape: Any) -> int:
     """How many outputs the network has; -1 where the native core does not run it there."""
     owner = owner_of(handle)
-    if owner.backend == "torch":
+    if owner.backend == "torch" or owner.implicit is not None:
         return -1
     plan = owner._plan_for(dtype, device, None if shape is None else torch.empty(shape))
     if plan.reason is not None or plan.expected.out_features is None:
@@ -117,8 +118,8 @@ def _inputs(call: Call, out: int) -> tuple[Inputs, list[int] | None]:
     wanted = call.wanted
     if wanted is None:
         grad = torch.is_grad_enabled()
-        every = (*call.parameters, lr, xs, xq, ys, yq, ws, wq)
-        wanted = [grad and v is not None and v.requires_grad for v in every]
+        every = (*call.parameters, lr, xs, xq, ys, yq, ws, wq, call.anchor, so, qo)
+        wanted = [grad and isinstance(v, Tensor) and v.requires_grad for v in every]
     how = [
         support_lengths is not None, query_lengths is not None, call.own_lr is not None, call.clips
     ]  # fmt: skip
@@ -130,28 +131,13 @@ def _inputs(call: Call, out: int) -> tuple[Inputs, list[int] | None]:
 
 
 def width_of(call: Call) -> int:
-    """How many outputs there are; -1 where the call is left to eager mode.
-
-    That is also where a gradient is wanted that the native core lacks.
-    """
-    query = call.query
-    offsets = [call.support[4], None if query is None else query[4]]
-    weights = [(call.support[1], call.support[3])]
-    weights += [] if query is None else [(query[1], query[3])]
-    lacking = [v for o in offsets for v in _entries(o)] + _entries(call.anchor)
-    lacking += [v for y, w in weights for v in _entries(w) if v.ndim > 2]
-    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in lacking):
-        return -1
+    """How many outputs there are; -1 where the call is left to eager mode."""
     first = call.parameters[0] if call.parameters else call.support[0]
     x = call.support[0]
     entry = x[0] if isinstance(x, (list, tuple)) else x
     # one task of one row, whose axes tell which plan is wanted
     shape = (1, 1, *(entry.shape[1:] if isinstance(x, (list, tuple)) else entry.shape[2:]))
     return _width(call.handle, first.dtype, first.device, shape if len(shape) > 3 else None)
-
-
-def _entries(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def evaluate(call: Call, out: int) -> tuple[Results, Tensor]:
@@ -185,7 +171,7 @@ def forward(maml: Any, data: tuple[Any, Any, Any, Any], options: dict[str, Any])
     own: Any = options["start"] or {}
     named = dict(maml.model.named_parameters())
     known = isinstance(own, Mapping) and all(name in named for name in own)
-    if known and maml.implicit is None and maml.query_statistics == "own":
+    if known and maml.query_statistics == "own":
         support = (xs, ys, *(options[f"support_{n}"] for n in ("sizes", "weights", "offset")))
         query = (xq, yq, *(options[f"query_{n}"] for n in ("sizes", "weights", "offset")))
         steps = options["steps"]
@@ -253,16 +239,15 @@ def operator_gradients(
     if out < 0 or flows is not None or lists:
         return _method(operator, "gradients", (request, wrt, flows))
     named = ["lr" if name == "rates" else name for name in wrt]
-    extras = ("lr", "xs", "xq", "ys", "yq", "support_weights", "query_weights")
     parameters = ["parameters" in wrt] * len(call.parameters)
     with torch.no_grad():
-        call = call._replace(wanted=[*parameters, *(name in named for name in extras)])
+        call = call._replace(wanted=[*parameters, *(name in named for name in Extras._fields)])
         inputs, _ = _inputs(call, out)
         results, flat = evaluate(call, out)
     parts = list(flat.split_with_sizes([tensor.numel() for tensor in inputs.by]))
     views = [part.view(by.shape) for part, by in zip(parts, inputs.by, strict=True)]
     count = len(call.parameters) if "parameters" in wrt else 0
-    by_name = dict(zip([n for n in extras if n in named], views[count:], strict=True))
+    by_name = dict(zip([n for n in Extras._fields if n in named], views[count:], strict=True))
     found = {
         name: by_name["lr" if name == "rates" else name] for name in wrt if name != "parameters"
     }

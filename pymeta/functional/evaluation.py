@@ -34,21 +34,6 @@ class Results(NamedTuple):
     step_losses: Tensor | None  # [steps, T]
 
 
-def lacks_gradient(sets: Iterable[TaskSet]) -> str | None:
-    """What the native core has no gradient for and is asked for, where grad is enabled."""
-    if not torch.is_grad_enabled():
-        return None
-    for s in sets:
-        if s.offset is not None and s.offset.requires_grad:
-            return f"{s.names.offset} requires grad, which the native core has no gradient for"
-        if s.weights is not None and s.weights.requires_grad and s.weight_columns > 1:
-            return (
-                f"{s.names.weights} requires grad, which the native core has no gradient for "
-                f"where single targets are weighed"
-            )
-    return None
-
-
 def lacks_forward_mode(tensors: Iterable[Tensor | None], sets: Iterable[TaskSet]) -> str | None:
     """Why forward-mode derivatives keep a call from the native core, if they do."""
     if not in_forward_mode():
@@ -109,4 +94,4 @@ def in_torch(
         sides = [v for s in (support, query) for v in (s.x, s.y, s.weights, s.offset)]
         others = [*own.start.values(), own.rates, own.anchors, *sides]
         loss = reference.clipped(losses, by, task_clip, [v for v in others if v is not None])
-    return Results(loss, losses, outputs, None if steps is None else steps.detach())
+    return Results(loss, losses, outputs, steps)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import native, reference
-from pymeta.backend.gradients import Wanted
+from pymeta.backend.gradients import Extras, Wanted
 from pymeta.backend.node import with_graph
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import CHANGED, Recipe, prepare, versions_of
@@ -90,7 +90,7 @@ class Minimum(NamedTuple):
         named = zip(self.plan.names, self.shared, strict=True)
         found = {n: self.start.get(n, p) for n, p in named if n not in self.adapted}
         s = self.support
-        rows = {".xs": s.x, ".ys": s.y, ".support_weights": s.weights, ".offset": s.offset}
+        rows = {".xs": s.x, ".ys": s.y, ".support_weights": s.weights, ".support_offset": s.offset}
         return {**found, **{n: v for n, v in rows.items() if v is not None}}
 
 
@@ -197,12 +197,12 @@ class _NativeStep:
         rates, per_task = _rates(minimum, sign)
         own = (*minimum.adapted, *(n for n in minimum.start if n not in minimum.adapted))
         recipe = Recipe(1, False, own=own, per_task_lr=per_task)
-        extras = (".lr", ".xs", ".xq", ".ys", ".yq", ".support_weights", ".query_weights")
+        extras = [f".{name}" for name in Extras._fields]
         names = wanted or list(minimum.adapted)
         self._names = sorted(names, key=[*plan.names, *extras].index)  # as the core has them
         self._adapted = list(minimum.adapted)
         trains = [name in names for name in plan.names]
-        by = cast(Wanted, (any(trains), *(name in names for name in extras), False))
+        by = cast(Wanted, (any(trains), *(name in names for name in extras)))
         operands = [p.detach() for p in minimum.operands]
         self._call, self._read = prepare(
             plan, recipe, operands, rates, minimum.support, None, by, trains

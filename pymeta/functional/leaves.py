@@ -61,8 +61,10 @@ def without_graph(results: Results) -> Results:
     """The results without graphs."""
     predictions = [p.detach() for p in listed(results.predictions)]
     whole = predictions if isinstance(results.predictions, list) else predictions[0]
-    loss, losses = (v if v is None else v.detach() for v in results[:2])
-    return Results(loss, losses, whole, results.step_losses)
+    loss, losses, _, steps = (
+        None if v is None or isinstance(v, list) else v.detach() for v in results
+    )
+    return Results(loss, losses, whole, steps)
 
 
 def with_leaves(
@@ -74,7 +76,7 @@ def with_leaves(
     def leaf(key: str, name: str, value: Any) -> Any:
         if value is None:
             return None
-        if isinstance(value, (list, tuple)) and name not in ("lr", "rates"):
+        if isinstance(value, (list, tuple)) and name not in ("lr", "rates", "anchor"):
             mine = [leaf("", name, v) for v in value]
             if key in wrt:
                 leaves[key] = mine
@@ -110,27 +112,20 @@ def with_leaves(
             x=leaf(names.x, names.x, given.x),
             y=leaf(names.y, names.y, given.y),
             weights=leaf(names.weights, names.weights, given.weights),
-            offset=detached(given.offset),
+            offset=leaf(names.offset, names.offset, given.offset),
         )
 
     support = side(request.support, SUPPORT)
     query = None if request.query is None else side(request.query, QUERY)
     lr, rates = leaf("lr", "lr", request.lr), leaf("rates", "rates", rates)
-    anchor = detached(request.anchor)
+    anchor = leaf("anchor", "anchor", request.anchor)
     return request._replace(
         parameters=parameters, support=support, query=query, lr=lr, rates=rates, anchor=anchor
     ), leaves
 
 
-def detached(value: Any) -> Any:
-    """A tensor, or a list of such, without a graph; all else as it is."""
-    if isinstance(value, (list, tuple)):
-        return [detached(v) for v in value]
-    return value.detach() if isinstance(value, Tensor) else value
-
-
 def checked_flows(
-    flows: Flows, query: TaskSet | None, expected: Expected, tasks: int, shapes: Shapes
+    flows: Flows, query: TaskSet | None, expected: Expected, tasks: int, steps: int, shapes: Shapes
 ) -> Flows:
     """What flows, as tensors of the shapes of the results."""
 
@@ -143,7 +138,7 @@ def checked_flows(
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
         return value.detach().to(expected.device, expected.dtype)
 
-    losses, predictions, adapted = flows
+    losses, predictions, adapted, step_losses = flows
     if losses is not None:
         losses = one("task_losses", losses, (tasks,))
     if predictions is not None:
@@ -162,4 +157,6 @@ def checked_flows(
             predictions = one("predictions", predictions, shape)
     if adapted is not None:
         adapted = {n: one(f"adapted[{n!r}]", v, (tasks, *shapes[n])) for n, v in adapted.items()}
-    return type(flows)(losses, predictions, adapted)
+    if step_losses is not None:
+        step_losses = one("step_losses", step_losses, (steps, tasks))
+    return type(flows)(losses, predictions, adapted, step_losses)

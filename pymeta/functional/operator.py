@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pymeta import native
 from pymeta.functional.handles import register
-from pymeta.spec.anchors import check_anchor
+from pymeta.spec.anchors import Anchor, check_anchor
 from pymeta.spec.architecture import Architecture, tensors_of
+from pymeta.spec.implicit import Implicit, check_implicit
 from pymeta.spec.losses import Loss, OwnLoss, check_width, describe_loss
 from pymeta.spec.optimizers import LearnableLR, Optimizer, rates
 from pymeta.spec.schedule import check_count
@@ -49,6 +50,8 @@ class Operator:
         anchor: strength of the pull towards the start, as for `pymeta.MAML`.
         anchor_rows: as for `pymeta.MAML`.
         task_clip: largest norm of a task's share of the gradients that tasks share; None for any.
+        implicit: a `pymeta.Implicit`, as for `pymeta.MAML`: the pull to the start has its
+            strength, and gradients are those of the minimum. The network is then a module.
         backend: "native", "torch" or "auto".
 
     Raises:
@@ -76,6 +79,7 @@ class Operator:
         anchor: float = 0.0,
         anchor_rows: float | None = None,
         task_clip: float | None = None,
+        implicit: Implicit | None = None,
         backend: str = "auto",
     ) -> None:
         """Check the arguments and look at the network."""
@@ -84,8 +88,13 @@ class Operator:
         self.steps = check_count("steps", steps)
         self.first_order = check_flag("first_order", first_order)
         self.optimizer: Optimizer = one_optimizer(lr, optimizer, learnable=True)
-        self.pull = check_anchor(anchor, anchor_rows)
         self.task_clip = check_clip("task_clip", task_clip)
+        alone = {"first_order": first_order, "task_clip": task_clip}
+        pull = {"anchor": anchor, "anchor_rows": anchor_rows}
+        self.implicit = check_implicit(implicit, self.optimizer, **alone, **pull)
+        self.pull = check_anchor(**pull)
+        if self.implicit is not None:
+            self.pull = Anchor(self.implicit.strength)
         self.backend = native.backend(backend)
         patterns = check_patterns("adapt", adapt)
         self.architecture: Architecture | None = None
@@ -119,6 +128,8 @@ class Operator:
             if isinstance(loss, OwnLoss):
                 raise ValueError(f"{name}: {loss.name} is a function, which needs a torch module")
             check_width(loss, architecture.out_features)
+        if self.implicit is not None:
+            raise ValueError("implicit: expected a torch.nn.Module as the network with it")
         if self.backend == "torch":
             raise ValueError('backend: expected a torch.nn.Module as the network with "torch"')
         self.architecture = architecture
@@ -147,7 +158,8 @@ class Operator:
 
     def arrays(self) -> Arrays | None:
         """What runs calls with numpy arrays without torch; None where nothing does."""
-        if self._arrays is None and self.architecture is not None and self.backend != "torch":
+        native_too = self.backend != "torch" and self.implicit is None
+        if self._arrays is None and self.architecture is not None and native_too:
             from pymeta.functional.arrays import Arrays
 
             self._arrays = Arrays(self, self.architecture)

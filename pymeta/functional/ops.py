@@ -7,8 +7,8 @@
 
 Each names its learner or `Operator` by a handle, does at run time what an eager call does, and is
 registered once for all devices, and so is its fake: it makes its results where xs is. A flat
-gradient holds those of the wanted inputs one after another: of parameters, then of lr, xs, xq, ys,
-yq and the weights of both sides.
+gradient holds those of the wanted inputs one after another: of parameters, then in the order of
+the backend's `Extras`.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ class Inputs(NamedTuple):
     @property
     def extras(self) -> tuple[Tensor | None, ...]:
         """What gradients may be of besides parameters, in their order."""
-        weights = self.support_weights, self.query_weights
-        return (self.lr, self.xs, self.xq, self.ys, self.yq, *weights)
+        return tuple(getattr(self, name) for name in Extras._fields)
 
     @property
     def by(self) -> list[Tensor]:
@@ -167,8 +166,7 @@ def _ready(i: Inputs) -> _Ready:
         recipe = recipe._replace(task_clip=0.0)
     trained = dict(zip(learned, i.wanted, strict=False))
     trains = [trained.get(name, False) for name in plan.names]
-    # not of anchors: width_of leaves that to eager mode
-    wanted = cast(Wanted, (any(trains), *i.wanted[len(i.parameters) :], False))
+    wanted = cast(Wanted, (any(trains), *i.wanted[len(i.parameters) :]))
     operands = own.operands(plan, [dense(p) for p in named.values()])
     call, extras = prepare(plan, recipe, operands, rates, support, query, wanted, trains)
     return _Ready(owner, plan, call, operands, extras, own, support, query)
@@ -289,19 +287,20 @@ def _is_zero(tensor: Tensor | None) -> bool:
     "pymeta::evaluate_vjp",
     mutates_args=(),
     schema=(
-        f"({_INPUTS}, Tensor flat, Tensor? of_loss, Tensor? of_losses, Tensor? of_predictions) "
-        f"-> Tensor"
+        f"({_INPUTS}, Tensor flat, Tensor? of_loss, Tensor? of_losses, Tensor? of_predictions, "
+        f"Tensor? of_steps) -> Tensor"
     ),
 )
 def evaluate_vjp(*arguments: Any) -> Tensor:
-    """The flat gradient of what flows into loss, losses and predictions.
+    """The flat gradient of what flows into loss, losses, predictions and losses of the steps.
 
     `flat` is that of the loss, which is all that is needed where nothing else flows: compiled code
     has zeros flow into what nobody differentiated.
     """
-    *inputs, flat, loss, losses, predictions = arguments
+    *inputs, flat, loss, losses, predictions, steps = arguments
     i = Inputs(*inputs)
-    if _is_zero(losses) and _is_zero(predictions) and (loss is None or flat.numel()):
+    alone = all(map(_is_zero, (losses, predictions, steps)))
+    if alone and (loss is None or flat.numel()):
         return torch.zeros_like(flat) if loss is None else flat * loss
     ready = _ready(i)
     tasks = ready.support.tasks
@@ -310,12 +309,16 @@ def evaluate_vjp(*arguments: Any) -> Tensor:
         losses = mean if losses is None else losses + mean
     if predictions is not None and ready.call.predicted is not None:
         predictions = predictions.reshape(ready.call.predicted)
-    return _flat(i, ready.call, ready.call.vjp(ready.operands, ready.extras, losses, predictions))
+    found = ready.call.vjp(
+        ready.operands, ready.extras, losses, predictions,
+        step_losses=None if i.step_weights is None else steps,
+    )  # fmt: skip
+    return _flat(i, ready.call, found)
 
 
 @evaluate_vjp.register_fake
 def _(*arguments: Any) -> Tensor:
-    i = Inputs(*arguments[:-4])
+    i = Inputs(*arguments[:-5])
     made: Tensor = _maker(i)(_wanted_total(i))
     return made
 
@@ -379,16 +382,20 @@ def _parts(i: Inputs, flat: Tensor) -> tuple[Any, ...]:
         for tensor, wanted in zip((*i.parameters, *i.extras), i.wanted, strict=True)
     ]
     count = len(i.parameters)
-    lr, xs, xq, ys, yq, support, query = found[count:]
     gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)
-    gradients |= {"parameters": found[:count], "lr": lr, "xs": xs, "xq": xq, "ys": ys, "yq": yq}
-    gradients |= {"support_weights": support, "query_weights": query}
+    gradients |= {
+        "parameters": found[:count],
+        **dict(zip(Extras._fields, found[count:], strict=True)),
+    }
     gradients["own"] = None if i.own else []  # which torch takes for a list of tensors
     return tuple(gradients.values())
 
 
+_STEP_WEIGHTS = Inputs._fields.index("step_weights")
+
+
 def _setup_evaluate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*output[3 if inputs[_STEP_WEIGHTS] is None else 4 :])
     if output[0].numel() == 0:  # without query targets
         ctx.mark_non_differentiable(*output[:2])
     ctx.set_materialize_grads(False)
@@ -397,10 +404,10 @@ def _setup_evaluate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _back_through_evaluate(ctx: Any, *flows: Tensor | None) -> tuple[Any, ...]:
     i, (flat,) = _saved(ctx)
-    if all(flow is None for flow in flows[:3]):
+    if all(flow is None for flow in flows[:4]):
         wanted = [False] * len(i.wanted)
         return _parts(i._replace(wanted=wanted), flat[:0])
-    return _parts(i, torch.ops.pymeta.evaluate_vjp(*i, flat, *flows[:3]))
+    return _parts(i, torch.ops.pymeta.evaluate_vjp(*i, flat, *flows[:4]))
 
 
 def _setup_adapt(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

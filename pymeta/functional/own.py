@@ -143,8 +143,8 @@ def step_weights_of(step_weights: Any, steps: int, plan: Plan) -> Tensor | None:
         raise ValueError(f"step_weights: expected finite numbers, got {weights.tolist()}")
     if weights.requires_grad:
         raise ValueError(
-            "step_weights: expected constants, got a tensor that requires grad; step_losses has "
-            "the losses they weigh"
+            "step_weights: expected constants, got a tensor that requires grad; "
+            "(weights @ out.step_losses).mean() is a loss that can be differentiated by weights"
         )
     return dense(weights)
 

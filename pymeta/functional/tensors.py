@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from pymeta import reference
 from pymeta.backend import adapt as native_adapt
-from pymeta.backend.gradients import Wanted
+from pymeta.backend.gradients import Extras, Wanted
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
-from pymeta.functional import compiled
+from pymeta.functional import compiled, implicit_calls
 from pymeta.functional.anchors import anchors_of, check_values_of
 from pymeta.functional.evaluation import (
     QUERIES,
     Results,
     in_torch,
     lacks_forward_mode,
-    lacks_gradient,
 )
+from pymeta.functional.implicit_calls import ImplicitCall
 from pymeta.functional.leaves import (
     as_given,
     checked_flows,
@@ -61,8 +61,7 @@ if TYPE_CHECKING:
     from pymeta.functional.operator import Operator
     from pymeta.functional.through_tensors import ThroughTensors
 
-# What `wrt` names, in the order of the backend's `Extras`; "rates" stand where "lr" does.
-EXTRAS = ("lr", "xs", "xq", "ys", "yq", "support_weights", "query_weights")
+EXTRAS = Extras._fields  # what `wrt` names, in their order; "rates" stand where "lr" does
 
 
 class _Ready(NamedTuple):
@@ -198,7 +197,6 @@ class Tensors:
             plan.reason
             or next((s.reason for s in sets if s.reason is not None), None)
             or lacks_forward_mode(tensors, sets)
-            or lacks_gradient(sets)
         )
 
     def _to_torch(self, ready: _Ready, *sets: TaskSet) -> tuple[int, ...]:
@@ -231,7 +229,11 @@ class Tensors:
         if torch.compiler.is_compiling():
             found: dict[str, Tensor] = compiled.operator_adapt(self._operator, request)
             return found
-        ready = self._ready(request)
+        return self._adapted(self._ready(request))
+
+    def _adapted(self, ready: _Ready) -> dict[str, Tensor]:
+        if self._operator.implicit is not None:
+            return implicit_calls.adapted(self._implicit_call(ready, ready.support)[0])
         if ready.reason is not None:
             return self._adapt_in_torch(ready)
         plan, own, recipe = ready.plan, ready.own, self._recipe(ready)
@@ -240,6 +242,17 @@ class Tensors:
             plan, recipe, ready.parameters, rates, self._inner(ready), ready.support, own.start,
             trains=[t.requires_grad for t in ready.operands],
         )  # fmt: skip
+
+    def _implicit_call(self, ready: _Ready, *sets: TaskSet) -> tuple[ImplicitCall, tuple[int, ...]]:
+        """The call, and what `_to_torch` returns where torch runs it."""
+        implicit, plan, own = self._operator.implicit, ready.plan, ready.own
+        assert implicit is not None
+        implicit_calls.check(plan, own, ready.rates)
+        plan.check_steps(Schedule(ready.steps))
+        torch_runs = ready.reason is not None
+        out = self._to_torch(ready, *sets) if torch_runs else ()
+        how = ready.parameters, self._inner(ready), ready.support, own
+        return ImplicitCall(ready.module, plan, *how, implicit, torch_runs), out
 
     def _adapt_in_torch(self, ready: _Ready) -> dict[str, Tensor]:
         self._to_torch(ready, ready.support)
@@ -292,6 +305,9 @@ class Tensors:
         """Losses and predictions, with a graph where grad is enabled."""
         query = ready.query
         assert query is not None
+        if self._operator.implicit is not None and ready.steps:  # else nothing is minimised
+            made, out = self._implicit_call(ready, *ready.sets)
+            return implicit_calls.evaluated(made, implicit_calls.adapted(made), query, out)
         if ready.reason is not None:
             out = self._to_torch(ready, ready.support, query)
             clip = self._operator.task_clip if clips else None
@@ -322,10 +338,11 @@ class Tensors:
                     ready.query,
                     ready.plan.expected,
                     ready.support.tasks,
+                    ready.steps,
                     self._operator.shapes,
                 )
             )
-            if ready.reason is not None:
+            if ready.reason is not None or self._operator.implicit is not None:
                 results, found = self._by_autograd(ready, leaves, flows)
             else:
                 results, found = self._natively(ready, wrt, leaves, flows)
@@ -348,11 +365,14 @@ class Tensors:
             if flows.task_losses is not None and results is not None:
                 assert results.task_losses is not None
                 parts.append((results.task_losses * flows.task_losses).sum())
+            if flows.step_losses is not None and results is not None:
+                assert results.step_losses is not None
+                parts.append((results.step_losses * flows.step_losses).sum())
             if flows.predictions is not None and results is not None:
                 pairs = zip(listed(results.predictions), listed(flows.predictions), strict=True)
                 parts += [(p * f).sum() for p, f in pairs]
             if flows.adapted is not None:
-                adapted = self._adapt_in_torch(ready)
+                adapted = self._adapted(ready)
                 parts += [(adapted[n] * f).sum() for n, f in flows.adapted.items()]
         every = [leaf for value in leaves.values() for leaf in listed(value)]
         total = torch.stack([p for p in parts if p is not None]).sum()
@@ -371,7 +391,7 @@ class Tensors:
         self, ready: _Ready, wrt: tuple[str, ...], leaves: dict[str, Any], flows: Flows | None
     ) -> tuple[Results | None, dict[str, Any]]:
         named = {"lr" if name == "rates" else name for name in wrt}
-        wanted = cast(Wanted, ("parameters" in wrt, *(name in named for name in EXTRAS), False))
+        wanted = cast(Wanted, ("parameters" in wrt, *(name in named for name in EXTRAS)))
         trains = [wanted[0] and n not in ready.plan.constants for n in ready.plan.names]
         call, extras = self._prepared(ready, flows is None, wanted, trains)
         operands, results = ready.operands, None
@@ -392,11 +412,13 @@ class Tensors:
                 predictions = predictions.reshape(call.predicted)
             adapted = flows.adapted or {}
             into = [adapted.get(name) for name in ready.plan.adapted]
-            tensors = call.vjp(operands, extras, flows.task_losses, predictions, into)
+            tensors = call.vjp(
+                operands, extras, flows.task_losses, predictions, into, flows.step_losses
+            )
         rest, found = iter(tensors), {}
         if wanted[0]:
             found = {key_of(name): next(rest) for name in self._operator.shapes}
-        for name, is_wanted in zip(EXTRAS, wanted[1:-1], strict=True):
+        for name, is_wanted in zip(EXTRAS, wanted[1:], strict=True):
             if is_wanted:
                 given = "rates" if name == "lr" and "rates" in wrt else name
                 grad = next(rest)

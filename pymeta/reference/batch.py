@@ -141,13 +141,14 @@ def evaluate(
     """
     tasks = support.tasks
     if tasks == 0:
-        sides = (support.x, support.y, support.weights, query.x, query.y, query.weights)
+        sides = [v for s in (support, query) for v in (s.x, s.y, s.weights, s.offset)]
         zero = _connected_zero(
             inner.lr,
-            (v for v in (*parameters.values(), inner.lr, own.lr, *own.start.values(), *sides)
+            (v for v in (*parameters.values(), inner.lr, own.lr, own.anchor, *own.start.values(),
+                         *sides)
              if v is not None and v.is_floating_point()),
         )  # fmt: skip
-        steps = None if step_weights is None else inner.lr.new_zeros(len(step_weights), 0)
+        steps = None if step_weights is None else zero.expand(len(step_weights), 0)
         return Evaluated(zero.expand(0), [], steps, None)
     own = _with_strengths(own, inner, support)
     sift = leaves_out(support, inner.loss) or leaves_out(query, inner.judge)

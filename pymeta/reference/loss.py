@@ -131,10 +131,11 @@ def _fitting(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _weighted_by_target(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """The mean over single targets [rows, columns], by weights of the same shape."""
-    with torch.no_grad():  # a gradient to a weight of 0 is the target's loss, where there is one
+    with torch.no_grad():  # a target of weight 0 whose loss is no number is no target at all
         masked = (weights == 0) & ~_of_targets(loss, outputs, targets).isfinite()
     targets = torch.where(masked, 0.0, targets)
     outputs = torch.where(masked.repeat(1, loss.outputs_per_target), 0.0, outputs)
+    weights = torch.where(masked, 0.0, weights)
     return _weighted_mean(weights * _of_targets(loss, outputs, targets), weights)
 
 
@@ -210,6 +211,8 @@ def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | No
             )
         return _cross_entropy(loss, outputs, targets, weights)
     targets = _fitting(loss, outputs, targets)
+    if weights.ndim > 1 and weights.shape[1] == 1:  # one column of weights is one of rows
+        weights = weights[:, 0]
     if weights.ndim > 1:
         return _weighted_by_target(loss, outputs, targets, weights)
     values = _of_targets(loss, outputs, targets)

@@ -10,7 +10,8 @@ so it is no walk, but a few passes over prepared lists. Values are not its busin
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -30,16 +31,46 @@ _there = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 _contiguous, _negated, _zero = Tensor.is_contiguous, Tensor.is_neg, Tensor._is_zerotensor
 
 
-def forms(tensors: Sequence[Tensor]) -> list[Any]:
-    """All about some tensors but their values; of their devices, whether it is the CPU."""
-    ts = tensors  # four passes in C are quicker than one of comprehension
-    return [*map(_here, ts), *map(_contiguous, ts), *map(_negated, ts), *map(_zero, ts)]
+class Form:
+    """All about some tensors but their values, by which others are found to be like them.
+
+    Of their devices, whether it is the CPU; `there`: the devices themselves.
+    """
+
+    __slots__ = ("_about", "_alike", "_found")
+
+    def __init__(self, tensors: Sequence[Tensor], there: bool = False) -> None:
+        """Note it; RuntimeError where a tensor's layout has no such form."""
+        self._about = _there if there else _here
+        self._found = self._of(tensors)
+        self._alike = _guard(tensors)
+
+    def _of(self, ts: Sequence[Tensor]) -> list[Any]:
+        # four passes in C are quicker than one of comprehension
+        return [*map(self._about, ts), *map(_contiguous, ts), *map(_negated, ts), *map(_zero, ts)]
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether so many other tensors have the same form; may raise as the constructor does."""
+        return self._alike(*tensors) or self._of(tensors) == self._found
 
 
-def forms_there(tensors: Sequence[Tensor]) -> list[Any]:
-    """As `forms`, with the devices themselves, which takes longer."""
-    ts = tensors  # four passes in C are quicker than one of comprehension
-    return [*map(_there, ts), *map(_contiguous, ts), *map(_negated, ts), *map(_zero, ts)]
+def _never(*_: Tensor) -> bool:
+    return False
+
+
+def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """What tells in one call that tensors are exactly alike, by torch.compile's own means.
+
+    It asks for more than a `Form` (strides that do not matter, the mode of the moment), so that a
+    no is none; where this torch has nothing of the kind, it always says no.
+    """
+    try:
+        guards: Any = import_module("torch._C._dynamo.guards")
+        options = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
+        check: Callable[..., bool] = guards.TensorGuards(*tensors, **options).check
+        return check if check(*tensors) else _never
+    except Exception:  # it is private to torch, and may be anything
+        return _never
 
 
 def _columns(places: Sequence[Place]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -79,8 +110,7 @@ class Watch:
         self._children = [m._modules for m in holders]
         self._order = list(map(list, self._children))
         self.tensors: list[Tensor] = []
-        self._forms_of = forms
-        self._forms: list[Any] = []
+        self._form = Form(self.tensors)
 
     def and_also(
         self, places: Iterable[Place], tensors: Sequence[Tensor], there: bool = False
@@ -94,13 +124,12 @@ class Watch:
         other._keys = [*self._keys, *(key for _, key in more)]
         other._objects = [*self._objects, *(place[key] for place, key in more)]
         other.tensors = [*self.tensors, *tensors]
-        other._forms_of = forms_there if there else forms
-        other._forms = other._forms_of(other.tensors)
+        other._form = Form(other.tensors, there)
         return other
 
     def is_current(self) -> bool:
         """Whether all of it is still there, in the same form, and nothing was added."""
-        return self.is_there() and self._forms_of(self.tensors) == self._forms
+        return self.is_there() and self._form.fits(self.tensors)
 
     def is_there(self) -> bool:
         """As `is_current`, without a look at the tensors' forms."""

@@ -150,8 +150,6 @@ def test_rows_that_weigh_nothing_do_not_count_where_their_gradient_is_wanted(
     if columns == 2:
         weights[1, :4, 1] = 0.0  # these rows weigh something
     counting = torch.tensor([2.5 / n for n in (5, 8, 1)], dtype=torch.float64)
-    if backend == "native" and columns == 2:
-        backend = "auto"
     options = {"backend": backend, "loss": "mse", "lr": 0.1, "steps": STEPS}
     with using(*path):
         constant = pymeta.MAML(net, anchor_rows=2.5, **options)(*data, support_weights=weights)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import FACTORED, LIN, Case, Problem, cases, compare_problem, is_factored
-from helpers import assert_close, batch, mlp
+from helpers import LOSSES, MORE_LOSSES, assert_close, batch, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import EXECUTORS, ISAS, PATHS, PROFILE, same_bits, using
@@ -18,10 +18,15 @@ from torch import nn
 from torch.func import functional_call
 
 import pymeta
+from pymeta.spec.losses import describe_loss
 
 # ---- random combinations ------------------------------------------------------------------------
 
-OUTPUTS = ("loss", "task_losses", "predictions", "adapted")
+OUTPUTS = ("loss", "task_losses", "predictions", "adapted", "step_losses")
+INPUTS = (
+    "xs", "ys", "support_weights", "support_offset", "anchor", "rates", "xq", "yq",
+    "query_weights", "query_offset",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,15 @@ class OperatorProblem(Problem):
     def __init__(self, case: Case, flows: Flows) -> None:
         super().__init__(case)
         self.flows = flows
+        for side in (self.support, self.query):  # one column of weights is one of rows, all kept
+            if side.weights is not None and side.weights.shape[2:] == (1,):
+                side.y.nan_to_num_(nan=0.5)
         tasks, names = case.tasks, dict(self.net.named_parameters())
         self.start = {n: p.detach() + 0.1 * torch.randn(tasks, *p.shape) for n, p in names.items()}
         self.rates = 0.2 * torch.rand(tasks)
         self.step_weights = torch.rand(max(case.steps, 1))
         self.flow_losses = torch.randn(tasks)
+        self.flow_steps = torch.randn(len(self.step_weights), tasks)
         self.flow_predictions = torch.randn(tasks, case.query, case.out)
         self.flow_adapted = {n: torch.randn_like(v) for n, v in self.start.items()}
 
@@ -56,8 +65,11 @@ class OperatorProblem(Problem):
         leaves = {"xs": support.x, "xq": query.x} if case.input_gradients else {}
         if support.y.is_floating_point():
             leaves["ys"] = support.y
-        if support.weights is not None and support.weights.ndim == 2:
-            leaves |= {"support_weights": support.weights, "query_weights": query.weights}
+        if support.anchors is not None:
+            leaves["anchor"] = support.anchors
+        for name, side in (("support", support), ("query", query)):
+            given = {f"{name}_weights": side.weights, f"{name}_offset": side.offset}
+            leaves |= {n: v for n, v in given.items() if v is not None}
         if query.y.is_floating_point() and flows.targets:
             leaves["yq"] = query.y
         for value in leaves.values():
@@ -83,6 +95,9 @@ class OperatorProblem(Problem):
             total = total + out.loss
         if "task_losses" in flows.outputs:
             total = total + (out.task_losses * self.flow_losses[tasks].to(dtype)).sum()
+        if "step_losses" in flows.outputs:
+            flow = self.flow_steps[: case.steps, tasks].to(dtype)
+            total = total + (out.step_losses * flow).sum()
         if "predictions" in flows.outputs:
             for p, t in zip(found["predictions"], tasks, strict=True):
                 total = total + (p * self.flow_predictions[t, : len(p)].to(dtype)).sum()
@@ -111,11 +126,13 @@ class OperatorProblem(Problem):
 
 @st.composite
 def operator_problems(draw, tasks=(1, 2, 3, 5, 17, 20)):
-    case = draw(cases(tasks=tasks))
-    outputs = tuple(o for o in OUTPUTS if draw(st.booleans())) or ("predictions",)
-    targets = bool({"loss", "task_losses"} & set(outputs)) or draw(st.booleans())
+    case = draw(cases(tasks=tasks, losses=(*LOSSES, *MORE_LOSSES), beside=draw(st.booleans())))
+    of_steps = case.steps > 0
+    outputs = tuple(o for o in OUTPUTS if draw(st.booleans()) and (of_steps or o != OUTPUTS[-1]))
+    outputs = outputs or ("predictions",)
+    targets = bool({"loss", "task_losses", "step_losses"} & set(outputs)) or draw(st.booleans())
     rates = case.lr in (None, "network", "layer") and draw(st.booleans())
-    step_weights = targets and case.steps > 0 and draw(st.booleans())
+    step_weights = targets and of_steps and (draw(st.booleans()) or "step_losses" in outputs)
     flows = Flows(outputs, draw(st.booleans()), rates, step_weights, targets)
     return OperatorProblem(case, flows)
 
@@ -127,10 +144,13 @@ def test_random_flows_against_the_reference():
     @given(operator_problems())
     def check(problem):
         compare_problem(problem)
-        seen.update(problem.flows.outputs)
+        found = problem.results(problem.module(torch.float32))
+        seen.update(problem.flows.outputs, (n for n in INPUTS if n in found))
+        if problem.support.weights is not None and problem.support.weights.ndim > 2:
+            seen.add("elements")
 
     check()
-    assert seen == set(OUTPUTS)
+    assert seen == {*OUTPUTS, *INPUTS, "elements"}
 
 
 @pytest.mark.parametrize("outputs", [("predictions",), ("task_losses",), ("loss", "predictions")])
@@ -158,8 +178,7 @@ def test_a_tasks_gradients_are_its_own(problem, isa):
     shuffled = torch.randperm(problem.case.tasks).tolist()
 
     def own(found, tasks):
-        names = ("xs", "ys", "support_weights", "rates", "xq", "yq", "query_weights")
-        parts = [found[n] for n in names if n in found]
+        parts = [found[n] for n in INPUTS if n in found]
         parts += [v for n, v in found.get("gradients", {}).items() if n != "lr"]
         return [part[t] for part in parts for t in tasks]
 
@@ -182,7 +201,8 @@ def small(loss="mse", tasks=2, out=2, dtype=torch.float64):
                       ((4, 2), (4, out), (3, 2), (3, out)))  # fmt: skip
     if loss == "bce_with_logits":
         ys, yq = ys.sigmoid(), yq.sigmoid()
-    weights = [0.2 + torch.rand(tasks, n, dtype=dtype) for n in (4, 3)]
+    columns = () if loss == "bce_with_logits" else (out,)  # of weights: rows', or single targets'
+    weights = [0.2 + torch.rand(tasks, n, *columns, dtype=dtype) for n in (4, 3)]
     start = {n: p.detach() + 0.1 * torch.randn(tasks, *p.shape, dtype=dtype)
              for n, p in net.named_parameters()}  # fmt: skip
     rates = 0.1 + 0.2 * torch.rand(tasks, dtype=dtype)
@@ -196,16 +216,22 @@ def test_gradcheck_of_every_input(executor, loss, output):
     net, data, (ws, wq), start, rates = small(loss)
     if (None, executor) not in [(None, e) for _, e in PATHS]:
         pytest.skip("this build does not emulate blocks")
-    inputs = [*data, ws, wq, rates, *start.values()]
+    offsets = [torch.randn(2, n, 2, dtype=torch.float64) for n in (4, 3)]
+    anchor = torch.tensor([0.5, 1.5], dtype=torch.float64)
+    inputs = [*data, ws, wq, *offsets, anchor, rates, *start.values()]
     for value in inputs:
         value.requires_grad_()
 
-    def call(xs, ys, xq, yq, ws, wq, rates, *own):
+    def call(xs, ys, xq, yq, ws, wq, offset, query_offset, anchor, rates, *own):
         named = dict(zip(start, own, strict=True))
-        options = {"support_weights": ws, "start": named, "lr": rates}
+        options = {"support_weights": ws, "support_offset": offset, "start": named, "lr": rates,
+                   "anchor": anchor}  # fmt: skip
         if output == "adapted":
             return tuple(module.adapt(xs, ys, **options, create_graph=True).values())
-        return getattr(module(xs, ys, xq, yq, query_weights=wq, **options), output)
+        options |= {"query_weights": wq, "query_offset": query_offset}
+        if output == "step_losses":
+            options["step_weights"] = [0.0, 0.0]
+        return getattr(module(xs, ys, xq, yq, **options), output)
 
     module = pymeta.MAML(net, loss=loss, lr=0.1, steps=2, backend="native")
     with using(executor=executor):
@@ -219,7 +245,7 @@ def test_a_second_derivative_is_refused(output):
     if output == "adapted":
         value = next(iter(module.adapt(xs, ys, create_graph=True).values())).sum()
     else:
-        value = getattr(module(xs, ys, xq, yq), output).sum()
+        value = getattr(module(xs, ys, xq, yq, step_weights=[1.0]), output).sum()
     first = torch.autograd.grad(value, list(net.parameters()), create_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(first[0].sum(), list(net.parameters()), allow_unused=True)
@@ -230,10 +256,12 @@ def test_gradgradcheck_is_refused_for_every_input(output):
     """Nobody gets a wrong second derivative: by any input, there is none, in words."""
     net, (xs, ys, xq, yq), (ws, wq), start, rates = small()
     inputs = {"xs": xs, "ys": ys, "support_weights": ws, "lr": rates, "start": start["0.weight"]}
+    inputs["support_offset"] = torch.ones_like(ys)
     if output != "adapted":
-        inputs["xq"] = xq
+        inputs |= {"xq": xq, "query_offset": torch.ones_like(yq)}
     if output not in ("adapted", "predictions"):
         inputs |= {"yq": yq, "query_weights": wq}
+    options = {"step_weights": [0.5, 0.5]} if output == "step_losses" else {}
     module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")
 
     def call(name):
@@ -244,7 +272,7 @@ def test_gradgradcheck_is_refused_for_every_input(output):
                 return tuple(module.adapt(**given, create_graph=True).values())
             if output == "predictions":
                 return module(**given).predictions
-            return getattr(module(**given), output)
+            return getattr(module(**given, **options), output)
 
         return run
 
@@ -268,6 +296,66 @@ def test_one_step_of_a_linear_model():
     x, scale = xs[0], 2 * 0.1 / 5
     assert_close(by_theta, v[0] - scale * v[0] @ x.T @ x)
     assert_close(by_y[0, :, 0], scale * x @ v[0, 0])
+
+
+@pytest.mark.parametrize("path", PATHS, ids="-".join)
+def test_what_flows_into_the_losses_of_steps(path):
+    """Weights of one's own of them: the gradient is that of the same weights as an argument."""
+    net, data, *_ = small(tasks=3)
+    module = pymeta.MAML(net, loss="mse", lr=pymeta.LearnableLR(0.1), steps=3, backend="native")
+    by = list(module.parameters())
+    with using(*path):
+        out = module(*data, step_weights=[1.0, 1.0, 1.0])
+        weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64, requires_grad=True)
+        own = (weights @ out.step_losses).mean()
+        got = torch.autograd.grad(own, [*by, weights], retain_graph=True)
+        wanted = module(*data, step_weights=weights.detach())
+        assert_close(own, wanted.loss)
+        assert_close(got[:-1], torch.autograd.grad(wanted.loss, by))
+        assert_close(got[-1], out.step_losses.mean(1))
+        both = torch.autograd.grad(out.loss + own, by)
+        twice = module(*data, step_weights=weights.detach() + 1).loss
+        assert_close(both, torch.autograd.grad(twice, by))
+
+
+@pytest.mark.parametrize("path", PATHS, ids="-".join)
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "quantile", "gaussian_nll"])
+def test_weights_of_single_targets_at_0(path, loss):
+    """The gradient at 0 is the target's, or 0 where its loss is no number: it is no target then."""
+    net = mlp(2, 4, 4)
+    columns = describe_loss(loss).target_columns(4)
+    xs, xq = torch.randn(3, 5, 2).double(), torch.randn(3, 4, 2).double()
+    ys, yq = (torch.rand(3, n, columns).double() for n in (5, 4))
+    ws, wq = torch.rand_like(ys) + 0.2, torch.rand_like(yq) + 0.2
+    for w, y in ((ws, ys), (wq, yq)):
+        w[:, 0], w[:, 1, 0] = 0.0, 0.0
+        y[0, 0, 0], y[1, 1, 0] = float("nan"), float("inf")
+    ws[2] = 0.0
+    options = {"support_weights": ws.requires_grad_(), "query_weights": wq.requires_grad_()}
+    found = []
+    for backend in ("torch", "native"):
+        module = pymeta.MAML(net, loss=loss, lr=0.1, steps=2, backend=backend)
+        with using(*path):
+            out = module(xs, ys, xq, yq, **options)
+            plain = module(xs, ys, xq, yq, support_weights=ws.detach(), query_weights=wq.detach())
+            assert_close(out.task_losses, plain.task_losses)
+            found.append(torch.autograd.grad(out.loss, [ws, wq]))
+    assert_close(*found)
+    for grad in found[1]:
+        assert grad[0, 0, 0] == 0 and grad[1, 1, 0] == 0
+    assert (found[1][1][:, 0] != 0).sum() == 3 * columns - 1
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_gradients_by_no_rows_are_empty(backend):
+    net, (xs, ys, xq, yq) = mlp(2, 4, 2), batch()
+    none = [v[:, :0].clone().requires_grad_() for v in (xq, yq, yq, yq)]
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend=backend)
+    out = module(xs, ys, *none[:2], query_weights=none[2], query_offset=none[3])
+    found = torch.autograd.grad(out.loss, [*net.parameters(), *none], materialize_grads=True,
+                                allow_unused=True)  # fmt: skip
+    assert [g.shape for g in found[-4:]] == [v.shape for v in none]
+    assert out.loss == 0 and not any(g.any() for g in found)
 
 
 def test_the_last_step_alone_is_the_default():

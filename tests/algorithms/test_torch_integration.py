@@ -151,7 +151,7 @@ def compiled_agrees(module, *data, inputs=(), **options):
     """The results of a compiled call and the gradients of each are those of an eager one."""
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     tensors = [*(p for p in module.parameters() if p.requires_grad), *inputs]
-    names = ["predictions", "loss", "task_losses"]
+    names = ["predictions", "loss", "task_losses", "step_losses"]
     names = [n for n in names if getattr(module(*data, **options), n) is not None]
     for some in (*([name] for name in names), names):
         found = []
@@ -160,7 +160,6 @@ def compiled_agrees(module, *data, inputs=(), **options):
             values = [getattr(out, name) for name in some]
             of_all = sum(k * total(value) for k, value in enumerate(values, 1))
             found.append([*flattened(values), *once_back(of_all, tensors)])
-            found[-1] += [] if out.step_losses is None else [out.step_losses]
         assert_close(*found)
 
 
@@ -193,11 +192,17 @@ def test_compile_a_uniform_call(lr):
 
 def test_compile_gradients_of_every_input():
     xs, ys, xq, yq = batch()
-    weights = torch.rand(3, 5, dtype=torch.float64)
-    for value in (xs, ys, xq, yq, weights):
+    weights, of_targets = torch.rand(3, 5).double(), torch.rand_like(yq)
+    offsets = {"support_offset": torch.randn_like(ys), "query_offset": torch.randn_like(yq)}
+    anchor = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    inputs = (xs, ys, xq, yq, weights, of_targets, anchor, *offsets.values())
+    for value in inputs:
         value.requires_grad_()
-    module, inputs = make(mlp(2, 4, 2)), (xs, ys, xq, yq, weights)
-    compiled_agrees(module, xs, ys, xq, yq, inputs=inputs, support_weights=weights)
+    module = make(mlp(2, 4, 2))
+    compiled_agrees(
+        module, xs, ys, xq, yq, inputs=inputs, support_weights=weights, query_weights=of_targets,
+        anchor=anchor, **offsets,
+    )  # fmt: skip
     compiled_agrees(module, xs, ys, xq, inputs=(xs, ys, xq, weights), support_weights=weights)
 
 
@@ -220,7 +225,7 @@ def test_compile_goes_back_natively_only_where_something_flows(monkeypatch):
 
     calls, original = [], PreparedCall.vjp
     monkeypatch.setattr(PreparedCall, "vjp",
-                        lambda self, *a: (calls.append(1), original(self, *a))[1])  # fmt: skip
+                        lambda *a, **k: (calls.append(1), original(*a, **k))[1])  # fmt: skip
     module = make(mlp(2, 4, 2))
     compiled, data = torch.compile(module, fullgraph=True, backend="aot_eager"), batch()
     compiled(*data).loss.backward()
@@ -328,14 +333,16 @@ def test_opcheck(name, own):
     query = (xq, yq, weights, torch.tensor([4, 2, 0]), None)
     if name.startswith("adapt"):
         query = (None,) * 5
-    wanted = [True] * 6 + [False] * 5  # by parameters, lr and xs
+    anchor = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    step_weights = None if name.startswith("adapt") else torch.tensor([0.25, 0.75]).double()
+    wanted = [True] * 6 + [False] * 5 + [True, False, False]  # by parameters, lr, xs and anchor
     arguments = [
-        module._handle, parameters, lr, xs, ys, None, None, None, *query, torch.rand(3).double(),
-        None, ["0.bias"] if own else [], [False, False, own, True], 2, 2, wanted,
+        module._handle, parameters, lr, xs, ys, None, None, None, *query, anchor, step_weights,
+        ["0.bias"] if own else [], [False, False, own, True], 2, 2, wanted,
     ]  # fmt: skip
     if name == "evaluate_vjp":
-        flat = torch.randn(sum(p.numel() for p in parameters) + lr.numel() + xs.numel()).double()
-        flows = torch.ones(()), torch.randn(3), torch.randn(3, 4, 2)
+        flat = torch.randn(sum(p.numel() for p in (*parameters, lr, xs, anchor))).double()
+        flows = torch.ones(()), torch.randn(3), torch.randn(3, 4, 2), torch.randn(2, 3)
         arguments += [flat, *(flow.double() for flow in flows)]
     if name == "adapt_vjp":
         arguments.append([torch.randn(3, *p.shape).double() for p in module.model.parameters()])

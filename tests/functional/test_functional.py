@@ -182,15 +182,19 @@ def test_vjp_is_autograds(form, backend, arrays):
         options = {"support_sizes": sizes, "query_sizes": sizes}
         flow = flow * (torch.arange(4) < torch.tensor(sizes)[:, None])[..., None]
     into = {"0.weight": torch.randn(3, 4, 2).double()}
-    names = (*DATA, "support_weights", "lr")
+    offset = [torch.randn_like(v) for v in data[3]] if form == "list" else torch.randn_like(data[3])
+    anchor, steps = torch.rand(3).double(), torch.randn(2, 3).double()
+    names = (*DATA, "support_weights", "lr", "query_offset", "anchor")
     convert = in_numpy if arrays else lambda v: v
     got = F.vjp(
         operator, *(convert(v) for v in (parameters, *data)), **options,
         support_weights=convert(weights), lr=convert(lr), task_losses=convert(losses),
         predictions=convert(flow), adapted=convert(into), wrt=("parameters", *names),
+        step_weights=convert(steps[:, 0]), step_losses=convert(steps), query_offset=convert(offset),
+        anchor=convert(anchor),
     )  # fmt: skip
 
-    every = [*flat(parameters), *flat(data), *flat(weights), lr]
+    every = [*flat(parameters), *flat(data), *flat(weights), lr, *flat(offset), anchor]
     for value in every:
         value.requires_grad_()
     net = mlp(2, 4, 2)
@@ -199,12 +203,12 @@ def test_vjp_is_autograds(form, backend, arrays):
     for n, p in shared_left.items():
         net.get_parameter(n).data.copy_(p.detach())
     start = {n: p if n == "2.bias" else p.expand(3, *p.shape) for n, p in parameters.items()}
-    out = module(*data, **options, support_weights=weights, lr=lr, start=start)
+    both = {"support_weights": weights, "lr": lr, "start": start, "anchor": anchor}
+    out = module(*data, **options, **both, step_weights=steps[:, 0], query_offset=offset)
     supports = {n: v for n, v in options.items() if n.startswith("support")}
-    adapted = module.adapt(
-        *data[:2], **supports, support_weights=weights, lr=lr, start=start, create_graph=True
-    )
-    total = (out.task_losses * losses).sum() + (adapted["0.weight"] * into["0.weight"]).sum()
+    adapted = module.adapt(*data[:2], **supports, **both, create_graph=True)
+    total = (out.step_losses * steps).sum()
+    total += (out.task_losses * losses).sum() + (adapted["0.weight"] * into["0.weight"]).sum()
     total = total + sum((p * f).sum() for p, f in zip(out.predictions, flow, strict=True))
     wanted = torch.autograd.grad(total, every)
     assert_close(flat([got.gradients, [got.input_gradients[n] for n in names]]), wanted)
@@ -321,8 +325,13 @@ def test_arguments_that_exclude_each_other(backend, arrays):
     ):
         with pytest.raises(ValueError, match="lr, rates: expected one of them"):
             call()
-    with pytest.raises(ValueError, match="task_losses, predictions, adapted: expected at least"):
+    with pytest.raises(ValueError, match=r"task_losses, predictions, adapted, .*: expected at"):
         F.vjp(operator, parameters, xs, ys, adapted={})
+    flow = convert(torch.ones(2, 3).double())
+    with pytest.raises(ValueError, match="step_losses: expected None, for the call has no step_w"):
+        F.vjp(operator, parameters, xs, ys, xq, yq, step_losses=flow)
+    with pytest.raises(ValueError, match="wrt: anchor: the call has none"):
+        F.meta_gradient(operator, parameters, xs, ys, xq, yq, wrt=["anchor"])
 
 
 def test_copies_of_an_operator_do_the_same():
@@ -444,8 +453,8 @@ def test_bad_arguments_are_named(name, arrays):
 
 
 VJP = {
-    "nothing": (ValueError, "task_losses, predictions, adapted: expected at least one", {}),
-    "no yq": (ValueError, "task_losses: expected None, for there is no yq",
+    "nothing": (ValueError, "step_losses: expected at least one", {}),
+    "no yq": (ValueError, "task_losses: expected None, for the call has no yq",
               {"task_losses": torch.ones(3)}),
     "losses": (ValueError, r"task_losses: expected shape \[3\]",
                {"task_losses": torch.ones(2).double(), "yq": torch.randn(3, 4, 2).double()}),

@@ -86,14 +86,31 @@ def test_compile_with_rates():
 def test_compile_meta_gradients():
     operator, parameters = make()
     data = batch()
-    wrt = ("xs", "parameters", "rates", "yq")
+    wrt = ("xs", "parameters", "rates", "yq", "anchor", "query_offset")
+    anchor = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 
     def run(parameters, *data):
-        found = F.meta_gradient(operator, parameters, *data, wrt=wrt, step_weights=[0.5, 0.5])
+        found = F.meta_gradient(
+            operator, parameters, *data, wrt=wrt, step_weights=[0.5, 0.5], anchor=anchor,
+            query_offset=data[-1],
+        )  # fmt: skip
         return found._asdict()
 
     detached = {n: p.detach() for n, p in own(parameters).items()}
-    assert agree(run, detached, *data) == 4 + len(parameters) + 3
+    assert agree(run, detached, *data) == 4 + len(parameters) + 5
+
+
+def test_compile_implicit_gradients_in_eager_mode():
+    operator, parameters = make(implicit=pymeta.Implicit(2.0))
+    xs, ys, xq, _ = batch()
+
+    def run(parameters):
+        return F.adapt_predict(operator, parameters, xs, ys, xq)
+
+    got = torch.compile(run, backend="aot_eager")(parameters)
+    assert_close(got, run(parameters))
+    assert_close(*(torch.autograd.grad(v.sum(), list(parameters.values()))
+                   for v in (got, run(parameters))))  # fmt: skip
 
 
 def test_compile_images():

@@ -107,12 +107,28 @@ def test_nothing_is_cast():
         F.adapt(operator, mixed, xs, ys)
 
 
-def test_weights_of_targets_have_no_gradient_here():
+def test_gradients_by_weights_of_targets_and_offsets_are_differences():
+    """The change of the loss when one entry changes, in float64."""
     operator, parameters, data = problem()
-    weights = np.ones_like(data[1])
-    with pytest.raises(ValueError, match="wrt: support_weights: the native core has no gradient"):
-        F.meta_gradient(operator, parameters, *data, support_weights=weights,
-                        wrt=["support_weights"])  # fmt: skip
+    parameters = {n: p.astype(np.float64) for n, p in parameters.items()}
+    data = [v.astype(np.float64) for v in data]
+    generator = np.random.default_rng(0)
+    given = {
+        "support_weights": generator.uniform(0.2, 1, data[1].shape),
+        "query_weights": generator.uniform(0.2, 1, data[3].shape),
+        "support_offset": generator.normal(size=data[1].shape),
+        "query_offset": generator.normal(size=data[3].shape),
+    }
+    found = F.meta_gradient(operator, parameters, *data, **given, wrt=list(given))
+    for name, value in given.items():
+        at, step = (1, 2, 0), 1e-6
+        losses = []
+        for sign in (1, -1):
+            moved = value.copy()
+            moved[at] += sign * step
+            losses.append(F.meta_gradient(operator, parameters, *data, **{**given, name: moved}))
+        slope = (losses[0].loss - losses[1].loss) / (2 * step)
+        assert abs(slope - found.input_gradients[name][at]) < 1e-8 < abs(slope)
 
 
 CODE = """

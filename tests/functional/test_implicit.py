@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_close, batch, mlp
+from helpers import assert_close, assert_promised, batch, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import EXECUTORS, PATHS, PROFILE, same_bits, using
@@ -15,9 +15,16 @@ from torch import nn
 from torch.func import functional_call
 
 import pymeta
+from pymeta import functional as F
 from pymeta.functional import implicit as solver
 
 BACKENDS = ["native", "torch"]
+
+
+def in_numpy(value):
+    if isinstance(value, dict):
+        return {n: v.numpy() for n, v in value.items()}
+    return value.numpy()
 
 
 def make(net, backend="native", strength=2.0, cg_steps=60, steps=6, **options):
@@ -102,6 +109,54 @@ def test_gradients_of_every_input_are_those_of_a_dense_solve(executor, adapt):
         names = module._plan.adapted
         shared, rows = dense(net, names, phi, support, query, strengths.detach())
         assert_close(got, [*shared.values(), *rows], terms=10**5)  # a solve, of condition < 20
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_operator_has_the_learners_implicit_gradients(backend, arrays):
+    net, (support, (xq, yq)) = mlp(2, 3, 2), problem()
+    module, (xs, ys, ws) = make(net, backend), support
+    operator = F.Operator(
+        net, loss="mse", lr=0.1, steps=6, implicit=module.implicit, backend=backend
+    )
+    strengths, offset = torch.tensor([3.0, 4.0, 9.0]).double(), torch.randn_like(ys)
+    parameters = {n: p.detach() for n, p in net.named_parameters()}
+    convert = in_numpy if arrays else lambda v: v
+    data = [convert(v.clone()) for v in (xs, ys, xq)]
+    inputs = {"support_weights": ws, "support_offset": offset, "anchor": strengths}
+    given = {n: convert(v.clone()) for n, v in inputs.items()}
+    names = ("xs", *inputs)
+    found = F.meta_gradient(
+        operator, convert(parameters), *data, convert(yq), **given, wrt=("parameters", *names)
+    )
+    into = {n: torch.randn(3, *p.shape).double() for n, p in parameters.items()}
+    product = F.vjp(operator, convert(parameters), *data[:2], **given, adapted=convert(into))
+    for value in (xs, *inputs.values()):
+        value.requires_grad_()
+    out = module(xs, ys, xq, yq, **inputs)
+    wanted = torch.autograd.grad(out.loss, [*net.parameters(), xs, *inputs.values()])
+    got = [*found.gradients.values(), *(found.input_gradients[n] for n in names)]
+    assert_promised([torch.as_tensor(g) for g in got], wanted, backend)
+    phi = module.adapt(xs, ys, **inputs, create_graph=True)
+    wanted = torch.autograd.grad(list(phi.values()), list(net.parameters()), list(into.values()))
+    assert_promised([torch.as_tensor(g) for g in product.gradients.values()], wanted, backend)
+    adapted = F.adapt(operator, convert(parameters), *data[:2], **given)
+    outputs = F.predict(operator, {**convert(parameters), **adapted}, data[2])
+    assert_promised(torch.as_tensor(outputs), out.predictions.detach(), backend)
+
+
+def test_what_an_operator_with_implicit_gradients_is_not_made_of():
+    how = {"loss": "mse", "lr": 0.1, "steps": 2, "implicit": pymeta.Implicit(2.0)}
+    with pytest.raises(ValueError, match="implicit: expected a torch"):
+        F.Operator([("linear", 2, 1, True)], **how)
+    with pytest.raises(ValueError, match="anchor: expected none with implicit"):
+        F.Operator(mlp(2, 3, 1), **how, anchor=1.0)
+    operator = F.Operator(mlp(2, 3, 2), **how)
+    parameters = {n: p.detach() for n, p in mlp(2, 3, 2).named_parameters()}
+    with pytest.raises(ValueError, match="rates: expected constants with implicit"):
+        F.meta_gradient(operator, parameters, *batch(), wrt=["rates"])
+    with pytest.raises(ValueError, match="step_weights: expected none with implicit"):
+        F.meta_gradient(operator, parameters, *batch(), step_weights=[0.5, 0.5])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

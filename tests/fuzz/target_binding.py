@@ -265,10 +265,10 @@ def call(source: Source, made: Made) -> None:
     arrays: list[Any] = []  # live until the call is over
     if name == "meta":
         targets = [np.empty((tasks, s.rows, made.model.outputs), real) for s in (support, query)]
-        weights = [np.empty((tasks, s.rows), real) for s in (support, query)]
+        weights, offsets = ([np.empty_like(y) for y in targets] for _ in range(2))
         many = np.tile(lr, (max(tasks, 1), 1, 1))  # so much is there for rates of each task, too
         extra = [np.empty_like(many), np.empty_like(support.x), np.empty_like(query.x)]
-        extra += [*targets, *weights, np.empty(tasks, real)]  # the last for strengths of anchors
+        extra += [*targets, *weights, np.empty(tasks, real), *offsets]  # of anchors before them
         wanted = [a.ctypes.data if source.chance(96) else 0 for a in extra]
         steps = odd_count(source, source.below(MOST_STEPS))
         put(source, native_call, schedule=lib.Schedule(steps=steps),
@@ -322,16 +322,18 @@ def flows(
     into = [np.full(tasks, 0.5, real), np.full_like(predictions, 0.5)]
     adapted = [np.full((tasks, n), 0.5, real) for n in made.model.sizes]
     steps, after = np.full(MOST_STEPS + 1, 0.3, real), np.empty((MOST_STEPS + 1, tasks), real)
+    of_steps = np.full((MOST_STEPS + 1, tasks), 0.5, real)
     if source.chance(96):
         given = [a.ctypes.data if source.below(2) else 0 for a in into]
         own = odd_addresses(source, addresses(adapted)) if source.below(2) else []
-        native_call.cotangents = lib.Cotangents(*given, own)
+        flow = of_steps.ctypes.data if source.chance(64) else 0
+        native_call.cotangents = lib.Cotangents(*given, own, flow)
     if source.chance(64):
         native_call.step_weights = steps.ctypes.data
         native_call.results.step_losses = after.ctypes.data
     if source.chance(64):
         native_call.task_clip = odd(source, source.pick((0.5, 0.0, source.number())))
-    return [*into, *adapted, steps, after]
+    return [*into, *adapted, of_steps, steps, after]
 
 
 def use_engine(source: Source, made: Made) -> None:
@@ -367,7 +369,8 @@ def look_at_plan(source: Source, made: Made) -> None:
         lib.Schedule(source.integer(), source.integer(), source.integer())
         if source.chance(128) else a_schedule(source)[0],
         source.integer(), *(source.integer() for _ in range(3)), bool(source.below(2)),
-        odd(source, source.pick((1, 2, 3))), odd(source, [bool(source.below(2)) for _ in range(9)]),
+        odd(source, source.pick((1, 2, 3))),
+        odd(source, [bool(source.below(2)) for _ in range(11)]),
         bool(source.below(2)),
         **({"device": odd(source, -1)} if emulates() and source.below(2) else {}),
     )  # fmt: skip

@@ -130,6 +130,13 @@ def test_dependencies_point_one_way():
     assert wrong_edges(edges) == []
 
 
+def test_the_native_module_is_used_behind_a_door():
+    """Learners and all that is built on them call `backend`, whose twin is `reference`."""
+    doors = {"native", "spec", "tasks", "backend", "models", "functional", "info", "bench"}
+    users = {part(m) for m, p in modules().items() if "extension()" in p.read_text()}
+    assert {"backend", "models", "functional"} <= users <= doors
+
+
 def test_no_module_is_in_a_circle():
     assert circle(graph(lazily=False)) == []
 

@@ -10,13 +10,14 @@
 //   batches(), curves()            what InnerLoop::adapt and fine_tune take
 //   write_losses(loss)             one number for each task
 //   write_status(theta), write_adapted(tensor, from), write_predictions(set, outputs)
-//   seed()                         what flows into the query set
+//   seed(), step_cotangent(k)      what flows into the query set, and beside it into the loss after step k
 //   add_cotangent(tensor, v)       adds what flows into an adapted tensor
 //   write_own_gradient(tensor, v)  of a start of the item's own; write_own_rates(row, column, gradient);
 //   write_anchor_gradient(gradient)
 //   write_step_loss(k, loss)
 //   write_statistics(layer, from, to)     of one row of a batch normalisation (call/workspace.h: StatisticsLayout)
-//   write_input_gradient(rows, set, computed, to), write_target_gradient(...), write_weight_gradient(...)
+//   write_input_gradient(rows, set, computed, to)
+//   write_target_gradient(rows, set, to), write_weight_gradient(...), write_offset_gradient(...)
 //   is_factored(), factors()       only where the executor has factored layers
 #pragma once
 
@@ -117,16 +118,23 @@ class ItemJob {
     }
     if (call_.wants_gradient()) {
       const Seed seed = arrays_.seed();
+      const auto seeds = [&](int k) { return seed_of_step(seed, k); };
       const int last = call_.steps - 1;
-      gradient.add_query(call_.step_weights ? Seed{false, seed.losses * call_.step_weights[last]}
-                                            : seed);
+      gradient.add_query(seeds(last));
       if (call_.step_weights) record(last, loss);
       add_cotangents(gradient.v());
-      gradient.add_steps(seed, record);
+      gradient.add_steps(seeds, record);
       if (call_.step_weights) loss = total;
       write_gradients(gradient, support, query);
     }
     if (call_.losses) arrays_.write_losses(loss);
+  }
+
+  // What flows into the query set after step k, from what flows into the task's loss.
+  PYMETA_FN Seed seed_of_step(const Seed& seed, int k) const {
+    if (!call_.step_weights) return seed;
+    const Vec losses = seed.losses * call_.step_weights[k];
+    return {false, call_.cotangents.step_losses ? losses + arrays_.step_cotangent(k) : losses};
   }
 
   PYMETA_FN void add_cotangents(Real* v) const {
@@ -156,6 +164,10 @@ class ItemJob {
       arrays_.write_weight_gradient(call_.support, support, call_.support_weights_gradient);
     if (call_.query_weights_gradient)
       arrays_.write_weight_gradient(call_.query, query, call_.query_weights_gradient);
+    if (call_.support_offset_gradient)
+      arrays_.write_offset_gradient(call_.support, support, call_.support_offset_gradient);
+    if (call_.query_offset_gradient)
+      arrays_.write_offset_gradient(call_.query, query, call_.query_offset_gradient);
   }
 
   // The weights of a factored first layer after all steps, for those who want to keep them.

@@ -68,16 +68,16 @@ class MetaGradient {
   // dL/dtheta on its way back; between add_query() and add_steps(), that at theta[K].
   PYMETA_FN Real* v() const { return state_.memory.at(state_.ws.v); }
 
-  // Back through the steps, and into the totals. With a loss after each of them: `seed` as for the last one, without its weight.
-  template <class Record>
-  PYMETA_FN void add_steps(const Seed& seed, Record record) {
+  // Back through the steps, and into the totals. With a loss after each of them: seeds(k) of that after step k.
+  template <class Seeds, class Record>
+  PYMETA_FN void add_steps(Seeds seeds, Record record) {
     const State<X>& s = state_;
     if (!s.ws.keeps_v) return;
     const WholeSet steps(support_, s.shared.corrections);
     const bool reverses = s.call.reverses();
     if (reverses) clear_adjoints();
     for (int k = reverses ? s.call.steps - 1 : -1; k >= 0 && !s.call.is_stopped(); --k) {
-      if (s.call.step_weights && k < s.call.steps - 1) record(k, add_step_loss(k, seed));
+      if (s.call.step_weights && k < s.call.steps - 1) record(k, add_step_loss(k, seeds(k)));
       reverse_step(k, steps.step(k));
     }
     if (s.ws.sums_at_end || !s.call.second_order()) add_task();
@@ -125,9 +125,11 @@ class MetaGradient {
                                 const Seed& seed, Sinks sinks) const {
     const Tape tape = state_.query_tape();
     const Passes<X> passes(state_, query, tape, /*is_query=*/true, step);
+    const SetGradients<X> of_set(state_, query);
     if (!seed.is_plain) passes.seed(seed);
+    of_set.add_query_offset(tape);
     passes.backward(theta, sinks);
-    SetGradients<X>(state_, query).add_query(tape, seed.losses);
+    of_set.add_query(tape, seed.losses);
   }
 
   // The query set again, after step k and before the ones that are reversed already; returns its loss.
@@ -138,8 +140,7 @@ class MetaGradient {
     query.dx = query_.dx_of_step;
     const Parameters theta = s.adapted(k + 1);
     const Vec loss = loop_.evaluate(theta, query, k);
-    const Seed weighted{false, seed.losses * s.call.step_weights[k]};
-    backward_query(theta, query, k, weighted, [&](int t) {
+    backward_query(theta, query, k, seed, [&](int t) {
       const std::size_t place = place_of(t);
       return Sink{v() + place, v() + place};
     });

@@ -33,7 +33,9 @@ struct ItemSet {
   const Real* cotangent = nullptr;  // [out, rows] what flows into the outputs beside the loss
   Real* target_gradient = nullptr;  // [out, rows], or null
   Real* unit_scale = nullptr;       // [rows], where weight_gradient is wanted
-  Real* weight_gradient = nullptr;  // [rows] each row's share of the loss's derivative, or null
+  Real* weight_gradient = nullptr;  // [weight columns, rows] what each weighs of the loss's
+                                    // derivative, or null
+  Real* offset_gradient = nullptr;  // [out, rows], or null
 
   PYMETA_FN void lies(const SetLayout& places, const Memory& memory) {
     dx = memory.at(places.dx);
@@ -42,6 +44,7 @@ struct ItemSet {
     target_gradient = memory.at(places.target_gradient);
     weight_gradient = memory.at(places.weight_gradient);
     unit_scale = memory.at(places.unit_scale);
+    offset_gradient = memory.at(places.offset_gradient);
   }
 };
 

@@ -64,8 +64,9 @@ struct Cotangents {
   const Real* predictions =
       nullptr;  // [total query rows, out]; only those of rows that count are read
   const Real* const* adapted = nullptr;  // [tensors] each [T, ...]; entries may be null
+  const Real* step_losses = nullptr;     // [steps, T], where those have weights
 
-  PYMETA_MEMBER bool any() const { return losses || predictions || adapted; }
+  PYMETA_MEMBER bool any() const { return losses || predictions || adapted || step_losses; }
 };
 
 // The inner optimiser (optimizers/ has the formulas).
@@ -162,8 +163,10 @@ struct Call {
   Real* xq_gradient = nullptr;                // [total query rows, in]
   Real* ys_gradient = nullptr;                // [total support rows, out]
   Real* yq_gradient = nullptr;                // [total query rows, out]
-  Real* support_weights_gradient = nullptr;   // [total support rows]
-  Real* query_weights_gradient = nullptr;     // [total query rows]
+  Real* support_weights_gradient = nullptr;   // [total support rows, weight columns]
+  Real* query_weights_gradient = nullptr;     // [total query rows, weight columns]
+  Real* support_offset_gradient = nullptr;    // [total support rows, out]
+  Real* query_offset_gradient = nullptr;      // [total query rows, out]
   Real* anchors_gradient = nullptr;           // [T], of the strengths of the pull
   Real* const* adapted_parameters = nullptr;  // [tensors] each [T, ...]; entries may be null
   std::int8_t* status = nullptr;              // [T] 1 where an adapted weight is not finite
@@ -194,7 +197,8 @@ struct Call {
   PYMETA_MEMBER bool wants_gradient() const {
     return job == Job::meta &&
            (gradients || lr_gradient || wants_input_gradient() || ys_gradient || yq_gradient ||
-            support_weights_gradient || query_weights_gradient || anchors_gradient);
+            support_weights_gradient || query_weights_gradient || support_offset_gradient ||
+            query_offset_gradient || anchors_gradient);
   }
   PYMETA_MEMBER bool wants_input_gradient() const { return xs_gradient || xq_gradient; }
   // By what sums over tasks are divided.
@@ -214,6 +218,17 @@ struct Call {
   // Does a row of a set count? One of weight 0, or with the ignored label, is left out of its set, whatever it holds.
   PYMETA_MEMBER bool weighs(const RowSet<Real>& set, std::int64_t row) const {
     return (set.keeps_weightless || has_weight(set, row)) && !is_ignored(set, row);
+  }
+  // Has a target's weight no gradient? One of weight 0 whose loss is no number is no target at all.
+  PYMETA_MEMBER bool is_masked(const RowSet<Real>& set, std::int64_t row, int column,
+                               Real own_loss) const {
+    const std::int64_t at = row * set.weight_columns + column;
+    return set.weight_columns > 1 && set.weights[at] == 0 &&
+           !(is_finite(own_loss) && is_finite(static_cast<const Real*>(set.y)[at]));
+  }
+  // What is held against a target's outputs: 0 where the target is masked.
+  PYMETA_MEMBER Real target_of(const RowSet<Real>& set, Real weight, Real y) const {
+    return weight == 0 && !(set.keeps_weightless && is_finite(y)) ? Real(0) : y;
   }
   PYMETA_MEMBER const Loss& loss_of(const RowSet<Real>& set) const {
     return set.loss ? *set.loss : *loss;
@@ -283,6 +298,7 @@ struct Call {
   }
 
  private:
+  PYMETA_MEMBER static bool is_finite(Real value) { return value - value == 0; }
   PYMETA_MEMBER static bool has_weight(const RowSet<Real>& set, std::int64_t row) {
     if (!set.weights) return true;
     const Real* weights = set.weights + row * set.weight_columns;

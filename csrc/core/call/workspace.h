@@ -194,14 +194,15 @@ struct SetLayout {
   Place dx;          // dL/dx, where wanted
   Place dx_of_step;  // that of one of several evaluations
   Place cotangent;   // dL/dy beside the loss, class-major
-  Place target_gradient, weight_gradient;
+  Place target_gradient, weight_gradient, offset_gradient;
   Place unit_scale;  // [rows] what a row's scale would be if it alone weighed something
   Place offset,
       elements;  // what is added to the outputs, weights of single targets; where there are
 
   // What is wanted of a set beside its loss.
   struct Wanted {
-    bool x = false, y = false, weights = false;  // gradients
+    bool x = false, y = false, offset = false;  // gradients
+    int weights = 0;                            // of so many columns of them, likewise
     bool cotangent = false;
     bool steps = false;  // it is evaluated after each step
     bool context = false;
@@ -223,8 +224,10 @@ struct SetLayout {
     dx_of_step = places.take_if(wanted.x && wanted.steps, matrix);
     cotangent = places.take_if(wanted.cotangent, classes);
     target_gradient = places.take_if(wanted.y, classes);
-    weight_gradient = places.take_if(wanted.weights, X::class_stride(rows));
-    unit_scale = places.take_if(wanted.weights, X::class_stride(rows));
+    weight_gradient = places.take_if(
+        wanted.weights > 0, static_cast<std::size_t>(wanted.weights) * X::class_stride(rows));
+    unit_scale = places.take_if(wanted.weights > 0, X::class_stride(rows));
+    offset_gradient = places.take_if(wanted.offset, classes);
   }
   // Class-major arrays of a set beside its targets.
   template <class X>
@@ -350,13 +353,15 @@ struct Workspace {
     support_set.lay_out<X>(places, network, call.loss_of(call.support), step_rows,
                            copy_input || minibatches || call.support.has_weightless,
                            {call.xs_gradient != nullptr, call.ys_gradient != nullptr,
-                            call.support_weights_gradient != nullptr, false, false});
+                            call.support_offset_gradient != nullptr,
+                            call.support_weights_gradient ? call.support.weight_columns : 0});
     query_set.lay_out<X>(
         places, network, call.loss_of(call.query), call.max_query,
         copy_input || call.query.has_weightless,
         {call.xq_gradient != nullptr, call.yq_gradient != nullptr,
-         call.query_weights_gradient != nullptr, call.cotangents.predictions != nullptr,
-         call.step_weights != nullptr, call.by_support});
+         call.query_offset_gradient != nullptr,
+         call.query_weights_gradient ? call.query.weight_columns : 0,
+         call.cotangents.predictions != nullptr, call.step_weights != nullptr, call.by_support});
     validation_set.lay_out<X>(places, network, call.loss_of(call.validation), call.max_validation,
                               copy_input || call.validation.has_weightless, {});
     support_set.lay_out_beside<X>(places, call, call.support, step_rows);

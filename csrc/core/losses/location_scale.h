@@ -24,7 +24,7 @@ struct LocationScale {
       const Vec a = exp(-log_scale);
       store(s.kept + s.at(j, b), a);
       const Vec z = (load(s.outputs + s.at(j, b)) - load(s.targets + s.at(j, b))) * a;
-      sum = sum + s.weighed(log_scale + residual.rho(z) + Real(loss.constant), j, b);
+      sum = sum + s.counted(log_scale + residual.rho(z) + Real(loss.constant), j, b);
       if (!gradient) continue;
       const Vec psi = residual.psi(z);
       store(gradient + s.at(j, b), s.masked(scale * s.weighed(a * psi, j, b), b));

@@ -12,7 +12,8 @@
 // and its rules on one vector of rows,
 //   struct Huber
 //     value(loss, rows, block, gradient)        the rows' losses before `scale`; where `gradient` [out, rows] is wanted, the
-//                                               gradient with respect to the outputs, times scale
+//                                               gradient with respect to the outputs, times scale; where targets have
+//                                               weights and `values` is wanted, what each of them weighs goes there
 //     hessian_product(loss, rows, block, r, product)    the Hessian times r [out, rows], times scale
 //     target_gradient(loss, rows, block, gradient)      the gradient with respect to the targets [columns, rows], times scale
 //     target_tangent(loss, rows, block, r, product)     the derivative with respect to the targets of the gradient's product with
@@ -52,6 +53,8 @@ struct LossRows {
   const Real* elements;  // [columns, rows] weights of single targets, or null: all 1
   Real* kept;            // [out, rows]
   const Real* keep;  // lanes: all-ones where the task has the row; null when all have all (Extent)
+  Real* values =
+      nullptr;  // [columns, rows] each target's loss, where `elements` are and it is wanted
 
   // Zero in rows that a task lacks, whatever its parameters made of them.
   PYMETA_FN Vec masked(Vec v, int block) const {
@@ -62,6 +65,11 @@ struct LossRows {
     if (!elements) return v;
     const Vec weight = load(elements + at(column, block));
     return select(weight == zero(), zero(), weight * v);
+  }
+  // The loss of a target of its own weight, times that.
+  PYMETA_FN Vec counted(Vec v, int column, int block) const {
+    if (values) store(values + at(column, block), v);
+    return weighed(v, column, block);
   }
   PYMETA_FN long at(int o, int block) const {
     return (static_cast<long>(o) * blocks + block) * kWidth;
@@ -88,7 +96,7 @@ struct Elementwise {
       const Vec y = load(s.outputs + s.at(o, b)), t = load(s.targets + s.at(o, b));
       Vec slope;
       if (s.elements)
-        sum = sum + s.weighed(element.add_value(y, t, zero(), slope, s.kept + s.at(o, b)), o, b);
+        sum = sum + s.counted(element.add_value(y, t, zero(), slope, s.kept + s.at(o, b)), o, b);
       else
         sum = element.add_value(y, t, sum, slope, s.kept + s.at(o, b));
       if (gradient) store(gradient + s.at(o, b), s.masked(scale * s.weighed(slope, o, b), b));

@@ -29,6 +29,10 @@ struct Quantile {
         const Vec error = load(s.targets + s.at(j, b)) - load(s.outputs + s.at(output(s, k, j), b));
         const Vec value = at_least(error, zero()) * level + at_least(-error, zero()) * (1 - level);
         sum = sum + s.weighed(value * share, j, b);
+        if (Real* values = s.values) {
+          const Vec before = k > 0 ? load(values + s.at(j, b)) : zero();
+          store(values + s.at(j, b), before + value * share);
+        }
         if (gradient)
           store(gradient + s.at(output(s, k, j), b),
                 s.masked(scale * s.weighed(slope(error, level) * share, j, b), b));
