@@ -37,6 +37,7 @@ def test_ragged_rows_keep_their_form():
 
 
 def test_a_preprocessors_features_go_back_to_their_columns():
+    pytest.importorskip("sklearn")
     data = {
         "shop": ["a", "a", "b", "b"],
         "x": [1.0, None, 3.0, 2.0],
@@ -64,6 +65,7 @@ def test_a_preprocessors_features_go_back_to_their_columns():
 
 
 def test_rare_categories_have_a_source_too():
+    pytest.importorskip("sklearn")
     data = {"shop": list("aaaabbbb"), "kind": list("uuuvwuuu")}
     panel = Panel(data, entity="shop")
     prep = panel.preprocessor(min_rows=3).fit(panel)
