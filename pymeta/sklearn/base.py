@@ -17,14 +17,15 @@ from sklearn.utils.validation import (
 )
 
 from pymeta.sklearn.choosing import Judge, choose, outputs_of
-from pymeta.sklearn.episodes import Draw, Rows, in_order, sample
+from pymeta.sklearn.episodes import Draw, Rows, cut_of, in_order, sample
 from pymeta.sklearn.gate import gains, keeps
 from pymeta.sklearn.methods import METHODS, Method
 from pymeta.sklearn.network import Form, parameters_of, start_lr
-from pymeta.sklearn.offsets import checked_offset, cross_fitted, fitted
-from pymeta.sklearn.parameters import Parameters, one_of
+from pymeta.sklearn.parameters import one_of
 from pymeta.sklearn.starts import HeadStart, How, LearnerStart, Models, NetworkStart, Start
 from pymeta.sklearn.training import meta_train, pooled
+from pymeta.sklearn.with_base import WithBase
+from pymeta.spec.anchors import LearnableAnchor
 from pymeta.spec.losses import describe_loss
 from pymeta.tasks.groups import Array, labels_of, members_of
 
@@ -37,7 +38,7 @@ def _seed(rng: Any) -> int:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class MetaEstimator(Parameters):
+class MetaEstimator(WithBase):
     """What the classifier and the regressor share; see `MetaClassifier` for the parameters."""
 
     # ---- what the subclasses know ----------------------------------------------------------------
@@ -51,14 +52,6 @@ class MetaEstimator(Parameters):
 
     def _target(self, y: Array, dtype: Any) -> Array:
         """Y ready for the loss."""
-        raise NotImplementedError
-
-    def _offset_of(self, offset: Array) -> Array:
-        """An offset in the units of the outputs, [rows] or [rows, out] -> [rows, out]."""
-        raise NotImplementedError
-
-    def _of_base(self, model: Any, X: Array) -> Array:
-        """What a fitted pooled model predicts, as an offset."""
         raise NotImplementedError
 
     def _scale_targets(self, y: Array, offset: Array | None, weights: Array | None) -> None:
@@ -89,27 +82,6 @@ class MetaEstimator(Parameters):
         if not (np.isfinite(weights) & (weights >= 0)).all():
             raise ValueError("sample_weight: expected finite weights >= 0")
         return weights
-
-    def _inputs(self, X: Array) -> Array:
-        """The features within what `fit` saw, where that is asked for."""
-        if self._range is None:
-            return X
-        clipped: Array = np.clip(X, *self._range)
-        return clipped
-
-    def _offsets(self, X: Array, offset: Any) -> Array | None:
-        """The rows' offsets [rows, out] in the units of the outputs, by whom they come."""
-        if self._offset_from is None:
-            if offset is not None:
-                raise ValueError("offset: expected None, because fit had none")
-            return None
-        if self._offset_from == "base":
-            if offset is not None:
-                raise ValueError("offset: expected None, because base predicts it")
-            return self._offset_of(self._of_base(self.base_, X))
-        if offset is None:
-            raise ValueError("offset: expected one for each row, as fit had, got None")
-        return self._offset_of(checked_offset(offset, X))
 
     def _rows(
         self, X: Array, y: Array, sample_weight: Any, offset: Array | None
@@ -147,7 +119,8 @@ class MetaEstimator(Parameters):
         offsets = None if raw is None else self._offset_of(raw)
         rows, kept = self._rows(X, y, sample_weight, offsets)
         members = [] if labels is None else members_of(labels[kept])[1]
-        self._learn(rows, members, rng)
+        cut = cut_of(times)
+        self._learn(rows, members, rng, None if cut is None else int(np.searchsorted(kept, cut)))
         self._begin()
         if labels is not None and self.adapt_on_fit:
             self._adapt(X, y, labels, sample_weight, offsets)
@@ -165,35 +138,6 @@ class MetaEstimator(Parameters):
             )
         return None
 
-    def _fitted_base(
-        self,
-        X: Array,
-        y: Array,
-        labels: Array | None,
-        weights: Array | None,
-        counted: Array,
-        offset: Any,
-    ) -> Array | None:
-        """Fit the pooled model, if there is one; the rows' offsets in its units, or None."""
-        self._offset_from = None
-        if offset is not None:
-            if self.base is not None:
-                raise ValueError("offset: expected None, because base predicts it")
-            self._offset_from = "caller"
-            return checked_offset(offset, X)
-        if self.base is None:
-            return None
-        self._offset_from = "base"
-        x, t = self._inputs(X)[counted], y[counted]
-        w = None if weights is None else weights[counted]
-        groups = None if labels is None else labels[counted]
-        self._base_scale = t.mean() if t.dtype.kind == "f" else None
-        self.base_ = fitted(self.base, x, t, w)
-        found = cross_fitted(self.base, x, t, w, groups, self._of_base)
-        offsets = np.zeros((len(X), *found.shape[1:]))
-        offsets[counted] = found
-        return offsets
-
     def _made_form(self, features: int, is_remainder: bool) -> Form:
         """What the networks are; of a remainder the last layer begins with zeros."""
         widths = (features, *(int(w) for w in self.hidden), self._outputs())
@@ -206,11 +150,13 @@ class MetaEstimator(Parameters):
     def _names(self, is_remainder: bool) -> tuple[str, ...]:
         """The names of the starts to choose among: the safest first, the one asked for last."""
         method = "maml" if self.method == "auto" else self.method
+        if self._base_is_linear:
+            return "zero", "pooled", method
         if is_remainder and METHODS[method].tunes:
             return "zero", method
         return ("pooled", method) if self.method == "auto" else (method,)
 
-    def _learn(self, rows: Rows, members: list[Array], rng: Any) -> None:
+    def _learn(self, rows: Rows, members: list[Array], rng: Any, cut: int | None) -> None:
         """Learn the starts that are needed, and how groups adapt."""
         names = self._names(self._form.is_remainder)
         if len(members) < 2:
@@ -225,13 +171,16 @@ class MetaEstimator(Parameters):
 
             adapted = [name for name in names if name != "zero"]
             loss = describe_loss(self._form.loss)
-            self.choice_ = choose(self, loss, rows, members, learn, adapted, rng, _seed(rng))
+            seed = _seed(rng)
+            self.choice_ = choose(self, loss, rows, members, learn, adapted, rng, seed, cut)
         rest, chosen = names[0], names[-1]
         if self.choice_ is not None:
             rest, chosen = self.choice_.rest, self.choice_.way.start
             names = tuple(dict.fromkeys((rest, chosen)))
         starts, curves = self._learned(names, rows, members, rng)
         self._rest, self._start = starts[rest], starts[chosen]
+        if isinstance(self.anchor_rows, LearnableAnchor):
+            self.anchor_rows_ = self._start.how(self).anchor_rows
         self.loss_curve_ = curves[chosen]
         self.n_iter_ = len(self.loss_curve_)
         self._seed = _seed(rng)
@@ -248,7 +197,8 @@ class MetaEstimator(Parameters):
         def lr_of(network: Any) -> float:
             return start_lr(self, form, network, sample(self, rows, members))
 
-        if self.method == "auto" and not form.is_remainder and len(members) > 1:
+        pretrains = self._base_is_linear or not form.is_remainder
+        if self.method == "auto" and pretrains and len(members) > 1 and names != ("zero",):
             network = form.network(initial)
             curves["pooled"] = pooled(self, form, network, rows, self.epochs, _seed(rng), True)
             pretrained = parameters_of(network)
@@ -276,7 +226,7 @@ class MetaEstimator(Parameters):
         self, name: str, network: Any, rows: Rows, members: list[Array], rng: Any, pretrain: bool
     ) -> tuple[Start, list[float]]:
         """What a method learns, beginning with the network, which it changes."""
-        method, curve, rates = METHODS[name], [], None
+        method, curve, rates, pulls = METHODS[name], [], None, None
         meta = method.losses is not None and len(members) > 1
         epochs = self.pretrain_epochs if meta else self.epochs
         if epochs and pretrain:
@@ -291,12 +241,14 @@ class MetaEstimator(Parameters):
             draw = Draw(self, rows, members, rng)
             loss_of_batch = method.losses(self, form, learned, draw, _seed(rng))
             rates = getattr(loss_of_batch, "rates", None)
+            pulls = getattr(loss_of_batch, "pulls", None)
             curve = meta_train(self, name, learned, loss_of_batch)
         if method.own is not None:
             return LearnerStart(self._form, learned), curve
         if method.head is None:
             found = None if rates is None else rates.detach().numpy().copy()
-            return NetworkStart(self._form, parameters_of(learned), form.lr, found), curve
+            worth = None if pulls is None else pulls.value
+            return NetworkStart(self._form, parameters_of(learned), form.lr, found, worth), curve
         all_rows = np.arange(len(rows.x) if method.by_class else 0)
         return HeadStart(learned.requires_grad_(False), rows.lists([all_rows])), curve
 
@@ -325,7 +277,7 @@ class MetaEstimator(Parameters):
 
     def _how(self) -> How | None:
         """How groups are adapted: as it was chosen, but for what is set now; None for not."""
-        how = How.of(self)
+        how = self._start.how(self)
         if self.choice_ is None:
             return how
         chosen = self.choice_.way.how
@@ -405,7 +357,7 @@ class MetaEstimator(Parameters):
 
     def _go_on(self, rows: Rows) -> None:
         """Let the shared model learn on; groups keep their own."""
-        how = self._how() or How.of(self)
+        how = self._how() or self._start.how(self)
         one = rows.lists([np.arange(len(rows.x))])
         self._start = self._rest = self._rest.gone_on(self, how, one, self._seed)
         kind: Any = type(self.models_)

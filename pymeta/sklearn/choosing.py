@@ -2,9 +2,10 @@
 
 Some groups are kept from training (or all in turn, by folds). Each is adapted to its first rows,
 in every way that is open (from which start, for how many epochs, pulled back how strongly, or not
-at all), and judged by its later rows. Of all ways that are not told apart from the best (one
-standard error of the paired difference, over groups; for not adapting, two) the one is taken whose
-predictions move least: where adaptation does not clearly help, nothing is adapted.
+at all), and judged by its later rows; where times are known, by rows later than all of training.
+Of all ways that are not told apart from the best (one standard error of the paired difference, over
+groups; for not adapting, two) the one is taken whose predictions move least: where adaptation does
+not clearly help, nothing is adapted.
 """
 
 from __future__ import annotations
@@ -64,13 +65,18 @@ class Choice:
     ways: tuple[Way, ...] = ()
 
 
+def is_choosable(sizes: Sequence[int] | Array) -> bool:
+    """Whether groups of so many rows are enough to hold some out."""
+    return bool((np.asarray(sizes) >= _LEAST_ROWS).sum() >= _LEAST)
+
+
 def folds(members: Sequence[Array], rng: Any) -> list[tuple[list[int], list[int]]]:
     """Numbers of the groups to train with and to judge by, for each fold; none of few groups.
 
     A third of many groups is held out once, at most 200; of fewer, each is in one of three folds.
     """
     able = [g for g, m in enumerate(members) if len(m) >= _LEAST_ROWS]
-    if len(able) < _LEAST:
+    if not is_choosable([len(m) for m in members]):
         return []
     order = rng.permutation(able)
     if len(able) >= _MANY:
@@ -93,6 +99,26 @@ def halves(members: Sequence[Array], shuffle: bool, rng: Any) -> tuple[list[Arra
         early.append(np.sort(ordered[:cut]))
         later.append(np.sort(ordered[cut:]))
     return early, later
+
+
+def sides_of(members: Sequence[Array], cut: int) -> tuple[list[Array], list[Array]]:
+    """The rows of groups before the row `cut`, and from it on."""
+    return [m[m < cut] for m in members], [m[m >= cut] for m in members]
+
+
+def judged_over_time(members: Sequence[Array], cut: int | None) -> list[Array] | None:
+    """The members, of those groups alone that have rows on both sides of a cut in time.
+
+    Rows of one time have much in common in all groups. What was learned from others' rows of a time
+    looks better on it than it will on times to come, so that where enough groups go on over the
+    cut, training sees nothing behind it, and what lies behind it judges. None where too few do.
+    """
+    if cut is None:
+        return None
+    least = _LEAST_ROWS // 2
+    pairs = zip(members, *sides_of(members, cut), strict=True)
+    some = [m if min(len(a), len(b)) >= least else m[:0] for m, a, b in pairs]
+    return some if is_choosable([len(m) for m in some]) else None
 
 
 def outputs_of(models: Models, rows: Rows, members: Sequence[Array]) -> Array:
@@ -157,6 +183,7 @@ def choose(
     adapted: Sequence[str],
     rng: Any,
     seed: int,
+    cut: int | None = None,
 ) -> Choice | None:
     """The way for groups; None where there are too few groups to hold some out.
 
@@ -169,15 +196,23 @@ def choose(
         adapted: the names of those to adapt from.
         rng: draws the groups held out.
         seed: of adaptation.
+        cut: the first row of the times to judge by, where rows are in the order of time.
     """
-    parts = folds(members, rng)
+    able = judged_over_time(members, cut)
+    parts = folds(members if able is None else able, rng)
     if not parts:
         return None
     outputs: dict[Way, list[Array]] = {}
     judged: list[Array] = []
     for train, judges in parts:
-        starts = learn([members[g] for g in train])
-        early, later = halves([members[g] for g in judges], settings.is_shuffled, rng)
+        known, own = [members[g] for g in train], [members[g] for g in judges]
+        if able is not None and cut is not None:
+            known = [m for m in sides_of(known, cut)[0] if len(m)]
+        starts = learn(known)
+        if able is not None and cut is not None:
+            early, later = sides_of(own, cut)
+        else:
+            early, later = halves(own, settings.is_shuffled, rng)
         support = rows.lists(early)
         judged += later
         for way in ways_of(settings, starts, adapted):

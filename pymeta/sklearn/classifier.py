@@ -41,9 +41,9 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
             support rows do well on its query rows (Finn et al. 2017). "reptile": moved towards what
             the groups are adapted to (Nichol et al. 2018). "pooled": ordinary training on all rows,
             as is also done where there are fewer than two groups to learn from. These fine-tune
-            the network. "auto" chooses between the pooled network (trained with early stopping)
-            and MAML from there. "ridge" and "bayesian" learn features by the hidden layers and a
-            prior of the last layer, which is then exact for each group
+            the network. "auto" chooses among a linear pooled model, a network trained on what that
+            leaves (with early stopping), and MAML from there. "ridge" and "bayesian" learn features
+            by the hidden layers and a prior of the last layer, which is then exact for each group
             (`pymeta.learners.RidgeHead`, `BayesianHead`, for the loss "mse" alone; with hidden=()
             it is empirical Bayes), and "protonet", "matching" and "relation" compare rows with
             those of each class (`ProtoNet`, `MatchingNet`, `RelationNet`); `inner_*`, `adapt_*`
@@ -54,7 +54,9 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         base: a pooled model, an estimator of scikit-learn that is not fitted; None for none. `fit`
             fits a clone, whose predictions are an offset of the networks' outputs: they learn its
             remainder, which begins at zero. Offsets of the rows of `fit` come from clones that have
-            not seen the row's group.
+            not seen the row's group. "auto": with method="auto" and groups enough to choose by (6
+            of 4 rows), ridge or logistic regression (for a log link Poisson regression), whose
+            penalty is chosen over groups; otherwise none.
         hidden: widths of the hidden layers; () for a linear model.
         activation: "relu", "tanh", "elu", "gelu" or "silu".
         inner_optimizer: what takes the steps on a group, here and in `adapt`: "sgd", "momentum"
@@ -90,7 +92,8 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         anchor: strength of the pull back to the start (L2-SP), in `adapt` and in the inner steps
             of `fit`.
         anchor_rows: in its place: the start is worth so many rows, the strength is this over the
-            rows of the group; None for `anchor`. "auto": how many, and for how many epochs, is
+            rows of the group; None for `anchor`. A `pymeta.LearnableAnchor`: MAML learns how many
+            (`anchor_rows_`), for method="maml". "auto": how many, and for how many epochs, is
             chosen on the later rows of groups held out from training for that, see
             `pymeta/sklearn/choosing.py`; which may come to adapting none.
         gate: whether `adapt` tries a model on a third of its group's rows (the last, or random
@@ -122,6 +125,7 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
         choice_: what was chosen on the groups held out, and all that was compared; None where
             nothing was.
         base_: the fitted pooled model, if there is one.
+        anchor_rows_: how many rows the start has learned to be worth; of a `LearnableAnchor`.
         models_: the models as a `pymeta.AdaptedArrays`: the shared one, then theirs in order.
         n_features_in_: as in scikit-learn.
         feature_names_in_: as in scikit-learn.
@@ -369,6 +373,9 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
                 f"offset: expected {self._outputs()} for each row, got {found.shape[1]}"
             )
         return found
+
+    def _base_kind(self) -> str:
+        return "classes"
 
     def _of_base(self, model: Any, X: Array) -> Array:
         return log_odds(model, X, self.classes_, len(self.classes_) == 2)

@@ -82,6 +82,18 @@ def in_order(times: Any, *columns: Any) -> list[Any]:
     return [None if c is None else np.asarray(c)[order] for c in columns]
 
 
+_EARLY = 2 / 3  # of the rows, before the times that judge
+
+
+def cut_of(times: Any) -> int | None:
+    """In the order of time, the first row of the last third of the times; None without any."""
+    if times is None:
+        return None
+    at = np.sort(np.asarray(times))
+    cut = int(np.searchsorted(at, at[int(_EARLY * len(at))]))
+    return cut or None
+
+
 _SAMPLED = 32  # groups
 
 

@@ -61,15 +61,18 @@ class Method(NamedTuple):
 
 
 class WithRates:
-    """The loss of a meta-batch, and the step sizes of layers that are learned with it.
+    """The loss of a meta-batch, and what of the inner loop is learned with it.
 
     Attributes:
-        rates: [layers], a parameter.
+        rates: [layers], the step sizes, a parameter; or None.
+        pulls: the strength of the pull to the start, a module; or None.
     """
 
-    def __init__(self, loss: Callable[[], torch.Tensor], rates: torch.nn.Parameter) -> None:
-        """Keep both."""
-        self._loss, self.rates = loss, rates
+    def __init__(
+        self, loss: Callable[[], torch.Tensor], rates: torch.nn.Parameter | None, pulls: Any
+    ) -> None:
+        """Keep all."""
+        self._loss, self.rates, self.pulls = loss, rates, pulls
 
     def __call__(self) -> torch.Tensor:
         """The loss of the next meta-batch."""
@@ -101,7 +104,7 @@ def _maml(
         outcome: pymeta.Outcome = maml(s.xs, s.ys, q.xs, q.ys, **s.as_support, **q.as_query)
         return outcome.loss
 
-    return WithRates(loss, maml.lr) if settings.learn_lr else loss
+    return WithRates(loss, maml.lr if settings.learn_lr else None, maml.learned_anchor)
 
 
 def _reptile(

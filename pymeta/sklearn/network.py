@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymeta.models.arrays import AdaptedArrays
 from pymeta.sklearn.parameters import ACTIVATIONS, Parameters
+from pymeta.spec.anchors import LearnableAnchor
 from pymeta.spec.architecture import Architecture
 from pymeta.spec.losses import describe_loss
 from pymeta.tasks.groups import Array
@@ -120,8 +121,16 @@ def inner_optimizer(settings: Parameters, lr: Any) -> Any:
     return pymeta.SGD(lr, momentum=MOMENTUM if name == "momentum" else 0.0, clip_norm=clip)
 
 
+def rows_of(settings: Parameters) -> float | None:
+    """How many rows the start is worth, or begins to be; None where that is open, or it is none."""
+    rows = settings.anchor_rows
+    if isinstance(rows, LearnableAnchor):
+        return rows.initial
+    return None if rows is None or isinstance(rows, str) else float(rows)
+
+
 def pull(settings: Parameters) -> dict[str, Any]:
     """A learner's options of the pull to the start."""
-    rows = settings.anchor_rows
-    none = rows is None or isinstance(rows, str)
-    return {"anchor": float(settings.anchor), "anchor_rows": None if none else float(rows)}
+    learned = isinstance(settings.anchor_rows, LearnableAnchor)
+    rows = settings.anchor_rows if learned else rows_of(settings)
+    return {"anchor": float(settings.anchor), "anchor_rows": rows}

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator
 
+from pymeta.spec.anchors import LearnableAnchor
+
 ACTIVATIONS = {"relu": "ReLU", "tanh": "Tanh", "elu": "ELU", "gelu": "GELU", "silu": "SiLU"}
 _FLAGS = ("gate", "clip_inputs", "learn_lr")
 OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
@@ -65,7 +67,7 @@ class Parameters(BaseEstimator):
     """What `MetaClassifier` describes; scikit-learn finds it in the signature of `__init__`."""
 
     method: str = field(default="auto", kw_only=False)
-    base: Any = None
+    base: Any = "auto"
     hidden: tuple[int, ...] = (64, 64)
     activation: str = "relu"
     inner_optimizer: str = "sgd"
@@ -116,10 +118,11 @@ class Parameters(BaseEstimator):
         _check_support(self.support)
         one_of("unknown", self.unknown, ("start", "warn", "error"))
         one_of("on_divergence", self.on_divergence, ("start", "keep", "raise"))
-        if self.base is not None and not hasattr(self.base, "fit"):
+        named = isinstance(self.base, str) and self.base == "auto"
+        if self.base is not None and not named and not hasattr(self.base, "fit"):
+            got = repr(self.base) if isinstance(self.base, str) else type(self.base).__name__
             raise TypeError(
-                f"base: expected an estimator of scikit-learn or None, got "
-                f"{type(self.base).__name__}"
+                f"base: expected 'auto', an estimator of scikit-learn or None, got {got}"
             )
         for name in ("first_order", "head_only", "shuffle", "adapt_on_fit", *_FLAGS):
             flag(name, getattr(self, name))
@@ -158,8 +161,18 @@ class Parameters(BaseEstimator):
             return
         if isinstance(rows, str):
             if rows != "auto":
-                raise TypeError(f"anchor_rows: expected 'auto', None or a number, got {rows!r}")
+                raise TypeError(
+                    f"anchor_rows: expected 'auto', None, a number or a LearnableAnchor, got "
+                    f"{rows!r}"
+                )
             return
+        if isinstance(rows, LearnableAnchor):
+            if self.method != "maml":
+                raise ValueError(
+                    f"anchor_rows: expected method='maml', which alone learns a LearnableAnchor, "
+                    f"got method={self.method!r}"
+                )
+            rows = rows.initial
         real("anchor_rows", rows)
         if rows == 0 or self.anchor:
             raise ValueError(

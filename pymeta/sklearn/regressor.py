@@ -313,6 +313,9 @@ class MetaRegressor(RegressorMixin, MetaEstimator):
         rest = np.zeros((len(found), self._form.widths[-1] - self._columns))  # of the scales
         return np.concatenate([found, rest], axis=1)
 
+    def _base_kind(self) -> str:
+        return "amounts" if describe_loss(self.loss).targets == "amounts" else "numbers"
+
     def _of_base(self, model: Any, X: Array) -> Array:
         is_amount = describe_loss(self.loss).targets == "amounts"
         return numbers(model, X, self._base_scale if is_amount else None)

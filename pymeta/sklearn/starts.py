@@ -15,8 +15,9 @@ import numpy as np
 
 from pymeta.models.arrays import AdaptedArrays
 from pymeta.sklearn.episodes import Lists, Tensors
-from pymeta.sklearn.network import Form, inner_optimizer
+from pymeta.sklearn.network import Form, inner_optimizer, rows_of
 from pymeta.sklearn.parameters import Parameters, count
+from pymeta.spec.anchors import LearnableAnchor
 from pymeta.tasks.groups import Array
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ class How:
     @staticmethod
     def of(settings: Parameters) -> How:
         """What the settings say; of what is left open, the least."""
-        open_ = settings.anchor_rows is None or isinstance(settings.anchor_rows, str)
-        rows = None if open_ else float(settings.anchor_rows)
+        rows = rows_of(settings)
         epochs = count(settings.adapt_epochs) or int(settings.inner_steps)
         return How(epochs, float(settings.anchor), rows)
 
@@ -72,6 +72,9 @@ class Start(Protocol):
     def shared(self) -> Models:
         """The one model of rows without a group's own."""
 
+    def how(self, settings: Parameters) -> How:
+        """The way to adapt that the settings, and what was learned, say."""
+
     def hows(self, settings: Parameters) -> list[How]:
         """The ways to adapt that the settings leave open."""
 
@@ -93,11 +96,19 @@ class NetworkStart:
     has_variances = False
 
     def __init__(
-        self, form: Form, parameters: dict[str, Array], lr: float, rates: Array | None = None
+        self,
+        form: Form,
+        parameters: dict[str, Array],
+        lr: float,
+        rates: Array | None = None,
+        worth: float | None = None,
     ) -> None:
-        """Keep the parameters {name: array}, and the step size, or those of layers [layers]."""
+        """Keep the parameters {name: array}, and the step size, or those of layers [layers].
+
+        `worth` is how many rows it has learned to be worth (`anchor_rows`); None where it has not.
+        """
         self.form, self.parameters = form, parameters
-        self.lr, self.rates = lr, rates
+        self.lr, self.rates, self.worth = lr, rates, worth
 
     def is_finite(self) -> bool:
         """Whether all parameters are."""
@@ -112,9 +123,15 @@ class NetworkStart:
         own = {n: p for n, p in stacked.items() if self.form.adapts(n)}
         return self.form.models(own, {n: p for n, p in self.parameters.items() if n not in own})
 
+    def how(self, settings: Parameters) -> How:
+        """What the settings say; how strongly it pulls, as it has learned."""
+        plain = How.of(settings)
+        learned = isinstance(settings.anchor_rows, LearnableAnchor) and self.worth is not None
+        return replace(plain, anchor_rows=self.worth) if learned else plain
+
     def hows(self, settings: Parameters) -> list[How]:
         """Epochs and strengths."""
-        plain = How.of(settings)
+        plain = self.how(settings)
         strengths = STRENGTHS if settings.chooses_strength else (plain.anchor_rows,)
         times = LONGER if settings.adapt_epochs is None else (1,)
         pairs = itertools.product(times, strengths)
@@ -151,7 +168,7 @@ class NetworkStart:
         models, fine = self.adapt(settings, how, rows, seed)
         if not fine.all():
             return self
-        return NetworkStart(self.form, models.state_dict(0), self.lr, self.rates)
+        return NetworkStart(self.form, models.state_dict(0), self.lr, self.rates, self.worth)
 
     def _largest_lr(self, settings: Parameters) -> float:
         """The step size of `adapt`, where layers have their own the largest."""
@@ -208,8 +225,12 @@ class LearnerStart:
         own = {n: p for n, p in stacked.items() if self.form.adapts(n)}
         return self.form.models(own, {n: p for n, p in self._shared().items() if n not in own})
 
-    def hows(self, settings: Parameters) -> list[How]:
+    def how(self, settings: Parameters) -> How:
         """It has learned how."""
+        return How.of(settings)
+
+    def hows(self, settings: Parameters) -> list[How]:
+        """The one it has learned."""
         return [How.of(settings)]
 
     def gone_on(self, settings: Parameters, how: How, rows: Lists, seed: int) -> LearnerStart:
@@ -306,8 +327,12 @@ class HeadStart:
         """The prior's, or where there is none, that of all rows."""
         return self._shared
 
-    def hows(self, settings: Parameters) -> list[How]:
+    def how(self, settings: Parameters) -> How:
         """It knows itself how far groups go."""
+        return How.of(settings)
+
+    def hows(self, settings: Parameters) -> list[How]:
+        """The one it knows."""
         return [How.of(settings)]
 
     def gone_on(self, settings: Parameters, how: How, rows: Lists, seed: int) -> HeadStart:

@@ -88,6 +88,10 @@ def meta_train(
         {"params": prior, "lr": _PRIOR * lr, "weight_decay": 0.0},
     ]
     rates: torch.nn.Parameter | None = getattr(loss_of_batch, "rates", None)
+    pulls = getattr(loss_of_batch, "pulls", None)
+    if pulls is not None:  # a logarithm, too
+        prior = [*prior, *pulls.parameters()]
+        groups[1]["params"] = prior
     least = 0.0
     if rates is not None:
         first = float(rates.detach().max())

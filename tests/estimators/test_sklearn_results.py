@@ -215,7 +215,7 @@ def test_regression_has_its_own_units():
     scaled.adapt(X, 1e4 * y + 7, groups=g)
     expected = 1e4 * plain.predict(X, groups=g) + 7
     np.testing.assert_allclose(scaled.predict(X, groups=g), expected, rtol=1e-7)
-    constant = MetaRegressor(**parameters).fit(X, np.full(len(y), 3.0), groups=g)
+    constant = MetaRegressor(base=None, **parameters).fit(X, np.full(len(y), 3.0), groups=g)
     assert constant.y_scale_ == 1.0 and constant.y_mean_ == 3.0
 
 

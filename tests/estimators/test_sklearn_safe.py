@@ -14,9 +14,10 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn_help import PLAIN, levels, opposites, same_models
 
 import pymeta
-from pymeta import QuantileLoss
+from pymeta import LearnableAnchor, QuantileLoss
 from pymeta.sklearn import MetaClassifier, MetaRegressor
-from pymeta.sklearn.choosing import folds, halves
+from pymeta.sklearn.choosing import folds, halves, judged_over_time, sides_of
+from pymeta.sklearn.episodes import cut_of
 from pymeta.sklearn.gate import Gains, Prior, gains, keeps, prior_of
 from pymeta.sklearn.offsets import cross_fitted, numbers
 
@@ -82,7 +83,10 @@ def test_offsets_of_the_callers_own_are_those_of_a_base():
         MetaRegressor("pooled", **QUICK).fit(X, y).predict(X, offset=known)
     with pytest.raises(ValueError, match=r"^offset: expected None, because base predicts it"):
         MetaRegressor(base=LinearRegression()).fit(X, y, groups=g, offset=known)
-    with pytest.raises(TypeError, match=r"^base: expected an estimator of scikit-learn"):
+    with pytest.raises(
+        TypeError,
+        match=r"^base: expected 'auto', an estimator of scikit-learn or None, got 'linear'",
+    ):
         MetaRegressor(base="linear").fit(X, y, groups=g)
 
 
@@ -138,6 +142,69 @@ def test_nothing_is_adapted_where_groups_are_alike(base):
     assert len(free.adapted_groups_) == 30
 
 
+def test_a_linear_model_is_what_the_default_begins_with_and_falls_back_to():
+    """Of a linear truth with features of all scales and a constant one, the default is linear."""
+    X, y, g = alike(groups=12, rows=30)
+    X = np.column_stack([1000 * X, np.full(len(X), 7.0)])
+    weights = np.where(np.arange(len(y)) % 5 == 0, 0.0, 1.0)
+    wrong = np.where(weights == 0, 1e3, y)  # rows of weight 0 count for nothing
+    model = MetaRegressor(**QUICK).fit(X, wrong, groups=g, sample_weight=weights)
+    ols = LinearRegression().fit(X[weights > 0], y[weights > 0])
+    assert type(model.base_.model).__name__ == "Ridge"
+    assert {w.start for w in model.choice_.ways} == {"zero", "pooled", "maml"}
+    assert model.choice_.rest == "zero"
+    np.testing.assert_allclose(model.predict(X), model.base_.predict(X), rtol=1e-5, atol=1e-4)
+    # ridge's penalty of at most 1e4 rows was chosen on rows of noise 1: it is near least squares
+    assert np.abs(model.predict(X) - ols.predict(X)).max() < 0.5
+    alone = clone(model).set_params(base=None).fit(X, y, groups=g)
+    assert not hasattr(alone, "base_") and {w.start for w in alone.choice_.ways} == {
+        "pooled",
+        "maml",
+    }
+    for other in (clone(model).set_params(method="maml"), clone(model)):
+        few = slice(
+            0, 150 if other.method == "auto" else None
+        )  # five groups are too few to choose by
+        assert not hasattr(other.fit(X[few], y[few], groups=g[few]), "base_")
+
+
+@pytest.mark.parametrize("loss", ["poisson_nll", "bce"])
+def test_a_linear_model_of_every_kind(loss):
+    rng = np.random.default_rng(0)
+    g, X = np.repeat(np.arange(12), 40), rng.normal(size=(480, 2))
+    if loss == "bce":
+        y = rng.random(480) < 1 / (1 + np.exp(-2 * X[:, 0]))
+        model = MetaClassifier(**QUICK | {"iterations": 5, "epochs": 2})
+        model.fit(X, y, groups=g)
+        rival = LogisticRegression().fit(X, y).predict_proba(X)[:, 1]
+        np.testing.assert_allclose(model.predict_proba(X)[:, 1], rival, rtol=0, atol=0.15)
+    else:
+        y = rng.poisson(np.exp(1 + 0.7 * X[:, 0])).astype(float)
+        model = MetaRegressor(loss=loss, **QUICK | {"iterations": 5, "epochs": 2})
+        model.fit(X, y, groups=g)
+        rates = model.predict(X)
+        assert (rates > 0).all()
+        assert abs(np.polyfit(X[:, 0], np.log(rates), 1)[0] - 0.7) < 0.15
+    assert model.base_.predict(X).shape == (480,)
+
+
+@pytest.mark.parametrize("initial", [1.0, 100.0])
+def test_how_many_rows_the_start_is_worth_is_learned(initial):
+    """Groups alike in truth, of rows that are noise: the start is worth more than it began with."""
+    X, y, g = alike(groups=16, rows=12)
+    quick = QUICK | {"iterations": 60, "hidden": ()}
+    model = MetaRegressor("maml", anchor_rows=LearnableAnchor(initial), **quick)
+    model.fit(X, y, groups=g)
+    assert model.anchor_rows_ > initial and model._how().anchor_rows == model.anchor_rows_
+    model.adapt(X, y, groups=g)
+    fixed = copy.deepcopy(model).set_params(anchor_rows=model.anchor_rows_).adapt(X, y, groups=g)
+    assert np.array_equal(fixed.predict(X, groups=g), model.predict(X, groups=g))
+    again = clone(model)
+    assert again.anchor_rows.initial == initial
+    with pytest.raises(ValueError, match=r"^anchor_rows: expected method='maml', which alone"):
+        again.set_params(method="reptile").fit(X, y, groups=g)
+
+
 def test_groups_go_far_where_that_helps():
     X, y, g = levels(groups=24, rows=30)
     model = MetaRegressor(**QUICK).fit(X, y, groups=g).adapt(X, y, groups=g)
@@ -157,6 +224,34 @@ def test_what_is_set_is_not_chosen():
     assert len({w.how.anchor_rows for w in open_.choice_.ways if w.how}) == 5
     few = clone(open_).fit(X[g < "g3"], y[g < "g3"], groups=g[g < "g3"])
     assert few.choice_ is None and len(few.adapt(X, y, groups=g).models_) > 1
+
+
+def test_where_times_are_known_later_times_judge():
+    """What is common to a time is learned from other groups, and is no use at times to come."""
+    members = [np.array([0, 2, 5, 9, 11, 12]), np.array([1, 3]), np.array([4, 6, 7, 8, 10, 13])] * 5
+    some = judged_over_time(members, 9)
+    assert [len(m) for m in some[:3]] == [6, 0, 6]  # the second has no row behind the cut
+    assert judged_over_time(members, None) is None and judged_over_time(members, 2) is None
+    early, later = sides_of(members[:1], 9)
+    assert early[0].tolist() == [0, 2, 5] and later[0].tolist() == [9, 11, 12]
+    assert cut_of(np.array([3, 1, 1, 2, 2, 2])) == 2 and cut_of(np.ones(4)) is None
+    rng = np.random.default_rng(0)
+    days, groups = 60, 24
+    day, g = np.tile(np.arange(days), groups), np.repeat(np.arange(groups), days)
+    shock = rng.normal(size=days)  # known by a feature of the day, of which the day is a function
+    X = np.column_stack([np.sin(day), np.cos(3.0 * day), rng.normal(size=len(g))])
+    y = X[:, 2] + 2 * shock[day] + 0.3 * rng.normal(size=len(g))
+    options = QUICK | {"epochs": 60, "hidden": (64,)}
+    aware = MetaRegressor(**options).fit(X, y, groups=g, times=day)
+    blind = MetaRegressor(**options, shuffle=False).fit(
+        X[g_order(day, g)], y[g_order(day, g)], groups=g[g_order(day, g)]
+    )
+    assert aware.choice_.rest == "zero" and blind.choice_.rest != "zero"
+
+
+def g_order(day, g):
+    """Group after group, each in the order of its days."""
+    return np.lexsort((day, g))
 
 
 def test_folds_hold_each_group_out_once_or_a_third():
