@@ -21,6 +21,8 @@ from pymeta import Adapter
 from pymeta.data import Panel, Preprocessor, Ragged
 from pymeta.data.optional import need
 from pymeta.finance.blend import Blend
+from pymeta.finance.common import Common
+from pymeta.finance.fading import faded
 from pymeta.tasks.groups import Array
 
 FORMAT = 1
@@ -62,7 +64,7 @@ class Deployed:
         shown = model._shown(panel, offset, form)
         head = model.head
         if head is None:  # a level for each entity, which predict leaves alone
-            head = model._trained(shown, offset, form)
+            head = model._trained(shown, model._both(panel, offset), form)
         described, trees = _described(pooled.fitted)
         centre, scale = model._scale
         target = pooled.target
@@ -72,6 +74,8 @@ class Deployed:
             "adapts": model.head is not None,
             "score": {"centre": centre, "scale": scale},
             "history": model.history,
+            "common": None if model._common is None else model._common.worth,
+            "far": model._far,
             "columns": {"entity": train.entity, "time": train.time, "target": train.target},
             "features": {"numeric": train.numeric, "categorical": train.categorical},
             "target": None
@@ -166,6 +170,8 @@ class Deployed:
         """The features that the adapter takes, and the pooled model's output [rows, 1]."""
         x = self.prep(panel).x
         offset = self._pooled(x).astype(np.float32)[:, None]
+        if self.described["form"] == "level":
+            return np.ones((len(panel), 1), np.float32), offset
         if self.described["form"] != "score":
             return x, offset
         scale = self.described["score"]
@@ -191,16 +197,25 @@ class Deployed:
         both = np.intersect1d(asked.entities, known.entities)
         if not len(both):
             return out
-        known = known.of(both)
-        rows = np.isin(asked.labels, both)
+        rows, mine = np.isin(asked.labels, both), np.isin(known.labels, both)
         xs, own = self._shown(known)
         y = self._seen(known.need_y())
-        models = self.adapter.adapt(
-            Ragged(xs, known.sizes), Ragged(y, known.sizes), offset=Ragged(own, known.sizes)
-        )
+        worth = self.described.get("common")
+        if worth is not None:  # of all entities there are, whether they are asked about or not
+            residual = y - own[:, 0]
+            times = known.need_times("history")
+            common = Common(times, residual, worth).of(times, residual)
+            own = own + common.astype(np.float32)[:, None]
+        sizes = known.where(mine).sizes
+        parts = (Ragged(values[mine], sizes) for values in (xs, y))
+        models = self.adapter.adapt(*parts, offset=Ragged(own[mine], sizes))
         sizes = asked.where(rows).sizes
         found = models(Ragged(x[rows], sizes), offset=Ragged(offset[rows], sizes))
-        out[rows] = np.concatenate([np.asarray(f).reshape(-1, 1) for f in found])
+        far, raw = self.described.get("far"), np.concatenate([np.asarray(f) for f in found])
+        moved = raw.reshape(-1, 1) - offset[rows]
+        if far is not None:
+            moved *= faded(known, asked.where(rows), far)[:, None]
+        out[rows] += moved
         return out
 
     def _seen(self, y: Array) -> Array:

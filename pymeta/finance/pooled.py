@@ -85,6 +85,7 @@ class Pooled:
         x = self.prep(train).x
         wanted = y.astype(int) if self.target is None else self.target.to(y)
         made = estimator(self.base, binary, self.seed)
+        base_is_linear = isinstance(self.base, str) and self.base == "linear"
         self.fitted = clone(made).fit(x, wanted)
         if isinstance(made, Blend):  # the folds blend as the whole does
             made = Blend(self.fitted.weight_, self.seed)
@@ -98,8 +99,8 @@ class Pooled:
             if len(np.unique(wanted[~inside])) > 1:
                 own = clone(made).fit(x[~inside], wanted[~inside])
                 self._own[inside] = self._outputs(own, x[inside])
-        if self.target is not None:
-            self.target.smeared(y, self._own)
+        if self.target is not None:  # a linear model knows its rows no better than others
+            self.target.smeared(y, self._outputs(self.fitted, x) if base_is_linear else self._own)
         return self
 
     def targets(self, panel: Panel) -> Array:

@@ -8,51 +8,43 @@ What f is, or whether there is a remainder at all, is chosen by the loss of late
 entities that the choice has not been trained on:
 
     pooled    no remainder
+    level     1: a level for each entity
     score     the pooled model's own output and 1: a level and a slope for each entity
     linear    all features and 1
     network   16 features of a network, trained through the heads
+
+Where tasks are of fixed sizes in time, a remainder fades as the rows it was adapted to grow older
+than those of training tasks (`pymeta.finance.fading`).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from pymeta.data import Panel, Ragged
+from pymeta.finance.checks import Check, Found, check_of, found_by, is_walk
+from pymeta.finance.common import Common
+from pymeta.finance.fading import faded, reach
+from pymeta.finance.offsets import Offsets, rows_of
 from pymeta.finance.pooled import Pooled
 from pymeta.finance.walk import stacked
 from pymeta.learners import BayesianHead, RidgeHead
-from pymeta.metrics.models import _known, history_of
+from pymeta.metrics.models import history_of
 from pymeta.tasks.groups import Array
 
-FORMS = ("pooled", "score", "linear", "network")
-_CHECKED = 12  # batches of tasks that a form is judged by
-_BLOCKS = 12  # of time, the worst quarter of which has to be no worse than the pooled model
+FORMS = ("pooled", "level", "score", "linear", "network")
+_FOLDS = 3  # of entities, by which forms are judged
+_SMEARED = 24  # batches of tasks
 FIRMER = (1.0, 4.0, 16.0)  # what a head's precision may be multiplied by
 _WIDTH = 16
-
-
-class Check(NamedTuple):
-    """A remainder beside the pooled model: its loss, and ours less it.
-
-    Attributes:
-        pooled: the pooled model's.
-        gap: ours less it.
-        error: the gap's standard error over entities.
-        worst: the gap in the quarter of the blocks of time that is worst for ours, less its
-            standard error.
-    """
-
-    pooled: float
-    gap: float
-    error: float
-    worst: float
 
 
 class Remainder:
@@ -61,7 +53,7 @@ class Remainder:
     Args:
         base: the pooled model: "linear", "lightgbm", "blend", or an estimator of scikit-learn.
         link: "log" for targets > 0 whose predictions have to be.
-        forms: what may be adapted, of "pooled", "score", "linear" and "network".
+        forms: what may be adapted, of "pooled", "level", "score", "linear" and "network".
         support: rows of a training task that are adapted to: a number, or (least, most).
         query: rows of it that are predicted.
         gap: rows between the two, or a timedelta64, as in `Panel.episodes`.
@@ -71,7 +63,10 @@ class Remainder:
         lr: Adam's step size, which falls to a tenth.
         precision: the heads' prior precision at the beginning of training; None for 100 (30 for two
             classes).
-        history: at most so many last rows of an entity are adapted to; None for all.
+        history: at most so many last rows of an entity are adapted to; None for all. Of several
+            numbers one is chosen, and training tasks have as many rows of support.
+        relative: whether entities are adapted to what their targets have beside those of all
+            entities at the same time (`pymeta.finance.common`): for numbers, of a panel with times.
         refit: whether the pooled model is fitted again, once, to training rows and the first
             history together, as rivals are that know all of the past.
         prep: options of the panel's preprocessor.
@@ -101,7 +96,8 @@ class Remainder:
         tasks: int = 64,
         lr: float = 0.05,
         precision: float | None = None,
-        history: int | None = None,
+        history: int | Sequence[int] | None = None,
+        relative: bool = False,
         refit: bool = False,
         prep: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -110,7 +106,11 @@ class Remainder:
         unknown = [f for f in forms if f not in FORMS]
         if unknown or not forms:
             raise ValueError(f"forms: expected some of {FORMS}, got {list(forms)}")
-        self.forms, self.steps, self.lr, self.history = tuple(forms), steps, lr, history
+        self.forms, self.steps, self.lr, self.relative = tuple(forms), steps, lr, relative
+        self.histories = tuple(history) if isinstance(history, Sequence) else (history,)
+        if not self.histories:
+            raise ValueError("history: expected a number of rows, or some to choose from, got none")
+        self.history = self.histories[0]
         self.seed, self.refit, self.precision = seed, refit, precision
         self.pooled = Pooled(base, link=link, prep=prep, seed=seed)
         self.episodes = {
@@ -128,19 +128,46 @@ class Remainder:
         """Fit the pooled model, choose the form and train its head."""
         self.pooled.fit(train)
         self._train = train
-        self._again: tuple[Pooled, Panel] | None = None
+        self._again: tuple[Pooled, Panel, Common | None] | None = None
         panel, offset = self._seen(train)
         self._scale = (float(offset.mean()), float(offset.std()) or 1.0)
+        self._common = self._learned_common(panel, offset)
+        both = self._both(panel, offset)
+        self._far: float | None = None
+        if train.times is not None and is_walk(panel, self.episodes):
+            last = self.episodes["gap"] + self.episodes["query"]
+            self._far = reach(train.times, last)
         torch.manual_seed(self.seed)
         self.losses: dict[str, tuple[float, float]] = {}
-        self.form, self.firmer = self._chosen(panel, offset)
+        self.form, self.firmer, self.history = self._chosen(panel, both)
         self.head: Any = None
         self.smear = None if self.pooled.target is None else self.pooled.target.smear
         if self.form != "pooled":
             shown = self._shown(panel, offset, self.form)
-            self.head = firmed(self._trained(shown, offset, self.form), self.firmer)
-            self._learn_smear(shown, offset)
+            self.head = firmed(self._trained(shown, both, self.form), self.firmer)
+            self._learn_smear(shown, both)
         return self
+
+    def _learned_common(self, panel: Panel, offset: Array) -> Common | None:
+        """What training rows have in common, of a panel with seen targets."""
+        if not self.relative:
+            return None
+        if self.pooled.target is None:
+            raise ValueError("relative: expected False for a target of two classes, got True")
+        return Common(panel.need_times("relative"), panel.need_y() - offset[:, 0])
+
+    def _both(self, panel: Panel, offset: Array) -> Offsets:
+        """The offsets of rows with seen targets."""
+        if self._common is None:
+            return Offsets(offset, offset)
+        residual = panel.need_y() - offset[:, 0]
+        common = self._common.of(panel.need_times("relative"), residual)
+        return Offsets(offset, offset + common.astype(np.float32)[:, None])
+
+    def _episodes(self, tasks: int | None = None) -> dict[str, Any]:
+        """The options of training tasks: with a choice of histories, as many rows as chosen."""
+        chosen = {} if len(self.histories) == 1 else {"support": self.history}
+        return {**self.episodes, **chosen, **({} if tasks is None else {"tasks": tasks})}
 
     def _seen(self, panel: Panel) -> tuple[Panel, Array]:
         """The panel with prepared features and seen targets, and its offset."""
@@ -152,6 +179,8 @@ class Remainder:
 
     def _shown(self, panel: Panel, offset: Array, form: str) -> Panel:
         """The panel with the features that the head of a form takes."""
+        if form == "level":
+            return panel.with_features(np.ones((len(panel), 1), np.float32), ["level"])
         if form != "score":
             return panel
         return panel.with_features(self._score(offset), ["score"])
@@ -161,60 +190,58 @@ class Remainder:
         found: Array = (offset - np.float32(centre)) / np.float32(scale)
         return np.clip(found, -5, 5)
 
-    def _chosen(self, panel: Panel, offset: Array) -> tuple[str, float]:
-        """The form and its firmness, by later rows of entities that no head was trained on.
+    def _chosen(self, panel: Panel, offsets: Offsets) -> tuple[str, float, int | None]:
+        """The form, its firmness and its history, by later rows of entities that no head has seen.
 
         A remainder has to be better than the pooled model by its own standard error over entities,
-        and no worse in the quarter of the blocks of time that is worst for it.
+        and no worse in the most stressed quarter of the blocks of time.
         """
         rest = [f for f in self.forms if f != "pooled"]
         if not rest or len(panel.entities) < 8:
-            return self.forms[0] if len(self.forms) == 1 else (*rest, "pooled")[0], 1.0
-        held = np.zeros(len(panel.entities), bool)
-        order = np.random.default_rng(self.seed).permutation(len(held))
-        held[order[: max(len(held) // 4, min(5, len(held) // 2))]] = True
-        rows = np.repeat(held, panel.sizes)
-        best = ("pooled", 1.0) if "pooled" in self.forms else (rest[0], 1.0)
-        least = 0.0 if "pooled" in self.forms else np.inf
-        for form in rest:
-            shown = self._shown(panel, offset, form)
-            head = self._trained(shown.where(~rows), offset[~rows], form)
-            for firmer in FIRMER:
-                check = self._checked(firmed(head, firmer), shown.where(rows), offset[rows])
+            form = self.forms[0] if len(self.forms) == 1 else (*rest, "pooled")[0]
+            return form, 1.0, self.history
+        folds = self._folds(len(panel.entities))
+        may_not = "pooled" in self.forms
+        best = ("pooled" if may_not else rest[0], 1.0, self.histories[0])
+        least = 0.0 if may_not else np.inf
+        for history, form in itertools.product(self.histories, rest):
+            self.history = history
+            for firmer, check in self._checks(panel, offsets, form, folds).items():
                 self.losses.setdefault("pooled", (check.pooled, 0.0))
                 known = self.losses.get(form, (np.inf, 0.0))
                 self.losses[form] = min(known, (check.pooled + check.gap, check.error))
-                safe = check.worst <= 0 or "pooled" not in self.forms
-                if safe and check.gap + check.error * ("pooled" in self.forms) < least:
-                    best, least = (form, firmer), check.gap + check.error
+                safe = check.stressed <= 0 or not may_not
+                value = check.gap + check.error * may_not
+                if safe and value < least:
+                    best, least = (form, firmer, history), value
         return best
 
-    @torch.no_grad()
-    def _checked(self, head: Any, panel: Panel, offset: Array) -> Check:
-        """A head beside the pooled model, on tasks of a panel."""
-        tasks = min(self.episodes["tasks"], len(panel.entities))
-        episodes = panel.episodes(**{**self.episodes, "tasks": tasks, "batches": _CHECKED})
-        found: list[tuple[Array, ...]] = []
-        for batch in episodes:
-            given, asked = batch.take(offset)
-            models = head.adapt(batch.xs, batch.ys, support_offset=given)
-            p = rows_of(models(batch.xq, offset=asked))
-            found.append((p, rows_of(asked), rows_of(batch.yq), batch.query_rows))
-        p, base, y, rows = (np.concatenate(v) for v in zip(*found, strict=True))
-        ours, theirs = self._loss(p, y), self._loss(base, y)
-        codes = panel.codes[rows]  # an entity's tasks share rows: they count as one
-        gaps = np.bincount(codes, ours - theirs) / np.maximum(np.bincount(codes), 1)
-        gaps = gaps[np.bincount(codes) > 0]
-        worst = 0.0
-        if panel.times is not None:
-            rank = np.unique(panel.times[rows], return_inverse=True)[1]
-            block = rank * _BLOCKS // (rank.max() + 1)
-            each = np.bincount(block, ours - theirs) / np.maximum(np.bincount(block), 1)
-            there = np.isin(block, np.argsort(each)[-max(len(each) // 4, 1) :])
-            gap = (ours - theirs)[there]
-            worst = float(gap.mean() - gap.std() / len(gap) ** 0.5)
-        error = float(gaps.std() / len(gaps) ** 0.5)
-        return Check(float(theirs.mean()), float((ours - theirs).mean()), error, worst)
+    def _folds(self, entities: int) -> list[Array]:
+        """Which entities are held out together, bool [entities] each."""
+        order = np.random.default_rng(self.seed).permutation(entities)
+        return [np.isin(np.arange(entities), order[k::_FOLDS]) for k in range(_FOLDS)]
+
+    def _checks(
+        self, panel: Panel, offsets: Offsets, form: str, folds: list[Array]
+    ) -> dict[float, Check]:
+        """A form by its firmness: every fold's entities with a head of the others."""
+        shown = self._shown(panel, offsets.asked, form)
+        most = None if len(self.histories) == 1 else max(h or 0 for h in self.histories)
+        found: dict[float, list[Found]] = {}
+        for held in folds:
+            rows = np.repeat(held, panel.sizes)
+            head = self._trained(shown.where(~rows), offsets.where(~rows), form)
+            options = self._episodes(min(self.episodes["tasks"], int(held.sum())))
+            for firmer in FIRMER:
+                part = shown.where(rows), offsets.where(rows), options, most
+                own = found_by(firmed(head, firmer), *part, self._loss, self._raw)
+                found.setdefault(firmer, []).append(own)
+        return {firmer: check_of(parts) for firmer, parts in found.items()}
+
+    def _raw(self, y: Array) -> Array:
+        """Seen targets in their own units."""
+        target = self.pooled.target
+        return y if target is None else target.back(y) / target.smear
 
     def _loss(self, raw: Array, y: Array) -> Array:
         if self.pooled.target is None:
@@ -225,8 +252,11 @@ class Remainder:
             return np.asarray(np.exp(rest) / smear - rest + np.log(smear) - 1)
         return np.asarray((raw - y) ** 2)
 
-    def _trained(self, panel: Panel, offset: Array, form: str) -> BayesianHead | RidgeHead:
-        """A head, trained on episodes of a panel; without rows it predicts what the base does."""
+    def _trained(self, panel: Panel, offsets: Offsets, form: str) -> BayesianHead | RidgeHead:
+        """A head, trained on episodes of a panel; without rows it predicts what the base does.
+
+        What is common to all at a time is taken out of query rows, too: no head can foresee it.
+        """
         torch.manual_seed(self.seed)
         width = panel.x.shape[1]
         encoder: nn.Module = nn.Identity()
@@ -241,33 +271,38 @@ class Remainder:
                 outputs=1,
                 loss="bce_with_logits",
                 precision=self.precision or 30.0,
+                bias=form != "level",
             )
         else:
             head = BayesianHead(
-                encoder, features=features, outputs=1, precision=self.precision or 100.0
+                encoder,
+                features=features,
+                outputs=1,
+                precision=self.precision or 100.0,
+                bias=form != "level",
             )
         head.prior_mean.requires_grad_(False)
         by = [p for p in head.parameters() if p.requires_grad]
         adam = torch.optim.Adam(by, self.lr if form != "network" else self.lr / 5)
         rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(self.steps, 1), self.lr / 10)
-        for batch in panel.episodes(**self.episodes, batches=self.steps):
+        for batch in panel.episodes(**self._episodes(), batches=self.steps):
             adam.zero_grad()
-            given, asked = batch.take(offset)
+            given, asked = batch.take(offsets.given)
             head(*batch, support_offset=given, query_offset=asked).loss.backward()
             nn.utils.clip_grad_norm_(by, 1.0)
             adam.step()
             rate.step()
         return head
 
-    def _learn_smear(self, shown: Panel, offset: Array) -> None:
+    def _learn_smear(self, shown: Panel, offsets: Offsets) -> None:
         """By what factor exponentials of predictions are too small, from rows not adapted to."""
         if self.pooled.link != "log":
             return
         target = self.pooled.target
         assert target is not None and self.head is not None
         sums = np.zeros(2)  # of the ratio of targets to predictions, adapted and not, on one sample
-        for batch in shown.episodes(**self.episodes, batches=2 * _CHECKED):
-            given, asked = batch.take(offset)
+        for batch in shown.episodes(**self._episodes(), batches=_SMEARED):
+            given, asked = offsets.take(batch)
             models = self.head.adapt(batch.xs, batch.ys, support_offset=given)
             y = rows_of(batch.yq).astype(np.float64)
             for i, p in enumerate((rows_of(models(batch.xq, offset=asked)), rows_of(asked))):
@@ -278,33 +313,34 @@ class Remainder:
 
     def predict(self, history: Panel | None, query: Panel) -> Array:
         """[rows of query], with what can be learned of its entities' history."""
-        first = self.pooled
+        first = self.pooled, self._common
         try:
             if history is not None and self.refit:
-                self.pooled, history = self._fitted_again(history)
+                history = self._fitted_again(history)
             return self._predicted(history, query)
         finally:
-            self.pooled = first
+            self.pooled, self._common = first
 
-    def _fitted_again(self, history: Panel) -> tuple[Pooled, Panel]:
-        """The pooled model of training rows and a history, and that history as its training rows.
+    def _fitted_again(self, history: Panel) -> Panel:
+        """Take the pooled model of training rows and a history; that history as its training rows.
 
         So the history gets the offsets of models without its entity, as training rows did.
         """
         rest = ~np.isin(self._train.labels, history.entities)
         if not rest.any():
-            return self.pooled, history
+            return history
         known = stacked(self._train.where(rest), history)
         if self._again is None:
             first = self.pooled
             again = Pooled(first.base, link=first.link, prep=first.options, seed=self.seed)
             # a head on all features was trained on these; one on the score does not mind others
             prep = first.prep if self.form in ("linear", "network") else None
-            self._again = again.fit(known, prep, first.target), known
-        again, first_known = self._again
+            self.pooled = again.fit(known, prep, first.target)
+            self._again = again, known, self._learned_common(*self._seen(known))
+        self.pooled, first_known, self._common = self._again
         mine = np.isin(first_known.labels, history.entities)
         same = len(first_known) == len(known)
-        return again, first_known.where(mine) if same else history
+        return first_known.where(mine) if same else history
 
     def _predicted(self, history: Panel | None, query: Panel) -> Array:
         panel, offset = self._seen(query)
@@ -312,16 +348,19 @@ class Remainder:
             return self.pooled.back(offset[:, 0])
         if self.history is not None:
             history = history.last(self.history)
-        known = _known(history, query.entities)
         shown = self._shown(panel, offset, self.form)
-        own, own_offset = None, np.zeros((0, 1), np.float32)
-        if known is not None:
-            own, own_offset = self._seen(known)
-            own = self._shown(own, own_offset, self.form)
-        xs, ys = history_of(own, query.entities, shown.x.shape[1])
-        models = self.head.adapt(xs, ys, support_offset=Ragged(own_offset, xs.sizes))
+        own, own_offset = self._seen(history)
+        given = self._both(own, own_offset).given
+        mine = np.isin(own.labels, query.entities)
+        known = self._shown(own, own_offset, self.form).where(mine) if mine.any() else None
+        xs, ys = history_of(known, query.entities, shown.x.shape[1])
+        models = self.head.adapt(xs, ys, support_offset=Ragged(given[mine], xs.sizes))
         found = models(Ragged(shown.x, query.sizes), offset=Ragged(offset, query.sizes))
-        return self.pooled.back(rows_of(found), self.smear)
+        raw = rows_of(found)
+        if self._far is not None:
+            asked = offset[:, 0]
+            raw = asked + faded(history, query, self._far) * (raw - asked)
+        return self.pooled.back(raw, self.smear)
 
 
 @torch.no_grad()
@@ -336,12 +375,3 @@ def firmed(head: BayesianHead | RidgeHead, firmer: float) -> BayesianHead | Ridg
         diagonal = torch.diag(twin.prior_root.diagonal() + math.log(firmer) / 2)
         twin.prior_root.copy_(twin.prior_root.tril(-1) * firmer**0.5 + diagonal)
     return twin
-
-
-def rows_of(values: Any) -> Array:
-    """[sum of rows] of what tasks have, in any of their forms, of one output."""
-    if isinstance(values, Ragged):
-        return np.asarray(values.values).reshape(-1)
-    if isinstance(values, (list, tuple)):
-        return np.concatenate([np.asarray(v).reshape(-1) for v in values])
-    return np.asarray(values).reshape(-1)

@@ -38,7 +38,7 @@ class Walking:
 
     Args:
         model: anything with fit(train) and predict(history, query).
-        every: distinct times in a block.
+        every: distinct times in a block; one also ends where ten usual steps of time pass.
         gap: how much later than its row a target is known, as in `Panel.split_time`; rows younger
             than that are not adapted to.
         history: at most so many last rows of each entity are given to the model; None for all.
@@ -75,11 +75,21 @@ class Walking:
         distinct = np.unique(times)
         late = self._delay(history, distinct)
         out = np.empty(len(query))
-        blocks = np.searchsorted(distinct, times) // self.every
-        for number, begin in enumerate(distinct[:: self.every]):
+        block_of = self._blocks(distinct)
+        blocks = block_of[np.searchsorted(distinct, times)]
+        for number, begin in enumerate(distinct[np.diff(block_of, prepend=-1) > 0]):
             known = self._known(history, query.where(blocks < number), begin - late)
             out[blocks == number] = self._block(known, query.where(blocks == number), begin)
         return out
+
+    def _blocks(self, distinct: Array) -> Array:
+        """The block of each distinct time, from 0: it ends where a long time passes, too."""
+        steps = np.diff(distinct)
+        usual = np.median(steps) if len(steps) else 0
+        begins = np.concatenate([[0], np.flatnonzero(steps > 10 * usual) + 1])
+        place = np.arange(len(distinct))
+        place -= begins[np.searchsorted(begins, place, side="right") - 1]
+        return np.cumsum(place % self.every == 0) - 1
 
     def _delay(self, history: Panel, distinct: Array) -> Any:
         """How old a row has to be: the gap, or more where the history ends earlier than that.

@@ -1,9 +1,10 @@
 """Volatility: the next days' variance of every stock, by HAR and what a stock adds to it.
 
 The pooled model is HAR (Corsi 2009) in logarithms with long lags (to 250 days), the market's own
-and two terms of leverage; the remainder is adapted to the last `days` days of each stock and walked
-through the query, `every` days at a time. Judged by QLIKE (Patton 2011), by which a forecast of
-variances is ranked as it would be by the true ones.
+and two terms of leverage; the remainder is adapted to the last `days` days of each stock, to what
+it has beside all stocks of the same day, and walked through the query, `every` days at a time.
+Judged by QLIKE (Patton 2011), by which a forecast of variances is ranked as it would be by the true
+ones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pymeta.finance.prices import Prices, ahead, read_prices, trailing
 from pymeta.finance.remainder import FORMS, Remainder
 from pymeta.finance.result import Result, Say, compared, deployed, result, silent
 from pymeta.finance.walk import Walking
+from pymeta.finance.wild import wild_split
 from pymeta.metrics.baselines import PerEntity, Pooled
 from pymeta.tasks.groups import Array
 
@@ -77,6 +79,7 @@ def volatility(
     form: str | None = None,
     every: int = 21,
     at: str | None = None,
+    wild: bool = False,
     share: float = 0.3,
     seeds: int = 3,
     quick: bool = False,
@@ -93,11 +96,13 @@ def volatility(
             "open": ..., "high": ..., "low": ...}, as there.
         days: how many days a stock is adapted to.
         horizon: how many days ahead.
-        form: what is adapted: "score", "linear" or "network"; by default it is chosen on training
-            stocks, and may be nothing.
+        form: what is adapted: "level", "score", "linear" or "network"; by default one of the first
+            three is chosen on training stocks, or nothing.
         every: days until models are adapted and rivals fitted again.
         at: the first day that is predicted; by default after seven tenths of the time.
-        share: the share of stocks that is tested and not trained on.
+        wild: whether to train on the calmest half of the months and predict the wildest quarter,
+            wherever they lie, in place of `at`.
+        share: the share of stocks that is tested and (unless `wild`) not trained on.
         seeds: how many runs, each with other tested stocks and other starts.
         quick: use fewer seeds and training steps, to see it run.
         stress: whether to run stress tests.
@@ -112,19 +117,22 @@ def volatility(
         ImportError: a package of the extra `finance` is missing.
         TypeError, ValueError: an argument is not as described.
     """
+    if wild and at is not None:
+        raise ValueError("at: expected None, because wild chooses the months")
     panel = volatility_panel(read_prices(data, columns), horizon)
     late = np.timedelta64(horizon - 1, "D") * 2  # weekends are days, too
 
     def ours(seed: int) -> Remainder:
         return Remainder(
             link="log",
-            forms=(form,) if form else FORMS[:3] if quick else FORMS,
+            forms=(form,) if form else FORMS[:4],
             support=days,
             query=every,
             gap=horizon - 1,
             steps=40 if quick else 150,
-            history=days,
-            refit=True,
+            history=(days, days // 4) if days >= 120 and not quick else days,
+            relative=True,
+            refit=not wild,
             seed=seed,
         )
 
@@ -138,7 +146,7 @@ def volatility(
 
     options: dict[str, Any] = {"at": at, "gap": late, "share": share, "link": "log", "block": 21}
     found, last = compared(
-        lambda seed: panel,
+        lambda seed: wild_split(panel, share, seed) if wild else panel,
         models,
         seeds=1 if quick else seeds,
         say=say,
@@ -153,6 +161,8 @@ def volatility(
         "days": days,
         "horizon": horizon,
         "every": every,
+        "wild": wild,
+        "history": chosen.history,
         "seeds": len(found),
         "form": chosen.form,
         "losses": chosen.losses,
