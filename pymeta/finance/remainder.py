@@ -42,6 +42,7 @@ from pymeta.tasks.groups import Array
 
 FORMS = ("pooled", "level", "score", "linear", "network")
 _FOLDS = 3  # of entities, by which forms are judged
+_SURE = 1.645  # standard errors: by chance, one in twenty is better by as much
 _SMEARED = 24  # batches of tasks
 FIRMER = (1.0, 4.0, 16.0)  # what a head's precision may be multiplied by
 _WIDTH = 16
@@ -193,8 +194,8 @@ class Remainder:
     def _chosen(self, panel: Panel, offsets: Offsets) -> tuple[str, float, int | None]:
         """The form, its firmness and its history, by later rows of entities that no head has seen.
 
-        A remainder has to be better than the pooled model by its own standard error over entities,
-        and no worse in the most stressed quarter of the blocks of time.
+        A remainder has to be significantly better than the pooled model over entities (at 5 %, on
+        one side), and no worse in the most stressed quarter of the blocks of time.
         """
         rest = [f for f in self.forms if f != "pooled"]
         if not rest or len(panel.entities) < 8:
@@ -210,9 +211,9 @@ class Remainder:
                 self.losses.setdefault("pooled", (check.pooled, 0.0))
                 known = self.losses.get(form, (np.inf, 0.0))
                 self.losses[form] = min(known, (check.pooled + check.gap, check.error))
-                safe = check.stressed <= 0 or not may_not
+                sure = check.gap + _SURE * check.error < 0 and check.stressed <= 0
                 value = check.gap + check.error * may_not
-                if safe and value < least:
+                if (sure or not may_not) and value < least:
                     best, least = (form, firmer, history), value
         return best
 
