@@ -247,6 +247,36 @@ class Engine(metaclass=_Type):
         query_offset: _Buffer | None = None,
     ) -> None: ...
 
+# The cell of a learned optimiser on `coordinates` numbers, those of all tasks; its equations are in
+# csrc/core/call/cell.h. weights [4 hidden, 5 + hidden], gates [2, 4 + hidden]; gradients, theta,
+# out and flows [coordinates], losses [tasks]; state [state_size], zeros before the first step.
+class Cell(metaclass=_Type):
+    def __init__(
+        self,
+        dtype: int,
+        hidden: int,
+        tasks: int,
+        coordinates: int,
+        p: float,
+        weights: int,
+        gates: int,
+    ) -> None: ...
+    @property
+    def state_size(self) -> int: ...
+    def step(self, gradients: int, losses: int, theta: int, state: int, out: int) -> None: ...
+    # Of all steps: gradients [steps, coordinates], losses [steps, tasks], theta before the first.
+    def back(
+        self,
+        steps: int,
+        gradients: int,
+        losses: int,
+        theta: int,
+        flows: int,
+        to_theta: int,
+        to_weights: int,
+        to_gates: int,
+    ) -> None: ...
+
 def shuffle(
     seed: int,
     stream: int,

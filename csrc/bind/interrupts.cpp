@@ -2,8 +2,10 @@
 
 #include <atomic>
 
+#include "../runtime/cell.h"
 #include "../runtime/fork.h"
 #include "../runtime/run.h"
+#include "cell.h"
 #include "common.h"
 
 namespace py = pybind11;
@@ -23,20 +25,8 @@ bool poll_signals(void* thread_state) {
   return raised;
 }
 
-}  // namespace
-
-void remember_main_thread() {
-  const py::object main = py::module_::import("threading").attr("main_thread")();
-  const bool is_here = main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
-  if (is_here) main_thread = std::this_thread::get_id();
-  // The thread that forks is the child's main thread.
-  static const int registered =
-      at_fork(nullptr, nullptr, [] { main_thread = std::this_thread::get_id(); });
-  (void)registered;
-}
-
-template <class Real>
-void run_interruptibly(Call<Real>& call) {
+template <class AnyCall>
+void run_with_signals(AnyCall& call) {
   if (std::this_thread::get_id() != main_thread.load()) {
     const ReleasedGil released;
     run(call);
@@ -51,7 +41,36 @@ void run_interruptibly(Call<Real>& call) {
   if (!finished) throw py::error_already_set();
 }
 
+}  // namespace
+
+void remember_main_thread() {
+  const py::object main = py::module_::import("threading").attr("main_thread")();
+  const bool is_here = main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+  if (is_here) main_thread = std::this_thread::get_id();
+  // The thread that forks is the child's main thread.
+  static const int registered =
+      at_fork(nullptr, nullptr, [] { main_thread = std::this_thread::get_id(); });
+  (void)registered;
+}
+
+template <class Real>
+void run_interruptibly(Call<Real>& call) {
+  run_with_signals(call);
+}
+template <class Real>
+void run_interruptibly(CellStep<Real>& call) {
+  run_with_signals(call);
+}
+template <class Real>
+void run_interruptibly(CellBack<Real>& call) {
+  run_with_signals(call);
+}
+
 template void run_interruptibly(Call<float>&);
 template void run_interruptibly(Call<double>&);
+template void run_interruptibly(CellStep<float>&);
+template void run_interruptibly(CellStep<double>&);
+template void run_interruptibly(CellBack<float>&);
+template void run_interruptibly(CellBack<double>&);
 
 }  // namespace pymeta

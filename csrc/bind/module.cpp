@@ -1,6 +1,7 @@
 // The Python module pymeta._native; this folder is the only one that knows Python.
 
 #include "../runtime/registry.h"
+#include "cell.h"
 #include "common.h"
 
 namespace py = pybind11;
@@ -18,5 +19,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_problem(m);
   bind_call(m);
   bind_engine(m);
+  bind_cell(m);
   bind_settings(m);
 }

@@ -6,14 +6,17 @@
 #include <stdexcept>
 
 #include "../cuda/device.h"
+#include "cell.h"
 #include "cores.h"
 
 namespace pymeta {
 
-// The tables that kernels.cpp exports.
-#define PYMETA_DECLARE(isa)                          \
-  extern const Kernels<float> kernels_##isa##_float; \
-  extern const Kernels<double> kernels_##isa##_double;
+// The tables that kernels.cpp and cell.cpp export.
+#define PYMETA_DECLARE(isa)                            \
+  extern const Kernels<float> kernels_##isa##_float;   \
+  extern const Kernels<double> kernels_##isa##_double; \
+  extern const CellTable<float> cells_##isa##_float;   \
+  extern const CellTable<double> cells_##isa##_double;
 #ifdef PYMETA_HAS_BASELINE
 PYMETA_DECLARE(baseline)
 #endif
@@ -39,7 +42,13 @@ std::string listed(const std::vector<std::string>& names) {
 struct InstructionSet {
   const Kernels<float>* in_float;
   const Kernels<double>* in_double;
+  const CellTable<float>* cell_in_float;
+  const CellTable<double>* cell_in_double;
 };
+#define PYMETA_SET(isa)                                                                          \
+  InstructionSet {                                                                               \
+    &kernels_##isa##_float, &kernels_##isa##_double, &cells_##isa##_float, &cells_##isa##_double \
+  }
 
 std::vector<std::string> built() {
   std::vector<std::string> names;
@@ -62,19 +71,19 @@ const std::vector<InstructionSet>& usable() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> found;
 #ifdef PYMETA_HAS_BASELINE
-    found.push_back({&kernels_baseline_float, &kernels_baseline_double});
+    found.push_back(PYMETA_SET(baseline));
 #endif
 #ifdef PYMETA_HAS_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      found.push_back({&kernels_avx2_float, &kernels_avx2_double});
+      found.push_back(PYMETA_SET(avx2));
 #endif
 #ifdef PYMETA_HAS_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-      found.push_back({&kernels_avx512_float, &kernels_avx512_double});
+      found.push_back(PYMETA_SET(avx512));
 #endif
 #ifdef PYMETA_HAS_NEON
-    found.push_back({&kernels_neon_float, &kernels_neon_double});
+    found.push_back(PYMETA_SET(neon));
 #endif
     return found;
   }();
@@ -157,6 +166,15 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   return *current().in_double;
+}
+
+template <>
+const CellTable<float>& cell_table<float>() {
+  return *current().cell_in_float;
+}
+template <>
+const CellTable<double>& cell_table<double>() {
+  return *current().cell_in_double;
 }
 
 int num_threads() {

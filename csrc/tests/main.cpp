@@ -31,6 +31,7 @@ int main(int argc, char** argv) {
   const bool all = !given("pool") && !given("blocks");
   if (all) pymeta::testing::test_kernels();
   if (all) pymeta::testing::test_losses();
+  if (all) pymeta::testing::test_cell();
   if (all || given("blocks")) pymeta::testing::test_blocks(all);
   if (all || given("pool")) pymeta::testing::test_pool(!given("no-fork"));
   std::printf("%ld checks passed\n", pymeta::testing::passed.load());

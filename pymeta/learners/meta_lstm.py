@@ -11,50 +11,30 @@ are the cell state of an LSTM whose candidate is the negative gradient g of its 
 for each coordinate by itself, with p the logarithm and the sign of a number (section 3.3). With f
 at 1 and i at a constant this is gradient descent, and near there it begins.
 
-The gradients of all T tasks, each at its own parameters, are one native call a step; as in the
-paper they are constants for the meta-gradient. The cell takes the coordinates of all tasks
-together, in torch, so many at a time as a cache holds; for the meta-gradient of many coordinates
-2 * `hidden` * T * P numbers of each step are kept, and the rest is computed anew.
+A step is two native calls: the gradients of all T tasks, each at its own parameters, which as in
+the paper are constants for the meta-gradient; and the cell, on the coordinates of all tasks. The
+meta-gradient goes back through the cell in one call, for which gradients and losses alone are kept,
+T * (P + 1) numbers of each step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from pymeta import native
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.outcome import Outcome
+from pymeta.backend import cell as native_cell
 from pymeta.learners.starts import adapted, joined, named, tasks_in
 from pymeta.models.adapted import Adapted
+from pymeta.reference import cell as reference
 from pymeta.spec.schedule import check_count
 from pymeta.tasks.task_set import Rows, Sizes
-
-_AT_ONCE = 8192  # coordinates: 80 gates of them are 2.6 MB
-
-
-def log_and_sign(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Numbers as two of similar size each, whatever theirs (section 3.3).
-
-    (log |x| / p, sign x) where |x| >= exp(-p), and (-1, exp(p) x) below.
-    """
-    size = x.abs()
-    large = size >= math.exp(-p)
-    first = torch.where(large, torch.where(large, size, 1.0).log() / p, -1.0)
-    return first, torch.where(large, x.sign(), math.exp(p) * x)
-
-
-class _Memory(NamedTuple):
-    """What the cell keeps of N coordinates from one step to the next."""
-
-    h: Tensor  # [hidden, N]: what is done to each number goes along memory
-    s: Tensor  # [hidden, N]
-    forget: Tensor  # [N]
-    step: Tensor  # [N]
 
 
 def _between_0_and_1(name: str, value: Any) -> float:
@@ -76,7 +56,7 @@ class MetaLSTM(nn.Module):
         hidden: the width of the LSTM.
         p: from where on the preprocessing sees a number as small, exp(-p).
         adapt: as for `MAML`.
-        backend: as for `MAML`; of the gradients and the query losses.
+        backend: as for `MAML`; of the gradients, the cell (native on the CPU) and the query losses.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -115,6 +95,7 @@ class MetaLSTM(nn.Module):
             raise ValueError(f"p: expected a number between 0 and 80, got {p!r}")
         biases = _between_0_and_1("keep", keep), _between_0_and_1("lr", lr)
         self.p = float(p)
+        self._is_native = native.backend(backend) != "torch"
         self.maml = MAML(model, loss=loss, lr=1.0, steps=0, adapt=adapt, backend=backend)
         like = next(iter(adapted(self.maml).values()))
         self.lstm = nn.LSTMCell(4, hidden)
@@ -221,7 +202,9 @@ class MetaLSTM(nn.Module):
 
     def explain(self) -> str:
         """Where a call runs."""
-        return f"{self.maml.explain()}; torch: the cell, for all coordinates of all tasks at once"
+        like = next(iter(adapted(self.maml).values()))
+        where = "native" if self._is_native and native_cell.runs(like) else "torch"
+        return f"{self.maml.explain()}; {where}: the cell, for all coordinates of all tasks at once"
 
     # ---- steps --------------------------------------------------------------------------------
 
@@ -231,22 +214,30 @@ class MetaLSTM(nn.Module):
         """Every task's parameters after the steps, {name: [T, ...]}."""
         steps = self.steps if steps is None else check_count("steps", steps)
         like = adapted(self.maml)
-        tasks, start = tasks_in(xs), joined(like)
-        theta = start.expand(tasks, -1)
-        parts = range(0, max(theta.numel(), 1), _AT_ONCE)  # one part of none, as torch.split has it
-        sizes = [min(_AT_ONCE, theta.numel() - first) for first in parts]
-        memories = [self._empty(start, n) for n in sizes]
-        for _ in range(steps):
-            gradients, losses = self._gradients(xs, ys, side, theta, like)
-            columns = (theta, gradients, losses.unsqueeze(1).expand_as(theta))
-            pieces = zip(*(torch.split(v.reshape(-1), _AT_ONCE) for v in columns), strict=True)
-            found = [
-                self._part(values, slopes, seen, memory)
-                for (values, slopes, seen), memory in zip(pieces, memories, strict=True)
-            ]
-            memories = [memory for _, memory in found]
-            theta = torch.cat([values for values, _ in found]).view_as(theta)
-        return named(theta, like)
+        theta = joined(like).expand(tasks_in(xs), -1)
+        cell = self._cell()
+
+        def gradients_at(here: Tensor) -> tuple[Tensor, Tensor]:
+            return self._gradients(xs, ys, side, here, like)
+
+        if self._is_native and native_cell.runs(theta):
+            return named(native_cell.take_steps(*cell, gradients_at, theta, steps), like)
+        return named(reference.take_steps(cell, gradients_at, theta, steps), like)
+
+    def _cell(self) -> reference.Cell:
+        """The weights of the LSTM and the gates, as the cell takes them."""
+        lstm, hidden = self.lstm, self.lstm.hidden_size
+        biases = (lstm.bias_ih + lstm.bias_hh).unsqueeze(1)
+        both = self.forget_gate, self.input_gate
+        w = torch.cat([gate.weight for gate in both])
+        parts = [
+            w[:, hidden : hidden + 1],
+            w[:, -1].diag(),  # each gate sees itself before
+            torch.stack([gate.bias for gate in both]),
+            w[:, :hidden],
+        ]
+        weights = torch.cat([biases, lstm.weight_ih, lstm.weight_hh], 1)
+        return reference.Cell(weights, torch.cat(parts, 1), self.p)
 
     def _gradients(
         self,
@@ -267,47 +258,3 @@ class MetaLSTM(nn.Module):
             found = torch.autograd.grad(out.loss, list(start.values()))
         tasks = len(theta)  # out.loss is the mean over tasks, whose gradient costs no more
         return torch.cat([g.flatten(1) for g in found], 1) * tasks, out.task_losses.detach()
-
-    def _empty(self, like: Tensor, n: int) -> _Memory:
-        """What the cell has in mind before the first step."""
-        wide, one = like.new_zeros(self.lstm.hidden_size, n), like.new_zeros(n)
-        return _Memory(wide, wide, one, one)
-
-    def _part(
-        self, theta: Tensor, gradients: Tensor, losses: Tensor, memory: _Memory
-    ) -> tuple[Tensor, _Memory]:
-        """A step of some coordinates, each [n].
-
-        Of many coordinates only theta and the memory are kept for the meta-gradient; it computes
-        the rest anew, which stays in the cache.
-        """
-        if len(theta) < _AT_ONCE or not torch.is_grad_enabled():
-            return self._step(theta, gradients, losses, memory)
-        found: tuple[Tensor, _Memory] = checkpoint(
-            self._step, theta, gradients, losses, memory, use_reentrant=False,
-            preserve_rng_state=False,
-        )  # fmt: skip
-        return found
-
-    def _step(
-        self, theta: Tensor, gradients: Tensor, losses: Tensor, memory: _Memory
-    ) -> tuple[Tensor, _Memory]:
-        """One step of the cell, each [n]: the coordinates after it, and what it keeps in mind."""
-        seen = [*log_and_sign(gradients, self.p), *log_and_sign(losses, self.p)]
-        lstm, hidden = self.lstm, self.lstm.hidden_size
-        biases = (lstm.bias_ih + lstm.bias_hh).unsqueeze(1)
-        gates = torch.addmm(biases, lstm.weight_ih, torch.stack(seen))
-        enter, stay, new, leave = torch.addmm(gates, lstm.weight_hh, memory.h).chunk(4)
-        s = stay.sigmoid() * memory.s + enter.sigmoid() * new.tanh()
-        h = leave.sigmoid() * s.tanh()
-
-        def gate(linear: nn.Linear, before: Tensor) -> Tensor:
-            w = linear.weight[0]
-            logits: Tensor = w[:hidden] @ h + w[hidden] * theta + w[-1] * before + linear.bias
-            return logits.sigmoid()
-
-        forget, step = (
-            gate(self.forget_gate, memory.forget),
-            gate(self.input_gate, memory.step),
-        )
-        return forget * theta - step * gradients, _Memory(h, s, forget, step)

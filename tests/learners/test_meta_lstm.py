@@ -10,8 +10,9 @@ from helpers import assert_close, batch, mlp
 from torch import nn
 
 import pymeta
-from pymeta.learners import MetaLSTM, meta_lstm
-from pymeta.learners.meta_lstm import log_and_sign
+from pymeta.learners import MetaLSTM
+from pymeta.reference import cell
+from pymeta.reference.cell import log_and_sign
 
 F64 = torch.float64
 
@@ -174,14 +175,19 @@ def test_training_makes_a_better_optimizer_of_it():
 
 def test_many_coordinates_go_in_parts(monkeypatch):
     """What is computed anew for the meta-gradient is what was there."""
-    learner, data = make(), batch(tasks=4)
+    learner, data = make(backend="torch"), batch(tasks=4)
     out = learner(*data)
     wanted = torch.autograd.grad(out.loss, list(learner.parameters()))
-    monkeypatch.setattr(meta_lstm, "_AT_ONCE", 10)  # of 4 x 22
+    monkeypatch.setattr(cell, "_AT_ONCE", 10)  # of 4 x 22
     parts = learner(*data)
     assert_close(parts.predictions, out.predictions)
     assert_close(torch.autograd.grad(parts.loss, list(learner.parameters())), wanted)
     assert_close(learner.adapt(*data[:2])(data[2]), out.predictions)
+
+
+def test_it_says_where_its_cell_runs():
+    assert "native: the cell" in make(backend="native").explain()
+    assert "torch: the cell" in make(backend="torch").explain()
 
 
 def test_only_what_is_adapted_takes_steps():

@@ -1,9 +1,9 @@
 """The kernels of one instruction set share nothing with those of another.
 
-csrc/cpu/kernels.cpp is compiled once per instruction set and floating type. Were an inline
-function compiled in two of these objects, the linker would keep one copy, and the AVX2 path could
-run AVX-512 code. So an object may define one global symbol, its table, and no weak one; and its
-machine code may name no register that its instruction set does not have. The two objects of one
+csrc/cpu/kernels.cpp and cell.cpp are compiled once per instruction set and floating type. Were an
+inline function compiled in two of these objects, the linker would keep one copy, and the AVX2 path
+could run AVX-512 code. So an object may define one global symbol, its table, and no weak one; and
+its machine code may name no register that its instruction set does not have. The objects of one
 instruction set are held to the same rule: it costs nothing and needs no exception.
 """
 
@@ -60,21 +60,26 @@ def chosen(build: Path) -> set[str]:
     return set(found[1].split(";")) if found else EXPECTED
 
 
-def find_objects(build: Path) -> dict[tuple[str, str], Path]:
+def find_objects(build: Path) -> dict[tuple[str, str, str], Path]:
     found = {}
     for folder in build.glob("CMakeFiles/pymeta_kernels_*.dir"):
         name = FOLDER.match(folder.name)
         if name["isa"] in chosen(build):  # others may lie there from an earlier configuration
             for path in folder.rglob("*.o"):
-                found[name["isa"], name["real"]] = path
+                found[name["isa"], name["real"], path.name.split(".")[0]] = path
     return found
 
 
 def complete(objects: dict, isas: set[str]) -> bool:
-    return set(objects) == {(isa, real) for isa in isas for real in ("float", "double")}
+    return set(objects) == {
+        (isa, real, source)
+        for isa in isas
+        for real in ("float", "double")
+        for source in ("kernels", "cell")
+    }
 
 
-def compile_objects(build: Path) -> dict[tuple[str, str], Path]:
+def compile_objects(build: Path) -> dict[tuple[str, str, str], Path]:
     cmake, ninja = program("cmake"), program("ninja")
     run(
         *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
@@ -85,8 +90,8 @@ def compile_objects(build: Path) -> dict[tuple[str, str], Path]:
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """{(isa, real): object file}, from the package's own build folder if that one is up to date."""
+def objects(tmp_path_factory) -> dict[tuple[str, str, str], Path]:
+    """{(isa, real, source): object file}, from the package's own build if that is up to date."""
     tag = f"cp{''.join(platform.python_version_tuple()[:2])}-*"
     for build in (ROOT / "build").glob(tag):
         found = find_objects(build)
@@ -128,12 +133,12 @@ def test_no_object_calls_cpp_code_outside(objects):
 def test_code_names_no_register_beyond_its_instruction_set(objects):
     held = [key for key in objects if key[0] in FORBIDDEN]
     if not held and EXPECTED & set(FORBIDDEN):
-        pytest.skip(f"PYMETA_ISAS: {', '.join(sorted({isa for isa, _ in objects}))} alone")
-    for isa, real in held:
-        path = objects[isa, real]
+        pytest.skip(f"PYMETA_ISAS: {', '.join(sorted({isa for isa, *_ in objects}))} alone")
+    for isa, real, source in held:
+        path = objects[isa, real, source]
         found = re.findall(
             FORBIDDEN[isa], run(program("objdump"), "-d", "--no-show-raw-insn", str(path))
         )
-        assert not found, f"{isa} {real}: {len(found)} uses of {sorted(set(found))}"
-    built = {isa for isa, _ in objects}
-    assert len(held) == 2 * len(built & set(FORBIDDEN))
+        assert not found, f"{isa} {real} {source}: {len(found)} uses of {sorted(set(found))}"
+    built = {isa for isa, *_ in objects}
+    assert len(held) == 4 * len(built & set(FORBIDDEN))

@@ -26,7 +26,7 @@ ALLOWED = {
     "algorithms": {"native", "spec", "tasks", "reference", "backend", "functional", "models"},
     "data": {"spec", "tasks", "models"},
     "metrics": {"spec", "tasks", "data"},
-    "learners": {"spec", "tasks", "models", "algorithms"},
+    "learners": {"native", "spec", "tasks", "reference", "backend", "models", "algorithms"},
     "finance": {"spec", "tasks", "data", "metrics", "learners"},  # and MAML by its public name
     "sklearn": {"spec", "tasks", "models", "learners"},  # and MAML etc. by their public names
     "explain": {"spec", "tasks", "functional", "models"},
