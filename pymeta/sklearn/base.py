@@ -141,10 +141,9 @@ class MetaEstimator(WithBase):
     def _made_form(self, features: int, is_remainder: bool) -> Form:
         """What the networks are; of a remainder the last layer begins with zeros."""
         widths = (features, *(int(w) for w in self.hidden), self._outputs())
-        for name in self._names(is_remainder):
-            if name != "zero":
-                self._checked_method(name)
-        loss, head_only = self._loss_name(), bool(self.head_only)
+        methods = [self._checked_method(n) for n in self._names(is_remainder) if n != "zero"]
+        loss = self._loss_name()
+        head_only = bool(self.head_only) or any(method.head_only for method in methods)
         return Form(widths, self.activation, self.dtype, loss, head_only, is_remainder)
 
     def _names(self, is_remainder: bool) -> tuple[str, ...]:
@@ -285,7 +284,9 @@ class MetaEstimator(WithBase):
             return None if self.chooses_strength else how
         if self.adapt_epochs is None:
             how = replace(how, epochs=chosen.epochs)
-        return replace(how, anchor_rows=chosen.anchor_rows) if self.chooses_strength else how
+        if not self.chooses_strength:
+            return how
+        return replace(how, anchor=chosen.anchor, anchor_rows=chosen.anchor_rows)
 
     def _adapt(
         self,

@@ -38,19 +38,24 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
 
     Args:
         method: how `fit` learns what groups share. "maml": such that a few steps on a group's
-            support rows do well on its query rows (Finn et al. 2017). "reptile": moved towards what
-            the groups are adapted to (Nichol et al. 2018). "pooled": ordinary training on all rows,
-            as is also done where there are fewer than two groups to learn from. These fine-tune
-            the network. "auto" chooses among a linear pooled model, a network trained on what that
-            leaves (with early stopping), and MAML from there. "ridge" and "bayesian" learn features
-            by the hidden layers and a prior of the last layer, which is then exact for each group
-            (`pymeta.learners.RidgeHead`, `BayesianHead`, for the loss "mse" alone; with hidden=()
-            it is empirical Bayes), and "protonet", "matching" and "relation" compare rows with
+            support rows do well on its query rows (Finn et al. 2017). "encoded": likewise, of steps
+            of the last layer alone, on features by the others (`pymeta.learners.EncodedMAML`).
+            "implicit": such that the minimum that a pull to the start (`anchor`, or 2) leaves does
+            well, however it is reached (`pymeta.Implicit`; `inner_steps` have to come near it).
+            "reptile": moved towards what the groups are adapted to (Nichol et al. 2018). "pooled":
+            ordinary training on all rows, as is also done where there are fewer than two groups to
+            learn from. These fine-tune the network. "auto" chooses among a linear pooled model, a
+            network trained on what that leaves (with early stopping), and MAML from there. "ridge"
+            and "bayesian" learn features by the hidden layers and a prior of the last layer, which
+            is then exact for each group (`pymeta.learners.RidgeHead`, `BayesianHead`, for the loss
+            "mse" alone; with hidden=() it is empirical Bayes), and "protonet", "matching" and "relation" compare rows with
             those of each class (`ProtoNet`, `MatchingNet`, `RelationNet`); `inner_*`, `adapt_*`
             and `anchor*` do not concern them. "relational" has a start for each group, by its
             relations to learned prototypes, and "meta_lstm" a learned optimiser
             (`RelationalMAML`, `MetaLSTM`); both adapt as they were trained, by `inner_steps` and
-            `inner_lr`.
+            `inner_lr`. "meta_lstm" takes an LSTM's step for every weight of every group, many
+            times what "maml" takes: try fewer `iterations` and a smaller `hidden` first, and watch
+            it (`verbose`, `callback`).
         base: a pooled model, an estimator of scikit-learn that is not fitted; None for none. `fit`
             fits a clone, whose predictions are an offset of the networks' outputs: they learn its
             remainder, which begins at zero. Offsets of the rows of `fit` come from clones that have

@@ -41,6 +41,7 @@ class Method(NamedTuple):
         kinds: the kinds of loss that it takes; None for all.
         by_class: whether it compares rows with those of each class: two classes have two outputs,
             and without rows there are no classes, so that the shared model is fitted to all rows.
+        head_only: whether it adapts the network's last layer alone, whatever is set.
     """
 
     losses: Losses | None = None
@@ -48,6 +49,7 @@ class Method(NamedTuple):
     own: OwnLearner | None = None
     kinds: tuple[str, ...] | None = None
     by_class: bool = False
+    head_only: bool = False
 
     @property
     def tunes(self) -> bool:
@@ -82,6 +84,18 @@ class WithRates:
 # ---- starts of networks -------------------------------------------------------------------------
 
 
+def _of_maml(maml: Any, draw: Draw) -> Callable[[], torch.Tensor]:
+    """The query loss after adaptation, of a meta-batch."""
+
+    def loss() -> torch.Tensor:
+        support, query = draw.episode()
+        s, q = draw.rows.lists(support), draw.rows.lists(query)
+        found: torch.Tensor = maml(s.xs, s.ys, q.xs, q.ys, **s.as_support, **q.as_query).loss
+        return found
+
+    return loss
+
+
 def _maml(
     settings: Parameters, form: Form, network: torch.nn.Sequential, draw: Draw, seed: int
 ) -> Callable[[], torch.Tensor]:
@@ -97,14 +111,62 @@ def _maml(
         first_order=bool(settings.first_order),
         adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
     )
+    rates = maml.lr if settings.learn_lr else None
+    return WithRates(_of_maml(maml, draw), rates, maml.learned_anchor)
+
+
+def _encoded(
+    settings: Parameters, form: Form, network: torch.nn.Sequential, draw: Draw, seed: int
+) -> Callable[[], torch.Tensor]:
+    import pymeta
+    from pymeta.learners import EncodedMAML
+
+    rate = pymeta.LearnableLR(form.lr, per="layer") if settings.learn_lr else form.lr
+    learner = EncodedMAML(
+        form.encoder(network),
+        network[-1],
+        loss=form.loss,
+        optimizer=inner_optimizer(settings, rate),
+        **pull(settings),
+        steps=int(settings.inner_steps),
+        first_order=bool(settings.first_order),
+    )
+    return WithRates(
+        _of_maml(learner, draw), learner.maml.lr if settings.learn_lr else None, None
+    )
+
+
+def _implicit(
+    settings: Parameters, form: Form, network: torch.nn.Sequential, draw: Draw, seed: int
+) -> Callable[[], torch.Tensor]:
+    import torch
+
+    import pymeta
+
+    rows = pull(settings)["anchor_rows"]
+    maml = pymeta.MAML(
+        network,
+        loss=form.loss,
+        optimizer=inner_optimizer(settings, form.lr),
+        steps=int(settings.inner_steps),
+        first_order=bool(settings.first_order),  # which it refuses
+        implicit=pymeta.Implicit(settings.pull or 1.0),
+        adapt=[n for n, _ in network.named_parameters() if form.adapts(n)],
+    )
 
     def loss() -> torch.Tensor:
         support, query = draw.episode()
         s, q = draw.rows.lists(support), draw.rows.lists(query)
-        outcome: pymeta.Outcome = maml(s.xs, s.ys, q.xs, q.ys, **s.as_support, **q.as_query)
+        strengths = None
+        if rows is not None:
+            counts = [max(len(index), 1) for index in support]
+            strengths = rows / torch.tensor(counts, dtype=s.xs[0].dtype)
+        outcome: pymeta.Outcome = maml(
+            s.xs, s.ys, q.xs, q.ys, anchor=strengths, **s.as_support, **q.as_query
+        )
         return outcome.loss
 
-    return WithRates(loss, maml.lr if settings.learn_lr else None, maml.learned_anchor)
+    return loss
 
 
 def _reptile(
@@ -226,6 +288,8 @@ def _relational(settings: Parameters, form: Form, network: torch.nn.Sequential) 
 
 METHODS: dict[str, Method] = {
     "maml": Method(_maml),
+    "implicit": Method(_implicit),
+    "encoded": Method(_encoded, head_only=True),
     "reptile": Method(_reptile),
     "pooled": Method(),
     "ridge": Method(_of_head, _ridge, kinds=("mse", "bce_with_logits", "cross_entropy")),

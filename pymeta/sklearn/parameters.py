@@ -16,6 +16,7 @@ from pymeta.spec.anchors import LearnableAnchor
 ACTIVATIONS = {"relu": "ReLU", "tanh": "Tanh", "elu": "ELU", "gelu": "GELU", "silu": "SiLU"}
 _FLAGS = ("gate", "clip_inputs", "learn_lr")
 OPTIMIZERS = ("sgd", "momentum", "adam", "rmsprop")
+_IMPLICIT = 2.0  # the strength of Rajeswaran et al. 2019
 
 
 def one_of(name: str, value: Any, among: Iterable[str]) -> None:
@@ -186,6 +187,14 @@ class Parameters(BaseEstimator):
     def is_shuffled(self) -> bool:
         """Whether the order of a group's rows means nothing."""
         return self.shuffle and not self._ordered
+
+    @property
+    def pull(self) -> float:
+        """The strength of the pull back to the start, where `anchor_rows` does not give it."""
+        if self.anchor or self.method != "implicit":
+            return float(self.anchor)
+        rows = self.anchor_rows
+        return _IMPLICIT if rows is None or isinstance(rows, str) else 0.0
 
     @property
     def chooses_strength(self) -> bool:

@@ -47,7 +47,7 @@ class How:
         """What the settings say; of what is left open, the least."""
         rows = rows_of(settings)
         epochs = count(settings.adapt_epochs) or int(settings.inner_steps)
-        return How(epochs, float(settings.anchor), rows)
+        return How(epochs, settings.pull, rows)
 
     def strengths(self, counts: Array, lr: float) -> Array | None:
         """[T], where a group of few rows would be pulled past the start by one step."""
@@ -134,8 +134,15 @@ class NetworkStart:
         plain = self.how(settings)
         strengths = STRENGTHS if settings.chooses_strength else (plain.anchor_rows,)
         times = LONGER if settings.adapt_epochs is None else (1,)
-        pairs = itertools.product(times, strengths)
-        return [replace(plain, epochs=t * plain.epochs, anchor_rows=s) for t, s in pairs]
+        return [
+            replace(
+                plain,
+                epochs=t * plain.epochs,
+                anchor=plain.anchor if s is None else 0.0,
+                anchor_rows=s,
+            )
+            for t, s in itertools.product(times, strengths)
+        ]
 
     def adapt(
         self,

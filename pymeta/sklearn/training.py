@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,7 @@ def meta_train(
     )
     decay = torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.01, total_iters=settings.iterations)
     curve = []
+    begun = time.monotonic()
     with torch.enable_grad():
         for i in range(settings.iterations):
             loss = loss_of_batch()
@@ -117,7 +119,12 @@ def meta_train(
                 break  # and so is what has been learnt, which `fit` refuses
             decay.step()
             if (i + 1) % max(settings.iterations // 10, 1) == 0:
-                say(settings, f"{name}: iteration {i + 1}, loss {curve[-1]:.4f}")
+                left = (time.monotonic() - begun) / (i + 1) * (settings.iterations - i - 1)
+                say(
+                    settings,
+                    f"{name}: iteration {i + 1} of {settings.iterations}, loss {curve[-1]:.4f}, "
+                    f"{left:.0f} s to go",
+                )
     return curve
 
 

@@ -507,7 +507,7 @@ def test_verbose(capsys):
     quick(verbose=True, iterations=20, pretrain_epochs=2).fit(X, y, groups=g)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("[MetaClassifier] pooled: 2 epochs, loss ")
-    assert [line for line in lines if "maml: iteration 20, loss" in line] == lines[-1:]
+    assert [line for line in lines if "maml: iteration 20 of 20, loss" in line] == lines[-1:]
     quick(iterations=20).fit(X, y, groups=g)
     assert capsys.readouterr().out == ""
 
