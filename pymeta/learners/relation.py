@@ -24,7 +24,8 @@ class RelationNet(ClassLearner):
 
     Args:
         encoder: maps rows [N, ...] to features [N, d] or maps [N, d, ...].
-        relation: maps pairs [M, 2 d] (or [M, 2 d, ...]) to scores [M, 1].
+        relation: maps pairs [M, 2 d] (or [M, 2 d, ...]) to scores [M, 1]; a call raises ValueError
+            where it takes no such pairs, or gives other scores.
         ways: how many classes there are; None for one more than the largest label of a call.
         loss: "mse", of the sigmoids, as in the paper, or "cross_entropy".
         average: whether a class is the mean of its rows' features instead of their sum.
@@ -66,12 +67,26 @@ class RelationNet(ClassLearner):
         n, c = classes.shape[:2]
         query = features.unsqueeze(1).expand(n, c, *features.shape[1:])
         pairs = torch.cat([classes, query], dim=2).flatten(0, 1)
-        scores = self.relation(pairs)
+        scores = self._judged(pairs)
         if scores.shape != (n * c, 1):
             raise ValueError(
                 f"relation: expected scores of shape [{n * c}, 1], got {list(scores.shape)}"
             )
         return hidden(scores.view(n, c), state["present"][task]), None
+
+    def _judged(self, pairs: Tensor) -> Tensor:
+        try:
+            scores: Tensor = self.relation(pairs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            shape = ", ".join(map(str, pairs.shape[1:]))
+            raise ValueError(
+                f"relation: expected a network of inputs [pairs, {shape}], which are the encoder's "
+                f"{pairs.shape[1] // 2} features of a class and those of a query row, joined; it "
+                f"failed with: {error}"
+            ) from error
+        return scores
 
     def _row_losses(self, outputs: Tensor, variances: Tensor | None, targets: Tensor) -> Tensor:
         if not self.squared:

@@ -356,3 +356,23 @@ def test_modules_of_other_widths_are_refused():
         MatchingNet(encoder(), context=5).to(F64)(xs, ys, xs)
     with pytest.raises(ValueError, match=r"relation: expected scores of shape \[48, 1\]"):
         RelationNet(encoder(), nn.Linear(8, 2)).to(F64)(xs, ys, xs)
+
+
+@pytest.mark.parametrize(
+    ("judge", "features"),
+    [
+        (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), encoder()),  # 4, not 2 * 4
+        (nn.Conv2d(8, 1, 3), encoder()),  # of maps, where there are none
+        (nn.Linear(8, 1), nn.Sequential(encoder(), nn.Unflatten(1, (4, 1, 1)))),  # the reverse
+    ],
+)
+def test_a_judge_that_does_not_fit_the_encoder_is_refused(judge, features):
+    learner = RelationNet(features, judge).to(F64)
+    xs, ys = lists()
+    message = (
+        r"relation: expected a network of inputs \[pairs, 8.*4 features of a class.*failed with"
+    )
+    with pytest.raises(ValueError, match=message):
+        learner(xs, ys, xs, ys)
+    with pytest.raises(ValueError, match=message):
+        learner.adapt(xs, ys)(xs)
