@@ -132,6 +132,7 @@ def test_implicit_is_pulled_as_it_was_trained():
     np.testing.assert_allclose(plain, by_hand.predict(X, groups=g), rtol=0, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:implicit:UserWarning")  # a small strength is no minimum's
 @pytest.mark.parametrize("anchor_rows", [None, 10.0, "auto"])
 def test_implicit_learns(anchor_rows):
     X, y, g = levels(groups=30)
