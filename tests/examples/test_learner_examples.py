@@ -6,6 +6,7 @@ import csv
 import gzip
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(source_tree.need("examples") / "examples"))
 
+import _sentences
 import compare_learners
 import intents
 import omniglot_metric
@@ -153,6 +155,59 @@ def test_intents_tells_words_that_it_has_learned_apart(sentences):
     args = intents.arguments(options)
     for method in ("logistic", "means"):
         assert intents.run(method, data, tasks, None, args).mean() > 0.6
+
+
+class Transformer(torch.nn.Module):
+    """Of the form of a BERT of transformers: embeddings, layers that mix the tokens there are."""
+
+    class Embeddings(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = torch.nn.Embedding(50, 6)
+
+        def forward(self, input_ids=None, inputs_embeds=None):
+            return self.words(input_ids) if inputs_embeds is None else inputs_embeds
+
+    class Output(tuple):
+        last_hidden_state = property(lambda self: self[0])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=6)
+        self.embeddings = self.Embeddings()
+        self.encoder = torch.nn.Module()
+        layers = (torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Dropout(0.5)) for _ in "123")
+        self.encoder.layer = torch.nn.ModuleList(layers)
+
+    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None):
+        x = self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        there = attention_mask.unsqueeze(-1)
+        for layer in self.encoder.layer:
+            mean = (x * there).sum(1, keepdim=True) / there.sum(1, keepdim=True)
+            x = torch.tanh(layer(x + mean))
+        return self.Output((x,))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_last_layers_on_kept_states_are_the_encoder(layers):
+    torch.manual_seed(0)
+    whole = _sentences.MiniLM(Transformer()).eval()
+    lengths = torch.randint(2, 9, (40,))
+    rows = torch.randint(1, 50, (40, 8)) * (torch.arange(8) < lengths.unsqueeze(1))
+    states = _sentences.below(whole, rows, layers)
+    last = _sentences.LastLayers(whole, states, layers, bf16=False)
+    with torch.no_grad():
+        wanted = torch.cat(
+            [whole(row[:n].unsqueeze(0)) for row, n in zip(rows, lengths, strict=True)]
+        )
+    assert torch.allclose(last.features(), wanted, atol=1e-6)
+    last.train()  # without dropout
+    numbers = torch.tensor([[3], [17], [3]])
+    assert torch.allclose(last(numbers), wanted[[3, 17, 3]], atol=1e-6)
+    last(numbers).sum().backward()
+    trained = [n for n, p in last.named_parameters() if p.grad is not None]
+    assert len(trained) == 2 * layers == len(list(last.parameters()))
+    assert all(p.grad is None for p in whole.parameters())
 
 
 def test_intents_refuses_what_the_file_cannot_give(sentences, tmp_path, monkeypatch):
