@@ -48,9 +48,9 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
             network trained on what that leaves (with early stopping), and MAML from there. "ridge"
             and "bayesian" learn features by the hidden layers and a prior of the last layer, which
             is then exact for each group (`pymeta.learners.RidgeHead`, `BayesianHead`, for the loss
-            "mse" alone; with hidden=() it is empirical Bayes), and "protonet", "matching" and "relation" compare rows with
-            those of each class (`ProtoNet`, `MatchingNet`, `RelationNet`); `inner_*`, `adapt_*`
-            and `anchor*` do not concern them. "relational" has a start for each group, by its
+            "mse" alone; with hidden=() it is empirical Bayes), and "protonet", "matching" and
+            "relation" compare rows with those of each class (`ProtoNet`, `MatchingNet`,
+            `RelationNet`); `inner_*`, `adapt_*` and `anchor*` do not concern them. "relational" has a start for each group, by its
             relations to learned prototypes, and "meta_lstm" a learned optimiser
             (`RelationalMAML`, `MetaLSTM`); both adapt as they were trained, by `inner_steps` and
             `inner_lr`. "meta_lstm" takes an LSTM's step for every weight of every group, many

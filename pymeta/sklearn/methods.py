@@ -131,9 +131,7 @@ def _encoded(
         steps=int(settings.inner_steps),
         first_order=bool(settings.first_order),
     )
-    return WithRates(
-        _of_maml(learner, draw), learner.maml.lr if settings.learn_lr else None, None
-    )
+    return WithRates(_of_maml(learner, draw), learner.maml.lr if settings.learn_lr else None, None)
 
 
 def _implicit(
