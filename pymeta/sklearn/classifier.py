@@ -50,12 +50,12 @@ class MetaClassifier(ClassifierMixin, MetaEstimator):
             is then exact for each group (`pymeta.learners.RidgeHead`, `BayesianHead`, for the loss
             "mse" alone; with hidden=() it is empirical Bayes), and "protonet", "matching" and
             "relation" compare rows with those of each class (`ProtoNet`, `MatchingNet`,
-            `RelationNet`); `inner_*`, `adapt_*` and `anchor*` do not concern them. "relational" has a start for each group, by its
-            relations to learned prototypes, and "meta_lstm" a learned optimiser
-            (`RelationalMAML`, `MetaLSTM`); both adapt as they were trained, by `inner_steps` and
-            `inner_lr`. "meta_lstm" takes an LSTM's step for every weight of every group, many
-            times what "maml" takes: try fewer `iterations` and a smaller `hidden` first, and watch
-            it (`verbose`, `callback`).
+            `RelationNet`); `inner_*`, `adapt_*` and `anchor*` do not concern them. "relational" has
+            a start for each group, by its relations to learned prototypes, and "meta_lstm" a
+            learned optimiser (`RelationalMAML`, `MetaLSTM`); both adapt as they were trained, by
+            `inner_steps` and `inner_lr`. "meta_lstm" takes an LSTM's step for every weight of every
+            group, many times what "maml" takes: try fewer `iterations` and a smaller `hidden`
+            first, and watch it (`verbose`, `callback`).
         base: a pooled model, an estimator of scikit-learn that is not fitted; None for none. `fit`
             fits a clone, whose predictions are an offset of the networks' outputs: they learn its
             remainder, which begins at zero. Offsets of the rows of `fit` come from clones that have
