@@ -115,6 +115,51 @@ PYMETA_FN void for_outputs(const Layer& layer, int y, int x, Visitor visit) {
   }
 }
 
+// Those inputs or outputs of one position after another, found once for all images and channels that lie there.
+template <bool kOutputs>
+class Neighbours {
+ public:
+  PYMETA_FN explicit Neighbours(const Layer& layer) : layer_(layer) {}
+
+  template <class Visitor>  // visit(tap, position)
+  PYMETA_FN void operator()(int y, int x, Visitor visit) {
+    if constexpr (kTwoMemories) {  // many positions side by side: each finds its own
+      find(y, x, visit);
+    } else {
+      if (y != y_ || x != x_) look(y, x);
+      if (count_ > kMost) return find(y, x, visit);
+      for (int i = 0; i < count_; ++i) visit(taps_[i], positions_[i]);
+    }
+  }
+
+ private:
+  static constexpr int kMost = kTwoMemories ? 1 : 16;
+
+  template <class Visitor>
+  PYMETA_FN void find(int y, int x, Visitor visit) const {
+    if constexpr (kOutputs)
+      for_outputs(layer_, y, x, visit);
+    else
+      for_inputs(layer_, y, x, visit);
+  }
+  PYMETA_FN void look(int y, int x) {
+    y_ = y;
+    x_ = x;
+    count_ = 0;
+    find(y, x, [&](int tap, int position) {
+      if (count_ < kMost) {
+        taps_[count_] = tap;
+        positions_[count_] = position;
+      }
+      ++count_;
+    });
+  }
+
+  const Layer& layer_;
+  int y_ = -1, x_ = -1, count_ = 0;
+  int taps_[kMost], positions_[kMost];
+};
+
 // What the poolings share: Rules says how numbers go forth and back.
 template <class X, class Rules>
 struct Pooling {
@@ -152,11 +197,12 @@ struct Pooling {
     const Layer& layer = p.layer;
     const long row = X::stride(layer.in.channels);
     const int images = p.extent.rows;
+    Neighbours<true> seers(layer);
     X::with_epilogue(below, row, over(p.extent, layer.in), [&](const auto& emit) {
       X::map_positions(p.extent, layer.in, [&](long, int vector, int r, int y, int x, int own) {
         const long column = static_cast<long>(vector) * kWidth;
         Vec sum = zero();
-        for_outputs(layer, y, x, [&](int tap, int position) {
+        seers(y, x, [&](int tap, int position) {
           const long at = (static_cast<long>(position) * images + own) * row + column;
           sum = sum + Rules::share(p, load(d + at), at, tap, position);
         });
@@ -179,12 +225,13 @@ struct MaxPool : Pooling<X, MaxPool<X>> {
     const int images = p.extent.rows;
     Real* winner = p.kept[0];
     const Real* from = p.x.p;
+    Neighbours<false> seen(layer);
     X::with_epilogue(to, row, over(p.extent, layer.out), [&](const auto& emit) {
       X::map_positions(p.extent, layer.out, [&](long at, int vector, int r, int y, int x, int own) {
         const long column = static_cast<long>(vector) * kWidth;
         Vec best = broadcast(-Real(__builtin_inf())), won = zero();
         bool is_first = true;
-        for_inputs(layer, y, x, [&](int tap, int position) {
+        seen(y, x, [&](int tap, int position) {
           const Vec v = load(from + (static_cast<long>(position) * images + own) * row + column);
           const Vec number = broadcast(Real(tap));
           const auto better = (v > best) | (v != v);
@@ -204,12 +251,13 @@ struct MaxPool : Pooling<X, MaxPool<X>> {
     const long row = X::stride(layer.in.channels);
     const int images = p.extent.rows;
     const Real* winner = p.kept[0];
+    Neighbours<false> seen(layer);
     X::with_epilogue(to, row, over(p.extent, layer.out), [&](const auto& emit) {
       X::map_positions(p.extent, layer.out, [&](long at, int vector, int r, int y, int x, int own) {
         const long column = static_cast<long>(vector) * kWidth;
         const Vec won = load(winner + at);
         Vec value = zero();
-        for_inputs(layer, y, x, [&](int tap, int position) {
+        seen(y, x, [&](int tap, int position) {
           const Vec v = load(from + (static_cast<long>(position) * images + own) * row + column);
           value = select(won == broadcast(Real(tap)), v, value);
         });
@@ -233,11 +281,12 @@ struct AvgPool : Pooling<X, AvgPool<X>> {
     const Layer& layer = p.layer;
     const long row = X::stride(layer.in.channels);
     const int images = p.extent.rows;
+    Neighbours<false> seen(layer);
     X::with_epilogue(to, row, over(p.extent, layer.out), [&](const auto& emit) {
       X::map_positions(p.extent, layer.out, [&](long, int vector, int r, int y, int x, int own) {
         const long column = static_cast<long>(vector) * kWidth;
         Vec sum = zero();
-        for_inputs(layer, y, x, [&](int, int position) {
+        seen(y, x, [&](int, int position) {
           sum = sum + load(from + (static_cast<long>(position) * images + own) * row + column);
         });
         emit(sum / broadcast(divisor(layer, y, x)), r, vector);

@@ -61,6 +61,26 @@ PYMETA_FN PYMETA_NOINLINE void to_positions(const Extent& set, const Shape& imag
   });
 }
 
+// Where consecutive features lie: channel by channel, in each position by position. One division for all of them.
+class FeaturePlaces {
+ public:
+  PYMETA_FN explicit FeaturePlaces(int positions) : positions_(positions) {}
+
+  PYMETA_FN void next(int feature) {
+    if (channel < 0) {
+      channel = feature / positions_;
+      position = feature % positions_;
+    } else if (++position == positions_) {
+      position = 0;
+      ++channel;
+    }
+  }
+  int channel = -1, position = 0;
+
+ private:
+  const int positions_;
+};
+
 // And back.
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void to_features(const Extent& set, const Shape& image, const Real* z,
@@ -70,11 +90,12 @@ PYMETA_FN PYMETA_NOINLINE void to_features(const Extent& set, const Shape& image
   X::with_epilogue(to, X::stride(features), set, [&](const auto& emit) {
     X::map(set, features, [&](long, long column, int r) {
       const int vector = static_cast<int>(column / kWidth);
+      FeaturePlaces at(positions);
       emit(X::gathered(vector, features,
-                       [=](int feature) {
-                         const long place = static_cast<long>(feature % positions) * set.rows + r;
-                         return z + place * row +
-                                static_cast<long>(feature / positions) * X::kElement;
+                       [&](int feature) {
+                         at.next(feature);
+                         const long place = static_cast<long>(at.position) * set.rows + r;
+                         return z + place * row + static_cast<long>(at.channel) * X::kElement;
                        }),
            r, vector);
     });
