@@ -15,6 +15,7 @@
 # make soak      random cases and recipes against the reference, other ones each time, for SECONDS=3600
 # make arrangements    the tests as other machines run them: other instruction sets, threads, cores, roundings, order
 # make cuda      the CUDA kernels for all architectures (needs nvcc, no GPU): a report of each kernel, and their checks
+# make block-report    what a block of the CUDA executor does for a task, counted on the emulated device, beside the goals
 # make arm64     cross compile for 64-bit ARM and run the native tests in an emulator, where there is one
 # make changelog     move the fragments of changelog.d/ into CHANGELOG.md
 # make clean     remove what was built (make distclean: .venv too)
@@ -32,7 +33,7 @@ CMAKE := $(BIN)/cmake
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 # One recipe for each purpose; a target's stamp says that its packages are in .venv.
-.PHONY: test demo bench docs lint format typing wheel test-wheel test-torch cuda arm64 clean distclean \
+.PHONY: test demo bench docs lint format typing wheel test-wheel test-torch cuda block-report arm64 clean distclean \
   sanitize sanitize-native sanitize-python guard fuzz soak arrangements serve-demo test-postgres test-integrations changelog
 .DELETE_ON_ERROR:
 
@@ -177,8 +178,18 @@ cuda: $(STAMP)/build $(STAMP)/test
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_CUDA_FLAGS=-Xptxas=-v
 	$(CMAKE) --build build/cuda --target _native >build/cuda/log.txt 2>&1 || { tail -50 build/cuda/log.txt; exit 1; }
 	$(BIN)/python bench/kernel_report.py --log build/cuda/log.txt --json build/cuda/kernels.json
+	$(MAKE) block-report
 	PYMETA_TEST_MODULE=$$(ls build/cuda/_native*.so) PYMETA_TEST_CUDA="float double 80 90 100 120" \
 	  $(BIN)/python -m pytest tests/native/test_cuda_build.py
+
+# Without nvcc, too: what a block does for a task, counted; the kernels where `make cuda` was run before.
+block-report: $(STAMP)/build
+	$(CMAKE) -S . -B build/counts $(NATIVE)
+	$(CMAKE) --build build/counts --target block_accesses block_instructions
+	build/counts/block_accesses >build/counts/accesses.json
+	build/counts/block_instructions >build/counts/instructions.json
+	$(BIN)/python bench/block_report.py build/counts/accesses.json --instructions build/counts/instructions.json \
+	  $$(test -f build/cuda/kernels.json && echo --kernels build/cuda/kernels.json)
 
 arm64: $(STAMP)/build
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { \

@@ -21,14 +21,16 @@ struct Block {
   static constexpr bool kTransposes = false;
   static constexpr bool kReadsInputInPlace = false;
   static constexpr bool kFactors = false;
-  static constexpr int kScratch = 320;  // numbers at the beginning of shared memory
+  static constexpr int kScratch = 320;  // numbers in shared memory, behind what products ask for
 
   PYMETA_FN static int vectors(int features) { return features; }
   PYMETA_FN static long stride(int features) { return 4 * ((features + 3) / 4 | 1); }
   PYMETA_FN static int blocks(int rows) { return rows; }
   PYMETA_FN static long class_stride(int rows) { return rows; }
 
-  PYMETA_FN static Real* scratch() { return reinterpret_cast<Real*>(shared_memory()); }
+  PYMETA_FN static Real* scratch() {
+    return reinterpret_cast<Real*>(shared_memory() + sizeof(Sharing));
+  }
 
   // ---- elements ------------------------------------------------------------------------------------------------
 

@@ -1,20 +1,21 @@
 // A call on blocks, from the host's side: how much memory and how many threads a task gets, and the three launches.
 //
-// The planner weighs three things. A task wants a thread for each register tile of its largest product; a multiprocessor
-// wants at least kWarps warps, from as many tasks as its shared memory holds; and what a product touches in each step (tape,
-// tangents, weights, v) should lie in shared memory. Where all steps of a reverse sweep fit there too, they stay; else
-// each is copied to the workspace behind the step and back before its reverse.
+// The planner tries how many tasks a multiprocessor could have at once, which says how much shared memory each gets, and how many
+// threads: what is cheapest by a model of their cost (cost.h). What a product touches in each step (tape, tangents, weights, v)
+// always lies in shared memory, where one task's fits. Where all steps of a reverse sweep fit there too, they stay; else each is
+// copied to the workspace behind the step and back before its reverse.
 // Included by kernels.cu and emulated.cpp, which bring a Launcher for the three kernels and export the table.
 #pragma once
 
 #include "call.h"
+#include "cost.h"
 #include "device.h"
 
 PYMETA_KERNEL_BEGIN
 
-constexpr int kWarp = 32;
-constexpr int kWarps = 16;    // that keep a multiprocessor busy
-constexpr int kFewWarps = 8;  // that do not
+constexpr int kMostAtOnce = 16;  // tasks of a multiprocessor that the planner tries
+// More threads, or tasks with less memory, only where the model promises this much: it is not exact.
+constexpr double kWorthwhile = 0.98;
 // Chunks of tasks, at most: ten times as many as an H100 runs at once (792), so that few blocks wait for the last ones.
 constexpr std::int64_t kChunks = 8192;
 constexpr std::size_t kSumsBytes = std::size_t{128} << 20;
@@ -25,24 +26,22 @@ class BlockCall {
   explicit BlockCall(const Call<Real>& call) : call_(call) {}
 
   BlockPlan plan(const DeviceFacts& device, int threads, std::size_t block_bytes) const {
-    BlockPlan p{};
     const std::size_t most = block_bytes ? block_bytes : device.block_bytes;
-    p.threads = threads ? threads : wanted_threads(device);
-    p.near_scalars = near_scalars(device, most, p.threads);
-    const Workspace<Block> workspace(call_, p.near_scalars);
-    p.far_scalars = workspace.size_far;
-    p.block_bytes = kNearPlace + sizeof(Real) * workspace.size;
-    p.saves = workspace.saves_steps;
-    p.chunks = chunks(workspace);
-    // Few tasks at once leave warps to spare.
-    const std::int64_t fit = fitting(device, p.block_bytes);
-    while (!threads && fit * p.threads < kFewWarps * kWarp && 2 * p.threads <= device.most_threads)
-      p.threads *= 2;
-    const std::int64_t resident = fit * device.multiprocessors;
-    p.blocks = static_cast<int>(p.chunks < resident ? p.chunks : resident);
-    p.workspace_bytes = sizeof(Real) * (packed_size(workspace) + sums_size(workspace) * p.chunks +
-                                        workspace.size_far * p.blocks);
-    return p;
+    const Workspace<Block> all_near(call_);
+    // A multiprocessor that gets few tasks has all of its memory for them.
+    const std::int64_t share = (call_.tasks + device.multiprocessors - 1) / device.multiprocessors;
+    Choice best{};
+    for (int tasks = 1; tasks <= kMostAtOnce && (tasks == 1 || tasks <= share); ++tasks) {
+      const std::size_t budget =
+          near_scalars(tasks == 1 ? most : device.multiprocessor_bytes / tasks - kReserved, most);
+      const bool fits = all_near.size <= budget;
+      const Workspace<Block> workspace(call_, fits ? all_near.size : budget);
+      if (tasks > 1 && !is_near(workspace)) break;
+      const Choice own =
+          threads_for(device, threads, share, workspace, fits ? all_near.size : budget);
+      if (tasks == 1 || own.cycles < kWorthwhile * best.cycles) best = own;
+    }
+    return whole_plan(device, best);
   }
 
   template <class Launcher>
@@ -53,6 +52,7 @@ class BlockCall {
     frame.sums = frame.packed + packed_size(frame.workspace);
     frame.far = frame.sums + sums_size(frame.workspace) * plan.chunks;
     frame.chunks = plan.chunks;
+    frame.sharing = Sharing::of(plan.at_once, plan.threads);
     frame.tasks_per_chunk = plan.chunks ? (call_.tasks + plan.chunks - 1) / plan.chunks : 0;
     const Real* rates = frame.packed + frame.workspace.parameters.size;
     frame.shared = {frame.packed, nullptr, call_.lr.per_element ? rates : nullptr,
@@ -70,9 +70,62 @@ class BlockCall {
   }
 
  private:
-  static std::int64_t fitting(const DeviceFacts& device, std::size_t block_bytes) {
-    const std::size_t fit = device.multiprocessor_bytes / (block_bytes + kReserved);
-    return fit < 1 ? 1 : fit > 32 ? 32 : static_cast<std::int64_t>(fit);
+  struct Choice {
+    int threads, at_once;
+    std::size_t near_scalars;
+    double cycles;
+  };
+
+  // The cheapest number of threads, as few as come close to it.
+  Choice threads_for(const DeviceFacts& device, int given, std::int64_t share,
+                     const Workspace<Block>& workspace, std::size_t near) const {
+    Choice best{};
+    for (int threads = kWarp;; threads *= 2) {
+      const int own = given ? given : threads < device.most_threads ? threads : device.most_threads;
+      const std::int64_t fit = fitting(device, bytes_of(workspace), own);
+      const int at_once = static_cast<int>(share < 1 ? 1 : share < fit ? share : fit);
+      const double cycles = CostModel(call_, workspace, own, at_once).cost().cycles(at_once);
+      if (best.threads == 0 || cycles < kWorthwhile * best.cycles)
+        best = {own, at_once, near, cycles};
+      if (given || own == device.most_threads) return best;
+    }
+  }
+  BlockPlan whole_plan(const DeviceFacts& device, const Choice& choice) const {
+    BlockPlan p{};
+    p.threads = choice.threads;
+    p.at_once = choice.at_once;
+    p.near_scalars = choice.near_scalars;
+    const Workspace<Block> workspace(call_, p.near_scalars);
+    p.far_scalars = workspace.size_far;
+    p.block_bytes = bytes_of(workspace);
+    p.saves = workspace.saves_steps;
+    p.chunks = chunks(workspace);
+    const std::int64_t resident =
+        fitting(device, p.block_bytes, p.threads) * device.multiprocessors;
+    p.blocks = static_cast<int>(p.chunks < resident ? p.chunks : resident);
+    p.workspace_bytes = sizeof(Real) * (packed_size(workspace) + sums_size(workspace) * p.chunks +
+                                        workspace.size_far * p.blocks);
+    return p;
+  }
+
+  static std::size_t bytes_of(const Workspace<Block>& workspace) {
+    return kNearPlace + sizeof(Real) * workspace.size;
+  }
+  // Blocks of a multiprocessor at once: by shared memory, by registers, by warps.
+  static std::int64_t fitting(const DeviceFacts& device, std::size_t block_bytes, int threads) {
+    constexpr std::size_t most_blocks = 32;
+    const std::size_t warps = static_cast<std::size_t>((threads + kWarp - 1) / kWarp);
+    const std::size_t registers = kWarp * warps * (kDouble ? kMostRegisters : kBlockRegisters);
+    std::size_t fit = most_blocks;
+    for (const std::size_t other : {device.multiprocessor_bytes / (block_bytes + kReserved),
+                                    kMultiprocessorRegisters / registers, 64 / warps})
+      fit = other < fit ? other : fit;
+    return fit < 1 ? 1 : static_cast<std::int64_t>(fit);
+  }
+  // Of the workspace, in so many bytes of shared memory.
+  static std::size_t near_scalars(std::size_t bytes, std::size_t most) {
+    bytes = bytes < most ? bytes : most;
+    return bytes > kNearPlace ? (bytes - kNearPlace) / sizeof(Real) / 16 * 16 : 0;
   }
 
   std::size_t packed_size(const Workspace<Block>& workspace) const {
@@ -96,45 +149,6 @@ class BlockCall {
     return tasks_per_chunk ? (call_.tasks + tasks_per_chunk - 1) / tasks_per_chunk : 0;
   }
 
-  // A thread for each tile of 4 x 4 of the largest product; more where there are fewer tasks than multiprocessors could hold.
-  int wanted_threads(const DeviceFacts& device) const {
-    const int rows = call_.max_support > call_.max_query ? call_.max_support : call_.max_query;
-    std::int64_t tiles = 1;
-    for (int l = 0; l < call_.network->layer_count; ++l) {
-      const Layer& layer = call_.network->layers[l];
-      const std::int64_t own =
-          static_cast<std::int64_t>((rows + 3) / 4) * ((layer.out.features() + 3) / 4);
-      tiles = own > tiles ? own : tiles;
-    }
-    if (call_.tasks < 2 * device.multiprocessors) tiles *= 4;
-    int threads = kWarp;
-    while (threads < tiles && threads < device.most_threads) threads *= 2;
-    return threads < device.most_threads ? threads : device.most_threads;
-  }
-
-  // As many tasks of a multiprocessor as keep it busy, but no more than have their busy arrays near.
-  std::size_t near_scalars(const DeviceFacts& device, std::size_t most, int threads) const {
-    const auto scalars = [&](std::size_t bytes) {
-      bytes = bytes < most ? bytes : most;
-      return bytes > kNearPlace ? (bytes - kNearPlace) / sizeof(Real) / 16 * 16 : 0;
-    };
-    const std::size_t whole = Workspace<Block>(call_).size;
-    // A multiprocessor that gets few tasks has all of its memory for them.
-    const std::int64_t share = (call_.tasks + device.multiprocessors - 1) / device.multiprocessors;
-    const std::int64_t busy = (kWarps * kWarp + threads - 1) / threads;
-    const int enough = static_cast<int>(share < 1 ? 1 : share < busy ? share : busy);
-    std::size_t best = scalars(most);
-    for (int tasks = 1; tasks <= enough; ++tasks) {
-      const std::size_t budget = scalars(device.multiprocessor_bytes / tasks - kReserved);
-      if (whole <= budget) {
-        best = whole;  // all of it, and perhaps more tasks than asked for
-        continue;
-      }
-      if (!is_near(Workspace<Block>(call_, budget))) break;
-      best = budget;
-    }
-    return best < whole ? best : whole;
-  }
   static bool is_near(const Workspace<Block>& workspace) {
     for (const Place place : {workspace.support, workspace.query, workspace.theta, workspace.v})
       if (place != kNowhere && (place & kFar)) return false;

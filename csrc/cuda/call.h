@@ -47,6 +47,7 @@ struct Frame {
   Real* sums;  // [chunks, sums_size]: gradients, then those of the learning rate
   std::size_t sums_size, gradient_sums, lr_sums;
   std::int64_t chunks, tasks_per_chunk;
+  Sharing sharing;
   Real* far;  // [blocks, workspace.size_far]
 
   // What follows is read where it is; a block has its own copy of what comes before.
@@ -84,8 +85,8 @@ constexpr std::size_t kFrameCopied = offsetof(Frame, arrays);
 static_assert(kFrameCopied % sizeof(double) == 0, "copied in words");
 static_assert(sizeof(Frame) <= 9216, "a kernel's parameters");
 
-// Shared memory: the scratch, the block's frame, then the near memory of the workspace.
-constexpr std::size_t kFramePlace = sizeof(Real) * Block::kScratch;
+// Shared memory: what products ask for, the scratch, the block's frame, then the near memory of the workspace.
+constexpr std::size_t kFramePlace = sizeof(Sharing) + sizeof(Real) * Block::kScratch;
 constexpr std::size_t kNearPlace = (kFramePlace + kFrameCopied + 63) / 64 * 64;
 
 PYMETA_FN inline Frame& own_frame(const Frame& given) {
@@ -94,7 +95,10 @@ PYMETA_FN inline Frame& own_frame(const Frame& given) {
   double* to = reinterpret_cast<double*>(&own);
   Block::for_indices(static_cast<int>(kFrameCopied / sizeof(double)),
                      [&](int i) { to[i] = from[i]; });
-  if (thread_index() == 0) own.settle(given);
+  if (thread_index() == 0) {
+    own.settle(given);
+    sharing() = own.sharing;
+  }
   sync();
   return own;
 }

@@ -26,6 +26,7 @@ struct DeviceFacts {
 struct BlockPlan {
   int threads;  // of a block, which is of a task
   int blocks;   // at once
+  int at_once;  // of them on a multiprocessor
   std::int64_t chunks;
   std::size_t near_scalars;  // that a task may have in shared memory: what lies there depends on it
   std::size_t block_bytes;   // shared memory of a block

@@ -43,6 +43,7 @@ class Barrier {
 struct Block {
   int index, count, threads;
   char* shared;
+  std::size_t shared_bytes;
   Barrier& barrier;
 };
 
@@ -61,7 +62,7 @@ void launch(int blocks, int threads, std::size_t shared_bytes, Body body) {
   Barrier barrier(threads);
   const auto run = [&](int thread) {
     for (int index = 0; index < blocks; ++index) {
-      const Block block{index, blocks, threads, shared.get(), barrier};
+      const Block block{index, blocks, threads, shared.get(), shared_bytes, barrier};
       self = {thread, &block};
       if (thread == 0) std::memset(shared.get(), 0xff, shared_bytes);  // NaN: it holds anything
       barrier.wait();

@@ -1,4 +1,4 @@
-// What fits into a kernel's parameters (cuda/call.h).
+// What fits into a kernel's parameters (cuda/call.h) and into a multiprocessor.
 #pragma once
 
 namespace pymeta {
@@ -7,5 +7,8 @@ constexpr int kBlockLayers = 16;
 constexpr int kBlockWeights = 32;  // of classes or outputs
 constexpr int kBlockThreads =
     256;  // more would leave each fewer registers than product.h's tiles want
+// Of a thread, by the kernels' launch bounds: two blocks of that size in float, one in double.
+constexpr int kMultiprocessorRegisters = 65536;
+constexpr int kBlockRegisters = 128, kMostRegisters = 255;
 
 }  // namespace pymeta

@@ -15,6 +15,7 @@
 #include "limits.h"
 #ifdef PYMETA_EMULATE
 #include "emulated.h"
+#include "counted.h"
 #endif
 
 PYMETA_KERNEL_BEGIN
@@ -40,8 +41,28 @@ struct IntVec {
   PYMETA_FN friend IntVec operator~(IntVec a) { return !a.on; }
 };
 
-PYMETA_FN inline Vec load(const Real* p) { return *p; }
-PYMETA_FN inline void store(Real* p, Vec v) { *p = v; }
+PYMETA_FN inline void note_access([[maybe_unused]] const Real* p, [[maybe_unused]] int count) {
+#ifdef PYMETA_EMULATE
+  emulation::note_access(p, count * sizeof(Real));
+#endif
+}
+#ifdef PYMETA_EMULATE
+using emulation::InProduct;
+using emulation::note_tile;
+#else
+struct InProduct {
+  PYMETA_FN InProduct() {}
+};
+PYMETA_FN inline void note_tile(long) {}
+#endif
+PYMETA_FN inline Vec load(const Real* p) {
+  note_access(p, 1);
+  return *p;
+}
+PYMETA_FN inline void store(Real* p, Vec v) {
+  note_access(p, 1);
+  *p = v;
+}
 PYMETA_FN inline Vec broadcast(Real s) { return s; }
 PYMETA_FN inline Vec zero() { return 0; }
 PYMETA_FN inline Vec select(IntVec mask, Vec yes, Vec no) { return mask.on ? yes : no; }
@@ -138,7 +159,11 @@ inline int thread_index() { return emulation::self.thread; }
 inline int thread_count() { return emulation::self.block->threads; }
 inline int block_index() { return emulation::self.block->index; }
 inline int block_count() { return emulation::self.block->count; }
-inline void sync() { emulation::self.block->barrier.wait(); }
+inline void sync() {
+  const emulation::Pause pause;
+  emulation::self.block->barrier.wait();
+  emulation::note_barrier();
+}
 inline char* shared_memory() { return emulation::self.block->shared; }
 #else  // nvcc's host pass: device code that is never called
 PYMETA_FN inline int thread_index() { return 0; }

@@ -6,19 +6,24 @@
 //   nt  A[m][k] B[n][k]   d W^T      rows of B lie an odd number of quads apart: a quarter warp meets every bank once
 //   tn  A[k][m] B[k][n]   x^T d      both are read along their rows
 // Every output is one chain of fused multiply-adds in the order of k whatever the tile, so a task's bits do not depend
-// on how many threads it has. Tiles are as tall as leaves a tile for each thread: tall ones need fewer loads for each
-// multiply-add. Padding columns of the result are set to 0.
+// on how many threads it has. How tall tiles are tiling.h says. Padding columns of the result are set to 0.
 #pragma once
 
-#include "machine.h"
+#include "tiling.h"
 
 PYMETA_KERNEL_BEGIN
 
 struct alignas(16) Quad {
   Real v[4];
 };
-PYMETA_FN inline Quad load_quad(const Real* p) { return *reinterpret_cast<const Quad*>(p); }
-PYMETA_FN inline void store_quad(Real* p, const Quad& q) { *reinterpret_cast<Quad*>(p) = q; }
+PYMETA_FN inline Quad load_quad(const Real* p) {
+  note_access(p, 4);
+  return *reinterpret_cast<const Quad*>(p);
+}
+PYMETA_FN inline void store_quad(Real* p, const Quad& q) {
+  note_access(p, 4);
+  *reinterpret_cast<Quad*>(p) = q;
+}
 
 enum class Form { nn, nt, tn };
 
@@ -117,7 +122,7 @@ PYMETA_FN void add_piece_nn(const Piece& p, int rows, int m0, int n0, Tile<kTile
   for (; k < p.depth; ++k) {
     const Quad right = load_quad(b + k * p.b_row);
 #pragma unroll
-    for (int m = 0; m < kTileRows; ++m) tile.add(a[m][k], right, m);
+    for (int m = 0; m < kTileRows; ++m) tile.add(load(a[m] + k), right, m);
   }
 }
 
@@ -150,7 +155,8 @@ PYMETA_FN void add_piece_nt(const Piece& p, int rows, int columns, int step, int
 #pragma unroll
     for (int m = 0; m < kTileRows; ++m)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) tile.sum[m][c] = fma(a[m][k], b[c][k], tile.sum[m][c]);
+      for (int c = 0; c < 4; ++c)
+        tile.sum[m][c] = fma(load(a[m] + k), load(b[c] + k), tile.sum[m][c]);
 }
 
 template <Where kWhere, int kTileRows>
@@ -171,7 +177,7 @@ PYMETA_FN void add_piece_tn(const Piece& p, int rows, int m0, int n0, Tile<kTile
     } else {
 #pragma unroll
       for (int m = 0; m < kTileRows; ++m)
-        tile.add(a[k * p.a_row + within(m0 + m, rows) - m0], right, m);
+        tile.add(load(a + k * p.a_row + within(m0 + m, rows) - m0), right, m);
     }
   }
 }
@@ -187,8 +193,8 @@ PYMETA_FN void store_tile(const Epilogue& e, int rows, int columns, int step, in
       if constexpr (kStrided) {
 #pragma unroll
         for (int c = 0; c < 4; ++c)
-          e.out[at + c * step] =
-              n0 + c * step < columns ? value.one(tile.sum[m][c], at + c * step) : Real(0);
+          store(e.out + at + c * step,
+                n0 + c * step < columns ? value.one(tile.sum[m][c], at + c * step) : Real(0));
       } else {
         const Quad found = value.quad(tile.sum[m], at);
         Quad result;
@@ -212,7 +218,7 @@ struct ReluValue {
 struct GateValue {
   const Real* gate;
   PYMETA_FN static Real through(Real g, Real v) { return g <= Real(0) ? Real(0) : v; }
-  PYMETA_FN Real one(Real v, int at) const { return through(gate[at], v); }
+  PYMETA_FN Real one(Real v, int at) const { return through(load(gate + at), v); }
   PYMETA_FN Quad quad(const Real* v, int at) const {
     const Quad g = load_quad(gate + at);
     return {{through(g.v[0], v[0]), through(g.v[1], v[1]), through(g.v[2], v[2]),
@@ -225,8 +231,8 @@ struct SumValue {
   Real scale;
   PYMETA_FN Real one(Real v, int at) const {
     if (kHow == 0) return v * scale;
-    const Real sum = fma(scale, v, first[at]);
-    return kHow == 1 ? sum : sum + second[at];
+    const Real sum = fma(scale, v, load(first + at));
+    return kHow == 1 ? sum : sum + load(second + at);
   }
   PYMETA_FN Quad quad(const Real* v, int at) const {
     if (kHow == 0) return {{v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale}};
@@ -271,6 +277,10 @@ PYMETA_FN void add_piece(int rows, int columns, int step, const Piece& piece, in
     add_piece_tn<kWhere>(piece, rows, m0, n0, tile);
 }
 
+PYMETA_FN inline int depth_of(const Product& p) {
+  return p.pieces[0].depth + (p.count > 1 ? p.pieces[1].depth : 0);
+}
+
 template <Form kForm, int kTileRows>
 PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
   constexpr bool strided = kForm == Form::nt;
@@ -280,6 +290,7 @@ PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
   const int across = (columns + 3) / 4;
   const int tiles = across * ((rows + kTileRows - 1) / kTileRows);
   for (int t = thread_index(); t < tiles; t += thread_count()) {
+    note_tile(4L * kTileRows * depth_of(given));
     const int m0 = t / across * kTileRows, n0 = strided ? t % across : t % across * 4;
     Tile<kTileRows> tile;
     const Quad bias = !strided && biases ? load_quad(biases + n0) : Quad{};
@@ -302,20 +313,25 @@ PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
   }
 }
 
+// At the beginning of shared memory (call.h puts it there).
+PYMETA_FN inline Sharing& sharing() { return *reinterpret_cast<Sharing*>(shared_memory()); }
+
 template <Form kForm>
 PYMETA_FN void multiply(const Product& p) {
-  const int across = (p.columns + 3) / 4;
-  const auto enough = [&](int height) {
-    return across * ((p.rows + height - 1) / height) >= thread_count();
-  };
-  if (enough(8))
-    multiply_by_tiles<kForm, 8>(p);
-  else if (enough(4))
-    multiply_by_tiles<kForm, 4>(p);
-  else if (enough(2))
-    multiply_by_tiles<kForm, 2>(p);
-  else
-    multiply_by_tiles<kForm, 1>(p);
+  const InProduct product;
+  switch (tile_height(p.rows, p.columns, sharing())) {
+    case 8:
+      multiply_by_tiles<kForm, 8>(p);
+      break;
+    case 4:
+      multiply_by_tiles<kForm, 4>(p);
+      break;
+    case 2:
+      multiply_by_tiles<kForm, 2>(p);
+      break;
+    default:
+      multiply_by_tiles<kForm, 1>(p);
+  }
 #ifndef PYMETA_PLANT_MISSING_BARRIER  // for the test that ThreadSanitizer sees it
   sync();
 #endif

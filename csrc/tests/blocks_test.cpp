@@ -2,10 +2,32 @@
 // it has.
 
 #include "../cuda/device.h"
+#include "counts/banks.h"
 #include "problem.h"
 #include "tests.h"
 
 namespace pymeta::testing {
+
+// The model of shared memory's banks, by patterns whose wavefronts are known.
+void test_banks() {
+  const auto of = [](unsigned bytes, auto place) {
+    std::vector<LaneAccess> lanes;
+    for (int lane = 0; lane < 32; ++lane)
+      lanes.push_back({lane, static_cast<std::uint32_t>(place(lane))});
+    return wavefronts(lanes, bytes);
+  };
+  CHECK(wavefronts({}, 4) == 0, "banks: nobody asks");
+  CHECK(of(4, [](int) { return 64; }) == 1 && of(16, [](int) { return 64; }) == 1,
+        "banks: all ask for the same");
+  CHECK(of(4, [](int i) { return 4 * i; }) == 1, "banks: neighbours");
+  CHECK(of(4, [](int i) { return 8 * i; }) == 2, "banks: every other word");
+  CHECK(of(4, [](int i) { return 128 * i; }) == 32, "banks: one bank");
+  CHECK(of(8, [](int i) { return 8 * i; }) == 2, "banks: neighbours of 8 bytes");
+  CHECK(of(16, [](int i) { return 16 * i; }) == 4, "banks: neighbours of 16 bytes");
+  CHECK(of(16, [](int i) { return 16 * 11 * i; }) == 4, "banks: rows of an odd number of quads");
+  CHECK(of(16, [](int i) { return 16 * 12 * i; }) == 16, "banks: rows of four times three quads");
+  CHECK(of(16, [](int i) { return 16 * (i / 8); }) == 4, "banks: a quarter asks for the same");
+}
 
 #ifdef PYMETA_HAS_EMULATOR
 
@@ -68,6 +90,7 @@ void check_block_bits(const Setup& setup, const std::string& name) {
 }
 
 void test_blocks(bool all) {
+  test_banks();
   for (Setup setup : setups()) {
     setup.tasks = 3;
     check_near_the_cpu<double>(setup, "block " + setup.name + " double");
@@ -79,7 +102,7 @@ void test_blocks(bool all) {
 }
 
 #else
-void test_blocks(bool) {}
+void test_blocks(bool) { test_banks(); }
 #endif
 
 }  // namespace pymeta::testing

@@ -39,6 +39,7 @@ except ImportError:  # a torch without CUDA
 _EMULATED = -1
 _OLDEST = (8, 0)  # the compute capability that csrc/cuda is built for at least
 _NEEDS_KEPT = 64
+_WITHOUT_WAITING = 64 << 10  # bytes that the driver copies from any memory and returns at once
 
 
 def unusable(device: torch.device) -> str | None:
@@ -111,6 +112,8 @@ class Device:
                 f"it from the host: give all tasks the same number of rows, without sizes and "
                 f"task_ids"
             )
+        if self.ordinal != _EMULATED and tensor.nbytes > _WITHOUT_WAITING:
+            tensor = tensor.pin_memory()  # from other memory the copy would wait for the stream
         return tensor.to(self.device, non_blocking=True)
 
     def run(

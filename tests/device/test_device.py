@@ -17,6 +17,7 @@ from torch import nn
 
 from pymeta import Adam, Adapted, FineTune, LearnableLR, Reptile, native
 from pymeta.algorithms import finetune
+from pymeta.backend.device import Device
 
 pytestmark = pytest.mark.skipif(not native.emulates(), reason="a build without the emulated device")
 
@@ -282,3 +283,29 @@ def test_an_adapter_of_a_model_on_a_device_runs_on_the_cpu(calls):
     wanted = module.adapt(xs, ys)(xq)
     assert calls == ["adapt", "predict"]
     assert_close([torch.from_numpy(outputs), torch.from_numpy(alone)], [wanted, wanted[0]])
+
+
+# ---- copies to a GPU ----------------------------------------------------------------------------
+
+
+class OfTheHost:
+    """A tensor of so many bytes that notes down what is done with it."""
+
+    def __init__(self, nbytes):
+        self.nbytes, self.done = nbytes, []
+
+    def pin_memory(self):
+        self.done.append("pinned")
+        return self
+
+    def to(self, device, non_blocking):
+        self.done.append((device.type, non_blocking))
+        return self
+
+
+@pytest.mark.parametrize("nbytes, pinned", [(65536, []), (65544, ["pinned"])])
+def test_large_copies_are_made_from_pinned_memory(nbytes, pinned, gpu):
+    """From any other the driver waits for the stream where there are more than 64 KiB."""
+    tensor = OfTheHost(nbytes)
+    Device(torch.device("cuda", 0)).upload("sizes", tensor)
+    assert tensor.done == [*pinned, ("cuda", True)]

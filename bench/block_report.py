@@ -1,0 +1,126 @@
+"""What a block of the CUDA executor does for a task, beside the goals, without a GPU.
+
+    python bench/block_report.py accesses.json --instructions instructions.json
+    python bench/block_report.py accesses.json --kernels kernels.json
+
+The first two are what the programs `block_accesses` and `block_instructions` print
+(csrc/tests/counts): the plan of the benchmark's cases for an H200, and counts of emulated blocks,
+each for one task. The third is what `kernel_report.py --json` wrote. `make cuda` makes all three.
+
+    wavefronts      of shared memory in products, by a model of its banks; "modelled" is what the
+                    planner reckons, to which no two lanes ask for the same
+    control         instructions of a warp outside of products, counted on the host's processor
+    products        instructions of a warp in products: its multiply-adds and accesses, and a fifth
+                    for the loops around them, as in the code that nvcc makes
+    tasks           of a multiprocessor at once, by shared memory, registers and warps
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# By case: wavefronts, instructions of a warp, tasks of a multiprocessor. None: no goal.
+GOALS: dict[str, tuple[int | None, int | None, int | None]] = {
+    "W1 T=65536 K=1": (5_000, 10_000, None),
+    "W3 T=16384 K=5": (90_000, None, 2),
+}
+STACK_GOAL, CODE_GOAL = 512, 600_000  # bytes of run_tasks_kernel
+LOOPS = 0.2  # instructions of a product's loops, of those inside
+
+Row = dict[str, Any]
+
+
+def product_instructions(row: Row) -> int:
+    """Of the first warp, in products."""
+    first = row["first_warp"]
+    return round((1 + LOOPS) * (first["multiply_adds"] + first["accesses"]))
+
+
+def join(accesses: list[Row], instructions: list[Row]) -> list[Row]:
+    """The rows of both programs, by case; a ValueError where their plans differ."""
+    control = {row["case"]: row for row in instructions}
+    joined = []
+    for row in accesses:
+        other = control.get(row["case"])
+        if other and any(row[k] != other[k] for k in ("threads", "block_bytes", "barriers")):
+            raise ValueError(f"{row['case']}: the two files are of different plans")
+        joined.append({
+            **row,
+            "control": other["instructions"] if other else None,
+            "products": product_instructions(row),
+        })  # fmt: skip
+    return joined
+
+
+def missed(rows: list[Row], kernels: list[Row]) -> list[str]:
+    """The goals that are not met, in words."""
+    found = []
+    for row in rows:
+        wavefronts, instructions, tasks = GOALS.get(row["case"], (None, None, None))
+        if wavefronts is not None and row["wavefronts"] > wavefronts:
+            found.append(f"{row['case']}: {row['wavefronts']:,} wavefronts, goal {wavefronts:,}")
+        if instructions is not None and row["control"] is not None:
+            whole = row["control"] + row["products"]
+            if whole > instructions:
+                found.append(f"{row['case']}: {whole:,} instructions, goal {instructions:,}")
+        if tasks is not None and row["at_once"] < tasks:
+            found.append(f"{row['case']}: {row['at_once']} task at once, goal {tasks}")
+    for kernel in kernels:
+        if "run_tasks" not in kernel["name"] or "float" not in kernel["name"]:
+            continue
+        for key, goal in (("stack_bytes", STACK_GOAL), ("code_bytes", CODE_GOAL)):
+            if kernel[key] is not None and kernel[key] > goal:
+                what = key.removesuffix("_bytes")
+                found.append(f"{kernel['arch']}: {kernel[key]:,} bytes of {what}, goal {goal:,}")
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| case | threads | tasks | shared memory, KiB | barriers | wavefronts | modelled "
+        "| control | products |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        numbers = (
+            *(row["threads"], row["at_once"], round(row["block_bytes"] / 1024), row["barriers"]),
+            *(row["wavefronts"], round(row["modelled"]["wavefronts"])),
+            *(row["control"], row["products"]),
+        )
+        cells = ("-" if n is None else f"{n:,}" for n in numbers)
+        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table and the goals that are missed; the exit code."""
+    head, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("accesses", type=Path, metavar="FILE")
+    parser.add_argument("--instructions", type=Path, metavar="FILE")
+    parser.add_argument("--kernels", type=Path, metavar="FILE")
+    given = parser.parse_args(arguments)
+    try:
+        read = [
+            json.loads(path.read_text()) if path else []
+            for path in (given.accesses, given.instructions, given.kernels)
+        ]
+        rows = join(read[0], read[1])
+    except (OSError, ValueError) as error:
+        print(f"block_report: {error}", file=sys.stderr)
+        return 2
+    print(table(rows), end="\n\n")
+    for line in missed(rows, read[2]):
+        print(f"Missed: {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

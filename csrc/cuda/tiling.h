@@ -1,0 +1,64 @@
+// How tall the tiles of a product are, by a model of what they cost; the planner (blocks.h) counts with it too.
+//
+// Four steps along the depth of a tile of h x 4 outputs are 4 + h loads of 16 bytes, 16 h multiply-adds and some instructions
+// around them. A warp's load of 16 bytes takes four wavefronts, one a cycle of the multiprocessor's shared memory, which all of
+// its blocks share: tall tiles need the fewest. But tiles are dealt out to warps 32 at a time, and a block that has its
+// multiprocessor to itself waits for its busiest warp: short ones keep more warps at work. What is cheapest depends on neither the
+// depth nor the operands, and no bit depends on the choice.
+#pragma once
+
+#include "machine.h"
+
+PYMETA_KERNEL_BEGIN
+
+constexpr int kWarp = 32;
+
+// What a block shares its multiprocessor with.
+struct alignas(16) Sharing {
+  int blocks = 1;                    // there at once
+  int warps = 1;                     // of each
+  std::uint32_t inverse = 1u << 16;  // of the warps, times 2^16, rounded up
+
+  PYMETA_FN static Sharing of(int blocks, int threads) {
+    const int warps = (threads + kWarp - 1) / kWarp;
+    return {blocks, warps, ((1u << 16) + warps - 1) / static_cast<unsigned>(warps)};
+  }
+  // How often the busiest warp comes to its turn, when so many are dealt out.
+  PYMETA_FN int turns(int dealt) const {
+    return static_cast<int>((static_cast<std::uint64_t>(dealt + warps - 1) * inverse) >> 16);
+  }
+};
+static_assert(sizeof(Sharing) == 16, "lies before the scratch (block.h)");
+
+// Of four steps along the depth, for a warp with tiles of this height.
+PYMETA_FN constexpr int tile_wavefronts(int height) { return 4 * (4 + height); }
+PYMETA_FN constexpr int tile_instructions(int height) { return 17 * height + 20; }
+PYMETA_FN constexpr int tile_cycles(int height) {  // alone, with what the loads take to answer
+  return tile_instructions(height) + 33;
+}
+
+// In how many warps' turns a product's tiles are done.
+PYMETA_FN inline int warp_tiles(int rows, int columns, int height) {
+  const int tiles = (columns + 3) / 4 * ((rows + height - 1) / height);
+  return (tiles + kWarp - 1) / kWarp;
+}
+
+// Cycles of four steps along the depth: of the multiprocessor's shared memory, or of the block's busiest warp.
+PYMETA_FN inline int tiles_cost(int rows, int columns, int height, const Sharing& sharing) {
+  const int dealt = warp_tiles(rows, columns, height);
+  const int shared = sharing.blocks * dealt * tile_wavefronts(height);
+  const int alone = sharing.turns(dealt) * tile_cycles(height);
+  return shared > alone ? shared : alone;
+}
+
+PYMETA_FN inline int tile_height(int rows, int columns, const Sharing& sharing) {
+  int best = 8, least = tiles_cost(rows, columns, 8, sharing);
+#pragma unroll
+  for (int height = 4; height >= 1; height /= 2) {
+    const int cost = tiles_cost(rows, columns, height, sharing);
+    if (cost < least) best = height, least = cost;
+  }
+  return best;
+}
+
+PYMETA_KERNEL_END

@@ -1,0 +1,128 @@
+"""What a block of the CUDA executor does for a task, counted on the emulated device.
+
+The counting program is compiled here, a quarter of a minute of one core. Its figures follow from
+the code alone: neither compiler nor machine has a part in them.
+"""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import source_tree
+
+ROOT = source_tree.need("csrc/tests/counts", "bench/block_report.py", "CMakeLists.txt")
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def load_report():
+    spec = importlib.util.spec_from_file_location("block_report", ROOT / "bench/block_report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report = load_report()
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """The rows of W1 and W3 in large batches, by case."""
+    if COMPILER is None or sys.platform == "win32":
+        pytest.skip("there is no C++ compiler")
+    program = tmp_path_factory.mktemp("counts") / "block_accesses"
+    defines = [
+        f"-D{name}"
+        for name in (
+            *("PYMETA_COUNT_ACCESSES", "PYMETA_BLOCK", "PYMETA_EMULATE"),
+            *("PYMETA_ISA=counted", "PYMETA_REAL=float"),
+        )
+    ]
+    sources = [ROOT / "csrc/tests/counts/block_counts.cpp", ROOT / "csrc/runtime/check.cpp"]
+    options = ["-std=gnu++17", "-O1", "-w", "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
+    done = subprocess.run(
+        [COMPILER, *options, *defines, *map(str, sources), "-o", str(program)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    done = subprocess.run(
+        [str(program), "W1 T=65536", "W3 T=16384"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return {row["case"]: row for row in json.loads(done.stdout)}
+
+
+def test_options_are_those_of_the_build():
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    for word in ("csrc/tests/counts/block_counts.cpp", "PYMETA_COUNT_", "PYMETA_ISA=counted"):
+        assert word in cmake, word
+
+
+@pytest.mark.parametrize(
+    "case, barriers, multiply_adds, wavefronts",
+    [("W1 T=65536 K=1", 52, 7_848, 3_894), ("W3 T=16384 K=5", 188, 230_400, 109_648)],
+)
+def test_counts_are_what_they_were(case, barriers, multiply_adds, wavefronts, counted):
+    """Fewer is better: then these numbers, and those in bench/README.md, follow."""
+    row = counted[case]
+    assert row["barriers"] == barriers
+    assert row["multiply_adds"] == multiply_adds  # of all warps
+    assert row["wavefronts"] == wavefronts
+
+
+def test_the_planner_reckons_what_is_counted(counted):
+    """It knows of no two lanes that ask for the same, so it reckons more, but not much."""
+    for row in counted.values():
+        assert 0.6 * row["modelled"]["wavefronts"] <= row["wavefronts"], row
+        assert row["wavefronts"] <= 1.1 * row["modelled"]["wavefronts"], row
+
+
+def test_tasks_at_once_have_registers_and_memory(counted):
+    for row in counted.values():
+        assert row["at_once"] * row["threads"] * 128 <= 65536, row
+        assert row["at_once"] * (row["block_bytes"] + 1024) <= 233472, row
+    assert counted["W1 T=65536 K=1"]["at_once"] >= 5
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+ROW = {
+    "case": "W3 T=16384 K=5", "threads": 256, "block_bytes": 140_000, "at_once": 1, "barriers": 9,
+    "wavefronts": 100_000, "modelled": {"wavefronts": 110_000.4},
+    "first_warp": {"multiply_adds": 1000, "accesses": 500},
+}  # fmt: skip
+CONTROL = {key: ROW[key] for key in ("case", "threads", "block_bytes", "barriers")}
+
+
+def write(path, rows):
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def test_report_holds_counts_against_goals(tmp_path, capsys):
+    kernel = {"name": "cuda_float::run_tasks_kernel", "arch": "sm_90", "stack_bytes": 1000}
+    files = [
+        write(tmp_path / "accesses", [ROW]),
+        *("--instructions", write(tmp_path / "instructions", [{**CONTROL, "instructions": 777}])),
+        *("--kernels", write(tmp_path / "kernels", [{**kernel, "code_bytes": None}])),
+    ]
+    assert report.main(files) == 0
+    said = capsys.readouterr().out
+    assert "| W3 T=16384 K=5 | 256 | 1 | 137 | 9 | 100,000 | 110,000 | 777 | 1,800 |" in said
+    for goal in (
+        "100,000 wavefronts, goal 90,000",
+        "1 task at once, goal 2",
+        "1,000 bytes of stack",
+    ):
+        assert goal in said, goal
+    assert "code" not in said
+
+
+def test_report_refuses_counts_of_two_plans(tmp_path, capsys):
+    other = {**CONTROL, "threads": 64, "instructions": 1}
+    files = [write(tmp_path / "a", [ROW]), "--instructions", write(tmp_path / "b", [other])]
+    assert report.main(files) == 2
+    assert "different plans" in capsys.readouterr().err
