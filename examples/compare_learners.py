@@ -30,6 +30,7 @@ import argparse
 import itertools
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,6 +295,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Compare on one suite or on both; prints the tables and returns them."""
     args = arguments(argv)
     one_torch_thread()
+    warnings.filterwarnings("ignore", "implicit: the loss of")  # its strength is the paper's
     found = {}
     for name in OF if args.suite == "both" else [args.suite]:
         chosen = OF[name]
