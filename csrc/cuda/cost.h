@@ -51,9 +51,9 @@ class CostModel {
     const int in = layer.in.channels, out = layer.out.channels;
     const double back = backward ? times : 0, below = has_below ? back : 0;
     if (layer.kind == LayerKind::linear && !narrow) {
-      product(rows, out, terms * in, times);
-      product(rows, in, terms * out, below);
-      product(in, out, terms * rows, back);
+      product(rows, out, 1.0 * terms * in, times);
+      product(rows, in, 1.0 * terms * out, below);
+      product(in, out, 1.0 * terms * rows, back);
       operations(back);  // the bias
       return;
     }
@@ -67,8 +67,13 @@ class CostModel {
     operations(times + below + back);
   }
 
-  void product(int rows, int columns, int depth, double times) {
+  void product(int all_rows, int all_columns, double depth, double times) {
     if (times == 0) return;
+    // Tiles are counted in ints; of larger ones the cost grows in proportion.
+    constexpr int most = 1 << 14;
+    const int rows = all_rows < most ? all_rows : most;
+    const int columns = all_columns < most ? all_columns : most;
+    times *= static_cast<double>(all_rows) / rows * all_columns / columns;
     const int height = tile_height(rows, columns, sharing_);
     const double steps = times * depth / 4, dealt = warp_tiles(rows, columns, height);
     cost_.wavefronts += steps * dealt * tile_wavefronts(height);

@@ -25,6 +25,19 @@ def meta_learner(**options):
     return pymeta.MAML(net, loss="mse", steps=2, backend="native", **{"lr": 0.1, **options})
 
 
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("rows", [-1, 2**30 + 1, 2**31 - 1])
+def test_plans_of_sets_that_nobody_has_are_refused(rows, place):
+    """Found by fuzzing: the sizes that follow from so many rows overflow."""
+    lib = native.extension()
+    network = lib.Network([("linear", 1, 1, True), ("relu",), ("linear", 1, 1, True)])
+    problem = lib.Problem(network, lib.Loss("mse"), [True] * 4)
+    rows_of_sets = [3, 3, 0]
+    rows_of_sets[place] = rows
+    with pytest.raises(ValueError, match=f"at most 2\\^30, got {rows}"):
+        problem.plan(4, "meta", lib.Schedule(1), 2, *rows_of_sets)
+
+
 def test_the_planner_looks_at_the_threads():
     """64 tasks are four vectors of sixteen: on many threads single tasks are faster."""
     module, data = meta_learner(), batch(tasks=64, dtype=torch.float32)
