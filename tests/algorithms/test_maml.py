@@ -376,18 +376,23 @@ def test_a_fallback_warns_once_and_says_why():
         pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend="native")
 
 
-def test_inputs_that_only_torch_can_take():
+def test_calls_that_only_torch_can_take():
+    """A call may run in torch where the model is native; what it computes is the same."""
     net, (xs, ys, xq, yq) = mlp(2, 4, 2), batch()
     offset = torch.zeros(3, 5, 2).double().requires_grad_()
     module = pymeta.MAML(net, loss="mse", lr=0.1, steps=1)
-    with pytest.warns(UserWarning, match="support_offset requires grad"):
-        out = module(xs, ys, xq, yq, support_offset=offset)
-    assert gradients(out.loss, offset)[0].any()
-    assert "some calls ran in torch: support_offset requires grad" in module.explain()
-    with pytest.raises(ValueError, match='backend="native": support_offset requires grad'):
-        both(net)[0](xs, ys, xq, yq, support_offset=offset)
-    with torch.no_grad():
-        both(net)[0](xs, ys, xq, yq, support_offset=offset)
+    expected = gradients(module(xs, ys, xq, yq, support_offset=offset).loss, offset)[0]
+
+    def loss(learner, support_offset):
+        return learner(xs, ys, xq, yq, support_offset=support_offset).loss
+
+    assert "ran in torch" not in module.explain()
+    with pytest.warns(UserWarning, match="a transform of torch.func"):
+        found = torch.func.grad(lambda o: loss(module, o))(offset.detach())
+    assert_close(found, expected)
+    assert "some calls ran in torch: a transform of torch.func" in module.explain()
+    with pytest.raises(ValueError, match='backend="native": a transform of torch.func'):
+        torch.func.grad(lambda o: loss(both(net)[0], o))(offset.detach())
 
 
 def test_explain_names_the_path():
