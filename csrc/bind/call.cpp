@@ -82,8 +82,9 @@ template <class Real>
 void check_meta(const Call<Real>& call) {
   if (call.batches.size > 0) refuse("schedule: a meta-gradient takes all rows");
   if (call.step_weights && call.steps == 0) refuse("step_weights: there are no steps");
-  const bool labels = takes_labels(*call.loss);
-  if (labels && (call.ys_gradient || call.yq_gradient)) refuse("gradients: class labels have none");
+  if ((call.ys_gradient && takes_labels(call.loss_of(call.support))) ||
+      (call.yq_gradient && takes_labels(call.loss_of(call.query))))
+    refuse("gradients: class labels have none");
   if ((call.support_weights_gradient && !call.support.weights) ||
       (call.query_weights_gradient && !call.query.weights))
     refuse("gradients: there are no row weights");

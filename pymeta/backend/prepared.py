@@ -96,6 +96,9 @@ def _as_it_came(given: Any, used: Tensor | None) -> bool:
     return used.data_ptr() == given.data_ptr() and not given.requires_grad
 
 
+_NO_ROWS = torch.zeros(1)  # never read
+
+
 class PreparedCall:
     """The native core for all task sets of one form: what follows from their shapes.
 
@@ -180,6 +183,11 @@ class PreparedCall:
             gradients.flat.zero_()
         return gradients
 
+    @staticmethod
+    def _address_of_targets(y: Tensor | None) -> int:
+        """Where query targets lie; 0 only where there are none, not where no set has a row."""
+        return address(y) or (0 if y is None else _NO_ROWS.data_ptr())
+
     def in_given_order(self, lr_gradient: Tensor) -> Tensor:
         """A gradient by lr as the core has it, in the order in which `prepare` got lr."""
         order = self.plan.lr_order
@@ -225,7 +233,7 @@ class PreparedCall:
             extras.xs.data_ptr(),
             address(extras.ys),
             address(extras.xq),
-            address(extras.yq),
+            self._address_of_targets(extras.yq),
             address(loss),
             address(losses),
             predictions.data_ptr(),
@@ -275,7 +283,7 @@ class PreparedCall:
             extras.xs.data_ptr(),
             address(extras.ys),
             address(extras.xq),
-            address(extras.yq),
+            self._address_of_targets(extras.yq),
             0,
             0,
             0,

@@ -37,14 +37,22 @@ def _constant(function: Function) -> Function:
 
 
 @_constant
-def _width(handle: str, dtype: torch.dtype, device: torch.device, shape: Any) -> int:
-    """How many outputs the network has; -1 where the native core does not run it there."""
+def _width(
+    handle: str, dtype: torch.dtype, device: torch.device, shape: Any, by_targets: Sequence[bool]
+) -> int:
+    """How many outputs the network has; -1 where the native core does not run it there.
+
+    `by_targets`: whether gradients by support and by query targets are wanted.
+    """
     owner = owner_of(handle)
     if owner.backend == "torch" or owner.implicit is not None:
         return -1
     plan = owner._plan_for(dtype, device, None if shape is None else torch.empty(shape))
     if plan.reason is not None or plan.expected.out_features is None:
         return -1
+    sides = zip((plan.expected, plan.query_expected), by_targets, strict=True)
+    if any(by and expected.loss.takes_classes for expected, by in sides):
+        return -1  # it has no gradients by distributions over classes
     return int(plan.expected.out_features)
 
 
@@ -130,14 +138,30 @@ def _inputs(call: Call, out: int) -> tuple[Inputs, list[int] | None]:
     ), query_lengths  # fmt: skip
 
 
-def width_of(call: Call) -> int:
-    """How many outputs there are; -1 where the call is left to eager mode."""
+def _requires_grad(values: Any) -> bool:
+    if isinstance(values, (list, tuple)):
+        return any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    return isinstance(values, Tensor) and values.requires_grad
+
+
+def width_of(call: Call, wrt: Sequence[str] | None = None) -> int:
+    """How many outputs there are; -1 where the call is left to eager mode.
+
+    `wrt` names what gradients are wanted by; None for all that requires grad.
+    """
     first = call.parameters[0] if call.parameters else call.support[0]
     x = call.support[0]
     entry = x[0] if isinstance(x, (list, tuple)) else x
     # one task of one row, whose axes tell which plan is wanted
     shape = (1, 1, *(entry.shape[1:] if isinstance(x, (list, tuple)) else entry.shape[2:]))
-    return _width(call.handle, first.dtype, first.device, shape if len(shape) > 3 else None)
+    shape_of_rows = shape if len(shape) > 3 else None
+    if wrt is None:
+        targets = (call.support[1], None if call.query is None else call.query[1])
+        grad = torch.is_grad_enabled()
+        by_targets = [grad and _requires_grad(y) for y in targets]
+    else:
+        by_targets = ["ys" in wrt, "yq" in wrt]
+    return _width(call.handle, first.dtype, first.device, shape_of_rows, by_targets)
 
 
 def evaluate(call: Call, out: int) -> tuple[Results, Tensor]:
@@ -234,7 +258,7 @@ def operator_gradients(
         first = next(iter(request.parameters.values()))
         rates = first.new_full(operator.rate_shape, operator.first_rate)
     call = _call(operator, request._replace(rates=rates), clips=True)
-    out = width_of(call)
+    out = width_of(call, wrt)
     lists = isinstance(call.support[0], (list, tuple))
     if out < 0 or flows is not None or lists:
         return _method(operator, "gradients", (request, wrt, flows))

@@ -121,25 +121,36 @@ class _Ready(NamedTuple):
     query: TaskSet | None
 
 
-def _side(names: Names, plan: Plan, values: Sequence[Any], sizes: Any, packed: bool) -> TaskSet:
+_WEIGHTS = [Extras._fields.index(f"{side}_weights") for side in ("support", "query")]
+
+
+def _side(
+    names: Names, plan: Plan, values: Sequence[Any], sizes: Any, packed: bool, keeps: bool
+) -> TaskSet:
     expected = plan.expected if names is SUPPORT else plan.query_expected
     if packed:
         values, sizes = _listed(values, sizes), None
     x, y, weights, offset = values
-    return task_set(names, x, y, sizes, weights, expected, offset)
+    found = task_set(names, x, y, sizes, weights, expected, offset)
+    if keeps and found.weights is not None:  # what an operator gets requires no grad
+        found.weights = found.weights.detach().requires_grad_()
+    return found
 
 
+@torch.enable_grad()  # rows whose weights' gradients are wanted count
 def _ready(i: Inputs) -> _Ready:
     owner = owner_of(i.handle)
     side = (i.xs, i.ys, i.support_weights, i.support_offset)
     x = _listed([i.xs], i.support_sizes)[0] if i.how[0] else i.xs
     first = next(iter(i.parameters), i.xs)
     plan: Plan = owner._plan_for(first.dtype, first.device, x)
-    support, query = _side(SUPPORT, plan, side, i.support_sizes, i.how[0]), None
+    of_weights = [i.wanted[len(i.parameters) + at] for at in _WEIGHTS]
+    support = _side(SUPPORT, plan, side, i.support_sizes, i.how[0], of_weights[0])
+    query = None
     if i.xq is not None:
         names = QUERIES if i.yq is None else QUERY
         side = (i.xq, i.yq, i.query_weights, i.query_offset)  # type: ignore[assignment]
-        query = _side(names, plan, side, i.query_sizes, i.how[1])
+        query = _side(names, plan, side, i.query_sizes, i.how[1], of_weights[1])
         check_same_tasks(support, query)
     # running statistics are the module's own, as they are now
     there = dict(zip(plan.names, plan.parameters, strict=True))

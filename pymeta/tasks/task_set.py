@@ -315,6 +315,8 @@ def task_set(
     out.distributions = given.y is not None and (
         expected.loss.takes_classes and given.y.is_floating_point()
     )
+    if out.distributions and given.y.requires_grad and torch.is_grad_enabled():
+        out.reason = f"{names.y} are distributions over classes, by which gradients are wanted"
     parts = (x, given.y, given.weights, given.offset)
     if not all(type(v) in _PLAIN for v in parts if v is not None):
         out.reason = f"an input ({names.x}, {names.y} or {names.weights}) is a tensor subclass"

@@ -220,6 +220,21 @@ def test_compile_what_tasks_have_of_their_own(lr):
                     **options)  # fmt: skip
 
 
+@pytest.mark.parametrize("columns", [(), (2,)])
+def test_compile_gradients_by_weights_that_are_0(columns):
+    module = pymeta.MAML(mlp(2, 4, 2), loss="mse", lr=0.1, steps=2)
+    data = batch()
+    weights = [torch.rand(3, rows, *columns, dtype=torch.float64) for rows in (5, 4)]
+    for w in weights:
+        w[0, 1] = w[2, 3] = 0
+        w.requires_grad_()
+    given = {"support_weights": weights[0], "query_weights": weights[1]}
+    compiled_agrees(module, *data, inputs=weights, **given)
+    compiled_agrees(module, *data, inputs=weights, support_sizes=[1, 5, 4], **given)
+    lists = {name: list(w) for name, w in given.items()}
+    compiled_agrees(module, *map(list, data), inputs=weights, **lists)
+
+
 def test_compile_goes_back_natively_only_where_something_flows(monkeypatch):
     from pymeta.backend.prepared import PreparedCall
 

@@ -451,3 +451,72 @@ def test_a_wrong_value_makes_its_task_nan_where_nobody_looks():
         weights = torch.ones_like(ys)
         weights[2, 0, 1] = 0  # then nobody minds
         assert module(xs, amounts, xq, yq.abs(), support_weights=weights).loss.isfinite()
+
+
+# ---- gradients by targets ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("losses", [("cross_entropy",) * 2, ("mse", "cross_entropy")])
+def test_gradients_by_distributions_are_torchs(losses):
+    """The core has none: the call says so and runs in torch; a compiled one is left to that."""
+    torch.manual_seed(3)
+    net = mlp(2, 4, 3)
+    x, xq = torch.randn(2, 3, 5, 2, dtype=torch.float64)
+    y, yq = (distributions(3, 5).requires_grad_() for _ in range(2))
+
+    def learner(backend):
+        how = {"loss": losses[0], "query_loss": losses[1], "lr": 0.1, "steps": 2}
+        return MAML(net, **how, backend=backend)
+
+    with pytest.warns(UserWarning, match="distributions over classes, by which gradients"):
+        found = gradients(learner("auto")(x, y, xq, yq).loss, y, yq)
+    f = nn.functional
+    total = []
+    for t in range(3):
+        theta = dict(net.named_parameters())
+        for _ in range(2):
+            outputs = torch.func.functional_call(net, theta, (x[t],))
+            inner = f.mse_loss if losses[0] == "mse" else f.cross_entropy
+            by = torch.autograd.grad(inner(outputs, y[t]), list(theta.values()), create_graph=True)
+            theta = {n: p - 0.1 * g for (n, p), g in zip(theta.items(), by, strict=True)}
+        outputs = torch.func.functional_call(net, theta, (xq[t],))
+        total.append(f.cross_entropy(outputs, yq[t]))
+    wanted = gradients(torch.stack(total).mean(), y, yq)
+    assert_close(found, wanted)
+    with pytest.raises(ValueError, match=r'^backend="native": y.* distributions'):
+        learner("native")(x, y, xq, yq)
+    with pytest.warns(UserWarning, match="distributions over classes"):
+        compiled = torch.compile(learner("auto"), backend="eager")(x, y, xq, yq)
+    assert_close(gradients(compiled.loss, y, yq), wanted)
+
+
+def test_gradients_by_query_targets_beside_labels():
+    """The query loss alone says whether query targets have a gradient."""
+    torch.manual_seed(4)
+    net, labels = mlp(2, 4, 3), torch.randint(0, 3, (3, 5))
+    x, xq = torch.randn(2, 3, 5, 2, dtype=torch.float64)
+    yq = torch.randn(3, 5, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for backend in BACKENDS:
+        how = {"loss": "cross_entropy", "query_loss": "mse", "lr": 0.1, "steps": 2}
+        found.append(gradients(MAML(net, **how, backend=backend)(x, labels, xq, yq).loss, yq))
+    assert_close(*found)
+    assert float(found[0][0].abs().max()) > 0
+
+
+@pytest.mark.parametrize("form", ["list", "uniform"])
+def test_query_sets_without_any_row(form):
+    """There are query targets, if none to hold anything against: losses and gradients are 0."""
+    net, (x, y, xq, yq) = mlp(2, 4, 2), batch()
+    xq, yq = xq[:, :0], yq[:, :0].clone().requires_grad_()
+    wq = torch.ones(3, 0, dtype=torch.float64, requires_grad=True)
+    data = (x, y, xq, yq)
+    by = [*net.parameters(), yq, wq]
+    if form == "list":
+        data, wq = tuple(list(v) for v in data), list(wq)
+    for backend in BACKENDS:
+        module = MAML(net, loss="mse", lr=0.1, steps=2, backend=backend)
+        out = module(*data, query_weights=wq, step_weights=[0.5, 0.5])
+        assert out.loss == 0 and not out.task_losses.any() and not out.step_losses.any()
+        for loss in (out.loss, out.task_losses.sum(), out.step_losses.sum()):
+            assert not any(g.any() for g in gradients(loss, *by))
