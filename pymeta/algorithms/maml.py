@@ -29,7 +29,7 @@ from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.functional import compiled
 from pymeta.functional.anchors import Anchors, check_values_of
-from pymeta.functional.evaluation import in_torch, lacks_forward_mode
+from pymeta.functional.evaluation import in_torch, lacks_forward_mode, undifferentiated
 from pymeta.functional.handles import register
 from pymeta.functional.own import (
     Own,
@@ -423,7 +423,10 @@ class MAML(Learner):
             self.model, named, plan.adapted, inner, support,
             start=how.start, anchors=how.anchors, rates=how.rates,
         )  # fmt: skip
-        return {name: done.parameters[name] for name in plan.adapted}
+        found = {name: done.parameters[name] for name in plan.adapted}
+        if self.task_clip is None:
+            return found
+        return {name: undifferentiated(value) for name, value in found.items()}
 
     def extra_repr(self) -> str:
         """What `repr` shows besides the model."""

@@ -37,6 +37,7 @@ from pymeta.backend.plan import Plan
 from pymeta.spec import running
 from pymeta.spec.once import NATIVE
 from pymeta.spec.schedule import Schedule
+from pymeta.spec.settings import CLIPS_THE_LOSS
 from pymeta.spec.transforms import LACKS, in_transform
 from pymeta.spec.watch import Form
 from pymeta.tasks.task_set import TaskSet, dense
@@ -262,8 +263,13 @@ class PreparedCall:
             predictions: of their shape, or None.
             adapted: [T, ...] of each of `plan.adapted`, or None; may be left out.
             step_losses: [steps, T], or None.
+
+        Raises:
+            ValueError: the call has a task_clip.
         """
         assert self.layout is not None
+        if self.native.task_clip:
+            raise ValueError(CLIPS_THE_LOSS)
         gradients = self._cleared(Gradients(self.layout, None))
         if self.tasks == 0:
             return gradients.tensors

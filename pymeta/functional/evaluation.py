@@ -5,8 +5,8 @@ The native way is `backend/prepared.py`; MAML and the functions of this package 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from pymeta.functional.anchors import check_values_of
 from pymeta.functional.own import Own
 from pymeta.spec import running
 from pymeta.spec.inner import InnerLoop
+from pymeta.spec.settings import CLIPS_THE_LOSS
 from pymeta.spec.transforms import in_transform
 from pymeta.tasks.checks import Names
 from pymeta.tasks.task_set import QUERY, TaskSet, shaped
@@ -84,6 +85,12 @@ def in_torch(
         running.update(norms, statistics)
     if query.tasks == 0:
         predictions = query.x.new_zeros(0, query.rows, *out, dtype=plan.expected.dtype)
+    if task_clip is not None:
+        predictions = (
+            undifferentiated(predictions)
+            if isinstance(predictions, Tensor)
+            else [undifferentiated(p) for p in predictions]
+        )
     outputs = shaped(predictions, query)
     if query.y is None:
         return Results(None, None, outputs, None)
@@ -94,4 +101,28 @@ def in_torch(
         sides = [v for s in (support, query) for v in (s.x, s.y, s.weights, s.offset)]
         others = [*own.start.values(), own.rates, own.anchors, *sides]
         loss = reference.clipped(losses, by, task_clip, [v for v in others if v is not None])
+        losses = undifferentiated(losses)
+        steps = None if steps is None else undifferentiated(steps)
     return Results(loss, losses, outputs, steps)
+
+
+def undifferentiated(result: Tensor) -> Tensor:
+    """`result`, whose gradient is refused: there is a task_clip, which is the loss's."""
+    apply = cast(Callable[[Tensor], Tensor], _Undifferentiated.apply)  # torch has no annotation
+    return apply(result) if result.requires_grad else result
+
+
+class _Undifferentiated(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(result: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ValueError(CLIPS_THE_LOSS)

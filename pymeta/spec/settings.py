@@ -85,6 +85,12 @@ def check_clip(name: str, value: Any) -> float | None:
     return float(value)
 
 
+CLIPS_THE_LOSS = (
+    "task_clip: limits tasks' shares of the gradient of out.loss, not of a gradient that flows "
+    "through other results; differentiate out.loss alone, or set task_clip=None"
+)
+
+
 def matching(patterns: Sequence[str] | None, names: Sequence[str]) -> frozenset[str]:
     """The names that any of the fnmatch patterns matches; all of them where patterns is None.
 

@@ -415,6 +415,33 @@ def test_task_clip_leaves_what_is_a_tasks_own_alone(backend):
     assert 0 < bias.norm() <= 1e-3 < free_bias.norm()
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_task_clip_is_of_the_loss_alone(backend):
+    """What flows through other results would go around it, so it is refused."""
+    net, (xs, ys, xq, yq), *_ = small(tasks=3)
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, task_clip=0.1, backend=backend)
+    weights = torch.ones(2, dtype=xs.dtype)
+    out = module(xs, ys, xq, yq, step_weights=weights)
+    for result in (
+        out.task_losses,
+        out.predictions,
+        out.step_losses,
+        out.loss + out.task_losses[0],
+    ):
+        with pytest.raises(ValueError, match=r"^task_clip: limits tasks' shares"):
+            torch.autograd.grad(result.sum(), net[0].weight, retain_graph=True)
+    assert torch.autograd.grad(out.loss, net[0].weight)[0].norm() <= 0.1
+    ragged = module(list(xs), list(ys), list(xq), list(yq)).predictions
+    with pytest.raises(ValueError, match=r"^task_clip: limits"):
+        ragged[0].sum().backward()
+    adapted = module.adapt(xs, ys, create_graph=True)
+    with pytest.raises(ValueError, match=r"^task_clip: limits"):
+        adapted["0.weight"].sum().backward()
+    module.task_clip = None
+    module(xs, ys, xq, yq).task_losses.sum().backward()
+    module.adapt(xs, ys, create_graph=True)["0.weight"].sum().backward()
+
+
 # ---- patterns -----------------------------------------------------------------------------------
 
 
