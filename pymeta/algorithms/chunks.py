@@ -9,16 +9,21 @@ from pymeta.spec.inner import Adaptation
 from pymeta.spec.show import counted
 
 
+def check_task(name: str, task: Any) -> None:
+    """TypeError unless these are x and y, of one task or several, and what may go with them."""
+    if not isinstance(task, (tuple, list)):
+        got = type(task).__name__
+    elif not 2 <= len(task) <= 4:
+        got = counted(len(task), "entry")
+    else:
+        return
+    raise TypeError(f"{name}: expected (x, y) or (x, y, weights, offset), got {got}")
+
+
 def columns_of(group: list[Any]) -> tuple[Any, ...]:
     """The x, y, weights and offsets of single tasks: lists, or None where all are None."""
     for i, task in enumerate(group):
-        if not isinstance(task, (tuple, list)) or not 2 <= len(task) <= 4:
-            got = (
-                counted(len(task), "entry")
-                if isinstance(task, (tuple, list))
-                else type(task).__name__
-            )
-            raise TypeError(f"tasks[{i}]: expected (x, y) or (x, y, weights, offset), got {got}")
+        check_task(f"tasks[{i}]", task)
         if len(task) != len(group[0]):
             raise ValueError(
                 f"tasks[{i}]: expected weights in all tasks or in none, "

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pymeta import native
+from pymeta.algorithms.chunks import check_task
 from pymeta.backend import adapt as native_adapt
 from pymeta.spec.class_weights import class_table, classes_of, row_factors
 from pymeta.spec.losses import Loss
 from pymeta.spec.schedule import SPLIT, permutation
-from pymeta.spec.show import counted
 from pymeta.tasks.checks import Expected, Names
 from pymeta.tasks.task_set import TaskSet, check_same_tasks, task_set
 
@@ -137,11 +137,7 @@ def validation_set(
             f"validation_data: expected None where a fraction of the rows is held out "
             f"(validation={fraction}), got {type(data).__name__}"
         )
-    if not isinstance(data, (tuple, list)) or not 2 <= len(data) <= 4:
-        got = (
-            counted(len(data), "entry") if isinstance(data, (tuple, list)) else type(data).__name__
-        )
-        raise TypeError(f"validation_data: expected (x, y) or (x, y, weights, offset), got {got}")
+    check_task("validation_data", data)
     x, y, weights, offset = (*data, None, None)[:4]
     held = task_set(_VALIDATION, x, y, None, weights, expected, offset)
     check_same_tasks(support, held)

@@ -100,8 +100,11 @@ def test_compile_meta_gradients():
     assert agree(run, detached, *data) == 4 + len(parameters) + 5
 
 
-def test_compile_implicit_gradients_in_eager_mode():
-    operator, parameters = make(implicit=pymeta.Implicit(2.0))
+@pytest.mark.parametrize(
+    "options", [{"implicit": pymeta.Implicit(2.0)}, {"backend": "torch"}], ids=["implicit", "torch"]
+)
+def test_compile_leaves_to_eager_mode_what_is_not_one_operator(options):
+    operator, parameters = make(**options)
     xs, ys, xq, _ = batch()
 
     def run(parameters):
@@ -122,16 +125,3 @@ def test_compile_images():
         return F.adapt_predict(operator, parameters, x, y, x)
 
     agree(run, parameters, x, y)
-
-
-def test_compile_leaves_the_fallback_to_eager_mode():
-    operator, parameters = make(backend="torch")
-    xs, ys, xq, _ = batch()
-
-    def run(parameters):
-        return F.adapt_predict(operator, parameters, xs, ys, xq)
-
-    got = torch.compile(run, backend="aot_eager")(parameters)
-    assert_close(got, run(parameters))
-    assert_close(*(torch.autograd.grad(v.sum(), list(parameters.values()))
-                   for v in (got, run(parameters))))  # fmt: skip

@@ -1,6 +1,7 @@
 """What the tests of the kernels share."""
 
 import math
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -11,8 +12,14 @@ from kernels import EPS, EXECUTORS, same_bits, using
 POISONS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 3e38}
 
 
-def check_bits(case: Case, dtype: torch.dtype, isa: str) -> None:
-    """A task's bits are its own: alone, permuted, on either executor, on any number of threads."""
+def check_bits(
+    case: Case,
+    dtype: torch.dtype,
+    isa: str,
+    alone: Collection[int] = (0,),
+    threads: Collection[int] = (3,),
+) -> None:
+    """A task's bits are its own: `alone`, permuted, on either executor, on so many `threads`."""
     problem = Problem(case)
     module = problem.module(dtype)
     every = list(range(case.tasks))
@@ -23,14 +30,18 @@ def check_bits(case: Case, dtype: torch.dtype, isa: str) -> None:
         with using(isa, executor, 1):
             one_thread = problem.results(module)
             permuted = problem.results(module, shuffled)
-            alone = problem.results(module, [0])
+            single = {t: problem.results(module, [t]) for t in alone}
         assert same_bits(of_tasks(one_thread, every), of_tasks(wanted, every)), executor
         assert same_bits(of_tasks(permuted, every), of_tasks(wanted, shuffled)), executor
-        assert same_bits(of_tasks(alone, [0]), of_tasks(wanted, [0])), executor
-        with using(isa, executor, 3):
-            got = problem.results(module)
-        assert same_bits(of_tasks(got, every), of_tasks(wanted, every)), executor
-        assert same_bits(meta_gradient(got), meta_gradient(one_thread)), executor
+        for t, result in single.items():
+            assert same_bits(of_tasks(result, [0]), of_tasks(wanted, [t])), executor
+        for count in threads:
+            with using(isa, executor, count):
+                got = problem.results(module)
+            assert same_bits(of_tasks(got, every), of_tasks(wanted, every)), (executor, count)
+            assert same_bits(meta_gradient(got), meta_gradient(one_thread)), (executor, count)
+        if case.tasks == 1 and case.lr is None:  # nothing is summed over tasks
+            assert same_bits(meta_gradient(one_thread), meta_gradient(wanted)), executor
 
 
 def check_isolation(

@@ -30,6 +30,7 @@ from kernels import (
     same_bits,
     using,
 )
+from native_help import check_bits
 from torch import nn
 
 import pymeta
@@ -39,28 +40,8 @@ import pymeta
 @given(cases(tasks=(1, 3, 8, 17, 33, 70)), st.sampled_from(DTYPES), ISAS)
 def test_a_tasks_bits_are_its_own(case, dtype, isa):
     """Alone, permuted, among others, on either executor, on any number of threads."""
-    problem = Problem(case)
-    module = problem.module(dtype)
-    every = list(range(case.tasks))
-    shuffled = torch.randperm(case.tasks).tolist()
-    with using(isa, "rows", 1):
-        wanted = problem.results(module)
-    for executor in EXECUTORS:
-        with using(isa, executor, 1):
-            one_thread = problem.results(module)
-            assert same_bits(of_tasks(one_thread, every), of_tasks(wanted, every)), executor
-            permuted = problem.results(module, shuffled)
-            assert same_bits(of_tasks(permuted, every), of_tasks(wanted, shuffled)), executor
-            for t in {0, case.tasks // 2, case.tasks - 1}:
-                alone = problem.results(module, [t])
-                assert same_bits(of_tasks(alone, [0]), of_tasks(wanted, [t])), executor
-        for threads in (2, 3, 5):
-            with using(isa, executor, threads):
-                got = problem.results(module)
-            assert same_bits(of_tasks(got, every), of_tasks(wanted, every)), (executor, threads)
-            assert same_bits(meta_gradient(got), meta_gradient(one_thread)), (executor, threads)
-        if case.tasks == 1 and case.lr is None:  # nothing is summed over tasks
-            assert same_bits(meta_gradient(one_thread), meta_gradient(wanted)), executor
+    alone = {0, case.tasks // 2, case.tasks - 1}
+    check_bits(case, dtype, isa, alone, threads=(2, 3, 5))
 
 
 @settings(PROFILE, max_examples=15)
