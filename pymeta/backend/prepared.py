@@ -253,6 +253,7 @@ class PreparedCall:
         predictions: Tensor | None,
         adapted: Sequence[Tensor | None] = (),
         step_losses: Tensor | None = None,
+        to_losses: Tensor | None = None,
     ) -> list[Tensor]:
         """The wanted gradients of any scalar of the results, from those of the results.
 
@@ -263,6 +264,7 @@ class PreparedCall:
             predictions: of their shape, or None.
             adapted: [T, ...] of each of `plan.adapted`, or None; may be left out.
             step_losses: [steps, T], or None.
+            to_losses: [T], dense, where the losses themselves go; None for nowhere.
 
         Raises:
             ValueError: the call has a task_clip.
@@ -291,7 +293,7 @@ class PreparedCall:
             address(extras.xq),
             self._address_of_targets(extras.yq),
             0,
-            0,
+            address(to_losses),
             0,
             gradients.native,
             cotangents=native.extension().Cotangents(*flows),

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from pymeta import native
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.outcome import Outcome
+from pymeta.algorithms.task_gradients import task_gradients
 from pymeta.backend import cell as native_cell
 from pymeta.learners.starts import adapted, joined, named, tasks_in
 from pymeta.models.adapted import Adapted
@@ -248,13 +249,5 @@ class MetaLSTM(nn.Module):
         like: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Of the support losses, each at its task's parameters [T, P]: [T, P], and they, [T]."""
-        sizes, weights, offset = side
-        start = {name: v.requires_grad_() for name, v in named(theta.detach(), like).items()}
-        with torch.enable_grad():
-            out = self.maml(
-                xs, ys, xs, ys, support_sizes=sizes, query_sizes=sizes, query_weights=weights,
-                query_offset=offset, start=start,
-            )  # fmt: skip
-            found = torch.autograd.grad(out.loss, list(start.values()))
-        tasks = len(theta)  # out.loss is the mean over tasks, whose gradient costs no more
-        return torch.cat([g.flatten(1) for g in found], 1) * tasks, out.task_losses.detach()
+        found, losses = task_gradients(self.maml, xs, ys, named(theta.detach(), like), *side)
+        return torch.cat([g.flatten(1) for g in found.values()], 1), losses

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers import assert_close, batch, mlp
+from kernels import same_bits
 from torch import nn
 
 import pymeta
@@ -218,3 +219,43 @@ def test_arguments_that_are_refused(options, message):
         MetaLSTM(mlp(2, 2), loss="mse", **options)
     with pytest.raises(ValueError, match="yq: expected"):
         make()(*batch()[:3], batch()[3][:, :2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("form", ["uniform", "ragged", "padded"])
+def test_a_tasks_bits_are_its_own(form, loss, dtype):
+    """Alone, in a batch of any size, beside any others; seven are no power of two."""
+    learner = make(loss, backend="native").to(dtype)
+    random = torch.Generator().manual_seed(3)
+    sizes = [5] * 7 if form == "uniform" else [5, 3, 6, 4, 2, 6, 5]
+    x = [torch.randn(n, 2, generator=random, dtype=dtype) for n in sizes]
+    w = [torch.rand(n, generator=random, dtype=dtype) + 0.1 for n in sizes]
+    y = [torch.randn(n, 2, generator=random, dtype=dtype) for n in sizes]
+    if loss == "cross_entropy":
+        y = [(v[:, 0] > 0).long() for v in y]
+
+    def results(chosen):
+        """Losses, predictions and parameters of each of these tasks."""
+        xs, ys, ws = ([v[t] for t in chosen] for v in (x, y, w))
+        given = {"support_weights": ws}
+        if form != "ragged":
+            most = max(sizes) + (form == "padded")
+            xs, ys, ws = (
+                torch.stack([nn.functional.pad(v, (0, 0) * (v.ndim - 1) + (0, most - len(v)))
+                             for v in vs]) for vs in (xs, ys, ws)
+            )  # fmt: skip
+            given = {"support_weights": ws, "support_sizes": [sizes[t] for t in chosen]}
+        queried = {"query_sizes": given["support_sizes"]} if form != "ragged" else {}
+        out = learner(xs, ys, xs, ys, **given, **queried)
+        adapted = learner.adapt(xs, ys, **given).parameters
+        return {
+            t: [out.task_losses[k], out.predictions[k][: sizes[t]],
+                *(adapted[name][k] for name in sorted(adapted))]
+            for k, t in enumerate(chosen)
+        }  # fmt: skip
+
+    wanted = results(range(7))
+    for chosen in ([3], [0], [6, 2, 1], [4, 3, 2, 1, 0]):
+        for t, found in results(chosen).items():
+            assert same_bits(found, wanted[t]), (t, chosen)

@@ -286,6 +286,23 @@ def endless(kind):
         tune = pymeta.FineTune(net, loss="mse", lr=1e-6, epochs=10**5, batch_size=8)
         x = torch.randn(40, 100, 4).double()
         return lambda: tune(x, x[..., :1])
+    if kind.startswith("a cell"):
+        one = kind == "a cell's step"
+        hidden, steps, n = (1024, 1, 40_000) if one else (200, 200, 10_000)
+        weights, gates = torch.zeros(4 * hidden, 5 + hidden), torch.zeros(2, 4 + hidden)
+        cell = native.extension().Cell(4, hidden, 1, n, 10.0, weights.data_ptr(), gates.data_ptr())
+        slopes, losses, theta = torch.randn(steps, n), torch.ones(steps), torch.zeros(n)
+        state = torch.zeros(cell.state_size if one else 0)
+        seen = [v.data_ptr() for v in (slopes, losses, theta)]
+        held = weights, gates, slopes, losses, theta, state, torch.empty_like(weights)
+
+        def call():
+            if one:
+                return cell.step(*seen, state.data_ptr(), held[4].data_ptr())
+            to = theta, torch.empty_like(theta), held[6], torch.empty_like(gates)
+            return cell.back(steps, *seen, *(v.data_ptr() for v in to))
+
+        return call
     net = mlp(4, 8, 1)
     maml = pymeta.MAML(net, loss="mse", lr=1e-6, steps=10**6, first_order=True, backend="native")
     x = torch.randn(10**4, 5, 4).double()
@@ -296,26 +313,32 @@ def interrupt_after(seconds, number=signal.SIGINT):
 """
 
 
-@pytest.mark.parametrize("kind", ["steps of one task", "minibatches", "many tasks"])
+KINDS = ["steps of one task", "minibatches", "many tasks", "a cell's step", "a cell's way back"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_interrupt_ends_a_call(kind, threads):
-    """Calls that would take hours; afterwards everything works, with the bits it had."""
+    """Calls that would take hours, a cell's seconds; afterwards all works, with the bits it had."""
     run(
         ENDLESS
         + f"""
     native.set_num_threads({threads})
     maml = pymeta.MAML(mlp(2, 8, 2), loss="mse", lr=0.1, steps=2, backend="native")
+    from pymeta.learners import MetaLSTM
+    lstm = MetaLSTM(mlp(2, 8, 2), loss="mse", steps=2, backend="native")
     data = batch(tasks=40)
-    wanted = maml(*data).task_losses
+    wanted = [learner(*data).task_losses for learner in (maml, lstm)]
     call = endless({kind!r})
     for _ in range(2):
         try:
-            interrupt_after(0.3)
+            interrupt_after(0.1 if "cell" in {kind!r} else 0.3)
             call()
             raise SystemExit("it ended by itself")
         except KeyboardInterrupt:
             pass
-        assert torch.equal(maml(*data).task_losses, wanted)
+        for learner, losses in zip((maml, lstm), wanted, strict=True):
+            assert torch.equal(learner(*data).task_losses, losses)
     """.replace("\n    ", "\n")
     )
 
