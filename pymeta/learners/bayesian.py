@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pymeta.learners.base import EncodedLearner, State
-from pymeta.learners.ridge import _count, with_bias
+from pymeta.learners.ridge import _count, cholesky, with_bias
 from pymeta.learners.rows import Flat, columns, grouped, times_own
 from pymeta.spec.losses import Loss
 
@@ -100,7 +100,7 @@ class BayesianHead(EncodedLearner):
             f @ self.prior_mean if support.offset is None else f @ self.prior_mean + support.offset
         )
         residual = support.padded(root * (columns(support.y) - known))
-        factor = torch.linalg.cholesky(self.prior_precision() + g.mT @ g)
+        factor = cholesky(self.prior_precision() + g.mT @ g)
         return {
             "weights": self.prior_mean + torch.cholesky_solve(g.mT @ residual, factor),
             "factor": factor,

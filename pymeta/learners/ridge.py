@@ -8,8 +8,9 @@ of a task has a prior, learned over tasks: a mean W0 and a precision for each fe
     newton    min_W      sum_r w_r loss(W' f_r, y_r) + 1/2 sum_i p_i |W_i - W0_i|^2
 
 so that a task of few rows stays near W0, and one of many is free: with an identity for an encoder
-this is empirical Bayes (Vasicek's betas). Ridge solves the normal equations, or their dual where
-tasks have fewer rows than features, by Cholesky of all tasks at once. Newton's method runs without
+this is empirical Bayes (Vasicek's betas). Ridge solves the normal equations, or their dual for
+tasks of fewer rows than features, by Cholesky of all such tasks at once. Which of them depends on
+the task alone: the normal equations of few rows lose digits as 1 / p. Newton's method runs without
 a graph until it stands; one more step, with the graph, has exactly the gradient of the minimum (its
 implicit derivative), whatever the number of steps.
 """
@@ -17,6 +18,7 @@ implicit derivative), whatever the number of steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pymeta.learners.base import EncodedLearner, State, check_loss
-from pymeta.learners.rows import Flat, columns, times_own
+from pymeta.learners.rows import Flat, columns, grouped, merged, times_own
 from pymeta.spec.losses import Loss
 from pymeta.spec.show import counted
 
@@ -171,18 +173,69 @@ def ridge(rows: Flat, f: Tensor, y: Tensor, w: Tensor, p: Tensor, w0: Tensor) ->
         w0: [d, out], its mean.
     """
     root = w.sqrt().unsqueeze(-1)
-    g = rows.padded(root * f)  # [T, R, d]
-    residual = rows.padded(root * (y - f @ w0))
-    if rows.rows < len(p):  # the dual: as many equations as rows
+
+    def dual(g: Tensor, residual: Tensor) -> Tensor:  # as many equations as rows
         scaled = g / p
-        inner = scaled @ g.mT + torch.eye(rows.rows, dtype=f.dtype, device=f.device)
+        inner = scaled @ g.mT + torch.eye(g.shape[1], dtype=f.dtype, device=f.device)
         return w0 + scaled.mT @ solve(inner, residual)
-    return w0 + solve(g.mT @ g + torch.diag(p), g.mT @ residual)
+
+    def primal(g: Tensor, residual: Tensor) -> Tensor:
+        return w0 + solve(g.mT @ g + torch.diag(p), g.mT @ residual)
+
+    return _Sizes(rows, len(p)).either(dual, primal, root * f, root * (y - f @ w0))
+
+
+class _Sizes:
+    """Which tasks have fewer rows than there are features.
+
+    What is chosen by that is chosen for each task by itself: its neighbours do not matter.
+    """
+
+    def __init__(self, rows: Flat, features: int) -> None:
+        self.rows = grouped(rows.task, rows.tasks)  # without gaps where rows do not count
+        sizes = torch.bincount(rows.task, minlength=rows.tasks)
+        self.few = sizes < features
+        self.some, self.all = bool(self.few.any()), bool(self.few.all())
+        self.most = int(sizes[self.few].max()) if self.some else 0
+
+    def either(
+        self, few: Callable[..., Tensor], many: Callable[..., Tensor], *values: Tensor
+    ) -> Tensor:
+        """[T, ...]: by `few` or `many`, which take values of the rows [N, ...] as [T', R, ...]."""
+        return self.of_tasks(few, many, *(self.rows.padded(v) for v in values))
+
+    def of_tasks(
+        self, few: Callable[..., Tensor], many: Callable[..., Tensor], *padded: Tensor
+    ) -> Tensor:
+        """Likewise, of what is [T, R, ...] already."""
+        if self.all or not self.some:
+            return (few if self.all else many)(*padded)
+        found = few(*(v[self.few][:, : self.most] for v in padded))
+        return merged(self.few, found, many(*(v[~self.few] for v in padded)))
+
+
+def cholesky(matrices: Tensor) -> Tensor:
+    """The lower factors of positive definite matrices [..., n, n]; NaN of one that is not finite.
+
+    Raises:
+        ValueError: one that is finite has none, for its eigenvalues are too far apart.
+    """
+    factors, failed = torch.linalg.cholesky_ex(matrices)
+    if not bool(failed.any()):
+        return factors
+    lacks = (failed != 0)[..., None, None]
+    if bool((lacks & matrices.isfinite().all(-1, True).all(-2, True)).any()):
+        raise ValueError(
+            f"xs: a task's equations have no solution in {str(matrices.dtype).split('.')[-1]}: its "
+            f"features are too large for the prior's precision; make them smaller, begin with a "
+            f"larger precision=, or use float64"
+        )
+    return factors.masked_fill(lacks, math.nan)
 
 
 def solve(matrices: Tensor, right: Tensor) -> Tensor:
     """Solutions with positive definite matrices [T, n, n] of right sides [T, n, m]."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(matrices))
+    return torch.cholesky_solve(right, cholesky(matrices))
 
 
 # ---- Newton's method --------------------------------------------------------------------------
@@ -192,10 +245,12 @@ class _Logits:
     """Independent logits, a problem for each task and output: [T * out] of d unknowns."""
 
     def __init__(self, rows: Flat, f: Tensor, y: Tensor, w: Tensor, p: Tensor, w0: Tensor) -> None:
+        self.sizes, offset = _Sizes(rows, len(p)), rows.offset
+        rows = self.sizes.rows
         self.tasks, self.outputs = rows.tasks, w0.shape[1]
         self.f, self.w = rows.padded(f), rows.padded(w)  # [T, R, d], [T, R]
         self.y = rows.padded(columns(y))  # [T, R, out]
-        self.offset = 0.0 if rows.offset is None else rows.padded(rows.offset)
+        self.offset = 0.0 if offset is None else rows.padded(offset)
         self.p = p
         self.prior = w0.T.expand(self.tasks, -1, -1)  # [T, out, d]
 
@@ -215,21 +270,30 @@ class _Logits:
         slope = self.w.unsqueeze(-1) * (chance - self.y)  # [T, R, out]
         gradient = slope.mT @ self.f + self.p * (v - self.prior)  # [T, out, d]
         curve = self.w.unsqueeze(-1) * chance * (1 - chance)
-        return self._solved(curve.detach().mT, gradient).reshape(flat.shape)
+        return self._solved(curve.detach(), gradient).reshape(flat.shape)
 
     def _solved(self, curve: Tensor, right: Tensor) -> Tensor:
-        """The inverse Hessian of curves [T, out, R] times [T, out, d]; it is a constant."""
-        f, p = self.f.detach(), self.p.detach()
-        if f.shape[1] >= f.shape[2]:
-            hessian = torch.einsum("tor,tri,trj->toij", curve, f, f) + torch.diag(p)
+        """The inverse Hessian of curves [T, R, out] times [T, out, d]; it is a constant."""
+        p = self.p.detach()
+
+        def primal(curve: Tensor, f: Tensor, right: Tensor) -> Tensor:
+            hessian = torch.einsum("tro,tri,trj->toij", curve, f, f) + torch.diag(p)
             return solve(hessian, right.unsqueeze(-1)).squeeze(-1)
-        root = curve.sqrt()  # the dual: as many equations as rows
-        alike = (f / p) @ f.mT
-        inner = root.unsqueeze(-1) * root.unsqueeze(-2) * alike.unsqueeze(1)
-        inner = inner + torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
-        own = right / p
-        solved = solve(inner, (root * (own @ f.mT)).unsqueeze(-1)).squeeze(-1)
-        return own - (root * solved) @ f / p
+
+        def dual(curve: Tensor, f: Tensor, right: Tensor) -> Tensor:  # as many equations as rows
+            root = curve.mT.sqrt()
+            alike = (f / p) @ f.mT
+            inner = root.unsqueeze(-1) * root.unsqueeze(-2) * alike.unsqueeze(1)
+            inner = inner + torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
+            own = right / p
+            solved = solve(inner, (root * (own @ f.mT)).unsqueeze(-1)).squeeze(-1)
+            return own - (root * solved) @ f / p
+
+        rights = right.unsqueeze(1)  # [T, 1, out, d]: its rows are no rows of the task
+        return self.sizes.of_tasks(
+            lambda c, f, r: dual(c, f, r[:, 0]), lambda c, f, r: primal(c, f, r[:, 0]),
+            curve, self.f.detach(), rights,
+        )  # fmt: skip
 
     def weights(self, flat: Tensor) -> Tensor:
         return flat.view(self.prior.shape).mT
@@ -284,7 +348,7 @@ def _minimum(problem: _Logits | _Classes) -> Tensor:
         share = torch.ones_like(value)
         for _ in range(_HALVINGS):
             there = problem.value(at - share.unsqueeze(-1) * step)
-            worse = ~(there <= value)
+            worse = ~(there <= value) & value.isfinite()  # what is not never gets better
             if not bool(worse.any()):
                 break
             share = torch.where(worse, share / 2, share)

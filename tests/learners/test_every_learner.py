@@ -87,6 +87,24 @@ def test_a_row_of_weight_zero_is_absent(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["xs", "ys", "xq"])
+def test_a_task_that_is_not_finite_is_its_own_affair(kind, bad, place):
+    learner, data = make(kind), dict(zip(["xs", "ys", "xq", "yq"], tasks(kind), strict=True))
+    if not data[place].is_floating_point():
+        place = "xs"  # labels are always finite
+    wanted = learner(**data)
+    data[place][1, 0, 0] = bad
+    models = learner.adapt(data["xs"], data["ys"])
+    out = learner(**data)
+    others = [0, 2, 3]
+    close(kind, out.task_losses[others], wanted.task_losses[others])
+    close(kind, out.predictions[others], wanted.predictions[others])
+    close(kind, models(data["xq"])[others], wanted.predictions[others])
+    assert math.isinf(bad) or out.task_losses[1].isnan()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_copies_pickles_and_state_dicts(kind):
     learner, data = make(kind), tasks(kind)
     out = learner(*data)

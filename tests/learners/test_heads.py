@@ -135,6 +135,35 @@ def test_both_forms_are_one(kind, features):
             assert torch.allclose(got.state["weights"][t], wanted, rtol=0, atol=tolerance)
 
 
+def test_a_task_of_few_rows_is_as_exact_beside_one_of_many():
+    """By the normal equations, which its neighbour needs, it would lose digits as 1 / precision."""
+    torch.manual_seed(1)
+    xs = [torch.randn(n, 64) for n in (100, 5, 80)]
+    ys = [x @ torch.linspace(-1, 1, 64).unsqueeze(1) for x in xs]
+    found = []
+    for dtype in (torch.float32, F64):
+        head = RidgeHead(nn.Identity(), features=64, outputs=1, loss="mse", precision=1e-4)
+        x, y = [v.to(dtype) for v in xs], [v.to(dtype) for v in ys]
+        weights = [torch.ones(len(v)) for v in x]
+        weights[1][2] = 0  # a gap among its rows
+        head = head.to(dtype)
+        beside = head(x, y, x, support_weights=weights).predictions[1]
+        alone = head(x[1:2], y[1:2], x[1:2], support_weights=weights[1:2]).predictions[0]
+        found += [beside.detach().double(), alone.detach().double()]
+    # five rows' products of 64 terms, whose smallest and largest eigenvalues are 5 apart
+    bound = 5 * 5 * 64 * torch.finfo(torch.float32).eps * float(found[-1].abs().max())
+    for got in found[:3]:
+        assert (got - found[-1]).abs().max() < bound < 0.01
+
+
+def test_equations_without_a_solution_name_the_cure():
+    x = torch.randn(1, 3, 20, generator=torch.Generator().manual_seed(0))
+    head = BayesianHead(nn.Identity(), features=20, outputs=1, precision=1e-9, bias=False)
+    with pytest.raises(ValueError, match=r"xs: .*no solution in float32: .*larger precision="):
+        head(x, x[..., :1], x)
+    assert head.double()(x.double(), x[..., :1].double(), x.double()).predictions.isfinite().all()
+
+
 def test_a_bayesian_head_is_gaussian_conditioning():
     """The joint normal of all rows of a task, conditioned on the support rows."""
     head = make("bayesian")
