@@ -220,6 +220,7 @@ def cholesky(matrices: Tensor) -> Tensor:
     Raises:
         ValueError: one that is finite has none, for its eigenvalues are too far apart.
     """
+    factors: Tensor
     factors, failed = torch.linalg.cholesky_ex(matrices)
     if not bool(failed.any()):
         return factors
