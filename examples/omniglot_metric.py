@@ -88,7 +88,8 @@ def judge(channels: int) -> nn.Sequential:
 def learner(kind: str, channels: int, bf16: bool) -> EncodedLearner:
     """The learner that an option names."""
     if kind == "relation":
-        return RelationNet(Conv4(channels, 2, bf16), judge(channels))
+        # Of one shot the mean is the paper's sum; of more, it is what was seen in training.
+        return RelationNet(Conv4(channels, 2, bf16), judge(channels), average=True)
     encoder = Conv4(channels, 4, bf16)
     if kind == "matching":
         return MatchingNet(encoder, temperature=0.1, learn_temperature=True)
@@ -112,7 +113,7 @@ def train(net: EncodedLearner, episodes: Episodes, validation: Batch, args: argp
     adam = torch.optim.Adam(net.parameters(), args.lr)
     curve: list[tuple[int, float, float, float]] = []
     best, state, losses, before = -1.0, copy.deepcopy(net.state_dict()), [], 0.0
-    start, iteration, progress = time.perf_counter(), 0, 0.0
+    start, iteration, progress = time.perf_counter(), 0, 0.0 if args.iterations else 1.0
     while progress < 1:
         adam.param_groups[0]["lr"] = args.lr * (1 - 0.99 * progress)
         loss = net(*episodes(1)).loss
@@ -153,7 +154,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-ways", type=int, default=60, help="classes in a training task")
     add("--shots", type=int, default=1, help="drawings of each class in a support set")
     add("--queries", type=int, default=5, help="drawings of each class in a query set")
-    add("--iterations", type=int, default=20_000, help="training tasks")
+    add("--iterations", type=int, default=20_000, help="training tasks; 0: test --state")
     add("--seconds", type=float, default=math.inf, help="stop training after so many, if sooner")
     add("--lr", type=float, default=1e-3, help="Adam's step size")
     add("--bf16", action="store_true", help="convolutions in bfloat16 while training")

@@ -5,11 +5,13 @@ Sung et al. 2018, "Learning to compare: relation network for few-shot learning" 
     score_k = relation([sum of the features of class k's support rows, f])
 
 with the features joined along their first axis, so that those of a convolutional network stay maps.
-The paper fits sigmoid(score) to 1 for the right class and 0 for all others by the squared error;
-the cross-entropy of the scores is the alternative.
+The paper fits sigmoid(score) to 1 for the right class and 0 for all others by the squared error,
+here the mean over the task's classes; the cross-entropy of the scores is the alternative.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +94,8 @@ class RelationNet(ClassLearner):
         if not self.squared:
             return super()._row_losses(outputs, variances, targets)
         right = nn.functional.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
-        return (outputs.sigmoid() - right).square().mean(-1)
+        classes = (outputs != -math.inf).sum(-1)  # of the task, whatever others have
+        return (outputs.sigmoid() - right).square().sum(-1) / classes
 
     def _probabilities(self, outputs: Tensor) -> Tensor:
         """The scores' sigmoids, to add up to 1; or their softmax."""

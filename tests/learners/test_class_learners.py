@@ -138,7 +138,8 @@ def test_they_are_their_equations(kind, weighted):
         assert torch.allclose(got, right, rtol=0, atol=1e-10)
         if kind in ("relation", "average"):
             one = nn.functional.one_hot(yq[t], 3).to(F64)
-            loss = (right.sigmoid() - one).square().mean()
+            there = right[0].isfinite()  # the task's classes
+            loss = (right.sigmoid() - one)[:, there].square().mean()
         else:
             loss = nn.functional.cross_entropy(right, yq[t])
         assert torch.allclose(out.task_losses[t], loss, rtol=0, atol=1e-10)
@@ -156,6 +157,23 @@ def test_one_shot_is_the_nearest_neighbour():
             s, q = (nn.functional.normalize(v, dim=-1) for v in (s, q))
         nearest = torch.cdist(q, s).argmin(-1)
         assert torch.equal(found, ys.gather(1, nearest))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ways", [None, 7])
+def test_a_task_of_fewer_classes_is_what_it_is_alone(kind, ways):
+    learner = make(kind)
+    torch.manual_seed(4)
+    labels = [torch.tensor([0, 1, 0]), torch.arange(5), torch.zeros(2, dtype=torch.int64)]
+    xs = [torch.randn(len(y), 3, dtype=F64) for y in labels]
+    alone = [learner(x[None], y[None], x[None], y[None]) for x, y in zip(xs, labels, strict=True)]
+    learner.ways = ways
+    beside = learner(xs, labels, xs, labels)
+    assert_close(beside.task_losses, torch.cat([out.task_losses for out in alone]))
+    for out, got, y in zip(alone, beside.predictions, labels, strict=True):
+        classes = int(y.max()) + 1
+        assert_close(got[:, :classes], out.predictions[0])
+        assert (got[:, classes:] == -math.inf).all()
 
 
 # ---- gradients and forms ------------------------------------------------------------------------
