@@ -19,6 +19,7 @@ import _sentences
 import compare_learners
 import intents
 import omniglot_metric
+import omniglot_optimizers
 from _functions import Functions
 
 
@@ -58,6 +59,38 @@ def test_training_ends_with_its_time(drawings):
         [*options, "--test-tasks", "2", "--test", "5x1", "--seconds", "0.2"]
     )
     assert len(result["curve"]) == 1 and result["curve"][0][0] < 20_000
+
+
+def test_a_kept_state_is_tested_without_training(drawings, tmp_path):
+    state = tmp_path / "state.pt"
+    options = ["--data", str(drawings), "--channels", "2", "--train-classes", "12", "--state"]
+    options += [str(state), "--validation-classes", "6", "--train-ways", "5", "--test", "5x1"]
+    options += ["--validation-tasks", "2", "--test-tasks", "4", "--iterations"]
+    trained = omniglot_metric.main([*options, "3"])
+    kept = state.read_bytes()
+    again = omniglot_metric.main([*options, "0"])
+    assert again["accuracy"] == trained["accuracy"] and again["curve"] == []
+    assert state.read_bytes() == kept
+
+
+def test_optimizers_learn_characters(drawings, tmp_path, capsys):
+    """Chance is 20 %; drawings of a character hardly differ, so that little training will do."""
+    options = {
+        "--data": drawings, "--shots": 2, "--train-classes": 12, "--validation-classes": 6,
+        "--validation-tasks": 4, "--test-tasks": 8, "--seconds": 0.6, "--looks": 2, "--hidden": 2,
+        "--steps": 1, "--json": tmp_path / "result.json",
+    }  # fmt: skip
+    argv = [str(part) for pair in options.items() for part in pair]
+    argv += ["--rates", "0.1", "--test-steps", "1", "2"]
+    found = omniglot_optimizers.main(argv)["result"]
+    assert list(found) == ["sgd", "maml", "meta_lstm"]
+    for row in found.values():
+        assert row["accuracy"][0] > 0.3 and row["wall"] > 0
+        assert [round(spent, 1) >= at for (_, _, spent), at in
+                zip(row["curve"], (0.3, 0.6), strict=True)] == [True, True]  # fmt: skip
+    assert found["sgd"]["choice"]["lr"] == 0.1 and found["maml"]["choice"]["steps"] in (1, 2)
+    assert "meta_lstm, 5-way 2-shot, 8 test tasks" in capsys.readouterr().out
+    assert (tmp_path / "result.json").stat().st_size > 100
 
 
 # ---- functions, and all learners in one table ---------------------------------------------------

@@ -58,7 +58,8 @@ def test_they_are_short(name):
 def test_no_example_is_long():
     long = {p.name: len(p.read_text().splitlines()) for p in EXAMPLES.glob("*.py")}
     # comparisons of many learners on several data sets; they have a table of settings each
-    allowed = {"compare_learners.py": 320, "intents.py": 360, "omniglot_metric.py": 230}
+    allowed = {"compare_learners.py": 320, "intents.py": 360, "omniglot_metric.py": 230,
+               "omniglot_optimizers.py": 220}  # fmt: skip
     assert {name: n for name, n in long.items() if n > allowed.get(name, 200)} == {}
 
 
