@@ -22,6 +22,7 @@ from pymeta.data import Panel, Preprocessor, Ragged
 from pymeta.data.optional import need
 from pymeta.finance.blend import Blend
 from pymeta.finance.common import Common
+from pymeta.finance.echo import Echo
 from pymeta.finance.fading import faded
 from pymeta.tasks.groups import Array
 
@@ -60,11 +61,13 @@ class Deployed:
 
         pooled = model.pooled
         panel, offset = model._seen(train)
-        form = model.form if model.head is not None else "score"
-        shown = model._shown(panel, offset, form)
-        head = model.head
-        if head is None:  # a level for each entity, which predict leaves alone
-            head = model._trained(shown, model._both(panel, offset), form)
+        head, echo = model.head, None
+        form = shown_form = "score" if head is None else model.form
+        if isinstance(head, Echo):
+            echo, shown_form = head.described(), "score"
+        if head is None or echo is not None:  # the adapter is one that predict leaves alone
+            head = model._trained(panel, model._both(panel, offset), shown_form)
+        shown = model._shown(panel, offset, shown_form)
         described, trees = _described(pooled.fitted)
         centre, scale = model._scale
         target = pooled.target
@@ -72,10 +75,11 @@ class Deployed:
             "format": FORMAT,
             "form": form,
             "adapts": model.head is not None,
+            "echo": echo,
             "score": {"centre": centre, "scale": scale},
             "history": model.history,
             "common": None if model._common is None else model._common.worth,
-            "far": model._far,
+            "far": None if echo else model._far,
             "columns": {"entity": train.entity, "time": train.time, "target": train.target},
             "features": {"numeric": train.numeric, "categorical": train.categorical},
             "target": None
@@ -170,6 +174,8 @@ class Deployed:
         """The features that the adapter takes, and the pooled model's output [rows, 1]."""
         x = self.prep(panel).x
         offset = self._pooled(x).astype(np.float32)[:, None]
+        if self._echo is not None:
+            return self._echo.clock(panel.need_times("history and query")), offset
         if self.described["form"] == "level":
             return np.ones((len(panel), 1), np.float32), offset
         if self.described["form"] != "score":
@@ -177,6 +183,12 @@ class Deployed:
         scale = self.described["score"]
         seen = (offset - np.float32(scale["centre"])) / np.float32(scale["scale"])
         return np.clip(seen, -5, 5), offset
+
+    @property
+    def _echo(self) -> Echo | None:
+        """What comes back, where that is the form."""
+        described = self.described.get("echo")
+        return None if described is None else Echo.of(described)
 
     def _pooled(self, x: Array) -> Array:
         weight, out = self.described["trees"], np.zeros(len(x))
@@ -208,7 +220,12 @@ class Deployed:
             own = own + common.astype(np.float32)[:, None]
         sizes = known.where(mine).sizes
         parts = (Ragged(values[mine], sizes) for values in (xs, y))
-        models = self.adapter.adapt(*parts, offset=Ragged(own[mine], sizes))
+        given, adapts = Ragged(own[mine], sizes), self._echo
+        models: Any
+        if adapts is not None:
+            models = adapts.adapt(*parts, support_offset=given)
+        else:
+            models = self.adapter.adapt(*parts, offset=given)
         sizes = asked.where(rows).sizes
         found = models(Ragged(x[rows], sizes), offset=Ragged(offset[rows], sizes))
         far, raw = self.described.get("far"), np.concatenate([np.asarray(f) for f in found])

@@ -12,9 +12,10 @@ entities that the choice has not been trained on:
     score     the pooled model's own output and 1: a level and a slope for each entity
     linear    all features and 1
     network   16 features of a network, trained through the heads
+    echo      a level, and what comes back: a Gaussian process over time (`pymeta.finance.echo`)
 
-Where tasks are of fixed sizes in time, a remainder fades as the rows it was adapted to grow older
-than those of training tasks (`pymeta.finance.fading`).
+Where tasks are of fixed sizes in time, any but the last fades as the rows it was adapted to grow
+older than those of training tasks (`pymeta.finance.fading`).
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
 from pymeta.data import Panel, Ragged
+from pymeta.data.draw import is_whole
 from pymeta.finance.checks import Check, Found, check_of, found_by, is_walk
 from pymeta.finance.common import Common
+from pymeta.finance.echo import Echo
 from pymeta.finance.fading import faded, reach
 from pymeta.finance.offsets import Offsets, rows_of
 from pymeta.finance.pooled import Pooled
@@ -41,6 +44,8 @@ from pymeta.metrics.models import history_of
 from pymeta.tasks.groups import Array
 
 FORMS = ("pooled", "level", "score", "linear", "network")
+ECHO = "echo"
+Head: TypeAlias = BayesianHead | RidgeHead | Echo
 _FOLDS = 3  # of entities, by which forms are judged
 _SURE = 1.645  # standard errors: by chance, one in twenty is better by as much
 _SMEARED = 24  # batches of tasks
@@ -54,7 +59,8 @@ class Remainder:
     Args:
         base: the pooled model: "linear", "lightgbm", "blend", or an estimator of scikit-learn.
         link: "log" for targets > 0 whose predictions have to be.
-        forms: what may be adapted, of "pooled", "level", "score", "linear" and "network".
+        forms: what may be adapted, of "pooled", "level", "score", "linear", "network" and, for
+            numbers of a panel with times, "echo", which is not among the default ones.
         support: rows of a training task that are adapted to: a number, or (least, most).
         query: rows of it that are predicted.
         gap: rows between the two, or a timedelta64, as in `Panel.episodes`.
@@ -104,9 +110,9 @@ class Remainder:
         seed: int = 0,
     ) -> None:
         """Check and keep the settings."""
-        unknown = [f for f in forms if f not in FORMS]
+        unknown = [f for f in forms if f not in (*FORMS, ECHO)]
         if unknown or not forms:
-            raise ValueError(f"forms: expected some of {FORMS}, got {list(forms)}")
+            raise ValueError(f"forms: expected some of {(*FORMS, ECHO)}, got {list(forms)}")
         self.forms, self.steps, self.lr, self.relative = tuple(forms), steps, lr, relative
         self.histories = tuple(history) if isinstance(history, Sequence) else (history,)
         if not self.histories:
@@ -128,6 +134,8 @@ class Remainder:
     def fit(self, train: Panel) -> Remainder:
         """Fit the pooled model, choose the form and train its head."""
         self.pooled.fit(train)
+        if ECHO in self.forms and self.pooled.target is None:
+            raise ValueError("forms: expected no 'echo' for a target of two classes")
         self._train = train
         self._again: tuple[Pooled, Panel, Common | None] | None = None
         panel, offset = self._seen(train)
@@ -144,9 +152,8 @@ class Remainder:
         self.head: Any = None
         self.smear = None if self.pooled.target is None else self.pooled.target.smear
         if self.form != "pooled":
-            shown = self._shown(panel, offset, self.form)
-            self.head = firmed(self._trained(shown, both, self.form), self.firmer)
-            self._learn_smear(shown, both)
+            self.head = firmed(self._trained(panel, both, self.form), self.firmer)
+            self._learn_smear(self._shown(panel, offset, self.form, self.head), both)
         return self
 
     def _learned_common(self, panel: Panel, offset: Array) -> Common | None:
@@ -178,8 +185,10 @@ class Remainder:
             return prepared, offset
         return prepared._changed(y=self.pooled.targets(panel)), offset
 
-    def _shown(self, panel: Panel, offset: Array, form: str) -> Panel:
+    def _shown(self, panel: Panel, offset: Array, form: str, head: Head | None = None) -> Panel:
         """The panel with the features that the head of a form takes."""
+        if isinstance(head, Echo):
+            return panel.with_features(head.clock(panel.need_times("forms='echo'")), ["time"])
         if form == "level":
             return panel.with_features(np.ones((len(panel), 1), np.float32), ["level"])
         if form != "score":
@@ -226,12 +235,12 @@ class Remainder:
         self, panel: Panel, offsets: Offsets, form: str, folds: list[Array]
     ) -> dict[float, Check]:
         """A form by its firmness: every fold's entities with a head of the others."""
-        shown = self._shown(panel, offsets.asked, form)
         most = None if len(self.histories) == 1 else max(h or 0 for h in self.histories)
         found: dict[float, list[Found]] = {}
         for held in folds:
             rows = np.repeat(held, panel.sizes)
-            head = self._trained(shown.where(~rows), offsets.where(~rows), form)
+            head = self._trained(panel.where(~rows), offsets.where(~rows), form)
+            shown = self._shown(panel, offsets.asked, form, head)
             options = self._episodes(min(self.episodes["tasks"], int(held.sum())))
             for firmer in FIRMER:
                 part = shown.where(rows), offsets.where(rows), options, most
@@ -253,12 +262,15 @@ class Remainder:
             return np.asarray(np.exp(rest) / smear - rest + np.log(smear) - 1)
         return np.asarray((raw - y) ** 2)
 
-    def _trained(self, panel: Panel, offsets: Offsets, form: str) -> BayesianHead | RidgeHead:
+    def _trained(self, panel: Panel, offsets: Offsets, form: str) -> Head:
         """A head, trained on episodes of a panel; without rows it predicts what the base does.
 
         What is common to all at a time is taken out of query rows, too: no head can foresee it.
         """
+        if form == ECHO:
+            return self._echo(panel, offsets)
         torch.manual_seed(self.seed)
+        panel = self._shown(panel, offsets.asked, form)
         width = panel.x.shape[1]
         encoder: nn.Module = nn.Identity()
         features = width
@@ -295,6 +307,16 @@ class Remainder:
             rate.step()
         return head
 
+    def _echo(self, panel: Panel, offsets: Offsets) -> Echo:
+        """The head of what comes back, for tasks as they are."""
+        target = self.pooled.target
+        assert target is not None
+        options = self._episodes()
+        support, query = (int(np.max(options[name])) for name in ("support", "query"))
+        later = query + (options["gap"] if is_whole(options["gap"]) else 0)
+        log = target.scale if self.pooled.link == "log" else None
+        return Echo.learned(panel, offsets.given, support, later, log)
+
     def _learn_smear(self, shown: Panel, offsets: Offsets) -> None:
         """By what factor exponentials of predictions are too small, from rows not adapted to."""
         if self.pooled.link != "log":
@@ -330,8 +352,8 @@ class Remainder:
         rest = ~np.isin(self._train.labels, history.entities)
         if not rest.any():
             return history
-        known = stacked(self._train.where(rest), history)
         if self._again is None:
+            known = stacked(self._train.where(rest), history)
             first = self.pooled
             again = Pooled(first.base, link=first.link, prep=first.options, seed=self.seed)
             # a head on all features was trained on these; one on the score does not mind others
@@ -340,7 +362,7 @@ class Remainder:
             self._again = again, known, self._learned_common(*self._seen(known))
         self.pooled, first_known, self._common = self._again
         mine = np.isin(first_known.labels, history.entities)
-        same = len(first_known) == len(known)
+        same = len(first_known) == int(rest.sum()) + len(history)
         return first_known.where(mine) if same else history
 
     def _predicted(self, history: Panel | None, query: Panel) -> Array:
@@ -349,26 +371,29 @@ class Remainder:
             return self.pooled.back(offset[:, 0])
         if self.history is not None:
             history = history.last(self.history)
-        shown = self._shown(panel, offset, self.form)
+        shown = self._shown(panel, offset, self.form, self.head)
         own, own_offset = self._seen(history)
         given = self._both(own, own_offset).given
         mine = np.isin(own.labels, query.entities)
-        known = self._shown(own, own_offset, self.form).where(mine) if mine.any() else None
+        given_rows = self._shown(own, own_offset, self.form, self.head)
+        known = given_rows.where(mine) if mine.any() else None
         xs, ys = history_of(known, query.entities, shown.x.shape[1])
         models = self.head.adapt(xs, ys, support_offset=Ragged(given[mine], xs.sizes))
         found = models(Ragged(shown.x, query.sizes), offset=Ragged(offset, query.sizes))
         raw = rows_of(found)
-        if self._far is not None:
+        if self._far is not None and self.form != ECHO:  # which knows by itself how old rows are
             asked = offset[:, 0]
             raw = asked + faded(history, query, self._far) * (raw - asked)
         return self.pooled.back(raw, self.smear)
 
 
 @torch.no_grad()
-def firmed(head: BayesianHead | RidgeHead, firmer: float) -> BayesianHead | RidgeHead:
+def firmed(head: Head, firmer: float) -> Head:
     """A copy whose prior precision is so many times as large."""
     if firmer == 1:
         return head
+    if isinstance(head, Echo):
+        return head.firmed(firmer)
     twin = copy.deepcopy(head)
     if isinstance(twin, RidgeHead):
         twin.log_precision.add_(math.log(firmer))

@@ -41,6 +41,10 @@ def _as_array(groups: Any, name: str) -> Array:
     return objects
 
 
+def _only_strings(labels: Array) -> bool:
+    return set(map(type, labels.tolist())) == {str}
+
+
 def _of_one_kind(labels: Array, name: str) -> Array:
     """Labels that are objects as numbers or strings, if all of them are."""
     kinds = {"str" if isinstance(g, str) else type(g).__name__ for g in labels}
@@ -60,7 +64,8 @@ def _refuse_tables(labels: Array, name: str) -> None:
             f"{name}: expected one label for each row of X, got shape {list(labels.shape)}; {cure}"
         )
     # of a structured array, of pandas' MultiIndex
-    several = next((g for g in labels.tolist() if np.ndim(g)), None) if labels.ndim else None
+    may = labels.ndim and labels.dtype.kind in "OV"
+    several = next((g for g in labels.tolist() if np.ndim(g)), None) if may else None
     if several is not None:
         raise ValueError(
             f"{name}: expected one label for each row of X, got the {type(several).__name__} "
@@ -76,12 +81,16 @@ def labels_of(groups: Any, X: Any, name: str = "groups") -> Array:
     labels = _as_array(groups, name)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    _refuse_tables(labels, name)
+    strings = labels.dtype.kind == "O" and labels.ndim == 1 and _only_strings(labels)
+    if not strings:  # which need no look at each
+        _refuse_tables(labels, name)
     if labels.shape != (len(X),):
         raise ValueError(
             f"{name}: expected a label for each row of X, shape [{len(X)}], "
             f"got shape {list(labels.shape)}"
         )
+    if strings:
+        return np.asarray(labels.tolist())
     if labels.dtype.kind in "mM":
         missing = labels[np.isnat(labels)].tolist()
     else:

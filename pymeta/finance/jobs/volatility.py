@@ -16,7 +16,7 @@ import numpy as np
 
 from pymeta.data import Panel
 from pymeta.finance.prices import Prices, ahead, read_prices, trailing
-from pymeta.finance.remainder import FORMS, Remainder
+from pymeta.finance.remainder import ECHO, FORMS, Remainder
 from pymeta.finance.result import Result, Say, compared, deployed, result, silent
 from pymeta.finance.walk import Walking
 from pymeta.finance.wild import wild_split
@@ -96,8 +96,8 @@ def volatility(
             "open": ..., "high": ..., "low": ...}, as there.
         days: how many days a stock is adapted to.
         horizon: how many days ahead.
-        form: what is adapted: "level", "score", "linear" or "network"; by default one of the first
-            three is chosen on training stocks, or nothing.
+        form: what is adapted: "level", "score", "linear", "echo" or "network"; by default one of
+            the first four is chosen on training stocks, or nothing.
         every: days until models are adapted and rivals fitted again.
         at: the first day that is predicted; by default after seven tenths of the time.
         wild: whether to train on the calmest half of the months and predict the wildest quarter,
@@ -125,7 +125,7 @@ def volatility(
     def ours(seed: int) -> Remainder:
         return Remainder(
             link="log",
-            forms=(form,) if form else FORMS[:4],
+            forms=(form,) if form else (*FORMS[:4], ECHO),
             support=days,
             query=every,
             gap=horizon - 1,
