@@ -261,8 +261,7 @@ class MAML(Learner):
         support = task_set(
             SUPPORT, xs, ys, support_sizes, support_weights, plan.expected, support_offset
         )
-        sides = (xq, yq, query_sizes, query_weights)
-        apart = self._by_support(plan)
+        apart, sides = self._by_support(plan), (xq, yq, query_sizes, query_weights)
         query = by_support.queries(sides, query_offset, step_weights, plan, apart)
         check_same_tasks(support, query)
         anchors = self._strengths(anchor, support, plan)
@@ -501,6 +500,9 @@ class MAML(Learner):
 
     def _plan_for(self, dtype: torch.dtype, device: torch.device, x: Any) -> Plan:
         return self._current(x)[0]
+
+    def _module_for(self, dtype: torch.dtype, device: torch.device, x: Any) -> nn.Module:
+        return self.model
 
     def _adapted_shapes(self) -> dict[str, tuple[int, ...]]:
         plan = self._current()[0]

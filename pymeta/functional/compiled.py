@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pymeta.backend.gradients import Extras
-from pymeta.functional import ops  # registers them
+from pymeta.functional import implicit_calls, minimum_ops, ops  # registers them
 from pymeta.functional.evaluation import Results
 from pymeta.functional.handles import owner_of
 from pymeta.functional.ops import Inputs
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pymeta.functional.calls import Flows, Request
     from pymeta.functional.operator import Operator
 
-__all__ = ["ops"]
+__all__ = ["minimum_ops", "ops"]
 
 # One side's x, y, sizes, weights and offset; as tensors, packed where they came as lists.
 Side: TypeAlias = tuple[Any, Any, Any, Any, Any]
@@ -45,11 +45,15 @@ def _width(
     `by_targets`: whether gradients by support and by query targets are wanted.
     """
     owner = owner_of(handle)
-    if owner.backend == "torch" or owner.implicit is not None:
+    if owner.backend == "torch":
         return -1
     plan = owner._plan_for(dtype, device, None if shape is None else torch.empty(shape))
     if plan.reason is not None or plan.expected.out_features is None:
         return -1
+    if owner.implicit is not None and (
+        owner.first_order or owner.task_clip or not implicit_calls.is_minimised(plan)
+    ):
+        return -1  # where it is an error
     sides = zip((plan.expected, plan.query_expected), by_targets, strict=True)
     if any(by and expected.loss.takes_classes for expected, by in sides):
         return -1  # it has no gradients by distributions over classes
@@ -93,6 +97,8 @@ class Call(NamedTuple):
         step_weights: [steps], or None.
         steps: how many.
         clips: whether `task_clip` counts.
+        names: of `parameters`.
+        stays: whether there are no steps, even where there is a minimum to go to.
         wanted: of what gradients are wanted, as `Inputs` have it; None for what requires grad.
     """
 
@@ -107,6 +113,8 @@ class Call(NamedTuple):
     step_weights: Any
     steps: int
     clips: bool
+    names: list[str]
+    stays: bool = False
     wanted: list[bool] | None = None
 
 
@@ -149,6 +157,12 @@ def width_of(call: Call, wrt: Sequence[str] | None = None) -> int:
 
     `wrt` names what gradients are wanted by; None for all that requires grad.
     """
+    rates = (call.lr, call.own_lr)
+    if _minimised(call.handle) is not None and (
+        call.step_weights is not None
+        or (torch.is_grad_enabled() and any(_requires_grad(r) for r in rates))
+    ):
+        return -1  # where it is an error
     first = call.parameters[0] if call.parameters else call.support[0]
     x = call.support[0]
     entry = x[0] if isinstance(x, (list, tuple)) else x
@@ -164,8 +178,42 @@ def width_of(call: Call, wrt: Sequence[str] | None = None) -> int:
     return _width(call.handle, first.dtype, first.device, shape_of_rows, by_targets)
 
 
+@_constant
+def _minimised(handle: str) -> list[str] | None:
+    """The names of what is adapted to a minimum; None where gradients are not implicit."""
+    owner = owner_of(handle)
+    return None if owner.implicit is None else list(owner._adapted_shapes())
+
+
+def _constant_rows(side: Side) -> Side:
+    """One side without graphs: a call of no steps does not look at it."""
+
+    def constant(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return [v.detach() for v in value]
+        return value.detach() if isinstance(value, Tensor) else value
+
+    x, y, sizes, weights, offset = map(constant, side)
+    return x, y, sizes, weights, offset
+
+
+def _at_minimum(call: Call, names: list[str], out: int) -> Call:
+    """The call of no steps from what the tasks are adapted to."""
+    inputs, _ = _inputs(call._replace(query=None, step_weights=None), out)
+    phi = dict(zip(names, torch.ops.pymeta.minimum(*inputs), strict=True))
+    named = dict(zip(call.names, call.parameters, strict=True))
+    return call._replace(
+        parameters=list({**named, **phi}.values()),
+        own=[name for name in call.names if name in phi or name in call.own],
+        support=_constant_rows(call.support), lr=None, own_lr=None, anchor=None, steps=0,
+    )  # fmt: skip
+
+
 def evaluate(call: Call, out: int) -> tuple[Results, Tensor]:
     """Losses and predictions with their graphs, and the loss's flat gradient."""
+    minimised = _minimised(call.handle)
+    if minimised is not None and not call.stays:
+        call = _at_minimum(call, minimised, out)
     inputs, lengths = _inputs(call, out)
     loss, losses, predictions, steps, flat = torch.ops.pymeta.evaluate(*inputs)
     outputs = list(predictions.split(lengths)) if lengths is not None else predictions
@@ -178,7 +226,8 @@ def evaluate(call: Call, out: int) -> tuple[Results, Tensor]:
 def adapt(call: Call, names: Sequence[str], out: int) -> dict[str, Tensor]:
     """The adapted parameters with their graph."""
     inputs, _ = _inputs(call, out)
-    return dict(zip(names, torch.ops.pymeta.adapt(*inputs), strict=True))
+    how = torch.ops.pymeta.adapt if _minimised(call.handle) is None else torch.ops.pymeta.minimum
+    return dict(zip(names, how(*inputs), strict=True))
 
 
 # ---- MAML -------------------------------------------------------------------------------------
@@ -202,7 +251,7 @@ def forward(maml: Any, data: tuple[Any, Any, Any, Any], options: dict[str, Any])
         call = Call(
             maml._handle, [own.get(n, p) for n, p in named.items()], list(own), support, query,
             maml.lr if isinstance(maml.lr, Tensor) else None, options["lr"], options["anchor"],
-            options["step_weights"], maml.steps if steps is None else steps, True,
+            options["step_weights"], maml.steps if steps is None else steps, True, list(named),
         )  # fmt: skip
         out = width_of(call)
         if out >= 0:
@@ -227,7 +276,7 @@ def _call(operator: Operator, request: Request, clips: bool = False) -> Call:
     steps = operator.steps if request.steps is None else request.steps
     return Call(
         operator.handle, parameters, own, tuple(request.support), query,
-        rates, request.lr, request.anchor, request.step_weights, steps, clips,
+        rates, request.lr, request.anchor, request.step_weights, steps, clips, names,
     )  # fmt: skip
 
 
@@ -246,6 +295,7 @@ def operator_predictions(operator: Operator, request: Request) -> Any:
     out = width_of(call)
     if out < 0:
         return _method(operator, "adapt_predict", (request,))
+    call = call._replace(stays=call.steps == 0)
     return evaluate(call, out)[0].predictions
 
 
@@ -260,7 +310,7 @@ def operator_gradients(
     call = _call(operator, request._replace(rates=rates), clips=True)
     out = width_of(call, wrt)
     lists = isinstance(call.support[0], (list, tuple))
-    if out < 0 or flows is not None or lists:
+    if out < 0 or flows is not None or lists or operator.implicit is not None:
         return _method(operator, "gradients", (request, wrt, flows))
     named = ["lr" if name == "rates" else name for name in wrt]
     parameters = ["parameters" in wrt] * len(call.parameters)

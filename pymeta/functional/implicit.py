@@ -15,7 +15,7 @@ vector-Jacobian product is one of CG's products, and at r = 1/strength it is the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -99,25 +99,40 @@ def with_implicit_graph(minimum: Minimum, implicit: Implicit) -> dict[str, Tenso
     adapted = minimum.adapted
     if not torch.is_grad_enabled() or not adapted:
         return adapted
-    call = _Solve(minimum, implicit)
+    call = Solve(minimum, implicit)
     if not call.inputs:
         return adapted
     outputs = with_graph(call, tuple(adapted.values()), call.inputs)
     return dict(zip(adapted, outputs, strict=True))
 
 
-class _Solve:
-    """What the node needs to go back through the minimum."""
+STRENGTHS = ".anchor"
 
-    def __init__(self, minimum: Minimum, implicit: Implicit) -> None:
+
+class Solve:
+    """What the node needs to go back through the minimum.
+
+    Attributes:
+        names: of what its gradients are by, in their order: parameters by name, the rows' by
+            ".xs", the strengths of the pull by `STRENGTHS`.
+        inputs: the same, themselves.
+    """
+
+    def __init__(
+        self, minimum: Minimum, implicit: Implicit, wanted: Collection[str] | None = None
+    ) -> None:
+        """`wanted` names what gradients are wanted by; None for all that requires grad."""
         self.why_once = IMPLICIT
         self._minimum, self._implicit = minimum, implicit
-        self._starts = {n: v for n, v in minimum.starts.items() if v.requires_grad}
+        every = {**minimum.starts, **minimum.sources, STRENGTHS: minimum.strengths}
+        if wanted is None:
+            wanted = {name for name, value in every.items() if value.requires_grad}
+        self._starts = {n: v for n, v in minimum.starts.items() if n in wanted}
         sources = minimum.sources
-        self._sources = [n for n, v in sources.items() if v.requires_grad]
-        strengths = [minimum.strengths] * minimum.strengths.requires_grad
-        by_sources = [sources[name] for name in self._sources]
-        self.inputs = [*self._starts.values(), *by_sources, *strengths]
+        self._sources = [name for name in sources if name in wanted]
+        self._by_strength = STRENGTHS in wanted
+        self.names = [*self._starts, *self._sources, *[STRENGTHS] * self._by_strength]
+        self.inputs = [every[name] for name in self.names]
         self._read = [*minimum.adapted.values(), *sources.values()]
         self._versions = versions_of(self._read)
 
@@ -137,7 +152,7 @@ class _Solve:
         if self._sources:
             by_name = _step(m, 1, self._sources).by_sources(solved)
             found += [by_name[name] for name in self._sources]
-        if m.strengths.requires_grad:
+        if self._by_strength:
             found.append(self._by_strengths(solved))
         return found
 

@@ -6,6 +6,7 @@ the minimum of; and query sets are evaluated by a call of no steps that starts t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -51,6 +52,11 @@ class ImplicitCall(NamedTuple):
     in_torch: bool
 
 
+def is_minimised(plan: Plan) -> bool:
+    """Whether the model has one loss that tasks are adapted to the minimum of."""
+    return not plan.least_steps and not plan.norms
+
+
 def check(plan: Plan, own: Own, rates: Tensor | None = None) -> None:
     """ValueError where the model or an argument has no meaning for implicit gradients.
 
@@ -92,25 +98,35 @@ def _of_one_step(model: nn.Module, plan: Plan) -> Plan:
     return plan.of_one_step
 
 
-def adapted(call: ImplicitCall) -> dict[str, Tensor]:
-    """The adapted parameters {name: [T, ...]}, with the graph of implicit gradients."""
-    model, plan, parameters, inner, support, own, implicit, torch_runs = call
-    anchors = None if own.anchors is None else own.anchors.detach()
-    options: dict[str, Any] = {"start": own.start, "anchors": anchors, "rates": own.rates}
-    with torch.no_grad():
-        if torch_runs:
-            named = dict(zip(plan.names, parameters, strict=True))
-            done = reference.adapt(model, named, plan.adapted, inner, support, **options)
-        else:
-            done = native_adapt.adapt(plan, parameters, inner.lr, inner, support, **options)
+def minimum_of(call: ImplicitCall, phi: Sequence[Tensor] | None = None) -> Minimum:
+    """What the tasks are adapted to, without a graph; `phi` where that is known, in order."""
+    model, plan, parameters, _, support, own, implicit, torch_runs = call
+    if phi is None:
+        phi = _adapted_to(call)
     strengths = own.anchors
     if strengths is None:
         strengths = plan.scalar.new_full((), implicit.strength)
-    found = {name: done.parameters[name] for name in plan.adapted}
+    found = dict(zip(plan.adapted, phi, strict=True))
     step = _of_one_step(model, plan)
-    return with_implicit_graph(
-        Minimum(model, step, parameters, own.start, found, support, strengths, torch_runs), implicit
-    )
+    return Minimum(model, step, parameters, own.start, found, support, strengths, torch_runs)
+
+
+@torch.no_grad()
+def _adapted_to(call: ImplicitCall) -> list[Tensor]:
+    model, plan, parameters, inner, support, own, _, torch_runs = call
+    anchors = None if own.anchors is None else own.anchors.detach()
+    options: dict[str, Any] = {"start": own.start, "anchors": anchors, "rates": own.rates}
+    if torch_runs:
+        named = dict(zip(plan.names, parameters, strict=True))
+        done = reference.adapt(model, named, plan.adapted, inner, support, **options)
+    else:
+        done = native_adapt.adapt(plan, parameters, inner.lr, inner, support, **options)
+    return [done.parameters[name] for name in plan.adapted]
+
+
+def adapted(call: ImplicitCall) -> dict[str, Tensor]:
+    """The adapted parameters {name: [T, ...]}, with the graph of implicit gradients."""
+    return with_implicit_graph(minimum_of(call), call.implicit)
 
 
 def _constant(support: TaskSet) -> TaskSet:

@@ -201,6 +201,10 @@ class Operator:
         assert self.tensors is not None
         return self.tensors._plan(dtype, device, x)[1]
 
+    def _module_for(self, dtype: Any, device: Any, x: Any) -> Any:
+        assert self.tensors is not None
+        return self.tensors._plan(dtype, device, x)[0]
+
     def _lr(self, plan: Any) -> Any:
         assert self.tensors is not None
         return self.tensors._rates(None, plan)

@@ -34,7 +34,7 @@ from pymeta.tasks.checks import Names
 from pymeta.tasks.task_set import QUERY, SUPPORT, TaskSet, check_same_tasks, dense, task_set
 
 # Written out, because torch 2.4 cannot infer schemas from annotations that are strings.
-_INPUTS = (
+INPUTS = (
     "str handle, Tensor[] parameters, Tensor? lr, Tensor xs, Tensor ys, Tensor? support_weights, "
     "Tensor? support_sizes, Tensor? support_offset, Tensor? xq, Tensor? yq, "
     "Tensor? query_weights, Tensor? query_sizes, Tensor? query_offset, Tensor? anchor, "
@@ -108,17 +108,24 @@ def _listed(values: Sequence[Tensor | None], sizes: Tensor | None) -> list[Any]:
     return [None if v is None else list(v.split_with_sizes(lengths)) for v in values]
 
 
-class _Ready(NamedTuple):
-    """A call whose arguments are checked."""
+class Checked(NamedTuple):
+    """A call whose arguments are checked; `named` are all parameters in the plan's order."""
 
     owner: Any
     plan: Plan
-    call: PreparedCall
-    operands: list[Tensor]
-    extras: Extras
+    named: dict[str, Tensor]
     own: Own
     support: TaskSet
     query: TaskSet | None
+
+
+class _Ready(NamedTuple):
+    """A call that is prepared."""
+
+    checked: Checked
+    call: PreparedCall
+    operands: list[Tensor]
+    extras: Extras
 
 
 _WEIGHTS = [Extras._fields.index(f"{side}_weights") for side in ("support", "query")]
@@ -138,7 +145,8 @@ def _side(
 
 
 @torch.enable_grad()  # rows whose weights' gradients are wanted count
-def _ready(i: Inputs) -> _Ready:
+def checked(i: Inputs) -> Checked:
+    """The call's sets and what tasks have of their own; RuntimeError where it was compiled anew."""
     owner = owner_of(i.handle)
     side = (i.xs, i.ys, i.support_weights, i.support_offset)
     x = _listed([i.xs], i.support_sizes)[0] if i.how[0] else i.xs
@@ -169,18 +177,26 @@ def _ready(i: Inputs) -> _Ready:
         reason = "its parameters have other shapes or dtypes"
     if reason is not None:
         raise RuntimeError(f"the model is not what was compiled: {reason}")
+    return Checked(owner, plan, named, own, support, query)
+
+
+@torch.enable_grad()
+def _ready(i: Inputs) -> _Ready:
+    found = checked(i)
+    owner, plan, named, own, support, query = found
     rates = own.rates
     if rates is None:
         rates = owner._lr(plan).detach() if i.lr is None else i.lr
     recipe = own.recipe(owner, i.steps)
     if not i.how[3]:
         recipe = recipe._replace(task_clip=0.0)
+    learned = [n for n in plan.names if n not in plan.constants]
     trained = dict(zip(learned, i.wanted, strict=False))
     trains = [trained.get(name, False) for name in plan.names]
     wanted = cast(Wanted, (any(trains), *i.wanted[len(i.parameters) :]))
     operands = own.operands(plan, [dense(p) for p in named.values()])
     call, extras = prepare(plan, recipe, operands, rates, support, query, wanted, trains)
-    return _Ready(owner, plan, call, operands, extras, own, support, query)
+    return _Ready(found, call, operands, extras)
 
 
 def _flat(i: Inputs, call: PreparedCall, gradients: list[Tensor]) -> Tensor:
@@ -202,7 +218,7 @@ def _flat(i: Inputs, call: PreparedCall, gradients: list[Tensor]) -> Tensor:
 @torch.library.custom_op(
     "pymeta::evaluate",
     mutates_args=(),
-    schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def evaluate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [], task losses [T], predictions, losses of the steps, and the loss's flat gradient.
@@ -212,9 +228,9 @@ def evaluate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """
     i = Inputs(*arguments)
     ready = _ready(i)
-    call, query = ready.call, ready.query
+    call, query = ready.call, ready.checked.query
     assert query is not None
-    ready.plan.last = call.last
+    call.plan.last = call.last
     memory = None if i.yq is None else call.memory()
     loss, losses, predictions, steps = call.run(ready.operands, ready.extras, memory)
     if i.how[1] and query.starts is None:  # a list's rows came to be stored as [T, rows, out]
@@ -227,7 +243,8 @@ def evaluate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return there(loss), there(losses), predictions, there(steps), there(flat)
 
 
-def _wanted_total(i: Inputs) -> Any:
+def wanted_total(i: Inputs) -> Any:
+    """The size of the flat gradient."""
     return sum((tensor.numel() for tensor in i.by), 0)
 
 
@@ -237,50 +254,58 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     assert i.xq is not None
     lead = i.xq.shape[:1] if i.how[1] else i.xq.shape[:2]
     targets = i.yq is not None
-    make = _maker(i)
+    make = maker(i)
     return (
         make() if targets else make(0),
         make(i.tasks) if targets else make(0),
         make(*lead, i.out),
         make(0) if i.step_weights is None else make(i.steps, i.tasks),
-        make(_wanted_total(i)) if targets else make(0),
+        make(wanted_total(i)) if targets else make(0),
     )
 
 
-def _maker(i: Inputs) -> Any:
+def maker(i: Inputs) -> Any:
+    """What makes the tensors of a fake, of the given shape."""
     dtype = next(iter(i.parameters), i.xs).dtype
     return lambda *shape: i.xs.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("pymeta::adapt", mutates_args=(), schema=f"({_INPUTS}) -> Tensor[]")
+def shared_of(found: Checked) -> list[Tensor]:
+    """The parameters that all tasks share, in order; the model's own where tasks have theirs."""
+    named = zip(found.named.items(), found.plan.parameters, strict=True)
+    return [p if n in found.own.start else dense(q) for (n, q), p in named]
+
+
+def inner_of(i: Inputs, found: Checked) -> InnerLoop:
+    """How tasks are adapted."""
+    plan = found.plan
+    lr = found.owner._lr(plan) if i.lr is None or i.how[2] else i.lr
+    return InnerLoop(plan.expected.loss, lr, plan.rates, Schedule(i.steps))
+
+
+@torch.library.custom_op("pymeta::adapt", mutates_args=(), schema=f"({INPUTS}) -> Tensor[]")
 def adapt(*arguments: Any) -> list[Tensor]:
     """The adapted parameters [T, ...], those of the owner that are adapted in their order."""
     i = Inputs(*arguments)
-    ready = _ready(i)
-    plan, own = ready.plan, ready.own
-    shared = [
-        p if n in own.start else q
-        for n, p, q in zip(plan.names, plan.parameters, ready.operands, strict=True)
-    ]
-    lr = ready.owner._lr(plan) if i.lr is None or i.how[2] else i.lr
-    inner = InnerLoop(plan.expected.loss, lr, plan.rates, Schedule(i.steps))
+    found = checked(i)
+    inner = inner_of(i, found)
     done = native_adapt.adapt(
-        plan,
-        shared,
-        lr,
+        found.plan,
+        shared_of(found),
+        inner.lr,
         inner,
-        ready.support,
-        start=own.start,
-        anchors=own.anchors,
-        rates=own.rates,
+        found.support,
+        start=found.own.start,
+        anchors=found.own.anchors,
+        rates=found.own.rates,
     )
-    return [done.parameters[n] for n in plan.adapted]
+    return [done.parameters[n] for n in found.plan.adapted]
 
 
 @adapt.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     i = Inputs(*arguments)
-    make, found = _maker(i), []
+    make, found = maker(i), []
     for shape in owner_of(i.handle)._adapted_shapes().values():
         found.append(make(i.tasks, *shape))
     return found
@@ -298,7 +323,7 @@ def _is_zero(tensor: Tensor | None) -> bool:
     "pymeta::evaluate_vjp",
     mutates_args=(),
     schema=(
-        f"({_INPUTS}, Tensor flat, Tensor? of_loss, Tensor? of_losses, Tensor? of_predictions, "
+        f"({INPUTS}, Tensor flat, Tensor? of_loss, Tensor? of_losses, Tensor? of_predictions, "
         f"Tensor? of_steps) -> Tensor"
     ),
 )
@@ -314,7 +339,7 @@ def evaluate_vjp(*arguments: Any) -> Tensor:
     if alone and (loss is None or flat.numel()):
         return torch.zeros_like(flat) if loss is None else flat * loss
     ready = _ready(i)
-    tasks = ready.support.tasks
+    tasks = ready.checked.support.tasks
     if loss is not None:
         mean = (loss / max(tasks, 1)).expand(tasks)
         losses = mean if losses is None else losses + mean
@@ -330,12 +355,12 @@ def evaluate_vjp(*arguments: Any) -> Tensor:
 @evaluate_vjp.register_fake
 def _(*arguments: Any) -> Tensor:
     i = Inputs(*arguments[:-5])
-    made: Tensor = _maker(i)(_wanted_total(i))
+    made: Tensor = maker(i)(wanted_total(i))
     return made
 
 
 @torch.library.custom_op(
-    "pymeta::adapt_vjp", mutates_args=(), schema=f"({_INPUTS}, Tensor[] flows) -> Tensor"
+    "pymeta::adapt_vjp", mutates_args=(), schema=f"({INPUTS}, Tensor[] flows) -> Tensor"
 )
 def adapt_vjp(*arguments: Any) -> Tensor:
     """The flat gradient of what flows into the adapted parameters."""
@@ -349,16 +374,17 @@ def adapt_vjp(*arguments: Any) -> Tensor:
 @adapt_vjp.register_fake
 def _(*arguments: Any) -> Tensor:
     i = Inputs(*arguments[:-1])
-    made: Tensor = _maker(i)(_wanted_total(i))
+    made: Tensor = maker(i)(wanted_total(i))
     return made
 
 
-def _refuse(ctx: Any, *_: Any) -> Any:
+def refuse(ctx: Any, *_: Any) -> Any:
+    """The derivative of an operator of the way back, which there is none of."""
     raise RuntimeError(NATIVE)
 
 
-evaluate_vjp.register_autograd(_refuse)
-adapt_vjp.register_autograd(_refuse)
+evaluate_vjp.register_autograd(refuse)
+adapt_vjp.register_autograd(refuse)
 
 
 # ---- autograd ---------------------------------------------------------------------------------
@@ -367,7 +393,8 @@ adapt_vjp.register_autograd(_refuse)
 # finds that it would have to differentiate them, and refuses.
 
 
-def _save(ctx: Any, i: Inputs, *more: Tensor) -> None:
+def save(ctx: Any, i: Inputs, *more: Tensor) -> None:
+    """Keep the inputs and more tensors for the way back."""
     tensors = [*i.parameters, *(v for v in i if v is None or isinstance(v, Tensor)), *more]
     ctx.save_for_backward(*tensors)
     others = i._replace(parameters=[])
@@ -375,14 +402,15 @@ def _save(ctx: Any, i: Inputs, *more: Tensor) -> None:
     ctx.count = len(i.parameters)
 
 
-def _saved(ctx: Any) -> tuple[Inputs, list[Tensor]]:
+def saved(ctx: Any) -> tuple[Inputs, list[Tensor]]:
+    """What `save` kept."""
     tensors = list(ctx.saved_tensors)
     parameters, rest = tensors[: ctx.count], iter(tensors[ctx.count :])
     values = [next(rest) if v is None else v for v in ctx.rest]
     return Inputs(*values)._replace(parameters=parameters), list(rest)
 
 
-def _parts(i: Inputs, flat: Tensor) -> tuple[Any, ...]:
+def parts_of(i: Inputs, flat: Tensor) -> tuple[Any, ...]:
     """The gradients of all inputs of an operator, out of the flat one."""
     sizes = [tensor.numel() for tensor in i.by]
     views = iter(
@@ -410,24 +438,24 @@ def _setup_evaluate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     if output[0].numel() == 0:  # without query targets
         ctx.mark_non_differentiable(*output[:2])
     ctx.set_materialize_grads(False)
-    _save(ctx, Inputs(*inputs), output[4])
+    save(ctx, Inputs(*inputs), output[4])
 
 
 def _back_through_evaluate(ctx: Any, *flows: Tensor | None) -> tuple[Any, ...]:
-    i, (flat,) = _saved(ctx)
+    i, (flat,) = saved(ctx)
     if all(flow is None for flow in flows[:4]):
         wanted = [False] * len(i.wanted)
-        return _parts(i._replace(wanted=wanted), flat[:0])
-    return _parts(i, torch.ops.pymeta.evaluate_vjp(*i, flat, *flows[:4]))
+        return parts_of(i._replace(wanted=wanted), flat[:0])
+    return parts_of(i, torch.ops.pymeta.evaluate_vjp(*i, flat, *flows[:4]))
 
 
 def _setup_adapt(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _save(ctx, Inputs(*inputs))
+    save(ctx, Inputs(*inputs))
 
 
 def _back_through_adapt(ctx: Any, flows: list[Tensor]) -> tuple[Any, ...]:
-    i, _ = _saved(ctx)
-    return _parts(i, torch.ops.pymeta.adapt_vjp(*i, flows))
+    i, _ = saved(ctx)
+    return parts_of(i, torch.ops.pymeta.adapt_vjp(*i, flows))
 
 
 evaluate.register_autograd(_back_through_evaluate, setup_context=_setup_evaluate)

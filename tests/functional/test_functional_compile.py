@@ -100,11 +100,8 @@ def test_compile_meta_gradients():
     assert agree(run, detached, *data) == 4 + len(parameters) + 5
 
 
-@pytest.mark.parametrize(
-    "options", [{"implicit": pymeta.Implicit(2.0)}, {"backend": "torch"}], ids=["implicit", "torch"]
-)
-def test_compile_leaves_to_eager_mode_what_is_not_one_operator(options):
-    operator, parameters = make(**options)
+def test_compile_leaves_to_eager_mode_what_is_not_one_operator():
+    operator, parameters = make(backend="torch")
     xs, ys, xq, _ = batch()
 
     def run(parameters):
