@@ -15,6 +15,7 @@ from pymeta.metrics.tables import Score
 from pymeta.spec.show import counted
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]  # the head, and the rows
+_ROUNDING = 1e-6  # of figures, by which rounding in float32 may move them
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Line:
     intervals: list[Interval | None]
     fit: float
     predict: float
+
+
+def _same(a: float, b: float) -> bool:
+    """Whether two figures differ by no more than rounding of float32 predictions does."""
+    return abs(a - b) <= _ROUNDING * max(abs(a), abs(b))
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,12 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """Win where every interval is on our side, lose where any is on theirs, or else tie."""
+        """Win where every interval is on our side, lose where any is on theirs, or else tie.
+
+        A tie, too, where the figures differ by rounding alone, however surely.
+        """
+        if _same(*self.values):
+            return "tie"
         sign = 1 if self.larger_is_better else -1
         ends = [sorted((sign * g.low, sign * g.high)) for g in self.gaps.values()]
         if any(high < 0 for _, high in ends):
@@ -145,7 +156,9 @@ class Report:
             for part in parts:
                 gap = part.gaps.get(line.name)
                 mark = ""
-                if gap is not None and gap.is_significant:
+                sure = gap is not None and gap.is_significant
+                if sure and not _same(part.values[self.pairs[0].ours], part.values[line.name]):
+                    assert gap is not None
                     better = (gap.value > 0) == self.pairs[0].larger_is_better
                     mark = " (worse than ours)" if better else " (better than ours)"
                 cells.append(number(part.values[line.name]) + mark)

@@ -95,7 +95,7 @@ class Entities:
         tasks = suited(model, rows)
         done = await self._batcher.submit(model, tasks, keeps=True)
         assert done.models is not None
-        mean = explain.mean_of(tasks.xs[0])
+        mean = explain.mean_of(tasks.xs[0], model.adapter.architecture)
         return Adapted(model, found.revision, done.models, mean, len(rows))
 
 

@@ -1,7 +1,8 @@
 """Attributions of predictions by integrated gradients, and reason codes: `pymeta.explain`'s.
 
-The baseline is the mean of the task's own support rows, so that the attributions say what sets a
-row apart from what its entity usually is: they add up to the prediction less that at the mean.
+The baseline is the mean of the task's own support rows (of a category that the network embeds, the
+commonest), so that the attributions say what sets a row apart from what its entity usually is: they
+add up to the prediction less that at the mean.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from pymeta.explain import Attributions, integrated_gradients, reason_codes
+from pymeta.explain.embedded import category_columns, embedded_columns
 from pymeta.models.arrays import AdaptedArrays
 from pymeta.serve.problem import invalid
+from pymeta.spec.architecture import Architecture
 from pymeta.spec.show import counted
 from pymeta.tasks.ragged import Ragged
 
@@ -33,12 +36,10 @@ def attributions(
         xq: T arrays [rows, in], the rows that were predicted.
 
     Raises:
-        Problem: the model has batch normalisation, or embeds categories itself.
+        Problem: the model has batch normalisation.
     """
     if models.mixes_rows:
         raise invalid("explain", "batch normalisation leaves a row no reasons of its own")
-    if models.has_categories:
-        raise invalid("explain", "the model embeds categories itself, which have no gradient")
     rows = Ragged(np.concatenate(list(xq)), [len(q) for q in xq])
     if not len(rows.values):
         none = Ragged(np.zeros(0, rows.values.dtype), rows.sizes)
@@ -46,9 +47,17 @@ def attributions(
     return integrated_gradients(models, rows, baseline=np.stack(means), steps=STEPS)
 
 
-def check_cost(xq: Sequence[np.ndarray], limit: int) -> None:
-    """A Problem where the points on the paths would be more than `limit` numbers."""
-    cost = STEPS * sum(q.size for q in xq)
+def check_cost(chain: Architecture, xq: Sequence[np.ndarray], limit: int) -> None:
+    """A Problem where the points on the paths would be more than `limit` numbers.
+
+    Args:
+        chain: the network: a row is as wide as it is behind its embeddings.
+        xq: the rows of each task.
+        limit: how many numbers may be.
+    """
+    embeds = any(layer[0] == "embedding" for layer in chain.layers)
+    wide = len(embedded_columns(chain)) if embeds else 1
+    cost = STEPS * sum(len(q) * wide if embeds else q.size for q in xq)
     if cost > limit:
         raise invalid(
             "explain", f"{counted(cost, 'number')} to predict; expected at most {limit}: fewer rows"
@@ -87,6 +96,17 @@ def _reason(column: int, name: str, amount: float) -> dict[str, Any]:
     return {"feature": column, "name": name, "code": code, "attribution": amount}
 
 
-def mean_of(support: np.ndarray) -> np.ndarray:
-    """The mean [in] of support rows [rows, in]; 0 where there are none."""
-    return support.mean(0, dtype=np.float64) if len(support) else np.zeros(support.shape[1])
+def mean_of(support: np.ndarray, chain: Architecture) -> np.ndarray:
+    """The mean [in] of support rows [rows, in], of categories the commonest; 0 without rows.
+
+    Args:
+        support: the rows.
+        chain: the network, which says what columns are categories.
+    """
+    if not len(support):
+        return np.zeros(support.shape[1])
+    found: np.ndarray = support.mean(0, dtype=np.float64)
+    for column in category_columns(chain):
+        values, counts = np.unique(support[:, column], return_counts=True)
+        found[column] = values[np.argmax(counts)]  # the least of those that are as common
+    return found

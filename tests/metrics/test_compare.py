@@ -14,6 +14,8 @@ from pymeta.metrics import FromEstimator, FromLearner, Interval, Pair, compare, 
 from pymeta.metrics import stress as stress_tests
 from pymeta.metrics.baselines import Boosted, Intercepts, PerEntity, Pooled, logit_shifts
 from pymeta.metrics.models import Target
+from pymeta.metrics.report import Line, Part, Report
+from pymeta.metrics.tables import Score
 
 sklearn = pytest.importorskip("sklearn")
 
@@ -402,6 +404,23 @@ def pair(larger, *gaps):
 )
 def test_verdicts_need_every_interval_to_win_and_one_to_lose(larger, gaps, verdict):
     assert pair(larger, *gaps).verdict == verdict
+
+
+def test_differences_by_rounding_are_none():
+    """However sure: the intervals of 1 part in 10^8 are all on one side."""
+    gaps = {"entities": Interval(-2e-8, -3e-8, -1e-8)}
+    tie = Pair("a", "b", "m", False, (2.0, 2.0 + 2e-8), gaps, {"entities": 9})
+    assert tie.verdict == "tie" and "is not told apart from" in tie.words
+    close = {"entities": Interval(-2e-5, -3e-5, -1e-5)}
+    assert Pair("a", "b", "m", False, (2.0, 2.0 + 2e-5), close, {"entities": 9}).verdict == "win"
+    parts = [
+        Part("calm", 9, {"a": 2.0, "b": 2.0 - gap.value}, {"b": gap})
+        for gap in (gaps["entities"], close["entities"])
+    ]
+    score = Score("m", 2.0, 2.0, 9, {}, {})
+    lines = [Line(n, n == "a", [score], [None], 0.0, 0.0) for n in "ab"]
+    table = Report(lines, [tie], parts, [], ["m"], {})._parts_table(parts)[1]
+    assert table[1][1] == "2" and table[1][2].endswith("(worse than ours)")
 
 
 @pytest.mark.parametrize(

@@ -209,15 +209,30 @@ def test_attributions_are_those_of_pymeta_explain(service):
         assert first["name"] == f"x{first['feature']}"
 
 
-def test_an_explanation_that_there_is_none_of_is_422(tmp_path):
+def test_a_category_that_the_network_embeds_has_a_reason(tmp_path):
     layers = (("embedding", 3, 2, 4, 2), ("linear", 4, 1, True))  # two numbers and a category
     given = task()
     for name in ("xs", "xq"):
-        given[name] = [[*row[:2], i % 4] for i, row in enumerate(given[name])]
-    with in_process(tmp_path, adapter(layers=layers), store=None) as service:
-        assert service.call("POST", PATH, {"tasks": [given]}).status == 200
+        given[name] = [[*row[:2], (i % 4) % 3] for i, row in enumerate(given[name])]
+    with in_process(tmp_path, adapter(layers=layers), features=list("abc")) as service:
         got = service.call("POST", f"{PATH}?explain=true", {"tasks": [given]})
-        assert got.status == 422 and "categories" in got.json["detail"]
+        assert got.status == 200, got.body
+        x, y, q = (np.array(given[n], np.float32)[None] for n in ("xs", "ys", "xq"))
+        usual = x[0].mean(0)
+        usual[2] = 0.0  # rows 0, 3, 4 of 7
+        wanted = integrated_gradients(adapter(layers=layers).adapt(x, y), q, baseline=usual[None])
+        for row, explained in zip(range(2), got.json["explanations"][0], strict=True):
+            found = np.array(explained["attributions"], np.float32)
+            assert np.allclose(found, wanted.values[0, row], rtol=1e-5, atol=1e-6)
+            moved = got.json["predictions"][0][row][0] - explained["baseline"]
+            assert abs(found.sum() - moved) < 1e-4 * max(1, abs(moved))
+        assert found[2] != 0 and {r["name"] for r in explained["reasons"]} == {"a", "b", "c"}
+        stored = service.call("PUT", "/v1/entities/one/rows", {n: given[n] for n in ("xs", "ys")})
+        assert stored.status < 300, stored.body
+        path = "/v1/entities/one/predict?explain=true"
+        again = service.call("POST", path, {"xq": given["xq"]})
+        assert again.status == 200, again.body
+        assert again.json["explanations"][0][1]["attributions"] == explained["attributions"]
 
 
 def test_explanations_of_no_rows_and_of_batch_normalisation(service, tmp_path):

@@ -101,7 +101,8 @@ async def predict(request: Request) -> Response:
     with service.metrics.stage("decode"):
         xq = wire.read_queries(kind, body, model, service.settings.limits)
         if explains:
-            explain.check_cost([xq], service.settings.limits.explained_values)
+            limit = service.settings.limits.explained_values
+            explain.check_cost(model.adapter.architecture, [xq], limit)
     adapted, cached = await entities.adapted(model, name)
     with service.metrics.stage("native"):
         (output,) = adapted.models([xq])

@@ -44,7 +44,8 @@ async def adapt_predict(request: Request) -> Response:
     with service.metrics.stage("decode"):
         tasks = wire.read_tasks(kind, body, model, service.settings.limits)
         if explains:
-            explain.check_cost(tasks.xq, service.settings.limits.explained_values)
+            limit = service.settings.limits.explained_values
+            explain.check_cost(model.adapter.architecture, tasks.xq, limit)
     done = await service.batcher.submit(model, tasks, keeps=explains)
     answer = wire.Answer(model.version, done.outputs, done.status)
     if probabilities:
@@ -52,7 +53,7 @@ async def adapt_predict(request: Request) -> Response:
     if not explains:
         with service.metrics.stage("encode"):
             return wire.respond(kind, answer)
-    means = [explain.mean_of(x) for x in tasks.xs]
+    means = [explain.mean_of(x, model.adapter.architecture) for x in tasks.xs]
     return await explained(service, kind, answer, done.models, means, tasks.xq)
 
 
