@@ -20,7 +20,7 @@ T * (P + 1) numbers of each step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,13 @@ from torch import Tensor, nn
 from pymeta import native
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.outcome import Outcome
-from pymeta.algorithms.task_gradients import task_gradients
+from pymeta.algorithms.task_gradients import statistics, task_gradients, tracked
 from pymeta.backend import cell as native_cell
 from pymeta.learners.starts import adapted, joined, named, tasks_in
 from pymeta.models.adapted import Adapted
+from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.reference import cell as reference
+from pymeta.spec import running
 from pymeta.spec.schedule import check_count
 from pymeta.tasks.task_set import Rows, Sizes
 
@@ -98,6 +100,11 @@ class MetaLSTM(nn.Module):
         self.p = float(p)
         self._is_native = native.backend(backend) != "torch"
         self.maml = MAML(model, loss=loss, lr=1.0, steps=0, adapt=adapt, backend=backend)
+        if any(isinstance(module, PerStepBatchNorm) for module in model.modules()):
+            raise ValueError(
+                "model: a PerStepBatchNorm counts the steps of gradient descent, and those of an "
+                "LSTM are none; use torch's batch normalisation"
+            )
         like = next(iter(adapted(self.maml).values()))
         self.lstm = nn.LSTMCell(4, hidden)
         self.forget_gate = nn.Linear(hidden + 2, 1)
@@ -218,12 +225,22 @@ class MetaLSTM(nn.Module):
         theta = joined(like).expand(tasks_in(xs), -1)
         cell = self._cell()
 
+        norms, measured = tracked(self.maml, xs), []
+
         def gradients_at(here: Tensor) -> tuple[Tensor, Tensor]:
-            return self._gradients(xs, ys, side, here, like)
+            at = named(here.detach(), like)
+            if norms:
+                measured.append(statistics(self.maml, xs, ys, at, *side[:2]))
+            found, losses = task_gradients(self.maml, xs, ys, at, *side)
+            return torch.cat([g.flatten(1) for g in found.values()], 1), losses
 
         if self._is_native and native_cell.runs(theta):
-            return named(native_cell.take_steps(*cell, gradients_at, theta, steps), like)
-        return named(reference.take_steps(cell, gradients_at, theta, steps), like)
+            theta = native_cell.take_steps(*cell, gradients_at, theta, steps)
+        else:
+            theta = reference.take_steps(cell, gradients_at, theta, steps)
+        if measured:
+            running.update(norms, torch.stack(measured).mean(0))
+        return named(theta, like)
 
     def _cell(self) -> reference.Cell:
         """The weights of the LSTM and the gates, as the cell takes them."""
@@ -239,15 +256,3 @@ class MetaLSTM(nn.Module):
         ]
         weights = torch.cat([biases, lstm.weight_ih, lstm.weight_hh], 1)
         return reference.Cell(weights, torch.cat(parts, 1), self.p)
-
-    def _gradients(
-        self,
-        xs: Rows,
-        ys: Rows,
-        side: tuple[Any, Any, Any],
-        theta: Tensor,
-        like: Mapping[str, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Of the support losses, each at its task's parameters [T, P]: [T, P], and they, [T]."""
-        found, losses = task_gradients(self.maml, xs, ys, named(theta.detach(), like), *side)
-        return torch.cat([g.flatten(1) for g in found.values()], 1), losses

@@ -180,6 +180,8 @@ def _update_one(module: _NormBase, own: Tensor) -> None:
     """Of one module: own [T, rows, 2 channels + 2]."""
     channels = module.num_features
     made = own[..., -2:-1] > 0
+    if not bool(made.any()):  # there were no inner steps: nothing was measured, and no call counts
+        return
     tasks = made.sum(0)  # [rows, 1]
     mean = torch.where(made, own[..., :-2], 0.0).sum(0) / tasks
     calls = 1

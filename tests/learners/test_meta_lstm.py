@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import pymeta
 from pymeta.learners import MetaLSTM
+from pymeta.nn import PerStepBatchNorm
 from pymeta.reference import cell
 from pymeta.reference.cell import log_and_sign
 
@@ -110,6 +112,37 @@ def test_hand_set_gates_are_gradient_descent(loss):
     got, wanted = learner.adapt(*data[:2]), sgd.adapt(*data[:2])
     for name, value in wanted.parameters.items():
         assert_close(got.parameters[name], value)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_move_as_mamls(backend, momentum):
+    """By the support sets at the parameters before each step, once in a differentiated call."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Tanh(),
+                        nn.Linear(4, 2)).double()  # fmt: skip
+    learner = MetaLSTM(net, loss="mse", steps=3, backend=backend)
+    with torch.no_grad():
+        for gate, logit in ((learner.forget_gate, 60.0), (learner.input_gate, math.log(0.25))):
+            gate.weight.zero_()
+            gate.bias.fill_(logit)
+    twin = copy.deepcopy(net)
+    maml = pymeta.MAML(twin, loss="mse", lr=0.2, steps=3, backend=backend)
+    data, sizes = batch(tasks=5), [5, 3, 4, 5, 2]
+    assert data[0].shape[1] == 5
+    for _ in range(2):
+        learner(*data, support_sizes=sizes)
+        maml(*data, support_sizes=sizes)
+    with torch.no_grad():
+        learner(*data)
+        learner.adapt(*data[:2])
+    assert int(net[1].num_batches_tracked) == 2
+    for name in ("running_mean", "running_var"):
+        got, wanted = getattr(net[1], name), getattr(twin[1], name)
+        assert_close(got, wanted)
+        assert (got - getattr(nn.BatchNorm1d(4), name)).abs().max() > 0.01
+    learner.eval(), maml.eval()
+    assert_close(learner(*data).task_losses, maml(*data).task_losses)
 
 
 def test_slopes_of_the_cell_by_finite_differences():
@@ -217,6 +250,8 @@ def test_only_what_is_adapted_takes_steps():
 def test_arguments_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MetaLSTM(mlp(2, 2), loss="mse", **options)
+    with pytest.raises(ValueError, match="model: a PerStepBatchNorm counts the steps of gradient"):
+        MetaLSTM(nn.Sequential(nn.Linear(2, 2), PerStepBatchNorm(2, steps=3)), loss="mse")
     with pytest.raises(ValueError, match="yq: expected"):
         make()(*batch()[:3], batch()[3][:, :2])
 
