@@ -33,7 +33,6 @@ from pymeta.algorithms.task_gradients import statistics, task_gradients, tracked
 from pymeta.backend import cell as native_cell
 from pymeta.learners.starts import adapted, joined, named, tasks_in
 from pymeta.models.adapted import Adapted
-from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.reference import cell as reference
 from pymeta.spec import running
 from pymeta.spec.schedule import check_count
@@ -100,7 +99,7 @@ class MetaLSTM(nn.Module):
         self.p = float(p)
         self._is_native = native.backend(backend) != "torch"
         self.maml = MAML(model, loss=loss, lr=1.0, steps=0, adapt=adapt, backend=backend)
-        if any(isinstance(module, PerStepBatchNorm) for module in model.modules()):
+        if running.most_rows(list(model.modules())) > 1:
             raise ValueError(
                 "model: a PerStepBatchNorm counts the steps of gradient descent, and those of an "
                 "LSTM are none; use torch's batch normalisation"
