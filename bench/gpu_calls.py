@@ -109,7 +109,7 @@ def image_calls(dtype: torch.dtype) -> Iterator[str]:
     layers = (nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5, track_running_stats=False))
     net = nn.Sequential(
         *layers, nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 6, 3), nn.GroupNorm(2, 6),
-        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(6, 3),
+        nn.LayerNorm((6, 2, 2)), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(6, 3),
     )  # fmt: skip
     maml = pymeta.MAML(
         net.to(DEVICE, dtype), loss="cross_entropy", lr=0.1, steps=2, backend="native"

@@ -15,7 +15,7 @@ import torch
 from blocks import MEASURING, every_layer
 from helpers import LOSSES, MORE_LOSSES, gradients, targets
 from hypothesis import strategies as st
-from images import KINDS, conv, make_image_layer, may_transform
+from images import KINDS, conv, layer_norm, make_image_layer, may_transform
 from kernels import (
     DTYPES,
     EPS,
@@ -271,7 +271,7 @@ def besides(loss: str) -> list[tuple[str, ...]]:
 def cases(draw, tasks=(1, 2, 3, 5, 17, 20), chain=None, losses=LOSSES, beside=False):
     chain = draw(chains() if chain is None else chain)
     lr = draw(st.sampled_from([None, None, "network", "layer", "parameter"]))
-    if not any(len(layer) > 2 and (layer[0] == "linear" or layer[3]) for layer in chain):
+    if not any(len(layer) > 3 and (layer[0] == "linear" or layer[3]) for layer in chain):
         chain = (("linear", chain[0][1], chain[0][1], True), *chain)
     loss = draw(st.sampled_from(losses))
     out = Case(chain).out
@@ -499,6 +499,19 @@ IMAGES = {
         (("rows", (2, 5, 3)), conv(2, 34, (3, 3), 1, 1), ("group_norm", 34, 34, 17, True),
          ("silu",), conv(34, 6, (2, 2)), ("group_norm", 6, 6, 6, False), ("tanh",),
          ("flatten",), (LIN, 6 * 8, 3, True)), steps=2, form="padded", tasks=18,
+    ),
+    "layer norms": Case(
+        (("rows", (3, 5, 3)), layer_norm((3, 5, 3)), conv(3, 17, (2, 2)),
+         layer_norm((17, 4, 2), bias=False), ("silu",), ("zeros", 2, (1, 0, 0, 2)),
+         conv(17, 4, (3, 2)), layer_norm((4, 4, 2), False, False), ("tanh",),
+         ("adaptive_avg_pool", 2, (2, 1)), ("flatten",), (LIN, 8, 3, True)),
+        steps=2, form="padded", tasks=18, lr="parameter", optimizer="momentum",
+    ),
+    "causal sequences": Case(
+        (("rows", (5, 11)), ("zeros", 1, (2, 0)), conv(5, 17, (3,)), ("relu",),
+         ("zeros", 1, (4, 0)), conv(17, 16, (3,), 1, 0, 2), layer_norm((16, 11)), ("relu",),
+         ("adaptive_max_pool", 1, (1,)), ("flatten",), (LIN, 16, 1, True)),
+        steps=2, form="list", tasks=17,
     ),
     # by Winograd's transforms: tiles that are cut off, one image and many in a block of tiles
     "3x3 of odd sizes": Case(

@@ -18,8 +18,14 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 POOLS = ((nn.MaxPool1d, nn.MaxPool2d), (nn.AvgPool1d, nn.AvgPool2d))
 GLOBAL = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+ADAPTIVE = {
+    "adaptive_max_pool": (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
+    "adaptive_avg_pool": GLOBAL,
+}
+PADS = (nn.ZeroPad1d, nn.ZeroPad2d)
 KINDS = (
-    "conv", "max_pool", "avg_pool", "global_pool", "batch_norm_image", "group_norm", "flatten"
+    "conv", "max_pool", "avg_pool", "global_pool", "batch_norm_image", "group_norm", "flatten",
+    "layer_norm_image", "zeros", *ADAPTIVE,
 )  # fmt: skip
 
 
@@ -38,6 +44,11 @@ def may_transform(layer: tuple) -> bool:
         return False
     _, _, _, _, _, stride, _, dilation, groups, _ = layer
     return all(v in (1, (1, 1)) for v in (stride, dilation)) and groups == 1
+
+
+def layer_norm(shape, weight=True, bias=True):
+    """A LayerNorm over rows of a shape."""
+    return ("layer_norm_image", math.prod(shape), 1, weight, bias, tuple(shape))
 
 
 def make_image_layer(layer: tuple) -> nn.Module:
@@ -60,6 +71,15 @@ def make_image_layer(layer: tuple) -> nn.Module:
         return NORMS[values[2] - 1](values[0], affine=values[3])
     if kind == "group_norm":
         return nn.GroupNorm(values[2], values[0], affine=values[3])
+    if kind == "layer_norm_image":
+        _, _, weight, bias, shape = values
+        return nn.LayerNorm(shape, elementwise_affine=weight, bias=bias)
+    if kind == "zeros":
+        axes, sides = values
+        return PADS[axes - 1](sides)
+    if kind in ADAPTIVE:
+        axes, sizes = values
+        return ADAPTIVE[kind][axes - 1](sizes)
     return nn.Flatten()
 
 
@@ -107,8 +127,26 @@ class _Growing:
         )  # fmt: skip
         self.channels, self.sizes = outputs, sizes
 
+    def surround(self) -> None:
+        """Zeros around it, such as those of a causal convolution."""
+        sides = self.draw(st.lists(st.integers(0, 2), min_size=2, max_size=2))
+        if self.axes == 2:
+            sides += self.draw(st.lists(st.integers(0, 2), min_size=2, max_size=2))
+        self.chain.append(("zeros", self.axes, tuple(sides)))
+        # torch begins with the last axis
+        pairs = [sum(sides[i : i + 2]) for i in range(0, len(sides), 2)]
+        self.sizes = [n + more for n, more in zip(self.sizes, reversed(pairs), strict=True)]
+
+    def adapt(self) -> None:
+        """A pooling to sizes that divide those there are."""
+        sizes = [self.draw(st.sampled_from(_divisors(n, n))) for n in self.sizes]
+        self.chain.append((self.draw(st.sampled_from(sorted(ADAPTIVE))), self.axes, tuple(sizes)))
+        self.sizes = sizes
+
     def pool(self) -> None:
         draw = self.draw
+        if draw(st.integers(0, 5)) == 0:
+            return self.adapt()
         k, s = draw(st.integers(1, 3)), draw(st.integers(1, 3))
         p = draw(st.integers(0, k // 2))
         kind, last = draw(st.sampled_from(["max_pool", "max_pool", "avg_pool"])), 1
@@ -127,12 +165,16 @@ class _Growing:
     def normalise(self) -> None:
         affine = self.draw(st.booleans())
         many = math.prod(self.sizes) > 1  # of one value torch takes no statistics
-        kind = self.draw(st.integers(0, 4))
+        kind = self.draw(st.integers(0, 5))
+        if many and kind == 5:
+            bias = affine and self.draw(st.booleans())
+            self.chain.append(layer_norm((self.channels, *self.sizes), affine, bias))
+            return
         if many and kind == 0:
             groups = self.draw(st.sampled_from(_divisors(self.channels, self.channels)))
             self.chain.append(("group_norm", self.channels, self.channels, groups, affine))
             return
-        if kind > 2:
+        if 2 < kind < 5:
             kinds = ("fixed_norm", "step_norm", *["instance_norm"] * many)
             self.chain.append(normalisation(self.draw, kinds, self.channels, self.axes))
             return
@@ -168,6 +210,8 @@ def image_chains(draw):
     for i in range(draw(st.integers(1, 3))):
         if i == 0 and draw(SOMETIMES):
             growing.pool()
+        if draw(SOMETIMES):
+            growing.surround()
         if i > 0 and draw(SOMETIMES):
             growing.branch()
         elif i == 0 or draw(st.integers(0, 3)):

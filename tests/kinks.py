@@ -24,6 +24,7 @@ KINKS = {
 }
 
 
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
 INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d)
 NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, *INSTANCE, PerStepBatchNorm
@@ -32,14 +33,15 @@ NORMS = (
 
 def is_kinked(case: Case) -> bool:
     names = {layer[0] for layer in case.layers}
-    kinked = {n for n, make in ACTIVATIONS.items() if type(make()) in KINKS} | {"max_pool"}
+    kinked = {n for n, make in ACTIVATIONS.items() if type(make()) in KINKS}
+    kinked |= {"max_pool", "adaptive_max_pool"}
     return bool(names & kinked) or case.loss in ("huber", "l1", "quantile")
 
 
 def as_normalised(norm: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """What a normalisation takes the statistics of, and over which axes."""
     if isinstance(norm, nn.LayerNorm):
-        return z, (1,)
+        return z.flatten(1), (1,)
     if isinstance(norm, nn.GroupNorm):
         return z.reshape(len(z), norm.num_groups, z[0].numel() // norm.num_groups), (2,)
     if isinstance(norm, INSTANCE):
@@ -49,8 +51,12 @@ def as_normalised(norm: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, tuple
 
 def gaps_in_windows(z: torch.Tensor, pool: nn.Module) -> list[float]:
     """How far the largest number of a window is above the next one, where they differ."""
-    two = isinstance(pool, nn.MaxPool2d)
+    two = isinstance(pool, (nn.MaxPool2d, nn.AdaptiveMaxPool2d))
     z = z if two else z[:, :, None]
+    if isinstance(pool, (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)):
+        rows, columns = pool.output_size if two else (1, *pool.output_size)
+        pool = nn.MaxPool2d((z.shape[2] // rows, z.shape[3] // columns))
+        two = True
     k, s, p, d = (
         v if isinstance(v, tuple) else ((v, v) if two else (one, v))
         for v, one in (
@@ -98,7 +104,7 @@ def walk(problem: Problem) -> tuple[float, float]:
             layer.register_forward_pre_hook(
                 lambda m, args, kink=kink: look_for_kinks(args[0], kink)
             )
-        elif isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d)):
+        elif isinstance(layer, MAX_POOLS):
             layer.register_forward_pre_hook(lambda m, args: look_for_ties(args[0], m))
         elif isinstance(layer, NORMS) and (layer.training or isinstance(layer, INSTANCE)):
             layer.register_forward_pre_hook(

@@ -66,10 +66,7 @@ class NetworkBuilder {
           static_cast<std::int64_t>(shape.height) * shape.width * shape.channels;
       if (features > (1 << 24)) refuse("a layer of more than 2^24 features");
     }
-    const int last = network_.layer_count - 1;
-    if (last >= 0 && network_.layers[last].out != in)
-      refuse("layer " + std::to_string(network_.layer_count) + " takes " + text(in) +
-             " features, the one before it gives " + text(network_.layers[last].out));
+    expect(in);
     if (network_.layer_count == kMaxLayers)
       throw std::invalid_argument("more than " + std::to_string(kMaxLayers) + " layers");
     Layer& layer = owned_.layers[network_.layer_count++];
@@ -89,6 +86,13 @@ class NetworkBuilder {
     Shape found = shape();
     found.channels = channels;
     return found;
+  }
+  // That a layer takes rows of this shape.
+  void expect(const Shape& in) const {
+    const int last = network_.layer_count - 1;
+    if (last >= 0 && network_.layers[last].out != in)
+      refuse("layer " + std::to_string(network_.layer_count) + " takes " + text(in) +
+             " features, the one before it gives " + text(network_.layers[last].out));
   }
   // (kernel y x, stride y x, ..., four paddings between, dilation y x)
   static Window window(const double* arguments) {

@@ -79,6 +79,21 @@ struct Executor {
         for (int own = 0; own < set.rows; ++own, ++row)
           for (int c = 0; c < columns; ++c, at += kWidth) body(at, c, row, y, x, own);
   }
+  // body(y, x, each) at each of those positions; each(inner) goes through what lies there: inner(offset into the matrix, offset
+  // from the position's first number, row, vector of channels)
+  template <class Body>
+  static void for_positions(const Extent& set, const Shape& shape, Body body) {
+    const int columns = vectors(shape.channels);
+    const long place = set.rows * stride(shape.channels);
+    for (int y = 0, position = 0; y < shape.height; ++y)
+      for (int x = 0; x < shape.width; ++x, ++position)
+        body(y, x, [=](auto inner) {
+          long offset = 0;
+          for (int row = position * set.rows; row < (position + 1) * set.rows; ++row)
+            for (int c = 0; c < columns; ++c, offset += kWidth)
+              inner(position * place + offset, offset, row, c);
+        });
+  }
   // One element of each task, in every lane that belongs to it.
   static Vec element(const Real* p) { return Access::load_a(p); }
   static void put_element(Real* p, Vec v) { Access::store_element(p, v); }

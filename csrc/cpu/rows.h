@@ -115,6 +115,49 @@ struct RowsExecutor : Executor<Rows> {
     }
   }
 
+  // Between rows of an image's features, [channels, positions], and positions of channels (core/layers/rearrangement.h), block by
+  // block in registers. What a block reads or writes beyond a row of its matrix is not used, or is written again.
+
+  static void to_positions(const Shape& image, int rows, const Matrix& x, Real* to) {
+    const int channels = image.channels, positions = image.positions();
+    const long row = stride(channels), place = rows * row;
+    const Real* const end = x.p + (rows - 1) * x.row + image.features();
+    for (int own = 0; own < rows; ++own, to += row)
+      for (int c = 0; c < channels; c += kWidth)
+        for (int j = 0; j < positions; j += kWidth) {
+          const Real* from = x.p + own * x.row + static_cast<long>(c) * positions + j;
+          Vec block[kWidth];
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k, from += positions)
+            block[k] = c + k < channels ? load_before(from, end) : zero();
+          transpose_block(block);
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k)
+            if (j + k < positions) store(to + (j + k) * place + c, block[k]);
+        }
+  }
+  static void to_features(const Shape& image, int rows, const Real* z, Real* to) {
+    const int channels = image.channels, positions = image.positions();
+    const long row = stride(channels), place = rows * row, to_row = stride(image.features());
+    Real* const end = to + rows * to_row;
+    for (int own = 0; own < rows; ++own, z += row, to += to_row) {
+      // The last block of positions first: it may reach into the next channel's first one.
+      for (int j = (positions - 1) / kWidth * kWidth; j >= 0; j -= kWidth)
+        for (int c = 0; c < channels; c += kWidth) {
+          Vec block[kWidth];
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k)
+            block[k] = j + k < positions ? load(z + (j + k) * place + c) : zero();
+          transpose_block(block);
+          Real* into = to + static_cast<long>(c) * positions + j;
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k, into += positions)
+            if (c + k < channels) store_before(into, block[k], end);
+        }
+      for (long i = image.features(); i < to_row; ++i) to[i] = 0;
+    }
+  }
+
   // The factored first layer (core/layers/factored_linear.h).
 
   // x W for several sets of rows, in slices of the depth and panels of columns: a piece of W that fits the
@@ -165,6 +208,18 @@ struct RowsExecutor : Executor<Rows> {
           gram[i * b_rows + j + t] = sum_lanes(sum[t]) + tail;
         }
       }
+  }
+
+  // A vector of which what lies at `end` and behind it is neither read nor written.
+  static Vec load_before(const Real* p, const Real* end) {
+    if (end - p >= kWidth) return load(p);
+    Vec v = zero();
+    for (int i = 0; i < end - p; ++i) v[i] = p[i];
+    return v;
+  }
+  static void store_before(Real* p, Vec v, const Real* end) {
+    if (end - p >= kWidth) return store(p, v);
+    for (int i = 0; i < end - p; ++i) p[i] = v[i];
   }
 
   // init + sum of terms + bias

@@ -85,6 +85,15 @@ struct Block {
            row % set.rows);
     });
   }
+  // body(y, x, each) at each of those positions; each(inner) goes through what lies there, a thread its share: inner(offset into
+  // the matrix, offset from the position's first number, row, channel)
+  template <class Body>
+  PYMETA_FN static void for_positions(const Extent& set, const Shape& shape, Body body) {
+    const long row_scalars = stride(shape.channels);
+    map_positions(set, shape, [&](long at, int channel, int row, int y, int x, int own) {
+      body(y, x, [&](auto inner) { inner(at, own * row_scalars + channel, row, channel); });
+    });
+  }
   PYMETA_FN static Vec element(const Real* p) { return *p; }
   PYMETA_FN static void put_element(Real* p, Vec v) { *p = v; }
   template <class Place>

@@ -24,6 +24,17 @@ struct Chain {
     layer.bias = tensor({1, features, false});
     return *this;
   }
+  // Over all channels and positions, with a scale and a shift of each element.
+  Chain& image_norm(double eps = 1e-3) {
+    const Shape shape = last();
+    Layer& norm = append(LayerKind::group_norm, shape, shape);
+    norm.eps = eps;
+    norm.window.groups = 1;
+    Layer& affine = append(LayerKind::elementwise_affine, shape, shape);
+    affine.weight = tensor({shape.channels, shape.positions(), true, 0, shape.width});
+    affine.bias = tensor({shape.channels, shape.positions(), true, 0, shape.width});
+    return *this;
+  }
   Chain& act(ActivationKind kind, double alpha = 0, double threshold = 0) {
     Layer* last = &owned.layers[network().layer_count - 1];
     if (last->activation.kind != ActivationKind::identity)

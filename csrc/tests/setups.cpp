@@ -99,6 +99,36 @@ std::vector<Setup> setups() {
   all.push_back(s);
 
   s = Setup{};
+  s.name = "layer norms of images";
+  s.chain.image({5, 3, 3})
+      .image_norm()
+      .conv(18, pairs)
+      .image_norm()
+      .act(A::silu)
+      .pool(L::adaptive_avg_pool2d, Window{2, 1, 2, 1})
+      .flatten()
+      .linear(18, 2);
+  s.form = Form::packed, s.tasks = 17, s.support = 4, s.query = 3;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "sequences";
+  const Window halves{1, 2, 1, 2}, around{1, 1, 1, 1, 0, 2};
+  s.chain.image({1, 19, 5})
+      .conv(17, Window{1, 3}, false)
+      .act(A::tanh)
+      .pool(L::max_pool1d, halves)
+      .pool(L::avg_pool1d, around)
+      .conv(33, Window{1, 3})
+      .image_norm()
+      .act(A::tanh)
+      .pool(L::adaptive_max_pool1d, Window{1, 5, 1, 5})
+      .flatten()
+      .linear(66, 1);
+  s.form = Form::padded, s.tasks = 17, s.support = 4, s.query = 3, s.smooth = false;
+  all.push_back(s);
+
+  s = Setup{};
   s.name = "3x3 convolutions of many channels";
   s.chain.image({9, 8, 16})
       .conv(17, three)

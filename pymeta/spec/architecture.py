@@ -90,7 +90,8 @@ def row_shape(layers: Sequence[Layer]) -> Shape | None:
     if not layers or layers[0][0] != "image":
         return None
     channels, height, width = layers[0][1:]
-    sequence = any(layer[0] in _OF_SEQUENCES for layer in layers)
+    # files of 0.1 say 1 of a sequence, too
+    sequence = height == 0 or any(layer[0] in _OF_SEQUENCES for layer in layers)
     return (channels, width) if sequence else (channels, height, width)
 
 

@@ -26,6 +26,7 @@ from pymeta.spec.layers import (
     METHODS,
     MODULES,
     TURN,
+    Called,
     Layer,
     Refused,
     layer_of,
@@ -130,19 +131,20 @@ def _looks_at_shape(node: fx.Node) -> bool:
     )
 
 
-def _called(node: fx.Node, name: str, current: fx.Node) -> Layer:
-    """The layer that a function or method call on the current value amounts to."""
+def _called(node: fx.Node, name: str, current: fx.Node) -> tuple[Layer, ...]:
+    """The layers that a function or method call on the current value amounts to."""
     if node.op == "call_method" and node.target in ("view", "reshape"):
         shape = node.args[1:]
         if len(shape) == 2 and _is_rows(shape[0], current) and shape[1] == -1:
-            return FLATTEN
+            return (FLATTEN,)
         raise Refused(f"{name}: {node.target}{shape} is not a flattening of rows")
-    table: dict[Any, Callable[..., Layer]] = METHODS if node.op == "call_method" else FUNCTIONS
+    table: dict[Any, Called] = METHODS if node.op == "call_method" else FUNCTIONS
     target = getattr(node.target, "__name__", str(node.target))
     if node.target not in table:
         raise Refused(f"{name}: {target} has no native kernel, or is more than a chain")
     try:
-        return table[node.target](*node.args[1:], **dict(node.kwargs))
+        found = table[node.target](*node.args[1:], **dict(node.kwargs))
+        return found if isinstance(found[0], tuple) else (found,)
     except TypeError:
         raise Refused(f"{name}: {target} with arguments the native core lacks") from None
 
@@ -277,7 +279,8 @@ class _Forward:
 
     def _of(self, node: fx.Node, before: fx.Node) -> Iterator[Step]:
         if node.op != "call_module":
-            yield Step(_called(node, self._label, before), self._name, None)
+            for layer in _called(node, self._label, before):
+                yield Step(layer, self._name, None)
             return
         if len(node.args) != 1 or node.kwargs:
             raise Refused(f"the forward of {self._label} calls {node.target} with more inputs")

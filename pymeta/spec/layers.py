@@ -73,10 +73,17 @@ def _instance_norm(m: nn.InstanceNorm1d | nn.InstanceNorm2d) -> Layer:
     return ("group_norm", m.num_features, m.num_features, m.eps, *_affine(m))
 
 
-def _layer_norm(m: nn.LayerNorm) -> Layer:
-    if len(m.normalized_shape) != 1:
+def _layer_norm(m: nn.LayerNorm) -> list[Part]:
+    channels, *sizes = m.normalized_shape
+    if not sizes:
+        return [Part(("layer_norm", channels, m.eps, *_affine(m)))]
+    if len(sizes) > 2:
         raise Refused(f"LayerNorm over the shape {tuple(m.normalized_shape)}")
-    return ("layer_norm", m.normalized_shape[0], m.eps, *_affine(m))
+    height, width = (0, *sizes)[-2:]  # 0: a sequence
+    return [
+        Part(("group_norm", channels, 1, m.eps, False, False), ()),
+        Part(("elementwise_affine", channels, height, width, *_affine(m))),
+    ]
 
 
 # ---- sequences and images -----------------------------------------------------------------------
@@ -162,17 +169,54 @@ def _avg_pool(axes: int) -> Callable[..., Layer]:
     return pool
 
 
-def _global_avg_pool(axes: int) -> Callable[..., Layer]:
-    def pool(output_size: Any) -> Layer:
-        if output_size not in (1, (1,) * axes, [1] * axes):
+def _adaptive_pool(kind: str, axes: int) -> Callable[..., Layer]:
+    def pool(output_size: Any, return_indices: bool = False) -> Layer:
+        if return_indices:
+            raise Refused("pooling that returns indices")
+        sizes = (output_size,) * axes if isinstance(output_size, int) else tuple(output_size)
+        if len(sizes) != axes or not all(type(n) is int for n in sizes):
             raise Refused(f"adaptive pooling to {output_size}")
-        return (f"global_avg_pool{axes}d",)
+        if kind == "avg" and set(sizes) == {1}:
+            return (f"global_avg_pool{axes}d",)
+        return (f"adaptive_{kind}_pool{axes}d", *sizes)
 
     return pool
 
 
+def _mean(dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> tuple[Layer, ...]:
+    """Over all positions, of which a negative dimension does not tell how many there are."""
+    dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
+    axes = {(2,): 1, (-1,): 1, (2, 3): 2, (-2, -1): 2}.get(tuple(sorted(dims)))
+    if axes is None or dtype is not None:
+        raise Refused(f"the mean over the dimensions {dim}")
+    pool: Layer = (f"global_avg_pool{axes}d",)
+    return (pool,) if keepdim else (pool, FLATTEN)
+
+
+def _zeros_around(axes: int, sides: Sequence[int]) -> Layer:
+    """A border of zeros: an average over windows of one number, where there is one."""
+    left_right = tuple(sides[:2])
+    top_bottom = tuple(sides[2:4]) if axes == 2 else (0, 0)
+    if min(*left_right, *top_bottom) < 0:
+        raise Refused(f"negative padding {tuple(sides)}")
+    return (f"avg_pool{axes}d", 1, 1, 1, 1, *top_bottom, *left_right, 1, 1, 1)
+
+
+def _pad(pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Layer:
+    if mode != "constant" or value or len(pad) not in (2, 4):
+        raise Refused(f"padding {tuple(pad)} in mode {mode!r} by {value or 0}")
+    return _zeros_around(len(pad) // 2, pad)
+
+
+def _constant_pad(m: nn.ConstantPad1d | nn.ConstantPad2d) -> Layer:
+    return _pad(m.padding, value=m.value)
+
+
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+_SIDES = ("padding", "value")
+_TO = ("output_size",)
+_TO_MAX = ("output_size", "return_indices")
 _CONV = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
     "padding_mode",
@@ -221,8 +265,8 @@ def _unflatten(m: nn.Unflatten) -> Layer:
     return ("unflatten", channels, *([1, *sizes] if len(sizes) == 1 else sizes))
 
 
-def _dropout(m: nn.Dropout) -> Layer:
-    if m.training and m.p > 0:
+def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> Layer:
+    if training and p > 0:
         raise Refused("Dropout in training mode draws random numbers")
     return IDENTITY
 
@@ -232,7 +276,8 @@ class Known(NamedTuple):
 
     layer: Callable[[Any], Layer]
     reads: tuple[str, ...] = ()  # the attributes that `layer` looks at, besides SLOTS
-    axes: tuple[int, ...] | None = None  # how many of positions its rows may have; None: any
+    # how many of positions its rows may have; None: any; or what tells of a module
+    axes: tuple[int, ...] | Callable[[Any], tuple[int, ...]] | None = None
     parts: Callable[[Any], list[Part]] | None = None  # where it is several layers
 
 
@@ -249,8 +294,14 @@ MODULES: dict[type, Known] = {
     nn.AvgPool2d: Known(
         _by(_avg_pool(2), (*_AVG_POOL, "divisor_override")), (*_AVG_POOL, "divisor_override"), (2,)
     ),
-    nn.AdaptiveAvgPool1d: Known(_by(_global_avg_pool(1), ("output_size",)), ("output_size",), (1,)),
-    nn.AdaptiveAvgPool2d: Known(_by(_global_avg_pool(2), ("output_size",)), ("output_size",), (2,)),
+    nn.AdaptiveAvgPool1d: Known(_by(_adaptive_pool("avg", 1), _TO), _TO, (1,)),
+    nn.AdaptiveAvgPool2d: Known(_by(_adaptive_pool("avg", 2), _TO), _TO, (2,)),
+    nn.AdaptiveMaxPool1d: Known(_by(_adaptive_pool("max", 1), _TO_MAX), _TO_MAX, (1,)),
+    nn.AdaptiveMaxPool2d: Known(_by(_adaptive_pool("max", 2), _TO_MAX), _TO_MAX, (2,)),
+    nn.ZeroPad1d: Known(_constant_pad, _SIDES, (1,)),
+    nn.ZeroPad2d: Known(_constant_pad, _SIDES, (2,)),
+    nn.ConstantPad1d: Known(_constant_pad, _SIDES, (1,)),
+    nn.ConstantPad2d: Known(_constant_pad, _SIDES, (2,)),
     nn.BatchNorm1d: Known(_batch_norm, ("num_features", "eps", "training"), (0, 1)),
     nn.BatchNorm2d: Known(_batch_norm, ("num_features", "eps", "training"), (2,)),
     PerStepBatchNorm: Known(
@@ -259,12 +310,20 @@ MODULES: dict[type, Known] = {
     nn.GroupNorm: Known(_group_norm, ("num_groups", "num_channels", "eps"), (0, 1, 2)),
     nn.InstanceNorm1d: Known(_instance_norm, ("num_features", "eps", "training"), (1,)),
     nn.InstanceNorm2d: Known(_instance_norm, ("num_features", "eps", "training"), (2,)),
-    nn.LayerNorm: Known(_layer_norm, ("normalized_shape", "eps"), (0,)),
+    nn.LayerNorm: Known(
+        lambda m: _layer_norm(m)[0].layer,
+        ("normalized_shape", "eps"),
+        lambda m: (len(m.normalized_shape) - 1,),
+        _layer_norm,
+    ),
     TabularInput: Known(
         lambda m: _embeddings(m)[0].layer, ("numeric", "cardinalities", "dims"), (0,), _embeddings
     ),
     nn.Identity: Known(lambda m: IDENTITY),
-    nn.Dropout: Known(_dropout, ("p", "training")),
+    **dict.fromkeys(
+        (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+        Known(_by(_dropout, ("p", "training")), ("p", "training")),
+    ),
     nn.Unflatten: Known(_unflatten, ("dim", "unflattened_size"), (0,)),
     nn.Flatten: Known(lambda m: _flatten(m.start_dim, m.end_dim), ("start_dim", "end_dim")),
     nn.ReLU: Known(lambda m: ("relu",)),
@@ -282,7 +341,10 @@ def _simple(layer: Layer) -> Callable[..., Layer]:
     return lambda inplace=False: layer
 
 
-FUNCTIONS: dict[Any, Callable[..., Layer]] = {
+# The layer, or the layers, that a call amounts to, made of what follows its input.
+Called: TypeAlias = Callable[..., "Layer | tuple[Layer, ...]"]
+
+FUNCTIONS: dict[Any, Called] = {
     torch.relu: _simple(("relu",)),
     F.relu: _simple(("relu",)),
     torch.tanh: _simple(("tanh",)),
@@ -299,20 +361,27 @@ FUNCTIONS: dict[Any, Callable[..., Layer]] = {
     F.max_pool2d: _max_pool(2),
     F.avg_pool1d: _avg_pool(1),
     F.avg_pool2d: _avg_pool(2),
-    F.adaptive_avg_pool1d: _global_avg_pool(1),
-    F.adaptive_avg_pool2d: _global_avg_pool(2),
+    F.adaptive_avg_pool1d: _adaptive_pool("avg", 1),
+    F.adaptive_avg_pool2d: _adaptive_pool("avg", 2),
+    F.adaptive_max_pool1d: _adaptive_pool("max", 1),
+    F.adaptive_max_pool2d: _adaptive_pool("max", 2),
+    torch.mean: _mean,
+    F.pad: _pad,
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout), _dropout),
 }
 # of the layers that functions are
 AXES = {
-    f"{kind}{axes}d": (axes,)
-    for kind in ("max_pool", "avg_pool", "global_avg_pool")
+    f"{kind}_pool{axes}d": (axes,)
+    for kind in ("max", "avg", "global_avg", "adaptive_avg", "adaptive_max")
     for axes in (1, 2)
 }
-METHODS: dict[str, Callable[..., Layer]] = {
+METHODS: dict[str, Called] = {
     "relu": _simple(("relu",)),
     "tanh": _simple(("tanh",)),
     "sigmoid": _simple(("sigmoid",)),
     "flatten": _flatten,
+    "mean": _mean,
+    "contiguous": lambda: IDENTITY,
 }
 
 
@@ -324,6 +393,14 @@ def _fixed_parts(m: _NormBase) -> list[Part]:
     if m.weight is not None or m.bias is not None:
         parts.append(Part(("scale_shift", m.num_features, *_affine(m), steps)))
     return parts
+
+
+def axes_of(layer: Layer, module: nn.Module | None) -> tuple[int, ...] | None:
+    """How many axes of positions a layer's rows may have; None where any number will do."""
+    if module is None:
+        return AXES.get(layer[0])
+    axes = MODULES[type(module)].axes
+    return axes(module) if callable(axes) else axes
 
 
 def label_of(name: str, module: nn.Module) -> str:

@@ -23,7 +23,6 @@ from torch import nn
 from pymeta import native
 from pymeta.spec.chain import Step, is_sequential, walk
 from pymeta.spec.layers import (
-    AXES,
     FLATTEN,
     FORK,
     IDENTITY,
@@ -33,6 +32,7 @@ from pymeta.spec.layers import (
     TURN,
     Layer,
     Refused,
+    axes_of,
     label_of,
 )
 from pymeta.spec.modules import Fixed, running_statistics
@@ -156,32 +156,49 @@ def _network(
         raise Refused(str(error)) from None
 
 
-_MISFIT = re.compile(r"(?:layers: )?layer \d+ takes (\d+) features, the one before it gives (\d+)")
+_MISFIT = re.compile(
+    r"layers: layer \d+ takes ([\d x]+) features, the one before it gives ([\d x]+)"
+)
+
+
+def _as_torch(shape: str, sequence: bool) -> list[int]:
+    """A text such as "4 x 5 x 3", of height, width and channels, in torch's order."""
+    *sizes, channels = map(int, shape.split(" x "))
+    return [channels, *(sizes[1:] if sequence else sizes)]
 
 
 def _check_widths(steps: list[Step], row_shape: tuple[int, ...] | None) -> None:
-    """ValueError where a layer takes another number of features than it is given.
+    """ValueError where a layer takes another number of features, or shape, than it is given.
 
     That is no reason to fall back: torch cannot run such a model either. (With positions it may,
     where a linear layer is meant for the last axis alone; then `_shaped` refuses.)
     """
     for k, step in enumerate(steps):
         try:
-            native.extension().Network(tuple(_shaped(steps[: k + 1], row_shape)))
+            native.extension().Network(tuple(_shaped(steps[: k + 1], row_shape, whole=False)))
         except (ValueError, Refused) as error:
             found = _MISFIT.fullmatch(str(error))
             if found is None or step.module is None:
                 continue
-            # behind positions the widths of two convolutions may be what does not fit
-            if row_shape is None or getattr(step.module, "in_features", 0) == int(found[1]):
-                givers = [
-                    label_of(s.name, s.module)
-                    for s in steps[:k]
-                    if s.module is not None and any(True for _ in s.module.parameters())
-                ]
+            givers = [
+                label_of(s.name, s.module)
+                for s in steps[:k]
+                if s.module not in (None, step.module) and any(True for _ in s.module.parameters())
+            ]
+            giver = givers[-1] if givers else "a row"
+            label = label_of(step.name, step.module)
+            if step.layer[0] == "elementwise_affine":
+                takes, gives = (_as_torch(shape, step.layer[2] == 0) for shape in found.groups())
                 raise ValueError(
-                    f"model: {label_of(step.name, step.module)} takes "
-                    f"{counted(int(found[1]), 'feature')}, but {givers[-1]} gives {found[2]}"
+                    f"model: {label} takes rows of shape {takes}, but {giver} gives {gives}"
+                ) from None
+            if " x " in found[0]:
+                continue
+            # behind positions the widths of two convolutions may be what does not fit
+            if row_shape is None or str(getattr(step.module, "in_features", 0)) == found[1]:
+                raise ValueError(
+                    f"model: {label} takes {counted(int(found[1]), 'feature')}, but {giver} gives "
+                    f"{found[2]}"
                 ) from None
 
 
@@ -201,20 +218,14 @@ def _settings(module: nn.Module) -> list[str]:
     return [k for k, v in module.__dict__.items() if isinstance(v, _SETTINGS)]
 
 
-def _axes(step: Step) -> tuple[int, ...] | None:
-    """How many axes of positions a layer's rows may have; None where any number will do."""
-    if step.module is None:
-        return AXES.get(step.layer[0])
-    return MODULES[type(step.module)].axes
-
-
 def _image(row_shape: tuple[int, ...]) -> Layer:
     if len(row_shape) not in (2, 3):
         raise Refused(
             f"rows of shape {list(row_shape)}; expected [channels, length] or "
             f"[channels, height, width]"
         )
-    return ("image", row_shape[0], *(row_shape[1:] if len(row_shape) == 3 else (1, row_shape[1])))
+    channels, *sizes = row_shape
+    return ("image", channels, *(sizes if len(sizes) == 2 else (0, *sizes)))  # 0: a sequence
 
 
 def _features(steps: list[Step]) -> int:
@@ -233,8 +244,13 @@ def _axes_behind(step: Step, axes: int) -> int:
     return 0 if step.layer == FLATTEN else axes
 
 
-def _shaped(steps: list[Step], row_shape: tuple[int, ...] | None) -> list[Layer]:
-    """The layers for rows of a shape, or of one axis; Refused where a layer does not take them."""
+def _shaped(
+    steps: list[Step], row_shape: tuple[int, ...] | None, whole: bool = True
+) -> list[Layer]:
+    """The layers for rows of a shape, or of one axis; Refused where a layer does not take them.
+
+    `whole`: whether they are all that there are, so that rows of features have to come out.
+    """
     axes = 0 if row_shape is None else len(row_shape) - 1
     layers: list[Layer] = [] if row_shape is None else [_image(row_shape)]
     forks: list[int] = []  # the axes at those that are open
@@ -247,7 +263,7 @@ def _shaped(steps: list[Step], row_shape: tuple[int, ...] | None) -> list[Layer]
             axes = forks[-1]
         elif step.layer == JOIN:
             forks.pop()
-        wanted = _axes(step)
+        wanted = axes_of(step.layer, step.module)
         if wanted is not None and axes not in wanted:
             label = step.name if step.module is None else label_of(step.name, step.module)
             got = "one axis of features" if axes == 0 else f"{counted(axes, 'axis')} of positions"
@@ -255,7 +271,7 @@ def _shaped(steps: list[Step], row_shape: tuple[int, ...] | None) -> list[Layer]
         if step.layer != IDENTITY and (step.layer != FLATTEN or axes):
             layers.append(step.layer)
         axes = _axes_behind(step, axes)
-    if axes:
+    if axes and whole:
         raise Refused("its output has positions besides features: flatten it")
     return layers
 
@@ -265,8 +281,32 @@ def _takes_positions(steps: list[Step]) -> bool:
     for step in steps:
         if step.layer[0] == "unflatten":
             return False
-        if 0 not in (_axes(step) or (0,)):
+        if 0 not in (axes_of(step.layer, step.module) or (0,)):
             return True
+    return False
+
+
+def _flattens_positions(steps: list[Step]) -> bool:
+    """Whether a Flatten follows layers of either kind of rows, and fits those with positions alone.
+
+    Such as nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(24, 1).
+    """
+    seen = False
+    for step in steps:
+        if step.layer == FLATTEN:
+            break
+        if step.layer != IDENTITY:
+            seen = True
+            if axes_of(step.layer, step.module) == (0,) or step.layer[0] == "unflatten":
+                return False
+    else:
+        return False
+    if not seen or native.missing() is not None:
+        return False
+    try:
+        native.extension().Network(tuple(_shaped(steps, None)))
+    except ValueError:
+        return True
     return False
 
 
@@ -276,6 +316,8 @@ def _described(
     steps = list(walk(model, "", fixed))
     names = _parameter_names(steps, model, fixed)
     spatial = _takes_positions(steps)
+    if not spatial and (row_shape is None or len(row_shape) > 1):
+        spatial = _flattens_positions(steps)
     if spatial and row_shape is None:
         return Unshaped(
             "the shape of its rows, [channels, height, width], is known with the first call",

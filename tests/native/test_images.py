@@ -7,6 +7,7 @@ reference on networks drawn at random (images.py), as those of features are in t
 import collections
 import copy
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,7 @@ from pymeta.spec.network import Description, Unshaped, Unsupported, describe
 
 IMAGE_CASES = cases(tasks=(1, 2, 3, 17), chain=image_chains()).map(
     # pixels that are alike, where a pooling is the first to see them
-    lambda case: replace(case, ties=case.chain[1][0] == "max_pool")
+    lambda case: replace(case, ties=case.chain[1][0].endswith("max_pool"))
 )
 
 
@@ -150,6 +151,21 @@ NETS = {
             nn.Flatten(), nn.Linear(12, 3),
         ),
     ),
+    "layer norms": (
+        (2, 5, 6),
+        lambda: (
+            nn.LayerNorm((2, 5, 6)), nn.ZeroPad2d((1, 0, 2, 0)), nn.Conv2d(2, 4, 2), nn.SiLU(),
+            nn.LayerNorm((4, 6, 6), bias=False), nn.AdaptiveAvgPool2d((3, 2)), nn.Conv2d(4, 3, 2),
+            nn.LayerNorm((3, 2, 1), elementwise_affine=False), nn.Flatten(), nn.Linear(6, 3),
+        ),
+    ),
+    "causal": (
+        (2, 9),
+        lambda: (
+            nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(2, 5, 3), nn.LayerNorm((5, 9)), nn.ReLU(),
+            nn.AdaptiveMaxPool1d(3), nn.Flatten(), nn.Linear(15, 3),
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -179,14 +195,24 @@ def test_eager_autograd_agrees(name, backend):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("isa, executor", PATHS)
-def test_finite_differences_of_an_images_loss(isa, executor):
-    """No formula of ours or torch's: the loss itself, a little to both sides."""
-    net = nn.Sequential(
+SMOOTH = {
+    "batch norm": lambda: (
         nn.Conv2d(2, 3, 2, stride=2, padding=1), nn.BatchNorm2d(3, track_running_stats=False),
         nn.Softplus(), nn.Conv2d(3, 4, 2), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(),
         nn.Linear(4, 3),
-    ).double()  # fmt: skip
+    ),
+    "layer norm": lambda: (
+        nn.Conv2d(2, 3, 2), nn.LayerNorm((3, 4, 4)), nn.Tanh(), nn.ZeroPad2d((0, 1, 0, 0)),
+        nn.Conv2d(3, 2, (4, 2)), nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Linear(4, 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("isa, executor", PATHS)
+def test_finite_differences_of_an_images_loss(isa, executor, name):
+    """No formula of ours or torch's: the loss itself, a little to both sides."""
+    net = nn.Sequential(*SMOOTH[name]()).double()
     data = episodes((2, 5, 5))
     maml = pymeta.MAML(net, loss="cross_entropy", lr=0.2, steps=2, backend="native")
     with using(isa, executor):
@@ -341,6 +367,83 @@ def test_unflatten_makes_images_of_rows(shape, tmp_path):
     assert np.array_equal(loaded.adapt_predict(*flat), got.predictions[0].detach().numpy())
 
 
+def test_an_adapter_of_sequences_knows_their_shape(tmp_path):
+    """Whatever their layers: normalisations do not tell sequences from images of one row."""
+    for layer in (nn.InstanceNorm1d(3, affine=True), nn.LayerNorm((3, 8)), nn.GroupNorm(1, 3)):
+        net = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3))
+        data = episodes((3, 8), dtype=torch.float32)
+        maml = pymeta.MAML(net, loss="cross_entropy", lr=0.1, steps=2, backend="native")
+        wanted = maml(*data).predictions.detach().numpy()
+        maml.adapter().save(tmp_path / "adapter.safetensors")
+        adapter = pymeta.Adapter.load(tmp_path / "adapter.safetensors")
+        assert adapter.architecture.row_shape == (3, 8)
+        assert np.array_equal(adapter.adapt_predict(*(v.numpy() for v in data[:3])), wanted)
+        images = tuple(v[:, :, :, None] if v.ndim == 4 else v for v in data)
+        if isinstance(layer, nn.GroupNorm):  # which takes either
+            maml(*images)
+            assert maml.adapter().architecture.row_shape == (3, 1, 8)
+
+
+MISSHAPEN = {
+    "behind a convolution": (
+        (nn.Conv2d(2, 3, 2), nn.LayerNorm((3, 5, 6)), nn.Flatten(), nn.Linear(60, 1)), (2, 5, 6),
+        r"layer 1 .LayerNorm. takes rows of shape \[3, 5, 6\], but layer 0 .Conv2d. gives "
+        r"\[3, 4, 5\]",
+    ),
+    "first": (
+        (nn.LayerNorm((2, 7)), nn.Flatten(), nn.Linear(12, 1)), (2, 6),
+        r"layer 0 .LayerNorm. takes rows of shape \[2, 7\], but a row gives \[2, 6\]",
+    ),
+    "without parameters": (
+        (nn.Conv1d(2, 3, 2), nn.LayerNorm((2, 5), elementwise_affine=False), nn.Flatten(),
+         nn.Linear(15, 1)), (2, 6),
+        r"layer 1 .LayerNorm. takes rows of shape \[2, 5\], but layer 0 .Conv1d. gives \[3, 5\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISSHAPEN)
+def test_a_layer_norm_of_another_shape_is_an_error_and_no_fallback(name):
+    layers, shape, said = MISSHAPEN[name]
+    net = nn.Sequential(*layers)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        net(torch.ones(4, *shape))
+    for backend in ("auto", "torch"):
+        maml = pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend=backend)
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
+            warnings.simplefilter("error")
+            maml(*(torch.ones(2, 4, *n) for n in (shape, (1,), shape, (1,))))
+
+
+class Causal(nn.Module):
+    """A network of windows as people write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 4, 3, dilation=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.conv(F.pad(x, (4, 0))))
+        x = F.dropout(x, 0.5, self.training).contiguous()
+        return self.head(x.mean(-1))
+
+
+def test_padding_means_and_dropout_in_a_forward_are_layers():
+    net = Causal().eval()
+    kinds = [layer[0] for layer in describe(net, (2, 9)).layers]
+    assert kinds == [
+        "image", "avg_pool1d", "conv1d", "relu", "global_avg_pool1d", "flatten", "linear"
+    ]  # fmt: skip
+    data = episodes((2, 9), dtype=torch.float32)
+    found = [
+        pymeta.MAML(net, loss="cross_entropy", lr=0.1, steps=2, backend=backend)(*data).predictions
+        for backend in ("torch", "native")
+    ]
+    torch.testing.assert_close(*found)
+    assert "draws random numbers" in describe(net.train(), (2, 9)).reason
+
+
 class Traced(nn.Module):
     def __init__(self):
         super().__init__()
@@ -365,7 +468,13 @@ def test_a_forward_that_calls_functions_is_traced():
     [
         ((nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Flatten()), "padding_mode"),
         ((nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()), "ceil_mode"),
-        ((nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten()), "adaptive pooling to 2"),
+        ((nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d((2, None)), nn.Flatten()), "adaptive pooling"),
+        ((nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(3), nn.Flatten()), "do not divide"),
+        ((nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(2, True), nn.Flatten()), "returns indices"),
+        ((nn.Conv2d(1, 2, 3), nn.ZeroPad2d(-1), nn.Flatten()), "negative padding"),
+        ((nn.Conv2d(1, 2, 3), nn.ConstantPad2d(1, 2.0), nn.Flatten()), "by 2.0"),
+        ((nn.Conv2d(1, 2, 3), nn.LayerNorm((4,)), nn.Flatten()), "layer 1 .LayerNorm. does not"),
+        ((nn.Conv2d(1, 2, 3), nn.LayerNorm((4, 4)), nn.Flatten()), "layer 1 .LayerNorm. does not"),
         ((nn.Conv2d(1, 2, 3), nn.Linear(4, 2), nn.Flatten()), "layer 1 .Linear. does not take"),
         ((nn.Conv2d(1, 2, 3),), "flatten it"),
         ((nn.Conv1d(1, 2, 3), nn.Flatten()), "layer 0 .Conv1d. does not take"),

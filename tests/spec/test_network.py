@@ -1,5 +1,6 @@
 """describe: which modules are chains, which are not and why, and when it must look again."""
 
+import math
 import re
 import warnings
 
@@ -40,6 +41,21 @@ def test_every_known_layer(module, layer):
     assert list(found.names) == ["0.weight", "0.bias", *own]
     assert (found.in_features, found.out_features) == (2, 3)
     assert found.batch_norm == (layer[0] == "batch_norm")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_norm_over_positions_is_two_layers(bias):
+    for shape in ((3, 5), (3, 4, 5)):
+        norm = nn.LayerNorm(shape, eps=1e-3, bias=bias)
+        found = describe(nn.Sequential(norm, nn.Flatten(), nn.Linear(math.prod(shape), 2)), shape)
+        sizes = shape[1:] if len(shape) == 3 else (0, *shape[1:])
+        assert found.layers[:3] == (
+            ("image", 3, *sizes),
+            ("group_norm", 3, 1, 1e-3, False, False),
+            ("elementwise_affine", 3, *sizes, True, bias),
+        )
+        shapes = [tuple(s) for s in found.network.parameter_shapes]
+        assert shapes[0] == shape and found.names[0] == "0.weight"
 
 
 def test_nested_chains_and_layers_that_do_nothing():
@@ -139,7 +155,7 @@ REFUSED = {
     "slope": (nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(-1)), r"negative_slope -1"),
     "elu": (nn.Sequential(nn.Linear(2, 2), nn.ELU(0)), r"ELU with alpha 0"),
     "softplus": (nn.Sequential(nn.Linear(2, 2), nn.Softplus(-1)), r"Softplus with beta -1"),
-    "norm shape": (nn.Sequential(nn.LayerNorm((2, 3))), r"LayerNorm over the shape \(2, 3\)"),
+    "norm shape": (nn.Sequential(nn.LayerNorm((2, 3, 4, 5))), r"LayerNorm over the shape \(2, "),
     "flatten": (nn.Sequential(nn.Flatten(0), nn.Linear(2, 2)), r"Flatten from dimension 0"),
     "lstm": (nn.LSTM(2, 2), r"LSTM has no native kernel"),
     "no layer": (nn.Sequential(nn.ReLU()), r"the first layer must be linear or a normalisation"),

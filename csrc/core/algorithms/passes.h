@@ -146,6 +146,7 @@ class Passes {
                                                  const Direction& u) const {
     Real* ry = tangent(state_.ws.tangent.ry);
     for (int l = 0; l <= last_ && !state_.call.is_stopped(); ++l) {
+      if (is_unread_zero(l)) continue;
       const Layer& layer = network_.layers[l];
       Real* ra = tangent(tangents(l).ra);
       Real* rz = tangent(tangents(l).rz);
@@ -229,8 +230,9 @@ class Passes {
   }
   PYMETA_FN LayerTangent pass_tangent(int l, const Direction& u, const Real* rd = nullptr) const {
     const Layer& layer = network_.layers[l];
-    // The tangent of the first layer's input is zero.
-    LayerTangent t{{l == 0 ? nullptr : tangent(tangents(l - 1).ra), X::stride(layer.in.channels)},
+    // Nothing below the first layer that the inner loop changes has a tangent.
+    const Real* rx = l <= state_.lowest_adapted ? nullptr : tangent(tangents(l - 1).ra);
+    LayerTangent t{{rx, X::stride(layer.in.channels)},
                    of_step(layer, u.tensor(layer.weight)),
                    of_step(layer, u.tensor(layer.bias)),
                    u.transposed(l),
@@ -251,12 +253,6 @@ class Passes {
   PYMETA_FN const Real* of_step(const Layer& layer, const Real* tensor) const {
     return tensor ? tensor + row_of_step(layer) : nullptr;
   }
-  PYMETA_FN static Sink shifted(Sink sink, std::size_t by) {
-    if (sink.out) sink.out += by;
-    if (sink.base) sink.base += by;
-    if (sink.extra) sink.extra += by;
-    return sink;
-  }
   // The rows of other steps have no part in this pass.
   template <class Sinks>
   PYMETA_FN PYMETA_NOINLINE void clear_other_steps(const Sinks& sinks, const Layer& layer) const {
@@ -264,7 +260,7 @@ class Passes {
     for (const int tensor : {layer.weight, layer.bias})
       for (int step = 0; tensor >= 0 && step < layer.steps; ++step)
         if (step * row != row_of_step(layer))
-          no_gradient<X>(layer.out.channels, shifted(sinks(tensor), step * row));
+          no_gradient<X>(layer.out.channels, sinks(tensor).from(step * row));
   }
 
   // The layer from which deltas are of use to parameters.
@@ -296,13 +292,21 @@ class Passes {
     if (l >= 0 && tangents(l).rd != kNowhere) return tangent(tangents(l).rd);
     return tangent(state_.ws.tangent.rd[(last_ - l) & 1]);
   }
+  // Is the tangent of layer l's output zero, with nobody to read it or anything else that the layer would keep?
+  PYMETA_FN bool is_unread_zero(int l) const {
+    bool unread = l < state_.lowest_adapted && l < last_ && tangents(l).rz == kNowhere;
+    for (int i = 0; i < kMaxKept; ++i) unread = unread && tangents(l).kept[i] == kNowhere;
+    for (int other = l + 1; unread && other <= last_; ++other)
+      unread = network_.layers[other].other_output != l;
+    return unread;
+  }
   // What the activation of layer l was applied to, where that is kept.
   PYMETA_FN const Real* activation_input(int l) const {
     return tape_.at(tape_.layout->layers[l].z);
   }
   template <class Sinks>
   PYMETA_FN Sink sink(const Sinks& sinks, const Layer& layer, int tensor) const {
-    return tensor >= 0 ? shifted(sinks(tensor), row_of_step(layer)) : Sink{};
+    return tensor >= 0 ? sinks(tensor).from(row_of_step(layer)) : Sink{};
   }
 
   // A destination at layer l's output: through the gate of its ReLU.

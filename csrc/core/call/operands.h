@@ -73,6 +73,12 @@ struct Sink {
   const Real* base = nullptr;
   const Real* extra = nullptr;
   Real scale = 1;
+
+  // The same from a place in the tensor on.
+  PYMETA_FN Sink from(long place) const {
+    return {out ? out + place : nullptr, base ? base + place : nullptr,
+            extra ? extra + place : nullptr, scale};
+  }
 };
 
 // A layer applied to an operand, or its transpose: one term of a (tangent) product.

@@ -47,7 +47,7 @@ struct ParameterLayout {
       }
       if (layer.bias >= 0) {
         PackedTensor& t = tensors[layer.bias];
-        t = packed_vector<X>(layer.out.channels);
+        t = packed_bias<X>(layer);
         if (layer.steps > 0) t.outer = layer.steps;
         t.place = places.take(t.scalars());
       }

@@ -141,10 +141,7 @@ struct Embedding {
     const long row = X::stride(layer.out.channels), table_row = X::stride(width);
     const Real* codes = p.x.p + static_cast<long>(first) * X::kElement;
     for (int c = 0; c < layer.lookup.categories; ++c) {
-      const long at_c = c * table_row;
-      const Sink own{sink.out ? sink.out + at_c : nullptr, sink.base ? sink.base + at_c : nullptr,
-                     sink.extra ? sink.extra + at_c : nullptr, sink.scale};
-      X::sum_rows(p.extent, width, own, [&](long at, long column) {
+      X::sum_rows(p.extent, width, sink.from(c * table_row), [&](long at, long column) {
         const long r = (at - column) / table_row;
         const Real* code = codes + r * p.x.row;
         if (X::kTasks == 1 && !(*code == Real(c))) return zero();

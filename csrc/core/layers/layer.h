@@ -11,7 +11,8 @@
 // and its rules on an executor X, compiled for each machine:
 //
 //   template <class X> struct Linear
-//     packed_weight(layer)               how its weight lies; a bias is a vector of channels
+//     packed_weight(layer)               how its weight lies
+//     packed_bias(layer)                 how its bias does, where it is more than a vector of channels
 //     kTransposesWeight                  do its backward passes want the transposed weight (where X keeps one)? Then
 //     transposed_scalars(layer), transpose(layer, weight, transposed)   its size, and how it is made
 //     kReadsRowsInPlace                  as the first layer, can it read the caller's own rows, without padding?

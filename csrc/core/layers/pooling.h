@@ -60,6 +60,49 @@ struct GlobalAvgPool1dSpec {
     layer.window.divisor = in.positions();
   }
 };
+// To so many positions, each of as many neighbours, where the sizes can be divided so.
+template <class Builder>
+Layer& add_adaptive_pooling(Builder& builder, int height, int width) {
+  const Shape in = builder.shape();
+  if (in.height % height != 0 || in.width % width != 0)
+    builder.refuse("an adaptive pooling whose outputs do not divide the positions");
+  Layer& layer = builder.append(in, {height, width, in.channels});
+  Window& window = layer.window;
+  window.height = window.stride_y = in.height / height;
+  window.width = window.stride_x = in.width / width;
+  window.divisor = window.taps();
+  return layer;
+}
+template <const char* kSpelling>
+struct AdaptivePool1dSpec {
+  static constexpr const char* kName = kSpelling;
+  static constexpr const char* kArguments = "n";  // length
+  static constexpr bool kMixesRows = false;
+
+  template <class Builder>
+  static void add(Builder& builder, const double* arguments) {
+    add_adaptive_pooling(builder, 1, static_cast<int>(arguments[0]));
+  }
+};
+template <const char* kSpelling>
+struct AdaptivePool2dSpec {
+  static constexpr const char* kName = kSpelling;
+  static constexpr const char* kArguments = "nn";  // height, width
+  static constexpr bool kMixesRows = false;
+
+  template <class Builder>
+  static void add(Builder& builder, const double* arguments) {
+    add_adaptive_pooling(builder, static_cast<int>(arguments[0]), static_cast<int>(arguments[1]));
+  }
+};
+inline constexpr char kAdaptiveAvg1d[] = "adaptive_avg_pool1d",
+                      kAdaptiveAvg2d[] = "adaptive_avg_pool2d",
+                      kAdaptiveMax1d[] = "adaptive_max_pool1d",
+                      kAdaptiveMax2d[] = "adaptive_max_pool2d";
+using AdaptiveAvgPool1dSpec = AdaptivePool1dSpec<kAdaptiveAvg1d>;
+using AdaptiveAvgPool2dSpec = AdaptivePool2dSpec<kAdaptiveAvg2d>;
+using AdaptiveMaxPool1dSpec = AdaptivePool1dSpec<kAdaptiveMax1d>;
+using AdaptiveMaxPool2dSpec = AdaptivePool2dSpec<kAdaptiveMax2d>;
 using MaxPool2dSpec = PooledImages<MaxPool1dSpec>;
 using AvgPool2dSpec = PooledImages<AvgPool1dSpec>;
 using GlobalAvgPool2dSpec = PooledImages<GlobalAvgPool1dSpec>;
@@ -115,48 +158,41 @@ PYMETA_FN void for_outputs(const Layer& layer, int y, int x, Visitor visit) {
   }
 }
 
-// Those inputs or outputs of one position after another, found once for all images and channels that lie there.
+// Those inputs or outputs of a position, found once for all images and channels that lie there.
 template <bool kOutputs>
 class Neighbours {
  public:
-  PYMETA_FN explicit Neighbours(const Layer& layer) : layer_(layer) {}
+  PYMETA_FN Neighbours(const Layer& layer, int y, int x) : layer_(layer), y_(y), x_(x) {
+    if constexpr (!kTwoMemories)  // many positions side by side: each finds its own
+      find([&](int tap, int position) {
+        if (count_ < kMost) {
+          taps_[count_] = tap;
+          positions_[count_] = position;
+        }
+        ++count_;
+      });
+  }
 
   template <class Visitor>  // visit(tap, position)
-  PYMETA_FN void operator()(int y, int x, Visitor visit) {
-    if constexpr (kTwoMemories) {  // many positions side by side: each finds its own
-      find(y, x, visit);
-    } else {
-      if (y != y_ || x != x_) look(y, x);
-      if (count_ > kMost) return find(y, x, visit);
-      for (int i = 0; i < count_; ++i) visit(taps_[i], positions_[i]);
-    }
+  PYMETA_FN void operator()(Visitor visit) const {
+    if (kTwoMemories || count_ > kMost) return find(visit);
+    for (int i = 0; i < count_; ++i) visit(taps_[i], positions_[i]);
   }
 
  private:
   static constexpr int kMost = kTwoMemories ? 1 : 16;
 
   template <class Visitor>
-  PYMETA_FN void find(int y, int x, Visitor visit) const {
+  PYMETA_FN void find(Visitor visit) const {
     if constexpr (kOutputs)
-      for_outputs(layer_, y, x, visit);
+      for_outputs(layer_, y_, x_, visit);
     else
-      for_inputs(layer_, y, x, visit);
-  }
-  PYMETA_FN void look(int y, int x) {
-    y_ = y;
-    x_ = x;
-    count_ = 0;
-    find(y, x, [&](int tap, int position) {
-      if (count_ < kMost) {
-        taps_[count_] = tap;
-        positions_[count_] = position;
-      }
-      ++count_;
-    });
+      for_inputs(layer_, y_, x_, visit);
   }
 
   const Layer& layer_;
-  int y_ = -1, x_ = -1, count_ = 0;
+  const int y_, x_;
+  int count_ = 0;
   int taps_[kMost], positions_[kMost];
 };
 
@@ -195,18 +231,18 @@ struct Pooling {
   PYMETA_FN PYMETA_NOINLINE static void spread(const LayerPass& p, const Real* d,
                                                const Destination& below) {
     const Layer& layer = p.layer;
-    const long row = X::stride(layer.in.channels);
-    const int images = p.extent.rows;
-    Neighbours<true> seers(layer);
+    const long row = X::stride(layer.in.channels), place = p.extent.rows * row;
     X::with_epilogue(below, row, over(p.extent, layer.in), [&](const auto& emit) {
-      X::map_positions(p.extent, layer.in, [&](long, int vector, int r, int y, int x, int own) {
-        const long column = static_cast<long>(vector) * kWidth;
-        Vec sum = zero();
-        seers(y, x, [&](int tap, int position) {
-          const long at = (static_cast<long>(position) * images + own) * row + column;
-          sum = sum + Rules::share(p, load(d + at), at, tap, position);
+      X::for_positions(p.extent, layer.in, [&](int y, int x, auto each) {
+        const Neighbours<true> seers(layer, y, x);
+        each([&](long, long offset, int r, int vector) {
+          Vec sum = zero();
+          seers([&](int tap, int position) {
+            const long at = position * place + offset;
+            sum = sum + Rules::share(p, load(d + at), at, tap, position);
+          });
+          emit(sum, r, vector);
         });
-        emit(sum, r, vector);
       });
     });
   }
@@ -221,26 +257,26 @@ struct MaxPool : Pooling<X, MaxPool<X>> {
 
   PYMETA_FN PYMETA_NOINLINE static void forward(const LayerPass& p, const Destination& to) {
     const Layer& layer = p.layer;
-    const long row = X::stride(layer.in.channels);
-    const int images = p.extent.rows;
+    const long row = X::stride(layer.in.channels), place = p.extent.rows * row;
     Real* winner = p.kept[0];
     const Real* from = p.x.p;
-    Neighbours<false> seen(layer);
     X::with_epilogue(to, row, over(p.extent, layer.out), [&](const auto& emit) {
-      X::map_positions(p.extent, layer.out, [&](long at, int vector, int r, int y, int x, int own) {
-        const long column = static_cast<long>(vector) * kWidth;
-        Vec best = broadcast(-Real(__builtin_inf())), won = zero();
-        bool is_first = true;
-        seen(y, x, [&](int tap, int position) {
-          const Vec v = load(from + (static_cast<long>(position) * images + own) * row + column);
-          const Vec number = broadcast(Real(tap));
-          const auto better = (v > best) | (v != v);
-          won = is_first ? number : select(better, number, won);
-          best = is_first ? v : select(better, v, best);
-          is_first = false;
+      X::for_positions(p.extent, layer.out, [&](int y, int x, auto each) {
+        const Neighbours<false> seen(layer, y, x);
+        each([&](long at, long offset, int r, int vector) {
+          Vec best = broadcast(-Real(__builtin_inf())), won = zero();
+          bool is_first = true;
+          seen([&](int tap, int position) {
+            const Vec v = load(from + position * place + offset);
+            const Vec number = broadcast(Real(tap));
+            const auto better = (v > best) | (v != v);
+            won = is_first ? number : select(better, number, won);
+            best = is_first ? v : select(better, v, best);
+            is_first = false;
+          });
+          store(winner + at, won);
+          emit(best, r, vector);
         });
-        store(winner + at, won);
-        emit(best, r, vector);
       });
     });
   }
@@ -248,20 +284,20 @@ struct MaxPool : Pooling<X, MaxPool<X>> {
   PYMETA_FN PYMETA_NOINLINE static void gather(const LayerPass& p, const Real* from,
                                                const Destination& to) {
     const Layer& layer = p.layer;
-    const long row = X::stride(layer.in.channels);
-    const int images = p.extent.rows;
+    const long row = X::stride(layer.in.channels), place = p.extent.rows * row;
     const Real* winner = p.kept[0];
-    Neighbours<false> seen(layer);
     X::with_epilogue(to, row, over(p.extent, layer.out), [&](const auto& emit) {
-      X::map_positions(p.extent, layer.out, [&](long at, int vector, int r, int y, int x, int own) {
-        const long column = static_cast<long>(vector) * kWidth;
-        const Vec won = load(winner + at);
-        Vec value = zero();
-        seen(y, x, [&](int tap, int position) {
-          const Vec v = load(from + (static_cast<long>(position) * images + own) * row + column);
-          value = select(won == broadcast(Real(tap)), v, value);
+      X::for_positions(p.extent, layer.out, [&](int y, int x, auto each) {
+        const Neighbours<false> seen(layer, y, x);
+        each([&](long at, long offset, int r, int vector) {
+          const Vec won = load(winner + at);
+          Vec value = zero();
+          seen([&](int tap, int position) {
+            const Vec v = load(from + position * place + offset);
+            value = select(won == broadcast(Real(tap)), v, value);
+          });
+          emit(value, r, vector);
         });
-        emit(value, r, vector);
       });
     });
   }
@@ -279,17 +315,16 @@ struct AvgPool : Pooling<X, AvgPool<X>> {
   PYMETA_FN PYMETA_NOINLINE static void gather(const LayerPass& p, const Real* from,
                                                const Destination& to) {
     const Layer& layer = p.layer;
-    const long row = X::stride(layer.in.channels);
-    const int images = p.extent.rows;
-    Neighbours<false> seen(layer);
+    const long row = X::stride(layer.in.channels), place = p.extent.rows * row;
     X::with_epilogue(to, row, over(p.extent, layer.out), [&](const auto& emit) {
-      X::map_positions(p.extent, layer.out, [&](long, int vector, int r, int y, int x, int own) {
-        const long column = static_cast<long>(vector) * kWidth;
-        Vec sum = zero();
-        seen(y, x, [&](int, int position) {
-          sum = sum + load(from + (static_cast<long>(position) * images + own) * row + column);
+      X::for_positions(p.extent, layer.out, [&](int y, int x, auto each) {
+        const Neighbours<false> seen(layer, y, x);
+        const Vec count = broadcast(divisor(layer, y, x));
+        each([&](long, long offset, int r, int vector) {
+          Vec sum = zero();
+          seen([&](int, int position) { sum = sum + load(from + position * place + offset); });
+          emit(sum / count, r, vector);
         });
-        emit(sum / broadcast(divisor(layer, y, x)), r, vector);
       });
     });
   }
@@ -323,6 +358,14 @@ template <class X>
 struct GlobalAvgPool1d : AvgPool<X> {};
 template <class X>
 struct GlobalAvgPool2d : AvgPool<X> {};
+template <class X>
+struct AdaptiveAvgPool1d : AvgPool<X> {};
+template <class X>
+struct AdaptiveAvgPool2d : AvgPool<X> {};
+template <class X>
+struct AdaptiveMaxPool1d : MaxPool<X> {};
+template <class X>
+struct AdaptiveMaxPool2d : MaxPool<X> {};
 
 PYMETA_KERNEL_END
 

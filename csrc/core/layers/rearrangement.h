@@ -9,12 +9,13 @@ namespace pymeta {
 
 struct ImageSpec {
   static constexpr const char* kName = "image";
-  static constexpr const char* kArguments = "nnn";  // channels, height, width
+  static constexpr const char* kArguments = "ncn";  // channels, height or 0 of a sequence, width
   static constexpr bool kMixesRows = false;
 
   template <class Builder>
   static void add(Builder& builder, const double* arguments) {
-    const Shape out{static_cast<int>(arguments[1]), static_cast<int>(arguments[2]),
+    const int height = static_cast<int>(arguments[1]);
+    const Shape out{height > 0 ? height : 1, static_cast<int>(arguments[2]),
                     static_cast<int>(arguments[0])};
     builder.append_turned(out, /*flattens=*/false);
   }
@@ -42,10 +43,19 @@ struct FlattenSpec {
 
 PYMETA_KERNEL_BEGIN
 
+// Are numbers moved, and nothing else done on their way? Of several channels and positions an executor may have a faster way.
+PYMETA_FN inline bool is_transposition(const Extent& set, const Shape& image,
+                                       const Destination& to) {
+  const bool plain = !to.relu && !to.gate && !set.keep;
+  return plain && set.rows > 0 && image.channels > 1 && image.positions() > 1;
+}
+
 // From rows of features to positions of channels.
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void to_positions(const Extent& set, const Shape& image, const Matrix& x,
                                             const Destination& to) {
+  if constexpr (X::kTransposes)
+    if (is_transposition(set, image, to)) return X::to_positions(image, set.rows, x, to.p);
   const int positions = image.positions();
   X::with_epilogue(to, X::stride(image.channels), over(set, image), [&](const auto& emit) {
     X::map_positions(set, image, [&](long, int vector, int row, int y, int x_at, int own) {
@@ -85,6 +95,8 @@ class FeaturePlaces {
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void to_features(const Extent& set, const Shape& image, const Real* z,
                                            const Destination& to) {
+  if constexpr (X::kTransposes)
+    if (is_transposition(set, image, to)) return X::to_features(image, set.rows, z, to.p);
   const int positions = image.positions(), features = image.features();
   const long row = X::stride(image.channels);
   X::with_epilogue(to, X::stride(features), set, [&](const auto& emit) {

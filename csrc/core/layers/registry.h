@@ -17,30 +17,35 @@
 #include "scale_shift.h"
 
 // LAYER(kind, rules); the description is rulesSpec. The first is what a Layer is before it is told.
-#define PYMETA_LAYERS(LAYER)                \
-  LAYER(lone_activation, LoneActivation)    \
-  LAYER(linear, Linear)                     \
-  LAYER(image, Image)                       \
-  LAYER(unflatten, Unflatten)               \
-  LAYER(flatten, Flatten)                   \
-  LAYER(conv1d, Conv1d)                     \
-  LAYER(conv2d, Conv2d)                     \
-  LAYER(max_pool1d, MaxPool1d)              \
-  LAYER(max_pool2d, MaxPool2d)              \
-  LAYER(avg_pool1d, AvgPool1d)              \
-  LAYER(avg_pool2d, AvgPool2d)              \
-  LAYER(global_avg_pool1d, GlobalAvgPool1d) \
-  LAYER(global_avg_pool2d, GlobalAvgPool2d) \
-  LAYER(batch_norm, BatchNorm)              \
-  LAYER(step_batch_norm, StepBatchNorm)     \
-  LAYER(norm_pool, NormPool)                \
-  LAYER(fixed_norm, FixedNorm)              \
-  LAYER(scale_shift, ScaleShift)            \
-  LAYER(group_norm, GroupNorm)              \
-  LAYER(layer_norm, LayerNorm)              \
-  LAYER(fork, Fork)                         \
-  LAYER(turn, Turn)                         \
-  LAYER(join, Join)                         \
+#define PYMETA_LAYERS(LAYER)                    \
+  LAYER(lone_activation, LoneActivation)        \
+  LAYER(linear, Linear)                         \
+  LAYER(image, Image)                           \
+  LAYER(unflatten, Unflatten)                   \
+  LAYER(flatten, Flatten)                       \
+  LAYER(conv1d, Conv1d)                         \
+  LAYER(conv2d, Conv2d)                         \
+  LAYER(max_pool1d, MaxPool1d)                  \
+  LAYER(max_pool2d, MaxPool2d)                  \
+  LAYER(avg_pool1d, AvgPool1d)                  \
+  LAYER(avg_pool2d, AvgPool2d)                  \
+  LAYER(global_avg_pool1d, GlobalAvgPool1d)     \
+  LAYER(global_avg_pool2d, GlobalAvgPool2d)     \
+  LAYER(adaptive_avg_pool1d, AdaptiveAvgPool1d) \
+  LAYER(adaptive_avg_pool2d, AdaptiveAvgPool2d) \
+  LAYER(adaptive_max_pool1d, AdaptiveMaxPool1d) \
+  LAYER(adaptive_max_pool2d, AdaptiveMaxPool2d) \
+  LAYER(batch_norm, BatchNorm)                  \
+  LAYER(step_batch_norm, StepBatchNorm)         \
+  LAYER(norm_pool, NormPool)                    \
+  LAYER(fixed_norm, FixedNorm)                  \
+  LAYER(scale_shift, ScaleShift)                \
+  LAYER(elementwise_affine, ElementwiseAffine)  \
+  LAYER(group_norm, GroupNorm)                  \
+  LAYER(layer_norm, LayerNorm)                  \
+  LAYER(fork, Fork)                             \
+  LAYER(turn, Turn)                             \
+  LAYER(join, Join)                             \
   LAYER(embedding, Embedding)
 
 namespace pymeta {
@@ -159,6 +164,25 @@ PYMETA_FN void transpose_weight(const Layer& layer, const Real* weight, Real* tr
   with_layer<X>(layer.kind, [&](auto rules) {
     if constexpr (rules.kTransposesWeight) rules.transpose(layer, weight, transposed);
   });
+}
+
+template <class Rules, class = void>
+struct PacksBias {
+  static constexpr bool value = false;
+};
+template <class Rules>
+struct PacksBias<Rules, decltype(void(&Rules::packed_bias))> {
+  static constexpr bool value = true;
+};
+
+// How a layer's bias lies.
+template <class X>
+PYMETA_FN PackedTensor packed_bias(const Layer& layer) {
+  PackedTensor packed = packed_vector<X>(layer.out.channels);
+  with_layer<X>(layer.kind, [&](auto rules) {
+    if constexpr (PacksBias<decltype(rules)>::value) packed = rules.packed_bias(layer);
+  });
+  return packed;
 }
 
 template <class Rules, class = void>
