@@ -118,6 +118,7 @@ class Remainder:
         if not self.histories:
             raise ValueError("history: expected a number of rows, or some to choose from, got none")
         self.history = self.histories[0]
+        self.adapts = self.forms != ("pooled",)  # which has nothing to adapt
         self.seed, self.refit, self.precision = seed, refit, precision
         self.pooled = Pooled(base, link=link, prep=prep, seed=seed)
         self.episodes = {

@@ -22,6 +22,10 @@ def test_credit_runs_and_is_deployed(tmp_path):
     found = credit(table, columns=COLUMNS, base="linear", quick=True, share=0.3)
     verdicts = found.report.verdicts
     assert verdicts["adapted, unadapted", "log loss"] == "win"
+    again = next(p for p in found.report.pairs if p.theirs == "linear, fitted again")
+    assert again.metric == "log loss" and again.values[0] < again.values[1]
+    names = [line.name for line in found.report.lines]
+    assert "linear, fitted again, unadapted" not in names  # it adapts nothing
     assert found.settings["form"] != "pooled" and found.settings["segment"] == "region"
     found.save(tmp_path)
     model = Deployed.load(tmp_path)

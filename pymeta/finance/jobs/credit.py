@@ -7,7 +7,7 @@ score or a coefficient for every feature or nothing, is chosen on training segme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,8 @@ def credit(
         say: is told of progress.
 
     Returns:
-        The `Result`.
+        The `Result`; among the rivals is the same pooled model, fitted again to all that is known
+        and not adapted.
 
     Raises:
         ImportError: a package of the extra `finance` is missing.
@@ -63,10 +64,10 @@ def credit(
     panel = loans_panel(data, columns, numeric=numeric, categorical=categorical)
     panel.check_leakage()
 
-    def ours(seed: int) -> Remainder:
+    def ours(seed: int, forms: Sequence[str] = ("pooled", "score", "linear")) -> Remainder:
         return Remainder(
             base=base,
-            forms=("pooled", "score", "linear"),
+            forms=forms,
             support=(5, 400),
             query=(5, 100),
             split=None if panel.times is not None else "rows",
@@ -76,13 +77,19 @@ def credit(
             seed=seed,
         )
 
+    def models(seed: int) -> dict[str, Any]:
+        found = {"adapted": ours(seed)}
+        if share > 0:  # otherwise ours, unadapted, has seen all of the past
+            found[f"{base}, fitted again"] = ours(seed, ("pooled",))
+        return found
+
     late: dict[str, Any] = {}
     if panel.times is not None:
         late = {"at": at, "gap": np.timedelta64(gap, "D") if gap else None}
         late["block"] = max(round(len(np.unique(panel.times)) / 60), 1)
     found, last = compared(
         lambda seed: panel,
-        lambda seed: {"adapted": ours(seed)},
+        models,
         seeds=1 if quick else seeds,
         say=say,
         metrics=METRICS,
