@@ -175,8 +175,12 @@ class Neighbours {
 
   template <class Visitor>  // visit(tap, position)
   PYMETA_FN void operator()(Visitor visit) const {
-    if (kTwoMemories || count_ > kMost) return find(visit);
-    for (int i = 0; i < count_; ++i) visit(taps_[i], positions_[i]);
+    if constexpr (kTwoMemories) {
+      find(visit);
+    } else {
+      if (count_ > kMost) return find(visit);
+      for (int i = 0; i < count_; ++i) visit(taps_[i], positions_[i]);
+    }
   }
 
  private:
