@@ -113,6 +113,12 @@ class InnerLoop {
               s.ws.support_tape.size);
   }
 
+  // [parameters] of memory that nobody reads while step k is reversed: that of theta[k + 1].
+  PYMETA_FN Real* spare(int k) const {
+    const State<X>& s = state_;
+    return s.ws.saves_steps ? saved(k) : const_cast<Real*>(s.adapted(k + 1).own);
+  }
+
   // Adds start - theta to the totals, each task's at most as long as the call's clip.
   PYMETA_FN void add_difference(const Parameters& theta, const Totals& totals) const {
     const State<X>& s = state_;

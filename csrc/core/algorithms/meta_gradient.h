@@ -205,6 +205,10 @@ class MetaGradient {
     if (s.ws.direction_is_v) {
       rate_gradient(k);
       scale = -s.rates.uniform_rate(k);
+      if (s.call.second_order() && !is_near_one(scale)) {
+        u = scaled_direction(k, scale);
+        scale = 1;
+      }
     } else {
       rule_vjp(k, theta, step);
       u = s.memory.at(s.ws.u);
@@ -224,6 +228,17 @@ class MetaGradient {
     SetGradients<X>(s, *step.set)
         .add_support(s.support_tape(k), s.tangent(s.ws.tangent.ry), s.tangent(s.ws.tangent.rdy),
                      scale);
+  }
+
+  // v times the rate of step k, where that may not wait (rates.h).
+  PYMETA_FN PYMETA_NOINLINE Real* scaled_direction(int k, Real scale) const {
+    const State<X>& s = state_;
+    Real* u = loop_.spare(k);
+    s.for_adapted([&](int, std::size_t place, std::size_t size) {
+      const Real* own = v() + place;
+      X::for_vectors(size, [=](std::size_t i) { store(u + place + i, load(own + i) * scale); });
+    });
+    return u;
   }
 
   // ---- backwards through the optimiser's rule --------------------------------------------------------------------

@@ -23,6 +23,7 @@ inline bool is_factorable(const Call<Real>& call) {
   if (first.kind != LayerKind::linear || first.in.channels < 64 || first.out.channels < 16)
     return false;
   if (call.wants_input_gradient() || !steps_scale_gradient(call)) return false;
+  if (!rates_are_near_one(call)) return false;  // they are multiplied by last here
   // These want a task's whole gradient of it.
   if (call.cotangents.adapted || call.step_weights || call.keeps_task_gradient()) return false;
   if (call.job == Job::reptile || call.job == Job::fine_tune || call.batches.size > 0) return false;

@@ -17,6 +17,26 @@ inline bool steps_scale_gradient(const Call<Real>& call) {
   return true;
 }
 
+// Products with a rate are done in whichever order is quickest, and near 1 it does not matter. A rate further away goes with
+// numbers further away (steps converge where lr |H| is about 1), and H v may leave the range of a Real where H (lr v)
+// does not: there the rate is multiplied by first, as torch does. For a squared error that begins near the cube root of
+// the range's end; the bounds are the fourth root.
+PYMETA_FN inline bool is_near_one(Real rate) {
+  constexpr Real least = Real(sizeof(Real) == sizeof(float) ? 0x1p-32 : 0x1p-256);
+  const Real size = rate < 0 ? -rate : rate;
+  return size >= least && size <= 1 / least;
+}
+
+// Of every step, of the tensors that the inner loop changes. A call that is only laid out has no rates yet.
+inline bool rates_are_near_one(const Call<Real>& call) {
+  for (int row = 0; call.lr.values && row < call.lr.rows; ++row) {
+    const Real* rates = call.lr.values + static_cast<long>(row) * call.lr.columns;
+    for (int t = 0; t < call.network->tensor_count; ++t)
+      if (call.adapted[t] && !is_near_one(rates[call.lr.groups[t]])) return false;
+  }
+  return true;
+}
+
 class Rates {
  public:
   // `packed` is [lr.rows, parameters] in the executor's layout; only read where each element has a rate there.
