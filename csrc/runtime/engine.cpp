@@ -126,7 +126,8 @@ bool Engine<Real>::Block::is_planned_for(const Engine& engine) const {
 template <class Real>
 char* Engine<Real>::Block::memory_for(const Engine& engine) {
   if (is_planned_for(engine)) return memory_.get();
-  const std::size_t needed = plan(engine).bytes(1);
+  const std::size_t planned = plan(engine).bytes(1);
+  const std::size_t needed = planned ? planned : 64;  // no row is cleared, but it lies somewhere
   const std::size_t bytes = kKeepsPages ? (needed + 4095) / 4096 * 4096 : needed;
   if (kKeepsPages ? bytes > bytes_ : bytes != bytes_) {
     planned_ = false;  // until there is memory for it
