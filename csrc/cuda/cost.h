@@ -26,7 +26,7 @@ struct TaskCost {
 class CostModel {
  public:
   CostModel(const Call<Real>& call, const Workspace<Block>& workspace, int threads, int at_once)
-      : call_(call), sharing_(Sharing::of(at_once, threads)), threads_(threads) {
+      : sharing_(Sharing::of(at_once, threads)), threads_(threads) {
     const Network& network = *call.network;
     const bool minibatches = call.batches.size > 0 && call.batches.size < call.max_support;
     const int rows = minibatches ? call.batches.size : call.max_support;
@@ -99,7 +99,6 @@ class CostModel {
     cost_.path += count * cycles;
   }
 
-  const Call<Real>& call_;
   const Sharing sharing_;
   const int threads_;
   TaskCost cost_;

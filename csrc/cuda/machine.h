@@ -88,7 +88,7 @@ PYMETA_FN inline Vec absolute(Vec v) {
   if constexpr (kDouble)
     return ::fabs(v);
   else
-    return ::fabsf(v);
+    return ::fabsf(static_cast<float>(v));
 }
 PYMETA_FN inline Vec with_sign_of(Vec magnitude, Vec sign) {
   if constexpr (kDouble)
