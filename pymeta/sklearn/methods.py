@@ -260,14 +260,22 @@ def _relation(form: Form, network: torch.nn.Sequential) -> EncodedLearner:
 
 # ---- learners of their own ----------------------------------------------------------------------
 
+_LARGEST_GATE = 0.5  # a step size of more is for the gate to learn
+
 
 def _meta_lstm(settings: Parameters, form: Form, network: torch.nn.Sequential) -> torch.nn.Module:
     from pymeta.learners import MetaLSTM
 
+    lr = form.lr
+    if settings.inner_lr == "auto":
+        lr = min(lr, _LARGEST_GATE)
+    elif not 0 < lr < 1:
+        raise ValueError(
+            f"inner_lr: 'meta_lstm' begins with a gate of this size, between 0 and 1, got {lr}"
+        )
     adapt = [n for n, _ in network.named_parameters() if form.adapts(n)]
     return MetaLSTM(
-        network, loss=form.loss, steps=int(settings.inner_steps), lr=form.lr,
-        adapt=adapt,
+        network, loss=form.loss, steps=int(settings.inner_steps), lr=lr, adapt=adapt
     )  # fmt: skip
 
 

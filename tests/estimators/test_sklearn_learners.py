@@ -46,6 +46,16 @@ def test_a_classifier_adapts_to_groups(method, classes):
     assert p.shape == (len(X), classes) and np.allclose(p.sum(axis=1), 1)
 
 
+def test_a_step_size_from_curvature_is_a_gate_even_where_it_is_large(monkeypatch):
+    """Two classes may curve a loss so little that gradient descent would take steps above 1."""
+    monkeypatch.setattr("pymeta.sklearn.base.start_lr", lambda *_: 2.5)
+    X, y, g = opposites()
+    model = MetaClassifier("meta_lstm", **FEW | {"inner_lr": "auto"}).fit(X, y, groups=g)
+    assert np.isfinite(model.adapt(X, y, groups=g).predict_proba(X, groups=g)).all()
+    with pytest.raises(ValueError, match=r"inner_lr: 'meta_lstm' .* between 0 and 1, got 2\.5"):
+        MetaClassifier("meta_lstm", **FEW | {"inner_lr": 2.5}).fit(X, y, groups=g)
+
+
 @pytest.mark.parametrize("method", LEARNERS)
 @pytest.mark.parametrize("head_only", [False, True])
 def test_the_same_seed_is_the_same_and_groups_are_by_themselves(method, head_only):
