@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 import pymeta
 from pymeta import native
+from pymeta.spec.architecture import Architecture, read_architecture
 from pymeta.spec.network import Description, Unshaped, Unsupported, describe
 
 IMAGE_CASES = cases(tasks=(1, 2, 3, 17), chain=image_chains()).map(
@@ -264,6 +265,28 @@ def test_one_image_suffices_for_batch_norm():
             maml(xs, ys, xq, yq)
 
 
+SHAPES = [(2, 3), (5, 40), (16, 16), (3, 17), (17, 3, 5), (33, 5), (1, 4, 5), (20, 1, 1)]
+
+
+@pytest.mark.parametrize("isa, executor", PATHS)
+def test_rows_come_out_of_positions_as_they_were(isa, executor):
+    """Numbers that are moved alone: to positions and back, whole vectors of them or not."""
+    for shape in SHAPES:
+        features = math.prod(shape)
+        moved = nn.ZeroPad1d(0) if len(shape) == 2 else nn.ZeroPad2d(0)
+        net = nn.Sequential(moved, nn.Flatten(), nn.Linear(features, features))
+        nn.init.eye_(net[2].weight)
+        nn.init.zeros_(net[2].bias)
+        x = torch.randn(3, 3, *shape, requires_grad=True)
+        y = torch.zeros(3, 3, features)
+        maml = pymeta.MAML(net, loss="mse", lr=0.1, steps=0, backend="native")
+        with using(isa, executor):
+            out = maml(x[:, :2].detach(), y[:, :2], x, y)
+            (gradient,) = torch.autograd.grad(out.loss, x)
+        assert torch.equal(out.predictions, x.detach().flatten(2)), shape
+        torch.testing.assert_close(gradient, 2 * x.detach() / y.numel(), msg=str(shape))
+
+
 # ---- learners ----------------------------------------------------------------------------------
 
 
@@ -382,6 +405,17 @@ def test_an_adapter_of_sequences_knows_their_shape(tmp_path):
         if isinstance(layer, nn.GroupNorm):  # which takes either
             maml(*images)
             assert maml.adapter().architecture.row_shape == (3, 1, 8)
+
+
+def test_files_that_say_a_sequence_has_a_height_of_one_are_read():
+    """As those do that were written before sequences were told from images of one row."""
+    net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(12, 1))
+    found = describe(net, (2, 6))
+    made = Architecture(found.layers, found.names, found.names, found.flattens)
+    described = made.described()
+    assert described["layers"][0] == ["image", 2, 0, 6] and made.row_shape == (2, 6)
+    described["layers"][0][2] = 1
+    assert read_architecture(described).row_shape == (2, 6)
 
 
 MISSHAPEN = {
