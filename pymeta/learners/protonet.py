@@ -79,6 +79,11 @@ class ProtoNet(ClassLearner):
         if self.distance == "cosine":
             logits = times_own(nn.functional.normalize(features, dim=-1), means.mT, task)
         else:
+            # About their middle, which changes no distance: products of what is far from 0 round.
+            there = state["present"].unsqueeze(-1)
+            middle = (means * there).sum(1) / there.sum(1).clamp(min=1)  # [T, d]
+            middle = middle.detach()
+            means, features = means - middle.unsqueeze(1), features - middle[task]
             logits = 2 * times_own(features, means.mT, task) - means.square().sum(-1)[task]
             logits = logits - features.square().sum(-1, keepdim=True)
         logits = logits * (-self.log_temperature).exp()

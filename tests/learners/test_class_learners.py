@@ -159,6 +159,24 @@ def test_one_shot_is_the_nearest_neighbour():
         assert torch.equal(found, ys.gather(1, nearest))
 
 
+def test_distances_do_not_depend_on_where_zero_is():
+    """Features near 10,000, as numbers that nobody has scaled; their squares round by 8."""
+    torch.manual_seed(4)
+    x, y = torch.randn(3, 12, 4), torch.arange(3).repeat(3, 4)
+    y[0] = y[0].clamp(max=1)  # a class that is not there
+    far = (x + 10_000).requires_grad_()  # rounded here, once
+    learner = ProtoNet(nn.Identity(), ways=3)
+    out = learner(far, y, far, y)
+    out.loss.backward()
+    exact = far.detach().double().requires_grad_()
+    wanted = learner.double()(exact, y, exact, y)
+    wanted.loss.backward()
+    kept = wanted.predictions.isfinite()
+    assert (out.predictions.double() - wanted.predictions)[kept].abs().max() < 0.05
+    assert (far.grad.double() - exact.grad).abs().max() < 0.01
+    assert 0 < wanted.loss < 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ways", [None, 7])
 def test_a_task_of_fewer_classes_is_what_it_is_alone(kind, ways):
