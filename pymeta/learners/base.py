@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pymeta.algorithms.outcome import told_outcome
-from pymeta.learners.rows import Flat, flat, merged, shaped
+from pymeta.learners.rows import Flat, encoded, flat, merged, shaped
 from pymeta.learners.sets import row_set
 from pymeta.spec.losses import Loss, describe_loss
 from pymeta.spec.show import counted
@@ -264,7 +264,7 @@ class EncodedLearner(nn.Module, ABC):
         return row_set(names, x, y, sizes, weights, offset, self._expected())
 
     def _features(self, x: Tensor) -> Tensor:
-        features = self.encoder(x)
+        features = encoded(self.encoder, x)
         axes = "d, ..." if self._any_features else "d"
         fits = isinstance(features, Tensor) and features.ndim >= 2
         if not fits or (features.ndim > 2 and not self._any_features) or len(features) != len(x):

@@ -21,7 +21,7 @@ from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.outcome import Outcome
 from pymeta.learners.base import has_batch_norm
 from pymeta.learners.features import Features, choose
-from pymeta.learners.rows import Flat, flat, merged, shaped
+from pymeta.learners.rows import Flat, encoded, flat, merged, shaped
 from pymeta.models.adapted import Adapted
 from pymeta.spec.history import History
 from pymeta.spec.losses import Loss
@@ -381,7 +381,7 @@ class EncodedTasks:
             raise TypeError(f"xq: expected numbers that have a gradient, got {rows.x.dtype}")
         with torch.enable_grad():
             x = rows.x.detach().requires_grad_()
-            features = self._learner.encoder(x)
+            features = encoded(self._learner.encoder, x)
         back = self.heads.input_gradients(_as_it_came(features.detach(), rows, query), cotangents)
         flows = torch.cat(back) if isinstance(back, list) else rows.own(back)
         (found,) = torch.autograd.grad(features, x, flows)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pymeta.learners.rows import encoded
 from pymeta.spec.show import counted
 
 
@@ -123,7 +124,7 @@ class Features:
 
     @staticmethod
     def _one(encoder: nn.Module, x: Tensor) -> Tensor:
-        features = encoder(x)
+        features = encoded(encoder, x)
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(x):
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"encoder: expected features of shape [{len(x)}, d], got {got}")

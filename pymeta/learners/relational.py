@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.outcome import told_outcome
-from pymeta.learners.rows import Flat, flat
+from pymeta.learners.rows import Flat, encoded, flat
 from pymeta.learners.sets import row_set, targets_as_columns
 from pymeta.learners.starts import adapted
 from pymeta.models.adapted import Adapted
@@ -319,7 +319,7 @@ class RelationalMAML(nn.Module):
 
     def _embedding(self, rows: Flat) -> Tensor:
         """Of the tasks, [T, width], by their rows; 0 before `after` where a task has none."""
-        x = rows.x.flatten(1) if self.encoder is None else self.encoder(rows.x)
+        x = rows.x.flatten(1) if self.encoder is None else encoded(self.encoder, rows.x)
         if x.ndim != 2 or x.shape[1] != self.features:
             what = "xs" if self.encoder is None else "encoder"
             raise ValueError(

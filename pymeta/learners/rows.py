@@ -7,9 +7,10 @@ padded   [T, R, ...], task t's rows in its first places, zeros behind them
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pymeta.tasks.task_set import TaskSet
 
@@ -80,6 +81,23 @@ class Flat:
     def row_weights(self, like: Tensor) -> Tensor:
         """The weights [N], ones where there are none."""
         return like.new_ones(len(self.task)) if self.weights is None else self.weights
+
+
+def encoded(encoder: nn.Module, x: Tensor) -> Any:
+    """What an encoder makes of rows [N, ...].
+
+    Raises:
+        ValueError: it fails, as on rows of another width or dtype.
+    """
+    try:
+        return encoder(x)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"xs, xq: expected rows that the encoder takes, got {list(x.shape[1:])} of {x.dtype}; "
+            f"it failed with: {error}"
+        ) from error
 
 
 def columns(y: Tensor) -> Tensor:

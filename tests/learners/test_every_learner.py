@@ -150,6 +150,18 @@ def test_it_says_where_it_runs_and_refuses_other_tasks(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_a_network_does_not_take_are_refused(kind):
+    learner, (xs, ys, xq, yq) = make(kind), tasks(kind)
+    wide = torch.cat([xs, xs], 2), ys, torch.cat([xq, xq], 2), yq
+    single = [v.float() if v.is_floating_point() else v for v in (xs, ys, xq, yq)]
+    for given, says in ((wide, "expected .*(, got|rows of 3 features)"), (single, "float32")):
+        with pytest.raises((TypeError, ValueError), match=says):
+            learner(*given)
+        with pytest.raises((TypeError, ValueError), match=says):
+            learner.adapt(*given[:2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_tasks_at_all(kind):
     learner, data = make(kind), tasks(kind)
     outputs = 1 if getattr(learner, "ways", OUTPUTS) is None else OUTPUTS  # no labels, one class
