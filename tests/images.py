@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from blocks import normalisation, residual
 from hypothesis import strategies as st
 from kernels import ACTIVATIONS, SOMETIMES
@@ -229,3 +230,11 @@ def image_chains(draw):
         growing.activate()
     growing.chain.append(("linear", features, draw(st.sampled_from([1, 3, 5])), True))
     return tuple(growing.chain)
+
+
+def episodes(shape, tasks=2, support=4, query=3, dtype=torch.float64):
+    """xs, ys, xq, yq of rows of a shape, of three classes."""
+    torch.manual_seed(7)
+    xs, xq = (torch.randn(tasks, n, *shape, dtype=dtype) for n in (support, query))
+    ys, yq = (torch.randint(0, 3, (tasks, n)) for n in (support, query))
+    return xs, ys, xq, yq

@@ -26,6 +26,9 @@ IDENTITY: Layer = ("identity",)
 FORK: Layer = ("fork", 0)
 TURN: Layer = ("turn",)
 JOIN: Layer = ("join",)
+SQUEEZE = (
+    "squeeze"  # (SQUEEZE, dimension, ...): none of the native core's; `network.py` knows what it is
+)
 
 
 class Refused(Exception):
@@ -191,6 +194,14 @@ def _mean(dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> tuple
         raise Refused(f"the mean over the dimensions {dim}")
     pool: Layer = (f"global_avg_pool{axes}d",)
     return (pool,) if keepdim else (pool, FLATTEN)
+
+
+def _squeeze(dim: Any = None) -> Layer:
+    """Of axes of one position; without a `dim` torch may drop the rows' or the channels', too."""
+    dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
+    if not dims:
+        raise Refused("a squeeze that does not say of what")
+    return (SQUEEZE, *dims)
 
 
 def _zeros_around(axes: int, sides: Sequence[int]) -> Layer:
@@ -366,6 +377,7 @@ FUNCTIONS: dict[Any, Called] = {
     F.adaptive_max_pool1d: _adaptive_pool("max", 1),
     F.adaptive_max_pool2d: _adaptive_pool("max", 2),
     torch.mean: _mean,
+    torch.squeeze: _squeeze,
     F.pad: _pad,
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout), _dropout),
 }
@@ -375,12 +387,14 @@ AXES = {
     for kind in ("max", "avg", "global_avg", "adaptive_avg", "adaptive_max")
     for axes in (1, 2)
 }
+AXES[SQUEEZE] = (1, 2)
 METHODS: dict[str, Called] = {
     "relu": _simple(("relu",)),
     "tanh": _simple(("tanh",)),
     "sigmoid": _simple(("sigmoid",)),
     "flatten": _flatten,
     "mean": _mean,
+    "squeeze": _squeeze,
     "contiguous": lambda: IDENTITY,
 }
 

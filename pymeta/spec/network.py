@@ -29,6 +29,7 @@ from pymeta.spec.layers import (
     JOIN,
     MODULES,
     SLOTS,
+    SQUEEZE,
     TURN,
     Layer,
     Refused,
@@ -236,6 +237,16 @@ def _features(steps: list[Step]) -> int:
     return 0
 
 
+def _squeezed(dims: tuple[int, ...], axes: int, layers: list[Layer]) -> int:
+    """How many axes of positions a squeeze takes away; Refused where they may be several."""
+    kind, *sizes = layers[-1]
+    pooled = kind.startswith("global_") or (kind.startswith("adaptive_") and set(sizes) == {1})
+    found = {d if d > 0 else d + axes + 2 for d in dims}
+    if not pooled or not found <= set(range(2, axes + 2)):
+        raise Refused(f"a squeeze of dimension {', '.join(map(str, dims))}")
+    return len(found)
+
+
 def _axes_behind(step: Step, axes: int) -> int:
     """How many axes of positions rows have behind a layer that got them with `axes`."""
     if step.layer[0] == "unflatten":
@@ -268,6 +279,11 @@ def _shaped(
             label = step.name if step.module is None else label_of(step.name, step.module)
             got = "one axis of features" if axes == 0 else f"{counted(axes, 'axis')} of positions"
             raise Refused(f"{label} does not take rows with {got}")
+        if step.layer[0] == SQUEEZE:
+            axes -= _squeezed(step.layer[1:], axes, layers)
+            if axes == 0:
+                layers.append(FLATTEN)
+            continue
         if step.layer != IDENTITY and (step.layer != FLATTEN or axes):
             layers.append(step.layer)
         axes = _axes_behind(step, axes)

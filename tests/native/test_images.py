@@ -7,7 +7,6 @@ reference on networks drawn at random (images.py), as those of features are in t
 import collections
 import copy
 import math
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from cases import IMAGES, cases, compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images import image_chains
+from images import episodes, image_chains
 from kernels import DTYPES, EXECUTORS, ISAS, PATHS, PROFILE, same_bits, using
 from native_help import (
     POISONS,
@@ -30,7 +29,7 @@ from torch.nn import functional as F
 import pymeta
 from pymeta import native
 from pymeta.spec.architecture import Architecture, read_architecture
-from pymeta.spec.network import Description, Unshaped, Unsupported, describe
+from pymeta.spec.network import Description, Unshaped, describe
 
 IMAGE_CASES = cases(tasks=(1, 2, 3, 17), chain=image_chains()).map(
     # pixels that are alike, where a pooling is the first to see them
@@ -168,13 +167,6 @@ NETS = {
         ),
     ),
 }  # fmt: skip
-
-
-def episodes(shape, tasks=2, support=4, query=3, dtype=torch.float64):
-    torch.manual_seed(7)
-    xs, xq = (torch.randn(tasks, n, *shape, dtype=dtype) for n in (support, query))
-    ys, yq = (torch.randint(0, 3, (tasks, n)) for n in (support, query))
-    return xs, ys, xq, yq
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -416,111 +408,6 @@ def test_files_that_say_a_sequence_has_a_height_of_one_are_read():
     assert described["layers"][0] == ["image", 2, 0, 6] and made.row_shape == (2, 6)
     described["layers"][0][2] = 1
     assert read_architecture(described).row_shape == (2, 6)
-
-
-MISSHAPEN = {
-    "behind a convolution": (
-        (nn.Conv2d(2, 3, 2), nn.LayerNorm((3, 5, 6)), nn.Flatten(), nn.Linear(60, 1)), (2, 5, 6),
-        r"layer 1 .LayerNorm. takes rows of shape \[3, 5, 6\], but layer 0 .Conv2d. gives "
-        r"\[3, 4, 5\]",
-    ),
-    "first": (
-        (nn.LayerNorm((2, 7)), nn.Flatten(), nn.Linear(12, 1)), (2, 6),
-        r"layer 0 .LayerNorm. takes rows of shape \[2, 7\], but a row gives \[2, 6\]",
-    ),
-    "without parameters": (
-        (nn.Conv1d(2, 3, 2), nn.LayerNorm((2, 5), elementwise_affine=False), nn.Flatten(),
-         nn.Linear(15, 1)), (2, 6),
-        r"layer 1 .LayerNorm. takes rows of shape \[2, 5\], but layer 0 .Conv1d. gives \[3, 5\]",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MISSHAPEN)
-def test_a_layer_norm_of_another_shape_is_an_error_and_no_fallback(name):
-    layers, shape, said = MISSHAPEN[name]
-    net = nn.Sequential(*layers)
-    with pytest.raises(RuntimeError, match="normalized_shape"):
-        net(torch.ones(4, *shape))
-    for backend in ("auto", "torch"):
-        maml = pymeta.MAML(net, loss="mse", lr=0.1, steps=1, backend=backend)
-        with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
-            warnings.simplefilter("error")
-            maml(*(torch.ones(2, 4, *n) for n in (shape, (1,), shape, (1,))))
-
-
-class Causal(nn.Module):
-    """A network of windows as people write it."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv1d(2, 4, 3, dilation=2)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = F.relu(self.conv(F.pad(x, (4, 0))))
-        x = F.dropout(x, 0.5, self.training).contiguous()
-        return self.head(x.mean(-1))
-
-
-def test_padding_means_and_dropout_in_a_forward_are_layers():
-    net = Causal().eval()
-    kinds = [layer[0] for layer in describe(net, (2, 9)).layers]
-    assert kinds == [
-        "image", "avg_pool1d", "conv1d", "relu", "global_avg_pool1d", "flatten", "linear"
-    ]  # fmt: skip
-    data = episodes((2, 9), dtype=torch.float32)
-    found = [
-        pymeta.MAML(net, loss="cross_entropy", lr=0.1, steps=2, backend=backend)(*data).predictions
-        for backend in ("torch", "native")
-    ]
-    torch.testing.assert_close(*found)
-    assert "draws random numbers" in describe(net.train(), (2, 9)).reason
-
-
-class Traced(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv(x)), 2)
-        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-def test_a_forward_that_calls_functions_is_traced():
-    found = describe(Traced(), (1, 6, 6))
-    kinds = [layer[0] for layer in found.layers]
-    assert kinds == [
-        "image", "conv2d", "relu", "max_pool2d", "global_avg_pool2d", "flatten", "linear",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "layers, reason",
-    [
-        ((nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Flatten()), "padding_mode"),
-        ((nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()), "ceil_mode"),
-        ((nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d((2, None)), nn.Flatten()), "adaptive pooling"),
-        ((nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(3), nn.Flatten()), "do not divide"),
-        ((nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(2, True), nn.Flatten()), "returns indices"),
-        ((nn.Conv2d(1, 2, 3), nn.ZeroPad2d(-1), nn.Flatten()), "negative padding"),
-        ((nn.Conv2d(1, 2, 3), nn.ConstantPad2d(1, 2.0), nn.Flatten()), "by 2.0"),
-        ((nn.Conv2d(1, 2, 3), nn.LayerNorm((4,)), nn.Flatten()), "layer 1 .LayerNorm. does not"),
-        ((nn.Conv2d(1, 2, 3), nn.LayerNorm((4, 4)), nn.Flatten()), "layer 1 .LayerNorm. does not"),
-        ((nn.Conv2d(1, 2, 3), nn.Linear(4, 2), nn.Flatten()), "layer 1 .Linear. does not take"),
-        ((nn.Conv2d(1, 2, 3),), "flatten it"),
-        ((nn.Conv1d(1, 2, 3), nn.Flatten()), "layer 0 .Conv1d. does not take"),
-        ((nn.Conv2d(1, 2, 9), nn.Flatten()), "does not fit"),
-        ((nn.Conv2d(3, 2, 3), nn.Flatten()), "features"),
-        ((nn.Conv2d(1, 2, (1, 300), padding=(0, 300)), nn.Flatten()), "taps"),
-    ],
-)
-def test_what_images_the_core_lacks(layers, reason):
-    found = describe(nn.Sequential(*layers), (1, 6, 6))
-    assert isinstance(found, Unsupported)
-    assert reason in found.reason.replace("(", ".").replace(")", ".") or reason in found.reason
 
 
 @pytest.mark.parametrize("isa, executor", PATHS)
