@@ -382,7 +382,7 @@ FUNCTIONS: dict[Any, Called] = {
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout), _dropout),
 }
 # of the layers that functions are
-AXES = {
+AXES: dict[str, tuple[int, ...]] = {
     f"{kind}_pool{axes}d": (axes,)
     for kind in ("max", "avg", "global_avg", "adaptive_avg", "adaptive_max")
     for axes in (1, 2)
