@@ -2,7 +2,9 @@
 
 A task's share is its own gradient of the loss by all that is learned together (for Reptile
 theta - theta_t), scaled to a norm of at most C. MAML and Reptile clip and add natively, in one
-call (`task_clip`). The tasks of all other learners are differentiated one after another.
+call (`task_clip`). Of a head on an encoder, sixteen tasks are computed together and differentiated
+by one vectorised way back; the tasks of all other learners, and those that this cannot be done
+with, are differentiated one after another.
 
 What a task adds has to be bounded whatever the task holds: a share that is not finite counts as 0,
 as does one that a head cannot solve for. It is found by halving the batch, so that an ordinary
@@ -19,11 +21,12 @@ from torch import Tensor
 
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.reptile import Reptile
-from pymeta.learners.base import has_batch_norm
+from pymeta.learners.base import EncodedLearner, has_batch_norm
 from pymeta.spec.running import any_tracked
 from pymeta.tasks.ragged import Ragged
 
 Shares: TypeAlias = list[Tensor]  # like the parameters, float64
+_AT_A_TIME = 16  # tasks of a head: the work of the way back grows by as much, calls get rarer
 _UNSOLVED: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _Sum: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Shares]
 
@@ -50,6 +53,7 @@ class ClippedSum:
         """TypeError where it is no learner whose gradient is a sum over tasks."""
         self._learner, self._clip, self._parameters = learner, clip, list(parameters)
         self._sum = self._chosen()
+        self._vectorised = isinstance(learner, EncodedLearner)
 
     def _chosen(self) -> _Sum:
         learner = self._learner
@@ -68,7 +72,7 @@ class ClippedSum:
         if is_own and getattr(learner, "implicit", None) is None:
             learner.task_clip = self._clip
             return self._natively
-        return self._one_by_one
+        return self._some_at_a_time
 
     def _check_nothing_is_kept(self) -> None:
         if any_tracked(self._learner.modules()):
@@ -124,6 +128,47 @@ class ClippedSum:
             loss = self._learner(*data, **options).loss
         tasks = count_tasks(data[0])
         return [g * tasks for g in self._gradients(loss)]  # of which the loss is the mean
+
+    def _some_at_a_time(self, data: tuple[Any, ...], options: dict[str, Any]) -> Shares:
+        total = self.nothing()
+        tasks = count_tasks(data[0])
+        for begin in range(0, tasks, _AT_A_TIME):
+            end = min(begin + _AT_A_TIME, tasks)
+            part = tuple(some_tasks(value, begin, end) for value in data)
+            own = {name: some_tasks(value, begin, end) for name, value in options.items()}
+            shares = self._together(part, own) if self._vectorised else None
+            if shares is None:
+                shares = self._one_by_one(part, own)
+            total = [a + b for a, b in zip(total, shares, strict=True)]
+        return total
+
+    def _together(self, data: tuple[Any, ...], options: dict[str, Any]) -> Shares | None:
+        """The sum over some tasks at once; None where one of them, or a layer, forbids it.
+
+        A share that is not finite may make others so, which is why they are then all found anew.
+        """
+        try:
+            with torch.enable_grad():
+                losses = self._learner(*data, **options).task_losses
+                found = torch.autograd.grad(
+                    losses,
+                    self._parameters,
+                    torch.eye(len(losses), dtype=losses.dtype, device=losses.device),
+                    is_grads_batched=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+        except _UNSOLVED:
+            return None
+        except RuntimeError:  # a layer whose way back cannot be vectorised; if not, it comes again
+            self._vectorised = False
+            return None
+        each = [g.to(torch.float64) for g in found]  # [tasks, ...]
+        if not all(bool(g.isfinite().all()) for g in each):
+            return None
+        norms = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in each]).sum(0).sqrt()
+        factors = (self._clip / (norms + 1e-6)).clamp(max=1.0)
+        return [torch.tensordot(factors, g, 1) for g in each]
 
     def _one_by_one(self, data: tuple[Any, ...], options: dict[str, Any]) -> Shares:
         total = self.nothing()

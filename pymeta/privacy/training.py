@@ -42,7 +42,8 @@ class PrivateTraining:
 
     Args:
         learner: a `pymeta.MAML` or `pymeta.Reptile`, whose `task_clip` becomes `clip`, or a
-            learner of `pymeta.learners`, whose tasks are differentiated one after another.
+            learner of `pymeta.learners`; heads on an encoder are differentiated sixteen tasks at a
+            time, others one after another.
         optimizer: torch's, of the learner's parameters and no others.
         tasks: how many tasks there are to train on. It counts as public.
         sampling_rate: the probability with which a step draws each task.

@@ -36,6 +36,7 @@ LEARNERS = {
     "reptile": reptile,
     "reptile in torch": lambda: reptile("torch"),
     "ridge": ridge,
+    "bayesian": lambda: BayesianHead(mlp(3, 6), features=6, outputs=1).double(),
 }
 
 
@@ -88,6 +89,37 @@ def test_a_task_adds_no_more_than_the_clip_whatever_it_holds(make, poison):
         d[2] = poison
     found = flat(total(tuple(data), {}))
     assert found.isfinite().all() and float((found - others).norm()) <= 0.5 + 1e-9
+
+
+class Stubborn(torch.autograd.Function):
+    """The identity, whose way back looks at a number, which no vectorised one can."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, flow):
+        return flow if float(flow.abs().sum()) >= 0 else None
+
+
+class StubbornLayer(nn.Module):
+    def forward(self, x):
+        return Stubborn.apply(x)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_tasks_of_a_head_are_computed_together(stubborn):
+    """Forty tasks are three calls; where a layer forbids it, one for each, and the same sum."""
+    learner, data = ridge(), batch(tasks=40, support=5, query=4, inputs=3, out=1)
+    by = list(learner.parameters())
+    wanted = flat(ClippedSum(learner, 0.1, by)._one_by_one(data, {}))
+    if stubborn:
+        learner.encoder = nn.Sequential(learner.encoder, StubbornLayer())
+    calls = []
+    learner.register_forward_pre_hook(lambda module, given: calls.append(len(given[0])))
+    assert_close(flat(ClippedSum(learner, 0.1, by)(data, {})), wanted)
+    assert calls == ([16] + [1] * 40 if stubborn else [16, 16, 8])
 
 
 OTHERS = {
