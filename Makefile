@@ -179,17 +179,20 @@ cuda: $(STAMP)/build $(STAMP)/test
 	$(CMAKE) --build build/cuda --target _native >build/cuda/log.txt 2>&1 || { tail -50 build/cuda/log.txt; exit 1; }
 	$(BIN)/python bench/kernel_report.py --log build/cuda/log.txt --json build/cuda/kernels.json
 	$(MAKE) block-report
-	PYMETA_TEST_MODULE=$$(ls build/cuda/_native*.so) PYMETA_TEST_CUDA="float double 80 90 100 120" \
+	PYMETA_TEST_MODULE=$$(ls build/cuda/_native*.so) PYMETA_TEST_CUDA="plain chains every float double 80 90 100 120" \
 	  $(BIN)/python -m pytest tests/native/test_cuda_build.py
 
+# Families of calls (csrc/cuda/families.h) that cases of the benchmark belong to.
+COUNTED := plain chains
 # Without nvcc, too: what a block does for a task, counted; the kernels where `make cuda` was run before.
 block-report: $(STAMP)/build
 	$(CMAKE) -S . -B build/counts $(NATIVE)
-	$(CMAKE) --build build/counts --target block_accesses block_instructions
-	build/counts/block_accesses >build/counts/accesses.json
-	build/counts/block_instructions >build/counts/instructions.json
-	$(BIN)/python bench/block_report.py build/counts/accesses.json --instructions build/counts/instructions.json \
-	  $$(test -f build/cuda/kernels.json && echo --kernels build/cuda/kernels.json)
+	$(CMAKE) --build build/counts --target \
+	  $(foreach family,$(COUNTED),block_accesses_$(family) block_instructions_$(family))
+	for counted in $(foreach family,$(COUNTED),accesses_$(family) instructions_$(family)); do \
+	  build/counts/block_$$counted >build/counts/$$counted.json || exit; done
+	$(BIN)/python bench/block_report.py $(COUNTED:%=build/counts/accesses_%.json) \
+	  --instructions $(COUNTED:%=build/counts/instructions_%.json) $$(test -f build/cuda/kernels.json && echo --kernels build/cuda/kernels.json)
 
 arm64: $(STAMP)/build
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { \

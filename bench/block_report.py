@@ -1,11 +1,12 @@
 """What a block of the CUDA executor does for a task, beside the goals, without a GPU.
 
-    python bench/block_report.py accesses.json --instructions instructions.json
-    python bench/block_report.py accesses.json --kernels kernels.json
+    python bench/block_report.py accesses_*.json --instructions instructions_*.json
+    python bench/block_report.py accesses_*.json --kernels kernels.json
 
-The first two are what the programs `block_accesses` and `block_instructions` print
-(csrc/tests/counts): the plan of the benchmark's cases for an H200, and counts of emulated blocks,
-each for one task. The third is what `kernel_report.py --json` wrote. `make cuda` makes all three.
+The first two are what the programs `block_accesses_*` and `block_instructions_*` print, one for
+each family of calls (csrc/tests/counts): the plan of the benchmark's cases for an H200, and counts
+of emulated blocks, each for one task. The third is what `kernel_report.py --json` wrote. `make
+cuda` makes all three.
 
     wavefronts      of shared memory in products, by a model of its banks; "modelled" is what the
                     planner reckons, to which no two lanes ask for the same
@@ -28,7 +29,8 @@ GOALS: dict[str, tuple[int | None, int | None, int | None]] = {
     "W1 T=65536 K=1": (5_000, 10_000, None),
     "W3 T=16384 K=5": (90_000, None, 2),
 }
-STACK_GOAL, CODE_GOAL = 512, 600_000  # bytes of run_tasks_kernel
+STACK_GOAL, CODE_GOAL = 512, 600_000  # bytes of the family's kernel that most calls need
+GOAL_FAMILY = "plain"
 LOOPS = 0.2  # instructions of a product's loops, of those inside
 
 Row = dict[str, Any]
@@ -70,7 +72,7 @@ def missed(rows: list[Row], kernels: list[Row]) -> list[str]:
         if tasks is not None and row["at_once"] < tasks:
             found.append(f"{row['case']}: {row['at_once']} task at once, goal {tasks}")
     for kernel in kernels:
-        if "run_tasks" not in kernel["name"] or "float" not in kernel["name"]:
+        if not all(word in kernel["name"] for word in ("run_tasks", "float", GOAL_FAMILY)):
             continue
         for key, goal in (("stack_bytes", STACK_GOAL), ("code_bytes", CODE_GOAL)):
             if kernel[key] is not None and kernel[key] > goal:
@@ -82,9 +84,9 @@ def missed(rows: list[Row], kernels: list[Row]) -> list[str]:
 def table(rows: list[Row]) -> str:
     """A Markdown table."""
     lines = [
-        "| case | threads | tasks | shared memory, KiB | barriers | wavefronts | modelled "
+        "| case | family | threads | tasks | shared memory, KiB | barriers | wavefronts | modelled "
         "| control | products |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         numbers = (
@@ -93,8 +95,13 @@ def table(rows: list[Row]) -> str:
             *(row["control"], row["products"]),
         )
         cells = ("-" if n is None else f"{n:,}" for n in numbers)
-        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['case']} | {row['family']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def read(*paths: Path) -> list[Row]:
+    """The rows of all files."""
+    return [row for path in paths for row in json.loads(path.read_text())]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,21 +110,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("accesses", type=Path, metavar="FILE")
-    parser.add_argument("--instructions", type=Path, metavar="FILE")
+    parser.add_argument("accesses", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--instructions", nargs="+", type=Path, metavar="FILE", default=[])
     parser.add_argument("--kernels", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     try:
-        read = [
-            json.loads(path.read_text()) if path else []
-            for path in (given.accesses, given.instructions, given.kernels)
-        ]
-        rows = join(read[0], read[1])
+        rows = join(read(*given.accesses), read(*given.instructions))
+        kernels = read(given.kernels) if given.kernels else []
     except (OSError, ValueError) as error:
         print(f"block_report: {error}", file=sys.stderr)
         return 2
     print(table(rows), end="\n\n")
-    for line in missed(rows, read[2]):
+    for line in missed(rows, kernels):
         print(f"Missed: {line}")
     return 0
 

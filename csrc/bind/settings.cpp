@@ -32,6 +32,13 @@ void shuffle_tasks(std::uint64_t seed, std::uint64_t stream, Address task_ids, s
   }
 }
 
+template <class Change>
+void change_block_options(Change change) {
+  BlockOptions options = block_options();
+  change(options);
+  set_block_options(options);
+}
+
 py::list describe_devices() {
   py::list devices;
   for (int i = 0; i < device_count(); ++i) {
@@ -66,11 +73,18 @@ void bind_settings(py::module_& m) {
   m.def("emulates", &emulates);
   m.def("block_threads", [] { return block_options().threads; });
   m.def(
-      "set_block_threads", [](int n) { set_block_options({n, block_options().bytes}); },
+      "set_block_threads",
+      [](int n) { change_block_options([=](BlockOptions& o) { o.threads = n; }); }, py::arg("n"));
+  m.def("block_families", &block_family_names);
+  m.def("block_family", [] { return block_options().first_family; });
+  m.def(
+      "set_block_family",
+      [](int n) { change_block_options([=](BlockOptions& o) { o.first_family = n; }); },
       py::arg("n"));
   m.def("block_bytes", [] { return block_options().bytes; });
   m.def(
-      "set_block_bytes", [](std::size_t n) { set_block_options({block_options().threads, n}); },
+      "set_block_bytes",
+      [](std::size_t n) { change_block_options([=](BlockOptions& o) { o.bytes = n; }); },
       py::arg("n"));
   m.def("free_memory", [] {
     const ReleasedGil released;

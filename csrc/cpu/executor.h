@@ -17,6 +17,7 @@
 #include "../core/call/network.h"
 #include "../core/call/operands.h"
 #include "../core/call/workspace.h"
+#include "../core/families.h"
 #include "convolution.h"
 #include "gemm.h"
 #include "winograd.h"
@@ -27,6 +28,7 @@ constexpr int kPartials = 16;
 
 template <class Access>
 struct Executor {
+  using Family = AllCalls;
   static constexpr int kElement = Access::kElement;
   static constexpr int kTasks = Access::kTasks;
   static constexpr int kOrders = 1;  // arrays of row numbers that a task's shuffle takes

@@ -10,11 +10,13 @@
 #include "../core/call/operands.h"
 #include "../core/call/workspace.h"
 #include "../core/layers/taps.h"
+#include "families.h"
 #include "product.h"
 
 PYMETA_KERNEL_BEGIN
 
 struct Block {
+  using Family = block_families::PYMETA_FAMILY;
   static constexpr int kElement = 1;
   static constexpr int kTasks = 1;
   static constexpr int kOrders = 2;  // minibatches: the order, and what was drawn for it
@@ -105,6 +107,17 @@ struct Block {
                                       Visitor visit) {
     const Epilogue epilogue = destined(to, row);
     visit([&](Vec v, int r, int c) { epilogue.emit(v, r, c); });
+  }
+
+  PYMETA_FN static Epilogue destined(const Destination& to, long row) {
+    const Epilogue::Kind kind = to.gate   ? Epilogue::gate
+                                : to.relu ? Epilogue::relu
+                                          : Epilogue::plain;
+    return {kind, to.p, static_cast<int>(row), to.gate, nullptr, 1};
+  }
+  PYMETA_FN static Epilogue sunk(const Sink& sink, long row) {
+    return {Epilogue::accumulate, sink.out,  static_cast<int>(row), sink.base,
+            sink.extra,           sink.scale};
   }
 
   // ---- linear layers -------------------------------------------------------------------------------------------
@@ -243,34 +256,53 @@ struct Block {
   PYMETA_FN PYMETA_NOINLINE static void narrow_apply(int in, int out, const Extent& extent,
                                                      const Term* terms, int count, const Real* bias,
                                                      Real* y) {
-    const int rows = extent.rows;
+    const int rows = extent.rows, w_row = static_cast<int>(stride(in));
     sums(
         rows * out,
         [&](int index, int part) {
-          const int o = index / rows, r = index % rows;
+          const int o = out == 1 ? 0 : index / rows, r = index - o * rows;
           Real sum = 0;
           for (int i = 0; i < count; ++i) {
-            const Real* x = terms[i].x.p + r * terms[i].x.row;
-            const Real* w = terms[i].w + o * stride(in);
-            for (int k = 4 * part; k < in; k += 4 * kParts)
-              for (int j = k; j < k + 4 && j < in; ++j) sum = fma(x[j], w[j], sum);
+            const Real* x = terms[i].x.p + r * static_cast<int>(terms[i].x.row);
+            const Real* w = terms[i].w + o * w_row;
+            int k = 4 * part;
+            for (; k + 4 <= in; k += 4 * kParts) {
+              const Quad a = load_quad(x + k), b = load_quad(w + k);
+#pragma unroll
+              for (int j = 0; j < 4; ++j) sum = fma(a.v[j], b.v[j], sum);
+            }
+            for (; k < in; ++k) sum = fma(x[k], w[k], sum);
           }
           return sum;
         },
-        [&](int index, Real sum) { y[index] = sum + (bias ? bias[index / rows] : Real(0)); });
+        [&](int index, Real sum) {
+          const int o = out == 1 ? 0 : index / rows;
+          y[index] = sum + (bias ? bias[o] : Real(0));
+        });
   }
+  // A thread's are four neighbours of a row.
   PYMETA_FN PYMETA_NOINLINE static void narrow_apply_transposed(int in, int out,
                                                                 const Extent& extent,
                                                                 const Term* terms, int count,
                                                                 const Destination& to) {
-    const Epilogue epilogue = destined(to, stride(in));
-    const int rows = extent.rows;
-    map(extent, in, [&](long, long c, int r) {
-      Real sum = 0;
+    const int rows = extent.rows, row = static_cast<int>(stride(in));
+    const Real* const gate = to.gate;
+    map({rows, nullptr, 0}, (in + 3) / 4, [&](long, long quad, int r) {
+      const int c = 4 * static_cast<int>(quad);
+      Quad sum{};
       for (int i = 0; i < count; ++i)
-        for (int o = 0; o < out; ++o)
-          sum = fma(terms[i].x.p[o * rows + r], terms[i].w[o * stride(in) + c], sum);
-      epilogue.emit(sum, r, static_cast<int>(c));
+        for (int o = 0; o < out; ++o) {
+          const Real d = terms[i].x.p[o * rows + r];
+          const Quad w = load_quad(terms[i].w + o * row + c);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum.v[j] = fma(d, w.v[j], sum.v[j]);
+        }
+      const int at = r * row + c;
+      if (gate)
+        sum = GateValue{gate}.quad(sum.v, at);
+      else if (to.relu)
+        sum = ReluValue{}.quad(sum.v, at);
+      store_quad(to.p + at, sum);
     });
   }
   PYMETA_FN PYMETA_NOINLINE static void narrow_outer(int in, int out, const Extent& extent,
@@ -281,14 +313,17 @@ struct Block {
     const int rows = extent.rows;
     map({out, nullptr, 0}, in, [&](long, long c, int o) {
       Real sum = 0;
-      for (int i = 0; i < count; ++i)
-        for (int r = 0; r < rows; ++r)
-          sum = fma(pairs[i][1].p[o * rows + r], pairs[i][0].p[r * pairs[i][0].row + c], sum);
+      for (int i = 0; i < count; ++i) {
+        const Real* d = pairs[i][1].p + o * rows;
+        const Real* x = pairs[i][0].p + c;
+        const int row = static_cast<int>(pairs[i][0].row);
+        for (int r = 0; r < rows; ++r, x += row) sum = fma(d[r], *x, sum);
+      }
       epilogue.emit(sum, o, static_cast<int>(c));
     });
   }
-  PYMETA_FN static void narrow_sum_rows(int out, const Extent& extent, const Real* dy,
-                                        const Sink& sink) {
+  PYMETA_FN PYMETA_NOINLINE static void narrow_sum_rows(int out, const Extent& extent,
+                                                        const Real* dy, const Sink& sink) {
     if (!sink.out) return;
     const Epilogue epilogue = sunk(sink, 0);
     const int rows = extent.rows;
@@ -359,17 +394,6 @@ struct Block {
       p.pieces[i] = {terms[i].x.p, static_cast<int>(terms[i].x.row), terms[i].w,
                      static_cast<int>(stride(out)), depth};
   }
-  PYMETA_FN static Epilogue destined(const Destination& to, long row) {
-    const Epilogue::Kind kind = to.gate   ? Epilogue::gate
-                                : to.relu ? Epilogue::relu
-                                          : Epilogue::plain;
-    return {kind, to.p, static_cast<int>(row), to.gate, nullptr, 1};
-  }
-  PYMETA_FN static Epilogue sunk(const Sink& sink, long row) {
-    return {Epilogue::accumulate, sink.out,  static_cast<int>(row), sink.base,
-            sink.extra,           sink.scale};
-  }
-
   // emit(index, sum of part(index, p) over p < kParts) for each index; a part is a thread's work.
   template <class Part, class Emit>
   PYMETA_FN static void sums(int count, Part part, Emit emit) {

@@ -10,6 +10,7 @@
 #include "call.h"
 #include "cost.h"
 #include "device.h"
+#include "list.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -46,13 +47,14 @@ class BlockCall {
 
   template <class Launcher>
   const char* run(const BlockPlan& plan, const Launcher& launcher, char* memory) const {
-    Frame frame(call_, plan.near_scalars);
+    GivenFrame frame(call_, plan.near_scalars);
     describe(frame);
     frame.packed = reinterpret_cast<Real*>(memory);
     frame.sums = frame.packed + packed_size(frame.workspace);
     frame.far = frame.sums + sums_size(frame.workspace) * plan.chunks;
     frame.chunks = plan.chunks;
     frame.sharing = Sharing::of(plan.at_once, plan.threads);
+    frame.make_list(call_, plan.near_scalars);
     frame.tasks_per_chunk = plan.chunks ? (call_.tasks + plan.chunks - 1) / plan.chunks : 0;
     const Real* rates = frame.packed + frame.workspace.parameters.size;
     frame.shared = {frame.packed, nullptr, call_.lr.per_element ? rates : nullptr,
@@ -190,12 +192,17 @@ inline BlockPlan plan_blocks(const Call<Real>& call, const DeviceFacts& device, 
 
 PYMETA_KERNEL_END
 
-// Exports the table of this machine and Real under the name by which device.cpp knows it; behind run_blocks.
-#define PYMETA_BLOCKS_NAME_(machine, real) machine##_blocks_##real
-#define PYMETA_BLOCKS_NAME(machine, real) PYMETA_BLOCKS_NAME_(machine, real)
-#define PYMETA_EXPORT_BLOCKS(machine)                                              \
-  namespace pymeta {                                                               \
-  extern const BlockKernels<PYMETA_REAL> PYMETA_BLOCKS_NAME(machine, PYMETA_REAL); \
-  const BlockKernels<PYMETA_REAL> PYMETA_BLOCKS_NAME(machine, PYMETA_REAL) = {     \
-      PYMETA_ISA::plan_blocks, PYMETA_ISA::run_blocks};                            \
+// Exports the table of this machine, family and Real under the name by which device.cpp knows it; behind run_blocks.
+#define PYMETA_BLOCKS_NAME_(machine, family, real) machine##_##family##_blocks_##real
+#define PYMETA_BLOCKS_NAME(machine, family, real) PYMETA_BLOCKS_NAME_(machine, family, real)
+#define PYMETA_SPELLED_(name) #name
+#define PYMETA_SPELLED(name) PYMETA_SPELLED_(name)
+#define PYMETA_EXPORT_BLOCKS_(name)                                                         \
+  namespace pymeta {                                                                        \
+  extern const BlockKernels<PYMETA_REAL> name;                                              \
+  const BlockKernels<PYMETA_REAL> name = {PYMETA_SPELLED(PYMETA_FAMILY),                    \
+                                          PYMETA_ISA::holds<PYMETA_ISA::Block::Family>,     \
+                                          PYMETA_ISA::plan_blocks, PYMETA_ISA::run_blocks}; \
   }
+#define PYMETA_EXPORT_BLOCKS(machine) \
+  PYMETA_EXPORT_BLOCKS_(PYMETA_BLOCKS_NAME(machine, PYMETA_FAMILY, PYMETA_REAL))

@@ -48,7 +48,8 @@ struct Frame {
   std::size_t sums_size, gradient_sums, lr_sums;
   std::int64_t chunks, tasks_per_chunk;
   Sharing sharing;
-  Real* far;  // [blocks, workspace.size_far]
+  Real* far;          // [blocks, workspace.size_far]
+  Real* memories[4];  // of a block's own copy where calls are lists (operations.h: Lies)
 
   // What follows is read where it is; a block has its own copy of what comes before.
   LossArrays arrays[2];  // of the support and validation sets' losses, and of the query set's
@@ -57,6 +58,13 @@ struct Frame {
   Real* adapted_parameters[kMostTensors];
   const Real* adapted_cotangents[kMostTensors];
   Real* packed;  // the start, as `shared` points to it
+
+  PYMETA_FN void lies_in(const Memory& memory, Real* chunk_sums) {
+    memories[0] = memory.near;
+    memories[1] = memory.far;
+    memories[2] = const_cast<Real*>(shared.theta);
+    memories[3] = chunk_sums;
+  }
 
   Frame(const Call<Real>& described, std::size_t near) : workspace(described, near) {}
 
@@ -89,6 +97,12 @@ static_assert(sizeof(Frame) <= 9216, "a kernel's parameters");
 constexpr std::size_t kFramePlace = sizeof(Sharing) + sizeof(Real) * Block::kScratch;
 constexpr std::size_t kNearPlace = (kFramePlace + kFrameCopied + 63) / 64 * 64;
 
+// Where the arrays of a block's tasks lie.
+PYMETA_FN inline Memory own_memory(const Frame& frame) {
+  return {reinterpret_cast<Real*>(shared_memory() + kNearPlace),
+          frame.far + block_index() * frame.workspace.size_far};
+}
+
 PYMETA_FN inline Frame& own_frame(const Frame& given) {
   Frame& own = *reinterpret_cast<Frame*>(shared_memory() + kFramePlace);
   const double* from = reinterpret_cast<const double*>(&given);
@@ -103,12 +117,20 @@ PYMETA_FN inline Frame& own_frame(const Frame& given) {
   return own;
 }
 
-PYMETA_FN inline void run_tasks(const Frame& given) {
+// What the kernel of a family is given: more where all of its calls are lists (list.h).
+template <bool kExtras>
+struct TaskFrame;
+template <>
+struct TaskFrame<true> : Frame {
+  using Frame::Frame;
+  void make_list(const Call<Real>&, std::size_t) {}
+};
+
+PYMETA_FN inline void run_tasks(const TaskFrame<true>& given) {
   const Frame& frame = own_frame(given);
   const Call<Real>& call = frame.call;
   const Workspace<Block>& workspace = frame.workspace;
-  const Memory memory{reinterpret_cast<Real*>(shared_memory() + kNearPlace),
-                      frame.far + block_index() * workspace.size_far};
+  const Memory memory = own_memory(frame);
   for (std::int64_t chunk = block_index(); chunk < frame.chunks; chunk += block_count()) {
     Real* sums = frame.sums + chunk * static_cast<std::int64_t>(frame.sums_size);
     Totals totals{sums, sums + frame.gradient_sums, true, workspace.parameters.size};
@@ -117,8 +139,9 @@ PYMETA_FN inline void run_tasks(const Frame& given) {
     const std::int64_t first = chunk * frame.tasks_per_chunk;
     for (std::int64_t task = first; task < first + frame.tasks_per_chunk && task < call.tasks;
          ++task) {
-      TaskArrays arrays(call, workspace, frame.shared, memory, task);
-      ItemJob<Block, TaskArrays>(call, workspace, frame.shared, memory, loop, arrays, totals).run();
+      TaskArrays<Block> arrays(call, workspace, frame.shared, memory, task);
+      ItemJob<Block, TaskArrays<Block>>(call, workspace, frame.shared, memory, loop, arrays, totals)
+          .run();
       totals.fresh = false;
       sync();  // before the next task's rows take the place of this one's
     }

@@ -1,5 +1,6 @@
 #include "device.h"
 
+#include "families.h"
 #include "limits.h"
 
 #include <atomic>
@@ -13,13 +14,15 @@
 
 namespace pymeta {
 
+// The tables of a machine, one for each family of calls.
+#define PYMETA_DECLARE(machine, family)                               \
+  extern const BlockKernels<float> machine##_##family##_blocks_float; \
+  extern const BlockKernels<double> machine##_##family##_blocks_double;
 #ifdef PYMETA_HAS_CUDA
-extern const BlockKernels<float> cuda_blocks_float;
-extern const BlockKernels<double> cuda_blocks_double;
+PYMETA_BLOCK_FAMILIES(PYMETA_DECLARE, cuda)
 #endif
 #ifdef PYMETA_HAS_EMULATOR
-extern const BlockKernels<float> emulated_blocks_float;
-extern const BlockKernels<double> emulated_blocks_double;
+PYMETA_BLOCK_FAMILIES(PYMETA_DECLARE, emulated)
 #endif
 
 namespace {
@@ -114,20 +117,38 @@ const DeviceFacts& emulated_facts() {
 
 std::atomic<int> chosen_threads{0};
 std::atomic<std::size_t> chosen_bytes{0};
+std::atomic<int> first_family{0};
 
-// The tables of a build, by device; device_facts() has seen to it that there is one.
+// The tables of a build, by device and in the order of their families; device_facts() has seen to it that there are some.
+#define PYMETA_FLOAT_TABLE(machine, family) &machine##_##family##_blocks_float,
+#define PYMETA_DOUBLE_TABLE(machine, family) &machine##_##family##_blocks_double,
 template <class Real>
-const BlockKernels<Real>& kernels_of([[maybe_unused]] int ordinal) {
-  const std::pair<const BlockKernels<float>*, const BlockKernels<double>*> tables =
+using Tables = std::vector<const BlockKernels<Real>*>;
+using AllTables = std::pair<Tables<float>, Tables<double>>;
+
+template <class Real>
+const Tables<Real>& tables_of([[maybe_unused]] int ordinal) {
 #ifdef PYMETA_HAS_EMULATOR
-      ordinal == kEmulated ? std::pair(&emulated_blocks_float, &emulated_blocks_double) :
+  static const AllTables emulated{{PYMETA_BLOCK_FAMILIES(PYMETA_FLOAT_TABLE, emulated)},
+                                  {PYMETA_BLOCK_FAMILIES(PYMETA_DOUBLE_TABLE, emulated)}};
+  if (ordinal == kEmulated) return std::get<Tables<Real>>(emulated);
 #endif
+  static const AllTables cuda{
 #ifdef PYMETA_HAS_CUDA
-                           std::pair(&cuda_blocks_float, &cuda_blocks_double);
-#else
-      std::pair<const BlockKernels<float>*, const BlockKernels<double>*>{};
+      {PYMETA_BLOCK_FAMILIES(PYMETA_FLOAT_TABLE, cuda)},
+      {PYMETA_BLOCK_FAMILIES(PYMETA_DOUBLE_TABLE, cuda)}
 #endif
-  return *std::get<const BlockKernels<Real>*>(tables);
+  };
+  return std::get<Tables<Real>>(cuda);
+}
+
+// The first family that holds the call; the last holds all.
+template <class Real>
+const BlockKernels<Real>& kernels_of(int ordinal, const Call<Real>& call) {
+  const Tables<Real>& tables = tables_of<Real>(ordinal);
+  std::size_t i = static_cast<std::size_t>(first_family);
+  while (i + 1 < tables.size() && !tables[i]->holds(call)) ++i;
+  return *tables[i];
 }
 
 }  // namespace
@@ -187,13 +208,23 @@ std::string unfit_for_blocks(const Network& network, const Loss& loss) {
   return "";
 }
 
-BlockOptions block_options() { return {chosen_threads, chosen_bytes}; }
+std::vector<std::string> block_family_names() {
+#define PYMETA_FAMILY_NAME(machine, family) #family,
+  return {PYMETA_BLOCK_FAMILIES(PYMETA_FAMILY_NAME, )};
+#undef PYMETA_FAMILY_NAME
+}
+BlockOptions block_options() { return {chosen_threads, chosen_bytes, first_family}; }
 void set_block_options(const BlockOptions& options) {
   if (options.threads < 0 || options.threads > kBlockThreads)
     refuse("block_threads: expected 0 (the planner's choice) to " + std::to_string(kBlockThreads) +
            ", got " + std::to_string(options.threads));
+  const int families = static_cast<int>(block_family_names().size());
+  if (options.first_family < 0 || options.first_family >= families)
+    refuse("block_family: expected 0 to " + std::to_string(families - 1) + ", got " +
+           std::to_string(options.first_family));
   chosen_threads = options.threads;
   chosen_bytes = options.bytes;
+  first_family = options.first_family;
 }
 
 template <class Real>
@@ -208,7 +239,7 @@ BlockPlan plan_on(int ordinal, const Call<Real>& call) {
     refuse("block_threads: expected a multiple of 32 on a GPU, got " +
            std::to_string(options.threads));
   const BlockPlan plan =
-      kernels_of<Real>(ordinal).plan(call, facts, options.threads, options.bytes);
+      kernels_of(ordinal, call).plan(call, facts, options.threads, options.bytes);
   if (plan.far_scalars >= kLargestTask)
     refuse("tasks: one of them needs " + std::to_string(plan.far_scalars * sizeof(Real) >> 30) +
            " GiB of workspace on the device, more than " +
@@ -222,14 +253,22 @@ void run_on(int ordinal, std::uintptr_t stream, char* workspace, const BlockPlan
 #ifdef PYMETA_HAS_CUDA
   if (ordinal != kEmulated) {
     const OnDevice guard(ordinal);
-    if (const char* wrong = kernels_of<Real>(ordinal).run(call, plan, stream, workspace))
+    if (const char* wrong = kernels_of(ordinal, call).run(call, plan, stream, workspace))
       throw std::runtime_error(wrong);
     return;
   }
 #endif
-  kernels_of<Real>(ordinal).run(call, plan, stream, workspace);
+  kernels_of(ordinal, call).run(call, plan, stream, workspace);
 }
 
+template <class Real>
+const char* family_on(int ordinal, const Call<Real>& call) {
+  device_facts(ordinal);
+  return kernels_of(ordinal, call).family;
+}
+
+template const char* family_on(int, const Call<float>&);
+template const char* family_on(int, const Call<double>&);
 template BlockPlan plan_on(int, const Call<float>&);
 template BlockPlan plan_on(int, const Call<double>&);
 template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<float>&);

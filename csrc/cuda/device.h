@@ -35,9 +35,11 @@ struct BlockPlan {
   bool saves;                   // the steps' tapes are copied to the workspace and back
 };
 
-// One instance for each machine and Real (blocks.h).
+// One instance for each machine, family of calls (families.h) and Real (blocks.h).
 template <class Real>
 struct BlockKernels {
+  const char* family;
+  bool (*holds)(const Call<Real>&);  // is the call of this family?
   BlockPlan (*plan)(const Call<Real>&, const DeviceFacts&, int threads, std::size_t block_bytes);
   // Null, or what went wrong.
   const char* (*run)(const Call<Real>&, const BlockPlan&, std::uintptr_t stream, char* workspace);
@@ -57,14 +59,19 @@ std::string unfit_for_blocks(const Network& network, const Loss& loss);
 struct BlockOptions {
   int threads = 0;
   std::size_t bytes = 0;
+  int first_family = 0;  // those before it are not asked
 };
 BlockOptions block_options();
+std::vector<std::string> block_family_names();  // by name, in the order in which they are asked
 void set_block_options(const BlockOptions& options);  // throws std::invalid_argument
 
 // The call on a device; addresses in it are the device's. Call::max_support and its like are known, and what can be known
 // without looking at the device's data was checked.
 template <class Real>
 BlockPlan plan_on(int ordinal, const Call<Real>& call);
+// The name of the family whose kernel runs the call.
+template <class Real>
+const char* family_on(int ordinal, const Call<Real>& call);
 template <class Real>
 void run_on(int ordinal, std::uintptr_t stream, char* workspace, const BlockPlan& plan,
             const Call<Real>& call);  // throws std::runtime_error

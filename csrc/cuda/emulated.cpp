@@ -13,7 +13,7 @@ struct Launcher {
     emulation::launch(2, threads, 64, [&] { pack_start(frame); });
     return nullptr;
   }
-  const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame) const {
+  const char* tasks(int blocks, int threads, std::size_t bytes, const GivenFrame& frame) const {
     emulation::launch(blocks, threads, bytes, [&] { run_tasks(frame); });
     return nullptr;
   }

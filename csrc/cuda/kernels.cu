@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   pack_start(frame);
 }
 __global__ void __launch_bounds__(kBlockThreads, kDouble ? 1 : 2)
-    run_tasks_kernel(const __grid_constant__ Frame frame) {
+    run_tasks_kernel(const __grid_constant__ GivenFrame frame) {
   run_tasks(frame);
 }
 __global__ void __launch_bounds__(kBlockThreads)
@@ -32,7 +32,7 @@ struct Launcher {
     if (const char* wrong = allow_shared_memory()) return wrong;
     return launch(pack_start_kernel, blocks, threads, 0, frame);
   }
-  const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame) const {
+  const char* tasks(int blocks, int threads, std::size_t bytes, const GivenFrame& frame) const {
     return launch(run_tasks_kernel, blocks, threads, bytes, frame);
   }
   const char* reduce(int blocks, int threads, const Frame& frame) const {
@@ -55,17 +55,21 @@ struct Launcher {
                                    bytes);
     // As many tasks at once as the planner counts on, not more of L1. All three alike: between kernels that ask for
     // different shares a multiprocessor runs empty.
-    for (auto kernel : {pack_start_kernel, run_tasks_kernel, reduce_sums_kernel})
+    const auto share = [&](auto kernel) {
       if (wrong == cudaSuccess)
         wrong = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                      cudaSharedmemCarveoutMaxShared);
+    };
+    share(pack_start_kernel);
+    share(run_tasks_kernel);
+    share(reduce_sums_kernel);
     if (wrong != cudaSuccess) return cudaGetErrorString(wrong);
     if (device < most_devices) allowed[device].store(true, std::memory_order_release);
     return nullptr;
   }
-  template <class Kernel>
+  template <class Kernel, class Given>
   const char* launch(Kernel kernel, int blocks, int threads, std::size_t bytes,
-                     const Frame& frame) const {
+                     const Given& frame) const {
     kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), bytes, stream>>>(frame);
     const cudaError_t wrong = cudaGetLastError();
     return wrong == cudaSuccess ? nullptr : cudaGetErrorString(wrong);

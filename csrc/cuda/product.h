@@ -317,9 +317,9 @@ PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
 PYMETA_FN inline Sharing& sharing() { return *reinterpret_cast<Sharing*>(shared_memory()); }
 
 template <Form kForm>
-PYMETA_FN void multiply(const Product& p) {
+PYMETA_FN void multiply(const Product& p, int height) {
   const InProduct product;
-  switch (tile_height(p.rows, p.columns, sharing())) {
+  switch (height) {
     case 8:
       multiply_by_tiles<kForm, 8>(p);
       break;
@@ -335,6 +335,10 @@ PYMETA_FN void multiply(const Product& p) {
 #ifndef PYMETA_PLANT_MISSING_BARRIER  // for the test that ThreadSanitizer sees it
   sync();
 #endif
+}
+template <Form kForm>
+PYMETA_FN void multiply(const Product& p) {
+  multiply<kForm>(p, tile_height(p.rows, p.columns, sharing()));
 }
 
 PYMETA_KERNEL_END

@@ -25,15 +25,16 @@ class TaskBinder {
   // The rows that count, of all or of those chosen.
   PYMETA_FN PYMETA_NOINLINE ItemSet bind(const RowSet<Real>& set, const SetLayout& places,
                                          const TaskRows* chosen = nullptr) const {
-    const TaskRows offered = chosen ? *chosen : TaskRows{nullptr, set.size(task_)};
-    const BoundRows rows{set.start(task_),
-                         set.has_weightless ? that_count(set, places, offered) : offered};
+    const TaskRows offered = extra<Block>(chosen) ? *chosen : TaskRows{nullptr, set.size(task_)};
+    const BoundRows rows{set.start(task_), extra<Block>(set.has_weightless)
+                                               ? that_count(set, places, offered)
+                                               : offered};
     const int in = call_.network->in_features(), count = rows.chosen.count;
     const Extent extent{count, nullptr, Real(count)};
     Real* x = memory_.at(places.x);
     Block::map(extent, in, [&](long at, long c, int r) { x[at] = set.x[rows.row(r) * in + c]; });
     ItemSet result{{x, Block::stride(in)}, extent, nullptr, nullptr, nullptr, Real(offered.count)};
-    if (Real* context = memory_.at(places.context)) {
+    if (Real* context = extra<Block>(memory_.at(places.context))) {
       // The set's first rows are those of the support set.
       const std::int64_t support = call_.support.start(task_);
       Block::for_indices(count, [&](int r) {
@@ -45,22 +46,23 @@ class TaskBinder {
       result.extent.count = Block::sum_rows_in_order(extent, context);
       result.extent.counting = context;
     }
-    result.lies(places, memory_);
+    if constexpr (Block::Family::kExtras) result.lies(places, memory_);
     result.loss = &call_.loss_of(set);
-    if (set.offset) {
+    if (extra<Block>(set.offset != nullptr)) {
       bind_columns(rows, call_.network->out_features(), set.offset, memory_.at(places.offset));
       result.offset = memory_.at(places.offset);
     }
     if (set.y) {
       result.targets = memory_.at(places.targets);
       result.scale = memory_.at(places.scale);
-      if (set.weight_columns > 1) {
+      if (extra<Block>(set.weight_columns > 1)) {
         bind_columns(rows, set.weight_columns, set.weights, memory_.at(places.elements));
         result.elements = memory_.at(places.elements);
       }
       bind_targets(set, rows, places, result.elements);
       // One row that counts is no set to normalise by. In a minibatch it is taken as it is.
-      if (!chosen && count == 1 && mixes_rows(*call_.network)) spoil(memory_.at(places.scale));
+      if constexpr (kMixesRows<Block::Family>)
+        if (!chosen && count == 1 && mixes_rows(*call_.network)) spoil(memory_.at(places.scale));
     }
     if (result.cotangent)
       bind_columns(rows, call_.network->out_features(), call_.cotangents.predictions,
@@ -209,8 +211,9 @@ class TaskBinder {
 // The task's minibatches, as cpu/minibatches.h has them for an item.
 class TaskBatches {
  public:
-  PYMETA_FN TaskBatches(const Call<Real>& call, const Workspace<Block>& workspace,
-                        std::int64_t task, const Memory& memory, const Real* corrections)
+  template <class X>
+  PYMETA_FN TaskBatches(const Call<Real>& call, const Workspace<X>& workspace, std::int64_t task,
+                        const Memory& memory, const Real* corrections)
       : call_(call),
         places_(workspace.support_set),
         binder_(call, task, memory),
@@ -304,12 +307,14 @@ struct TaskCurves {
   }
 };
 
+// X: the block, or what stands for it (recorder.h).
+template <class X>
 class TaskArrays {
  public:
-  using Parameters = InnerLoop<Block>::Parameters;
+  using Parameters = typename InnerLoop<X>::Parameters;
 
-  PYMETA_FN TaskArrays(const Call<Real>& call, const Workspace<Block>& workspace,
-                       const Shared& shared, const Memory& memory, std::int64_t task)
+  PYMETA_FN TaskArrays(const Call<Real>& call, const Workspace<X>& workspace, const Shared& shared,
+                       const Memory& memory, std::int64_t task)
       : call_(call),
         workspace_(workspace),
         layout_(workspace.parameters),
@@ -516,9 +521,10 @@ class TaskArrays {
     });
   }
 
+ protected:
   const Call<Real>& call_;
-  const Workspace<Block>& workspace_;
-  const ParameterLayout<Block>& layout_;
+  const Workspace<X>& workspace_;
+  const ParameterLayout<X>& layout_;
   const Shared& shared_;
   const Memory& memory_;
   std::int64_t task_;

@@ -1,6 +1,8 @@
 // An emulated block is near the CPU's executors, and its bits depend neither on its threads nor on how much shared memory
 // it has.
 
+#include <map>
+
 #include "../cuda/device.h"
 #include "counts/banks.h"
 #include "problem.h"
@@ -68,6 +70,33 @@ void check_near_the_cpu(const Setup& setup, const std::string& name) {
         name + ": epochs or status");
 }
 
+// The kernels of all families that hold a call give it the same bits; so they do for a meta-gradient that has no extras. Counts
+// the calls of each.
+template <class Real>
+void check_families(const Setup& setup, const std::string& name,
+                    std::map<std::string, int>& calls) {
+  const Data data = make_data(setup, 1);
+  std::string family;
+  const auto from = [&](int first, bool bare) {
+    set_block_options({0, 0, first});
+    Results<Real> r = Problem<Real>(setup, data).results([&](Call<Real>& call) {
+      if (bare) call.lr_gradient = call.xs_gradient = call.xq_gradient = nullptr;
+      run_on_blocks(call);
+      if (call.job == Job::meta) ++calls[family = family_on(kEmulated, call)];
+    });
+    set_block_options({});
+    return r;
+  };
+  for (const bool bare : {false, true}) {
+    const Results<Real> wanted = from(0, bare);
+    for (int first = 1; first < 3; ++first) {
+      const Results<Real> got = from(first, bare);
+      CHECK(got.same_tasks(wanted) && got.same_gradients(wanted),
+            name + ": other bits in family " + family);
+    }
+  }
+}
+
 // Neither the number of threads nor where arrays lie changes a bit; nor does running again.
 template <class Real>
 void check_block_bits(const Setup& setup, const std::string& name) {
@@ -91,14 +120,18 @@ void check_block_bits(const Setup& setup, const std::string& name) {
 
 void test_blocks(bool all) {
   test_banks();
+  std::map<std::string, int> calls;
   for (Setup setup : setups()) {
     setup.tasks = 3;
     check_near_the_cpu<double>(setup, "block " + setup.name + " double");
+    check_families<double>(setup, "block " + setup.name + " double", calls);
     if (!all) continue;
     if (setup.smooth) check_near_the_cpu<float>(setup, "block " + setup.name + " float");
     check_block_bits<float>(setup, "block " + setup.name + " float");
     check_block_bits<double>(setup, "block " + setup.name + " double");
   }
+  for (const char* family : {"plain", "chains", "every"})
+    CHECK(calls[family] > 0, std::string("block: no call of family ") + family);
 }
 
 #else

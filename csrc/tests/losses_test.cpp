@@ -3,7 +3,7 @@
 #define PYMETA_ISA one_number
 #define PYMETA_REAL double
 #include "../cuda/machine.h"
-#include "../core/losses/registry.h"
+#include "../core/families.h"
 #include "checks.h"
 #include "tests.h"
 
@@ -13,6 +13,7 @@ using testing::check_that;
 using testing::Random;
 
 struct OneAfterTheOther {
+  using Family = AllCalls;
   template <class Body>
   static void for_indices(int count, Body body) {
     for (int i = 0; i < count; ++i) body(i);

@@ -238,6 +238,27 @@ def test_how_a_block_is_made_may_be_changed_between_calls():
         native.set_block_bytes(1.0)
 
 
+@pytest.mark.parametrize("steps, second", [(1, True), (3, True), (2, False)])
+def test_all_kernels_that_hold_a_call_have_the_same_bits(steps, second):
+    """The first family that holds it runs it; here those behind it are made to."""
+    extension = native.extension()
+    families, found = extension.block_families(), []
+    assert families == ["plain", "chains", "every"]
+    net, data = mlp(2, 40, 3), batch(tasks=5, out=3)
+    module = make(net, steps=steps, first_order=not second)
+    try:
+        for first in range(len(families)):
+            extension.set_block_family(first)
+            loss = module(*data).loss
+            found.append([loss, *gradients(loss, *net.parameters())])
+        with pytest.raises(ValueError, match="block_family: expected 0 to 2, got 3"):
+            extension.set_block_family(len(families))
+    finally:
+        extension.set_block_family(0)
+    for each in found[1:]:
+        assert all(same_bits(a, b) for a, b in zip(each, found[0], strict=True))
+
+
 def test_torch_compile_makes_one_graph(calls):
     net, data = mlp(2, 4, 3), batch(out=3)
     module = make(net)

@@ -1,8 +1,10 @@
 """The CUDA kernels without a GPU: they compile, what ptxas made of them, and the built module.
 
-nvcc compiles the kernels in float32 for sm_90, two minutes of one core. More of them:
+nvcc compiles the kernels of two families of calls in float32 for sm_90, three minutes of one core.
+More of them:
 
-    PYMETA_TEST_CUDA="float double 80 90 100 120" pytest tests/native/test_cuda_build.py
+    PYMETA_TEST_CUDA="plain chains every float double 80 90 100 120" \\
+      pytest tests/native/test_cuda_build.py
 
 The module is looked at where it was built with CUDA; PYMETA_TEST_MODULE names another one.
 """
@@ -44,35 +46,38 @@ def nvcc() -> str | None:
 
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
-CHOSEN = os.environ.get("PYMETA_TEST_CUDA", "float 90").split()
-REALS = [word for word in CHOSEN if not word.isdigit()]
+CHOSEN = os.environ.get("PYMETA_TEST_CUDA", "plain every float 90").split()
+REALS = [word for word in CHOSEN if word in ("float", "double")]
 ARCHITECTURES = [word for word in CHOSEN if word.isdigit()]
+FAMILIES = [word for word in CHOSEN if not word.isdigit() and word not in REALS]
 
 
 # ---- the kernels --------------------------------------------------------------------------------
 
 
-def compiler(program: str, real: str) -> Program:
-    """nvcc on the kernels of one real type for all chosen architectures."""
+def compiler(program: str, family: str, real: str) -> Program:
+    """nvcc on the kernels of one family and real type for all chosen architectures."""
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     # The options of CMakeLists.txt.
-    options = ["-std=c++17", "-O3", "-fmad=false", "-DPYMETA_BLOCK", "-DPYMETA_ISA=cuda"]
+    options = ["-std=c++17", "-O3", "-fmad=false", "-diag-suppress=20011,20014", "-DPYMETA_BLOCK"]
+    options += [f"-DPYMETA_FAMILY={family}", f"-DPYMETA_ISA=cuda_{family}_{real}"]
     options += [*code, f"-DPYMETA_REAL={real}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
     return Program(program, *options, "-c", str(KERNELS), "-o", "{folder}/kernels.o", cwd=ROOT)
 
 
-COMPILERS = {real: compiler(found, real) for real in REALS if (found := nvcc()) is not None}
+KINDS = [(family, real) for family in FAMILIES for real in REALS]
+COMPILERS = {kind: compiler(found, *kind) for kind in KINDS if (found := nvcc()) is not None}
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
-    """Of each real type: object file and ptxas's log."""
+def compiled(tmp_path_factory) -> dict[tuple[str, str], tuple[Path, Path]]:
+    """Of each family and real type: object file and ptxas's log."""
     folder, made = tmp_path_factory.mktemp("cuda"), {}
-    for real, program in COMPILERS.items():
-        done, log = program.result(), folder / f"{real}.log"
+    for kind, program in COMPILERS.items():
+        done, log = program.result(), folder / f"{'_'.join(kind)}.log"
         assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stderr[-8000:]}"
         log.write_text(done.stderr)
-        made[real] = program.folder / "kernels.o", log
+        made[kind] = program.folder / "kernels.o", log
     return made
 
 
@@ -80,15 +85,16 @@ def compiled(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 def test_options_are_those_of_the_build():
     """What is compiled here is what CMake compiles."""
     cmake = (ROOT / "CMakeLists.txt").read_text()
-    for word in ("csrc/cuda/kernels.cu", "PYMETA_BLOCK", "-fmad=false"):
+    options = ("PYMETA_BLOCK", "PYMETA_FAMILY", "-fmad=false", "-diag-suppress=20011,20014")
+    for word in ("csrc/cuda/kernels.cu", *options):
         assert word in cmake, word
 
 
 @needs_nvcc
 @pytest.mark.background(*COMPILERS.values())
-@pytest.mark.parametrize("real", REALS)
-def test_every_kernel_is_there_and_none_spills_much(real, compiled):
-    _, log = compiled[real]
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_every_kernel_is_there_and_none_spills_much(kind, compiled):
+    _, log = compiled[kind]
     kernels = report.collect([], [log])
     # A macro or a template may make more kernels than there are definitions, but none fewer.
     defined = re.findall(r"__global__[^;{]*?\b(\w+)\s*\(\s*(?:const\s|__grid)", KERNELS.read_text())
@@ -103,12 +109,12 @@ def test_every_kernel_is_there_and_none_spills_much(real, compiled):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("real", REALS)
-def test_object_and_log_say_the_same(real, compiled):
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_object_and_log_say_the_same(kind, compiled):
     """The kernels by cuobjdump, which has their code as well."""
     if shutil.which("cuobjdump") is None:
         pytest.skip("there is no cuobjdump")
-    target, log = compiled[real]
+    target, log = compiled[kind]
     whole, logged = report.collect([target], [log]), report.collect([], [log])
     read = report.collect([target], [])
     for both, a, b in zip(whole, logged, read, strict=True):

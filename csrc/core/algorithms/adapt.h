@@ -35,11 +35,10 @@ class InnerLoop {
   PYMETA_FN void set_anchor(Vec anchor) { state_.anchor = anchor; }
 
   // Before the first step, where they are asked for.
-  PYMETA_FN void clear_statistics() const {
+  PYMETA_FN PYMETA_NOINLINE void clear_statistics() const {
     Real* to = state_.memory.at(state_.ws.statistics);
-    if (to)
-      X::for_vectors(StatisticsLayout<X>(state_.network).size,
-                     [=](std::size_t i) { store(to + i, zero()); });
+    X::for_vectors(StatisticsLayout<X>(state_.network).size,
+                   [=](std::size_t i) { store(to + i, zero()); });
   }
 
   // K inner steps; returns theta[K]. batches.step(k) says what step k works on.
@@ -70,31 +69,22 @@ class InnerLoop {
     // Layers below the lowest that changes see the same rows with the same weights again.
     const bool same_below = now.same_rows && !s.ws.keeps_steps;
     passes.forward(theta, same_below ? s.lowest_adapted : 0);
-    if (s.ws.sums_losses) add_loss(now, tape);
-    if (s.ws.statistics != kNowhere) add_statistics(k, passes, theta, now);
+    if (extra<X>(s.ws.sums_losses)) add_loss(now, tape);
+    if (extra<X>(s.ws.statistics != kNowhere)) add_statistics(k, passes, theta, now);
     const Parameters next = s.adapted(k + 1);
     Real* own = const_cast<Real*>(next.own);
-    const bool fused = !s.ws.stores_gradient;
     passes.backward(
         theta,
         [&](int t) {
           if (!s.call.adapted[t]) return Sink{};
           const std::size_t place = s.layout.tensors[t].place;
-          if (fused) return Sink{own + place, theta.tensor(t), nullptr, -s.rates.rate(k, t)};
-          return Sink{s.gradient(k) + place};
+          if (extra<X>(s.ws.stores_gradient)) return Sink{s.gradient(k) + place};
+          return Sink{own + place, theta.tensor(t), nullptr, -s.rates.rate(k, t)};
         },
         /*input_delta=*/false, s.call.second_order() ? 0 : s.lowest_adapted);
     if constexpr (X::kFactors)
       if (s.factored) s.factored->step(tape.d(0), s.rates.uniform_rate(k));
-    if (!fused) {
-      const StepCommon common = s.step_common(k, theta, now);
-      with_rule(s.call.optimizer, [&](const auto& rule) {
-        s.for_adapted([&](int t, std::size_t place, std::size_t size) {
-          if (!s.is_factored_tensor(t))
-            take_step<X>(rule, s.step_arrays(k, t, theta), common, size, own + place);
-        });
-      });
-    }
+    if (extra<X>(s.ws.stores_gradient)) follow_rule(k, theta, now, own);
     s.transpose(own, const_cast<Real*>(next.own_transposed));
     if (s.ws.saves_steps) save(k, next);
     return next;
@@ -120,7 +110,8 @@ class InnerLoop {
   }
 
   // Adds start - theta to the totals, each task's at most as long as the call's clip.
-  PYMETA_FN void add_difference(const Parameters& theta, const Totals& totals) const {
+  PYMETA_FN PYMETA_NOINLINE void add_difference(const Parameters& theta,
+                                                const Totals& totals) const {
     const State<X>& s = state_;
     const bool clips = s.call.task_clip > 0;
     const Vec factor = clips ? difference_factor(theta) : broadcast(1);
@@ -150,8 +141,20 @@ class InnerLoop {
   }
 
  private:
+  // theta[k + 1] from the gradient that step k has stored.
+  PYMETA_FN PYMETA_NOINLINE void follow_rule(int k, const Parameters& theta, const Step& now,
+                                             Real* own) const {
+    const State<X>& s = state_;
+    const StepCommon common = s.step_common(k, theta, now);
+    with_rule(s.call.optimizer, [&](const auto& rule) {
+      s.for_adapted([&](int t, std::size_t place, std::size_t size) {
+        if (!s.is_factored_tensor(t))
+          take_step<X>(rule, s.step_arrays(k, t, theta), common, size, own + place);
+      });
+    });
+  }
   // By what a task's way from the start is scaled.
-  PYMETA_FN Vec difference_factor(const Parameters& theta) const {
+  PYMETA_FN PYMETA_NOINLINE Vec difference_factor(const Parameters& theta) const {
     const State<X>& s = state_;
     Vec sum = zero();
     for (int t = 0; t < s.network.tensor_count; ++t) {

@@ -40,24 +40,22 @@ class ItemJob {
         totals_(totals) {}
 
   PYMETA_FN void run() {
-    if (workspace_.start != kNowhere) arrays_.start();
-    if (call_.is_anchored()) loop_.set_anchor(arrays_.anchor());
-    if (workspace_.own_rates != kNowhere) arrays_.rates();
-    loop_.clear_statistics();
+    if (extra<X>(workspace_.start != kNowhere)) arrays_.start();
+    if (extra<X>(call_.is_anchored())) loop_.set_anchor(arrays_.anchor());
+    if (extra<X>(workspace_.own_rates != kNowhere)) arrays_.rates();
+    const bool measures = extra<X>(call_.statistics != nullptr);
+    if (measures) loop_.clear_statistics();
     adapt_and_write();
-    if (call_.statistics) write_statistics();
+    if (measures) write_statistics();
   }
 
  private:
   using Parameters = typename InnerLoop<X>::Parameters;
 
   PYMETA_FN void adapt_and_write() {
-    if (call_.job == Job::predict) return write_predictions(loop_.start());
-    if (call_.job == Job::fine_tune) return run_epochs();
-    if (call_.batches.size > 0) {
-      auto batches = arrays_.batches();
-      return write(loop_.adapt(batches));
-    }
+    if (extra<X>(call_.job == Job::predict)) return write_predictions(loop_.start());
+    if (extra<X>(call_.job == Job::fine_tune)) return run_epochs();
+    if (extra<X>(call_.batches.size > 0)) return adapt_by_batches();
     const ItemSet support = arrays_.set(call_.support, workspace_.support_set);
     if constexpr (X::kFactors) {
       if (workspace_.factorable && arrays_.is_factored()) {
@@ -74,7 +72,12 @@ class ItemJob {
     adapt_or_learn(support);
   }
 
-  PYMETA_FN void write_statistics() const {
+  PYMETA_FN PYMETA_NOINLINE void adapt_by_batches() {
+    auto batches = arrays_.batches();
+    write(loop_.adapt(batches));
+  }
+
+  PYMETA_FN PYMETA_NOINLINE void write_statistics() const {
     const Real* from = memory_.at(workspace_.statistics);
     std::int64_t column = 0;
     for (int l = 0; l < call_.network->layer_count; ++l) {
@@ -89,15 +92,16 @@ class ItemJob {
   }
 
   PYMETA_FN void adapt_or_learn(const ItemSet& support) {
-    if (call_.job == Job::meta) return learn(support);
+    if (!extra<X>(call_.job != Job::meta)) return learn(support);
     const WholeSet steps(support, shared_.corrections);
     const Parameters theta = loop_.adapt(steps);
     materialise(support);
     write(theta);
   }
 
-  PYMETA_FN void learn(const ItemSet& support) {
-    const bool leaves_out = call_.predictions && arrays_.leaves_out(call_.query);
+  PYMETA_FN PYMETA_NOINLINE void learn(const ItemSet& support) {
+    const bool leaves_out = extra<X>(call_.query.has_weightless) && call_.predictions &&
+                            arrays_.leaves_out(call_.query);
     ItemSet query = arrays_.set(call_.query, workspace_.query_set);
     MetaGradient<X> gradient(loop_, support, query, totals_);
     Vec total = zero();  // of the losses after each step
@@ -117,35 +121,38 @@ class ItemJob {
       arrays_.write_predictions(query, loop_.outputs());
     }
     if (call_.wants_gradient()) {
-      const Seed seed = arrays_.seed();
+      const Seed seed =
+          extra<X>(call_.cotangents.any()) ? arrays_.seed() : Seed{true, broadcast(1)};
       const auto seeds = [&](int k) { return seed_of_step(seed, k); };
       const int last = call_.steps - 1;
+      const bool after_each = extra<X>(call_.step_weights != nullptr);
       gradient.add_query(seeds(last));
-      if (call_.step_weights) record(last, loss);
-      add_cotangents(gradient.v());
+      if (after_each) record(last, loss);
+      if (extra<X>(call_.cotangents.adapted != nullptr)) add_cotangents(gradient.v());
       gradient.add_steps(seeds, record);
-      if (call_.step_weights) loss = total;
-      write_gradients(gradient, support, query);
+      if (after_each) loss = total;
+      if constexpr (X::Family::kExtras) write_gradients(gradient, support, query);
     }
     if (call_.losses) arrays_.write_losses(loss);
   }
 
   // What flows into the query set after step k, from what flows into the task's loss.
   PYMETA_FN Seed seed_of_step(const Seed& seed, int k) const {
-    if (!call_.step_weights) return seed;
+    if (!extra<X>(call_.step_weights != nullptr)) return seed;
     const Vec losses = seed.losses * call_.step_weights[k];
     return {false, call_.cotangents.step_losses ? losses + arrays_.step_cotangent(k) : losses};
   }
 
-  PYMETA_FN void add_cotangents(Real* v) const {
-    for (int t = 0; call_.cotangents.adapted && t < call_.network->tensor_count; ++t)
+  PYMETA_FN PYMETA_NOINLINE void add_cotangents(Real* v) const {
+    for (int t = 0; t < call_.network->tensor_count; ++t)
       if (call_.cotangents.adapted[t])
         arrays_.add_cotangent(t, v + workspace_.parameters.tensors[t].place);
   }
 
   // What is not summed over tasks.
-  PYMETA_FN void write_gradients(const MetaGradient<X>& gradient, const ItemSet& support,
-                                 const ItemSet& query) const {
+  PYMETA_FN PYMETA_NOINLINE void write_gradients(const MetaGradient<X>& gradient,
+                                                 const ItemSet& support,
+                                                 const ItemSet& query) const {
     for (int t = 0; t < call_.network->tensor_count; ++t)
       if (call_.wants_own_gradient(t))
         arrays_.write_own_gradient(t, gradient.v() + workspace_.parameters.tensors[t].place);
@@ -181,7 +188,7 @@ class ItemJob {
     }
   }
 
-  PYMETA_FN void run_epochs() {
+  PYMETA_FN PYMETA_NOINLINE void run_epochs() {
     auto batches = arrays_.batches();
     auto curves = arrays_.curves();
     ItemSet validation{};
@@ -190,7 +197,7 @@ class ItemJob {
   }
 
   // All that is asked for of adapted parameters.
-  PYMETA_FN void write(const Parameters& theta) {
+  PYMETA_FN PYMETA_NOINLINE void write(const Parameters& theta) {
     if (call_.sums_gradients()) loop_.add_difference(theta, totals_);
     if (call_.losses) arrays_.write_losses(loop_.mean_step_loss());
     if (call_.status) arrays_.write_status(theta);
@@ -200,7 +207,7 @@ class ItemJob {
     if (call_.predictions) write_predictions(theta);
   }
 
-  PYMETA_FN void write_predictions(const Parameters& theta) {
+  PYMETA_FN PYMETA_NOINLINE void write_predictions(const Parameters& theta) {
     const ItemSet query = arrays_.set(call_.query, workspace_.query_set);
     loop_.evaluate(theta, query);
     arrays_.write_predictions(query, loop_.outputs());

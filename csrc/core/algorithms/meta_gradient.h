@@ -40,7 +40,7 @@ class MetaGradient {
   template <class Record>
   PYMETA_FN Vec loss(Record record) {
     const WholeSet steps(support_, state_.shared.corrections);
-    if (state_.call.step_weights && !state_.call.wants_gradient())
+    if (extra<X>(state_.call.step_weights != nullptr) && !state_.call.wants_gradient())
       return weighted_loss(steps, record);
     adapted_ = loop_.adapt(steps);
     if constexpr (X::kFactors)
@@ -52,9 +52,11 @@ class MetaGradient {
 
   // The query set's part at theta[K]: to v, or to the totals where nothing comes after it.
   PYMETA_FN void add_query(const Seed& seed) {
-    SetGradients<X>(state_, query_).clear();
-    SetGradients<X>(state_, support_).clear();
-    if (state_.ws.own_rate_gradients != kNowhere)
+    if constexpr (X::Family::kExtras) {
+      SetGradients<X>(state_, query_).clear();
+      SetGradients<X>(state_, support_).clear();
+    }
+    if (extra<X>(state_.ws.own_rate_gradients != kNowhere))
       X::for_vectors(rate_scalars(), [&](std::size_t i) { store(rate_gradients() + i, zero()); });
     const bool keep_v = state_.ws.keeps_v;
     backward_query(adapted_, query_, kLastStep, seed, [&](int t) {
@@ -75,12 +77,13 @@ class MetaGradient {
     if (!s.ws.keeps_v) return;
     const WholeSet steps(support_, s.shared.corrections);
     const bool reverses = s.call.reverses();
-    if (reverses) clear_adjoints();
+    if (reverses && extra<X>(!s.ws.direction_is_v)) clear_adjoints();
     for (int k = reverses ? s.call.steps - 1 : -1; k >= 0 && !s.call.is_stopped(); --k) {
-      if (s.call.step_weights && k < s.call.steps - 1) record(k, add_step_loss(k, seeds(k)));
+      if (extra<X>(s.call.step_weights != nullptr) && k < s.call.steps - 1)
+        record(k, add_step_loss(k, seeds(k)));
       reverse_step(k, steps.step(k));
     }
-    if (s.ws.sums_at_end || !s.call.second_order()) add_task();
+    if (extra<X>(s.ws.sums_at_end || !s.call.second_order())) add_task();
   }
 
   // Of the strength of each task's pull towards its start.
@@ -88,7 +91,7 @@ class MetaGradient {
 
   // visit(row, column, gradient) of the rates of an item whose tasks have their own.
   template <class Visitor>
-  PYMETA_FN void own_rate_gradients(Visitor visit) const {
+  PYMETA_FN PYMETA_NOINLINE void own_rate_gradients(Visitor visit) const {
     const State<X>& s = state_;
     for (int row = 0; row < s.call.lr.rows; ++row)
       for (int column = 0; column < s.call.lr.columns; ++column) {
@@ -108,7 +111,7 @@ class MetaGradient {
 
   // The losses after each step, without a gradient: their weighted sum.
   template <class Record>
-  PYMETA_FN Vec weighted_loss(const WholeSet& steps, Record record) {
+  PYMETA_FN PYMETA_NOINLINE Vec weighted_loss(const WholeSet& steps, Record record) {
     Vec sum = zero();
     adapted_ = loop_.start();
     for (int k = 0; k < state_.call.steps && !state_.call.is_stopped(); ++k) {
@@ -126,10 +129,10 @@ class MetaGradient {
     const Tape tape = state_.query_tape();
     const Passes<X> passes(state_, query, tape, /*is_query=*/true, step);
     const SetGradients<X> of_set(state_, query);
-    if (!seed.is_plain) passes.seed(seed);
-    of_set.add_query_offset(tape);
+    if (extra<X>(!seed.is_plain)) passes.seed(seed);
+    if constexpr (X::Family::kExtras) of_set.add_query_offset(tape);
     passes.backward(theta, sinks);
-    of_set.add_query(tape, seed.losses);
+    if constexpr (X::Family::kExtras) of_set.add_query(tape, seed.losses);
   }
 
   // The query set again, after step k and before the ones that are reversed already; returns its loss.
@@ -151,9 +154,9 @@ class MetaGradient {
   }
 
   // v, and a task's own share of the rates' gradient, into the totals.
-  PYMETA_FN void add_task() const {
+  PYMETA_FN PYMETA_NOINLINE void add_task() const {
     const State<X>& s = state_;
-    const bool clips = s.call.task_clip > 0;
+    const bool clips = extra<X>(s.call.task_clip > 0);
     const Vec factor = clips ? task_factor() : broadcast(1);
     const std::size_t summed = s.factored ? s.layout.size_without_first : s.layout.size;
     const Real* from = v();
@@ -170,7 +173,7 @@ class MetaGradient {
   }
 
   // By what a task's share of the sums is scaled.
-  PYMETA_FN Vec task_factor() const {
+  PYMETA_FN PYMETA_NOINLINE Vec task_factor() const {
     const State<X>& s = state_;
     const auto squares = [&](int t, const Real* from, Vec sum) {
       return X::sum_elements(s.layout.tensors[t], sum, [=](std::size_t at) {
@@ -196,14 +199,14 @@ class MetaGradient {
   }
 
   // Step k backwards; in second order v += H[k] u, and for the first step the sum goes straight into the totals.
-  PYMETA_FN void reverse_step(int k, const Step& step) {
+  PYMETA_FN PYMETA_NOINLINE void reverse_step(int k, const Step& step) {
     const State<X>& s = state_;
     if (s.ws.saves_steps) loop_.restore(k);
     const Parameters theta = k == 0 ? s.start() : s.adapted(k);
     Real* u = v();
     Real scale = 1;
-    if (s.ws.direction_is_v) {
-      rate_gradient(k);
+    if (!extra<X>(!s.ws.direction_is_v)) {
+      if (extra<X>(s.call.lr_gradient != nullptr)) rate_gradient(k);
       scale = -s.rates.uniform_rate(k);
       if (s.call.second_order() && !is_near_one(scale)) {
         u = scaled_direction(k, scale);
@@ -222,12 +225,13 @@ class MetaGradient {
     passes.tangent_backward(theta, direction, k == s.call.steps - 1, scale, [&](int t) {
       const std::size_t place = place_of(t);
       Real* own = v() + place;
-      if (k > 0 || s.ws.sums_at_end) return Sink{own, own, nullptr, scale};
+      if (k > 0 || extra<X>(s.ws.sums_at_end)) return Sink{own, own, nullptr, scale};
       return Sink{totals_.gradient + place, totals_.base(place), own, scale};
     });
-    SetGradients<X>(s, *step.set)
-        .add_support(s.support_tape(k), s.tangent(s.ws.tangent.ry), s.tangent(s.ws.tangent.rdy),
-                     scale);
+    if constexpr (X::Family::kExtras)
+      SetGradients<X>(s, *step.set)
+          .add_support(s.support_tape(k), s.tangent(s.ws.tangent.ry), s.tangent(s.ws.tangent.rdy),
+                       scale);
   }
 
   // v times the rate of step k, where that may not wait (rates.h).
@@ -244,7 +248,7 @@ class MetaGradient {
   // ---- backwards through the optimiser's rule --------------------------------------------------------------------
 
   // v gets its direct part, u becomes the adjoint of the support gradient.
-  PYMETA_FN void rule_vjp(int k, const Parameters& theta, const Step& step) {
+  PYMETA_FN PYMETA_NOINLINE void rule_vjp(int k, const Parameters& theta, const Step& step) {
     const State<X>& s = state_;
     const StepCommon common = s.step_common(k, theta, step);
     with_rule(s.call.optimizer, [&](const auto& rule) {
@@ -264,7 +268,8 @@ class MetaGradient {
   }
 
   // The clip is g c(n) with n = |g| and c = min(1, clip / (n + 1e-6)):  u = c u + (c' / n) (g . u) g.
-  PYMETA_FN void clip_vjp(int k, const Parameters& theta, const StepCommon& common) const {
+  PYMETA_FN PYMETA_NOINLINE void clip_vjp(int k, const Parameters& theta,
+                                          const StepCommon& common) const {
     const State<X>& s = state_;
     const Vec norm = common.norm;
     StepCommon unclipped = common;
@@ -286,7 +291,7 @@ class MetaGradient {
   }
 
   // The anchor's part of g[k]: at theta[k] into v, at the start into p. At k = 0 the two are one, and cancel.
-  PYMETA_FN void anchor_vjp(int k, const Parameters& theta) {
+  PYMETA_FN PYMETA_NOINLINE void anchor_vjp(int k, const Parameters& theta) {
     const State<X>& s = state_;
     if (s.call.anchors_gradient && k > 0) add_anchor_gradient(theta);
     Real *v = s.memory.at(s.ws.v), *u = s.memory.at(s.ws.u), *pull = s.memory.at(s.ws.pull);
@@ -318,8 +323,7 @@ class MetaGradient {
   PYMETA_FN Real* state_adjoint(int i) const {
     return state_.memory.at(state_.ws.state_adjoints) + i * state_.layout.size;
   }
-  PYMETA_FN void clear_adjoints() const {
-    if (state_.ws.direction_is_v) return;
+  PYMETA_FN PYMETA_NOINLINE void clear_adjoints() const {
     const auto clear = [](Real* array, std::size_t size) {
       X::for_vectors(size, [=](std::size_t i) { store(array + i, zero()); });
     };
@@ -345,9 +349,8 @@ class MetaGradient {
   }
 
   // The rate's gradient where v itself is the direction: -<g[k], v>.
-  PYMETA_FN void rate_gradient(int k) const {
+  PYMETA_FN PYMETA_NOINLINE void rate_gradient(int k) const {
     const State<X>& s = state_;
-    if (!s.call.lr_gradient) return;
     s.for_adapted([&](int t, std::size_t place, std::size_t) {
       if (s.is_factored_tensor(t)) return;
       const Real *g = s.gradient(k) + place, *v = s.memory.at(s.ws.v) + place;

@@ -92,7 +92,7 @@ class Passes {
     }
     if (!state_.layout.narrow)
       X::to_class_major(set_.extent, network_.out_features(), tape_.a(last_), outputs());
-    if (set_.offset) add_offset();
+    if (extra<X>(set_.offset != nullptr)) add_offset();
     if (set_.targets)
       loss_gradient<X>(*set_.loss, tape_.loss_rows(set_), tape_.at(tape_.layout->row_losses),
                        tape_.at(tape_.layout->dy));
@@ -126,19 +126,20 @@ class Passes {
         pass_on<X>(set_.extent, network_.out_features(), top, gated(last_, tape_.d(last_)));
       finish_delta(last_);
     }
-    const bool to_input = input_delta && set_.dx;
-    if (!set_.dx) lowest = above(lowest);  // a tangent pass to the inputs asks for all deltas
+    Real* const dx = extra<X>(set_.dx);
+    const bool to_input = input_delta && dx;
+    if (!dx) lowest = above(lowest);  // a tangent pass to the inputs asks for all deltas
     for (int l = last_; l >= lowest && !state_.call.is_stopped(); --l) {
       const Layer& layer = network_.layers[l];
       with_rules(l, [&](const auto& rules) {
         const LayerPass p = pass(l, theta, delta(l));
         if (l > lowest || to_input) {
-          rules.backward(p, l > 0 ? gated(l - 1, tape_.output_delta(l - 1)) : Destination{set_.dx});
+          rules.backward(p, l > 0 ? gated(l - 1, tape_.output_delta(l - 1)) : Destination{dx});
           if (l > 0) finish_delta(l - 1);
         }
         rules.gradient(p, sink(sinks, layer, layer.weight), sink(sinks, layer, layer.bias));
       });
-      if (layer.steps > 0) clear_other_steps(sinks, layer);
+      if (kSteps && layer.steps > 0) clear_other_steps(sinks, layer);
     }
   }
 
@@ -174,14 +175,15 @@ class Passes {
       if (is_relu(last_)) pass_on<X>(set_.extent, network_.out_features(), rd, gated(last_, rd));
       finish_delta_tangent(last_, rd);
     }
-    const int lowest = set_.dx ? 0 : above(0);
+    Real* const dx = extra<X>(set_.dx);
+    const int lowest = dx ? 0 : above(0);
     for (int l = last_; l >= lowest && !state_.call.is_stopped(); --l) {
       const Layer& layer = network_.layers[l];
       Real* rd_below = delta_tangent(l - 1);
       with_rules(l, [&](const auto& rules) {
         const LayerPass p = pass(l, theta, delta(l));
         const LayerTangent t = pass_tangent(l, u, is_class_major(l) ? rdy : delta_tangent(l));
-        if (l > lowest || set_.dx) {
+        if (l > lowest || dx) {
           rules.tangent_backward(p, t, l > 0 ? gated(l - 1, rd_below) : Destination{rd_below});
           if (l > 0)
             finish_delta_tangent(l - 1, rd_below);
@@ -191,7 +193,7 @@ class Passes {
         rules.tangent_gradient(p, t, sink(sinks, layer, layer.weight),
                                sink(sinks, layer, layer.bias));
       });
-      if (layer.steps > 0) clear_other_steps(sinks, layer);
+      if (kSteps && layer.steps > 0) clear_other_steps(sinks, layer);
     }
   }
 
@@ -203,6 +205,10 @@ class Passes {
   }
 
  private:
+  using Family = typename X::Family;
+  static constexpr bool kBranches = Family::template kLayer<LayerKind::fork>;
+  static constexpr bool kSteps = kHasSteps<Family>;
+
   // visit(the rules that layer l has here): its own, or those of what stands in for it.
   template <class Visitor>
   PYMETA_FN void with_rules(int l, Visitor visit) const {
@@ -224,8 +230,10 @@ class Passes {
                 d};
     p.scratch = state_.memory.at(state_.ws.scratch);
     for (int i = 0; i < kMaxKept; ++i) p.kept[i] = tape_.kept(l, i);
-    if (layer.other_output >= 0) p.other_output = tape_.a(layer.other_output);
-    if (layer.other_delta >= 0 && d) p.other_delta = delta(layer.other_delta);
+    if constexpr (kBranches) {
+      if (layer.other_output >= 0) p.other_output = tape_.a(layer.other_output);
+      if (layer.other_delta >= 0 && d) p.other_delta = delta(layer.other_delta);
+    }
     return p;
   }
   PYMETA_FN LayerTangent pass_tangent(int l, const Direction& u, const Real* rd = nullptr) const {
@@ -239,14 +247,16 @@ class Passes {
                    {},
                    rd};
     for (int i = 0; i < kMaxKept; ++i) t.kept[i] = tangent(tangents(l).kept[i]);
-    if (layer.other_output >= 0) t.other_output = tangent(tangents(layer.other_output).ra);
-    if (layer.other_delta >= 0 && rd) t.other_delta = delta_tangent(layer.other_delta);
+    if constexpr (kBranches) {
+      if (layer.other_output >= 0) t.other_output = tangent(tangents(layer.other_output).ra);
+      if (layer.other_delta >= 0 && rd) t.other_delta = delta_tangent(layer.other_delta);
+    }
     return t;
   }
 
   // Of a tensor with a row for each inner step, this step's; the last one's from there on.
   PYMETA_FN std::size_t row_of_step(const Layer& layer) const {
-    if (layer.steps == 0) return 0;
+    if (!kSteps || layer.steps == 0) return 0;
     const int row = step_ < layer.steps ? step_ : layer.steps - 1;
     return row * static_cast<std::size_t>(X::stride(layer.out.channels));
   }
@@ -289,7 +299,7 @@ class Passes {
   PYMETA_FN const LayerTangents& tangents(int l) const { return state_.ws.tangent.layers[l]; }
   // The tangent of the delta at layer l's output: one of two arrays in turn, or its own where another layer reads it too.
   PYMETA_FN Real* delta_tangent(int l) const {
-    if (l >= 0 && tangents(l).rd != kNowhere) return tangent(tangents(l).rd);
+    if (kBranches && l >= 0 && tangents(l).rd != kNowhere) return tangent(tangents(l).rd);
     return tangent(state_.ws.tangent.rd[(last_ - l) & 1]);
   }
   // Is the tangent of layer l's output zero, with nobody to read it or anything else that the layer would keep?

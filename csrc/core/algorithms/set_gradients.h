@@ -21,7 +21,7 @@ class SetGradients {
 
   PYMETA_FN SetGradients(const State<X>& state, const ItemSet& set) : state_(state), set_(set) {}
 
-  PYMETA_FN void clear() const {
+  PYMETA_FN PYMETA_NOINLINE void clear() const {
     const int blocks = X::blocks(set_.extent.rows);
     if (Real* to = set_.target_gradient)
       for_vectors(blocks * columns(), [=](long i) { store(to + i, zero()); });
@@ -45,7 +45,7 @@ class SetGradients {
   }
 
   // Of the query set, whose losses have the cotangents `losses`. Its deltas are no longer needed.
-  PYMETA_FN void add_query(const Tape& tape, Vec losses) const {
+  PYMETA_FN PYMETA_NOINLINE void add_query(const Tape& tape, Vec losses) const {
     if (!set_.targets) return;
     const LossRows rows = tape.loss_rows(set_);
     if (Real* to = set_.target_gradient) {
@@ -65,7 +65,8 @@ class SetGradients {
 
   // Of the support set, where the step's direction has the tangents `ry` of the outputs and `rdy` of their delta, which is
   // overwritten.
-  PYMETA_FN void add_support(const Tape& tape, const Real* ry, Real* rdy, Real scale) const {
+  PYMETA_FN PYMETA_NOINLINE void add_support(const Tape& tape, const Real* ry, Real* rdy,
+                                             Real scale) const {
     LossRows rows = tape.loss_rows(set_);
     if (Real* to = set_.offset_gradient) add(to, rdy, broadcast(scale), rows.out * rows.blocks);
     if (Real* to = set_.target_gradient) {

@@ -4,7 +4,7 @@
 // direction of a tangent pass, the adjoint of a support gradient.
 #pragma once
 
-#include "../losses/registry.h"
+#include "../families.h"
 #include "../optimizers/step.h"
 #include "../call/workspace.h"
 
@@ -297,7 +297,8 @@ struct State {
     return call.has_own_start(t) ? memory.at(ws.start_transposed) : shared.theta_transposed;
   }
   // Before a clip is known: `common` has the factor 1.
-  PYMETA_FN Vec gradient_norm(int k, const Parameters& theta, const StepCommon& common) const {
+  PYMETA_FN PYMETA_NOINLINE Vec gradient_norm(int k, const Parameters& theta,
+                                              const StepCommon& common) const {
     return square_root(sum_adapted([&](int t) {
       return [&common, a = step_arrays(k, t, theta)](std::size_t at) {
         const Vec g = clipped_gradient(a, common, at);

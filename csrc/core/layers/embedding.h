@@ -5,6 +5,8 @@
 // What is no category gives NaN (runtime/check.cpp refuses it before). Embeddings come first in a network.
 #pragma once
 
+#include <cmath>
+
 #include "layer.h"
 
 namespace pymeta {

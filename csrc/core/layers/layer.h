@@ -84,6 +84,11 @@ PYMETA_FN void pass_on(const Extent& extent, int features, const Real* from,
   });
 }
 
+template <class X>
+PYMETA_FN void clear(const Extent& extent, int features, Real* to) {
+  X::map(extent, features, [&](long at, long, int) { store(to + at, zero()); });
+}
+
 // What a parameter gets that a pass does not use.
 template <class X>
 PYMETA_FN void no_gradient(int features, const Sink& sink) {
@@ -91,7 +96,8 @@ PYMETA_FN void no_gradient(int features, const Sink& sink) {
 }
 
 template <class X>
-PYMETA_FN void sum_delta(const Extent& extent, int features, const Real* d, const Sink& bias) {
+PYMETA_FN PYMETA_NOINLINE void sum_delta(const Extent& extent, int features, const Real* d,
+                                         const Sink& bias) {
   X::sum_rows(extent, features, bias, [&](long at, long) { return load(d + at); });
 }
 

@@ -40,9 +40,7 @@ struct LoneActivation {
   PYMETA_FN static void tangent_forward(const LayerPass& p, const LayerTangent& t,
                                         const Destination& to) {
     if (t.rx.p) return pass_on<X>(over(p.extent, p.layer.in), p.layer.in.channels, t.rx.p, to);
-    Real* rz = to.p;
-    X::map(over(p.extent, p.layer.out), p.layer.out.channels,
-           [&](long at, long, int) { store(rz + at, zero()); });
+    clear<X>(over(p.extent, p.layer.out), p.layer.out.channels, to.p);
   }
   PYMETA_FN static void tangent_backward(const LayerPass& p, const LayerTangent& t,
                                          const Destination& below) {

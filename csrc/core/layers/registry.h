@@ -123,9 +123,10 @@ PYMETA_KERNEL_BEGIN
 template <class X, class Visitor>
 PYMETA_FN void with_layer(LayerKind kind, Visitor visit) {
   switch (kind) {
-#define PYMETA_CASE(name, rules) \
-  case LayerKind::name:          \
-    return visit(rules<X>{});
+#define PYMETA_CASE(name, rules)                                                         \
+  case LayerKind::name:                                                                  \
+    if constexpr (X::Family::template kLayer<LayerKind::name>) return visit(rules<X>{}); \
+    break;
     PYMETA_LAYERS(PYMETA_CASE)
 #undef PYMETA_CASE
   }

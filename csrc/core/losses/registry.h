@@ -100,24 +100,27 @@ PYMETA_MEMBER inline int target_columns(const Loss& loss, int out) {
 PYMETA_KERNEL_BEGIN
 
 // Calls visit(rules) of the kind that is known only at run time.
-template <class Visitor>
+template <class X, class Visitor>
 PYMETA_FN void with_loss(const Loss& loss, Visitor visit) {
   switch (loss.kind) {
-#define PYMETA_CASE(name, rules) \
-  case LossKind::name:           \
-    return visit(rules{});
+#define PYMETA_CASE(name, rules)                                                    \
+  case LossKind::name:                                                              \
+    if constexpr (X::Family::template kLoss<LossKind::name>) return visit(rules{}); \
+    return;
     PYMETA_LOSSES(PYMETA_CASE)
 #undef PYMETA_CASE
   }
 }
 
 // Nothing where targets are labels.
-template <class Visitor>
+template <class X, class Visitor>
 PYMETA_FN void with_values_loss(const Loss& loss, Visitor visit) {
   switch (loss.kind) {
-#define PYMETA_CASE(name, rules)                                               \
-  case LossKind::name:                                                         \
-    if constexpr (rules##Spec::kTargets != TargetKind::labels) visit(rules{}); \
+#define PYMETA_CASE(name, rules)                               \
+  case LossKind::name:                                         \
+    if constexpr (X::Family::template kLoss<LossKind::name> && \
+                  rules##Spec::kTargets != TargetKind::labels) \
+      visit(rules{});                                          \
     return;
     PYMETA_LOSSES(PYMETA_CASE)
 #undef PYMETA_CASE
@@ -128,7 +131,7 @@ PYMETA_FN void with_values_loss(const Loss& loss, Visitor visit) {
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void loss_gradient(const Loss& loss, const LossRows& s, Real* row_losses,
                                              Real* gradient) {
-  with_loss(loss, [&](auto rules) {
+  with_loss<X>(loss, [&](auto rules) {
     X::for_indices(s.blocks, [&](int b) {
       const Vec value = rules.value(loss, s, b, gradient);
       store(row_losses + b * kWidth, s.masked(load(s.scale + b * kWidth) * value, b));
@@ -140,7 +143,7 @@ PYMETA_FN PYMETA_NOINLINE void loss_gradient(const Loss& loss, const LossRows& s
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void loss_hessian_product(const Loss& loss, const LossRows& s,
                                                     const Real* r, Real* product) {
-  with_loss(loss, [&](auto rules) {
+  with_loss<X>(loss, [&](auto rules) {
     X::for_indices(s.blocks, [&](int b) { rules.hessian_product(loss, s, b, r, product); });
   });
 }
@@ -151,7 +154,7 @@ PYMETA_FN PYMETA_NOINLINE void loss_hessian_product(const Loss& loss, const Loss
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void loss_target_gradient(const Loss& loss, const LossRows& s,
                                                     Real* gradient) {
-  with_values_loss(loss, [&](auto rules) {
+  with_values_loss<X>(loss, [&](auto rules) {
     X::for_indices(s.blocks, [&](int b) { rules.target_gradient(loss, s, b, gradient); });
   });
 }
@@ -161,7 +164,7 @@ PYMETA_FN PYMETA_NOINLINE void loss_target_gradient(const Loss& loss, const Loss
 template <class X>
 PYMETA_FN PYMETA_NOINLINE void loss_target_tangent(const Loss& loss, const LossRows& s,
                                                    const Real* r, Real* product) {
-  with_values_loss(loss, [&](auto rules) {
+  with_values_loss<X>(loss, [&](auto rules) {
     X::for_indices(s.blocks, [&](int b) { rules.target_tangent(loss, s, b, r, product); });
   });
 }

@@ -1,9 +1,9 @@
 // What a block of the CUDA executor does for one task of the benchmark's cases, counted on emulated blocks.
 //
-//   block_accesses [--threads N] [CASE...]
-//   block_instructions [--threads N] [CASE...]
+//   block_accesses_FAMILY [--threads N] [CASE...]
+//   block_instructions_FAMILY [--threads N] [CASE...]
 //
-// Prints a JSON array: for each case its plan for an H200, and what a block does for a second task after a first. Compiled twice:
+// Prints a JSON array: for each case of the family (cuda/families.h) its plan for an H200, and what a block does for a second task after a first. Compiled twice:
 // with PYMETA_COUNT_ACCESSES it counts barriers, the products' multiply-adds and accesses to shared memory, which a model of its
 // banks (banks.h) turns into wavefronts; with PYMETA_COUNT_INSTRUCTIONS the instructions of the first thread outside of products.
 // Those are of the host's processor: a GPU's are other ones. bench/block_report.py makes tables of all this.
@@ -143,7 +143,7 @@ struct CountingLauncher {
     blocks::emulation::launch(2, threads, 64, [&] { blocks::pack_start(frame); });
     return nullptr;
   }
-  const char* tasks(int, int threads, std::size_t bytes, const blocks::Frame& frame) const {
+  const char* tasks(int, int threads, std::size_t bytes, const blocks::GivenFrame& frame) const {
     counts.assign(static_cast<std::size_t>(threads), {});
     blocks::emulation::launch(1, threads, bytes, [&] {
       const int thread = blocks::thread_index();
@@ -228,11 +228,17 @@ blocks::TaskCost modelled(const Call<Real>& call, const BlockPlan& plan) {
   return blocks::CostModel(call, workspace, plan.threads, plan.at_once).cost();
 }
 
+bool is_of_family(const Case& of) {
+  const CaseCall described(of, 1);
+  return std::strcmp(blocks::family_of(described.call), PYMETA_SPELLED(PYMETA_FAMILY)) == 0;
+}
+
 void print(const Case& of, int threads, bool last) {
   const CaseCall whole(of, of.tasks);
   const BlockPlan plan = blocks::BlockCall(whole.call).plan(kH200, threads, 0);
   const Totals one = totals_of(count(of, plan, 1)), two = totals_of(count(of, plan, 2));
-  std::printf("{\"case\": \"%s\", \"threads\": %d, \"block_bytes\": %zu, \"at_once\": %d, ",
+  std::printf("{\"case\": \"%s\", \"family\": \"" PYMETA_SPELLED(
+                  PYMETA_FAMILY) "\", \"threads\": %d, \"block_bytes\": %zu, \"at_once\": %d, ",
               of.name.c_str(), plan.threads, plan.block_bytes, plan.at_once);
   const blocks::TaskCost cost = modelled(whole.call, plan);
   std::printf("\"modelled\": {\"wavefronts\": %.0f, \"instructions\": %.0f, \"path\": %.0f}, ",
@@ -271,6 +277,9 @@ int main(int argc, char** argv) {
         if (one.name.rfind(argv[i], 0) == 0) chosen.push_back(&one);
   if (chosen.empty())
     for (const Case& one : kCases) chosen.push_back(&one);
+  chosen.erase(std::remove_if(chosen.begin(), chosen.end(),
+                              [](const Case* of) { return !is_of_family(*of); }),
+               chosen.end());
   std::printf("[\n");
   for (const Case* one : chosen) print(*one, threads, one == chosen.back());
   std::printf("]\n");

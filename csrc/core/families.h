@@ -1,0 +1,63 @@
+// Families of calls: what an executor X is compiled for, X::Family.
+//
+// A family says which layers and losses its networks have, and whether its calls have extras: everything but the query loss after
+// plain steps of gradient descent, and its gradient summed over tasks. What a family lacks is not compiled. The CPU's executors have
+// all of it. A kernel of the GPU is loaded as one piece and keeps registers and stack for the most that it might do, so
+// there are several (cuda/families.h).
+#pragma once
+
+#include "layers/registry.h"
+#include "losses/registry.h"
+
+namespace pymeta {
+
+struct AllCalls {
+  template <LayerKind kind>
+  static constexpr bool kLayer = true;
+  template <LossKind kind>
+  static constexpr bool kLoss = true;
+  static constexpr bool kExtras = true;
+};
+
+// May a row's output depend on the set's other rows?
+template <class Family>
+constexpr bool kMixesRows =
+#define PYMETA_OR(kind, rules) \
+  (Family::template kLayer<LayerKind::kind> && rules##Spec::kMixesRows) ||
+    PYMETA_LAYERS(PYMETA_OR) false;
+#undef PYMETA_OR
+// May a layer have parameters for each step?
+template <class Family>
+constexpr bool kHasSteps = Family::template kLayer<LayerKind::batch_norm> ||
+                           Family::template kLayer<LayerKind::step_batch_norm> ||
+                           Family::template kLayer<LayerKind::norm_pool> ||
+                           Family::template kLayer<LayerKind::fixed_norm> ||
+                           Family::template kLayer<LayerKind::scale_shift>;
+
+}  // namespace pymeta
+
+#ifdef PYMETA_MACHINE
+
+PYMETA_KERNEL_BEGIN
+
+// Is an extra asked for? Never where the family has none: emulated blocks end the process of a host that chose wrongly.
+template <class X>
+PYMETA_FN bool extra([[maybe_unused]] bool asked) {
+  if constexpr (X::Family::kExtras) {
+    return asked;
+  } else {
+#ifdef PYMETA_EMULATE
+    if (asked) __builtin_trap();
+#endif
+    return false;
+  }
+}
+// An array of one: null where it is not asked for.
+template <class X, class T>
+PYMETA_FN T* extra(T* array) {
+  return extra<X>(array != nullptr) ? array : nullptr;
+}
+
+PYMETA_KERNEL_END
+
+#endif  // PYMETA_MACHINE
