@@ -2,7 +2,8 @@
 //
 // Its arrays lie nowhere: each of its memories is a range of addresses of which nothing is read, and a pointer tells where in which
 // of them an operand will lie. A learning rate is a number that tells which one it is. No algorithm of the family of plain
-// calls looks at what was computed, so that the list is the same for all tasks.
+// calls looks at what was computed, so that the list is the same for all tasks. Nor at a rate: the numbers that stand for them
+// are near one (core/optimizers/rates.h), so that every rate is multiplied by last.
 #pragma once
 
 #include <vector>
