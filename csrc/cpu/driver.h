@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "../core/algorithms/job.h"
+#include "cost.h"
 #include "item_arrays.h"
 #include "kernels.h"
 #include "lanes.h"
@@ -27,21 +28,30 @@ void parallel(const Team& team, std::int64_t count, Body body) {
 template <class X>
 class Driver {
  public:
-  explicit Driver(const Call<Real>& call)
-      : call_(call), workspace_(call), binder_(call), needs_(lay_out(nullptr)) {}
+  static constexpr bool kSingleTasks = X::kTasks == 1;
 
+  explicit Driver(const Call<Real>& call)
+      : call_(call),
+        workspace_(call),
+        binder_(call),
+        count_(call.tasks),
+        needs_(lay_out(nullptr)) {}
+
+  static bool suits(const Call<Real>&) { return true; }
+
+  // Not all tasks of the call, but so many. Their first layer is not factored.
+  void take(std::int64_t first, std::int64_t count) {
+    first_task_ = first;
+    count_ = count;
+    needs_ = lay_out(nullptr);
+  }
   // Sums are added in the order of another executor from now on, whose needs these are (Needs::interleaved).
   void keep_order(const Needs& like) { needs_ = lay_out(&like); }
   const Needs& needs() const { return needs_; }
 
   void run(const Team& team, char* memory) {
-    Real* shared = reinterpret_cast<Real*>(memory);
-    sums_ = reinterpret_cast<Real*>(memory + needs_.shared);
-    workspaces_ = sums_ + sums_size() * needs_.chunks;
-    first_ = shared + shared_size();
-    factors_ = first_ + first_size();
-    if (!call_.packed_start) pack_shared(shared);
-    share(call_.packed_start ? call_.packed_start : shared);
+    char* const sums = memory + needs_.shared;
+    place(memory, sums, sums + needs_.sums * needs_.chunks, needs_.workspace, call_.packed_start);
     const std::int64_t chunks = static_cast<std::int64_t>(needs_.chunks);
     const std::int64_t in_chunk = needs_.items_in_chunk;
     const std::int64_t wave =
@@ -60,14 +70,99 @@ class Driver {
       if (has_factors() && wants_gradient()) sum_factors(team, begin, end);
     }
     if (call_.is_stopped()) return;
-    if (call_.mean_loss) *call_.mean_loss = mean_loss();
-    if (wants_gradient()) write_gradients(team);
+    if (wants_gradient()) add_up(team, broadcast(call_.divisor()));
+    write_sums();
   }
+
+  // The steps of run(), for who runs two of these (mixed.h). Workspaces are `stride` bytes apart; `packed` is null or the start.
+  void place(char* shared, char* sums, char* workspaces, std::size_t stride, const Real* packed) {
+    Real* const own = reinterpret_cast<Real*>(shared);
+    sums_ = reinterpret_cast<Real*>(sums);
+    workspaces_ = reinterpret_cast<Real*>(workspaces);
+    workspace_stride_ = stride / sizeof(Real);
+    first_ = own + shared_size();
+    factors_ = first_ + first_size();
+    if (!packed) pack_shared(own);
+    share(packed ? packed : own);
+  }
+  void work_through(std::int64_t chunk, std::int64_t wave_begin, int worker) {
+    if (call_.is_stopped()) return;
+    Real* memory = workspaces_ + worker * workspace_stride_;
+    Real* sums = sums_ + chunk * sums_size();
+    const Memory places{memory};
+    const bool folded = workspace_.accumulated != kNowhere;
+    Totals totals{folded ? places.at(workspace_.accumulated) : sums,
+                  places.at(workspace_.lr_accumulated), true, layout().size};
+    if (has_factors() && wants_gradient() && !all_factored()) {
+      // Only the tasks that are not factored add to the first layer's sums here.
+      const int first = call_.network->layers[0].weight;
+      totals.clear = layout().tensors[first].place;
+      memset(totals.gradient + totals.clear, 0, sizeof(Real) * layout().scalars(first));
+    }
+    if (lr_sums() > 0) memset(totals.lr_gradient, 0, sizeof(Real) * workspace_.lr_scalars(call_));
+    const StopScope stop(call_.stop);
+    InnerLoop<X> loop(call_, workspace_, shared_, Memory{memory});
+    const std::int64_t interleaved = needs_.interleaved;
+    const std::int64_t run = chunk / interleaved * needs_.items_in_chunk;
+    for (std::int64_t i = run; i < run + needs_.items_in_chunk; ++i) {
+      const std::int64_t index = i * interleaved + chunk % interleaved;
+      if (index >= items() || call_.is_stopped()) break;
+      process(index, index - wave_begin, loop, memory, totals);
+      totals.fresh = false;
+    }
+    if (folded) fold(totals.gradient, gradient_sums(), sums);
+    if (lr_sums() > 0) fold_rates(totals.lr_gradient, lr_sums_of(sums));
+  }
+  // The sums of all chunks, divided, to where those of the first were.
+  void add_up(const Team& team, Vec divisor) {
+    const std::size_t size = sums_size();
+    if (needs_.chunks == 0) {  // no tasks: all sums are empty
+      memset(sums_ = workspaces_, 0, sizeof(Real) * size);
+      memset(first_, 0, sizeof(Real) * first_size());
+    }
+    constexpr std::size_t slice = 8192;
+    parallel(team, static_cast<std::int64_t>((size + slice - 1) / slice),
+             [&](std::int64_t index, int) {
+               const std::size_t begin = index * slice,
+                                 end = begin + slice < size ? begin + slice : size;
+               add_chunks(begin, end, size);
+               for (std::size_t i = begin; i < end; i += kWidth)
+                 store(sums_ + i, load(sums_ + i) / divisor);
+             });
+    if (first_size() > 0) add_first(divisor);
+  }
+  // To these sums those of a last chunk, another executor's, before they are divided.
+  template <class Other>
+  void add_chunk(const Driver<Other>& other, Vec divisor) {
+    for (int t = 0; t < call_.network->tensor_count; ++t) {
+      const PackedTensor &own = layout().tensors[t], &theirs = other.layout().tensors[t];
+      for (int p = 0; p < own.outer; ++p) {
+        Real* to = sums_ + own.place / X::kElement + p * (own.row / X::kElement);
+        const Real* from =
+            other.sums_ + theirs.place / Other::kElement + p * (theirs.row / Other::kElement);
+        for (int i = 0; i < own.inner; ++i) to[i] = (to[i] + from[i]) / divisor[0];
+      }
+    }
+  }
+  // The mean loss, and the gradients in torch's layout.
+  void write_sums() const {
+    if (call_.mean_loss) *call_.mean_loss = mean_loss();
+    if (!wants_gradient()) return;
+    for (int t = 0; call_.gradients && t < call_.network->tensor_count; ++t) {
+      if (!call_.gradients[t] || call_.has_own_start(t)) continue;
+      const bool apart = first_size() > 0 && t == call_.network->layers[0].weight;
+      const PackedTensor& tensor = layout().tensors[t];
+      unpack(tensor, apart ? first_ : sums_ + tensor.place / X::kElement, tensor.row / X::kElement,
+             call_.gradients[t]);
+    }
+    if (lr_sums() > 0) write_rates(lr_sums_of(sums_));
+  }
+  bool wants_gradient() const { return call_.sums_gradients(); }
 
   // The start as run() packs it: needs().start bytes, which calls of the same network and recipe may share.
   void pack_shared(Real* memory) const {
     if (shared_size() == 0) return;  // and `memory` may be null
-    memset(memory, 0, sizeof(Real) * shared_size());
+    if (X::kElement == 1) memset(memory, 0, sizeof(Real) * shared_size());  // the padding
     Real* transposed = memory + layout().size;
     Real* rates = transposed + layout().transposed_size;
     const Network& network = *call_.network;
@@ -88,6 +183,9 @@ class Driver {
   }
 
  private:
+  template <class>
+  friend class Driver;
+
   Needs lay_out(const Needs* like) const {
     Needs n{};
     n.factored = workspace_.factorable;
@@ -99,7 +197,7 @@ class Driver {
     if (like) {
       n.interleaved = like->tasks_in_item;
       n.items_in_chunk = like->items_in_chunk;
-      n.chunks = like->chunks * static_cast<std::size_t>(n.interleaved);
+      n.chunks = like->ordered_chunks * static_cast<std::size_t>(n.interleaved);
     } else {
       // Few enough that summing them costs little, enough to balance the threads.
       std::int64_t most = n.sums ? static_cast<std::int64_t>((std::size_t{2} << 20) / n.sums) : 64;
@@ -109,15 +207,21 @@ class Driver {
       n.chunks = static_cast<std::size_t>(
           n.items_in_chunk ? (count + n.items_in_chunk - 1) / n.items_in_chunk : 0);
     }
+    n.ordered_chunks = n.chunks;
     n.shared = sizeof(Real) * (shared_size() + first_size()) + factors_bytes(n.items_in_chunk);
-    n.cost = cost() * static_cast<double>(count);
+    n.cost = item_cost<X>(call_, workspace_) * static_cast<double>(count);
     return n;
   }
 
-  std::int64_t items() const { return (call_.tasks + X::kTasks - 1) / X::kTasks; }
+  // How many of a run's parts have a task: the first ones.
+  std::int64_t parts_of(std::size_t run) const {
+    return items() - static_cast<std::int64_t>(run) * needs_.items_in_chunk * needs_.interleaved;
+  }
+  std::int64_t items() const { return (count_ + X::kTasks - 1) / X::kTasks; }
   Item<X> item(std::int64_t index) const {
     Item<X> item{};
-    for (std::int64_t i = index * X::kTasks; i < call_.tasks && item.count < X::kTasks; ++i)
+    const std::int64_t end = first_task_ + count_;
+    for (std::int64_t i = first_task_ + index * X::kTasks; i < end && item.count < X::kTasks; ++i)
       item.task[item.count++] = call_.order ? call_.order[i] : i;
     return item;
   }
@@ -129,7 +233,6 @@ class Driver {
                 2 * call_.corrections());
     return places.used;
   }
-  bool wants_gradient() const { return call_.sums_gradients(); }
 
   // What a chunk leaves: its gradient sums and those of the learning rate, a scalar for each element (no lanes).
   std::size_t gradient_sums() const {
@@ -188,37 +291,6 @@ class Driver {
     return {place, place + call_.max_query * X::stride(call_.network->layers[0].out.channels)};
   }
 
-  // Estimated cycles of one item: vector operations at a rate typical of the executor, plus a little for each call.
-  double cost() const {
-    const bool second = call_.second_order(), gradient = call_.wants_gradient();
-    const double steps = static_cast<double>(call_.steps_of(call_.max_support));
-    const int batches = call_.job == Job::fine_tune ? call_.batches.count(call_.max_support) : 1;
-    const bool part = call_.batches.size > 0 && call_.batches.size < call_.max_support;
-    const double support_rows = call_.job == Job::fine_tune
-                                    ? steps * call_.max_support / (batches ? batches : 1)
-                                : part ? steps * call_.batches.size
-                                       : steps * call_.max_support;
-    const double query_rows =
-        call_.max_query + static_cast<double>(call_.max_validation) * (call_.epochs + 1);
-    double work = 0;
-    for (int l = 0; l < call_.network->layer_count; ++l) {
-      const Effort effort{support_rows, query_rows, l == 0, gradient, second};
-      with_variant<X>(*call_.network, l, layout().narrow,
-                      [&](auto rules) { work += rules.work(call_.network->layers[l], effort); });
-    }
-    if (X::kTransposes)
-      work += steps * kTransposeCost * (second ? 2 : 1) *
-              static_cast<double>(layout().transposed_size / kWidth);
-    if (!call_.has_plain_steps())
-      work += steps * kRuleCost * (1 + call_.optimizer.states()) *
-              static_cast<double>(layout().size / kWidth) * (second ? 3 : 1);
-    const double bytes = static_cast<double>(workspace_.size) * sizeof(Real);
-    return work / (bytes > kLargeWorkspace ? X::kCrowdedRate : X::kRate) + 600.0 * steps;
-  }
-  static constexpr double kLargeWorkspace = 2e6;  // bytes: beyond a second-level cache
-  static constexpr double kTransposeCost = 8;     // of a vector of elements, in vector operations
-  static constexpr double kRuleCost = 8;  // likewise, for each array of the optimiser's rule
-
   // ---- parameters ----------------------------------------------------------------------------------------------
 
   // Spreads a tensor in torch's layout over the packed one: the same for all lanes.
@@ -267,42 +339,20 @@ class Driver {
 
   // ---- tasks ---------------------------------------------------------------------------------------------------
 
-  void work_through(std::int64_t chunk, std::int64_t wave_begin, int worker) {
-    if (call_.is_stopped()) return;
-    Real* memory = workspaces_ + worker * workspace_.size;
-    Real* sums = sums_ + chunk * sums_size();
-    const Memory places{memory};
-    const bool folded = workspace_.accumulated != kNowhere;
-    Totals totals{folded ? places.at(workspace_.accumulated) : sums,
-                  places.at(workspace_.lr_accumulated), true, layout().size};
-    if (has_factors() && wants_gradient() && !all_factored()) {
-      // Only the tasks that are not factored add to the first layer's sums here.
-      const int first = call_.network->layers[0].weight;
-      totals.clear = layout().tensors[first].place;
-      memset(totals.gradient + totals.clear, 0, sizeof(Real) * layout().scalars(first));
-    }
-    if (lr_sums() > 0) memset(totals.lr_gradient, 0, sizeof(Real) * workspace_.lr_scalars(call_));
-    const StopScope stop(call_.stop);
-    InnerLoop<X> loop(call_, workspace_, shared_, Memory{memory});
-    const std::int64_t interleaved = needs_.interleaved;
-    const std::int64_t run = chunk / interleaved * needs_.items_in_chunk;
-    for (std::int64_t i = run; i < run + needs_.items_in_chunk; ++i) {
-      const std::int64_t index = i * interleaved + chunk % interleaved;
-      if (index >= items() || call_.is_stopped()) break;
-      process(index, index - wave_begin, loop, memory, totals);
-      totals.fresh = false;
-    }
-    // A part of an interleaved chunk may have no task.
-    if (totals.fresh && gradient_sums() > 0)
-      memset(totals.gradient, 0, sizeof(Real) * gradient_sums() * X::kElement);
-    if (folded) fold(totals.gradient, gradient_sums(), sums);
-    if (lr_sums() > 0) fold_rates(totals.lr_gradient, lr_sums_of(sums));
-  }
-
   // The sum over the lanes of each of `count` elements.
   static void fold(const Real* from, std::size_t count, Real* to) {
-    for (std::size_t i = 0; i < count; ++i)
-      to[i] = X::kElement == 1 ? from[i] : sum_lanes(load(from + i * kWidth));
+    if (X::kElement == 1) {
+      memcpy(to, from, sizeof(Real) * count);
+      return;
+    }
+    std::size_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+      Vec block[kWidth];
+#pragma GCC unroll 16
+      for (int k = 0; k < kWidth; ++k) block[k] = load(from + (i + k) * kWidth);
+      store(to + i, sums_of_lanes(block));
+    }
+    for (; i < count; ++i) to[i] = sum_lanes(load(from + i * kWidth));
   }
   void fold_rates(const Real* from, Real* to) const {
     if (call_.lr.per_element)
@@ -398,43 +448,23 @@ class Driver {
     });
   }
 
-  void write_gradients(const Team& team) {
-    const std::size_t size = sums_size();
-    if (needs_.chunks == 0) {  // no tasks: all sums are empty
-      memset(sums_ = workspaces_, 0, sizeof(Real) * size);
-      memset(first_, 0, sizeof(Real) * first_size());
+  // Between two places of them; `size` is that of a chunk.
+  void add_chunks(std::size_t begin, std::size_t end, std::size_t size) const {
+    const std::size_t together = static_cast<std::size_t>(needs_.interleaved);
+    const std::size_t runs = needs_.chunks / together;
+    for (std::size_t run = 0; run < runs; ++run) {
+      const Real* from = sums_ + run * together * size;
+      for (std::size_t i = begin; i < end; i += kWidth) {
+        const Vec own =
+            together == 1 ? load(from + i) : sum_of_parts(from + i, size, parts_of(run));
+        store(sums_ + i, run == 0 ? own : load(sums_ + i) + own);
+      }
     }
-    const Vec divisor = broadcast(call_.divisor());
-    const std::size_t runs = needs_.chunks / static_cast<std::size_t>(needs_.interleaved);
-    constexpr std::size_t slice = 8192;
-    parallel(team, static_cast<std::int64_t>((size + slice - 1) / slice),
-             [&](std::int64_t index, int) {
-               const std::size_t begin = index * slice,
-                                 end = begin + slice < size ? begin + slice : size;
-               for (std::size_t i = begin; i < end; i += kWidth) {
-                 Vec sum = runs > 0 ? sum_of_run(0, i) : load(sums_ + i);
-                 for (std::size_t run = 1; run < runs; ++run) sum = sum + sum_of_run(run, i);
-                 store(sums_ + i, sum / divisor);
-               }
-             });
-    if (first_size() > 0) add_first(divisor);
-    for (int t = 0; call_.gradients && t < call_.network->tensor_count; ++t) {
-      if (!call_.gradients[t] || call_.has_own_start(t)) continue;
-      const bool apart = first_size() > 0 && t == call_.network->layers[0].weight;
-      const PackedTensor& tensor = layout().tensors[t];
-      unpack(tensor, apart ? first_ : sums_ + tensor.place / X::kElement, tensor.row / X::kElement,
-             call_.gradients[t]);
-    }
-    if (lr_sums() > 0) write_rates(lr_sums_of(sums_));
   }
-
-  // The sum of a run of items at a place of the sums: one chunk, or several that are parts of it, added as sum_lanes() adds
-  // the lanes whose tasks they have.
-  Vec sum_of_run(std::size_t run, std::size_t place) const {
-    const std::size_t size = sums_size();
-    if (needs_.interleaved == 1) return load(sums_ + run * size + place);
+  // Chunks that are parts of one, added as sum_lanes() adds the lanes whose tasks they have.
+  static Vec sum_of_parts(const Real* from, std::size_t size, std::int64_t filled) {
     Vec parts[kWidth];
-    for (int i = 0; i < kWidth; ++i) parts[i] = load(sums_ + (run * kWidth + i) * size + place);
+    for (int i = 0; i < kWidth; ++i) parts[i] = i < filled ? load(from + i * size) : zero();
     for (int half = kWidth / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) parts[i] = parts[i] + parts[i + half];
     return parts[0];
@@ -467,12 +497,14 @@ class Driver {
   const Call<Real>& call_;
   const Workspace<X> workspace_;
   const Binder<X> binder_;
+  std::int64_t first_task_ = 0, count_;
   Needs needs_;
   Shared shared_{};
   Real* sums_ = nullptr;  // [chunks, sums_size]
   Real* workspaces_ = nullptr;
-  Real* first_ = nullptr;    // [in, stride(out)] the factored first layer's gradient
-  Real* factors_ = nullptr;  // [tasks of a wave] Factors, then the Segments that sum them
+  std::size_t workspace_stride_ = 0;  // scalars
+  Real* first_ = nullptr;             // [in, stride(out)] the factored first layer's gradient
+  Real* factors_ = nullptr;           // [tasks of a wave] Factors, then the Segments that sum them
 };
 
 PYMETA_KERNEL_END

@@ -101,23 +101,33 @@ struct Epilogue {
         const int own = period ? (row0 + m) % period : row0 + m;
         sum[m][n] = where_kept(sum[m][n], keep + own * kWidth);
       });
-    const long first = row0 * row + column0 * kWidth;
+    // Copies: for all the compiler knows, a store into `out` could change what it is told here.
+    const long step = row, first = row0 * step + column0 * kWidth;
+    Real* const to = out + first;
+    const Vec factor = scale;
     const auto put = [&](auto value) __attribute__((always_inline)) {
       for_tile<M, N>([&](int m, int n) {
-        const long at = first + m * row + n * kWidth;
-        store(out + at, value(sum[m][n], at));
+        const long at = m * step + n * kWidth;
+        store(to + at, value(sum[m][n], at));
       });
     };
-    if (kind == Kind::floor)
-      put([&](Vec v, long) { return at_least(v, floor); });
-    else if (kind == Kind::gate)
-      put([&](Vec v, long at) { return select(load(gate + at) <= Real(0), zero(), v); });
-    else if (extra && base)
-      put([&](Vec v, long at) { return fma(scale, v, load(extra + at)) + load(base + at); });
-    else if (const Real* only = extra ? extra : base)
-      put([&](Vec v, long at) { return fma(scale, v, load(only + at)); });
-    else
-      put([&](Vec v, long) { return v * scale; });
+    if (kind == Kind::floor) {
+      put([least = floor](Vec v, long) { return at_least(v, least); });
+    } else if (kind == Kind::gate) {
+      put([through = gate + first](Vec v, long at) {
+        return select(load(through + at) <= Real(0), zero(), v);
+      });
+    } else if (extra && base) {
+      put([=, more = extra + first, before = base + first](Vec v, long at) {
+        return fma(factor, v, load(more + at)) + load(before + at);
+      });
+    } else if (extra || base) {
+      put([=, only = (extra ? extra : base) + first](Vec v, long at) {
+        return fma(factor, v, load(only + at));
+      });
+    } else {
+      put([=](Vec v, long) { return v * factor; });
+    }
   }
 };
 
@@ -162,23 +172,34 @@ void tile(const Product& p, int row, int column, const Epilogue& epilogue) {
 
 using TileFunction = void (*)(const Product&, int, int, const Epilogue&);
 
-// The tile with `rows` rows and N vectors a row; null for no rows.
-template <class Access, int N, int M = max_tile_rows(N)>
-TileFunction pick_tile(int rows) {
-  if constexpr (M == 0)
-    return nullptr;
-  else
-    return rows == M ? tile<Access, M, N> : pick_tile<Access, N, M - 1>(rows);
-}
+// Those of N vectors a row, by their rows.
+template <class Access, int N>
+struct Tiles {
+  static constexpr int kMostRows = max_tile_rows(N);
+  TileFunction of[kMostRows + 1] = {};
+
+  constexpr Tiles() { add<kMostRows>(); }
+
+ private:
+  template <int M>
+  constexpr void add() {
+    of[M] = tile<Access, M, N>;
+    if constexpr (M > 1) add<M - 1>();
+  }
+};
+template <class Access, int N>
+constexpr Tiles<Access, N> kTiles;
 
 // One panel of N vectors: all rows, in tiles of nearly equal height.
 template <class Access, int N>
 void panel(const Product& p, int column, const Epilogue& epilogue) {
-  const int tiles = (p.rows + max_tile_rows(N) - 1) / max_tile_rows(N);
-  const int base = p.rows / tiles, taller = p.rows % tiles;
-  const auto tall = pick_tile<Access, N>(base + 1);
-  const auto regular = pick_tile<Access, N>(base);
+  constexpr int most = max_tile_rows(N);
   int row = p.first_row;
+  if (p.rows <= most) return kTiles<Access, N>.of[p.rows](p, row, column, epilogue);
+  const int tiles = (p.rows + most - 1) / most;
+  const int base = p.rows / tiles, taller = p.rows % tiles;
+  const TileFunction tall = kTiles<Access, N>.of[taller ? base + 1 : base];
+  const TileFunction regular = kTiles<Access, N>.of[base];
   for (int t = 0; t < taller; ++t, row += base + 1) tall(p, row, column, epilogue);
   for (int t = taller; t < tiles; ++t, row += base) regular(p, row, column, epilogue);
 }
@@ -208,6 +229,24 @@ inline bool is_long(const Product& p, int columns) {
   return p.depth() * p.rows * columns > long_product;
 }
 
+// By their vectors.
+template <class Access>
+struct Panels {
+  using Function = void (*)(const Product&, int, const Epilogue&);
+  Function of[Access::kMaxColumns + 1] = {};
+
+  constexpr Panels() { add<Access::kMaxColumns>(); }
+
+ private:
+  template <int N>
+  constexpr void add() {
+    of[N] = panel<Access, N>;
+    if constexpr (N > 1) add<N - 1>();
+  }
+};
+template <class Access>
+constexpr Panels<Access> kPanels;
+
 template <class Access>
 void all_panels(const Product& p, const Epilogue& epilogue) {
   const bool asks = is_long(p, Access::kMaxColumns);
@@ -217,23 +256,7 @@ void all_panels(const Product& p, const Epilogue& epilogue) {
   for (int i = 0; i < panels; ++i) {
     if (asks && is_stopped()) return;
     const int width = base + (i < wider);
-    switch (width) {
-      case 1:
-        panel<Access, 1>(p, column, epilogue);
-        break;
-      case 2:
-        panel<Access, 2>(p, column, epilogue);
-        break;
-      case 3:
-        panel<Access, 3>(p, column, epilogue);
-        break;
-      case 4:
-        if constexpr (Access::kMaxColumns >= 4) panel<Access, 4>(p, column, epilogue);
-        break;
-      case 5:
-        if constexpr (Access::kMaxColumns >= 5) panel<Access, 5>(p, column, epilogue);
-        break;
-    }
+    kPanels<Access>.of[width](p, column, epilogue);
     column += width;
   }
 }
@@ -246,7 +269,10 @@ void multiply(const Product& p, const Epilogue& epilogue) {
   if constexpr (Access::kElement > 1) {
     constexpr std::int64_t fits = 28 << 10;
     if (p.rows * p.depth() * kVectorBytes > fits) {
-      constexpr int height = max_tile_rows(Access::kMaxColumns);
+      // As many rows as fit, in whole tiles, and at least one tile.
+      constexpr int tile_rows = max_tile_rows(Access::kMaxColumns);
+      const int fit = static_cast<int>(fits / (p.depth() * kVectorBytes));
+      const int height = fit > tile_rows ? fit / tile_rows * tile_rows : tile_rows;
       const int bands = (p.rows + height - 1) / height;
       Product band = p;
       band.rows = (p.rows + bands - 1) / bands;

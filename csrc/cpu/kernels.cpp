@@ -5,37 +5,54 @@
 
 #include "driver.h"
 #include "kernels.h"
+#include "mixed.h"
 
 #include <new>
 
-// EXECUTOR(name, class): a new one has its include and its line here. The first is the one for a single task.
+// EXECUTOR(name, driver): a new one has its include and its line here. The first is the one for a single task.
 #define PYMETA_EXECUTORS(EXECUTOR) \
-  EXECUTOR(rows, RowsExecutor)     \
-  EXECUTOR(lanes, LanesExecutor)
+  EXECUTOR(rows, RowsDriver)       \
+  EXECUTOR(lanes, LanesDriver)     \
+  EXECUTOR(mixed, MixedLanesDriver)
 
 PYMETA_KERNEL_BEGIN
 
-template <class X>
-const Needs* plan(const Call<Real>& call, void* plan) {
-  return &(new (plan) Driver<X>(call))->needs();
+using RowsDriver = Driver<RowsExecutor>;
+using LanesDriver = Driver<LanesExecutor>;
+using MixedLanesDriver = MixedDriver<LanesExecutor, RowsExecutor>;
+
+template <class D>
+bool suits(const Call<Real>& call) {
+  return D::suits(call);
 }
-template <class X>
+template <class D>
+const Needs* plan(const Call<Real>& call, void* plan) {
+  return &(new (plan) D(call))->needs();
+}
+template <class D>
 const Needs* keep_order(void* plan, const Needs& like) {
-  Driver<X>& driver = *static_cast<Driver<X>*>(plan);
+  D& driver = *static_cast<D*>(plan);
   driver.keep_order(like);
   return &driver.needs();
 }
-template <class X>
+template <class D>
 void run(void* plan, const Team& team, char* memory) {
-  static_cast<Driver<X>*>(plan)->run(team, memory);
+  static_cast<D*>(plan)->run(team, memory);
 }
-template <class X>
+template <class D>
 void pack(const void* plan, Real* start) {
-  static_cast<const Driver<X>*>(plan)->pack_shared(start);
+  static_cast<const D*>(plan)->pack_shared(start);
+}
+
+template <class D>
+constexpr ExecutorTable<Real> table(const char* name) {
+  ExecutorTable<Real> t{name, sizeof(D), suits<D>, plan<D>, nullptr, run<D>, pack<D>};
+  if constexpr (D::kSingleTasks) t.keep_order = keep_order<D>;
+  return t;
 }
 
 constexpr ExecutorTable<Real> kExecutors[] = {
-#define PYMETA_ENTRY(name, X) {#name, sizeof(Driver<X>), plan<X>, keep_order<X>, run<X>, pack<X>},
+#define PYMETA_ENTRY(name, D) table<D>(#name),
     PYMETA_EXECUTORS(PYMETA_ENTRY)
 #undef PYMETA_ENTRY
 };

@@ -36,6 +36,9 @@ struct Needs {
   int tasks_in_item;
   int interleaved;  // 1: chunks are runs of their own
   std::int64_t items_in_chunk;
+  std::size_t
+      ordered_chunks;  // in whose order sums are added; `chunks` where none is a part of one
+  double longest;      // cost of the longest chunk, where they are not alike; else 0
 
   std::size_t bytes(int threads) const { return shared + sums * chunks + workspace * threads; }
 };
@@ -46,8 +49,9 @@ template <class Real>
 struct ExecutorTable {
   const char* name;
   std::size_t plan_bytes;
+  bool (*suits)(const Call<Real>&);  // is it worth a plan?
   const Needs* (*plan)(const Call<Real>&, void* plan);
-  // The needs where the order of sums is that of another executor: `like` are that one's.
+  // The needs where the order of sums is that of another executor: `like` are that one's. Null where items are vectors.
   const Needs* (*keep_order)(void* plan, const Needs& like);
   void (*run)(void* plan, const Team&, char* memory);
   // Writes Needs::start bytes: the start for Call::packed_start of calls that differ in their rows only.

@@ -86,15 +86,27 @@ struct RowsExecutor : Executor<Rows> {
   static constexpr bool kTransposes = true;
   static constexpr bool kReadsInputInPlace = true;
   static constexpr bool kFactors = true;
-  // Planner: vector operations per cycle, cache-resident and not; vector operations per output vector beside its sum.
+  // Planner: vector operations per cycle, cache-resident and not; vector operations per output vector beside its sum; cycles of
+  // an item beside its steps.
   static constexpr double kRate = 1.5, kCrowdedRate = 1.5, kRowOverhead = 10;
+  static constexpr double kItemOverhead = 2500;
 
-  // W [in, stride(out)] to W^T [out, stride(in)], padding cleared.
+  // W [in, stride(out)] to W^T [out, stride(in)], padding cleared: the rows that W does not have are zero.
   static void transpose(int in, int out, const Real* w, Real* w_transposed) {
-    const long row = stride(in);
-    transpose_matrix(in, out, w, stride(out), w_transposed, row);
-    for (int o = 0; o < out; ++o)
-      for (long i = in; i < row; ++i) w_transposed[o * row + i] = 0;
+    const long from_row = stride(out), to_row = stride(in);
+    for (int i = 0; i < in; i += kWidth)
+      for (int j = 0; j < out; j += kWidth) {
+        const Real* corner = w + i * from_row + j;
+        Real* into = w_transposed + j * to_row + i;
+        const int rows = in - i, columns = out - j;
+        Vec block[kWidth];
+#pragma GCC unroll 16
+        for (int k = 0; k < kWidth; ++k) block[k] = k < rows ? load(corner + k * from_row) : zero();
+        transpose_block(block);
+#pragma GCC unroll 16
+        for (int k = 0; k < kWidth; ++k)
+          if (k < columns) store(into + k * to_row, block[k]);
+      }
   }
 
   // A convolution's [in / groups, taps, stride(out)] to [taps, out / groups, stride(in)].

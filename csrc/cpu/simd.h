@@ -161,22 +161,84 @@ void transpose_block(Vec (&block)[kWidth]) {
   }
 }
 
+// Lane i becomes sum_lanes(block[i]), added in the same order: halves of two vectors at once.
+template <int kHalf = kWidth / 2>
+Vec sums_of_lanes(Vec (&block)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kHalf; ++i) {
+    exchange<kHalf>(block[i], block[i + kHalf], std::make_integer_sequence<int, kWidth>{});
+    block[i] = block[i] + block[i + kHalf];
+  }
+  if constexpr (kHalf > 1)
+    return sums_of_lanes<kHalf / 2>(block);
+  else
+    return block[0];
+}
+
+// The first `count` numbers, up to kWidth, and no others are read or written; the lanes behind them are 0.
+inline Vec load_first(const Real* p, int count) {
+#if defined(__AVX512F__)
+  if constexpr (kDouble)
+    return (Vec)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p);
+  else
+    return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  Vec v = zero();
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+inline void store_first(Real* p, Vec v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (kDouble)
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), (__m512d)v);
+  else
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#else
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+#if defined(__AVX512F__)
+constexpr bool kHasMaskedMemory = true;
+#else
+constexpr bool kHasMaskedMemory = false;
+#endif
+
+// A corner of a matrix of fewer rows or columns than a vector has lanes.
+inline void transpose_part(int rows, int columns, const Real* from, long from_row, Real* to,
+                           long to_row) {
+  // Fewer elements than this are moved sooner one by one.
+  if (!kHasMaskedMemory || rows * columns < 4 * kWidth) {
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) to[j * to_row + i] = from[i * from_row + j];
+    return;
+  }
+  Vec block[kWidth];
+  for (int k = 0; k < kWidth; ++k)
+    block[k] = k < rows ? load_first(from + k * from_row, columns) : zero();
+  transpose_block(block);
+  for (int k = 0; k < columns; ++k) store_first(to + k * to_row, block[k], rows);
+}
+
 // from [rows, columns] to its transpose; only elements of the matrix are read or written.
 inline void transpose_matrix(int rows, int columns, const Real* from, long from_row, Real* to,
                              long to_row) {
-  const int whole_rows = rows / kWidth * kWidth, whole_columns = columns / kWidth * kWidth;
-  for (int i = 0; i < whole_rows; i += kWidth)
-    for (int j = 0; j < whole_columns; j += kWidth) {
+  for (int i = 0; i < rows; i += kWidth)
+    for (int j = 0; j < columns; j += kWidth) {
+      const Real* corner = from + i * from_row + j;
+      Real* into = to + j * to_row + i;
+      if (i + kWidth > rows || j + kWidth > columns) {
+        transpose_part(rows - i < kWidth ? rows - i : kWidth,
+                       columns - j < kWidth ? columns - j : kWidth, corner, from_row, into, to_row);
+        continue;
+      }
       Vec block[kWidth];
 #pragma GCC unroll 16
-      for (int k = 0; k < kWidth; ++k) block[k] = load(from + (i + k) * from_row + j);
+      for (int k = 0; k < kWidth; ++k) block[k] = load(corner + k * from_row);
       transpose_block(block);
 #pragma GCC unroll 16
-      for (int k = 0; k < kWidth; ++k) store(to + (j + k) * to_row + i, block[k]);
+      for (int k = 0; k < kWidth; ++k) store(into + k * to_row, block[k]);
     }
-  for (int i = 0; i < rows; ++i)
-    for (int j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
-      to[j * to_row + i] = from[i * from_row + j];
 }
 
 // Elementary functions, each within a few ulp. exp(v) = 2^n e^r with |r| <= ln2 / 2 and the Taylor series of

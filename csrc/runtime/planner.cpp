@@ -12,7 +12,7 @@ namespace pymeta {
 namespace {
 
 // Below this much work (about ten microseconds) waking a second thread costs more than it saves.
-constexpr double kSmallWork = 3e4;
+constexpr double kSmallWork = 5e4;
 
 // What earlier plans of this thread left. A call within a call (of a signal's handler) takes others.
 thread_local std::vector<PlanMemory> idle_memory;
@@ -31,11 +31,12 @@ PlanMemory take_plan_memory(std::size_t bytes) {
 // Sums of all chunks together, for an executor that keeps the order of another one.
 constexpr std::size_t kMostSums = std::size_t{64} << 20;
 
-// Estimated cycles on so many threads: a chunk is one thread's.
+// Estimated cycles on so many threads: a chunk is one thread's, and the longest one begins first.
 double time_of(const Needs& needs, int threads) {
   const double chunks = static_cast<double>(std::max<std::size_t>(needs.chunks, 1));
   const double rounds = static_cast<double>((needs.chunks + static_cast<std::size_t>(threads) - 1) /
                                             static_cast<std::size_t>(threads));
+  if (needs.longest > 0) return std::max(needs.cost / threads, needs.longest);
   return needs.cost * std::max(rounds, 1.0) / chunks;
 }
 
@@ -84,8 +85,9 @@ Plan<Real>::Plan(Call<Real>& call) : call_(call) {
   const bool small = best.needs->cost < kSmallWork;
   const int threads = small ? 1 : num_threads();
   const std::int64_t most_chunks = std::min<std::int64_t>(threads, call.tasks);
-  if (chosen < 0 && static_cast<std::int64_t>(best.needs->chunks) < most_chunks)
-    best = quickest(table, best, threads);
+  const bool idles = static_cast<std::int64_t>(best.needs->chunks) < most_chunks ||
+                     best.needs->longest > best.needs->cost / threads;
+  if (chosen < 0 && threads > 1 && idles) best = quickest(table, best, threads);
   executor_ = best.executor;
   needs_ = best.needs;
   plan_ = best.plan;
@@ -122,6 +124,7 @@ typename Plan<Real>::Candidate Plan<Real>::cheapest(const Kernels<Real>& table) 
   for (int i = 1; i < table.executor_count; ++i) {
     // A factored task's bits must not depend on how many tasks come with it.
     if (call_.tasks <= 1 || best.needs->factored) break;
+    if (!table.executors[i].suits(call_)) continue;
     const Candidate other = planned(table.executors[i]);
     if (other.needs->cost < best.needs->cost) best = other;
   }
@@ -140,9 +143,9 @@ typename Plan<Real>::Candidate Plan<Real>::quickest(const Kernels<Real>& table,
   Candidate best = cheapest;
   for (int i = 0; i < table.executor_count; ++i) {
     const ExecutorTable<Real>& executor = table.executors[i];
-    if (&executor == cheapest.executor) continue;
+    if (&executor == cheapest.executor || !executor.suits(call_)) continue;
+    if (has_sums && !executor.keep_order) continue;
     Candidate other = planned(executor);
-    if (has_sums && other.needs->tasks_in_item > 1) continue;
     if (has_sums) other.needs = executor.keep_order(other.plan, *cheapest.needs);
     if (other.needs->sums * other.needs->chunks > kMostSums) continue;
     if (time_of(*other.needs, threads) < time_of(*best.needs, threads)) best = other;

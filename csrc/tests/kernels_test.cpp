@@ -145,6 +145,26 @@ void check_bits(const Setup& setup, const std::string& name) {
   CHECK(automatic.same_tasks(wanted), name + " auto: other bits");
 }
 
+// Vectors of tasks and a few left over: all bits are those of `lanes`, sums over tasks as well.
+template <class Real>
+void check_mixed(Setup setup, const std::string& name) {
+  setup.tasks = 19;
+  Problem<Real> problem(setup, make_data(setup, 1));
+  set_num_threads(1);
+  set_executor("lanes");
+  const Results<Real> wanted = problem.results();
+  set_executor("mixed");
+  for (int threads = 1; threads <= 3; ++threads) {
+    set_num_threads(threads);
+    const Results<Real> got = problem.results();
+    CHECK(got.same_tasks(wanted) && got.same_gradients(wanted),
+          name + " mixed: other bits on " + std::to_string(threads) + " threads");
+  }
+  CHECK(problem.results(on_dirty_memory<Real>("mixed")).same_tasks(wanted),
+        name + " mixed: depends on what the memory held");
+  set_executor("auto");
+}
+
 // With fixed steps an Engine does what a meta-gradient's own adaptation and query pass do; what task it last had, or
 // which thread asks, is nothing to it.
 template <class Real>
@@ -307,6 +327,8 @@ void test_kernels() {
       const std::string name = each + " " + setup.name;
       check_bits<float>(setup, name + " float");
       check_bits<double>(setup, name + " double");
+      check_mixed<float>(setup, name + " float");
+      check_mixed<double>(setup, name + " double");
       check_engine<float>(setup, name + " engine float");
       check_engine<double>(setup, name + " engine double");
       for (const char* choice : {"rows", "lanes"}) {
@@ -325,7 +347,7 @@ void test_kernels() {
   set_executor("auto");
   for (const std::string& each : isas()) {
     set_isa(each);
-    for (const char* choice : {"rows", "lanes"}) {
+    for (const char* choice : {"rows", "lanes", "mixed"}) {
       set_executor(choice);
       for (const Setup& setup : setups()) {
         check_no_tasks<float>(setup, each + " " + choice + " " + setup.name + " float");

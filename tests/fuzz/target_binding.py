@@ -384,7 +384,9 @@ def set_options(source: Source) -> None:
     if kind == 0:
         lib.set_isa(source.pick(lib.isas()) if value is None else value)
     elif kind == 1:
-        lib.set_executor(source.pick(("auto", "rows", "lanes")) if value is None else value)
+        lib.set_executor(
+            source.pick(("auto", "rows", "lanes", "mixed")) if value is None else value
+        )
     else:
         lib.set_num_threads(source.pick((1, 2, 3)) if value is None else value)
 

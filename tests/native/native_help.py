@@ -26,6 +26,7 @@ def check_bits(
     shuffled = torch.randperm(case.tasks).tolist()
     with using(isa, "rows", 1):
         wanted = problem.results(module)
+    of_lanes = None
     for executor in EXECUTORS:
         with using(isa, executor, 1):
             one_thread = problem.results(module)
@@ -42,6 +43,14 @@ def check_bits(
             assert same_bits(meta_gradient(got), meta_gradient(one_thread)), (executor, count)
         if case.tasks == 1 and case.lr is None:  # nothing is summed over tasks
             assert same_bits(meta_gradient(one_thread), meta_gradient(wanted)), executor
+        if executor == "lanes":
+            of_lanes = one_thread
+    assert of_lanes is not None
+    for count in (1, *threads):
+        with using(isa, "mixed", count):
+            got = problem.results(module)
+        assert same_bits(of_tasks(got, every), of_tasks(wanted, every)), ("mixed", count)
+        assert same_bits(meta_gradient(got), meta_gradient(of_lanes)), ("mixed", count)
 
 
 def check_isolation(

@@ -1,0 +1,109 @@
+// The `mixed` executor: whole vectors of tasks by `lanes`, the few that are left over one by one.
+//
+// 25 tasks are two vectors of sixteen, and the second one costs `lanes` as much as the first. Both executors give a task the
+// same bits, and `rows` can add its gradients in the order of `lanes` (Needs::interleaved), so all results are those of `lanes`:
+// the last vector's tasks are chunks of their own, whose sums become the last chunk's of the others.
+//
+// That asks for chunks of one vector each, and for sums that both executors make in the same order. Where it is not so, or
+// nothing is left over, `lanes` has all tasks.
+#pragma once
+
+#include "driver.h"
+
+PYMETA_KERNEL_BEGIN
+
+template <class Many, class One>
+class MixedDriver {
+ public:
+  static constexpr bool kSingleTasks = false;
+
+  explicit MixedDriver(const Call<Real>& call) : call_(call), many_(call), one_(call) {
+    if (divides(call)) {
+      const std::int64_t whole = call.tasks / Many::kTasks * Many::kTasks;
+      Needs like = many_.needs();
+      like.ordered_chunks = 1;
+      many_.take(0, whole);
+      one_.take(whole, call.tasks - whole);
+      if (like.sums > 0) one_.keep_order(like);
+      parts_ = call.tasks - whole;
+    }
+    needs_ = together();
+  }
+  const Needs& needs() const { return needs_; }
+  // Is anything left over, of few enough vectors that it counts?
+  static bool suits(const Call<Real>& call) {
+    const std::int64_t vectors = call.tasks / Many::kTasks;
+    return vectors > 0 && vectors < 64 && call.tasks % Many::kTasks != 0;
+  }
+
+  void run(const Team& team, char* memory) {
+    place(memory);
+    const std::int64_t whole = static_cast<std::int64_t>(many_.needs().chunks);
+    const std::int64_t* order = call_.chunk_order;
+    parallel(team, whole + parts_, [&](std::int64_t index, int worker) {
+      const std::int64_t chunk = order ? order[index] : index;
+      if (chunk < whole)
+        many_.work_through(chunk, 0, worker);
+      else
+        one_.work_through(chunk - whole, 0, worker);
+    });
+    if (call_.is_stopped()) return;
+    if (many_.wants_gradient()) add_up(team);
+    many_.write_sums();
+  }
+
+  void pack_shared(Real* memory) const {
+    many_.pack_shared(memory);
+    if (parts_ > 0) one_.pack_shared(memory + many_.needs().start / sizeof(Real));
+  }
+
+ private:
+  bool divides(const Call<Real>& call) const {
+    constexpr std::size_t most = std::size_t{4} << 20;  // bytes of the sums of tasks left over
+    const bool rates = call.lr_gradient && !call.lr.per_task;
+    return suits(call) && !rates && !one_.needs().factored && many_.needs().items_in_chunk == 1 &&
+           one_.needs().sums * Many::kTasks <= most;
+  }
+  void add_up(const Team& team) {
+    const Vec divisor = broadcast(call_.divisor());
+    many_.add_up(team, parts_ > 0 ? broadcast(1) : divisor);
+    if (parts_ == 0) return;
+    one_.add_up(team, broadcast(1));
+    many_.add_chunk(one_, divisor);
+  }
+
+  // Shared: that of the two. Sums and workspaces are as large as the larger ones.
+  Needs together() const {
+    Needs n = many_.needs();
+    if (parts_ == 0) return n;
+    const Needs& one = one_.needs();
+    const auto larger = [](std::size_t a, std::size_t b) { return a > b ? a : b; };
+    n.start += one.start;
+    n.shared += one.shared;
+    n.sums = larger(n.sums, one.sums);
+    n.workspace = larger(n.workspace, one.workspace);
+    n.longest = n.chunks > 0 ? n.cost / static_cast<double>(n.chunks) : 0;
+    n.cost += one.cost;
+    n.ordered_chunks += 1;
+    n.chunks += static_cast<std::size_t>(parts_);
+    return n;
+  }
+
+  void place(char* memory) {
+    char* const sums = memory + needs_.shared;
+    char* const workspaces = sums + needs_.sums * needs_.chunks;
+    const Real* packed = call_.packed_start;
+    many_.place(memory, sums, workspaces, needs_.workspace, packed);
+    if (parts_ == 0) return;
+    one_.place(memory + many_.needs().shared, sums + needs_.sums * many_.needs().chunks, workspaces,
+               needs_.workspace, packed ? packed + many_.needs().start / sizeof(Real) : nullptr);
+  }
+
+  const Call<Real>& call_;
+  Driver<Many> many_;
+  Driver<One> one_;
+  std::int64_t parts_ = 0;  // tasks left over, each a chunk
+  Needs needs_;
+};
+
+PYMETA_KERNEL_END
