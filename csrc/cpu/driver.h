@@ -29,25 +29,55 @@ template <class X>
 class Driver {
  public:
   static constexpr bool kSingleTasks = X::kTasks == 1;
+  static constexpr int kMadeOf = 0;
 
   explicit Driver(const Call<Real>& call)
       : call_(call),
         workspace_(call),
         binder_(call),
         count_(call.tasks),
-        needs_(lay_out(nullptr)) {}
+        item_cost_(item_cost<X>(call, workspace_)),
+        needs_(needs_of(call.tasks)) {}
 
   static bool suits(const Call<Real>&) { return true; }
 
   // Not all tasks of the call, but so many. Their first layer is not factored.
-  void take(std::int64_t first, std::int64_t count) {
+  void take(std::int64_t first, std::int64_t count, const Needs& needs) {
     first_task_ = first;
     count_ = count;
-    needs_ = lay_out(nullptr);
+    needs_ = needs;
   }
   // Sums are added in the order of another executor from now on, whose needs these are (Needs::interleaved).
-  void keep_order(const Needs& like) { needs_ = lay_out(&like); }
+  void keep_order(const Needs& like) { needs_ = needs_of(call_.tasks, &like); }
   const Needs& needs() const { return needs_; }
+  // Of so many tasks, in the order that `like` has, or null.
+  Needs needs_of(std::int64_t tasks, const Needs* like = nullptr) const {
+    Needs n{};
+    n.factored = workspace_.factorable;
+    n.start = sizeof(Real) * shared_size();
+    n.sums = sizeof(Real) * sums_size();
+    n.workspace = sizeof(Real) * workspace_.size;
+    n.tasks_in_item = X::kTasks;
+    const std::int64_t count = items_of(tasks);
+    if (like) {
+      n.interleaved = like->tasks_in_item;
+      n.items_in_chunk = like->items_in_chunk;
+      n.chunks = like->ordered_chunks * static_cast<std::size_t>(n.interleaved);
+    } else {
+      // Few enough that summing them costs little, enough to balance the threads.
+      std::int64_t most = n.sums ? static_cast<std::int64_t>((std::size_t{2} << 20) / n.sums) : 64;
+      most = most < 8 ? 8 : most > 64 ? 64 : most;
+      n.interleaved = 1;
+      n.items_in_chunk = (count + most - 1) / most;
+      n.chunks = static_cast<std::size_t>(
+          n.items_in_chunk ? (count + n.items_in_chunk - 1) / n.items_in_chunk : 0);
+    }
+    n.ordered_chunks = n.chunks;
+    n.shared =
+        sizeof(Real) * (shared_size() + first_size()) + factors_bytes(n.items_in_chunk, count);
+    n.cost = item_cost_ * static_cast<double>(count);
+    return n;
+  }
 
   void run(const Team& team, char* memory) {
     char* const sums = memory + needs_.shared;
@@ -55,7 +85,7 @@ class Driver {
     const std::int64_t chunks = static_cast<std::int64_t>(needs_.chunks);
     const std::int64_t in_chunk = needs_.items_in_chunk;
     const std::int64_t wave =
-        in_chunk && has_factors() ? items_in_wave(in_chunk) / in_chunk : chunks;
+        in_chunk && has_factors() ? items_in_wave(in_chunk, items()) / in_chunk : chunks;
     for (std::int64_t first = 0; first < chunks; first += wave) {
       const std::int64_t begin = first * in_chunk;
       const std::int64_t end =
@@ -186,38 +216,12 @@ class Driver {
   template <class>
   friend class Driver;
 
-  Needs lay_out(const Needs* like) const {
-    Needs n{};
-    n.factored = workspace_.factorable;
-    n.start = sizeof(Real) * shared_size();
-    n.sums = sizeof(Real) * sums_size();
-    n.workspace = sizeof(Real) * workspace_.size;
-    n.tasks_in_item = X::kTasks;
-    const std::int64_t count = items();
-    if (like) {
-      n.interleaved = like->tasks_in_item;
-      n.items_in_chunk = like->items_in_chunk;
-      n.chunks = like->ordered_chunks * static_cast<std::size_t>(n.interleaved);
-    } else {
-      // Few enough that summing them costs little, enough to balance the threads.
-      std::int64_t most = n.sums ? static_cast<std::int64_t>((std::size_t{2} << 20) / n.sums) : 64;
-      most = most < 8 ? 8 : most > 64 ? 64 : most;
-      n.interleaved = 1;
-      n.items_in_chunk = (count + most - 1) / most;
-      n.chunks = static_cast<std::size_t>(
-          n.items_in_chunk ? (count + n.items_in_chunk - 1) / n.items_in_chunk : 0);
-    }
-    n.ordered_chunks = n.chunks;
-    n.shared = sizeof(Real) * (shared_size() + first_size()) + factors_bytes(n.items_in_chunk);
-    n.cost = item_cost<X>(call_, workspace_) * static_cast<double>(count);
-    return n;
-  }
-
   // How many of a run's parts have a task: the first ones.
   std::int64_t parts_of(std::size_t run) const {
     return items() - static_cast<std::int64_t>(run) * needs_.items_in_chunk * needs_.interleaved;
   }
-  std::int64_t items() const { return (count_ + X::kTasks - 1) / X::kTasks; }
+  static std::int64_t items_of(std::int64_t tasks) { return (tasks + X::kTasks - 1) / X::kTasks; }
+  std::int64_t items() const { return items_of(count_); }
   Item<X> item(std::int64_t index) const {
     Item<X> item{};
     const std::int64_t end = first_task_ + count_;
@@ -272,17 +276,17 @@ class Driver {
            X::stride(call_.network->layers[0].out.channels);
   }
   // A wave is a bounded number of items, in whole chunks.
-  std::int64_t items_in_wave(std::int64_t in_chunk) const {
-    const std::int64_t all = (items() + in_chunk - 1) / in_chunk * in_chunk;
+  std::int64_t items_in_wave(std::int64_t in_chunk, std::int64_t items) const {
+    const std::int64_t all = (items + in_chunk - 1) / in_chunk * in_chunk;
     if (!has_factors()) return all;
     const std::int64_t most =
         static_cast<std::int64_t>((std::size_t{32} << 20) / (sizeof(Real) * (task_factors() + 1)));
     const std::int64_t whole = most / in_chunk * in_chunk;
     return whole < in_chunk ? in_chunk : whole < all ? whole : all;
   }
-  std::size_t factors_bytes(std::int64_t in_chunk) const {
+  std::size_t factors_bytes(std::int64_t in_chunk, std::int64_t items) const {
     if (!has_factors() || in_chunk == 0) return 0;
-    const std::size_t tasks = static_cast<std::size_t>(items_in_wave(in_chunk));
+    const std::size_t tasks = static_cast<std::size_t>(items_in_wave(in_chunk, items));
     const std::size_t bytes = tasks * (task_factors() * sizeof(Real) + 2 * sizeof(Segment));
     return (bytes + 63) / 64 * 64;
   }
@@ -498,6 +502,7 @@ class Driver {
   const Workspace<X> workspace_;
   const Binder<X> binder_;
   std::int64_t first_task_ = 0, count_;
+  const double item_cost_;
   Needs needs_;
   Shared shared_{};
   Real* sums_ = nullptr;  // [chunks, sums_size]

@@ -19,15 +19,18 @@ PYMETA_KERNEL_BEGIN
 
 using RowsDriver = Driver<RowsExecutor>;
 using LanesDriver = Driver<LanesExecutor>;
-using MixedLanesDriver = MixedDriver<LanesExecutor, RowsExecutor>;
+using MixedLanesDriver = MixedDriver<RowsExecutor, LanesExecutor>;
 
 template <class D>
 bool suits(const Call<Real>& call) {
   return D::suits(call);
 }
 template <class D>
-const Needs* plan(const Call<Real>& call, void* plan) {
-  return &(new (plan) D(call))->needs();
+const Needs* plan(const Call<Real>& call, void* plan, void* const* plans) {
+  if constexpr (D::kMadeOf == 0)
+    return &(new (plan) D(call))->needs();
+  else
+    return &(new (plan) D(call, plans))->needs();
 }
 template <class D>
 const Needs* keep_order(void* plan, const Needs& like) {
@@ -46,7 +49,7 @@ void pack(const void* plan, Real* start) {
 
 template <class D>
 constexpr ExecutorTable<Real> table(const char* name) {
-  ExecutorTable<Real> t{name, sizeof(D), suits<D>, plan<D>, nullptr, run<D>, pack<D>};
+  ExecutorTable<Real> t{name, sizeof(D), suits<D>, D::kMadeOf, plan<D>, nullptr, run<D>, pack<D>};
   if constexpr (D::kSingleTasks) t.keep_order = keep_order<D>;
   return t;
 }

@@ -50,7 +50,8 @@ struct ExecutorTable {
   const char* name;
   std::size_t plan_bytes;
   bool (*suits)(const Call<Real>&);  // is it worth a plan?
-  const Needs* (*plan)(const Call<Real>&, void* plan);
+  int made_of;  // so many executors, the first ones, whose plans of the same call `plan` gets
+  const Needs* (*plan)(const Call<Real>&, void* plan, void* const* plans);
   // The needs where the order of sums is that of another executor: `like` are that one's. Null where items are vectors.
   const Needs* (*keep_order)(void* plan, const Needs& like);
   void (*run)(void* plan, const Team&, char* memory);

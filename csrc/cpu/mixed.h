@@ -12,20 +12,24 @@
 
 PYMETA_KERNEL_BEGIN
 
-template <class Many, class One>
+template <class One, class Many>
 class MixedDriver {
  public:
   static constexpr bool kSingleTasks = false;
+  static constexpr int kMadeOf = 2;
 
-  explicit MixedDriver(const Call<Real>& call) : call_(call), many_(call), one_(call) {
+  // `plans` are those of the two for the whole call.
+  MixedDriver(const Call<Real>& call, void* const* plans)
+      : call_(call),
+        one_(*static_cast<Driver<One>*>(plans[0])),
+        many_(*static_cast<Driver<Many>*>(plans[1])),
+        of_many_(many_.needs()) {
     if (divides(call)) {
-      const std::int64_t whole = call.tasks / Many::kTasks * Many::kTasks;
-      Needs like = many_.needs();
+      parts_ = call.tasks % Many::kTasks;
+      Needs like = of_many_;
       like.ordered_chunks = 1;
-      many_.take(0, whole);
-      one_.take(whole, call.tasks - whole);
-      if (like.sums > 0) one_.keep_order(like);
-      parts_ = call.tasks - whole;
+      of_one_ = one_.needs_of(parts_, like.sums > 0 ? &like : nullptr);
+      of_many_ = many_.needs_of(call.tasks - parts_);
     }
     needs_ = together();
   }
@@ -37,8 +41,10 @@ class MixedDriver {
   }
 
   void run(const Team& team, char* memory) {
+    many_.take(0, call_.tasks - parts_, of_many_);
+    if (parts_ > 0) one_.take(call_.tasks - parts_, parts_, of_one_);
     place(memory);
-    const std::int64_t whole = static_cast<std::int64_t>(many_.needs().chunks);
+    const std::int64_t whole = static_cast<std::int64_t>(of_many_.chunks);
     const std::int64_t* order = call_.chunk_order;
     parallel(team, whole + parts_, [&](std::int64_t index, int worker) {
       const std::int64_t chunk = order ? order[index] : index;
@@ -54,14 +60,14 @@ class MixedDriver {
 
   void pack_shared(Real* memory) const {
     many_.pack_shared(memory);
-    if (parts_ > 0) one_.pack_shared(memory + many_.needs().start / sizeof(Real));
+    if (parts_ > 0) one_.pack_shared(memory + of_many_.start / sizeof(Real));
   }
 
  private:
   bool divides(const Call<Real>& call) const {
     constexpr std::size_t most = std::size_t{4} << 20;  // bytes of the sums of tasks left over
     const bool rates = call.lr_gradient && !call.lr.per_task;
-    return suits(call) && !rates && !one_.needs().factored && many_.needs().items_in_chunk == 1 &&
+    return suits(call) && !rates && !one_.needs().factored && of_many_.items_in_chunk == 1 &&
            one_.needs().sums * Many::kTasks <= most;
   }
   void add_up(const Team& team) {
@@ -74,9 +80,9 @@ class MixedDriver {
 
   // Shared: that of the two. Sums and workspaces are as large as the larger ones.
   Needs together() const {
-    Needs n = many_.needs();
+    Needs n = of_many_;
     if (parts_ == 0) return n;
-    const Needs& one = one_.needs();
+    const Needs& one = of_one_;
     const auto larger = [](std::size_t a, std::size_t b) { return a > b ? a : b; };
     n.start += one.start;
     n.shared += one.shared;
@@ -95,15 +101,15 @@ class MixedDriver {
     const Real* packed = call_.packed_start;
     many_.place(memory, sums, workspaces, needs_.workspace, packed);
     if (parts_ == 0) return;
-    one_.place(memory + many_.needs().shared, sums + needs_.sums * many_.needs().chunks, workspaces,
-               needs_.workspace, packed ? packed + many_.needs().start / sizeof(Real) : nullptr);
+    one_.place(memory + of_many_.shared, sums + needs_.sums * of_many_.chunks, workspaces,
+               needs_.workspace, packed ? packed + of_many_.start / sizeof(Real) : nullptr);
   }
 
   const Call<Real>& call_;
-  Driver<Many> many_;
-  Driver<One> one_;
+  Driver<One>& one_;
+  Driver<Many>& many_;
   std::int64_t parts_ = 0;  // tasks left over, each a chunk
-  Needs needs_;
+  Needs of_one_{}, of_many_, needs_;
 };
 
 PYMETA_KERNEL_END

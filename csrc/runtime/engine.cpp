@@ -102,7 +102,7 @@ Engine<Real>::Block::Block(const Engine& engine)
 template <class Real>
 const Needs& Engine<Real>::Block::plan(const Engine& engine) {
   planned_ = false;
-  needs_ = *engine.executor_->plan(call, plan_at());
+  needs_ = *engine.executor_->plan(call, plan_at(), nullptr);
   planned_ = true;
   rows_ = call.max_support;
   query_rows_ = call.max_query;

@@ -77,17 +77,16 @@ std::vector<std::int64_t> longest_first(const Call<Real>& call, const Needs& nee
 }  // namespace
 
 template <class Real>
-Plan<Real>::Plan(Call<Real>& call) : call_(call) {
-  const Kernels<Real>& table =
-      kernels<Real>();  // once: another thread may choose another meanwhile
+Plan<Real>::Plan(Call<Real>& call)
+    : call_(call), kernels_(kernels<Real>()) {  // once: another thread may choose others meanwhile
   const int chosen = chosen_executor();
-  Candidate best = chosen >= 0 ? planned(table.executors[chosen]) : cheapest(table);
+  Candidate best = chosen >= 0 ? planned(kernels_.executors[chosen]) : cheapest();
   const bool small = best.needs->cost < kSmallWork;
   const int threads = small ? 1 : num_threads();
   const std::int64_t most_chunks = std::min<std::int64_t>(threads, call.tasks);
   const bool idles = static_cast<std::int64_t>(best.needs->chunks) < most_chunks ||
                      best.needs->longest > best.needs->cost / threads;
-  if (chosen < 0 && threads > 1 && idles) best = quickest(table, best, threads);
+  if (chosen < 0 && threads > 1 && idles) best = quickest(best, threads);
   executor_ = best.executor;
   needs_ = best.needs;
   plan_ = best.plan;
@@ -108,24 +107,27 @@ template <class Real>
 typename Plan<Real>::Candidate Plan<Real>::planned(const ExecutorTable<Real>& executor) {
   for (int i = 0; i < planned_count_; ++i)
     if (planned_[i].executor == &executor) return planned_[i];
+  void* parts[kMostPlans];
+  if (executor.made_of > kMostPlans) throw std::length_error("more plans than a call weighs");
+  for (int i = 0; i < executor.made_of; ++i) parts[i] = planned(kernels_.executors[i]).plan;
   if (planned_count_ == kMostPlans) throw std::length_error("more plans than a call weighs");
   PlanMemory& memory = storage_[planned_count_++];
   memory = take_plan_memory(executor.plan_bytes + 64);
   const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(memory.data.get());
   Candidate candidate{&executor, nullptr, memory.data.get() + (64 - at % 64)};
-  candidate.needs = executor.plan(call_, candidate.plan);
+  candidate.needs = executor.plan(call_, candidate.plan, parts);
   planned_[planned_count_ - 1] = candidate;
   return candidate;
 }
 
 template <class Real>
-typename Plan<Real>::Candidate Plan<Real>::cheapest(const Kernels<Real>& table) {
-  Candidate best = planned(table.executors[0]);
-  for (int i = 1; i < table.executor_count; ++i) {
+typename Plan<Real>::Candidate Plan<Real>::cheapest() {
+  Candidate best = planned(kernels_.executors[0]);
+  for (int i = 1; i < kernels_.executor_count; ++i) {
     // A factored task's bits must not depend on how many tasks come with it.
     if (call_.tasks <= 1 || best.needs->factored) break;
-    if (!table.executors[i].suits(call_)) continue;
-    const Candidate other = planned(table.executors[i]);
+    if (!kernels_.executors[i].suits(call_)) continue;
+    const Candidate other = planned(kernels_.executors[i]);
     if (other.needs->cost < best.needs->cost) best = other;
   }
   return best;
@@ -133,16 +135,15 @@ typename Plan<Real>::Candidate Plan<Real>::cheapest(const Kernels<Real>& table) 
 
 // Of all that have the same bits.
 template <class Real>
-typename Plan<Real>::Candidate Plan<Real>::quickest(const Kernels<Real>& table,
-                                                    const Candidate& cheapest, int threads) {
+typename Plan<Real>::Candidate Plan<Real>::quickest(const Candidate& cheapest, int threads) {
   const bool has_sums = cheapest.needs->sums > 0;
   // The gradient of a rate that many elements share is summed over them in an order of the executor's own.
   if (cheapest.needs->factored || (has_sums && call_.lr_gradient && !call_.lr.per_element))
     return cheapest;
   if (has_sums && cheapest.needs->tasks_in_item == 1) return cheapest;
   Candidate best = cheapest;
-  for (int i = 0; i < table.executor_count; ++i) {
-    const ExecutorTable<Real>& executor = table.executors[i];
+  for (int i = 0; i < kernels_.executor_count; ++i) {
+    const ExecutorTable<Real>& executor = kernels_.executors[i];
     if (&executor == cheapest.executor || !executor.suits(call_)) continue;
     if (has_sums && !executor.keep_order) continue;
     Candidate other = planned(executor);

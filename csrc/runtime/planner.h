@@ -40,10 +40,11 @@ class Plan {
     void* plan = nullptr;
   };
   Candidate planned(const ExecutorTable<Real>& executor);
-  Candidate cheapest(const Kernels<Real>& kernels);
-  Candidate quickest(const Kernels<Real>& kernels, const Candidate& cheapest, int threads);
+  Candidate cheapest();
+  Candidate quickest(const Candidate& cheapest, int threads);
 
   Call<Real>& call_;
+  const Kernels<Real>& kernels_;
   static constexpr int kMostPlans = 16;  // that are weighed: one of each executor
   PlanMemory storage_[kMostPlans];
   Candidate planned_[kMostPlans];

@@ -442,16 +442,37 @@ struct Aligned {
   }
 };
 
+// A plan of a call on one executor, and those that it is made of.
+template <class Real>
+struct PlanOf {
+  std::vector<Aligned> memory;
+  std::vector<void*> parts;
+  const Needs* needs;
+
+  PlanOf(const ExecutorTable<Real>& executor, const Call<Real>& call) {
+    for (int i = 0; i < executor.made_of; ++i) add(kernels<Real>().executors[i], call);
+    needs = add(executor, call);
+  }
+  void* plan() const { return memory.back().data.get(); }
+
+ private:
+  const Needs* add(const ExecutorTable<Real>& executor, const Call<Real>& call) {
+    memory.emplace_back(executor.plan_bytes);
+    const Needs* found = executor.plan(call, plan(), parts.data());
+    parts.push_back(plan());
+    return found;
+  }
+};
+
 // A run on working memory of exactly the size asked for, every byte of it set before: to NaN.
 template <class Real>
 Runner<Real> on_dirty_memory(const std::string& name) {
   return [name](Call<Real>& call) {
     pymeta::check(call);
     const ExecutorTable<Real>& executor = executor_named<Real>(name);
-    const Aligned plan(executor.plan_bytes);
-    const Needs& needs = *executor.plan(call, plan.data.get());
-    const Aligned memory(needs.bytes(1));
-    executor.run(plan.data.get(), Team{1, nullptr, run_alone}, memory.data.get());
+    const PlanOf<Real> plan(executor, call);
+    const Aligned memory(plan.needs->bytes(1));
+    executor.run(plan.plan(), Team{1, nullptr, run_alone}, memory.data.get());
   };
 }
 

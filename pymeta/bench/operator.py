@@ -33,6 +33,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "sinusoids, 1 task": Shape((1, 40, 40, 1), 1, 10, 10, 1),
+    "sinusoids, 20 tasks": Shape((1, 40, 40, 1), 20, 10, 10, 1),
     "sinusoids, 25 tasks": Shape((1, 40, 40, 1), 25, 10, 10, 1),
     "sinusoids, 256 tasks": Shape((1, 40, 40, 1), 256, 10, 10, 1),
     "sinusoids, 256 tasks, 5 steps": Shape((1, 40, 40, 1), 256, 10, 10, 5),
