@@ -116,6 +116,10 @@ void check_bits(const Setup& setup, const std::string& name) {
   set_num_threads(1);
   set_executor("rows");
   const Results<Real> wanted = problem.results();
+  bool finite = true;
+  for (std::size_t t = 0; t < wanted.losses.size(); ++t)
+    finite = finite && std::isfinite(wanted.losses[t]);
+  CHECK(finite, name + ": losses that are not finite, of which all bits are alike");
   for (const std::string executor : {"rows", "lanes"}) {
     const std::string here = name + " " + executor;
     set_executor(executor);

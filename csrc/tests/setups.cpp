@@ -113,7 +113,7 @@ std::vector<Setup> setups() {
 
   s = Setup{};
   s.name = "sequences";
-  const Window halves{1, 2, 1, 2}, around{1, 1, 1, 1, 0, 2};
+  const Window halves{1, 2, 1, 2}, around{1, 5, 1, 1, 0, 2};
   s.chain.image({1, 19, 5})
       .conv(17, Window{1, 3}, false)
       .act(A::tanh)
@@ -122,7 +122,7 @@ std::vector<Setup> setups() {
       .conv(33, Window{1, 3})
       .image_norm()
       .act(A::tanh)
-      .pool(L::adaptive_max_pool1d, Window{1, 5, 1, 5})
+      .pool(L::adaptive_max_pool1d, Window{1, 3, 1, 3})
       .flatten()
       .linear(66, 1);
   s.form = Form::padded, s.tasks = 17, s.support = 4, s.query = 3, s.smooth = false;
