@@ -1,5 +1,7 @@
 // The derivatives of every loss are the finite differences of its values, on a machine whose vector is one number.
 
+#undef PYMETA_ISA  // planted_test is compiled for another machine
+#undef PYMETA_REAL
 #define PYMETA_ISA one_number
 #define PYMETA_REAL double
 #include "../cuda/machine.h"

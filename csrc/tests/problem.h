@@ -33,6 +33,7 @@ struct Setup {
   bool adapts_all = true;  // otherwise the first tensor stays as it is
   bool smooth = true;      // no kink between a finite difference's ends
   bool factored = false;
+  double slower = 1;  // the learning rates are divided by it: nothing diverges
   Optimizer optimizer = {};
 };
 
@@ -142,7 +143,7 @@ inline Data make_data(const Setup& setup, std::uint64_t seed) {
                     : setup.rates == Rates::groups ? 2
                                                    : static_cast<int>(adapted);
   data.lr.resize(static_cast<std::size_t>(data.lr_rows) * data.lr_columns);
-  for (double& v : data.lr) v = static_cast<float>(0.02 + 0.1 * random.uniform());
+  for (double& v : data.lr) v = static_cast<float>((0.02 + 0.1 * random.uniform()) / setup.slower);
   data.support = make_side(setup, setup.support, random);
   data.query = make_side(setup, setup.query, random);
   // Predictions alone have no weights: their statistics are those of all rows, and an Engine's first layer is factored.

@@ -139,6 +139,7 @@ std::vector<Setup> setups() {
       .flatten()
       .linear(16 * 4 * 4, 2);
   s.form = Form::padded, s.tasks = 17, s.support = 3, s.query = 2, s.smooth = false;
+  s.slower = 16;
   all.push_back(s);
 
   s = Setup{};
