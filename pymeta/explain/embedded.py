@@ -19,23 +19,13 @@ from pymeta.models.arrays import AdaptedArrays
 from pymeta.spec.architecture import Architecture
 
 
-def embedded_columns(chain: Architecture) -> np.ndarray:
+def columns_behind(chain: Architecture) -> np.ndarray:
     """[wide], the input's column that each feature behind a chain's embeddings came from."""
     first = [layer for layer in chain.layers if layer[0] == "embedding"]
     columns = list(range(first[0][1] if first else chain.in_features))
     for _, _, place, _, width in first:
         columns[place : place + 1] = [columns[place]] * width
     return np.array(columns)
-
-
-def category_columns(chain: Architecture) -> list[int]:
-    """The input's columns that a chain of layers embeds."""
-    first = [layer for layer in chain.layers if layer[0] == "embedding"]
-    found, columns = [], list(range(first[0][1] if first else 0))
-    for _, _, place, _, width in first:
-        found.append(columns[place])
-        columns[place : place + 1] = [columns[place]] * width
-    return found
 
 
 class Embedded:
@@ -77,7 +67,7 @@ class Embedded:
         # [T or 1, categories, width], and where the category stands by then
         self._tables = [(stacked[n] if n in stacked else shared[n][None]) for n in tables]
         self._places = [layer[2] for layer in first]
-        self.columns = embedded_columns(chain)
+        self.columns = columns_behind(chain)
 
     def _wide(self, name: str, values: np.ndarray, task: np.ndarray) -> np.ndarray:
         """Rows [N, features] of tasks [N] as [N, wide]."""

@@ -214,11 +214,15 @@ class _Sizes:
         return merged(self.few, found, many(*(v[~self.few] for v in padded)))
 
 
+class Unsolvable(ValueError):
+    """A task's equations have no solution in the dtype they are in."""
+
+
 def cholesky(matrices: Tensor) -> Tensor:
     """The lower factors of positive definite matrices [..., n, n]; NaN of one that is not finite.
 
     Raises:
-        ValueError: one that is finite has none, for its eigenvalues are too far apart.
+        Unsolvable: one that is finite has none, for its eigenvalues are too far apart.
     """
     factors: Tensor
     factors, failed = torch.linalg.cholesky_ex(matrices)
@@ -226,7 +230,7 @@ def cholesky(matrices: Tensor) -> Tensor:
         return factors
     lacks = (failed != 0)[..., None, None]
     if bool((lacks & matrices.isfinite().all(-1, True).all(-2, True)).any()):
-        raise ValueError(
+        raise Unsolvable(
             f"xs: a task's equations have no solution in {str(matrices.dtype).split('.')[-1]}: its "
             f"features are too large for the prior's precision; make them smaller, begin with a "
             f"larger precision=, or use float64"

@@ -83,6 +83,12 @@ class Flat:
         return like.new_ones(len(self.task)) if self.weights is None else self.weights
 
 
+_NOT_OF_ROWS: Any = (  # RuntimeErrors that tell nothing of the rows' form
+    torch.cuda.OutOfMemoryError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+)
+
+
 def encoded(encoder: nn.Module, x: Tensor) -> Any:
     """What an encoder makes of rows [N, ...].
 
@@ -91,7 +97,7 @@ def encoded(encoder: nn.Module, x: Tensor) -> Any:
     """
     try:
         return encoder(x)
-    except torch.cuda.OutOfMemoryError:
+    except _NOT_OF_ROWS:
         raise
     except RuntimeError as error:
         raise ValueError(

@@ -22,12 +22,14 @@ from torch import Tensor
 from pymeta.algorithms.maml import MAML
 from pymeta.algorithms.reptile import Reptile
 from pymeta.learners.base import EncodedLearner, has_batch_norm
+from pymeta.learners.ridge import Unsolvable
 from pymeta.spec.running import any_tracked
 from pymeta.tasks.ragged import Ragged
 
 Shares: TypeAlias = list[Tensor]  # like the parameters, float64
 _AT_A_TIME = 16  # tasks of a head: the work of the way back grows by as much, calls get rarer
-_UNSOLVED: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+# of a head, or of what an encoder computes; numbers that are too large, or none
+_UNSOLVED: Any = (Unsolvable, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 _Sum: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Shares]
 
 
@@ -178,7 +180,7 @@ class ClippedSum:
             try:
                 with torch.enable_grad():
                     share = self._gradients(self._learner(*one, **own).loss)
-            except _UNSOLVED:  # numbers that are too large, or none
+            except _UNSOLVED:
                 continue
             norm = torch.stack([g.square().sum() for g in share]).sum().sqrt()
             factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from pymeta.explain import Attributions, integrated_gradients, reason_codes
-from pymeta.explain.embedded import category_columns, embedded_columns
+from pymeta.explain.embedded import columns_behind
 from pymeta.models.arrays import AdaptedArrays
 from pymeta.serve.problem import invalid
-from pymeta.spec.architecture import Architecture
+from pymeta.spec.architecture import Architecture, embedded_columns
 from pymeta.spec.show import counted
 from pymeta.tasks.ragged import Ragged
 
@@ -55,9 +55,7 @@ def check_cost(chain: Architecture, xq: Sequence[np.ndarray], limit: int) -> Non
         xq: the rows of each task.
         limit: how many numbers may be.
     """
-    embeds = any(layer[0] == "embedding" for layer in chain.layers)
-    wide = len(embedded_columns(chain)) if embeds else 1
-    cost = STEPS * sum(len(q) * wide if embeds else q.size for q in xq)
+    cost = STEPS * sum(map(len, xq)) * len(columns_behind(chain))
     if cost > limit:
         raise invalid(
             "explain", f"{counted(cost, 'number')} to predict; expected at most {limit}: fewer rows"
@@ -106,7 +104,7 @@ def mean_of(support: np.ndarray, chain: Architecture) -> np.ndarray:
     if not len(support):
         return np.zeros(support.shape[1])
     found: np.ndarray = support.mean(0, dtype=np.float64)
-    for column in category_columns(chain):
+    for column, _ in embedded_columns(chain.layers):
         values, counts = np.unique(support[:, column], return_counts=True)
         found[column] = values[np.argmax(counts)]  # the least of those that are as common
     return found

@@ -91,6 +91,22 @@ def test_a_task_adds_no_more_than_the_clip_whatever_it_holds(make, poison):
     assert found.isfinite().all() and float((found - others).norm()) <= 0.5 + 1e-9
 
 
+@pytest.mark.parametrize("head", [RidgeHead, BayesianHead])
+def test_a_task_that_a_head_cannot_solve_for_adds_nothing(head):
+    """Its features are finite, all alike and large; float32 has no factor of their products."""
+    loss = {"loss": "mse"} if head is RidgeHead else {}
+    learner = head(nn.Identity(), features=3, outputs=1, **loss)
+    by = list(learner.parameters())
+    data = [d.float() for d in batch(tasks=7, support=20, query=4, inputs=3, out=1)]
+    total = ClippedSum(learner, 0.5, by)
+    others = flat(total(tuple(d[[0, 1, 3, 4, 5, 6]] for d in data), {}))
+    data[0][2] = 1e10 * (1 + 1e-6 * data[0][2])
+    with pytest.raises(ValueError, match="no solution in float32"):
+        learner(*data)
+    bound = 64 * torch.finfo(torch.float32).eps * 6 * 0.5  # six shares, of other batches
+    assert float((flat(total(tuple(data), {})) - others).norm()) <= bound
+
+
 class Stubborn(torch.autograd.Function):
     """The identity, whose way back looks at a number, which no vectorised one can."""
 
