@@ -7,7 +7,9 @@ holds two variants of one class, because a turned 0 is still a 0.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,6 +93,14 @@ class Episodes:
         xq, yq = self._rows(index[..., self.shots :])
         return Batch(xs, ys, xq, yq)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream of random numbers is."""
+        return {"rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.rng.bit_generator.state = state["rng"]
+
     def _rows(self, index: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         tasks, ways, each = index.shape
         x = self.table.take(index.reshape(tasks, -1), axis=0).astype(np.float32)
@@ -98,6 +108,59 @@ class Episodes:
             x *= np.float32(self.scale)
         labels = torch.arange(ways).repeat_interleave(each)
         return torch.from_numpy(x), labels.repeat(tasks, 1)
+
+
+# Options that may be others when training goes on: what they say is about files, or about testing.
+_FREE = ("checkpoint", "data", "json", "quiet", "test_tasks")
+
+
+class Checkpoint:
+    """Training's state in a file, from which a later run goes on as if nothing had come between.
+
+    ``parts`` are all that training changes, by name, each with ``state_dict()`` and
+    ``load_state_dict()``: the learner, the optimiser, its schedule, the stream of tasks, the best
+    so far. torch's own random numbers are kept with them. ``path`` None: nothing is kept.
+    ``free`` names the options, besides those of ``_FREE``, that may be others when it goes on.
+    """
+
+    def __init__(
+        self, path: Path | None, options: dict[str, Any], free: tuple[str, ...] = (), **parts: Any
+    ) -> None:
+        self.path, self.parts = path, parts
+        self.options = {k: str(v) for k, v in options.items() if k not in (*_FREE, *free)}
+
+    def load(self) -> dict[str, Any]:
+        """Put all parts back; the numbers that were kept with them, none where there is no file.
+
+        Raises:
+            ValueError: the file is of a run with other options.
+        """
+        if self.path is None or not self.path.exists():
+            return {}
+        kept = torch.load(self.path, weights_only=True)
+        for name in kept["options"].keys() | self.options.keys():
+            now, then = self.options.get(name), kept["options"].get(name)
+            if now != then:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{self.path} is of a run with {option} {then}, not {now}")
+        for name, part in self.parts.items():
+            part.load_state_dict(kept["parts"][name])
+        torch.set_rng_state(kept["torch"])
+        return kept["numbers"]
+
+    def save(self, **numbers: Any) -> None:
+        """Keep all parts, and numbers beside them. The file is there as a whole or not at all."""
+        if self.path is None:
+            return
+        kept = {
+            "options": self.options,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "torch": torch.get_rng_state(),
+            "numbers": numbers,
+        }
+        beside = self.path.with_name(self.path.name + ".part")
+        torch.save(kept, beside)
+        os.replace(beside, self.path)
 
 
 def one_torch_thread() -> None:

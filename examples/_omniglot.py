@@ -19,16 +19,22 @@ are 1-bit images, which PIL always resizes by taking the nearest pixel.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from _common import Batch, accuracies
 from numpy.typing import NDArray
 from torch import nn
+
+import pymeta
 
 HIDDEN = (256, 128, 64, 64)
 CHANNELS = 64
 TEST_QUERIES = 15
+EVALUATE_AT_ONCE = 50  # tasks; bounds the memory of an evaluation
 
 
 class Split(NamedTuple):
@@ -103,3 +109,58 @@ def network(ways: int, kind: str = "mlp") -> nn.Sequential:
             nn.ReLU(),
         ]
     return nn.Sequential(*layers, nn.Linear(HIDDEN[-1], ways))
+
+
+@torch.no_grad()
+def evaluate(maml: pymeta.MAML, tasks: Batch, steps: int) -> NDArray[np.float64]:
+    """Accuracy of each task after ``steps`` inner steps, [T]."""
+    parts = []
+    for start in range(0, len(tasks.xs), EVALUATE_AT_ONCE):
+        part = tasks.part(start, start + EVALUATE_AT_ONCE)
+        parts.append(accuracies(maml(*part, steps=steps).predictions, part.yq))
+    return np.concatenate(parts)
+
+
+class Kept:
+    """The state in which a module did best on validation tasks so far."""
+
+    keeps = ("accuracy", "iteration", "state")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.accuracy, self.iteration = module, -1.0, 0
+        self.state = copy.deepcopy(module.state_dict())
+
+    def offer(self, accuracy: float, iteration: int) -> bool:
+        """Keep the module as it is now, if it is the best; whether it is."""
+        if accuracy <= self.accuracy:
+            return False
+        self.accuracy, self.iteration = accuracy, iteration
+        self.state = copy.deepcopy(self.module.state_dict())
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was best."""
+        return {name: getattr(self, name) for name in self.keeps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in self.keeps:
+            setattr(self, name, state[name])
+
+
+class Best(Kept):
+    """The learner and number of inner steps that did best on the validation tasks so far."""
+
+    keeps = (*Kept.keeps, "steps")
+
+    def __init__(self, maml: pymeta.MAML, tasks: Batch, choices: list[int]) -> None:
+        super().__init__(maml)
+        self.maml, self.tasks, self.choices, self.steps = maml, tasks, choices, choices[0]
+
+    def look(self, iteration: int) -> float:
+        """Evaluate the learner as it is now, keep it if it is the best; its accuracy."""
+        scores = {k: float(evaluate(self.maml, self.tasks, k).mean()) for k in self.choices}
+        steps = max(scores, key=scores.__getitem__)
+        if self.offer(scores[steps], iteration):
+            self.steps = steps
+        return scores[steps]

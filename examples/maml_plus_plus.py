@@ -33,9 +33,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import Episodes, mean_interval, one_torch_thread
-from _omniglot import CHANNELS, TEST_QUERIES, load, split
-from omniglot import Best, evaluate
+from _common import Checkpoint, Episodes, mean_interval, one_torch_thread
+from _omniglot import CHANNELS, TEST_QUERIES, Best, evaluate, load, split
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,9 +83,13 @@ def train(maml: pymeta.MAML, episodes: Episodes, best: Best, args: argparse.Name
     """Meta-train; the learning curve [(iteration, loss, validation accuracy, seconds)]."""
     optimizer = torch.optim.Adam(maml.parameters(), args.outer_lr, fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.iterations, args.final_lr)
-    curve: list[tuple[int, float, float, float]] = []
-    start, loss_sum, since = time.perf_counter(), 0.0, 0
-    for iteration in tqdm(range(1, args.iterations + 1), disable=args.quiet, mininterval=5.0):
+    parts = {"maml": maml, "optimizer": optimizer, "cosine": cosine, "episodes": episodes}
+    checkpoint = Checkpoint(args.checkpoint, vars(args), best=best, **parts)
+    curve: list[tuple[int, float, float, float]] = checkpoint.load().get("curve", [])
+    done, _, _, before = curve[-1] if curve else (0, 0.0, 0.0, 0.0)
+    start, loss_sum, since = time.perf_counter() - before, 0.0, 0
+    left = range(done + 1, args.iterations + 1)
+    for iteration in tqdm(left, disable=args.quiet, mininterval=5.0):
         maml.first_order = iteration <= args.first_order_until
         weights = None
         if iteration <= args.multi_step_until:
@@ -106,6 +109,7 @@ def train(maml: pymeta.MAML, episodes: Episodes, best: Best, args: argparse.Name
                 f"  {seconds:.0f} s", flush=True,
             )  # fmt: skip
             loss_sum, since = 0.0, 0
+            checkpoint.save(curve=curve)
     maml.load_state_dict(best.state)
     return curve
 
@@ -136,6 +140,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validate-every", type=int, default=1000, help="iterations")
     add("--test-tasks", type=int, default=600)
     add("--seed", type=int, default=0)
+    add("--checkpoint", type=Path, help="write all here at each validation; go on from it")
     add("--json", type=Path, help="also write the result here")
     add("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)

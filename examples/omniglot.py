@@ -27,50 +27,17 @@ paper's step sizes (``--inner-lr 2 --outer-lr 1e-3 --final-lr 1e-3``) reach 80.2
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from _common import Batch, Episodes, accuracies, mean_interval, one_torch_thread
-from _omniglot import TEST_QUERIES, load, network, split
-from numpy.typing import NDArray
+from _common import Checkpoint, Episodes, mean_interval, one_torch_thread
+from _omniglot import TEST_QUERIES, Best, evaluate, load, network, split
 from tqdm import tqdm
 
 import pymeta
-
-EVALUATE_AT_ONCE = 50  # tasks; bounds the memory of an evaluation
-
-
-@torch.no_grad()
-def evaluate(maml: pymeta.MAML, tasks: Batch, steps: int) -> NDArray[np.float64]:
-    """Accuracy of each task after ``steps`` inner steps, [T]."""
-    parts = []
-    for start in range(0, len(tasks.xs), EVALUATE_AT_ONCE):
-        part = tasks.part(start, start + EVALUATE_AT_ONCE)
-        parts.append(accuracies(maml(*part, steps=steps).predictions, part.yq))
-    return np.concatenate(parts)
-
-
-class Best:
-    """The learner and number of inner steps that did best on the validation tasks so far."""
-
-    def __init__(self, maml: pymeta.MAML, tasks: Batch, choices: list[int]) -> None:
-        self.maml, self.tasks, self.choices = maml, tasks, choices
-        self.accuracy, self.steps, self.iteration = -1.0, choices[0], 0
-        self.state = copy.deepcopy(maml.state_dict())
-
-    def look(self, iteration: int) -> float:
-        """Evaluate the learner as it is now, keep it if it is the best; its accuracy."""
-        scores = {k: float(evaluate(self.maml, self.tasks, k).mean()) for k in self.choices}
-        steps = max(scores, key=scores.__getitem__)
-        if scores[steps] > self.accuracy:
-            self.accuracy, self.steps, self.iteration = scores[steps], steps, iteration
-            self.state = copy.deepcopy(self.maml.state_dict())
-        return scores[steps]
 
 
 class Trained(NamedTuple):
@@ -88,10 +55,13 @@ def train(
     optimizer = torch.optim.Adam(maml.parameters(), args.outer_lr, fused=True)
     last = args.final_lr / args.outer_lr
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last, total_iters=args.iterations)
-    training = looking = loss_sum = 0.0
-    bar = tqdm(total=args.iterations, unit="meta-batch", disable=quiet, mininterval=1.0)
+    parts = {"maml": maml, "optimizer": optimizer, "decay": decay, "episodes": episodes}
+    checkpoint = Checkpoint(args.checkpoint, vars(args), best=best, **parts)
+    kept = {"iteration": 0, "training": 0.0, "looking": 0.0} | checkpoint.load()
+    done, training, looking, loss_sum = kept["iteration"], kept["training"], kept["looking"], 0.0
+    bar = tqdm(total=args.iterations, initial=done, disable=quiet, mininterval=1.0)
     start = time.perf_counter()
-    for iteration in range(1, args.iterations + 1):
+    for iteration in range(done + 1, args.iterations + 1):
         loss = maml(*episodes(args.tasks)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -110,6 +80,7 @@ def train(
             )
             loss_sum, start = 0.0, time.perf_counter()
             looking += start - now
+            checkpoint.save(iteration=iteration, training=training, looking=looking)
     bar.close()
     maml.load_state_dict(best.state)
     return Trained(best, training, looking)
@@ -150,6 +121,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-tasks", type=int, default=600)
     add("--test-steps", type=int, nargs="+", default=[1, 3], help="validation chooses among these")
     add("--seed", type=int, default=0)
+    add("--checkpoint", type=Path, help="write all here at each validation; go on from it")
     add("--json", type=Path, help="also write the result here")
     return parser.parse_args(argv)
 

@@ -23,7 +23,6 @@ has it is about twice as fast.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import time
@@ -31,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import Batch, Episodes, accuracies, mean_interval, one_torch_thread
-from _omniglot import TEST_QUERIES, load, split
+from _common import Batch, Checkpoint, Episodes, accuracies, mean_interval, one_torch_thread
+from _omniglot import TEST_QUERIES, Kept, load, split
 from numpy.typing import NDArray
 from torch import nn
 
@@ -111,9 +110,17 @@ def evaluate(net: EncodedLearner, tasks: Batch) -> NDArray[np.float64]:
 def train(net: EncodedLearner, episodes: Episodes, validation: Batch, args: argparse.Namespace):
     """Train; the best state is loaded. The curve: [(iteration, loss, accuracy, seconds)]."""
     adam = torch.optim.Adam(net.parameters(), args.lr)
-    curve: list[tuple[int, float, float, float]] = []
-    best, state, losses, before = -1.0, copy.deepcopy(net.state_dict()), [], 0.0
-    start, iteration, progress = time.perf_counter(), 0, 0.0 if args.iterations else 1.0
+    kept, losses = Kept(net), []
+    parts = {"net": net, "adam": adam, "episodes": episodes, "best": kept}
+    checkpoint = Checkpoint(args.checkpoint, vars(args), free=("iterations", "seconds"), **parts)
+    curve: list[tuple[int, float, float, float]] = checkpoint.load().get("curve", [])
+    iteration, _, _, before = curve[-1] if curve else (0, 0.0, 0.0, 0.0)
+
+    def share_done() -> float:
+        share = iteration / args.iterations if args.iterations else 1.0
+        return max(share, before / args.seconds)
+
+    start, progress = time.perf_counter(), share_done()
     while progress < 1:
         adam.param_groups[0]["lr"] = args.lr * (1 - 0.99 * progress)
         loss = net(*episodes(1)).loss
@@ -122,22 +129,20 @@ def train(net: EncodedLearner, episodes: Episodes, validation: Batch, args: argp
         adam.step()
         losses.append(loss.item())
         iteration += 1
-        spent = before + time.perf_counter() - start
-        progress = max(iteration / args.iterations, spent / args.seconds)
+        before, start = before + time.perf_counter() - start, time.perf_counter()
+        progress = share_done()
         if iteration % args.validate_every == 0 or progress >= 1:
             accuracy = float(evaluate(net, validation).mean())
-            curve.append((iteration, float(np.mean(losses)), accuracy, spent))
+            curve.append((iteration, float(np.mean(losses)), accuracy, before))
             print(
                 f"{iteration:6d}  loss {curve[-1][1]:.4f}  validation {100 * accuracy:.2f} %  "
-                f"{spent:.0f} s",
+                f"{before:.0f} s",
                 flush=True,
             )
-            if accuracy > best:
-                best, state = accuracy, copy.deepcopy(net.state_dict())
-                if args.state:
-                    torch.save(state, args.state)
-            losses, before, start = [], spent, time.perf_counter()
-    net.load_state_dict(state)
+            kept.offer(accuracy, iteration)
+            checkpoint.save(curve=curve)
+            losses, start = [], time.perf_counter()
+    net.load_state_dict(kept.state)
     return curve
 
 
@@ -154,7 +159,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-ways", type=int, default=60, help="classes in a training task")
     add("--shots", type=int, default=1, help="drawings of each class in a support set")
     add("--queries", type=int, default=5, help="drawings of each class in a query set")
-    add("--iterations", type=int, default=20_000, help="training tasks; 0: test --state")
+    add("--iterations", type=int, default=20_000, help="training tasks; 0: test a checkpoint")
     add("--seconds", type=float, default=math.inf, help="stop training after so many, if sooner")
     add("--lr", type=float, default=1e-3, help="Adam's step size")
     add("--bf16", action="store_true", help="convolutions in bfloat16 while training")
@@ -171,7 +176,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="what is tested",
     )
     add("--seed", type=int, default=0)
-    add("--state", type=Path, help="keep the best state here, and begin with it if it is there")
+    add("--checkpoint", type=Path, help="write all here at each validation; go on from it")
     add("--json", type=Path, help="also write the result here")
     return parser.parse_args(argv)
 
@@ -195,8 +200,6 @@ def main(argv: list[str] | None = None) -> dict:
     ways, shots = (int(v) for v in args.test[0].split("x"))
     looked_at = Episodes(parts.validation, ways=ways, shots=shots, seed=2, **held_out)
     net = learner(args.learner, args.channels, args.bf16)
-    if args.state and args.state.exists():
-        net.load_state_dict(torch.load(args.state, weights_only=True))
     curve = train(net, episodes, looked_at(args.validation_tasks), args)
     found = {}
     for form in args.test:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,44 @@ def test_maml_plus_plus_goes_over_to_the_last_step():
     assert weights[2].tolist() == pytest.approx([0.006] * 4 + [0.976])
 
 
+def timeless(result: dict) -> dict:
+    """A result without its times and files."""
+    found = {k: v for k, v in result.items() if not k.endswith("_seconds") and k != "recipe"}
+    found["curve"] = [point[:3] for point in result.get("curve", [])]
+    return found
+
+
+@pytest.mark.parametrize("example", [omniglot, maml_plus_plus])
+def test_training_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch, example):
+    """To the last bit: whatever training changes is in the file."""
+    monkeypatch.setattr(_omniglot, "HIDDEN", (16, 8))
+    options = small_run(tiny, "--iterations", "8", "--validate-every", "3", "--tasks", "2")
+    options += {omniglot: ["--learn-lr", "layer"],
+                maml_plus_plus: ["--channels", "4", "--steps", "2", "--multi-step-until", "5",
+                                 "--first-order-until", "1", "--quiet"]}[example]  # fmt: skip
+    run = example.main if example is maml_plus_plus else partial(example.main, quiet=True)
+    whole = run(options)
+    options += ["--checkpoint", str(tmp_path / "run.pt")]
+    draw, drawn = _common.Episodes.__call__, []
+
+    def stopping(self, tasks):
+        drawn.append(tasks)
+        if drawn.count(2) == 5:  # in the fifth iteration, of which three are in the file
+            raise InterruptedError
+        return draw(self, tasks)
+
+    monkeypatch.setattr(_common.Episodes, "__call__", stopping)
+    with pytest.raises(InterruptedError):
+        run(options)
+    monkeypatch.setattr(_common.Episodes, "__call__", draw)
+    torch.manual_seed(99)
+    assert timeless(run(options)) == timeless(whole)
+    assert timeless(run(options)) == timeless(whole)  # nothing is left to train
+    with pytest.raises(ValueError, match=r"run.pt is of a run with --seed 0, not 1"):
+        run([*options, "--seed", "1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+
+
 @pytest.mark.parametrize("shots", ["1", "5"])
 def test_omniglot_learns(tiny, tmp_path, shots):
     out = tmp_path / "result.json"
@@ -232,7 +271,7 @@ def test_omniglot_keeps_the_best_learner(tiny):
     tasks = _common.Episodes(parts.validation, ways=3, shots=1, queries=15, seed=2)(20)
     torch.manual_seed(0)
     maml = omniglot.learner(args)
-    best = omniglot.Best(maml, tasks, [1])
+    best = _omniglot.Best(maml, tasks, [1])
     accuracy = best.look(1)
     kept = {name: value.clone() for name, value in maml.state_dict().items()}
     with torch.no_grad():

@@ -61,16 +61,34 @@ def test_training_ends_with_its_time(drawings):
     assert len(result["curve"]) == 1 and result["curve"][0][0] < 20_000
 
 
-def test_a_kept_state_is_tested_without_training(drawings, tmp_path):
-    state = tmp_path / "state.pt"
-    options = ["--data", str(drawings), "--channels", "2", "--train-classes", "12", "--state"]
-    options += [str(state), "--validation-classes", "6", "--train-ways", "5", "--test", "5x1"]
-    options += ["--validation-tasks", "2", "--test-tasks", "4", "--iterations"]
-    trained = omniglot_metric.main([*options, "3"])
-    kept = state.read_bytes()
-    again = omniglot_metric.main([*options, "0"])
-    assert again["accuracy"] == trained["accuracy"] and again["curve"] == []
-    assert state.read_bytes() == kept
+def test_comparisons_go_on_from_a_checkpoint(drawings, tmp_path, monkeypatch):
+    options = ["--data", str(drawings), "--channels", "2", "--train-classes", "12"]
+    options += ["--validation-classes", "6", "--train-ways", "5", "--test", "5x1"]
+    options += ["--validation-tasks", "2", "--test-tasks", "4", "--validate-every", "2"]
+    file = tmp_path / "run.pt"
+
+    def run(iterations, *more):
+        result = omniglot_metric.main([*options, "--iterations", str(iterations), *more])
+        return result["accuracy"], [point[:3] for point in result["curve"]]
+
+    whole = run(4)
+    draw, drawn = omniglot_metric.Episodes.__call__, []
+
+    def stopping(self, tasks):
+        drawn.append(tasks)
+        if drawn.count(1) == 4:  # in the fourth iteration, of which two are in the file
+            raise InterruptedError
+        return draw(self, tasks)
+
+    monkeypatch.setattr(omniglot_metric.Episodes, "__call__", stopping)
+    with pytest.raises(InterruptedError):
+        run(4, "--checkpoint", str(file))
+    monkeypatch.setattr(omniglot_metric.Episodes, "__call__", draw)
+    assert run(4, "--checkpoint", str(file)) == whole  # to the last bit
+    kept = file.read_bytes()
+    assert run(0, "--checkpoint", str(file)) == whole  # tested without training
+    assert file.read_bytes() == kept
+    assert [point[0] for point in run(6, "--checkpoint", str(file))[1]] == [2, 4, 6]
 
 
 def test_optimizers_learn_characters(drawings, tmp_path, capsys):
