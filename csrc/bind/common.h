@@ -72,5 +72,6 @@ void bind_problem(pybind11::module_& m);
 void bind_call(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_settings(pybind11::module_& m);
+void bind_watch(pybind11::module_& m);
 
 }  // namespace pymeta

@@ -131,6 +131,7 @@ class Learner(nn.Module, ABC):
     _of_the_plan: ClassVar[frozenset[str]] = frozenset({"model", "loss", "adapted_patterns"})
 
     lr: Any  # a float, or the learnable one: a Parameter [n], or [steps, n] where it is per step
+    query_loss: Any = None  # what query sets are judged by, where that is another loss
 
     def __init__(
         self,
@@ -245,9 +246,8 @@ class Learner(nn.Module, ABC):
         return from_learner(self)
 
     def _inner(self, plan: Plan, schedule: Schedule, first_order: bool = False) -> InnerLoop:
-        return InnerLoop(
-            self.loss, self._lr(plan), plan.rates, schedule, first_order, self._rule, self._anchor
-        )
+        how = schedule, first_order, self._rule, self._anchor, self.query_loss
+        return InnerLoop(self.loss, self._lr(plan), plan.rates, *how)
 
     def _adapt_tasks(
         self,
@@ -262,10 +262,10 @@ class Learner(nn.Module, ABC):
         inner = self._inner(plan, schedule)
         if not in_torch:
             watched = options.get("validation")
-            validation_rows = 0 if watched is None else watched.rows
-            sizes = (support.tasks, support.rows, 0, validation_rows)
-            has_anchors = options.get("anchors") is not None
-            self._last = NativeCall("adapt", schedule, *sizes, has_anchors=has_anchors)
+            sizes = support.tasks, support.rows, 0, 0 if watched is None else watched.rows
+            own = options.get("anchors") is not None
+            last = NativeCall("adapt", schedule, *sizes, has_anchors=own)
+            self.__dict__["_last"] = last  # past __setattr__, which takes its time
             return native_adapt.adapt(plan, parameters, inner.lr, inner, support, **options)
         plan.check_steps(schedule)
         named = {n: p.detach() for n, p in zip(plan.names, parameters, strict=True)}

@@ -12,7 +12,6 @@ value, so that, after a first one, they can be captured in a `torch.cuda.CUDAGra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +39,6 @@ from pymeta.functional.own import (
 )
 from pymeta.spec.anchors import LearnableAnchor
 from pymeta.spec.implicit import Implicit, check_implicit
-from pymeta.spec.inner import InnerLoop
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
 from pymeta.spec.settings import check_query_loss, check_query_statistics, one_optimizer
@@ -313,14 +311,14 @@ class MAML(Learner):
         """
         if yq is None:
             raise ValueError("yq: expected query targets, got None: there is no loss without them")
-        wrong = sorted(set(options) & {"start", "lr"})
-        if wrong:
-            raise TypeError(
-                f"{wrong[0]}: accumulate_grad adds to the gradients of parameters; "
-                f"differentiate the loss of a call for that of a task's own"
-            )
-        before = None if options else self._prepared.get(_ACCUMULATED)
-        if before is not None:
+        if options:
+            wrong = sorted(set(options) & {"start", "lr"})
+            if wrong:
+                raise TypeError(
+                    f"{wrong[0]}: accumulate_grad adds to the gradients of parameters; "
+                    f"differentiate the loss of a call for that of a task's own"
+                )
+        elif (before := self._prepared.get(_ACCUMULATED)) is not None:
             extras = before.again(self.__dict__, xs, ys, xq, yq)
             if extras is not None:
                 return Outcome(*before.accumulate(before.plan.parameters, extras))
@@ -481,10 +479,6 @@ class MAML(Learner):
             query_loss=self.query_loss,
             row_shape=row_shape,
         )
-
-    def _inner(self, plan: Plan, schedule: Schedule, first_order: bool = False) -> InnerLoop:
-        inner = super()._inner(plan, schedule, first_order)
-        return replace(inner, query_loss=self.query_loss)
 
     def _forget(self) -> None:
         super()._forget()

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,10 @@ from pymeta.backend.plan import Plan
 # Of the parameters, then of the operands that `Extras` names.
 Wanted: TypeAlias = tuple[bool, bool, bool, bool, bool, bool, bool, bool, bool, bool, bool]
 NOTHING: Wanted = (False,) * 11
+
+# From this size on torch spreads a product over its OpenMP threads, and their barrier takes
+# milliseconds where the other cores are busy: many times the product.
+_LARGE = 32768
 
 
 class Extras(NamedTuple):
@@ -44,7 +49,7 @@ class Gradients:
     it may not.
     """
 
-    __slots__ = ("flat", "native", "stream", "tensors")
+    __slots__ = ("flat", "native", "small", "stream", "tensors")
 
     def __init__(self, layout: Layout, stream: int | None = 0) -> None:
         """Allocate it, without values."""
@@ -60,6 +65,17 @@ class Gradients:
             for offsets in (layout.offsets, layout.extra_offsets)
         )
         self.native = native.extension().Gradients(parameters, *extras)
+        self.small = not flat.is_cpu or all(part.numel() < _LARGE for part in parts)
+
+    def times(self, factor: Tensor) -> Sequence[Tensor]:
+        """New tensors: the gradients times a scalar, on this thread alone."""
+        try:
+            if self.small:
+                return torch._foreach_mul(self.tensors, factor)
+            number = factor.detach().numpy()
+            return [torch.from_numpy(np.multiply(t.numpy(), number)) for t in self.tensors]
+        except RuntimeError:  # is_grads_batched=True: vmap has no rule for it
+            return [tensor * factor for tensor in self.tensors]
 
 
 class Layout:
@@ -72,6 +88,7 @@ class Layout:
         offsets: where each parameter of the chain has its own, in bytes; -1 where it has none.
         extra_offsets: likewise for the `Extras`.
         parameter_total: how many elements belong to parameters, out of `total`.
+        one: [], the number.
     """
 
     def __init__(
@@ -104,6 +121,8 @@ class Layout:
                 self.shapes.append(tuple(tensor.shape))
                 end += tensor.numel()
         self.total = end
+        with torch.inference_mode(False):  # it may outlive that
+            self.one = self.scalar.new_ones(())
         # Two, because a training loop holds one step's graph until the next one's is made.
         self.idle: deque[Gradients] = deque(maxlen=2)
 

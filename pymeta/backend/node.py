@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,24 +37,7 @@ class OfLoss:
         """The known gradients, scaled."""
         (gradient,) = gradients
         assert gradient is not None
-        return scaled(self.lease, gradient)
-
-
-# From this size on torch spreads a product over its OpenMP threads, and their barrier takes
-# milliseconds where the other cores are busy: many times the product.
-_LARGE = 32768
-
-
-def scaled(lease: Lease, factor: Tensor) -> Sequence[Tensor]:
-    """The gradients times a scalar, on this thread alone."""
-    tensors = lease.gradients.tensors
-    try:
-        if not factor.is_cpu or all(tensor.numel() < _LARGE for tensor in tensors):
-            return torch._foreach_mul(tensors, factor)
-        number = factor.detach().numpy()
-        return [torch.from_numpy(np.multiply(tensor.numpy(), number)) for tensor in tensors]
-    except RuntimeError:  # is_grads_batched=True: vmap has no rule for it
-        return [tensor * factor for tensor in tensors]
+        return self.lease.gradients.times(gradient)
 
 
 class _Node(torch.autograd.Function):

@@ -32,7 +32,7 @@ from pymeta.backend.inputs import (
     predicted_shape,
     ready,
 )
-from pymeta.backend.node import scaled, with_graph
+from pymeta.backend.node import with_graph
 from pymeta.backend.plan import Plan
 from pymeta.spec import running
 from pymeta.spec.once import NATIVE
@@ -97,7 +97,7 @@ def _as_it_came(given: Any, used: Tensor | None) -> bool:
     return used.data_ptr() == given.data_ptr() and not given.requires_grad
 
 
-_NO_ROWS = torch.zeros(1)  # never read
+_NO_ROWS = torch.zeros(1)  # where targets of no rows lie: 0 would mean no targets; never read
 
 
 class PreparedCall:
@@ -184,11 +184,6 @@ class PreparedCall:
             gradients.flat.zero_()
         return gradients
 
-    @staticmethod
-    def _address_of_targets(y: Tensor | None) -> int:
-        """Where query targets lie; 0 only where there are none, not where no set has a row."""
-        return address(y) or (0 if y is None else _NO_ROWS.data_ptr())
-
     def in_given_order(self, lr_gradient: Tensor) -> Tensor:
         """A gradient by lr as the core has it, in the order in which `prepare` got lr."""
         order = self.plan.lr_order
@@ -207,10 +202,10 @@ class PreparedCall:
         Returns:
             The results, without a graph.
         """
-        lr, plan = extras.lr, self.plan
-        make = lr.new_zeros if self.pads else lr.new_empty
-        assert self.predicted is not None
-        predictions = make(*self.predicted)
+        lr, xs, xq, ys, yq = extras[:5]
+        plan, predicted = self.plan, self.predicted
+        assert predicted is not None and xq is not None
+        predictions = lr.new_zeros(*predicted) if self.pads else lr.new_empty(*predicted)
         loss: Any = None
         losses: Any = None
         step_losses = None
@@ -218,7 +213,7 @@ class PreparedCall:
         statistics = running.memory(plan.norms, lr, self.tasks) if self._tracks else None
         if statistics is not None:
             more["statistics"] = statistics.data_ptr()
-        if extras.yq is not None:
+        if yq is not None:
             loss = torch.empty_like(plan.scalar)
             losses = lr.new_empty(self.tasks)
             if self.recipe.step_weights is not None:
@@ -227,16 +222,17 @@ class PreparedCall:
         if self.tasks == 0:
             loss = None if loss is None else loss.zero_()
             return Results(loss, losses, predictions, step_losses)
-        ordered = chained(plan, parameters)  # held while the core reads them
+        if not (plan.in_order and plan.dense):
+            parameters = chained(plan, parameters)  # held while the core reads them
         self.repeat(
-            [p.data_ptr() for p in ordered],
+            [p.data_ptr() for p in parameters],
             lr.data_ptr(),
-            extras.xs.data_ptr(),
-            address(extras.ys),
-            address(extras.xq),
-            self._address_of_targets(extras.yq),
-            address(loss),
-            address(losses),
+            xs.data_ptr(),
+            0 if ys is None else ys.data_ptr(),
+            xq.data_ptr(),
+            0 if yq is None else yq.data_ptr() or _NO_ROWS.data_ptr(),
+            0 if loss is None else loss.data_ptr(),
+            0 if losses is None else losses.data_ptr(),
             predictions.data_ptr(),
             None if gradients is None else gradients.native,
             **more,
@@ -291,7 +287,7 @@ class PreparedCall:
             extras.xs.data_ptr(),
             address(extras.ys),
             address(extras.xq),
-            self._address_of_targets(extras.yq),
+            0 if extras.yq is None else extras.yq.data_ptr() or _NO_ROWS.data_ptr(),
             0,
             address(to_losses),
             0,
@@ -328,15 +324,18 @@ class PreparedCall:
         results = self.run(parameters, extras, gradients)
         if layout is None or gradients is None:
             return results
-        inputs = layout.inputs(parameters, extras)
-        there = [(t.grad, g) for t, g in zip(inputs, gradients.tensors, strict=True)]
-        sums = [grad for grad, _ in there if grad is not None]
-        if sums:
-            torch._foreach_add_(sums, [g for grad, g in there if grad is not None])
-        if len(sums) < len(inputs):
-            for tensor, (grad, own) in zip(inputs, there, strict=True):
+        inputs, found = layout.inputs(parameters, extras), gradients.tensors
+        grads = [tensor.grad for tensor in inputs]
+        sums = [grad for grad in grads if grad is not None]
+        if len(sums) == len(grads):
+            torch._foreach_add_(sums, found)
+        else:
+            copies = gradients.times(layout.one)
+            for tensor, grad, own in zip(inputs, grads, copies, strict=True):
                 if grad is None:
-                    tensor.grad = own.clone()
+                    tensor.grad = own
+                else:
+                    grad.add_(own)
         if gradients.stream is not None:
             layout.idle.append(gradients)
         return results
@@ -396,12 +395,14 @@ class PreparedCall:
             and (device is None or self._may_be_made_there(device))
         ):
             return None
-        try:
-            if not self._form.fits([*self._watch.tensors, xs, ys, xq, yq]):
+        tensors = [*self._watch.tensors, xs, ys, xq, yq]
+        if not self._form.alike(*tensors):
+            try:
+                if not self._form.fits(tensors):
+                    return None
+                xs.data_ptr(), ys.data_ptr(), xq.data_ptr(), yq.data_ptr()
+            except RuntimeError:  # a layout without strides or without a pointer
                 return None
-            xs.data_ptr(), ys.data_ptr(), xq.data_ptr(), yq.data_ptr()
-        except RuntimeError:  # a layout without strides or without a pointer
-            return None
         return Extras(self._lr, xs, xq, ys, yq, None, None)
 
 
@@ -444,7 +445,7 @@ class Made:
         steps = gradients[3] if len(gradients) > 3 else None
         if losses is None and predictions is None and steps is None:
             assert loss is not None
-            return scaled(self.lease, loss)
+            return self.lease.gradients.times(loss)
         if loss is not None:
             mean = (loss / max(self.call.tasks, 1)).expand(self.call.tasks)
             losses = mean if losses is None else losses + mean

@@ -4,7 +4,7 @@ A `Watch` holds the objects that were found at some places (a parameter in a mod
 an attribute in its `__dict__`), and the form of some tensors. It is current as long as each place
 has the same object, no module has got an attribute, a child or a hook more, and the tensors have
 the same form. That is asked before every native call, which may itself take a few microseconds;
-so it is no walk, but a few passes over prepared lists. Values are not its business.
+so it is no walk, but one native pass over prepared tuples. Values are not its business.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from itertools import chain
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+
+from pymeta import native
 
 Place: TypeAlias = tuple[dict[str, Any], str]
 
@@ -35,15 +38,19 @@ class Form:
     """All about some tensors but their values, by which others are found to be like them.
 
     Of their devices, whether it is the CPU; `there`: the devices themselves.
+
+    Attributes:
+        alike: tells in one call whether other tensors, one after another, are exactly like them;
+            where it says no, `fits` knows.
     """
 
-    __slots__ = ("_about", "_alike", "_found")
+    __slots__ = ("_about", "_found", "alike")
 
     def __init__(self, tensors: Sequence[Tensor], there: bool = False) -> None:
         """Note it; RuntimeError where a tensor's layout has no such form."""
         self._about = _there if there else _here
         self._found = self._of(tensors)
-        self._alike = _guard(tensors)
+        self.alike = _guard(tensors)
 
     def _of(self, ts: Sequence[Tensor]) -> list[Any]:
         # four passes in C are quicker than one of comprehension
@@ -51,7 +58,7 @@ class Form:
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether so many other tensors have the same form; may raise as the constructor does."""
-        return self._alike(*tensors) or self._of(tensors) == self._found
+        return self.alike(*tensors) or self._of(tensors) == self._found
 
 
 def _never(*_: Tensor) -> bool:
@@ -73,12 +80,45 @@ def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         return _never
 
 
-def _columns(places: Sequence[Place]) -> tuple[list[dict[str, Any]], list[str]]:
-    return [place for place, _ in places], [key for _, key in places]
+def _unchanged_in_python(
+    places: tuple[Any, ...],
+    truths: tuple[Any, ...],
+    lengths: tuple[Any, ...],
+    types: tuple[Any, ...],
+    orders: tuple[Any, ...],
+) -> bool:
+    """What the native `unchanged` does (`csrc/bind/watch.cpp`), where there is no extension."""
+    try:
+        return (
+            all(place[key] is there for place, key, there in _by(3, places))
+            and all(bool(place[key]) is is_true for place, key, is_true in _by(3, truths))
+            and all(len(container) == length for container, length in _by(2, lengths))
+            and all(type(module) is its for module, its in _by(2, types))
+            and all(list(children) == order for children, order in _by(2, orders))
+        )
+    except LookupError:  # something was deleted
+        return False
+
+
+def _by(size: int, flat: tuple[Any, ...]) -> Iterable[tuple[Any, ...]]:
+    return zip(*(flat[i::size] for i in range(size)), strict=True)
+
+
+_unchanged: Callable[..., bool] = (
+    _unchanged_in_python if native.missing() else native.extension().unchanged
+)
+
+
+def _flat(groups: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple(chain.from_iterable(groups))
 
 
 class Watch:
-    """The objects at some places, the modules around them, and the forms of some tensors."""
+    """The objects at some places, the modules around them, and the forms of some tensors.
+
+    All is in flat tuples, as `_unchanged` reads them: a dictionary, a key, the object that was
+    there, then the next dictionary.
+    """
 
     def __init__(
         self,
@@ -96,19 +136,13 @@ class Watch:
             counted: whether one attribute more is a change: a forward of its own, say.
         """
         found = [*places, *((m._modules, name) for m in holders for name in m._modules)]
-        self._places = [place for place, _ in found]
-        self._keys = [key for _, key in found]
-        self._objects = [place[key] for place, key in found]
+        self._places = _flat((place, key, place[key]) for place, key in found)
         # Whatever dictionary a module has for hooks now, none may be in it, or some still.
         hooks = [(m.__dict__, name) for m in modules for name in HOOKS]
-        self._free = _columns([place for place in hooks if not place[0][place[1]]])
-        self._taken = _columns([place for place in hooks if place[0][place[1]]])
-        self._modules = list(modules)
-        self._types = list(map(type, modules))
-        self._attributes = [m.__dict__ for m in modules] if counted else []
-        self._counts = list(map(len, self._attributes))
-        self._children = [m._modules for m in holders]
-        self._order = list(map(list, self._children))
+        self._truths = _flat((place, name, bool(place[name])) for place, name in hooks)
+        self._types = _flat((m, type(m)) for m in modules)
+        self._lengths = _flat((m.__dict__, len(m.__dict__)) for m in modules if counted)
+        self._orders = _flat((m._modules, list(m._modules)) for m in holders)
         self.tensors: list[Tensor] = []
         self._form = Form(self.tensors)
 
@@ -118,11 +152,9 @@ class Watch:
         """A copy that watches more places and tensors; `there`: distinguish devices of one type."""
         other = object.__new__(Watch)
         other.__dict__.update(self.__dict__)
-        known = {(id(place), key) for place, key in zip(self._places, self._keys, strict=True)}
+        known = {(id(place), key) for place, key, _ in _by(3, self._places)}
         more = [(place, key) for place, key in places if (id(place), key) not in known]
-        other._places = [*self._places, *(place for place, _ in more)]
-        other._keys = [*self._keys, *(key for _, key in more)]
-        other._objects = [*self._objects, *(place[key] for place, key in more)]
+        other._places = (*self._places, *_flat((place, key, place[key]) for place, key in more))
         other.tensors = [*self.tensors, *tensors]
         other._form = Form(other.tensors, there)
         return other
@@ -133,16 +165,4 @@ class Watch:
 
     def is_there(self) -> bool:
         """As `is_current`, without a look at the tensors' forms."""
-        now = map(operator.getitem, self._places, self._keys)
-        try:
-            same = all(map(operator.is_, now, self._objects))
-        except KeyError:  # something was deleted
-            return False
-        return (
-            same
-            and not any(map(operator.getitem, *self._free))
-            and all(map(operator.getitem, *self._taken))
-            and list(map(len, self._attributes)) == self._counts
-            and list(map(type, self._modules)) == self._types
-            and list(map(list, self._children)) == self._order
-        )
+        return _unchanged(self._places, self._truths, self._lengths, self._types, self._orders)
