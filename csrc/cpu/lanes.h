@@ -76,6 +76,7 @@ struct Lanes : Lane {
 struct LanesExecutor : Executor<Lanes> {
   static constexpr bool kTransposes = false;
   static constexpr bool kReadsInputInPlace = false;
+  static constexpr bool kSharesPlaces = false;
   static constexpr bool kFactors = false;  // a wide first layer is for the rows executor
   static constexpr double kRate = 1.15, kCrowdedRate = 1.0, kRowOverhead = 4;  // as in rows.h
   static constexpr double kItemOverhead = 10000;

@@ -85,6 +85,7 @@ struct RowsExecutor : Executor<Rows> {
   static constexpr int kMaxColumns = Rows::kMaxColumns;
   static constexpr bool kTransposes = true;
   static constexpr bool kReadsInputInPlace = true;
+  static constexpr bool kSharesPlaces = false;
   static constexpr bool kFactors = true;
   // Planner: vector operations per cycle, cache-resident and not; vector operations per output vector beside its sum; cycles of
   // an item beside its steps.

@@ -22,6 +22,7 @@ struct Block {
   static constexpr int kOrders = 2;  // minibatches: the order, and what was drawn for it
   static constexpr bool kTransposes = false;
   static constexpr bool kReadsInputInPlace = false;
+  static constexpr bool kSharesPlaces = true;
   static constexpr bool kFactors = false;
   static constexpr int kScratch = 320;  // numbers in shared memory, behind what products ask for
 

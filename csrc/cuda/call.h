@@ -13,6 +13,7 @@
 PYMETA_KERNEL_BEGIN
 
 constexpr int kMostTensors = 2 * kMostLayers;
+constexpr bool kCopiesLayers = Block::Family::kExtras;  // the passes look at them all the time
 
 // What a loss points to.
 struct LossArrays {
@@ -37,8 +38,11 @@ struct LossArrays {
 struct Frame {
   Call<Real> call;
   Network network;
+  Loss losses[3];     // of the support, query and validation sets
+  Real* memories[4];  // of a block's own copy where calls are lists (operations.h: Lies)
+
+  // Where calls are lists, what follows is read where it is.
   Layer layers[kMostLayers];
-  Loss losses[3];  // of the support, query and validation sets
   bool adapted[kMostTensors];
   bool per_task[kMostTensors];
   int groups[kMostTensors];
@@ -48,10 +52,9 @@ struct Frame {
   std::size_t sums_size, gradient_sums, lr_sums;
   std::int64_t chunks, tasks_per_chunk;
   Sharing sharing;
-  Real* far;          // [blocks, workspace.size_far]
-  Real* memories[4];  // of a block's own copy where calls are lists (operations.h: Lies)
+  Real* far;  // [blocks, workspace.size_far]
 
-  // What follows is read where it is; a block has its own copy of what comes before.
+  // What follows is read where it is by all.
   LossArrays arrays[2];  // of the support and validation sets' losses, and of the query set's
   const Real* parameters[kMostTensors];
   Real* gradients[kMostTensors];
@@ -59,10 +62,10 @@ struct Frame {
   const Real* adapted_cotangents[kMostTensors];
   Real* packed;  // the start, as `shared` points to it
 
-  PYMETA_FN void lies_in(const Memory& memory, Real* chunk_sums) {
+  PYMETA_FN void lies_in(const Memory& memory, const Real* start, Real* chunk_sums) {
     memories[0] = memory.near;
     memories[1] = memory.far;
-    memories[2] = const_cast<Real*>(shared.theta);
+    memories[2] = const_cast<Real*>(start);
     memories[3] = chunk_sums;
   }
 
@@ -70,7 +73,8 @@ struct Frame {
 
   // `lies` is the frame as it was given: where the part that is not copied lies.
   PYMETA_FN void settle(const Frame& lies) {
-    network.layers = layers;
+    const Frame& middle = kCopiesLayers ? *this : lies;
+    network.layers = middle.layers;
     call.network = &network;
     RowSet<Real>* const sets[] = {&call.support, &call.query, &call.validation};
     for (int i = 0; i < 3; ++i) {
@@ -78,10 +82,10 @@ struct Frame {
       sets[i]->loss = &losses[i];
     }
     call.loss = &losses[0];
-    call.adapted = adapted;
-    call.lr.groups = groups;
+    call.adapted = middle.adapted;
+    call.lr.groups = middle.groups;
     call.parameters = lies.parameters;
-    if (call.parameter_per_task) call.parameter_per_task = per_task;
+    if (call.parameter_per_task) call.parameter_per_task = middle.per_task;
     if (call.gradients) call.gradients = const_cast<Real* const*>(lies.gradients);
     if (call.cotangents.adapted) call.cotangents.adapted = lies.adapted_cotangents;
     if (call.adapted_parameters)
@@ -89,7 +93,9 @@ struct Frame {
   }
 };
 
-constexpr std::size_t kFrameCopied = offsetof(Frame, arrays);
+// Of the frame, into each block's shared memory.
+constexpr std::size_t kFrameCopied =
+    kCopiesLayers ? offsetof(Frame, arrays) : offsetof(Frame, layers);
 static_assert(kFrameCopied % sizeof(double) == 0, "copied in words");
 static_assert(sizeof(Frame) <= 9216, "a kernel's parameters");
 
@@ -111,7 +117,7 @@ PYMETA_FN inline Frame& own_frame(const Frame& given) {
                      [&](int i) { to[i] = from[i]; });
   if (thread_index() == 0) {
     own.settle(given);
-    sharing() = own.sharing;
+    sharing() = given.sharing;
   }
   sync();
   return own;

@@ -162,20 +162,21 @@ struct TaskFrame : Frame {
 
 template <bool kExtras>
 PYMETA_FN void run_tasks(const TaskFrame<kExtras>& given) {
-  Frame& frame = own_frame(given);
-  const Call<Real>& call = frame.call;
-  const Workspace<Block>& workspace = frame.workspace;
-  const Memory memory = own_memory(frame);
-  for (std::int64_t chunk = block_index(); chunk < frame.chunks; chunk += block_count()) {
+  Frame& own = own_frame(given);
+  const Call<Real>& call = own.call;
+  const Workspace<Block>& workspace = given.workspace;
+  const Memory memory = own_memory(given);
+  for (std::int64_t chunk = block_index(); chunk < given.chunks; chunk += block_count()) {
     if (thread_index() == 0)
-      frame.lies_in(memory, frame.sums + chunk * static_cast<std::int64_t>(frame.sums_size));
+      own.lies_in(memory, given.shared.theta,
+                  given.sums + chunk * static_cast<std::int64_t>(given.sums_size));
     sync();
-    const std::int64_t first = chunk * frame.tasks_per_chunk;
-    for (std::int64_t task = first; task < first + frame.tasks_per_chunk && task < call.tasks;
+    const std::int64_t first = chunk * given.tasks_per_chunk;
+    for (std::int64_t task = first; task < first + given.tasks_per_chunk && task < call.tasks;
          ++task) {
       bind_rows(call, memory, task, call.support, workspace.support_set);
       bind_rows(call, memory, task, call.query, workspace.query_set);
-      const ListedTask listed(frame, task == first, task);
+      const ListedTask listed(own, task == first, task);
       for (int i = 0; i < given.list.count; ++i) listed.run(given.list.operations[i]);
     }
   }

@@ -63,7 +63,7 @@ def test_options_are_those_of_the_build():
 
 @pytest.mark.parametrize(
     "case, barriers, multiply_adds, wavefronts",
-    [("W1 T=65536 K=1", 51, 7_848, 3_894), ("W3 T=16384 K=5", 179, 230_400, 109_648)],
+    [("W1 T=65536 K=1", 51, 7_848, 3_894), ("W3 T=16384 K=5", 179, 236_032, 91_824)],
 )
 def test_counts_are_what_they_were(case, barriers, multiply_adds, wavefronts, counted):
     """Fewer is better: then these numbers, and those in bench/README.md, follow."""
@@ -84,7 +84,8 @@ def test_tasks_at_once_have_registers_and_memory(counted):
     for row in counted.values():
         assert row["at_once"] * row["threads"] * 128 <= 65536, row
         assert row["at_once"] * (row["block_bytes"] + 1024) <= 233472, row
-    assert counted["W1 T=65536 K=1"]["at_once"] >= 5
+    assert counted["W1 T=65536 K=1"]["at_once"] >= 7
+    assert counted["W3 T=16384 K=5"]["at_once"] >= 2
 
 
 # ---- the report ---------------------------------------------------------------------------------

@@ -297,9 +297,11 @@ class Passes {
   }
   PYMETA_FN Real* tangent(Place place) const { return state_.tangent(place); }
   PYMETA_FN const LayerTangents& tangents(int l) const { return state_.ws.tangent.layers[l]; }
-  // The tangent of the delta at layer l's output: one of two arrays in turn, or its own where another layer reads it too.
+  // The tangent of the delta at layer l's output: one of two arrays in turn, or its own where another layer reads it too or
+  // places are shared.
   PYMETA_FN Real* delta_tangent(int l) const {
-    if (kBranches && l >= 0 && tangents(l).rd != kNowhere) return tangent(tangents(l).rd);
+    if ((kBranches || X::kSharesPlaces) && l >= 0 && tangents(l).rd != kNowhere)
+      return tangent(tangents(l).rd);
     return tangent(state_.ws.tangent.rd[(last_ - l) & 1]);
   }
   // Is the tangent of layer l's output zero, with nobody to read it or anything else that the layer would keep?

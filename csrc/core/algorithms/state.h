@@ -104,7 +104,7 @@ struct State {
   FactoredLinear<X>* factored = nullptr;  // the item's first layer, where it is a factored one
   Vec anchor = zero();                    // the strength of each task's pull towards the start
   int lowest_adapted = 0;                 // the lowest layer that the inner loop changes
-  int lowest_with_parameters = 0;         // nobody wants a delta below it but the inputs
+  int lowest_with_parameters = 0;         // workspace.h: lowest_with_tensors
 
   PYMETA_FN State(const Call<Real>& of, const Workspace<X>& workspace, const Shared& common,
                   const Memory& lies)
@@ -116,11 +116,9 @@ struct State {
         memory(lies),
         rates(of, of.lr.per_task ? lies.at(workspace.own_rates) : common.rates,
               workspace.parameters.size) {
+    lowest_with_parameters = lowest_with_tensors(network);
     while (lowest_adapted < network.layer_count && !changes(network.layers[lowest_adapted]))
       ++lowest_adapted;
-    while (lowest_with_parameters < network.layer_count &&
-           !has_parameters(network.layers[lowest_with_parameters]))
-      ++lowest_with_parameters;
   }
 
   // ---- parameters ----------------------------------------------------------------------------------------------
@@ -195,7 +193,11 @@ struct State {
 
     PYMETA_FN Real* at(Place place) const { return place == kNowhere ? nullptr : base + place; }
     PYMETA_FN Real* a(int l) const { return at(layout->layers[l].a); }
-    PYMETA_FN Real* d(int l) const { return at(layout->layers[l].d); }
+    PYMETA_FN Real* d(int l) const {
+      if constexpr (X::kSharesPlaces)
+        if (l == layout->elsewhere) return state->memory.at(state->ws.query);
+      return at(layout->layers[l].d);
+    }
     PYMETA_FN Real* kept(int l, int i) const { return at(layout->layers[l].kept[i]); }
     PYMETA_FN Matrix input(int l, const ItemSet& set) const {
       return l == 0 ? set.x : Matrix{a(l - 1), X::stride(state->network.layers[l].in.channels)};
@@ -282,9 +284,6 @@ struct State {
  private:
   // Steps with rows of their own differ without any adaptation.
   PYMETA_FN bool changes(const Layer& layer) const { return layer.steps > 0 || is_adapted(layer); }
-  PYMETA_FN static bool has_parameters(const Layer& layer) {
-    return layer.weight >= 0 || layer.bias >= 0;
-  }
   PYMETA_FN bool is_adapted(const Layer& layer) const {
     return (layer.weight >= 0 && call.adapted[layer.weight]) ||
            (layer.bias >= 0 && call.adapted[layer.bias]);

@@ -80,6 +80,52 @@ struct ParameterLayout {
   }
 };
 
+// Linear layers and activations: what a pass reads of a layer is known here.
+inline bool is_chain(const Network& network) {
+  bool chain = true;
+  for (int l = 0; l < network.layer_count; ++l)
+    chain = chain && (network.layers[l].kind == LayerKind::linear ||
+                      network.layers[l].kind == LayerKind::lone_activation);
+  return chain;
+}
+// The lowest layer that has parameters: nobody wants a delta below it but the inputs.
+PYMETA_FN inline int lowest_with_tensors(const Network& network) {
+  int l = 0;
+  while (l < network.layer_count && network.layers[l].weight < 0 && network.layers[l].bias < 0) ++l;
+  return l;
+}
+
+// Where the deltas of a chain lie, or their tangents, with an executor that is short of memory (kSharesPlaces). On the way down
+// delta l is written when nobody reads the outputs of layer l + 1 any more, and the delta of layer l + 2: it takes
+// the place of one of these, where it fits.
+struct SharedDeltas {
+  struct Area {
+    Place place = kNowhere;
+    std::size_t size = 0;
+  };
+  Area deltas[kMostLayers + 2];
+
+  // place_of(l): of the outputs of layer l. `top`: the highest one with places.
+  template <class X, class PlaceOf>
+  void lay_out(Places& places, const Network& network, int rows, int top, PlaceOf place_of) {
+    const auto size = [&](int l) { return matrix_scalars<X>(rows, network.layers[l].out); };
+    for (int l = top; l >= lowest_with_tensors(network); --l) {
+      const std::size_t wanted = size(l);
+      const Area above = l < top ? Area{place_of(l + 1), size(l + 1)} : Area{};
+      const Area& before = deltas[l + 2];
+      if (above.size >= wanted && above.place != deltas[l + 1].place)
+        deltas[l] = above;
+      else if (before.size >= wanted)
+        deltas[l] = before;
+      else
+        deltas[l] = {places.take(wanted), wanted};
+    }
+  }
+};
+// How that is done: not at all; in all of a pass; the lowest delta alone, which is all that no tangent pass reads, and which lies
+// where the query set's pass will be.
+enum class Deltas { own, shared, lowest_elsewhere };
+
 // What a layer keeps of a pass for the passes that follow.
 struct LayerTape {
   Place a;               // output
@@ -95,25 +141,39 @@ struct TapeLayout {
   Place y, dy, kept;  // class-major outputs, their deltas, what the loss keeps of its value
   Place row_losses;
   std::size_t size;
+  int elsewhere = -1;  // the layer whose delta lies in the query set's memory (Deltas)
 
   // `is_read_once`: each forward pass is followed by its backward pass or by none, and by nothing else that reads the tape.
   template <class X>
   PYMETA_FN void lay_out(const Network& network, int rows, bool with_deltas, bool with_tangents,
-                         bool is_read_once) {
+                         bool is_read_once, Deltas deltas) {
     Places places;
+    // A narrow last layer's outputs are class-major.
+    const bool narrow = deltas != Deltas::own && is_last_narrow(network);
+    const int top = network.layer_count - 1 - narrow;
+    if (with_deltas && deltas == Deltas::lowest_elsewhere) elsewhere = lowest_with_tensors(network);
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
       const ActivationKind activation = layer.activation.kind;
       const std::size_t matrix = matrix_scalars<X>(rows, layer.out);
       LayerTape& tape = layers[l];
+      tape = {kNowhere, kNowhere, kNowhere, kNowhere, {kNowhere, kNowhere}};
+      if (l > top) continue;
       tape.a = places.take(matrix);
       tape.z = places.take_if(slope_needs_input(activation), matrix);
-      tape.d = is_read_once && is_replaced_by_delta(network, l)
-                   ? tape.a
-                   : places.take_if(with_deltas, matrix);
+      if (is_read_once && is_replaced_by_delta(network, l))
+        tape.d = tape.a;
+      else if (deltas != Deltas::shared && l != elsewhere)
+        tape.d = places.take_if(with_deltas, matrix);
       tape.c = places.take_if(with_tangents && has_curvature(activation), matrix);
       take_kept<X>(places, layer, rows, tape.kept);
     }
+    if constexpr (X::kSharesPlaces)
+      if (with_deltas && deltas == Deltas::shared) {
+        SharedDeltas shared;
+        shared.lay_out<X>(places, network, rows, top, [&](int l) { return layers[l].a; });
+        for (int l = 0; l <= top; ++l) layers[l].d = shared.deltas[l].place;
+      }
     const std::size_t classes =
         static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
     y = places.take(classes);
@@ -161,24 +221,32 @@ struct TangentLayout {
   std::size_t size;
 
   template <class X>
-  PYMETA_FN void lay_out(const Network& network, int rows) {
+  PYMETA_FN void lay_out(const Network& network, int rows, bool shares) {
     Places places;
+    const bool narrow = shares && is_last_narrow(network);
+    const int top = network.layer_count - 1 - narrow;
     std::size_t widest = matrix_scalars<X>(rows, network.layers[0].in);
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
       const std::size_t matrix = matrix_scalars<X>(rows, layer.out);
       widest = widest < matrix ? matrix : widest;
+      layers[l] = {kNowhere, kNowhere, kNowhere, {kNowhere, kNowhere}};
+      if (l > top) continue;
       layers[l].ra = places.take(matrix);
       layers[l].rz = places.take_if(has_curvature(layer.activation.kind), matrix);
       TapeLayout::take_kept<X>(places, layer, rows, layers[l].kept);
     }
-    rd[0] = places.take(widest);
-    rd[1] = places.take(widest);
+    for (Place& each : rd) each = places.take_if(!shares, widest);
     const std::size_t classes =
         static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
     ry = places.take(classes);
     rdy = places.take(classes);
-    for (int l = 0; l < network.layer_count; ++l) layers[l].rd = kNowhere;
+    if constexpr (X::kSharesPlaces)
+      if (shares) {
+        SharedDeltas shared;
+        shared.lay_out<X>(places, network, rows, top, [&](int l) { return layers[l].ra; });
+        for (int l = 0; l <= top; ++l) layers[l].rd = shared.deltas[l].place;
+      }
     for (int l = 0; l < network.layer_count; ++l)
       if (const int other = network.layers[l].other_delta; other >= 0)
         layers[other].rd = places.take(matrix_scalars<X>(rows, network.layers[other].out));
@@ -328,9 +396,14 @@ struct Workspace {
     for (int t = 0; t < network.tensor_count; ++t) own_starts = own_starts || call.has_own_start(t);
     const std::size_t states = call.optimizer.states() * parameters.size;
     const std::size_t each_step = keeps_gradients ? call.steps : 1;
-    support_tape.lay_out<X>(network, step_rows, true, second, false);
-    query_tape.lay_out<X>(network, evaluated, call.wants_gradient(), false, true);
-    tangent.lay_out<X>(network, call.max_support);
+    const bool shares = X::kSharesPlaces && is_chain(network) && !call.wants_input_gradient();
+    support_tape.lay_out<X>(network, step_rows, true, second, false,
+                            !shares  ? Deltas::own
+                            : second ? Deltas::lowest_elsewhere
+                                     : Deltas::shared);
+    query_tape.lay_out<X>(network, evaluated, call.wants_gradient(), false, true,
+                          shares ? Deltas::shared : Deltas::own);
+    tangent.lay_out<X>(network, call.max_support, shares);
     factorable = X::kFactors && is_factorable(call);
 
     Places places{near};
@@ -338,12 +411,17 @@ struct Workspace {
       return places.take_if(wanted, scalars);
     };
     const std::size_t of_a_step = parameters.size + parameters.transposed_size + support_tape.size;
-    keeps_steps = kept > 1 && places.fits(of_a_step * kept);
+    // The query set's tape is read for the last time before the first tangent is written.
+    std::size_t passing = second && tangent.size > query_tape.size ? tangent.size : query_tape.size;
+    if (const int l = support_tape.elsewhere; l >= 0) {
+      const std::size_t delta = matrix_scalars<X>(step_rows, network.layers[l].out);
+      passing = passing < delta ? delta : passing;
+    }
+    keeps_steps = kept > 1 && places.fits(of_a_step * kept + passing + parameters.size);
     saves_steps = kept > 1 && !keeps_steps;
     const std::size_t slots = keeps_steps ? kept : 1;
     support = places.take(support_tape.size * slots);
-    // The query set's tape is read for the last time before the first tangent is written.
-    query = places.take(second && tangent.size > query_tape.size ? tangent.size : query_tape.size);
+    query = places.take(passing);
     tangents = second ? query : kNowhere;
     theta = places.take(parameters.size * slots);
     theta_transposed = places.take(parameters.transposed_size * slots);
