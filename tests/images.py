@@ -26,8 +26,19 @@ ADAPTIVE = {
 PADS = (nn.ZeroPad1d, nn.ZeroPad2d)
 KINDS = (
     "conv", "max_pool", "avg_pool", "global_pool", "batch_norm_image", "group_norm", "flatten",
-    "layer_norm_image", "zeros", *ADAPTIVE,
+    "layer_norm_image", "zeros", "part", *ADAPTIVE,
 )  # fmt: skip
+
+
+class Part(nn.Module):
+    """Some positions, by an index for each axis of theirs."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def forward(self, x):
+        return x[(slice(None), slice(None), *self.index)].contiguous()
 
 
 def conv(inputs, outputs, kernel, stride=1, padding=0, dilation=1, groups=1, bias=True):
@@ -78,6 +89,8 @@ def make_image_layer(layer: tuple) -> nn.Module:
     if kind == "zeros":
         axes, sides = values
         return PADS[axes - 1](sides)
+    if kind == "part":
+        return Part(tuple(slice(*ends) for ends in values[1]))
     if kind in ADAPTIVE:
         axes, sizes = values
         return ADAPTIVE[kind][axes - 1](sizes)
@@ -129,14 +142,29 @@ class _Growing:
         self.channels, self.sizes = outputs, sizes
 
     def surround(self) -> None:
-        """Zeros around it, such as those of a causal convolution."""
-        sides = self.draw(st.lists(st.integers(0, 2), min_size=2, max_size=2))
-        if self.axes == 2:
-            sides += self.draw(st.lists(st.integers(0, 2), min_size=2, max_size=2))
+        """Zeros around it, such as those of a causal convolution, or fewer positions."""
+        sides: list[int] = []
+        for size in reversed(self.sizes):  # torch begins with the last axis
+            least = -2 if size > 5 else 0  # so that some is left on each side
+            sides += self.draw(st.lists(st.integers(least, 2), min_size=2, max_size=2))
         self.chain.append(("zeros", self.axes, tuple(sides)))
-        # torch begins with the last axis
         pairs = [sum(sides[i : i + 2]) for i in range(0, len(sides), 2)]
         self.sizes = [n + more for n, more in zip(self.sizes, reversed(pairs), strict=True)]
+
+    def take(self) -> None:
+        """Some of the positions."""
+        ends, sizes = [], []
+        for size in self.sizes:
+            first = self.draw(st.sampled_from([None, 0, size // 2, -1, -size]))
+            last = self.draw(st.sampled_from([None, size, -1 if size > 1 else None]))
+            step = self.draw(st.sampled_from([None, 1, 2, 3]))
+            left = len(range(size)[slice(first, last, step)])
+            if left == 0:
+                last, left = None, len(range(size)[slice(first, None, step)])
+            ends.append((first, last, step))
+            sizes.append(left)
+        self.chain.append(("part", self.axes, tuple(ends)))
+        self.sizes = sizes
 
     def adapt(self) -> None:
         """A pooling to sizes that divide those there are."""
@@ -213,10 +241,14 @@ def image_chains(draw):
             growing.pool()
         if draw(SOMETIMES):
             growing.surround()
+        if draw(SOMETIMES):
+            growing.take()
         if i > 0 and draw(SOMETIMES):
             growing.branch()
         elif i == 0 or draw(st.integers(0, 3)):
             growing.convolve()
+        if draw(SOMETIMES):
+            growing.take()
         for step in (growing.normalise, growing.activate, growing.pool):
             if draw(st.booleans()):
                 step()

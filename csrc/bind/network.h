@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../core/layers/registry.h"
@@ -125,6 +126,51 @@ class NetworkBuilder {
     append(flattens ? image : flat, flattens ? flat : image);
   }
 
+  // Positions that move (core/layers/padding.h): as part of a convolution before that they do nothing but cut off from, if it
+  // is one, or as a layer.
+  void append_moved(const Shape& out, const Window& window, bool cuts) {
+    const int last = network_.layer_count - 1;
+    if (!cuts || last < 0 || !is_convolution(owned_.layers[last])) {
+      append(shape(), out).window = window;
+      return;
+    }
+    Layer& convolution = owned_.layers[last];
+    Window& wider = convolution.window;
+    wider.top += window.top * wider.stride_y;
+    wider.left += window.left * wider.stride_x;
+    if (out.height > 1) wider.stride_y *= window.stride_y;
+    if (out.width > 1) wider.stride_x *= window.stride_x;
+    convolution.out = out;
+  }
+  // Takes the padding before a convolution into its window and its sides (top, bottom, left, right). Zeros of its own would
+  // have come between what a cut leaves and what it takes away.
+  void absorb_padding(Window& window, double* sides) {
+    const int last = network_.layer_count - 1;
+    if (last < 1 || owned_.layers[last].kind != LayerKind::zero_pad ||
+        owned_.layers[last].activation.kind != ActivationKind::identity)
+      return;
+    const Layer& padding = owned_.layers[last];
+    const int top = padding.window.top, left = padding.window.left;
+    const int more[] = {top, padding.out.height - padding.in.height - top, left,
+                        padding.out.width - padding.in.width - left};
+    for (int side = 0; side < 4; ++side)
+      if (more[side] < 0 && sides[side] > 0) return;
+    for (int side = 0; side < 4; ++side) sides[side] += more[side];
+    window.top += top;
+    window.left += left;
+    --network_.layer_count;
+  }
+
+  // The activation of the layer before, where max pooling may come first: the largest of ReLUs is the ReLU of the largest, and
+  // gradients go the same way.
+  Activation take_relu() {
+    if (network_.layer_count == 0) return {};
+    Layer& last = owned_.layers[network_.layer_count - 1];
+    if (last.activation.kind != ActivationKind::relu || last.kind == LayerKind::lone_activation)
+      return {};
+    return std::exchange(last.activation, Activation{});
+  }
+
   // Makes one layer (norm_pool.h) of BatchNorm, ReLU and max pooling over windows side by side.
   bool fuse_pooling(const Window& window, const double* paddings) {
     if (network_.layer_count == 0) return false;
@@ -208,7 +254,11 @@ class NetworkBuilder {
            std::to_string(shape.channels);
   }
 
-  // `types` has a letter for each value: 'n' size, 'c' count, which may be 0, 'x' number, 'b' flag.
+  static bool is_convolution(const Layer& layer) {
+    return layer.kind == LayerKind::conv1d || layer.kind == LayerKind::conv2d;
+  }
+
+  // `types` has a letter for each value: 'n' size, 'c' count, which may be 0, 'i' integer, 'x' number, 'b' flag.
   static void read(const pybind11::tuple& given, const std::string& name, const char* types,
                    double* values) {
     const std::size_t wanted = std::strlen(types);
@@ -218,6 +268,7 @@ class NetworkBuilder {
     for (std::size_t i = 0; i < wanted; ++i)
       values[i] = types[i] == 'n'   ? size(given, i + 1, 1)
                   : types[i] == 'c' ? size(given, i + 1, 0)
+                  : types[i] == 'i' ? size(given, i + 1, -(1 << 24))
                   : types[i] == 'b' ? value<bool>(given, i + 1)
                                     : value<double>(given, i + 1);
   }

@@ -130,7 +130,7 @@ def _line(layer: Layer) -> str:
 
 
 def _form(name: str) -> str | None:
-    """What follows a layer's name: n a size, c a count, b a bool, x a number."""
+    """What follows a layer's name: n a size, c a count, i an integer, b a bool, x a number."""
     forms: dict[str, str] = native.extension().layer_forms()
     return forms.get(name)
 
@@ -150,6 +150,7 @@ def _read_layer(index: int, value: Any) -> Layer:
     take = {
         "n": lambda i: fields.integer(i, 1, 2**24),
         "c": lambda i: fields.integer(i, 0, 2**24),
+        "i": lambda i: fields.integer(i, -(2**24), 2**24),
         "b": fields.boolean,
         "x": fields.number,
     }

@@ -26,24 +26,32 @@ from pymeta.spec.layers import (
     METHODS,
     MODULES,
     TURN,
+    WEIGHTED,
     Called,
     Layer,
-    Refused,
     layer_of,
     parts_of,
 )
 from pymeta.spec.modules import Fixed
+from pymeta.spec.refused import Refused
 from pymeta.spec.watch import hooked
 
 
 @dataclass
 class Step:
-    """One layer of the chain; `module` is None where the forward calls a function."""
+    """One layer of the chain; `module` is None where the forward calls a function.
+
+    `tensors` are names in `owner`, which is `module` where there is one.
+    """
 
     layer: Layer
     name: str
     module: nn.Module | None
     tensors: tuple[str, ...] = ()
+    owner: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        self.owner = self.owner or self.module
 
 
 def is_sequential(module: nn.Module) -> bool:
@@ -68,7 +76,7 @@ def walk(module: nn.Module, name: str, fixed: Fixed) -> Iterator[Step]:
             if child is not None:
                 yield from walk(child, _join(name, key), fixed)
         return
-    if type(module).__module__.startswith("torch.nn.") or not module._modules:
+    if type(module).__module__.startswith("torch.nn."):
         layer_of(name, module)  # raises: not a known layer
     yield from _traced(module, name, fixed)
 
@@ -123,12 +131,14 @@ def _is_rows(node: Any, current: fx.Node) -> bool:
     return False
 
 
-def _looks_at_shape(node: fx.Node) -> bool:
+def _looks_at_shape(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.op not in ("call_method", "call_function"):
+        return False
     if node.op == "call_method":
         return node.target == "size"
-    return node.op == "call_function" and (
-        (node.target is getattr and node.args[1:] == ("shape",)) or node.target is operator.getitem
-    )
+    if node.target is operator.getitem:
+        return _looks_at_shape(node.args[0])
+    return node.target is getattr and node.args[1:] == ("shape",)
 
 
 def _called(node: fx.Node, name: str, current: fx.Node) -> tuple[Layer, ...]:
@@ -145,6 +155,8 @@ def _called(node: fx.Node, name: str, current: fx.Node) -> tuple[Layer, ...]:
     try:
         found = table[node.target](*node.args[1:], **dict(node.kwargs))
         return found if isinstance(found[0], tuple) else (found,)
+    except Refused as refusal:
+        raise Refused(f"{name}: {refusal}") from None
     except TypeError:
         raise Refused(f"{name}: {target} with arguments the native core lacks") from None
 
@@ -198,6 +210,23 @@ def _is_sum(node: fx.Node) -> bool:
     )
 
 
+def _parameters(node: fx.Node) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
+    """Weight, bias and what else there is, positional or named, of a call of WEIGHTED."""
+    options = dict(node.kwargs)
+    given = list(node.args[1:])
+    weight = given.pop(0) if given else options.pop("weight", None)
+    bias = given.pop(0) if given else options.pop("bias", None)
+    return weight, bias, tuple(given), options
+
+
+def _is_parameter(node: fx.Node, user: fx.Node) -> bool:
+    """Whether a function takes a node as its weight or its bias, and as nothing else."""
+    if user.op != "call_function" or user.target not in WEIGHTED:
+        return False
+    weight, bias, *_ = _parameters(user)
+    return user.all_input_nodes.count(node) == 1 and (node is weight or node is bias)
+
+
 class _Forward:
     """A traced forward as a chain of layers; a sum of two branches is fork, turn and join."""
 
@@ -206,19 +235,17 @@ class _Forward:
     ) -> None:
         self._module, self._name, self._label, self._fixed = module, name, label, fixed
         self._before: dict[fx.Node, fx.Node] = {}
-        self._nodes: list[fx.Node] = [n for n in graph.nodes if not self._is_shape(n)]
+        # what looks at a shape is used by a view, which checks it
+        self._nodes: list[fx.Node] = [n for n in graph.nodes if not _looks_at_shape(n)]
         inputs = [n for n in self._nodes if n.op == "placeholder"]
         if len(inputs) > 1:
             raise Refused(f"the forward of {label} takes more than one input")
         for node in self._nodes:
-            if node.op == "get_attr":
+            if node.op == "get_attr" and not all(_is_parameter(node, user) for user in node.users):
                 raise Refused(f"the forward of {label} uses {node.target} directly")
+        self._nodes = [n for n in self._nodes if n.op != "get_attr"]
         self._input = inputs[0]
         self._read = {self._input}
-
-    @staticmethod
-    def _is_shape(node: fx.Node) -> bool:  # only ever used by a view, which checks it
-        return node.op in ("call_method", "call_function") and _looks_at_shape(node)
 
     def steps(self) -> list[Step]:
         """All layers."""
@@ -277,7 +304,26 @@ class _Forward:
             node = before
         return [step for piece in reversed(pieces) for step in piece]
 
+    def _weighted(self, node: fx.Node) -> Step:
+        """A function of the value and of parameters."""
+        weight, bias, rest, options = _parameters(node)
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            raise Refused(f"{self._label}: a weight that is computed")
+        tensors = tuple(str(n.target) for n in (weight, bias) if isinstance(n, fx.Node))
+        known = dict(self._module.named_parameters(remove_duplicate=False))
+        found = [known.get(path) for path in tensors]
+        if any(parameter is None for parameter in found):
+            raise Refused(f"{self._label}: a weight that is no parameter")
+        try:
+            layer = WEIGHTED[node.target](found[0], bias is not None, *rest, **options)
+        except TypeError:
+            raise Refused(f"{self._label}: {weight.target} with unknown arguments") from None
+        return Step(layer, self._name, None, tensors, self._module)
+
     def _of(self, node: fx.Node, before: fx.Node) -> Iterator[Step]:
+        if node.op == "call_function" and node.target in WEIGHTED:
+            yield self._weighted(node)
+            return
         if node.op != "call_module":
             for layer in _called(node, self._label, before):
                 yield Step(layer, self._name, None)

@@ -7,6 +7,7 @@ its arguments are, and the shapes of its parameters, the native core says (`arch
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,6 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.nn.tabular import TabularInput
 from pymeta.spec.modules import Fixed, is_fixed
+from pymeta.spec.refused import Refused
+from pymeta.spec.slices import PART, of_index, of_narrow, of_select
 from pymeta.spec.watch import hooked
 
 Layer: TypeAlias = tuple[Any, ...]
@@ -29,10 +32,6 @@ JOIN: Layer = ("join",)
 SQUEEZE = (
     "squeeze"  # (SQUEEZE, dimension, ...): none of the native core's; `network.py` knows what it is
 )
-
-
-class Refused(Exception):
-    """Raised while a model is examined; its message is the reason why it is not native."""
 
 
 class Part(NamedTuple):
@@ -118,17 +117,26 @@ def _same(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int, int
 def _conv(m: nn.Conv1d | nn.Conv2d) -> Layer:
     if m.padding_mode != "zeros":
         raise Refused(f"padding_mode {m.padding_mode!r}")
-    axes = 2 if isinstance(m, nn.Conv2d) else 1
+    return _convolution(
+        m.in_channels, m.out_channels, m.kernel_size, m.bias is not None, m.stride, m.padding,
+        m.dilation, m.groups,
+    )  # fmt: skip
+
+
+def _convolution(
+    inputs: int, outputs: int, kernel_size: Sequence[int], bias: bool, stride: Any, padding: Any,
+    dilation: Any, groups: int,
+) -> Layer:  # fmt: skip
+    axes = len(kernel_size)
     kernel, stride, dilation = (
-        _two(v, 1 if axes == 1 else -1) for v in (m.kernel_size, m.stride, m.dilation)
+        _two(v, 1 if axes == 1 else -1) for v in (kernel_size, stride, dilation)
     )
-    if isinstance(m.padding, str):
-        sides = _same(kernel, dilation) if m.padding == "same" else (0, 0, 0, 0)
+    if isinstance(padding, str):
+        sides = _same(kernel, dilation) if padding == "same" else (0, 0, 0, 0)
     else:
-        sides = _sides(_two(m.padding, 0 if axes == 1 else -1))
+        sides = _sides(_two(padding, 0 if axes == 1 else -1))
     return (
-        f"conv{axes}d", m.in_channels, m.out_channels, *kernel, *stride, *sides, *dilation,
-        m.groups, m.bias is not None,
+        f"conv{axes}d", inputs, outputs, *kernel, *stride, *sides, *dilation, groups, bias,
     )  # fmt: skip
 
 
@@ -204,19 +212,15 @@ def _squeeze(dim: Any = None) -> Layer:
     return (SQUEEZE, *dims)
 
 
-def _zeros_around(axes: int, sides: Sequence[int]) -> Layer:
-    """A border of zeros: an average over windows of one number, where there is one."""
-    left_right = tuple(sides[:2])
-    top_bottom = tuple(sides[2:4]) if axes == 2 else (0, 0)
-    if min(*left_right, *top_bottom) < 0:
-        raise Refused(f"negative padding {tuple(sides)}")
-    return (f"avg_pool{axes}d", 1, 1, 1, 1, *top_bottom, *left_right, 1, 1, 1)
-
-
 def _pad(pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Layer:
-    if mode != "constant" or value or len(pad) not in (2, 4):
-        raise Refused(f"padding {tuple(pad)} in mode {mode!r} by {value or 0}")
-    return _zeros_around(len(pad) // 2, pad)
+    """A border of zeros, of (left, right) or (left, right, top, bottom); negative: cut off."""
+    sides = tuple(pad)
+    if mode != "constant" or value or len(sides) not in (2, 4):
+        raise Refused(f"padding {sides} in mode {mode!r} by {value or 0}")
+    if not all(type(n) is int for n in sides):
+        raise Refused("padding by values that are not plain numbers")
+    top_bottom = sides[2:] or (0, 0)
+    return ("zero_pad", *top_bottom, *sides[:2])
 
 
 def _constant_pad(m: nn.ConstantPad1d | nn.ConstantPad2d) -> Layer:
@@ -378,16 +382,38 @@ FUNCTIONS: dict[Any, Called] = {
     F.adaptive_max_pool2d: _adaptive_pool("max", 2),
     torch.mean: _mean,
     torch.squeeze: _squeeze,
+    torch.narrow: of_narrow,
+    torch.select: of_select,
+    operator.getitem: of_index,
     F.pad: _pad,
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout), _dropout),
 }
+
+
+def _conv_of(
+    weight: torch.Tensor, bias: bool, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Layer:  # fmt: skip
+    outputs, inputs, *kernel = weight.shape
+    return _convolution(
+        inputs * groups, outputs, kernel, bias, stride, padding, dilation, groups
+    )  # fmt: skip
+
+
+def _linear_of(weight: torch.Tensor, bias: bool) -> Layer:
+    return ("linear", weight.shape[1], weight.shape[0], bias)
+
+
+# Made of the weight, whether there is a bias, and what follows these.
+WEIGHTED: dict[Any, Called] = {F.conv1d: _conv_of, F.conv2d: _conv_of, F.linear: _linear_of}
 # of the layers that functions are
 AXES: dict[str, tuple[int, ...]] = {
     f"{kind}_pool{axes}d": (axes,)
     for kind in ("max", "avg", "global_avg", "adaptive_avg", "adaptive_max")
     for axes in (1, 2)
 }
-AXES[SQUEEZE] = (1, 2)
+AXES |= {"linear": (0,), "conv1d": (1,), "conv2d": (2,)}
+AXES |= dict.fromkeys((SQUEEZE, PART, "zero_pad"), (1, 2))
 METHODS: dict[str, Called] = {
     "relu": _simple(("relu",)),
     "tanh": _simple(("tanh",)),
@@ -395,6 +421,8 @@ METHODS: dict[str, Called] = {
     "flatten": _flatten,
     "mean": _mean,
     "squeeze": _squeeze,
+    "narrow": of_narrow,
+    "select": of_select,
     "contiguous": lambda: IDENTITY,
 }
 
@@ -412,6 +440,8 @@ def _fixed_parts(m: _NormBase) -> list[Part]:
 def axes_of(layer: Layer, module: nn.Module | None) -> tuple[int, ...] | None:
     """How many axes of positions a layer's rows may have; None where any number will do."""
     if module is None:
+        if layer[0] == "zero_pad" and any(layer[1:3]):
+            return (2,)
         return AXES.get(layer[0])
     axes = MODULES[type(module)].axes
     return axes(module) if callable(axes) else axes

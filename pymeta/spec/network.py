@@ -32,12 +32,13 @@ from pymeta.spec.layers import (
     SQUEEZE,
     TURN,
     Layer,
-    Refused,
     axes_of,
     label_of,
 )
 from pymeta.spec.modules import Fixed, running_statistics
+from pymeta.spec.refused import Refused
 from pymeta.spec.show import counted
+from pymeta.spec.slices import PART, resolve, takes_one
 from pymeta.spec.watch import Watch
 
 
@@ -105,14 +106,16 @@ def _chain(leaves: Iterable[nn.Module], containers: Iterable[nn.Module]) -> Watc
         places += [(m.__dict__, name) for name in MODULES[type(m)].reads]
         places += [(d, k) for d in (m._parameters, m._buffers) for k in d if k in SLOTS]
     places += [(m.__dict__, name) for m in holders for name in _settings(m)]
+    places += [(m._parameters, name) for m in holders for name in m._parameters]
     return Watch(places, layers + holders, holders)
 
 
 # ---- the whole --------------------------------------------------------------------------------
 
 
-def _tensor(module: nn.Module, path: str) -> Any:
+def _tensor(module: nn.Module | None, path: str) -> Any:
     """A parameter or buffer of a module, None where it has none of that name."""
+    assert module is not None
     owner, _, key = path.rpartition(".")
     holder = module.get_submodule(owner)
     found = holder._parameters.get(key)
@@ -128,10 +131,8 @@ def _parameter_names(steps: list[Step], model: nn.Module, fixed: Fixed) -> tuple
     constants = {id(b): n for n, b in running_statistics(model, fixed).items()}
     names: list[str] = []
     for step in steps:
-        if step.module is None:
-            continue
         for path in step.tensors:
-            tensor = _tensor(step.module, path)
+            tensor = _tensor(step.owner, path)
             if tensor is not None:
                 names.append(known[id(tensor)] if id(tensor) in known else constants[id(tensor)])
     if len(set(names)) != len(names):
@@ -209,7 +210,7 @@ def _norms(steps: list[Step]) -> tuple[nn.Module, ...]:
     return tuple(s.module for s in steps if s.layer[0] in kinds and s.module is not None)
 
 
-_SETTINGS = (bool, int, float, str, type(None))
+_SETTINGS = (bool, int, float, str, tuple, type(None))
 
 
 def _settings(module: nn.Module) -> list[str]:
@@ -241,6 +242,7 @@ def _squeezed(dims: tuple[int, ...], axes: int, layers: list[Layer]) -> int:
     """How many axes of positions a squeeze takes away; Refused where they may be several."""
     kind, *sizes = layers[-1]
     pooled = kind.startswith("global_") or (kind.startswith("adaptive_") and set(sizes) == {1})
+    pooled = pooled or (kind == "slice" and takes_one(layers[-1]))
     found = {d if d > 0 else d + axes + 2 for d in dims}
     if not pooled or not found <= set(range(2, axes + 2)):
         raise Refused(f"a squeeze of dimension {', '.join(map(str, dims))}")
@@ -283,6 +285,10 @@ def _shaped(
             axes -= _squeezed(step.layer[1:], axes, layers)
             if axes == 0:
                 layers.append(FLATTEN)
+            continue
+        if step.layer[0] == PART:
+            layer, axes = resolve(step.layer, axes)
+            layers += [layer, FLATTEN] if axes == 0 else [layer]
             continue
         if step.layer != IDENTITY and (step.layer != FLATTEN or axes):
             layers.append(step.layer)

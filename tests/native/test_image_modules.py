@@ -61,7 +61,7 @@ def test_padding_means_and_dropout_in_a_forward_are_layers():
     net = Causal().eval()
     kinds = [layer[0] for layer in describe(net, (2, 9)).layers]
     assert kinds == [
-        "image", "avg_pool1d", "conv1d", "relu", "global_avg_pool1d", "flatten", "linear"
+        "image", "zero_pad", "conv1d", "relu", "global_avg_pool1d", "flatten", "linear"
     ]  # fmt: skip
     data = episodes((2, 9), dtype=torch.float32)
     found = [
@@ -148,7 +148,9 @@ def test_a_forward_that_calls_functions_is_traced():
         ((nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d((2, None)), nn.Flatten()), "adaptive pooling"),
         ((nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(3), nn.Flatten()), "do not divide"),
         ((nn.Conv2d(1, 2, 3), nn.AdaptiveMaxPool2d(2, True), nn.Flatten()), "returns indices"),
-        ((nn.Conv2d(1, 2, 3), nn.ZeroPad2d(-1), nn.Flatten()), "negative padding"),
+        ((nn.Conv2d(1, 2, 3), nn.ZeroPad2d(-2), nn.Flatten()), "does not fit"),
+        ((nn.Conv2d(1, 2, 3), images.Part((slice(5, 9),)), nn.Flatten()), "without positions"),
+        ((nn.Conv2d(1, 2, 3), images.Part((slice(None), 1)), nn.Flatten()), "column of an image"),
         ((nn.Conv2d(1, 2, 3), nn.ConstantPad2d(1, 2.0), nn.Flatten()), "by 2.0"),
         ((nn.Conv2d(1, 2, 3), nn.LayerNorm((4,)), nn.Flatten()), "layer 1 .LayerNorm. does not"),
         ((nn.Conv2d(1, 2, 3), nn.LayerNorm((4, 4)), nn.Flatten()), "layer 1 .LayerNorm. does not"),

@@ -170,7 +170,7 @@ REFUSED = {
     "direct": (forward_as(lambda s, x: s.b(s.a(x * s.scale))), r"uses scale directly"),
     "function": (forward_as(lambda s, x: s.b(torch.cos(s.a(x)))), r"cos has no native kernel"),
     "branch": (forward_as(lambda s, x: s.a(s.b(x)) if x.sum() > 0 else x), r"cannot be traced"),
-    "row": (forward_as(lambda s, x: s.b(s.a(x))[0]), r"not a chain"),
+    "row": (forward_as(lambda s, x: s.b(s.a(x))[0]), r"a part of the rows"),
     "view": (forward_as(lambda s, x: s.b(s.a(x).view(-1, 3))), r"not a flattening"),
     "argument": (
         forward_as(lambda s, x: s.b(F.gelu(s.a(x), approximate="tanh", foo=1))),

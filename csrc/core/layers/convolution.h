@@ -15,14 +15,16 @@ namespace pymeta {
 template <class Builder>
 void add_convolution(Builder& builder, const double* arguments, bool image) {
   const auto number = [=](int i) { return static_cast<int>(arguments[i]); };
-  const Shape in = builder.shape(number(0));
   Window window = builder.window(arguments + 2);
   window.groups = number(12);
+  double sides[] = {arguments[6], arguments[7], arguments[8], arguments[9]};
+  builder.absorb_padding(window, sides);
+  const Shape in = builder.shape(number(0));
   if (static_cast<std::int64_t>(window.height) * window.width > kMostTaps)
     builder.refuse("a convolution of more than 256 taps");
   if (number(0) % window.groups != 0 || number(1) % window.groups != 0)
     builder.refuse("a convolution's groups do not divide its channels");
-  Layer& layer = builder.append(in, builder.windowed(in, window, arguments + 6, number(1)));
+  Layer& layer = builder.append(in, builder.windowed(in, window, sides, number(1)));
   layer.window = window;
   layer.weight = builder.tensor({number(1), number(0) / window.groups * window.taps(), true,
                                  image ? window.height : 0, window.width});

@@ -4,7 +4,7 @@
 // business (algorithms/passes.h). Each file has a description, true on every machine,
 //
 //   struct LinearSpec
-//     kName, kArguments                  how a network's description spells it: 'n' size, 'x' number, 'b' flag
+//     kName, kArguments                  how a network's description spells it: 'n' size, 'i' integer, 'x' number, 'b' flag
 //     kMixesRows                         does a row's output depend on the set's other rows?
 //     add(builder, arguments)            appends it to a network (bind/)
 //

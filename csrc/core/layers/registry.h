@@ -12,6 +12,7 @@
 #include "linear.h"
 #include "lone_activation.h"
 #include "norm_pool.h"
+#include "padding.h"
 #include "pooling.h"
 #include "rearrangement.h"
 #include "scale_shift.h"
@@ -35,6 +36,8 @@
   LAYER(adaptive_avg_pool2d, AdaptiveAvgPool2d) \
   LAYER(adaptive_max_pool1d, AdaptiveMaxPool1d) \
   LAYER(adaptive_max_pool2d, AdaptiveMaxPool2d) \
+  LAYER(zero_pad, ZeroPad)                      \
+  LAYER(slice, Slice)                           \
   LAYER(batch_norm, BatchNorm)                  \
   LAYER(step_batch_norm, StepBatchNorm)         \
   LAYER(norm_pool, NormPool)                    \

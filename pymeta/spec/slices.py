@@ -1,0 +1,101 @@
+"""Parts of the positions of rows, as forwards take them: `x[:, :, :-4]`, `x[..., -1]`, `narrow`.
+
+When a forward is traced it is not known yet how many axes its values have. So a part is written as
+the layer (PART, items), with an item for each axis of the index, or (PART, item, dimension); and
+`resolve` makes the native core's ("slice", ...) of it where the axes are known. An item is an
+integer, (first, end, step) of a slice, or ELLIPSIS.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from pymeta.spec.refused import Refused
+
+PART = "part"
+ELLIPSIS = "..."
+ALL = (None, None, None)
+_END = 2**24  # beyond every last position: the most that the native core takes
+
+Layer: TypeAlias = tuple[Any, ...]
+
+
+def _item(index: Any) -> Any:
+    if index is Ellipsis:
+        return ELLIPSIS
+    if type(index) is int:
+        return index
+    if isinstance(index, slice):
+        ends = (index.start, index.stop, index.step)
+        if all(v is None or type(v) is int for v in ends):
+            return ends
+        raise Refused("a slice whose ends are not plain numbers")
+    raise Refused(f"an index that is a {type(index).__name__}")
+
+
+def of_index(index: Any) -> Layer:
+    """Of `x[index]`."""
+    items = tuple(map(_item, index if isinstance(index, tuple) else (index,)))
+    if ELLIPSIS not in items and any(item != ALL for item in items[:2]):
+        raise Refused("a part of the rows or of the channels")
+    return (PART, items)
+
+
+def of_narrow(dim: Any, start: Any, length: Any) -> Layer:
+    """Of `x.narrow(dim, start, length)`."""
+    if not all(type(v) is int for v in (dim, start, length)):
+        raise Refused("a narrow by values that are not plain numbers")
+    end = start + length
+    return (PART, (start, None if start < 0 and end == 0 else end, None), dim)
+
+
+def of_select(dim: Any, index: Any) -> Layer:
+    """Of `x.select(dim, index)`."""
+    if not all(type(v) is int for v in (dim, index)):
+        raise Refused("a select by values that are not plain numbers")
+    return (PART, index, dim)
+
+
+def _spread(layer: Layer, dimensions: int) -> list[Any]:
+    """An item for each dimension."""
+    if len(layer) == 3:
+        _, item, dim = layer
+        items: list[Any] = [ALL] * dimensions
+        if not -dimensions <= dim < dimensions:
+            raise Refused(f"dimension {dim} of a value with {dimensions}")
+        items[dim] = item
+        return items
+    items = list(layer[1])
+    if items.count(ELLIPSIS) > 1 or len(items) - items.count(ELLIPSIS) > dimensions:
+        raise Refused(f"an index of {len(items)} axes")
+    if ELLIPSIS not in items:
+        items.append(ELLIPSIS)
+    at = items.index(ELLIPSIS)
+    items[at : at + 1] = [ALL] * (dimensions - len(items) + 1)
+    return items
+
+
+def resolve(layer: Layer, axes: int) -> tuple[Layer, int]:
+    """The native layer, and how many axes of positions are left of so many."""
+    rows, channels, *positions = _spread(layer, axes + 2)
+    if (rows, channels) != (ALL, ALL):
+        raise Refused("a part of the rows or of the channels")
+    numbers: list[int] = [0, _END, 1] if axes == 1 else []
+    for item in positions:
+        if isinstance(item, int):
+            item = (item, None if item == -1 else item + 1, None)
+        first, end, step = item
+        numbers += [first or 0, _END if end is None else end, 1 if step is None else step]
+        if numbers[-1] < 1 or max(map(abs, numbers[-3:])) > _END:
+            raise Refused(f"a slice from {first} to {end} by {step}")
+    dropped = [isinstance(item, int) for item in positions]
+    if dropped == [False, True]:
+        raise Refused("one column of an image")
+    return ("slice", *numbers), axes - sum(dropped)
+
+
+def takes_one(layer: Layer) -> bool:
+    """Whether a native slice leaves one position, however many there are."""
+    rows, columns = layer[1:4], layer[4:7]
+    one = [end - first == 1 or (first, end) == (-1, _END) for first, end, _ in (rows, columns)]
+    return one[1] and (one[0] or rows == (0, _END, 1))

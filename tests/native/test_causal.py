@@ -1,0 +1,251 @@
+"""Causal convolutions in all the ways in which people write them: native, and one layer each."""
+
+import pytest
+import torch
+from images import episodes
+from kernels import DTYPES, PATHS, same_bits, using
+from torch import nn
+from torch.nn import functional as F
+
+import pymeta
+from pymeta.spec.network import Description, Unsupported, describe
+
+REACH = 4  # of three taps, two apart
+
+
+class Chomp(nn.Module):
+    """As in locuslab/TCN."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        return x[:, :, : -self.size].contiguous()
+
+
+class Padding(nn.Conv1d):
+    """A convolution that pads its own input."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (REACH, 0)))
+
+
+class Cutting(nn.Conv1d):
+    """One that cuts off from its own output."""
+
+    def forward(self, x):
+        return super().forward(x)[..., : -self.padding[0]]
+
+
+class Functional(nn.Conv1d):
+    """One that calls the function with parameters that it holds."""
+
+    def forward(self, x):
+        x = F.pad(input=x, pad=(REACH, 0), mode="constant", value=0.0)
+        return F.conv1d(x, self.weight, bias=self.bias, dilation=self.dilation)
+
+
+def conv(padding, kind=nn.Conv1d):
+    """A convolution whose window reaches REACH back."""
+    return kind(2, 5, 3, dilation=2, padding=padding)
+
+
+FORMS = {
+    "constant": lambda: (nn.ConstantPad1d((REACH, 0), 0.0), conv(0)),
+    "zeros": lambda: (nn.ZeroPad1d((REACH, 0)), conv(0)),
+    "in two places": lambda: (nn.ZeroPad1d((2, -2)), conv(2)),
+    "negative padding": lambda: (conv(REACH), nn.ZeroPad1d((0, -REACH))),
+    "chomp": lambda: (conv(REACH), Chomp(REACH)),
+    "chomp behind its activation": lambda: (conv(REACH), nn.ReLU(), Chomp(REACH)),
+    "padding itself": lambda: (conv(0, Padding),),
+    "cutting itself": lambda: (conv(REACH, Cutting),),
+    "functional": lambda: (conv(0, Functional),),
+}
+
+
+def adapted(net, backend, dtype, steps=2):
+    """Predictions of adapted networks, and the gradient of the start, second order."""
+    maml = pymeta.MAML(net, loss="cross_entropy", lr=0.3, steps=steps, backend=backend)
+    out = maml(*episodes((2, 9), dtype=dtype))
+    return [out.predictions, *torch.autograd.grad(out.loss, list(net.parameters()))]
+
+
+def causal(form, dtype):
+    torch.manual_seed(1)
+    return nn.Sequential(*FORMS[form](), nn.ReLU(), nn.Flatten(), nn.Linear(45, 3)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa, executor", PATHS)
+def test_all_forms_are_one_layer(isa, executor, dtype):
+    """The same products in the same order, as bits say."""
+    with using(isa, executor):
+        forms = {
+            form: adapted(causal(form, dtype), "native", dtype)
+            for form in FORMS if form != "in two places"
+        }  # fmt: skip
+    wanted = forms.pop("constant")
+    for found in forms.values():
+        assert all(same_bits(g, w) for g, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_they_are_what_torch_computes(form):
+    """Eager, task by task, is what the fallback is held to elsewhere; here both are."""
+    net = causal(form, torch.float64)
+    found, wanted = (adapted(net, backend, torch.float64) for backend in ("native", "torch"))
+    for g, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+    x = torch.randn(3, 2, 9, dtype=torch.float64)
+    later = x.clone()
+    later[:, :, 5:] = torch.randn(3, 2, 4, dtype=torch.float64)
+    if form != "in two places":  # which sees the future, too
+        assert torch.equal(net[:-2](x)[:, :, :5], net[:-2](later)[:, :, :5])
+
+
+class Block(nn.Module):
+    """A block of a temporal convolutional network (Bai, Kolter, Koltun 2018)."""
+
+    def __init__(self, inputs, outputs, dilation):
+        super().__init__()
+        layers = []
+        for fan_in in (inputs, outputs):
+            layers += [nn.Conv1d(fan_in, outputs, 2, padding=dilation, dilation=dilation)]
+            layers += [Chomp(dilation), nn.ReLU(), nn.Dropout(0.0)]
+        self.net, self.relu = nn.Sequential(*layers), nn.ReLU()
+        self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(self.net(x) + shortcut)
+
+
+class Temporal(nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(2, 4, 1), Block(4, 4, 2), Block(4, 4, 4))
+        self.head, self.last = nn.Linear(4, 3), last
+
+    def forward(self, x):
+        return self.head(self.last(self.blocks(x)))
+
+
+LAST = {
+    "index": lambda x: x[:, :, -1],
+    "ellipsis": lambda x: x[..., -1],
+    "select": lambda x: x.select(-1, -1),
+    "slice": lambda x: x[:, :, -1:].squeeze(-1),
+    "narrow": lambda x: torch.narrow(x, 2, -1, 1).flatten(1),
+    "another": lambda x: x[:, :, 5],
+    "the later half": lambda x: x.narrow(2, 4, 5).mean(-1),
+    "every third": lambda x: x[:, :, 2::3].mean(-1),
+}
+
+
+@pytest.mark.parametrize("last", LAST)
+def test_a_temporal_convolutional_network(last):
+    net = Temporal(LAST[last]).double()
+    found, wanted = (adapted(net, backend, torch.float64) for backend in ("native", "torch"))
+    for g, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
+IMAGES = {
+    "rows": lambda x: x[:, :, 1:-1].flatten(1),
+    "every second": lambda x: x[:, :, ::2, ::2].flatten(1),
+    "a row": lambda x: F.max_pool1d(x[:, :, 2], 2).flatten(1),
+    "a pixel": lambda x: x[:, :, -1, 0],
+    "behind an ellipsis": lambda x: x[:, ..., 1:3, :].flatten(1),
+    "padding of one axis": lambda x: F.pad(x, (1, 0)).mean((2, 3)),
+    "padding of both": lambda x: F.pad(x, (1, 0, -1, 2)).mean((2, 3)),
+}
+
+
+class Cropped(nn.Module):
+    def __init__(self, part, features):
+        super().__init__()
+        self.conv, self.part, self.head = nn.Conv2d(2, 3, 2), part, nn.Linear(features, 3)
+
+    def forward(self, x):
+        return self.head(self.part(torch.tanh(self.conv(x))))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_parts_of_images(name):
+    part = IMAGES[name]
+    net = Cropped(part, part(torch.ones(1, 3, 5, 4)).shape[1]).double()
+    data = episodes((2, 6, 5))
+    found = []
+    for backend in ("native", "torch"):
+        maml = pymeta.MAML(net, loss="cross_entropy", lr=0.3, steps=2, backend=backend)
+        out = maml(*data)
+        found.append([out.predictions, *torch.autograd.grad(out.loss, list(net.parameters()))])
+    for g, w in zip(*found, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
+OTHERS = {
+    "channels": (lambda x: x[:, :3].mean(-1), "part of the rows or of the channels"),
+    "rows": (lambda x: x[1:].mean(-1), "part of the rows or of the channels"),
+    "channels behind an ellipsis": (lambda x: x[..., :3, :].mean(-1), "of the channels"),
+    "channels by name": (lambda x: x.narrow(1, 0, 3).mean(-1), "of the channels"),
+    "backwards": (lambda x: x[:, :, None].mean(-1), "index that is a NoneType"),
+    "too many": (lambda x: x[:, :, :, 0], "index of 4 axes"),
+    "unknown dimension": (lambda x: x.select(3, 0), "dimension 3 of a value with 3"),
+    "by its size": (lambda x: x[:, :, : x.size(2) // 2].mean(-1), "not a chain"),
+    "all four sides": (lambda x: F.pad(x, (1, 1, 1, 1)).mean(-1), "one axis|1 axis"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_parts_say_why_not(name):
+    part, reason = OTHERS[name]
+    found = describe(Temporal(part), (2, 9))
+    assert isinstance(found, Unsupported)
+    assert any(text in found.reason for text in reason.split("|")), found.reason
+
+
+def test_a_weight_that_is_computed_or_used_twice_is_refused():
+    class Standardised(nn.Conv1d):
+        def forward(self, x):
+            return F.conv1d(x, self.weight - self.weight.mean(), self.bias)
+
+    class Twice(nn.Conv1d):
+        def forward(self, x):
+            return F.conv1d(F.conv1d(x, self.weight), self.weight)
+
+    class Constant(nn.Conv1d):
+        def forward(self, x):
+            return F.conv1d(x, self.kernel)
+
+    Constant.kernel = torch.ones(2, 2, 2)  # no parameter, and no buffer
+
+    class Buffered(nn.Conv1d):
+        def forward(self, x):
+            return F.conv1d(super().forward(x), self.kernel)
+
+    reasons = {
+        Standardised: "uses weight directly", Twice: "more than once", Constant: "no parameter",
+        Buffered: "no parameter",
+    }  # fmt: skip
+    for kind, reason in reasons.items():
+        net = nn.Sequential(kind(2, 2, 2), nn.Flatten())
+        if kind is Buffered:
+            net[0].register_buffer("kernel", torch.ones(2, 2, 2))
+        assert reason in describe(net, (2, 9)).reason
+
+
+def test_what_a_convolution_of_ones_own_depends_on_is_watched():
+    changes = {
+        "dilation": lambda m: setattr(m, "dilation", (1,)),
+        "weight": lambda m: setattr(m, "weight", nn.Parameter(torch.ones(5, 2, 2))),
+        "bias": lambda m: setattr(m, "bias", None),
+    }
+    for change in changes.values():
+        layer = conv(0, Functional)
+        found = describe(nn.Sequential(layer, nn.Flatten()), (2, 9))
+        assert isinstance(found, Description) and found.names == ("0.weight", "0.bias")
+        assert found.watch.is_current()
+        change(layer)
+        assert not found.watch.is_current()
