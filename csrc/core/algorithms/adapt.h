@@ -66,8 +66,9 @@ class InnerLoop {
     const ItemSet& support = *now.set;
     const Tape tape = s.support_tape(k);
     const Passes<X> passes(s, support, tape, /*is_query=*/false, k);
-    // Layers below the lowest that changes see the same rows with the same weights again.
-    const bool same_below = now.same_rows && !s.ws.keeps_steps;
+    // Layers below the lowest that changes see the same rows with the same weights again. In second order deltas go further down.
+    const bool overwritten = s.call.second_order() && s.ws.support_tape.replaces_outputs;
+    const bool same_below = now.same_rows && !s.ws.keeps_steps && !overwritten;
     passes.forward(theta, same_below ? s.lowest_adapted : 0);
     if (extra<X>(s.ws.sums_losses)) add_loss(now, tape);
     if (extra<X>(s.ws.statistics != kNowhere)) add_statistics(k, passes, theta, now);

@@ -221,6 +221,7 @@ class MetaGradient {
     s.transpose(u, s.memory.at(s.ws.u_transposed));
     const Direction direction{&s, u};
     const Passes<X> passes(s, *step.set, s.support_tape(k), /*is_query=*/false, k);
+    if (k + 1 < s.call.steps) passes.repeat(theta);
     passes.tangent_forward(theta, direction);
     passes.tangent_backward(theta, direction, k == s.call.steps - 1, scale, [&](int t) {
       const std::size_t place = place_of(t);

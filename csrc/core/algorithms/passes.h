@@ -197,6 +197,15 @@ class Passes {
     }
   }
 
+  // The outputs that are made again (LayerTape), where another step's lie.
+  PYMETA_FN PYMETA_NOINLINE void repeat(const Parameters& theta) const {
+    for (int l = 0; l <= last_ && !state_.call.is_stopped(); ++l)
+      if (tape_.layout->layers[l].makes_a_again)
+        with_rules(l, [&](const auto& rules) {
+          rules.forward(pass(l, theta), Destination{tape_.a(l), is_relu(l)});
+        });
+  }
+
   // visit(layer, its pass) of the batch normalisations whose statistics a forward pass has left on the tape.
   template <class Visitor>
   PYMETA_FN void statistics(const Parameters& theta, Visitor visit) const {

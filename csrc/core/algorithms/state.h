@@ -192,11 +192,12 @@ struct State {
     Real* base;
 
     PYMETA_FN Real* at(Place place) const { return place == kNowhere ? nullptr : base + place; }
-    PYMETA_FN Real* a(int l) const { return at(layout->layers[l].a); }
+    PYMETA_FN Real* a(int l) const {
+      const LayerTape& own = layout->layers[l];
+      return own.shares_a ? state->memory.at(state->ws.shared) + own.a : at(own.a);
+    }
     PYMETA_FN Real* d(int l) const {
-      if constexpr (X::kSharesPlaces)
-        if (l == layout->elsewhere) return state->memory.at(state->ws.query);
-      return at(layout->layers[l].d);
+      return l == layout->elsewhere ? state->memory.at(state->ws.query) : at(layout->layers[l].d);
     }
     PYMETA_FN Real* kept(int l, int i) const { return at(layout->layers[l].kept[i]); }
     PYMETA_FN Matrix input(int l, const ItemSet& set) const {

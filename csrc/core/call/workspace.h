@@ -126,9 +126,19 @@ struct SharedDeltas {
 // where the query set's pass will be.
 enum class Deltas { own, shared, lowest_elsewhere };
 
+// Of images and sequences, whose lowest layer's outputs are the largest: is that only so as well?
+template <class X>
+PYMETA_FN bool is_lowest_delta_read_once(const Network& network) {
+  const int l = lowest_with_tensors(network);
+  return l < network.layer_count && network.layers[l].out.positions() > 1 &&
+         delta_goes_with_tangent<X>(network.layers[l]);
+}
+
 // What a layer keeps of a pass for the passes that follow.
 struct LayerTape {
   Place a;               // output
+  bool shares_a;         // it lies in memory that the steps share,
+  bool makes_a_again;    // and is made again where a step is reversed
   Place z;               // input of the activation, where its slope needs it
   Place d;               // delta at z
   Place c;               // delta at a, where the activation has a curvature
@@ -141,59 +151,95 @@ struct TapeLayout {
   Place y, dy, kept;  // class-major outputs, their deltas, what the loss keeps of its value
   Place row_losses;
   std::size_t size;
-  int elsewhere = -1;  // the layer whose delta lies in the query set's memory (Deltas)
+  int elsewhere = -1;       // the layer whose delta lies in the query set's memory (Deltas)
+  std::size_t shared_size;  // of what all steps share
+  bool replaces_outputs;    // a layer's delta is written over its output
 
-  // `is_read_once`: each forward pass is followed by its backward pass or by none, and by nothing else that reads the tape.
+  // What is asked of a tape.
+  struct Use {
+    bool deltas, tangents;
+    Deltas where = Deltas::own;
+    bool deltas_below = false;  // those below the lowest layer with parameters, too
+    // Each forward pass is followed by its backward pass or by none, and by nothing else that reads the tape.
+    bool is_read_once = false;
+    // There are several, one for each step. They share the outputs that are the same in all of them, that are made again where
+    // a step is reversed (Passes::repeat), or that nobody reads then.
+    bool of_steps = false;
+    bool same_rows = false;  // in all steps
+  };
   template <class X>
-  PYMETA_FN void lay_out(const Network& network, int rows, bool with_deltas, bool with_tangents,
-                         bool is_read_once, Deltas deltas) {
-    Places places;
+  PYMETA_FN void lay_out(const Network& network, int rows, const Use& use) {
+    Places places, shared;
+    replaces_outputs = false;
+    const int lowest = lowest_with_tensors(network);
     // A narrow last layer's outputs are class-major.
-    const bool narrow = deltas != Deltas::own && is_last_narrow(network);
+    const bool narrow = use.where != Deltas::own && is_last_narrow(network);
     const int top = network.layer_count - 1 - narrow;
-    if (with_deltas && deltas == Deltas::lowest_elsewhere) elsewhere = lowest_with_tensors(network);
+    const bool forgotten =
+        lowest < network.layer_count && is_replaced_by_delta<X>(network, lowest, false);
+    if (use.deltas && use.where == Deltas::lowest_elsewhere && (use.of_steps || !forgotten))
+      elsewhere = lowest;
     for (int l = 0; l < network.layer_count; ++l) {
       const Layer& layer = network.layers[l];
       const ActivationKind activation = layer.activation.kind;
       const std::size_t matrix = matrix_scalars<X>(rows, layer.out);
       LayerTape& tape = layers[l];
-      tape = {kNowhere, kNowhere, kNowhere, kNowhere, {kNowhere, kNowhere}};
+      tape = {kNowhere, false, false, kNowhere, kNowhere, kNowhere, {kNowhere, kNowhere}};
       if (l > top) continue;
-      tape.a = places.take(matrix);
+      const bool has_delta =
+          use.deltas && (l >= lowest || use.deltas_below || l + 1 == network.layer_count);
+      const bool replaced =
+          has_delta && l != elsewhere && is_replaced_by_delta<X>(network, l, use.is_read_once);
+      replaces_outputs = replaces_outputs || replaced;
+      const bool is_done = l == elsewhere && forgotten;
+      tape.makes_a_again =
+          use.of_steps && l >= lowest && !replaced && !is_done && is_made_again<X>(network, l);
+      tape.shares_a = tape.makes_a_again || (use.of_steps && is_done) ||
+                      (use.of_steps && l < lowest && use.same_rows && !has_delta);
+      tape.a = (tape.shares_a ? shared : places).take(matrix);
       tape.z = places.take_if(slope_needs_input(activation), matrix);
-      if (is_read_once && is_replaced_by_delta(network, l))
+      if (replaced)
         tape.d = tape.a;
-      else if (deltas != Deltas::shared && l != elsewhere)
-        tape.d = places.take_if(with_deltas, matrix);
-      tape.c = places.take_if(with_tangents && has_curvature(activation), matrix);
+      else if (use.where != Deltas::shared && l != elsewhere)
+        tape.d = places.take_if(has_delta, matrix);
+      tape.c = places.take_if(use.tangents && has_curvature(activation), matrix);
       take_kept<X>(places, layer, rows, tape.kept);
     }
     if constexpr (X::kSharesPlaces)
-      if (with_deltas && deltas == Deltas::shared) {
-        SharedDeltas shared;
-        shared.lay_out<X>(places, network, rows, top, [&](int l) { return layers[l].a; });
-        for (int l = 0; l <= top; ++l) layers[l].d = shared.deltas[l].place;
+      if (use.deltas && use.where == Deltas::shared) {
+        SharedDeltas together;
+        together.lay_out<X>(places, network, rows, top, [&](int l) { return layers[l].a; });
+        for (int l = 0; l <= top; ++l) layers[l].d = together.deltas[l].place;
       }
     const std::size_t classes =
         static_cast<std::size_t>(network.out_features()) * X::class_stride(rows);
     y = places.take(classes);
-    dy = places.take_if(with_deltas, classes);
+    dy = places.take_if(use.deltas, classes);
     kept = places.take(classes);
     row_losses = places.take(X::class_stride(rows));
     size = places.used;
+    shared_size = shared.used;
   }
 
-  // Is the delta at layer l's output written over it, element by element? As a normalisation that does not keep what it
-  // normalises (norm_pool.h) can, where nobody else reads the output: not the layer itself, no branch.
-  PYMETA_FN static bool is_replaced_by_delta(const Network& network, int l) {
-    const Layer& layer = network.layers[l];
-    bool alone = l + 1 < network.layer_count &&
-                 network.layers[l + 1].kind == LayerKind::norm_pool &&
-                 (layer.kind == LayerKind::conv1d || layer.kind == LayerKind::conv2d) &&
-                 layer.activation.kind == ActivationKind::identity;
+  // Is layer l's output made again for each step that is reversed? From an input that is not.
+  template <class X>
+  PYMETA_FN bool is_made_again(const Network& network, int l) const {
+    return l > 0 && !layers[l - 1].makes_a_again && is_fused(network.layers[l].activation.kind) &&
+           is_repeated<X>(network.layers[l]);
+  }
+  // Is the delta at layer l's output written over it? Where nobody reads the output any more: not its activation, no branch,
+  // and the layer behind it forgets its input, or is a normalisation that does not keep what it normalises (norm_pool.h) and
+  // reads each element once more before it writes it.
+  template <class X>
+  PYMETA_FN static bool is_replaced_by_delta(const Network& network, int l, bool is_read_once) {
+    if (l + 1 == network.layer_count ||
+        network.layers[l].activation.kind != ActivationKind::identity)
+      return false;
+    const Layer& next = network.layers[l + 1];
+    bool replaced = forgets_input<X>(next) || (is_read_once && next.kind == LayerKind::norm_pool);
     for (int other = 0; other < network.layer_count; ++other)
-      alone = alone && network.layers[other].other_output != l;
-    return alone;
+      replaced = replaced && network.layers[other].other_output != l;
+    return replaced;
   }
 
   template <class X>
@@ -360,6 +406,7 @@ struct Workspace {
   Place v, u, u_transposed, state_adjoints, pull, support, query, tangents;
   Place statistics;  // sums over the steps, as StatisticsLayout has them
   Place scratch;     // what layers work in for the time of a call (LayerPass)
+  Place shared;      // what the steps' tapes share (LayerTape)
   Place order;       // int32 [kTasks kOrders, largest support set]: the shuffled rows of an epoch
   std::size_t size;  // scalars
   std::size_t size_far;
@@ -397,12 +444,20 @@ struct Workspace {
     const std::size_t states = call.optimizer.states() * parameters.size;
     const std::size_t each_step = keeps_gradients ? call.steps : 1;
     const bool shares = X::kSharesPlaces && is_chain(network) && !call.wants_input_gradient();
-    support_tape.lay_out<X>(network, step_rows, true, second, false,
-                            !shares  ? Deltas::own
-                            : second ? Deltas::lowest_elsewhere
-                                     : Deltas::shared);
-    query_tape.lay_out<X>(network, evaluated, call.wants_gradient(), false, true,
-                          shares ? Deltas::shared : Deltas::own);
+    TapeLayout::Use of_support{true, second}, of_query{call.wants_gradient(), false};
+    of_support.of_steps = kept > 1;
+    of_support.same_rows = !minibatches;
+    of_support.deltas_below = call.xs_gradient != nullptr;
+    of_query.deltas_below = call.xq_gradient != nullptr;
+    of_query.is_read_once = true;
+    if (shares) {
+      of_support.where = second ? Deltas::lowest_elsewhere : Deltas::shared;
+      of_query.where = Deltas::shared;
+    } else if (!call.xs_gradient && is_lowest_delta_read_once<X>(network)) {
+      of_support.where = Deltas::lowest_elsewhere;
+    }
+    support_tape.lay_out<X>(network, step_rows, of_support);
+    query_tape.lay_out<X>(network, evaluated, of_query);
     tangent.lay_out<X>(network, call.max_support, shares);
     factorable = X::kFactors && is_factorable(call);
 
@@ -423,6 +478,7 @@ struct Workspace {
     support = places.take(support_tape.size * slots);
     query = places.take(passing);
     tangents = second ? query : kNowhere;
+    shared = take_if(support_tape.shared_size > 0, support_tape.shared_size);
     theta = places.take(parameters.size * slots);
     theta_transposed = places.take(parameters.transposed_size * slots);
     v = take_if(call.wants_gradient(), parameters.size);

@@ -53,6 +53,7 @@ template <class X>
 struct Branch {
   static constexpr bool kTransposesWeight = false;
   static constexpr bool kReadsRowsInPlace = false;
+  static constexpr bool kForgetsInput = true;
 
   PYMETA_FN static PackedTensor packed_weight(const Layer&) { return {}; }
   PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }

@@ -62,7 +62,11 @@ template <class X>
 struct Convolution {
   static constexpr bool kTransposesWeight = true;
   static constexpr bool kReadsRowsInPlace = false;
+  static constexpr bool kDeltaGoesWithTangent = true;
 
+  PYMETA_FN static int repeated_work(const Layer& layer) {
+    return groups_of(layer).in * layer.window.taps();
+  }
   PYMETA_FN static PackedTensor packed_weight(const Layer& layer) {
     return {0, groups_of(layer).in * layer.window.taps(), layer.out.channels,
             static_cast<int>(X::stride(layer.out.channels)), true};

@@ -24,6 +24,10 @@
 //     tangent_backward(p, t, below)      rdx } along the direction u of the adapted parameters)
 //     tangent_gradient(p, t, weight, bias)   rgW, rgb
 //     work(layer, effort)                vector operations of one item, for the planner
+//     kForgetsInput                      only where it is so: none but forward reads x
+//     kDeltaGoesWithTangent              only where it is so: tangent_gradient reads d only where there is rx
+//     repeated_work(layer)               only of those whose output may be made again rather than kept: the multiply-adds of each
+//                                        number of it
 //     scratch_scalars(layer, rows)       only of those that work in memory of their own (LayerPass::scratch): how much, at most
 //     statistics(p, v)                   only of batch normalisations: mean and variance of the v-th vector of channels
 //

@@ -29,8 +29,9 @@ struct MaxPool1dSpec {
 
   template <class Builder>
   static void add(Builder& builder, const double* arguments) {
-    if (!builder.fuse_pooling(builder.window(arguments), arguments + 4))
-      add_pooling(builder, arguments);
+    if (builder.fuse_pooling(builder.window(arguments), arguments + 4)) return;
+    const Activation relu = builder.take_relu();
+    add_pooling(builder, arguments).activation = relu;
   }
 };
 
@@ -203,6 +204,7 @@ class Neighbours {
 // What the poolings share: Rules says how numbers go forth and back.
 template <class X, class Rules>
 struct Pooling {
+  static constexpr bool kForgetsInput = true;
   static constexpr bool kTransposesWeight = false;
   static constexpr bool kReadsRowsInPlace = false;
 

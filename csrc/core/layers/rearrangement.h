@@ -118,6 +118,7 @@ template <class X, bool kFlattens>
 struct Rearrangement {
   static constexpr bool kTransposesWeight = false;
   static constexpr bool kReadsRowsInPlace = !kFlattens;
+  static constexpr bool kForgetsInput = true;
 
   PYMETA_FN static PackedTensor packed_weight(const Layer&) { return {}; }
   PYMETA_FN static std::size_t kept_scalars(const Layer&, int, int) { return 0; }

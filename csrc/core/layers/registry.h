@@ -198,6 +198,57 @@ struct WorksInScratch<Rules, decltype(void(&Rules::scratch_scalars))> {
   static constexpr bool value = true;
 };
 
+template <class Rules, class = void>
+struct ForgetsInput {
+  static constexpr bool value = false;
+};
+template <class Rules>
+struct ForgetsInput<Rules, decltype(void(Rules::kForgetsInput))> {
+  static constexpr bool value = Rules::kForgetsInput;
+};
+template <class X>
+PYMETA_FN bool forgets_input(const Layer& layer) {
+  bool forgets = false;
+  with_layer<X>(layer.kind, [&](auto rules) { forgets = ForgetsInput<decltype(rules)>::value; });
+  return forgets;
+}
+
+template <class Rules, class = void>
+struct DeltaGoesWithTangent {
+  static constexpr bool value = false;
+};
+template <class Rules>
+struct DeltaGoesWithTangent<Rules, decltype(void(Rules::kDeltaGoesWithTangent))> {
+  static constexpr bool value = Rules::kDeltaGoesWithTangent;
+};
+template <class X>
+PYMETA_FN bool delta_goes_with_tangent(const Layer& layer) {
+  bool goes = false;
+  with_layer<X>(layer.kind,
+                [&](auto rules) { goes = DeltaGoesWithTangent<decltype(rules)>::value; });
+  return goes;
+}
+
+template <class Rules, class = void>
+struct Repeats {
+  static constexpr bool value = false;
+};
+template <class Rules>
+struct Repeats<Rules, decltype(void(&Rules::repeated_work))> {
+  static constexpr bool value = true;
+};
+// Is a layer's output made again rather than kept? A few multiply-adds take no longer than to write and to read a number.
+constexpr int kMostRepeatedWork = 27;  // of a number: a convolution of 3x3 taps and three channels
+template <class X>
+PYMETA_FN bool is_repeated(const Layer& layer) {
+  bool repeated = false;
+  with_layer<X>(layer.kind, [&](auto rules) {
+    if constexpr (Repeats<decltype(rules)>::value)
+      repeated = layer.out.positions() > 1 && rules.repeated_work(layer) <= kMostRepeatedWork;
+  });
+  return repeated;
+}
+
 // Of the layer that needs most for sets of so many rows.
 template <class X>
 PYMETA_FN std::size_t scratch_scalars(const Network& network, int rows) {
