@@ -10,7 +10,9 @@ cuda` makes all three.
 
     wavefronts      of shared memory in products, by a model of its banks; "modelled" is what the
                     planner reckons, to which no two lanes ask for the same
-    control         instructions of a warp outside of products, counted on the host's processor
+    control         instructions of the first warp outside of products, counted on the host's
+                    processor
+    all warps       the same of all warps together
     products        instructions of a warp in products: its multiply-adds and accesses, and a fifth
                     for the loops around them, as in the code that nvcc makes
     tasks           of a multiprocessor at once, by shared memory, registers and warps
@@ -53,6 +55,7 @@ def join(accesses: list[Row], instructions: list[Row]) -> list[Row]:
         joined.append({
             **row,
             "control": other["instructions"] if other else None,
+            "control_of_all": other["all_instructions"] if other else None,
             "products": product_instructions(row),
         })  # fmt: skip
     return joined
@@ -85,14 +88,14 @@ def table(rows: list[Row]) -> str:
     """A Markdown table."""
     lines = [
         "| case | family | threads | tasks | shared memory, KiB | barriers | wavefronts | modelled "
-        "| control | products |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| control | all warps | products |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         numbers = (
             *(row["threads"], row["at_once"], round(row["block_bytes"] / 1024), row["barriers"]),
             *(row["wavefronts"], round(row["modelled"]["wavefronts"])),
-            *(row["control"], row["products"]),
+            *(row["control"], row["control_of_all"], row["products"]),
         )
         cells = ("-" if n is None else f"{n:,}" for n in numbers)
         lines.append(f"| {row['case']} | {row['family']} | {' | '.join(cells)} |")

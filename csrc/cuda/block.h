@@ -15,7 +15,9 @@
 
 PYMETA_KERNEL_BEGIN
 
-struct Block {
+// kWaits: does an operation end with a barrier? Where calls are lists, a list says where there is one (list.h).
+template <bool kWaits>
+struct BlockOf {
   using Family = block_families::PYMETA_FAMILY;
   static constexpr int kElement = 1;
   static constexpr int kTasks = 1;
@@ -31,6 +33,9 @@ struct Block {
   PYMETA_FN static int blocks(int rows) { return rows; }
   PYMETA_FN static long class_stride(int rows) { return rows; }
 
+  PYMETA_FN static void wait() {
+    if constexpr (kWaits) sync();
+  }
   PYMETA_FN static Real* scratch() {
     return reinterpret_cast<Real*>(shared_memory() + sizeof(Sharing));
   }
@@ -41,12 +46,12 @@ struct Block {
   PYMETA_FN static void for_vectors(std::size_t size, Body body) {
     const unsigned all = static_cast<unsigned>(size);  // a task's arrays are no larger
     for (unsigned i = thread_index(); i < all; i += thread_count()) body(i);
-    sync();
+    wait();
   }
   template <class Body>
   PYMETA_FN static void for_indices(int count, Body body) {
     for (int i = thread_index(); i < count; i += thread_count()) body(i);
-    sync();
+    wait();
   }
   // Whole quads: `size` is a multiple of four, as the sizes of arrays in a workspace are.
   PYMETA_FN PYMETA_NOINLINE static void copy(Real* to, const Real* from, std::size_t size) {
@@ -62,7 +67,7 @@ struct Block {
       for (unsigned k = 0; k < together; ++k) store_quad(to + 4 * (i + k * step), held[k]);
     }
     for (; i < quads; i += step) store_quad(to + 4 * i, load_quad(from + 4 * i));
-    sync();
+    wait();
   }
   template <class Body>  // body(offset into the matrix, feature, row)
   PYMETA_FN static void map(const Extent& extent, int features, Body body) {
@@ -77,7 +82,7 @@ struct Block {
         ++r;
       }
     }
-    sync();
+    wait();
   }
   // body(offset into the matrix, channel, row, y, x, row of the set) over the positions of a set's rows
   template <class Body>
@@ -126,25 +131,25 @@ struct Block {
   PYMETA_FN PYMETA_NOINLINE static void apply(int in, int out, const Extent& extent,
                                               const Term* terms, int count, const Real* bias,
                                               const Destination& to) {
-    Product p{extent.rows, out, {}, count, bias, destined(to, stride(out))};
-    put_terms(terms, count, out, in, p);
+    Product p{extent.rows, out, count, {}, nullptr, nullptr, bias, destined(to, stride(out))};
+    put_terms(terms, out, in, p);
     multiply<Form::nn>(p);
   }
   PYMETA_FN PYMETA_NOINLINE static void apply_transposed(int in, int out, const Extent& extent,
                                                          const Term* terms, int count,
                                                          const Destination& to) {
-    Product p{extent.rows, in, {}, count, nullptr, destined(to, stride(in))};
-    put_terms(terms, count, out, out, p);
+    Product p{extent.rows, in, count, {}, nullptr, nullptr, nullptr, destined(to, stride(in))};
+    put_terms(terms, out, out, p);
     multiply<Form::nt>(p);
   }
   PYMETA_FN PYMETA_NOINLINE static void outer(int in, int out, const Extent& extent,
                                               const Matrix (*pairs)[2], int count,
                                               const Sink& sink) {
     if (!sink.out) return;
-    Product p{in, out, {}, count, nullptr, sunk(sink, stride(out))};
-    for (int i = 0; i < count; ++i)
-      p.pieces[i] = {pairs[i][0].p, static_cast<int>(pairs[i][0].row), pairs[i][1].p,
-                     static_cast<int>(pairs[i][1].row), extent.rows};
+    Product p{in, out, count, {}, nullptr, nullptr, nullptr, sunk(sink, stride(out))};
+    p.first = {pairs[0][0].p, static_cast<int>(pairs[0][0].row), pairs[0][1].p,
+               static_cast<int>(pairs[0][1].row), extent.rows};
+    if (count > 1) p.a = pairs[1][0].p, p.b = pairs[1][1].p;
     multiply<Form::tn>(p);
   }
   PYMETA_FN static void transpose(int, int, const Real*, Real*) {}
@@ -385,15 +390,16 @@ struct Block {
     sync();
   }
 
+  static constexpr int kParts = 8;  // of each of many sums
+
  private:
-  static constexpr int kParts = 8;       // of each of many sums
   static constexpr int kPartials = 256;  // of one long sum
   static constexpr int kGroups = 16;     // of those
 
-  PYMETA_FN static void put_terms(const Term* terms, int count, int out, int depth, Product& p) {
-    for (int i = 0; i < count; ++i)
-      p.pieces[i] = {terms[i].x.p, static_cast<int>(terms[i].x.row), terms[i].w,
-                     static_cast<int>(stride(out)), depth};
+  PYMETA_FN static void put_terms(const Term* terms, int out, int depth, Product& p) {
+    p.first = {terms[0].x.p, static_cast<int>(terms[0].x.row), terms[0].w,
+               static_cast<int>(stride(out)), depth};
+    if (p.count > 1) p.a = terms[1].x.p, p.b = terms[1].w;
   }
   // emit(index, sum of part(index, p) over p < kParts) for each index; a part is a thread's work.
   template <class Part, class Emit>
@@ -432,5 +438,7 @@ struct Block {
     return total;
   }
 };
+
+using Block = BlockOf<true>;
 
 PYMETA_KERNEL_END

@@ -38,8 +38,10 @@ struct LossArrays {
 struct Frame {
   Call<Real> call;
   Network network;
-  Loss losses[3];     // of the support, query and validation sets
-  Real* memories[4];  // of a block's own copy where calls are lists (operations.h: Lies)
+  Loss losses[3];  // of the support, query and validation sets
+  // Of a block's own copy, where calls are lists:
+  Real* memories[4];  // operations.h: Lies
+  int rows[2];        // of the task's support and query sets, or of what a step has of them
 
   // Where calls are lists, what follows is read where it is.
   Layer layers[kMostLayers];

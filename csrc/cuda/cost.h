@@ -51,9 +51,9 @@ class CostModel {
     const int in = layer.in.channels, out = layer.out.channels;
     const double back = backward ? times : 0, below = has_below ? back : 0;
     if (layer.kind == LayerKind::linear && !narrow) {
-      product(rows, out, 1.0 * terms * in, times);
-      product(rows, in, 1.0 * terms * out, below);
-      product(in, out, 1.0 * terms * rows, back);
+      product(rows, out, 1.0 * terms * in, times, false);
+      product(rows, in, 1.0 * terms * out, below, false);
+      product(in, out, 1.0 * terms * rows, back, true);
       operations(back);  // the bias
       return;
     }
@@ -67,14 +67,14 @@ class CostModel {
     operations(times + below + back);
   }
 
-  void product(int all_rows, int all_columns, double depth, double times) {
+  void product(int all_rows, int all_columns, double depth, double times, bool may_be_wide) {
     if (times == 0) return;
     // Tiles are counted in ints; of larger ones the cost grows in proportion.
     constexpr int most = 1 << 14;
     const int rows = all_rows < most ? all_rows : most;
     const int columns = all_columns < most ? all_columns : most;
     times *= static_cast<double>(all_rows) / rows * all_columns / columns;
-    const int height = tile_height(rows, columns, sharing_);
+    const int height = tile_height(rows, columns, sharing_, may_be_wide);
     const double steps = times * depth / 4, dealt = warp_tiles(rows, columns, height);
     cost_.wavefronts += steps * dealt * tile_wavefronts(height);
     cost_.instructions += steps * dealt * tile_instructions(height);

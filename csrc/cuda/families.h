@@ -20,7 +20,7 @@ struct chains : AllCalls {
   template <LayerKind kind>
   static constexpr bool kLayer = kind == LayerKind::linear || kind == LayerKind::lone_activation;
 };
-// The same without extras.
+// The same without extras (has_extras).
 struct plain : chains {
   static constexpr bool kExtras = false;
 };
@@ -62,9 +62,11 @@ bool has_extras(const Set& set) {
 }
 // Is anything asked for that extra() asks about?
 inline bool has_extras(const Call<Real>& call) {
-  return call.job != Job::meta || !call.query.y || call.train_curves || call.batches.size > 0 ||
-         !steps_scale_gradient(call) || call.lr_gradient || call.step_weights ||
-         call.task_clip > 0 || call.by_support || call.cotangents.any() ||
+  const bool of_meta = call.job == Job::meta &&
+                       (!call.query.y || call.batches.size > 0 || !steps_scale_gradient(call));
+  return of_meta || call.validation.x || call.train_curves || call.lr.is_spread() ||
+         call.optimizer.clip_norm > 0 || call.is_anchored() || call.lr_gradient ||
+         call.step_weights || call.task_clip > 0 || call.by_support || call.cotangents.any() ||
          call.wants_input_gradient() || call.ys_gradient || call.yq_gradient ||
          call.support_weights_gradient || call.query_weights_gradient ||
          call.support_offset_gradient || call.query_offset_gradient || call.anchors_gradient ||
@@ -72,20 +74,19 @@ inline bool has_extras(const Call<Real>& call) {
          has_extras(call.query);
 }
 
-// Plain calls are lists of operations (operations.h), the same for all tasks.
+// Plain calls are lists of operations (operations.h), the same for all tasks but for the number of their rows.
 constexpr int kMostOperations = 500;
-constexpr int kMostNumber = 65535;  // of rows, features, rates
+constexpr int kMostNumber = 65535;  // of features, rates
 
 // As many as a task has, or more, whatever memory it gets.
 inline std::int64_t most_operations(const Call<Real>& call) {
-  const std::int64_t layers = call.network->layer_count;
-  return (12 * layers + 14) * call.steps + 6 * layers + 8;
+  const std::int64_t layers = call.network->layer_count, tensors = call.network->tensor_count;
+  if (call.job == Job::meta) return (12 * layers + 14) * call.steps + 6 * layers + 8;
+  return 2 * (6 * layers + 6 + tensors) + 2 * (2 * layers + 8 + 2 * tensors);
 }
 inline bool fits_a_list(const Call<Real>& call) {
-  if (call.support.sizes || call.query.sizes || most_operations(call) > kMostOperations)
-    return false;
-  bool fits = call.max_support <= kMostNumber && call.max_query <= kMostNumber &&
-              static_cast<std::int64_t>(call.lr.rows) * call.lr.columns <= kMostNumber;
+  if (most_operations(call) > kMostOperations) return false;
+  bool fits = static_cast<std::int64_t>(call.lr.rows) * call.lr.columns < kMostNumber;
   for (int l = 0; l < call.network->layer_count; ++l)
     for (const Shape* shape : {&call.network->layers[l].in, &call.network->layers[l].out})
       fits = fits && shape->features() <= kMostNumber;

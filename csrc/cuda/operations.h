@@ -1,7 +1,8 @@
-// A call as a list of operations, which every task of a plain call goes through in the same order (recorder.h, list.h).
+// A call as lists of operations, which every task of a plain call goes through in the same order (recorder.h, list.h).
 //
-// The list is made on the host and travels in the kernel's parameters, where all threads read the same entry at once. An operation is
-// one of the executor's (block.h) with its operands; where they lie is a memory and an index in it.
+// They are made on the host and travel in the kernel's parameters, where all threads read the same entry at once. An operation is
+// one of the executor's (block.h) with its operands; where they lie is a memory and an index in it. What tasks may have more
+// or fewer of is not in a list: rows, inner steps.
 #pragma once
 
 #include "call.h"
@@ -28,8 +29,16 @@ enum class Act : std::uint8_t {
   loss_gradient,          // outputs, targets, scale, kept, row losses, gradient
   loss_hessian_product,   // outputs, targets, scale, kept, r, product
   write_loss,             // row losses
+  add_loss,               // row losses, of a step
+  write_mean_loss,        // of all steps
   write_predictions,      // outputs
-  copy,                   // from, to; the third is the number of quads
+  copy,                   // from, to
+  take_step,              // theta, gradient, theta after the step, state, state before
+  add_difference,         // start, theta, out
+  look_at_weights,        // theta: is any not finite? In three parts,
+  gather_looks,
+  write_status,
+  write_adapted,  // theta
 };
 
 // In which memory an operand lies, and how many numbers from its beginning.
@@ -39,21 +48,39 @@ constexpr Spot kNoSpot = ~Spot{0};
 constexpr int kSpotBits = 30;
 constexpr int kSpots = 7;
 
+enum class SetOf : std::uint8_t { support, query };  // rows are those of one of a task's sets
+
 struct Operation {
   Act act;
-  std::uint8_t count;  // of terms
-  std::uint8_t layer;  // whose activation it is
-  bool is_query;       // of which set's loss
-  bool relu;
+  std::uint8_t count;   // of terms
+  std::uint8_t number;  // of the layer whose activation it is, or of a tensor
   std::uint8_t height;  // of a product's tiles
-  std::uint16_t in, out, rows;
-  std::uint16_t rate;  // 0: what is summed is taken as it is; else times -lr.values[rate - 1]
-  Spot spots[kSpots];
+  SetOf set;            // whose rows they are
+  bool relu : 1;
+  bool waits : 1;       // for what other threads did before
+  bool from_last : 1;   // the last threads do it
+  bool has_before : 1;  // is there an optimiser's state of the step before?
+  std::uint16_t in, out;
+  std::uint16_t
+      rate;  // 0: what is summed is taken as it is; else times -(this one of a step's rates)
+  std::uint16_t share;  // threads that have something to do, at most
+  Spot spots[kSpots];   // where there is a size, it is the last
 };
 static_assert(sizeof(Operation) == 44, "as many as possible fit into a kernel's parameters");
 
+// Which operations are done when.
+enum class Part : std::uint8_t {
+  whole,       // all of a meta-gradient,
+  first_step,  // or an inner step from the start,
+  next_step,   // one after it,
+  after_none,  // and what is made of the weights where there was no step,
+  after_some,  // or any
+};
+constexpr int kParts = 5;
+
 struct OperationList {
   int count = 0;
+  int ends[kParts] = {};  // of each part; the next one begins there
   Operation operations[kMostOperations];
 };
 static_assert(sizeof(Frame) + sizeof(OperationList) <= 32764, "a kernel's parameters");

@@ -1,6 +1,6 @@
 // Small matrix products by the threads of a block: C = bias + sum over pieces of A_s B_s, with the epilogue in the store.
 //
-// A thread computes tiles of kTileRows x 4 outputs in registers; tiles go round the threads, along a row first. Rows of all
+// A thread computes tiles of kTileRows x 4 outputs in registers (or 8 x 8); tiles go round the threads, along a row first. Rows of all
 // matrices begin at multiples of 16 bytes (Block::stride), so operands are read four at a time:
 //   nn  A[m][k] B[k][n]   x W        a row of B serves neighbouring threads, an element of A the whole tile row
 //   nt  A[m][k] B[n][k]   d W^T      rows of B lie an odd number of quads apart: a quarter warp meets every bank once
@@ -62,10 +62,15 @@ struct Epilogue {
 
 struct Product {
   int rows, columns;
-  Piece pieces[2];
-  int count;
-  const Real* bias;  // [columns], or null
+  int count;          // of pieces
+  Piece first;        // the sizes of both
+  const Real *a, *b;  // the second's operands
+  const Real* bias;   // [columns], or null
   Epilogue epilogue;
+
+  PYMETA_FN Piece piece(int i) const {
+    return {i ? a : first.a, first.a_row, i ? b : first.b, first.b_row, first.depth};
+  }
 };
 
 template <int kTileRows>
@@ -246,24 +251,25 @@ struct SumValue {
     return r;
   }
 };
-template <bool kStrided, int kTileRows>
+// Each form has the endings that there are of it: gradients are sums, a ReLU is only on the way forward.
+template <Form kForm, int kTileRows>
 PYMETA_FN void finish_tile(const Epilogue& e, int rows, int columns, int step, int m0, int n0,
                            const Tile<kTileRows>& tile) {
-  if (e.kind == Epilogue::relu)
-    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile, ReluValue{});
-  else if (e.kind == Epilogue::gate)
-    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile, GateValue{e.other});
-  else if (e.kind == Epilogue::plain)
-    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile, PlainValue{});
-  else if (e.extra && e.other)
-    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile,
-                         SumValue<2>{e.extra, e.other, e.scale});
-  else if (e.extra || e.other)
-    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile,
-                         SumValue<1>{e.extra ? e.extra : e.other, nullptr, e.scale});
-  else
-    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile,
-                         SumValue<0>{nullptr, nullptr, e.scale});
+  constexpr bool strided = kForm == Form::nt;
+  const auto end = [&](auto value) {
+    store_tile<strided>(e, rows, columns, step, m0, n0, tile, value);
+  };
+  if constexpr (kForm == Form::tn) {
+    if (e.extra && e.other) return end(SumValue<2>{e.extra, e.other, e.scale});
+    if (const Real* only = e.extra ? e.extra : e.other)
+      return end(SumValue<1>{only, nullptr, e.scale});
+    return end(SumValue<0>{nullptr, nullptr, e.scale});
+  } else {
+    if (e.kind == Epilogue::gate) return end(GateValue{e.other});
+    if constexpr (kForm == Form::nn)
+      if (e.kind == Epilogue::relu) return end(ReluValue{});
+    end(PlainValue{});
+  }
 }
 
 template <Form kForm, Where kWhere, int kTileRows>
@@ -277,20 +283,21 @@ PYMETA_FN void add_piece(int rows, int columns, int step, const Piece& piece, in
     add_piece_tn<kWhere>(piece, rows, m0, n0, tile);
 }
 
-PYMETA_FN inline int depth_of(const Product& p) {
-  return p.pieces[0].depth + (p.count > 1 ? p.pieces[1].depth : 0);
-}
-
 template <Form kForm, int kTileRows>
 PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
   constexpr bool strided = kForm == Form::nt;
   const Epilogue epilogue = given.epilogue;
+#ifdef PYMETA_EMULATE
+  if ((epilogue.kind == Epilogue::accumulate) != (kForm == Form::tn) ||
+      (epilogue.kind == Epilogue::relu && kForm != Form::nn))
+    __builtin_trap();
+#endif
   const int rows = given.rows, columns = given.columns, count = given.count;
   const Real* const biases = given.bias;
   const int across = (columns + 3) / 4;
   const int tiles = across * ((rows + kTileRows - 1) / kTileRows);
   for (int t = thread_index(); t < tiles; t += thread_count()) {
-    note_tile(4L * kTileRows * depth_of(given));
+    note_tile(4L * kTileRows * given.first.depth * count);
     const int m0 = t / across * kTileRows, n0 = strided ? t % across : t % across * 4;
     Tile<kTileRows> tile;
     const Quad bias = !strided && biases ? load_quad(biases + n0) : Quad{};
@@ -300,7 +307,7 @@ PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
       for (int c = 0; c < 4; ++c) tile.sum[m][c] = bias.v[c];
 #pragma unroll 1
     for (int s = 0; s < count; ++s) {
-      const Piece piece = given.pieces[s];
+      const Piece piece = given.piece(s);
       const Where there = where(piece);
       if (there == Where::near)
         add_piece<kForm, Where::near>(rows, columns, across, piece, m0, n0, tile);
@@ -309,16 +316,68 @@ PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
       else
         add_piece<kForm, Where::anywhere>(rows, columns, across, piece, m0, n0, tile);
     }
-    finish_tile<strided>(epilogue, rows, columns, across, m0, n0, tile);
+    finish_tile<kForm>(epilogue, rows, columns, across, m0, n0, tile);
+  }
+}
+
+// Of the form tn: tiles of 8 rows and two quads, half of the columns apart.
+template <Where kWhere>
+PYMETA_FN void add_wide(const Piece& p, int rows, int m0, int n0, int n1, Tile<8>& tile,
+                        Tile<8>& beside) {
+  const Operands<kWhere> from(p);
+  const Real* a = from.a + m0;
+#pragma unroll 2
+  for (int k = 0; k < p.depth; ++k) {
+    const Quad right = load_quad(from.b + k * p.b_row + n0),
+               other = load_quad(from.b + k * p.b_row + n1);
+#pragma unroll
+    for (int quad = 0; quad < 8; quad += 4) {
+      const Quad left = load_quad(a + k * p.a_row + (m0 + quad < rows ? quad : 0));
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        tile.add(left.v[m], right, quad + m);
+        beside.add(left.v[m], other, quad + m);
+      }
+    }
+  }
+}
+PYMETA_FN inline PYMETA_NOINLINE void multiply_by_wide_tiles(const Product& given) {
+  const Epilogue epilogue = given.epilogue;
+  const int rows = given.rows, columns = given.columns, count = given.count;
+  const int quads = (columns + 3) / 4, across = (quads + 1) / 2;
+  const int tiles = tiles_of(rows, columns, kWide);
+  for (int t = thread_index(); t < tiles; t += thread_count()) {
+    note_tile(64L * given.first.depth * count);
+    const int m0 = t / across * 8, quad = t % across, n0 = 4 * quad;
+    const bool has_two = quad + across < quads;
+    const int n1 = has_two ? n0 + 4 * across : n0;
+    Tile<8> tile, beside;
+#pragma unroll
+    for (int m = 0; m < 8; ++m)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) tile.sum[m][c] = beside.sum[m][c] = 0;
+#pragma unroll 1
+    for (int s = 0; s < count; ++s) {
+      const Piece piece = given.piece(s);
+      if (where(piece) == Where::near)
+        add_wide<Where::near>(piece, rows, m0, n0, n1, tile, beside);
+      else
+        add_wide<Where::anywhere>(piece, rows, m0, n0, n1, tile, beside);
+    }
+    finish_tile<Form::tn>(epilogue, rows, columns, 0, m0, n0, tile);
+    if (has_two) finish_tile<Form::tn>(epilogue, rows, columns, 0, m0, n1, beside);
   }
 }
 
 // At the beginning of shared memory (call.h puts it there).
 PYMETA_FN inline Sharing& sharing() { return *reinterpret_cast<Sharing*>(shared_memory()); }
 
+// Each thread its tiles; nobody waits for anybody.
 template <Form kForm>
-PYMETA_FN void multiply(const Product& p, int height) {
+PYMETA_FN void multiply_alone(const Product& p, int height) {
   const InProduct product;
+  if constexpr (kForm == Form::tn)
+    if (height == kWide) return multiply_by_wide_tiles(p);
   switch (height) {
     case 8:
       multiply_by_tiles<kForm, 8>(p);
@@ -332,13 +391,13 @@ PYMETA_FN void multiply(const Product& p, int height) {
     default:
       multiply_by_tiles<kForm, 1>(p);
   }
-#ifndef PYMETA_PLANT_MISSING_BARRIER  // for the test that ThreadSanitizer sees it
-  sync();
-#endif
 }
 template <Form kForm>
 PYMETA_FN void multiply(const Product& p) {
-  multiply<kForm>(p, tile_height(p.rows, p.columns, sharing()));
+  multiply_alone<kForm>(p, tile_height(p.rows, p.columns, sharing(), kForm == Form::tn));
+#ifndef PYMETA_PLANT_MISSING_BARRIER  // for the test that ThreadSanitizer sees it
+  sync();
+#endif
 }
 
 PYMETA_KERNEL_END

@@ -1,14 +1,14 @@
-// Makes the list of operations of a plain call: core/algorithms run on the host by an executor that notes down what it is asked for.
+// Makes the lists of operations of a plain call: core/algorithms run on the host by an executor that notes down what it is asked for.
 //
 // Its arrays lie nowhere: each of its memories is a range of addresses of which nothing is read, and a pointer tells where in which
-// of them an operand will lie. A learning rate is a number that tells which one it is. No algorithm of the family of plain
-// calls looks at what was computed, so that the list is the same for all tasks. Nor at a rate: the numbers that stand for them
+// of them an operand will lie. A learning rate is a number that tells which one it is. No algorithm that is recorded
+// looks at what was computed, so that the list is the same for all tasks. Nor at a rate: the numbers that stand for them
 // are near one (core/optimizers/rates.h), so that every rate is multiplied by last.
 #pragma once
 
 #include <vector>
 
-#include "operations.h"
+#include "hazards.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -28,10 +28,27 @@ class Recording {
   static Real* memory(Lies which) {
     return reinterpret_cast<Real*>((static_cast<std::uintptr_t>(which) + 1) << kRange);
   }
+  // What tells a set's rows from another's: an extent's `keep`, which blocks have no other use for.
+  static const Real* mark_of(SetOf set) {
+    return reinterpret_cast<const Real*>((static_cast<std::uintptr_t>(set) + kFirstMark) << kRange);
+  }
   static Real rate_number(int i) { return Real(i + 1); }  // of lr.values[i]
 
+  // From here on rates are those of step k.
+  void begin_step(int k) {
+    first_rate_ = (k < call_.lr.rows ? k : call_.lr.rows - 1) * call_.lr.columns;
+  }
+  // What was noted down since the part before.
+  void end(Part part, const Hazards& hazards) {
+    const int end = list_.count < kMostOperations ? list_.count : kMostOperations;
+    for (int i = static_cast<int>(part); i < kParts; ++i) list_.ends[i] = end;
+    Hazards(hazards).mark(list_.operations, begun_, end);
+    begun_ = end;
+  }
+
+  // By threads that have so many shares of it between them.
   template <class... Pointers>
-  Operation& add(Act act, int in, int out, int rows, const Pointers*... at) {
+  Operation& add(Act act, int in, int out, std::size_t share, const Pointers*... at) {
     static_assert(sizeof...(at) <= kSpots, "");
     Operation& op = list_.count < kMostOperations ? list_.operations[list_.count] : excess_;
     ++list_.count;
@@ -39,11 +56,14 @@ class Recording {
     op.act = act;
     op.in = static_cast<std::uint16_t>(in);
     op.out = static_cast<std::uint16_t>(out);
-    op.rows = static_cast<std::uint16_t>(rows);
+    op.share = static_cast<std::uint16_t>(share < kMostNumber ? share : kMostNumber);
     for (Spot& s : op.spots) s = kNoSpot;
     int i = 0;
     ((op.spots[i++] = spot(at)), ...);
     return op;
+  }
+  static void put(Operation& op, const Real* keep) {
+    op.set = static_cast<SetOf>((reinterpret_cast<std::uintptr_t>(keep) >> kRange) - kFirstMark);
   }
   // Its first four operands.
   static void put(Operation& op, const Term* terms, int count) {
@@ -59,31 +79,33 @@ class Recording {
       for (int side : {0, 1}) op.spots[2 * i + side] = spot(pairs[i][side].p);
   }
   // Those from `first` on.
-  static void put(Operation& op, int first, const Sink& sink) {
+  void put(Operation& op, int first, const Sink& sink) const {
     op.spots[first] = spot(sink.out);
     op.spots[first + 1] = spot(sink.base);
     op.spots[first + 2] = spot(sink.extra);
-    op.rate = sink.scale < 0 ? static_cast<std::uint16_t>(-sink.scale) : std::uint16_t{0};
+    if (sink.scale < 0) put_rate(op, -sink.scale);
   }
   static void put(Operation& op, int first, const Destination& to) {
     op.spots[first] = spot(to.p);
     op.spots[first + 1] = spot(to.gate);
     op.relu = to.relu;
   }
-  // How tall the tiles of its [rows, columns] are.
-  void put(Operation& op, int rows, int columns) const {
-    op.height = static_cast<std::uint8_t>(tile_height(rows, columns, sharing_));
+  void put_rate(Operation& op, Real number) const {
+    op.rate = static_cast<std::uint16_t>(static_cast<int>(number) - first_rate_);
+  }
+  // How tall the tiles of its [rows, columns] are, and how many there are.
+  void put_tiles(Operation& op, int rows, int columns) const {
+    const int height = tile_height(rows, columns, sharing_, op.act == Act::outer);
+    op.height = static_cast<std::uint8_t>(height);
+    const int tiles = tiles_of(rows, columns, height);
+    op.share = static_cast<std::uint16_t>(tiles < kMostNumber ? tiles : kMostNumber);
   }
   void put(Operation& op, const Layer& layer) const {
-    op.layer = static_cast<std::uint8_t>(&layer - call_.network->layers);
+    op.number = static_cast<std::uint8_t>(&layer - call_.network->layers);
   }
-  void put(Operation& op, const Loss& loss) const {
-    op.is_query = &loss == &call_.loss_of(call_.query);
+  static void put_size(Operation& op, std::size_t size) {
+    op.spots[kSpots - 1] = static_cast<Spot>(size);
   }
-
- private:
-  static constexpr int kRange = 40;  // bits of a memory's addresses
-
   static Spot spot(const Real* p) {
     if (!p) return kNoSpot;
     const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(p);
@@ -91,20 +113,28 @@ class Recording {
     return static_cast<Spot>(((at >> kRange) - 1) << kSpotBits | index);
   }
 
+  bool notes_losses = true;  // of the query set
+
+ private:
+  static constexpr int kRange = 40;  // bits of a memory's addresses
+  static constexpr std::uintptr_t kFirstMark = 8;
+
   static inline thread_local Recording* now_ = nullptr;
   Recording* before_;
   const Call<Real>& call_;
   const Sharing& sharing_;
   OperationList& list_;
+  int begun_ = 0, first_rate_ = 0;
   Operation excess_;
 };
 
-// The executor. What it does not name is the block's, and none of a plain call's algorithms asks for it.
+// The executor. What it does not name is the block's, and none of what is recorded asks for it.
 struct Recorder : Block {
+  using Family = block_families::chains;  // any option may be asked about
+
   static void copy(Real* to, const Real* from, std::size_t size) {
     if (size == 0) return;
-    Operation& op = Recording::now().add(Act::copy, 0, 0, 0, from, to);
-    op.spots[2] = static_cast<Spot>(size / 4);
+    Recording::put_size(Recording::now().add(Act::copy, 0, 0, size / 4, from, to), size);
   }
 
   static void apply(int in, int out, const Extent& extent, const Term* terms, int count,
@@ -132,37 +162,61 @@ struct Recorder : Block {
     gradient(Act::narrow_outer, in, out, extent, pairs, count, sink);
   }
   static void narrow_sum_rows(int out, const Extent& extent, const Real* dy, const Sink& sink) {
+    sum(Act::narrow_sum_rows, out, extent, static_cast<std::size_t>(out), dy, sink);
+  }
+  static void sum(Act act, int out, const Extent& extent, std::size_t share, const Real* from,
+                  const Sink& sink) {
     if (!sink.out) return;
-    Recording::put(Recording::now().add(Act::narrow_sum_rows, 0, out, extent.rows, dy), 1, sink);
+    Operation& op = add(act, out, extent, share, from);
+    Recording::now().put(op, 1, sink);
+    op.from_last = true;  // beside the product before it
   }
   static void to_class_major(const Extent& extent, int out, const Real* matrix, Real* y) {
-    Recording::now().add(Act::to_class_major, 0, out, extent.rows, matrix, y);
+    add(Act::to_class_major, out, extent, elements(extent, out), matrix, y);
   }
   static void from_class_major(const Extent& extent, int out, const Real* y, Real* matrix) {
-    Recording::now().add(Act::from_class_major, 0, out, extent.rows, y, matrix);
+    add(Act::from_class_major, out, extent, elements(extent, out), y, matrix);
   }
-  // Of a task's losses, which are all that a plain call sums (core/algorithms/adapt.h: evaluate).
+  // Of losses, which are all that is summed in what is recorded: a query set's (core/algorithms/adapt.h: evaluate), or a step's.
   static Vec sum_rows_in_order(const Extent& extent, const Real* values) {
-    Recording::now().add(Act::write_loss, 0, 0, extent.rows, values);
+    const bool of_query = extent.keep == Recording::mark_of(SetOf::query);
+    if (!of_query || Recording::now().notes_losses)
+      add(of_query ? Act::write_loss : Act::add_loss, 0, extent, 1, values);
     return 0;
+  }
+
+  template <class... Pointers>
+  static Operation& add(Act act, int out, const Extent& extent, std::size_t share,
+                        const Pointers*... at) {
+    Operation& op = Recording::now().add(act, 0, out, share, at...);
+    Recording::put(op, extent.keep);
+    return op;
+  }
+  static std::size_t elements(const Extent& extent, int features) {
+    return static_cast<std::size_t>(extent.rows) * features;
   }
 
  private:
   static void product(Act act, int in, int out, const Extent& extent, const Term* terms, int count,
                       const Real* bias, const Destination& to) {
     const Real* const none = nullptr;
-    Operation& op = Recording::now().add(act, in, out, extent.rows, none, none, none, none, bias);
+    const bool quads = act == Act::narrow_apply_transposed;
+    Operation& op = add(act, out, extent, extent.rows * (quads ? (in + 3) / 4 : 1), none, none,
+                        none, none, bias);
+    op.in = static_cast<std::uint16_t>(in);
     Recording::put(op, terms, count);
     Recording::put(op, 5, to);
-    Recording::now().put(op, extent.rows, act == Act::apply ? out : in);
+    if (act == Act::apply || act == Act::apply_transposed)
+      Recording::now().put_tiles(op, extent.rows, act == Act::apply ? out : in);
   }
   static void gradient(Act act, int in, int out, const Extent& extent, const Matrix (*pairs)[2],
                        int count, const Sink& sink) {
     if (!sink.out) return;
-    Operation& op = Recording::now().add(act, in, out, extent.rows);
+    Operation& op = add(act, out, extent, static_cast<std::size_t>(in) * out);
+    op.in = static_cast<std::uint16_t>(in);
     Recording::put(op, pairs, count);
-    Recording::put(op, 4, sink);
-    Recording::now().put(op, in, out);
+    Recording::now().put(op, 4, sink);
+    if (act == Act::outer) Recording::now().put_tiles(op, in, out);
   }
 };
 
@@ -171,53 +225,83 @@ struct Recorder : Block {
 template <>
 inline void sum_delta<Recorder>(const Extent& extent, int features, const Real* d,
                                 const Sink& bias) {
-  if (!bias.out) return;
-  Recording::put(Recording::now().add(Act::sum_rows, 0, features, extent.rows, d), 1, bias);
+  Recorder::sum(Act::sum_rows, features, extent, static_cast<std::size_t>(features + 3) / 4, d,
+                bias);
 }
 template <>
 inline void pass_on<Recorder>(const Extent& extent, int features, const Real* from,
                               const Destination& to) {
-  Recording::put(Recording::now().add(Act::pass_on, 0, features, extent.rows, from), 1, to);
+  Recording::put(
+      Recorder::add(Act::pass_on, features, extent, Recorder::elements(extent, features), from), 1,
+      to);
 }
 template <>
 inline void clear<Recorder>(const Extent& extent, int features, Real* to) {
-  Recording::now().add(Act::clear, 0, features, extent.rows, to);
+  Recorder::add(Act::clear, features, extent, Recorder::elements(extent, features), to);
+}
+
+template <class... Pointers>
+void record_activation(Act act, const Layer& layer, const Extent& extent, const Pointers*... at) {
+  const int features = layer.out.channels;
+  Recording::now().put(
+      Recorder::add(act, features, extent, Recorder::elements(extent, features), at...), layer);
 }
 template <>
 inline void activate<Recorder>(const Layer& layer, const Extent& extent, const Real* z, Real* a) {
-  Recording& r = Recording::now();
-  r.put(r.add(Act::activate, 0, layer.out.channels, extent.rows, z, a), layer);
+  record_activation(Act::activate, layer, extent, z, a);
 }
 template <>
 inline void through_slope<Recorder>(const Layer& layer, const Extent& extent, const Real* z,
                                     const Real* a, const Real* v, Real* out) {
-  Recording& r = Recording::now();
-  r.put(r.add(Act::through_slope, 0, layer.out.channels, extent.rows, z, a, v, out), layer);
+  record_activation(Act::through_slope, layer, extent, z, a, v, out);
 }
 template <>
 inline void through_slope_tangent<Recorder>(const Layer& layer, const Extent& extent, const Real* z,
                                             const Real* a, const Real* c, const Real* rz,
                                             const Real* rc, Real* rd) {
-  Recording& r = Recording::now();
-  r.put(r.add(Act::through_slope_tangent, 0, layer.out.channels, extent.rows, z, a, c, rz, rc, rd),
-        layer);
+  record_activation(Act::through_slope_tangent, layer, extent, z, a, c, rz, rc, rd);
+}
+
+template <class... Pointers>
+void record_loss(Act act, const LossRows& s, const Pointers*... at) {
+  Operation& op = Recording::now().add(act, s.columns, s.out, static_cast<std::size_t>(s.blocks),
+                                       s.outputs, s.targets, s.scale, s.kept, at...);
+  Recording::put(op, s.keep);
 }
 template <>
-inline void loss_gradient<Recorder>(const Loss& loss, const LossRows& s, Real* row_losses,
+inline void loss_gradient<Recorder>(const Loss&, const LossRows& s, Real* row_losses,
                                     Real* gradient) {
-  Recording& r = Recording::now();
-  r.put(r.add(Act::loss_gradient, s.columns, s.out, s.blocks, s.outputs, s.targets, s.scale, s.kept,
-              row_losses, gradient),
-        loss);
+  record_loss(Act::loss_gradient, s, row_losses, gradient);
 }
 template <>
-inline void loss_hessian_product<Recorder>(const Loss& loss, const LossRows& s, const Real* of,
+inline void loss_hessian_product<Recorder>(const Loss&, const LossRows& s, const Real* of,
                                            Real* product) {
-  Recording& r = Recording::now();
-  r.put(r.add(Act::loss_hessian_product, s.columns, s.out, s.blocks, s.outputs, s.targets, s.scale,
-              s.kept, of, product),
-        loss);
+  record_loss(Act::loss_hessian_product, s, of, product);
 }
+
+// Which rule it is, a block knows from the call.
+inline void record_step(int states, const StepArrays& a, std::size_t size, const Real* next) {
+  const bool before = states > 0 && a.state_before[0];
+  Recording& r = Recording::now();
+  Operation& op = r.add(Act::take_step, 0, 0, size, a.theta, a.gradient, next,
+                        states > 0 ? a.state[0] : nullptr, before ? a.state_before[0] : nullptr);
+  op.count = static_cast<std::uint8_t>(states);
+  op.has_before = before;
+  r.put_rate(op, a.rate);
+  Recording::put_size(op, size);
+}
+#define PYMETA_RECORD_STEP(rule)                                                             \
+  template <>                                                                                \
+  inline void take_step<Recorder, rule>(const rule&, const StepArrays& a, const StepCommon&, \
+                                        std::size_t size, Real* next) {                      \
+    record_step(rule::kStates, a, size, next);                                               \
+  }
+PYMETA_RECORD_STEP(GradientStep)
+PYMETA_RECORD_STEP(Momentum)
+PYMETA_RECORD_STEP(Adam)
+PYMETA_RECORD_STEP(RmsProp<true>)
+PYMETA_RECORD_STEP(RmsProp<false>)
+#undef PYMETA_RECORD_STEP
 
 // A task's rows are bound before its list; of its results some are written by operations.
 class RecordedArrays : public TaskArrays<Recorder> {
@@ -225,9 +309,13 @@ class RecordedArrays : public TaskArrays<Recorder> {
   using TaskArrays<Recorder>::TaskArrays;
 
   ItemSet set(const RowSet<Real>& rows, const SetLayout& layout) const {
-    const int in = call_.network->in_features(), count = rows.size(0);
-    ItemSet set{{memory_.at(layout.x), Block::stride(in)},
-                {count, nullptr, Real(count)},
+    const bool is_query = &rows == &call_.query;
+    return set(rows, layout, is_query ? SetOf::query : SetOf::support,
+               is_query ? call_.max_query : call_.max_support);
+  }
+  ItemSet set(const RowSet<Real>& rows, const SetLayout& layout, SetOf which, int count) const {
+    ItemSet set{{memory_.at(layout.x), Block::stride(call_.network->in_features())},
+                {count, Recording::mark_of(which), Real(count)},
                 nullptr,
                 nullptr,
                 nullptr,
@@ -241,29 +329,130 @@ class RecordedArrays : public TaskArrays<Recorder> {
   }
   void write_losses(Vec) const {}  // by Recorder::sum_rows_in_order
   void write_predictions(const ItemSet& query, const Real* y) const {
-    Recording::now().add(Act::write_predictions, 0, call_.network->out_features(),
-                         query.extent.rows, y);
+    const int out = call_.network->out_features();
+    Recorder::add(Act::write_predictions, out, query.extent, Recorder::elements(query.extent, out),
+                  y);
   }
 };
 
-template <class X>
-void record(const Call<Real>& given, std::size_t near, const Sharing& sharing,
-            OperationList& list) {
-  Call<Real> call = given;
-  std::vector<Real> rates(static_cast<std::size_t>(call.lr.rows) * call.lr.columns);
-  for (std::size_t i = 0; i < rates.size(); ++i)
-    rates[i] = Recording::rate_number(static_cast<int>(i));
-  call.lr.values = rates.data();
-  call.stop = nullptr;
-  const Workspace<X> workspace(call, near);
-  const Shared shared{Recording::memory(Lies::packed), nullptr, nullptr, nullptr};
-  const Memory memory{Recording::memory(Lies::near), Recording::memory(Lies::far)};
+// Where a recorded call's arrays seem to lie.
+struct RecordedCall {
+  Call<Real> call;
+  std::vector<Real> rates;
+  Workspace<Recorder> workspace;
+  Shared shared{Recording::memory(Lies::packed), nullptr, nullptr, nullptr};
+  Memory memory{Recording::memory(Lies::near), Recording::memory(Lies::far)};
+
+  RecordedCall(const Call<Real>& given, std::size_t near)
+      : call(given),
+        rates(static_cast<std::size_t>(given.lr.rows) * given.lr.columns),
+        workspace(given, near) {
+    for (std::size_t i = 0; i < rates.size(); ++i)
+      rates[i] = Recording::rate_number(static_cast<int>(i));
+    call.lr.values = rates.data();
+    call.stop = nullptr;
+  }
+};
+
+// Inner steps, and what is made of the weights behind them (core/algorithms/job.h: write).
+class RecordedSteps {
+ public:
+  RecordedSteps(const RecordedCall& of, Recording& recording, const Hazards& hazards)
+      : call_(of.call),
+        workspace_(of.workspace),
+        memory_(of.memory),
+        recording_(recording),
+        hazards_(hazards),
+        loop_(of.call, of.workspace, of.shared, of.memory),
+        arrays_(of.call, of.workspace, of.shared, of.memory, 0) {}
+
+  void run() {
+    const Parameters start = loop_.start(), adapted = loop_.state().adapted(1);
+    if (call_.has_support()) {
+      step(0, start, Part::first_step);
+      step(1, adapted, Part::next_step);
+    }
+    write(start, Part::after_none);
+    if (call_.has_support()) write(adapted, Part::after_some);
+  }
+
+ private:
+  using Parameters = typename InnerLoop<Recorder>::Parameters;
+
+  void step(int k, const Parameters& theta, Part part) {
+    const bool minibatches = workspace_.order != kNowhere;
+    const ItemSet set = arrays_.set(call_.support, workspace_.support_set, SetOf::support,
+                                    minibatches ? call_.batches.size : call_.max_support);
+    recording_.begin_step(k);
+    loop_.step(k, theta, {&set, true, true, k > 0 && !minibatches, {}});
+    recording_.end(part, hazards_);
+  }
+
+  void write(const Parameters& theta, Part part) {
+    const auto each = [&](Act act, int t, auto... at) {
+      const std::size_t size = workspace_.parameters.scalars(t);
+      Operation& op = recording_.add(act, 0, 0, size, at...);
+      op.number = static_cast<std::uint8_t>(t);
+      Recording::put_size(op, size);
+    };
+    const Call<Real>& call = call_;
+    const int tensors = call.network->tensor_count;
+    if (call.sums_gradients())
+      for (int t = 0; t < tensors; ++t)
+        each(Act::add_difference, t, loop_.start().tensor(t), theta.tensor(t),
+             Recording::memory(Lies::sums) + workspace_.parameters.tensors[t].place);
+    if (call.losses) recording_.add(Act::write_mean_loss, 0, 0, 1);
+    for (int t = 0; t < tensors; ++t)
+      if (call.adapted_parameters && call.adapted[t] && call.adapted_parameters[t])
+        each(Act::write_adapted, t, theta.tensor(t));
+    if (call.status) write_status(theta);
+    if (call.predictions) write_predictions(theta);
+    recording_.end(part, hazards_);
+  }
+  void write_status(const Parameters& theta) {
+    // All adapted tensors lie in one array, whether or not it is the start.
+    int first = 0;
+    while (first < call_.network->tensor_count && !call_.adapted[first]) ++first;
+    const bool any = first < call_.network->tensor_count;
+    const Real* of_first = theta.tensor(any ? first : 0);
+    Operation& op = recording_.add(Act::look_at_weights, 0, 0, kBlockThreads,
+                                   of_first - workspace_.parameters.tensors[any ? first : 0].place);
+    Recording::put_size(op, workspace_.parameters.size);
+    recording_.add(Act::gather_looks, 0, 0, kLookers);
+    recording_.add(Act::write_status, 0, 0, 1);
+  }
+  void write_predictions(const Parameters& theta) {
+    const ItemSet query = arrays_.set(call_.query, workspace_.query_set);
+    recording_.notes_losses = false;
+    loop_.evaluate(theta, query);
+    recording_.notes_losses = true;
+    arrays_.write_predictions(query, loop_.outputs());
+  }
+
+  const Call<Real>& call_;
+  const Workspace<Recorder>& workspace_;
+  const Memory& memory_;
+  Recording& recording_;
+  const Hazards& hazards_;
+  InnerLoop<Recorder> loop_;
+  RecordedArrays arrays_;
+};
+
+inline void record(const Call<Real>& given, std::size_t near, const Sharing& sharing,
+                   OperationList& list) {
+  const RecordedCall own(given, near);
+  const Call<Real>& call = own.call;
+  const Workspace<Recorder>& workspace = own.workspace;
+  Recording recording(call, sharing, list);
+  const Hazards hazards(workspace.order != kNowhere ? call.batches.size : call.max_support,
+                        call.max_query, workspace.parameters.size);
+  if (call.job != Job::meta) return RecordedSteps(own, recording, hazards).run();
   const Totals totals{Recording::memory(Lies::sums), nullptr, false, workspace.parameters.size};
-  list.count = 0;
-  const Recording recording(call, sharing, list);
-  InnerLoop<X> loop(call, workspace, shared, memory);
-  RecordedArrays arrays(call, workspace, shared, memory, 0);
-  ItemJob<X, RecordedArrays>(call, workspace, shared, memory, loop, arrays, totals).run();
+  InnerLoop<Recorder> loop(call, workspace, own.shared, own.memory);
+  RecordedArrays arrays(call, workspace, own.shared, own.memory, 0);
+  ItemJob<Recorder, RecordedArrays>(call, workspace, own.shared, own.memory, loop, arrays, totals)
+      .run();
+  recording.end(Part::whole, hazards);
 }
 
 PYMETA_KERNEL_END

@@ -25,7 +25,7 @@ class TaskBinder {
   // The rows that count, of all or of those chosen.
   PYMETA_FN PYMETA_NOINLINE ItemSet bind(const RowSet<Real>& set, const SetLayout& places,
                                          const TaskRows* chosen = nullptr) const {
-    const TaskRows offered = extra<Block>(chosen) ? *chosen : TaskRows{nullptr, set.size(task_)};
+    const TaskRows offered = chosen ? *chosen : TaskRows{nullptr, set.size(task_)};
     const BoundRows rows{set.start(task_), extra<Block>(set.has_weightless)
                                                ? that_count(set, places, offered)
                                                : offered};
@@ -208,55 +208,36 @@ class TaskBinder {
   std::int64_t task_;
 };
 
-// The task's minibatches, as cpu/minibatches.h has them for an item.
-class TaskBatches {
+PYMETA_FN inline std::int32_t* order_in(const Memory& memory, Place place) {
+  return reinterpret_cast<std::int32_t*>(memory.at(place));
+}
+
+// The order of a task's rows in the minibatches of an epoch.
+class RowOrder {
  public:
-  template <class X>
-  PYMETA_FN TaskBatches(const Call<Real>& call, const Workspace<X>& workspace, std::int64_t task,
-                        const Memory& memory, const Real* corrections)
+  // `order` [2, largest support set]: what they are shuffled in; null: all rows in every step.
+  PYMETA_FN RowOrder(const Call<Real>& call, std::int64_t task, std::int32_t* order)
       : call_(call),
-        places_(workspace.support_set),
-        binder_(call, task, memory),
         task_(task),
         rows_(call.support.size(task)),
         batches_(call.batches.count(rows_)),
-        corrections_(corrections) {
-    if (workspace.order != kNowhere && batches_ > 1)
-      order_ = reinterpret_cast<std::int32_t*>(memory.at(workspace.order));
-    else
-      set_ = binder_.bind(call.support, places_);
-  }
+        order_(batches_ > 1 ? order : nullptr) {}
 
-  PYMETA_FN Vec rows() const { return Real(rows_); }
-  PYMETA_FN IntVec present() const { return rows_ > 0; }
-  PYMETA_FN int count() const { return batches_; }
+  PYMETA_FN int rows() const { return rows_; }
+  PYMETA_FN int batches() const { return batches_; }
+  PYMETA_FN bool shuffles() const { return order_ != nullptr; }
 
-  PYMETA_FN Step step(int k) {
-    const int batches = batches_ > 0 ? batches_ : 1;
-    return make(k / batches, k % batches, present(), k > 0, k);
-  }
-  PYMETA_FN Step step(int epoch, int b, IntVec running) {
-    return make(epoch, b, running, epoch > 0 || b > 0, epoch * batches_ + b);
-  }
-
- private:
-  PYMETA_FN Step make(int epoch, int batch, IntVec active, bool again, int t) {
-    if (order_ && active.on) select(epoch, batch);
-    const Correction correction =
-        corrections_ ? Correction{corrections_[2 * t], corrections_[2 * t + 1]} : Correction{};
-    return {&set_, active, active.on, again && !order_, correction};
-  }
-
-  PYMETA_FN void select(int epoch, int batch) {
+  // Of the b-th step of an epoch.
+  PYMETA_FN TaskRows batch(int epoch, int b) {
     if (epoch_ != epoch) {
       epoch_ = epoch;
       shuffle_rows(epoch);
     }
-    const int first = batch * call_.batches.size, left = rows_ - first;
-    const TaskRows chosen{order_ + first, left < call_.batches.size ? left : call_.batches.size};
-    set_ = binder_.bind(call_.support, places_, &chosen);
+    const int first = b * call_.batches.size, left = rows_ - first;
+    return {order_ + first, left < call_.batches.size ? left : call_.batches.size};
   }
 
+ private:
   // All threads draw, one exchanges.
   PYMETA_FN void shuffle_rows(int epoch) {
     const std::uint64_t id =
@@ -274,13 +255,54 @@ class TaskBatches {
   }
 
   const Call<Real>& call_;
-  const SetLayout& places_;
-  TaskBinder binder_;
-  std::int64_t task_;
-  int rows_, batches_;
-  const Real* corrections_;
-  std::int32_t* order_ = nullptr;
+  const std::int64_t task_;
+  const int rows_, batches_;
+  std::int32_t* const order_;
   int epoch_ = -1;  // that `order_` holds the order of
+};
+
+// The task's minibatches, as cpu/minibatches.h has them for an item.
+class TaskBatches {
+ public:
+  template <class X>
+  PYMETA_FN TaskBatches(const Call<Real>& call, const Workspace<X>& workspace, std::int64_t task,
+                        const Memory& memory, const Real* corrections)
+      : places_(workspace.support_set),
+        support_(call.support),
+        binder_(call, task, memory),
+        order_(call, task, order_in(memory, workspace.order)),
+        corrections_(corrections) {
+    if (!order_.shuffles()) set_ = binder_.bind(support_, places_);
+  }
+
+  PYMETA_FN Vec rows() const { return Real(order_.rows()); }
+  PYMETA_FN IntVec present() const { return order_.rows() > 0; }
+  PYMETA_FN int count() const { return order_.batches(); }
+
+  PYMETA_FN Step step(int k) {
+    const int batches = count() > 0 ? count() : 1;
+    return make(k / batches, k % batches, present(), k > 0, k);
+  }
+  PYMETA_FN Step step(int epoch, int b, IntVec running) {
+    return make(epoch, b, running, epoch > 0 || b > 0, epoch * count() + b);
+  }
+
+ private:
+  PYMETA_FN Step make(int epoch, int batch, IntVec active, bool again, int t) {
+    if (order_.shuffles() && active.on) {
+      const TaskRows chosen = order_.batch(epoch, batch);
+      set_ = binder_.bind(support_, places_, &chosen);
+    }
+    const Correction correction =
+        corrections_ ? Correction{corrections_[2 * t], corrections_[2 * t + 1]} : Correction{};
+    return {&set_, active, active.on, again && !order_.shuffles(), correction};
+  }
+
+  const SetLayout& places_;
+  const RowSet<Real>& support_;
+  TaskBinder binder_;
+  RowOrder order_;
+  const Real* corrections_;
   ItemSet set_{};
 };
 

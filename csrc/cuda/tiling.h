@@ -30,17 +30,26 @@ struct alignas(16) Sharing {
 };
 static_assert(sizeof(Sharing) == 16, "lies before the scratch (block.h)");
 
+// A "height" of 16 stands for tiles of 8 rows and two quads, which only products of the form tn have: both operands are read along
+// their rows there, and a step along the depth needs no more registers than four quads.
+constexpr int kWide = 16;
+
 // Of four steps along the depth, for a warp with tiles of this height.
-PYMETA_FN constexpr int tile_wavefronts(int height) { return 4 * (4 + height); }
+PYMETA_FN constexpr int tile_wavefronts(int height) {
+  return height == kWide ? 64 : 4 * (4 + height);
+}
 PYMETA_FN constexpr int tile_instructions(int height) { return 17 * height + 20; }
 PYMETA_FN constexpr int tile_cycles(int height) {  // alone, with what the loads take to answer
   return tile_instructions(height) + 33;
 }
 
-// In how many warps' turns a product's tiles are done.
+// How many tiles a product has, and in how many warps' turns they are done.
+PYMETA_FN inline int tiles_of(int rows, int columns, int height) {
+  const int wide = height == kWide, down = wide ? height / 2 : height;
+  return ((columns + 3) / 4 + wide) / (1 + wide) * ((rows + down - 1) / down);
+}
 PYMETA_FN inline int warp_tiles(int rows, int columns, int height) {
-  const int tiles = (columns + 3) / 4 * ((rows + height - 1) / height);
-  return (tiles + kWarp - 1) / kWarp;
+  return (tiles_of(rows, columns, height) + kWarp - 1) / kWarp;
 }
 
 // Cycles of four steps along the depth: of the multiprocessor's shared memory, or of the block's busiest warp.
@@ -51,8 +60,13 @@ PYMETA_FN inline int tiles_cost(int rows, int columns, int height, const Sharing
   return shared > alone ? shared : alone;
 }
 
-PYMETA_FN inline int tile_height(int rows, int columns, const Sharing& sharing) {
+// `may_be_wide`: in the form tn; not where a single warp would have them all.
+PYMETA_FN inline int tile_height(int rows, int columns, const Sharing& sharing, bool may_be_wide) {
   int best = 8, least = tiles_cost(rows, columns, 8, sharing);
+  if (may_be_wide && warp_tiles(rows, columns, kWide) > 1) {
+    const int cost = tiles_cost(rows, columns, kWide, sharing);
+    if (cost < least) best = kWide, least = cost;
+  }
 #pragma unroll
   for (int height = 4; height >= 1; height /= 2) {
     const int cost = tiles_cost(rows, columns, height, sharing);

@@ -3,10 +3,11 @@
 //   block_accesses_FAMILY [--threads N] [CASE...]
 //   block_instructions_FAMILY [--threads N] [CASE...]
 //
-// Prints a JSON array: for each case of the family (cuda/families.h) its plan for an H200, and what a block does for a second task after a first. Compiled twice:
-// with PYMETA_COUNT_ACCESSES it counts barriers, the products' multiply-adds and accesses to shared memory, which a model of its
-// banks (banks.h) turns into wavefronts; with PYMETA_COUNT_INSTRUCTIONS the instructions of the first thread outside of products.
-// Those are of the host's processor: a GPU's are other ones. bench/block_report.py makes tables of all this.
+// Prints a JSON array: for each case of the family (cuda/families.h) its plan for an H200, and what a block does for a second task
+// after a first. Compiled twice: with PYMETA_COUNT_ACCESSES it counts barriers, the products' multiply-adds and accesses to shared
+// memory, which a model of its banks (banks.h) turns into wavefronts; with PYMETA_COUNT_INSTRUCTIONS the instructions outside of
+// products of each warp's first thread. Those are of the host's processor: a GPU's are other ones. bench/block_report.py makes
+// tables of all this.
 
 #include "../../cuda/machine.h"
 
@@ -148,7 +149,7 @@ struct CountingLauncher {
     blocks::emulation::launch(1, threads, bytes, [&] {
       const int thread = blocks::thread_index();
 #ifdef PYMETA_COUNT_INSTRUCTIONS
-      if (thread > 0) return blocks::run_tasks(frame);
+      if (thread % blocks::kWarp > 0) return blocks::run_tasks(frame);
 #endif
       blocks::emulation::counts = &counts[static_cast<std::size_t>(thread)];
       blocks::emulation::set_trap_flag(true);
@@ -204,7 +205,7 @@ Wavefronts wavefronts_of(const Counts* lanes, int count) {
 
 struct Totals {
   long barriers = 0, multiply_adds = 0, first_multiply_adds = 0, first_product_accesses = 0;
-  long instructions = 0;
+  long instructions = 0, all_instructions = 0;  // of the first warp, of all
   Wavefronts shared;
 };
 Totals totals_of(const std::vector<Counts>& counts) {
@@ -215,6 +216,7 @@ Totals totals_of(const std::vector<Counts>& counts) {
     const Wavefronts own = wavefronts_of(warp, std::min(blocks::kWarp, threads - first));
     sum.shared.products += own.products, sum.shared.others += own.others;
     sum.multiply_adds += warp->multiply_adds;
+    sum.all_instructions += warp->instructions;
   }
   sum.barriers = counts[0].barriers;
   sum.instructions = counts[0].instructions;
@@ -247,7 +249,9 @@ void print(const Case& of, int threads, bool last) {
               plan.saves ? "true" : "false", plan.far_scalars * sizeof(Real),
               two.barriers - one.barriers);
 #ifdef PYMETA_COUNT_INSTRUCTIONS
-  std::printf("\"instructions\": %ld}%s\n", two.instructions - one.instructions, last ? "" : ",");
+  std::printf("\"instructions\": %ld, \"all_instructions\": %ld}%s\n",
+              two.instructions - one.instructions, two.all_instructions - one.all_instructions,
+              last ? "" : ",");
 #else
   std::printf("\"wavefronts\": %ld, \"other_wavefronts\": %ld, \"multiply_adds\": %ld, ",
               two.shared.products - one.shared.products, two.shared.others - one.shared.others,
