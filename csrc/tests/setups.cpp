@@ -143,6 +143,28 @@ std::vector<Setup> setups() {
   all.push_back(s);
 
   s = Setup{};
+  s.name = "parts of sequences";
+  Window around_it, cut_off, every_second;
+  around_it.left = 2, cut_off.left = -2, every_second.stride_x = 2;
+  s.chain.image({1, 11, 4})
+      .pool(L::zero_pad, around_it)
+      .act(A::tanh)
+      .conv(17, Window{1, 2})
+      .fork()
+      .pool(L::zero_pad, around_it)
+      .conv(17, Window{1, 5})
+      .turn()
+      .join()
+      .act(A::relu)
+      .pool(L::slice, cut_off)
+      .pool(L::slice, every_second)
+      .flatten();
+  s.chain.linear(s.chain.network().layers[s.chain.network().layer_count - 1].out.channels, 2);
+  s.form = Form::padded, s.tasks = 17, s.support = 4, s.query = 3, s.smooth = false;
+  s.slower = 16;
+  all.push_back(s);
+
+  s = Setup{};
   s.name = "residual block";
   s.chain.image({4, 3, 3})
       .fork()
