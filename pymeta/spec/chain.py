@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 from pymeta.spec.layers import (
     FLATTEN,
@@ -141,8 +142,78 @@ def _looks_at_shape(node: Any) -> bool:
     return node.target is getattr and node.args[1:] == ("shape",)
 
 
+def _is_all_positions(node: Any, current: fx.Node, axes: int) -> bool:
+    """Whether a node is how many positions there are: x.size(2), x.shape[-1] or x.shape[2:]."""
+    if not _looks_at_shape(node):
+        return False
+    if node.op == "call_method" and len(node.args) == 2:
+        return axes == 1 and node.args[0] is current and node.args[1] in (2, -1)
+    if node.target is not operator.getitem or node.args[0].args[0] is not current:
+        return False
+    if isinstance(node.args[1], int):
+        return axes == 1 and node.args[1] in (2, -1)
+    return node.args[1] in (slice(2, None), slice(-axes, None))
+
+
+_WHOLE: dict[Any, Layer] = {
+    F.max_pool1d: ("adaptive_max_pool1d", 1),
+    F.max_pool2d: ("adaptive_max_pool2d", 1, 1),
+    F.avg_pool1d: ("global_avg_pool1d",),
+    F.avg_pool2d: ("global_avg_pool2d",),
+}
+
+
+_DEFAULTS = {
+    "stride": None, "padding": 0, "dilation": 1, "divisor_override": None, "return_indices": False,
+}  # fmt: skip
+
+
+def _pools_all(node: fx.Node, current: fx.Node) -> bool:
+    """Whether a pooling has a window of all positions, whose number the forward asks for."""
+    if node.target not in _WHOLE or len(node.args) > 2:
+        return False
+    others = {name: value for name, value in node.kwargs.items() if name != "kernel_size"}
+    if any(value != _DEFAULTS.get(name, value) for name, value in others.items()):
+        return False
+    axes = int(_WHOLE[node.target][0][-2])
+    size = node.args[1] if len(node.args) == 2 else node.kwargs.get("kernel_size")
+    if isinstance(size, (tuple, list)) and axes == 1 and len(size) == 1:
+        size = size[0]
+    return _is_all_positions(size, current, axes)
+
+
+def _is_maximum(node: Any) -> bool:
+    """Whether a node is a maximum over a dimension of which only the values are read."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
+        return False
+    is_max = (node.op, node.target) in (("call_method", "max"), ("call_function", torch.max))
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return is_max and type(dim) is int and _reads_values(next(iter(node.users)), node)
+
+
+def _reads_values(user: fx.Node, maximum: fx.Node) -> bool:
+    return user.op == "call_function" and (
+        (user.target is operator.getitem and user.args == (maximum, 0))
+        or (user.target is getattr and user.args == (maximum, "values"))
+    )
+
+
+def _largest(dim: Any, keepdim: Any = False) -> tuple[Layer, ...]:
+    """The largest of all positions of a sequence, which is what the last dimension is."""
+    if dim not in (2, -1):
+        raise Refused(f"the maximum over dimension {dim}")
+    pool: Layer = ("adaptive_max_pool1d", 1)
+    return (pool,) if keepdim else (pool, FLATTEN)
+
+
 def _called(node: fx.Node, name: str, current: fx.Node) -> tuple[Layer, ...]:
     """The layers that a function or method call on the current value amounts to."""
+    maximum = node.args[0]
+    if isinstance(maximum, fx.Node) and _is_maximum(maximum):
+        options: dict[str, Any] = dict(maximum.kwargs)
+        return _largest(*maximum.args[1:], **options)
+    if _pools_all(node, current):
+        return (_WHOLE[node.target],)
     if node.op == "call_method" and node.target in ("view", "reshape"):
         shape = node.args[1:]
         if len(shape) == 2 and _is_rows(shape[0], current) and shape[1] == -1:
@@ -243,7 +314,7 @@ class _Forward:
         for node in self._nodes:
             if node.op == "get_attr" and not all(_is_parameter(node, user) for user in node.users):
                 raise Refused(f"the forward of {label} uses {node.target} directly")
-        self._nodes = [n for n in self._nodes if n.op != "get_attr"]
+        self._nodes = [n for n in self._nodes if n.op != "get_attr" and not _is_maximum(n)]
         self._input = inputs[0]
         self._read = {self._input}
 
@@ -271,6 +342,8 @@ class _Forward:
 
     def _first(self, node: fx.Node) -> fx.Node:
         first = node.args[0] if node.args else None
+        if isinstance(first, fx.Node) and _is_maximum(first):
+            first = first.args[0]
         if not isinstance(first, fx.Node) or first not in self._nodes:
             raise self._no_chain(node)
         return first

@@ -140,6 +140,11 @@ LAST = {
     "another": lambda x: x[:, :, 5],
     "the later half": lambda x: x.narrow(2, 4, 5).mean(-1),
     "every third": lambda x: x[:, :, 2::3].mean(-1),
+    "the largest": lambda x: x.max(-1)[0],
+    "the largest by name": lambda x: torch.max(x, dim=2, keepdim=True).values.flatten(1),
+    "pooled by its size": lambda x: F.max_pool1d(x, x.size(2)).squeeze(2),
+    "pooled by its shape": lambda x: F.avg_pool1d(x, kernel_size=x.shape[-1]).squeeze(-1),
+    "pooled by its sizes": lambda x: F.max_pool1d(x, x.shape[2:]).flatten(1),
 }
 
 
@@ -159,6 +164,8 @@ IMAGES = {
     "behind an ellipsis": lambda x: x[:, ..., 1:3, :].flatten(1),
     "padding of one axis": lambda x: F.pad(x, (1, 0)).mean((2, 3)),
     "padding of both": lambda x: F.pad(x, (1, 0, -1, 2)).mean((2, 3)),
+    "pooled by its sizes": lambda x: F.avg_pool2d(x, x.size()[2:]).flatten(1),
+    "pooled by its shape": lambda x: F.max_pool2d(x, x.shape[-2:]).flatten(1),
 }
 
 
@@ -193,6 +200,10 @@ OTHERS = {
     "backwards": (lambda x: x[:, :, None].mean(-1), "index that is a NoneType"),
     "too many": (lambda x: x[:, :, :, 0], "index of 4 axes"),
     "unknown dimension": (lambda x: x.select(3, 0), "dimension 3 of a value with 3"),
+    "where the largest is": (lambda x: x.max(-1)[1].float(), "float has no native kernel"),
+    "the largest of channels": (lambda x: x.max(1)[0], "maximum over dimension 1"),
+    "a window of half": (lambda x: F.max_pool1d(x, x.size(2) // 2).flatten(1), "not a chain|lacks"),
+    "a window of channels": (lambda x: F.avg_pool1d(x, x.size(1)).flatten(1), "lacks"),
     "by its size": (lambda x: x[:, :, : x.size(2) // 2].mean(-1), "not a chain"),
     "all four sides": (lambda x: F.pad(x, (1, 1, 1, 1)).mean(-1), "one axis|1 axis"),
 }
