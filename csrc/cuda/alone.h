@@ -79,18 +79,31 @@ struct Alone : BlockOf<false> {
       }
   }
 
+  // Four neighbours at a time: tensors are whole quads, and what their padding holds reaches nothing.
   template <class Rule>
   PYMETA_FN static void take_step(const Rule& rule, const StepOperands& a, Real minus_rate,
                                   const Correction& correction) {
-    for_vectors(a.size, [&](std::size_t i) {
+    for_vectors(a.size / 4, [&](std::size_t quad) {
       constexpr int states = Rule::kStates;
-      Real state[kMaxStates];
+      const std::size_t at = 4 * quad;
+      const Quad theta = load_quad(a.theta + at), gradient = load_quad(a.gradient + at);
+      Quad state[kMaxStates], next;
+#pragma unroll
       for (int s = 0; s < states; ++s)
-        state[s] = a.state_before ? load(a.state_before + s * a.apart + i) : zero();
-      const Real theta = load(a.theta + i);
-      const Real d = rule.direction(theta, load(a.gradient + i), state, correction);
-      store(a.next + i, fma(minus_rate, d, theta));
-      for (int s = 0; s < states; ++s) store(a.state + s * a.apart + i, state[s]);
+        state[s] = a.state_before ? load_quad(a.state_before + s * a.apart + at) : Quad{};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        Real own[kMaxStates];
+#pragma unroll
+        for (int s = 0; s < states; ++s) own[s] = state[s].v[c];
+        const Real d = rule.direction(theta.v[c], gradient.v[c], own, correction);
+        next.v[c] = fma(minus_rate, d, theta.v[c]);
+#pragma unroll
+        for (int s = 0; s < states; ++s) state[s].v[c] = own[s];
+      }
+      store_quad(a.next + at, next);
+#pragma unroll
+      for (int s = 0; s < states; ++s) store_quad(a.state + s * a.apart + at, state[s]);
     });
   }
 

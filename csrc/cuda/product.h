@@ -309,10 +309,13 @@ PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
     for (int s = 0; s < count; ++s) {
       const Piece piece = given.piece(s);
       const Where there = where(piece);
+      // Short tiles are few products': no code of their own for a start that lies far.
+      constexpr bool tells_far = kTileRows >= 4;
       if (there == Where::near)
         add_piece<kForm, Where::near>(rows, columns, across, piece, m0, n0, tile);
-      else if (there == Where::near_and_far)
-        add_piece<kForm, Where::near_and_far>(rows, columns, across, piece, m0, n0, tile);
+      else if (tells_far && there == Where::near_and_far)
+        add_piece<kForm, tells_far ? Where::near_and_far : Where::anywhere>(rows, columns, across,
+                                                                            piece, m0, n0, tile);
       else
         add_piece<kForm, Where::anywhere>(rows, columns, across, piece, m0, n0, tile);
     }

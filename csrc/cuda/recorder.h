@@ -106,6 +106,22 @@ class Recording {
   static void put_size(Operation& op, std::size_t size) {
     op.spots[kSpots - 1] = static_cast<Spot>(size);
   }
+  // The last two operations, where they are steps of tensors side by side.
+  void join_steps() {
+    if (list_.count - begun_ < 2 || list_.count > kMostOperations) return;
+    Operation& first = list_.operations[list_.count - 2];
+    const Operation& second = list_.operations[list_.count - 1];
+    const std::size_t size = first.spots[kSpots - 1], apart = Places::lines(size);
+    bool joins = first.act == Act::take_step && first.rate == second.rate;
+    for (int i = 0; i < kSpots - 1; ++i)
+      joins = joins && (first.spots[i] == kNoSpot ? second.spots[i] == kNoSpot
+                                                  : first.spots[i] + apart == second.spots[i]);
+    if (!joins) return;
+    const std::size_t both = apart + second.spots[kSpots - 1];
+    put_size(first, both);
+    first.share = static_cast<std::uint16_t>(both / 4 < kMostNumber ? both / 4 : kMostNumber);
+    --list_.count;
+  }
   static Spot spot(const Real* p) {
     if (!p) return kNoSpot;
     const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(p);
@@ -279,16 +295,18 @@ inline void loss_hessian_product<Recorder>(const Loss&, const LossRows& s, const
   record_loss(Act::loss_hessian_product, s, of, product);
 }
 
-// Which rule it is, a block knows from the call.
+// Which rule it is, a block knows from the call. Tensors side by side at one rate are one operation; what their padding and the gap
+// between them hold reaches nothing.
 inline void record_step(int states, const StepArrays& a, std::size_t size, const Real* next) {
   const bool before = states > 0 && a.state_before[0];
   Recording& r = Recording::now();
-  Operation& op = r.add(Act::take_step, 0, 0, size, a.theta, a.gradient, next,
+  Operation& op = r.add(Act::take_step, 0, 0, size / 4, a.theta, a.gradient, next,
                         states > 0 ? a.state[0] : nullptr, before ? a.state_before[0] : nullptr);
   op.count = static_cast<std::uint8_t>(states);
   op.has_before = before;
   r.put_rate(op, a.rate);
   Recording::put_size(op, size);
+  r.join_steps();
 }
 #define PYMETA_RECORD_STEP(rule)                                                             \
   template <>                                                                                \
