@@ -84,12 +84,19 @@ def adapting_calls(dtype: torch.dtype) -> Iterator[str]:
     )  # fmt: skip
     finetune(x, y, curves=True).predict_proba(x)
     yield "fine-tuning"
+    for optimizer in (pymeta.SGD(0.1, momentum=0.9), pymeta.RMSprop(0.01), pymeta.Adam(0.01)):
+        plain = pymeta.FineTune(
+            net, loss="bce_with_logits", optimizer=optimizer, epochs=2, batch_size=4,
+            backend="native",
+        )  # fmt: skip
+        plain(x, y).predict_proba(x)
+    yield "fine-tuning as lists of operations"
 
 
 def operator_calls(dtype: torch.dtype) -> Iterator[str]:
     """What else is differentiated: results, starts, rates, targets and weights of each task."""
     net = nn.Sequential(nn.Linear(3, 20), nn.Tanh(), nn.Linear(20, 2)).to(DEVICE, dtype)
-    maml = pymeta.MAML(net, loss="mse", lr=0.05, steps=2, task_clip=1.0, backend="native")
+    maml = pymeta.MAML(net, loss="mse", lr=0.05, steps=2, backend="native")
     x, y = normal(6, 9, 3, dtype=dtype), normal(6, 9, 2, dtype=dtype).requires_grad_()
     weights = torch.rand(6, 9, dtype=dtype).to(DEVICE).requires_grad_()
     rates = torch.full((6,), 0.1, dtype=dtype).to(DEVICE).requires_grad_()
@@ -102,6 +109,10 @@ def operator_calls(dtype: torch.dtype) -> Iterator[str]:
     adapted = maml.adapt(x, y.detach(), create_graph=True)
     sum(v.square().sum() for v in adapted.values()).backward()
     yield "MAML, cotangents of predictions, losses and adapted parameters"
+
+    clipped = pymeta.MAML(net, loss="mse", lr=0.05, steps=2, task_clip=1.0, backend="native")
+    clipped(x, y, x, y).loss.backward()
+    yield "MAML, tasks' shares clipped"
 
 
 def image_calls(dtype: torch.dtype) -> Iterator[str]:

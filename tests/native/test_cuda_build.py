@@ -22,6 +22,8 @@ import pytest
 import source_tree
 from background import Program
 
+from pymeta import native
+
 ROOT = source_tree.need("csrc/cuda", "bench/kernel_report.py", "CMakeLists.txt")
 KERNELS = ROOT / "csrc" / "cuda" / "kernels.cu"
 # Bytes stored to spilled registers in a kernel and what it calls. Those there are lie outside of
@@ -255,3 +257,25 @@ def test_gpu_script_is_bash_and_refuses_unknown_parts(tmp_path):
     done = subprocess.run(["bash", script, str(folder), "flash"], capture_output=True, text=True)
     assert done.returncode == 2 and "no part 'flash'" in done.stderr
     assert not folder.exists()
+
+
+REHEARSAL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import gpu_calls
+gpu_calls.DEVICE = torch.device("cpu")
+torch.cuda.synchronize = lambda: None
+sys.exit(gpu_calls.main(["all"]))
+"""
+
+
+def test_gpu_calls_can_be_made():
+    """Those for the tools that watch a GPU, here on emulated blocks, or on the CPU."""
+    blocks = {"PYMETA_EXECUTOR": "emulated"} if native.emulates() else {}
+    done = subprocess.run(
+        [sys.executable, "-c", REHEARSAL, str(ROOT / "bench")],
+        capture_output=True, text=True, timeout=600, env={**os.environ, **blocks},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "gpu_calls: all calls made" in done.stdout
