@@ -141,6 +141,15 @@ class TaskBinder {
     Real* targets = memory_.at(places.targets);
     Real* scale = memory_.at(places.scale);
     const Extent extent{rows, nullptr, Real(rows)};
+    if (!labels && !set.weights && columns == 1) {
+      // The commonest: all rows have the same share, and a row's thread sees all of it.
+      const Real all = Real(rows) * Real(mean_columns(loss, out)), share = Real(1) / all;
+      Block::for_indices(rows, [&](int r) {
+        targets[r] = static_cast<const Real*>(set.y)[bound.row(r)];
+        scale[r] = takes(loss, targets + r, nullptr, 1, rows) ? share : Real(NAN);
+      });
+      return;
+    }
     if (!labels)
       Block::map(extent, columns, [&](long, long o, int r) {
         const Real y = static_cast<const Real*>(set.y)[bound.row(r) * columns + o];
