@@ -118,7 +118,7 @@ class Rows(metaclass=_Type):
         offset: int = 0,
         weight_columns: int = 1,
         has_distributions: bool = False,
-        keeps_weightless: bool = False,  # rows of weight 0 count: a gradient at 0 is wanted
+        keeps_weightless: bool = False,  # gradients by weights of 0 are wanted
     ) -> None: ...
 
 # values [rows, columns], or [T, rows, columns] of each task; step k uses row min(k, rows - 1).

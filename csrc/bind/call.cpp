@@ -144,6 +144,7 @@ CallParts::CallParts(std::shared_ptr<const Problem> problem, int dtype, const st
 template <class Real>
 RowSet<Real> CallParts::described_set(const Rows& rows, bool is_query) const {
   RowSet<Real> set = rows.set<Real>();
+  set.keeps_weightless = set.keeps_weightless && job_ == Job::meta;  // whose weights have gradients
   set.loss = problem_->loss(is_query, rows.has_distributions);
   const int columns = target_columns(*set.loss, problem_->network().out_features());
   if (set.weight_columns != 1 && (set.weight_columns != columns || is_of_classes(*set.loss)))

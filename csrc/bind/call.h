@@ -18,7 +18,7 @@ struct Rows {
   Address offset = 0;
   int weight_columns = 1;
   bool has_distributions = false;  // targets are such, not labels
-  bool keeps_weightless = false;   // rows of weight 0 count too
+  bool keeps_weightless = false;   // gradients by weights of 0 are wanted
 
   template <class Real>
   RowSet<Real> set() const {

@@ -56,13 +56,7 @@ class Binder {
         store(keep + static_cast<long>(r) * kWidth, (Vec)(extent.count > broadcast(Real(r))));
       extent.keep = keep;
     }
-    if (places.context != kNowhere) {
-      // The first rows of a query set are those of its support set.
-      count_in_statistics(extent, memory + places.context, work, [&](std::int64_t task, int r) {
-        return r < call_.support.size(task) &&
-               call_.weighs(call_.support, call_.support.start(task) + r);
-      });
-    }
+    if (places.context != kNowhere) count_in_statistics(rows, extent, memory + places.context);
     ItemSet result{{nullptr, 0}, extent, nullptr, nullptr, nullptr, offered};
     result.lies(places, Memory{memory});
     if (places.x == kNowhere) {
@@ -98,43 +92,30 @@ class Binder {
     RowSet<Real> all = set;
     all.y = nullptr;
     all.weights = nullptr;
-    all.has_weightless = false;
+    all.has_weightless = all.keeps_weightless = false;
     ItemSet result = bind(all, places, work, memory);
-    if (places.context != kNowhere) return result;  // whose statistics are the support set's
+    if (call_.by_support) return result;  // whose statistics are the support set's
     // Room that such a set leaves unused: one task's rows need no mask, and without targets there is no scale.
     Real* counting = memory + (X::kTasks == 1 ? places.keep : places.scale);
-    count_in_statistics(result.extent, counting, work, [&](std::int64_t task, int r) {
-      return r < set.size(task) && call_.weighs(set, set.start(task) + r);
-    });
+    count_in_statistics(ItemRows(call_, set, work, nullptr, true), result.extent, counting);
     return result;
   }
 
  private:
-  // Only rows of which counts(task, row) is true are in statistics over rows.
-  template <class Counts>
-  static void count_in_statistics(Extent& extent, Real* counting, const Item<X>& work,
-                                  Counts is_in) {
-    extent.count = zero();
-    for (int r = 0; r < extent.rows; ++r) {
-      IntVec counts{};
-      for (int lane = 0; lane < work.count; ++lane)
-        if (is_in(work.task[lane], r)) counts[lane] = -1;
-      if (X::kTasks == 1) counts = broadcast_int(counts[0]);
-      extent.count = extent.count + select(counts, broadcast(1), zero());
-      store(counting + static_cast<long>(r) * kWidth, (Vec)counts);
-    }
-    extent.counting = counting;
-  }
-
   // Which rows of the caller's arrays each lane gets.
   class ItemRows {
    public:
     ItemRows(const Call<Real>& call, const RowSet<Real>& set, const Item<X>& work,
-             const Selection<X>* selection)
-        : call_(call), set_(set), work_(work), selection_(selection) {
+             const Selection<X>* selection, bool all = false)
+        : call_(call),
+          set_(set),
+          work_(work),
+          selection_(selection),
+          sifts_(set.has_weightless && !all) {
       for (int lane = 0; lane < work.count; ++lane) {
         count_[lane] = offered(lane);
-        if (!set.has_weightless) continue;
+        beside_[lane] = call.keeps_beside(set, work.task[lane]);
+        if (!sifts_) continue;
         count_[lane] = 0;
         visit(lane, [&](int, std::int64_t) { ++count_[lane]; });
       }
@@ -142,7 +123,8 @@ class Binder {
 
     const RowSet<Real>& set() const { return set_; }
     int lanes() const { return work_.count; }
-    bool are_consecutive() const { return !selection_ && !set_.has_weightless; }
+    std::int64_t task(int lane) const { return work_.task[lane]; }
+    bool are_consecutive() const { return !selection_ && !sifts_; }
     int count(int lane) const { return count_[lane]; }
     int offered(int lane) const {
       return selection_ ? selection_->count[lane] : set_.size(work_.task[lane]);
@@ -159,9 +141,9 @@ class Binder {
       }
       int place = 0;
       for (int r = 0; r < rows; ++r) {
-        const std::int64_t row = first(lane) + (selection_ ? selection_->rows[lane][r] : r);
-        if (set_.has_weightless && !call_.weighs(set_, row)) continue;
-        body(place++, row);
+        const int own = selection_ ? selection_->rows[lane][r] : r;
+        if (sifts_ && !call_.is_used(set_, task(lane), own, beside_[lane])) continue;
+        body(place++, first(lane) + own);
       }
     }
 
@@ -170,8 +152,30 @@ class Binder {
     const RowSet<Real>& set_;
     const Item<X>& work_;
     const Selection<X>* selection_;
+    bool sifts_;  // some rows may not be used
     int count_[X::kTasks];
+    bool beside_[X::kTasks];
   };
+
+  // Rows that are used are not all in statistics over rows.
+  void count_in_statistics(const ItemRows& rows, Extent& extent, Real* counting) const {
+    memset(counting, 0, sizeof(Real) * kWidth * extent.rows);
+    extent.count = zero();
+    for (int lane = 0; lane < rows.lanes(); ++lane)
+      rows.visit(lane, [&](int r, std::int64_t row) {
+        const std::int64_t task = rows.task(lane);
+        const int own = static_cast<int>(row - rows.first(lane));
+        if (!call_.is_in_statistics(rows.set(), task, own)) return;
+        Real* at = counting + static_cast<long>(r) * kWidth;
+        IntVec counts = (IntVec)load(at);
+        counts[lane] = -1;
+        if (X::kTasks == 1) counts = broadcast_int(-1);
+        store(at, (Vec)counts);
+        extent.count[lane] += 1;
+      });
+    if (X::kTasks == 1) extent.count = broadcast(extent.count[0]);
+    extent.counting = counting;
+  }
 
   void bind_inputs(const ItemRows& rows, const Extent& extent, Real* x) const {
     const int in = call_.network->in_features();

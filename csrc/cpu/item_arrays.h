@@ -297,15 +297,16 @@ class ItemArrays {
     return (static_cast<std::size_t>(work_.task[lane]) * call_.lr.rows + row) * call_.lr.columns +
            column;
   }
-  // body(lane, row of the caller's arrays, its place among the bound rows or -1 where it does not count)
+  // body(lane, row of the caller's arrays, its place among the bound rows or -1 where it is not used)
   template <class Body>
   void visit_rows(const RowSet<Real>& rows, Body body) const {
     for (int lane = 0; lane < work_.count; ++lane) {
-      const std::int64_t first = rows.start(work_.task[lane]);
+      const std::int64_t task = work_.task[lane], first = rows.start(task);
+      const bool beside = rows.has_weightless && call_.keeps_beside(rows, task);
       int place = 0;
-      for (int r = 0; r < rows.size(work_.task[lane]); ++r) {
-        const bool counts = !rows.has_weightless || call_.weighs(rows, first + r);
-        body(lane, first + r, counts ? place++ : -1);
+      for (int r = 0; r < rows.size(task); ++r) {
+        const bool used = !rows.has_weightless || call_.is_used(rows, task, r, beside);
+        body(lane, first + r, used ? place++ : -1);
       }
     }
   }

@@ -35,13 +35,9 @@ class TaskBinder {
     Block::map(extent, in, [&](long at, long c, int r) { x[at] = set.x[rows.row(r) * in + c]; });
     ItemSet result{{x, Block::stride(in)}, extent, nullptr, nullptr, nullptr, Real(offered.count)};
     if (Real* context = extra<Block>(memory_.at(places.context))) {
-      // The set's first rows are those of the support set.
-      const std::int64_t support = call_.support.start(task_);
       Block::for_indices(count, [&](int r) {
-        const std::int64_t own = rows.row(r) - rows.first;
-        const bool counts =
-            own < call_.support.size(task_) && call_.weighs(call_.support, support + own);
-        context[r] = Real(counts ? 1 : 0);
+        const int own = static_cast<int>(rows.row(r) - rows.first);
+        context[r] = Real(call_.is_in_statistics(set, task_, own) ? 1 : 0);
       });
       result.extent.count = Block::sum_rows_in_order(extent, context);
       result.extent.counting = context;
@@ -62,7 +58,8 @@ class TaskBinder {
       bind_targets(set, rows, places, result.elements);
       // One row that counts is no set to normalise by. In a minibatch it is taken as it is.
       if constexpr (kMixesRows<Block::Family>)
-        if (!chosen && count == 1 && mixes_rows(*call_.network)) spoil(memory_.at(places.scale));
+        if (!chosen && result.extent.count == 1 && mixes_rows(*call_.network))
+          spoil(memory_.at(places.scale));
     }
     if (result.cotangent)
       bind_columns(rows, call_.network->out_features(), call_.cotangents.predictions,
@@ -74,11 +71,14 @@ class TaskBinder {
   PYMETA_FN ItemSet bind_all(const RowSet<Real>& set, const SetLayout& places) const {
     RowSet<Real> all = set;
     all.y = nullptr;
-    all.has_weightless = false;
+    all.weights = nullptr;
+    all.has_weightless = all.keeps_weightless = false;
     ItemSet result = bind(all, places);
-    if (places.context != kNowhere) return result;  // whose statistics are the support set's
+    if (call_.by_support) return result;  // whose statistics are the support set's
     Real* counting = memory_.at(places.keep);
-    mark(set, {nullptr, result.extent.rows}, counting);
+    Block::for_indices(result.extent.rows, [&](int r) {
+      counting[r] = Real(call_.is_in_statistics(set, task_, r) ? 1 : 0);
+    });
     result.extent.count = Block::sum_rows_in_order(result.extent, counting);
     result.extent.counting = counting;
     return result;
@@ -87,7 +87,7 @@ class TaskBinder {
     const int rows = set.size(task_);
     return set.has_weightless && that_count(set, places, {nullptr, rows}).count < rows;
   }
-  // Those of the offered rows that count, in their order.
+  // Those of the offered rows that are used, in their order.
   PYMETA_FN TaskRows that_count(const RowSet<Real>& set, const SetLayout& places,
                                 const TaskRows& offered) const {
     Real* counting = memory_.at(places.scale);  // its own content comes later
@@ -112,11 +112,13 @@ class TaskBinder {
     PYMETA_FN std::int64_t row(int r) const { return first + (chosen.rows ? chosen.rows[r] : r); }
   };
 
-  // counting [rows]: 1 for a row that counts, 0 for one that does not
-  PYMETA_FN void mark(const RowSet<Real>& set, const TaskRows& offered, Real* counting) const {
-    const BoundRows rows{set.start(task_), offered};
-    Block::for_indices(offered.count,
-                       [&](int r) { counting[r] = Real(call_.weighs(set, rows.row(r)) ? 1 : 0); });
+  // used [rows]: 1 for a row that is used, 0 for one that is not
+  PYMETA_FN void mark(const RowSet<Real>& set, const TaskRows& offered, Real* used) const {
+    const bool beside = call_.keeps_beside(set, task_);
+    Block::for_indices(offered.count, [&](int r) {
+      const int own = offered.rows ? offered.rows[r] : r;
+      used[r] = Real(call_.is_used(set, task_, own, beside) ? 1 : 0);
+    });
   }
 
   // [rows, columns] of the caller to a class-major array

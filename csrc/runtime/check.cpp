@@ -45,17 +45,21 @@ class SetCheck {
 
   // Returns the rows of the largest task; says in the set whether there are rows that weigh nothing.
   int run() {
-    const bool batch_norm = mixes_rows(*call_.network);
+    // by their own statistics
+    const bool batch_norm =
+        mixes_rows(*call_.network) && !(call_.by_support && &set_ == &call_.query);
     std::int64_t largest = 0;
     for (std::int64_t task = 0; task < call_.tasks; ++task) {
       const std::int64_t rows = size(task);
       largest = std::max(largest, rows);
-      const std::int64_t counting =
-          set_.weights || kind_ != TargetKind::values ? look_at_rows(task, rows) : rows;
+      const bool beside = call_.keeps_beside(set_, task);
+      const Looked looked = set_.weights || kind_ != TargetKind::values
+                                ? look_at_rows(task, rows, beside)
+                                : Looked{rows, rows};
       if (call_.network->layers[0].kind == LayerKind::embedding)
-        check_categories(task, rows, counting < rows);
-      set_.has_weightless = set_.has_weightless || counting < rows;
-      if (batch_norm && counting == 1)
+        check_categories(task, rows, looked.used < rows, beside);
+      set_.has_weightless = set_.has_weightless || looked.used < rows;
+      if (batch_norm && looked.counting == 1)
         refuse(std::string(names_.x) + ": task " + std::to_string(task) + " has one row" +
                (rows > 1 ? " that counts" : "") +
                ", and BatchNorm1d needs at least two to normalise by");
@@ -65,6 +69,11 @@ class SetCheck {
   }
 
  private:
+  // How many of a task's rows count, and how many are used.
+  struct Looked {
+    std::int64_t counting, used;
+  };
+
   std::int64_t size(std::int64_t task) const {
     const std::int64_t rows = set_.sizes ? set_.sizes[task] : set_.rows;
     if (rows < 0 || set_.start(task) < 0 || (set_.sizes && !set_.starts && rows > set_.rows))
@@ -73,30 +82,31 @@ class SetCheck {
     return rows;
   }
 
-  // How many of a task's rows count. What one that does not holds is nobody's concern.
-  std::int64_t look_at_rows(std::int64_t task, std::int64_t rows) const {
+  // What a row that is not used holds is nobody's concern.
+  Looked look_at_rows(std::int64_t task, std::int64_t rows, bool beside) const {
     const std::int64_t start = set_.start(task);
-    std::int64_t counting = 0;
+    Looked looked{0, 0};
     for (std::int64_t row = 0; row < rows; ++row) {
       const Real* weights =
           set_.weights ? set_.weights + (start + row) * set_.weight_columns : nullptr;
       for (int c = 0; weights && c < set_.weight_columns; ++c) check_weight(task, row, weights[c]);
-      if (!call_.weighs(set_, start + row)) continue;
-      ++counting;
+      if (!call_.is_used(set_, task, static_cast<int>(row), beside)) continue;
+      ++looked.used;
+      looked.counting += call_.weighs(set_, start + row);
       if (kind_ == TargetKind::labels)
         check_label(task, row, static_cast<const std::int64_t*>(set_.y)[start + row]);
       else if (kind_ == TargetKind::probabilities || kind_ == TargetKind::amounts)
         check_range(task, row, static_cast<const Real*>(set_.y) + (start + row) * columns_,
                     set_.weight_columns > 1 ? weights : nullptr);
     }
-    return counting;
+    return looked;
   }
-  // Those that embeddings look up, in rows that count.
-  void check_categories(std::int64_t task, std::int64_t rows, bool leaves_out) const {
+  // Those that embeddings look up, in rows that are used.
+  void check_categories(std::int64_t task, std::int64_t rows, bool leaves_out, bool beside) const {
     const Network& network = *call_.network;
     const std::int64_t start = set_.start(task), in = network.in_features();
     for (std::int64_t row = 0; row < rows; ++row) {
-      if (leaves_out && !call_.weighs(set_, start + row)) continue;
+      if (leaves_out && !call_.is_used(set_, task, static_cast<int>(row), beside)) continue;
       for (int l = 0; l < network.layer_count; ++l) {
         if (network.layers[l].kind != LayerKind::embedding) break;
         const Lookup& lookup = network.layers[l].lookup;

@@ -207,8 +207,8 @@ class MAML(Learner):
             query_sizes: [T], likewise for xq.
             support_weights: [T, rows] (or a list of [rows_t]) weights of the rows' losses; or
                 in the shape of ys, weights of single targets. What weighs 0 contributes nothing,
-                whatever it holds; but where weights require grad, theirs at 0 is wanted, and no
-                row is left out for its weight.
+                whatever it holds. The gradient by a weight of 0 is that of the row's own loss,
+                normalised by the rows that count; 0 where the row is not finite.
             query_weights: likewise for the query rows.
             support_offset: [T, rows, out], [T, rows] where out is 1, or a list of single tasks':
                 added to the model's outputs before the loss.

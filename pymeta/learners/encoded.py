@@ -35,9 +35,9 @@ _WITHOUT_TARGETS = QUERY._replace(y="", weights="")
 _ADAPTED = _WITHOUT_TARGETS._replace(offset="offset")
 
 
-def _counting(s: TaskSet, rows: Flat) -> Tensor | None:
-    """Which rows [N] count; None where all do, as where the gradient by their weights is wanted."""
-    if rows.weights is None or s.keeps_weightless:
+def _counting(rows: Flat) -> Tensor | None:
+    """Which rows [N] count; None where all do."""
+    if rows.weights is None:
         return None
     counts = rows.weights != 0
     return counts if counts.ndim == 1 else counts.any(-1)
@@ -197,7 +197,7 @@ class EncodedMAML(nn.Module):
             )
         if s.x.dtype != q.x.dtype:
             raise TypeError(f"xq: expected {s.x.dtype} as xs has, got {q.x.dtype}")
-        fs, fq = self._features([s, q], [_counting(support, s), _counting(query, q)])
+        fs, fq = self._features([s, q], [_counting(s), _counting(q)])
         out: Outcome = self.maml(
             _as_it_came(fs, s, support), ys, _as_it_came(fq, q, query), yq, steps=steps,
             support_sizes=support_sizes, query_sizes=query_sizes,
@@ -232,7 +232,7 @@ class EncodedMAML(nn.Module):
         with torch.no_grad():
             support = self._set(SUPPORT, xs, ys, support_sizes, support_weights)
             rows = flat(support)
-            (features,) = self._features([rows], [_counting(support, rows)])
+            (features,) = self._features([rows], [_counting(rows)])
         heads: Adapted = self.maml.adapt(
             _as_it_came(features, rows, support), ys, steps=steps, support_sizes=support_sizes,
             support_weights=support_weights, support_offset=support_offset,

@@ -27,6 +27,8 @@ statistics and leaves running ones alone. A set without rows has loss 0 and grad
 without support rows is not adapted. And a row of weight 0, or with the ignored label, is left out
 of its set, whatever it holds (`that_count`); tasks that have such rows run one by one. A query
 row that is left out still has a prediction, normalised by the statistics of those that count.
+Where weights require grad, no result changes: a row of weight 0 stands beside the others
+(`sifted`), so that its own loss, normalised by the rows that count, is the gradient by its weight.
 """
 
 from pymeta.reference.batch import (

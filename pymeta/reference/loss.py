@@ -151,11 +151,20 @@ def shifted(outputs: Tensor, offset: Tensor | None) -> Tensor:
     return outputs + offset.view(outputs.shape)
 
 
-def _own(loss: OwnLoss, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """A function's loss of a set; one number for all of it has no place for row weights."""
+def _own(
+    loss: OwnLoss,
+    outputs: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    counting: int | None,
+) -> Tensor:
+    """A function's loss of a set; one number for all of it has no place for row weights.
+
+    Nor for rows beside those that count: those have no loss of their own.
+    """
     assert loss.function is not None
-    value = loss.function(outputs, targets)
-    rows = outputs.shape[0]
+    value = loss.function(outputs[:counting], targets[:counting])
+    rows = outputs[:counting].shape[0]
     if not isinstance(value, Tensor) or value.shape not in ((), (rows,)):
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
@@ -163,11 +172,13 @@ def _own(loss: OwnLoss, outputs: Tensor, targets: Tensor, weights: Tensor | None
             f"got {got}"
         )
     if value.ndim:
+        if counting is not None:
+            value = torch.cat([value, loss.function(outputs, targets)[counting:]])
         return _weighted_mean(
             value if weights is None else weights * value,
             torch.ones_like(value) if weights is None else weights,
         )
-    if weights is not None and not bool((weights == 1).all()):
+    if weights is not None and not bool((weights[:counting] == 1).all()):
         raise ValueError(
             f"loss: {loss.name} gives one number for a set, which row weights other than 0 and 1 "
             f"cannot weigh; let it give one for each row"
@@ -175,7 +186,13 @@ def _own(loss: OwnLoss, outputs: Tensor, targets: Tensor, weights: Tensor | None
     return value if rows else torch.zeros_like(value)
 
 
-def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+def task_loss(
+    loss: Loss,
+    outputs: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    counting: int | None = None,
+) -> Tensor:
     """The loss of one set of rows: the definition, in differentiable torch operations.
 
     Args:
@@ -186,6 +203,8 @@ def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | No
             otherwise outputs' shape, or [rows, columns] where a target has more outputs than one;
             or [rows] for one column.
         weights: [rows], [rows, columns] of single targets, or None for all ones.
+        counting: how many of the first rows count, where others stand behind them whose weights
+            are 0 and have a gradient; None: all of them.
 
     Returns:
         A scalar.
@@ -200,7 +219,7 @@ def task_loss(loss: Loss, outputs: Tensor, targets: Tensor, weights: Tensor | No
             f"got an output of shape {list(outputs.shape)}"
         )
     if isinstance(loss, OwnLoss):
-        return _own(loss, outputs, targets, weights)
+        return _own(loss, outputs, targets, weights, counting)
     if weights is None:
         weights = torch.ones(rows, dtype=outputs.dtype, device=outputs.device)
     if loss.takes_classes:

@@ -351,6 +351,18 @@ class Called:
             outputs, _ = self.with_buffers(own, buffers, x.detach()[order])
         return outputs[order.argsort()]
 
+    def beside(
+        self, parameters: Parameters, buffers: Parameters, x: Tensor, counting: int
+    ) -> Tensor:
+        """The outputs for the rows behind the first `counting`, normalised by those alone.
+
+        They leave no trace in buffers and parameters.
+        """
+        own = {name: p.clone() for name, p in parameters.items()}
+        others = {at: buffer.clone() for at, buffer in buffers.items()}
+        with self.normalising(By(counting, len(x), single=True)):
+            return self.with_buffers(own, others, x)[0][counting:]
+
     def __call__(self, parameters: Parameters, x: Tensor) -> Tensor:
         """The outputs for rows x, with the task's buffers."""
         outputs, self.buffers = self.with_buffers(parameters, self.buffers, x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from pymeta.spec.inner import InnerLoop
 from pymeta.spec.losses import Loss
 from pymeta.spec.running import Measured
 from pymeta.spec.schedule import Batch
-from pymeta.tasks.values import counting
+from pymeta.tasks.values import beside, counting
 
 # one task's x, y, weights, and what is added to the outputs
 Set: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -47,6 +47,38 @@ def that_count(loss: Loss, task: Set) -> Set:
         return task
     count = counting(loss, y, weights)
     return task if bool(count.all()) else _at(task, count)
+
+
+class Sifted(NamedTuple):
+    """What is used of a set.
+
+    Attributes:
+        rows: those that count, and behind them those that stand beside them.
+        counting: how many count; None: all of these.
+        where: the numbers of these rows in the set; None: they are all of it, in its order.
+    """
+
+    rows: Set
+    counting: int | None = None
+    where: Tensor | None = None
+
+
+def sifted(loss: Loss, task: Set) -> Sifted:
+    """A set without the rows that are not used. Where none counts, none is.
+
+    Without targets, all of them count.
+    """
+    x, y, weights, offset = task
+    if y is None:
+        return Sifted(task)
+    count = counting(loss, y, weights)
+    if bool(count.all()):
+        return Sifted(task)
+    where, n = count.nonzero()[:, 0], int(count.sum())
+    if n:
+        others = beside(loss, x, y, weights, offset).nonzero()[:, 0]
+        where = torch.cat([where, others])
+    return Sifted(_at(task, where), None if n == len(where) else n, where)
 
 
 def adapt_task(
@@ -82,15 +114,18 @@ def adapt_task(
     pull = inner.anchor.strength if anchor is None else anchor
     for step, batch in enumerate(inner.schedule.batches(support[0].shape[0], task_id)):
         rows = _rows(support, batch)
-        used = that_count(inner.loss, rows) if sift else rows
+        used, count, _ = sifted(inner.loss, rows) if sift else Sifted(rows)
 
         def batch_loss(
-            adapted: Parameters, buffers: Parameters, used: Set
+            adapted: Parameters, buffers: Parameters, used: Set, count: int | None = count
         ) -> tuple[Tensor, tuple[Parameters, list[Measured]]]:
             x, y, w, offset = used
             whole = {**fixed, **adapted}
-            outputs, buffers, measured = model.step_with_buffers(whole, buffers, x)
-            return task_loss(inner.loss, shifted(outputs, offset), y, w), (buffers, measured)
+            outputs, after, measured = model.step_with_buffers(whole, buffers, x[:count])
+            if count is not None:
+                outputs = torch.cat([outputs, model.beside(whole, buffers, x, count)])
+            loss = task_loss(inner.loss, shifted(outputs, offset), y, w, count)
+            return loss, (after, measured)
 
         model.at_step(step)
         with model.normalising(By(single=sift and batch.rows is not None)):
@@ -129,7 +164,7 @@ def task_outcome(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One task: adapt on the support set, evaluate on the query set.
 
-    `anchor` is as for `adapt_task`. Where rows are to be sifted, those that do not count have
+    `anchor` is as for `adapt_task`. Where rows are to be sifted, those that are not used have
     outputs all the same, as constants. `query` may be without targets. With `by_support` batch
     normalisation of query rows goes by the statistics of the support rows that count.
 
@@ -137,7 +172,7 @@ def task_outcome(
         The loss on the query set [], that after each step weighed by `step_weights` where those
         are given; outputs [rows, out]; the losses after each step, [0] without weights.
     """
-    x, y, weights, offset = that_count(inner.judge, query) if sift else query
+    (x, y, weights, offset), count, where = sifted(inner.judge, query) if sift else Sifted(query)
 
     context = that_count(inner.loss, support)[0] if sift else support[0]
 
@@ -149,10 +184,19 @@ def task_outcome(
             return model({**fixed, **theta}, together)[len(context) :]
 
     def evaluated(theta: Parameters) -> tuple[Tensor, Tensor]:
-        outputs = shifted(called(theta, x), offset)
+        before = model.buffers
+        outputs = called(theta, x[:count])
+        if count is not None:
+            others = (
+                called(theta, x)[count:]
+                if by_support
+                else model.beside({**fixed, **theta}, before, x, count)
+            )
+            outputs = torch.cat([outputs, others])
+        outputs = shifted(outputs, offset)
         # query sets without targets have no loss
         none = outputs.new_zeros(())
-        return none if y is None else task_loss(inner.judge, outputs, y, weights), outputs
+        return none if y is None else task_loss(inner.judge, outputs, y, weights, count), outputs
 
     after_steps: list[Tensor] = []
 
@@ -172,13 +216,15 @@ def task_outcome(
         after_steps += [loss] * (len(step_weights) - len(after_steps))
         steps = torch.stack(after_steps)
         loss = (step_weights * steps).sum()
-    if sift and y is not None and len(y) < len(query[1]):
-        count = counting(inner.judge, query[1], query[2])
+    if where is not None and len(where) == len(query[0]):
+        outputs = outputs[where.argsort()]
+    elif where is not None:
         if by_support:
             with torch.no_grad():
                 all_rows = called(adapted, query[0])
         else:
-            all_rows = model.of_all_rows({**fixed, **adapted}, query[0], count)
+            of_those = counting(inner.judge, query[1], query[2])
+            all_rows = model.of_all_rows({**fixed, **adapted}, query[0], of_those)
         of_all = shifted(all_rows, query[3])
-        outputs = of_all.detach().index_put((count,), outputs)
+        outputs = of_all.detach().index_put((where,), outputs)
     return loss, outputs, steps

@@ -35,7 +35,7 @@ class Gathered(NamedTuple):
     lengths: list[int] | None  # of the list that came, where one came
     offset: np.ndarray | None = None  # [..., out]
     distributions: bool = False  # y are such over the classes, not labels
-    keeps_weightless: bool = False  # rows of weight 0 count: a gradient by that is wanted
+    keeps_weightless: bool = False  # gradients by weights of 0 are wanted
 
     @property
     def weight_columns(self) -> int:

@@ -107,7 +107,7 @@ class TaskSet:
 
     @property
     def keeps_weightless(self) -> bool:
-        """Whether rows of weight 0 count too, because the gradient by that weight is wanted."""
+        """Whether rows of weight 0 are looked at, because the gradient by that weight is wanted."""
         w = self.weights
         return self.context > 0 or (w is not None and w.requires_grad and torch.is_grad_enabled())
 

@@ -20,8 +20,7 @@ from pymeta.tasks.task_set import TaskSet
 def counting(loss: Loss, y: Tensor, weights: Tensor | None, lead: int = 1) -> Tensor:
     """Which rows count: those of a weight that is not 0 and a label that is not ignored.
 
-    All others are left out of their set, whatever they hold. Where weights require grad, theirs
-    at 0 is wanted, and no row is left out for its weight.
+    All others are left out of their set, whatever they hold, and whatever requires grad.
 
     Args:
         loss: the loss.
@@ -35,17 +34,68 @@ def counting(loss: Loss, y: Tensor, weights: Tensor | None, lead: int = 1) -> Te
     count = torch.ones(y.shape[:lead], dtype=torch.bool, device=y.device)
     if loss.takes_classes and not y.is_floating_point():
         count &= y != loss.ignore_index
-    if weights is not None and not (weights.requires_grad and torch.is_grad_enabled()):
+    if weights is not None:
         count &= (weights != 0).flatten(lead).any(-1) if weights.ndim > lead else weights != 0
     return count
+
+
+def wants_gradient(weights: Tensor | None) -> bool:
+    """Whether the gradient by these weights is wanted, theirs at 0 among it."""
+    return weights is not None and weights.requires_grad and torch.is_grad_enabled()
+
+
+def _finite(rows: Tensor, lead: int) -> Tensor:
+    return rows.detach().isfinite().flatten(lead).all(-1) if rows.ndim > lead else rows.isfinite()
+
+
+def beside(
+    loss: Loss, x: Tensor, y: Tensor, weights: Tensor | None, offset: Tensor | None, lead: int = 1
+) -> Tensor:
+    """Which rows stand beside those that count: they weigh nothing, but what they would is wanted.
+
+    The gradient by their weight is that of their own loss, normalised by the rows that count. A
+    row whose inputs, offset or target are not finite has none. Where weights are of single
+    targets, it is each target that has none.
+
+    Args:
+        loss: as for `counting`, like all that is not named here.
+        x: inputs [*lead, ...].
+        y: targets.
+        weights: of rows or targets.
+        offset: [*lead, ...], or None.
+        lead: how many axes come before a row's own.
+
+    Returns:
+        bool [*lead].
+    """
+    count = counting(loss, y, weights, lead)
+    if weights is None or not wants_gradient(weights):
+        return torch.zeros_like(count)
+    found = counting(loss, y, None, lead) & ~count & _finite(x, lead)
+    if weights.ndim == lead:
+        found &= _finite(y, lead)
+        if offset is not None:
+            found &= _finite(offset, lead)
+    return found
+
+
+def _valid(s: TaskSet, rows: Tensor) -> Tensor:
+    """Of these rows of a set, those that do not only pad."""
+    valid = s.valid()
+    return rows if valid is None else rows & valid
 
 
 def _counting(s: TaskSet, loss: Loss) -> Tensor:
     """Which rows of a set count; those that only pad do not."""
     assert s.y is not None
-    count = counting(loss, s.y, s.weights, s.lead)
-    valid = s.valid()
-    return count if valid is None else count & valid
+    return _valid(s, counting(loss, s.y, s.weights, s.lead))
+
+
+def _used(s: TaskSet, loss: Loss) -> Tensor:
+    """Which rows of a set are looked at: those that count, and those beside them."""
+    assert s.y is not None
+    others = beside(loss, s.x, s.y, s.weights, s.offset, s.lead)
+    return _counting(s, loss) | _valid(s, others)
 
 
 def leaves_out(s: TaskSet, loss: Loss) -> bool:
@@ -56,9 +106,9 @@ def leaves_out(s: TaskSet, loss: Loss) -> bool:
 
 
 def _check_categories(s: TaskSet, expected: Expected) -> None:
-    """What embeddings look up, in rows that count."""
+    """What embeddings look up, in rows that are looked at."""
     x = s.x.detach()
-    count = s.valid() if s.y is None else _counting(s, expected.loss)
+    count = s.valid() if s.y is None else _used(s, expected.loss)
     for column, categories in expected.categories:
         value = x[..., column]
         wrong = ~((value >= 0) & (value < categories) & (value == value.floor()))
@@ -74,8 +124,8 @@ def _check_categories(s: TaskSet, expected: Expected) -> None:
 
 
 def _first_wrong(wrong: Tensor, s: TaskSet, loss: Loss) -> int | None:
-    """The first row that counts of those that are `wrong` [...], if there is one."""
-    wrong = wrong & _counting(s, loss)
+    """The first row that is looked at of those that are `wrong` [...], if there is one."""
+    wrong = wrong & _used(s, loss)
     return int(wrong.flatten().nonzero()[0]) if bool(wrong.any()) else None
 
 
@@ -115,12 +165,6 @@ def counts_that_count(s: TaskSet, loss: Loss) -> list[int]:
     count = _counting(s, loss)
     parts = count.split_with_sizes(s.counts) if s.starts is not None else count.unbind(0)
     return [int(part.sum()) for part in parts]
-
-
-def counts_that_weigh(s: TaskSet, loss: Loss) -> list[int]:
-    """How many rows of each task weigh something, whether or not a gradient keeps the others."""
-    with torch.no_grad():
-        return counts_that_count(s, loss)
 
 
 def _check_single_rows(s: TaskSet, loss: Loss, of_single_rows: bool = False) -> None:

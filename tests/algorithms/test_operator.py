@@ -46,9 +46,6 @@ class OperatorProblem(Problem):
     def __init__(self, case: Case, flows: Flows) -> None:
         super().__init__(case)
         self.flows = flows
-        for side in (self.support, self.query):  # one column of weights is one of rows, all kept
-            if side.weights is not None and side.weights.shape[2:] == (1,):
-                side.y.nan_to_num_(nan=0.5)
         tasks, names = case.tasks, dict(self.net.named_parameters())
         self.start = {n: p.detach() + 0.1 * torch.randn(tasks, *p.shape) for n, p in names.items()}
         self.rates = 0.2 * torch.rand(tasks)

@@ -127,7 +127,8 @@ def test_torch_compile_knows_rates_of_parameters_in_another_order_than_the_chain
         module.lr.copy_(torch.linspace(0.05, 0.2, module.lr.numel()))
     got = torch.compile(module, backend="aot_eager", fullgraph=True)(*data).loss
     mine = gradients(module(*data).loss, *module.parameters())
-    assert_close(gradients(got, *module.parameters()), mine)
+    # once: after other compiled calls of the process, torch keeps no graph of this one
+    assert_close(torch.autograd.grad(got, list(module.parameters())), mine)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

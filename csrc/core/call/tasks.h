@@ -24,11 +24,11 @@ struct RowSet {
   std::int64_t rows = 0;          // rows from one task to the next (and in each, without `sizes`)
   const std::int64_t* starts = nullptr;  // [T] first row of each task, or null: task * rows
   const std::int64_t* sizes = nullptr;   // [T] rows of each task, or null: rows
-  bool has_weightless = false;           // some rows may weigh nothing (Call::weighs)
+  bool has_weightless = false;           // some rows may not be used (Call::is_used)
   int weight_columns = 1;                // of `weights`; more than one: a weight for each target
   const Real* offset = nullptr;          // [total rows, out] is added to the outputs; or null
   const Loss* loss = nullptr;            // that of this set, or null: the call's
-  bool keeps_weightless = false;         // rows of weight 0 count too: a gradient at 0 is wanted
+  bool keeps_weightless = false;         // the gradient by weights of 0 is wanted (keeps_beside)
 
   PYMETA_MEMBER std::int64_t start(std::int64_t task) const {
     return starts ? starts[task] : task * rows;
@@ -217,7 +217,34 @@ struct Call {
   PYMETA_MEMBER bool has_plain_steps() const { return optimizer.is_plain() && !anchors; }
   // Does a row of a set count? One of weight 0, or with the ignored label, is left out of its set, whatever it holds.
   PYMETA_MEMBER bool weighs(const RowSet<Real>& set, std::int64_t row) const {
-    return (set.keeps_weightless || has_weight(set, row)) && !is_ignored(set, row);
+    return has_weight(set, row) && !is_ignored(set, row);
+  }
+  // Do rows of weight 0 stand beside those of a task that count, because the gradient by their weight is wanted? They are in no
+  // statistics, and nothing else depends on them. Not where no row counts.
+  PYMETA_MEMBER bool keeps_beside(const RowSet<Real>& set, std::int64_t task) const {
+    const std::int64_t first = set.start(task);
+    for (int r = 0; set.keeps_weightless && r < set.size(task); ++r)
+      if (weighs(set, first + r)) return true;
+    return false;
+  }
+  // Is a task's r-th row used: does it count, or does it stand beside those that do? `beside`: keeps_beside(). Of query sets
+  // behind their support set, the rows that count there are used.
+  PYMETA_MEMBER bool is_used(const RowSet<Real>& set, std::int64_t task, int r, bool beside) const {
+    if (is_context(set, task, r)) return weighs(support, support.start(task) + r);
+    const std::int64_t row = set.start(task) + r;
+    return weighs(set, row) || (beside && !is_ignored(set, row) && has_numbers(set, row));
+  }
+  // Is a row of a query set there only to normalise by?
+  PYMETA_MEMBER bool is_context(const RowSet<Real>& set, std::int64_t task, int r) const {
+    return is_behind_support(set) && r < support.size(task);
+  }
+  PYMETA_MEMBER bool is_behind_support(const RowSet<Real>& set) const {
+    return by_support && set.x == query.x;
+  }
+  // Is a task's r-th row in the statistics that its set is normalised by?
+  PYMETA_MEMBER bool is_in_statistics(const RowSet<Real>& set, std::int64_t task, int r) const {
+    if (!is_behind_support(set)) return weighs(set, set.start(task) + r);
+    return is_context(set, task, r) && weighs(support, support.start(task) + r);
   }
   // Has a target's weight no gradient? One of weight 0 whose loss is no number is no target at all.
   PYMETA_MEMBER bool is_masked(const RowSet<Real>& set, std::int64_t row, int column,
@@ -239,20 +266,19 @@ struct Call {
     if (!own.weight || !set.y || !takes_labels(own)) return Real(1);
     return static_cast<Real>(own.weight[static_cast<const std::int64_t*>(set.y)[row]]);
   }
-  // Does any of a task's rows not count?
+  // Is any of a task's rows not used?
   PYMETA_MEMBER bool leaves_out(const RowSet<Real>& set, std::int64_t task) const {
-    const std::int64_t first = set.start(task);
+    const bool beside = set.has_weightless && keeps_beside(set, task);
     for (int r = 0; set.has_weightless && r < set.size(task); ++r)
-      if (!weighs(set, first + r)) return true;
+      if (!is_used(set, task, r, beside)) return true;
     return false;
   }
-  // How many of a task's rows weigh something, whether or not the others are kept.
+  // How many of a task's rows count.
   PYMETA_MEMBER int weighing_rows(const RowSet<Real>& set, std::int64_t task) const {
     if (!set.has_weightless && !set.keeps_weightless) return set.size(task);
     const std::int64_t first = set.start(task);
     int count = 0;
-    for (int r = 0; r < set.size(task); ++r)
-      count += has_weight(set, first + r) && !is_ignored(set, first + r);
+    for (int r = 0; r < set.size(task); ++r) count += weighs(set, first + r);
     return count;
   }
   // The strength of a task's pull towards its start.
@@ -305,6 +331,21 @@ struct Call {
     bool any = false;
     for (int c = 0; c < set.weight_columns; ++c) any = any || weights[c] != 0;
     return any;
+  }
+  PYMETA_MEMBER static bool are_finite(const Real* values, std::int64_t row, int columns) {
+    bool all = true;
+    for (int c = 0; values && c < columns; ++c) all = all && is_finite(values[row * columns + c]);
+    return all;
+  }
+  // Are a row's inputs, offset and targets all finite? Without, what it would weigh has no derivative. Where single targets have
+  // weights, it is each target that has none (is_masked).
+  PYMETA_MEMBER bool has_numbers(const RowSet<Real>& set, std::int64_t row) const {
+    if (!are_finite(set.x, row, network->in_features())) return false;
+    if (set.weight_columns > 1) return true;
+    const Loss& own = loss_of(set);
+    const Real* targets = takes_labels(own) ? nullptr : static_cast<const Real*>(set.y);
+    const int out = network->out_features();
+    return are_finite(targets, row, target_columns(own, out)) && are_finite(set.offset, row, out);
   }
   PYMETA_MEMBER bool is_ignored(const RowSet<Real>& set, std::int64_t row) const {
     const Loss& own = loss_of(set);

@@ -300,6 +300,12 @@ struct TangentLayout {
   }
 };
 
+// Are a set's batch statistics those of some of its rows alone? Rows that stand beside the others are in none.
+template <class Real>
+PYMETA_MEMBER inline bool normalises_by_some(const Call<Real>& call, const RowSet<Real>& set) {
+  return set.keeps_weightless && statistics_scalars(*call.network) > 0;
+}
+
 // The rows of one set of an item, as the executor reads them (Extent, Matrix, LossRows).
 struct SetLayout {
   Place x;  // kNowhere where the caller's own array is read
@@ -488,14 +494,15 @@ struct Workspace {
                            copy_input || minibatches || call.support.has_weightless,
                            {call.xs_gradient != nullptr, call.ys_gradient != nullptr,
                             call.support_offset_gradient != nullptr,
-                            call.support_weights_gradient ? call.support.weight_columns : 0});
-    query_set.lay_out<X>(
-        places, network, call.loss_of(call.query), call.max_query,
-        copy_input || call.query.has_weightless,
-        {call.xq_gradient != nullptr, call.yq_gradient != nullptr,
-         call.query_offset_gradient != nullptr,
-         call.query_weights_gradient ? call.query.weight_columns : 0,
-         call.cotangents.predictions != nullptr, call.step_weights != nullptr, call.by_support});
+                            call.support_weights_gradient ? call.support.weight_columns : 0, false,
+                            false, normalises_by_some(call, call.support)});
+    query_set.lay_out<X>(places, network, call.loss_of(call.query), call.max_query,
+                         copy_input || call.query.has_weightless,
+                         {call.xq_gradient != nullptr, call.yq_gradient != nullptr,
+                          call.query_offset_gradient != nullptr,
+                          call.query_weights_gradient ? call.query.weight_columns : 0,
+                          call.cotangents.predictions != nullptr, call.step_weights != nullptr,
+                          call.by_support || normalises_by_some(call, call.query)});
     validation_set.lay_out<X>(places, network, call.loss_of(call.validation), call.max_validation,
                               copy_input || call.validation.has_weightless, {});
     support_set.lay_out_beside<X>(places, call, call.support, step_rows);

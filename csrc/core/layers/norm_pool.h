@@ -35,6 +35,11 @@ PYMETA_FN inline VecPair counted_pair(const Extent& extent, Vec first, Vec secon
   return {extent.counted(first, row), extent.counted(second, row)};
 }
 
+// The same of what all rows have of the statistics, where only some are in them.
+PYMETA_FN inline VecPair pair_of_all(const Extent& extent, Vec first, Vec second, int row) {
+  return {extent.masked(first, row), extent.masked(second, row)};
+}
+
 // Its own arrays, one after the other. On a tape: the tap that won each window, or -1 behind a ReLU that is off; h there
 // [positions, rows, channels] each; mean, what it left over, s and the variance [4, channels]. In a tangent pass: rh at the winners; the
 // mean of rx, and q [2, channels].
@@ -160,6 +165,8 @@ struct NormPool {
         const Vec gamma = feature(p.weight, v, 1), rgamma = feature(t.weight, v, 0);
         const VecPair mean = delta_means(p, s, v, gamma);
         const VecPair mean_r = delta_tangent_means(p, t, s, v, gamma, rgamma);
+        const NormDelta delta{norm.inverse, moved.q,      mean.first,
+                              mean.second,  mean_r.first, mean_r.second};
         s.for_positions([&](int position, int place, int tap) {
           for (int i = 0; i < s.images; ++i) {
             const long at = s.at(place, i) + column, from = s.at(position, i) + column;
@@ -171,11 +178,8 @@ struct NormPool {
             }
             const Vec h = norm.h(load(x + from));
             const Vec rh = moved.rh(norm, h, rx ? load(rx + from) : zero());
-            const Vec dx = norm_delta(norm.inverse, e, mean.first, h, mean.second);
-            const Vec rdx =
-                norm.inverse * (re - mean_r.first - rh * mean.second - h * mean_r.second) -
-                moved.q * dx;
-            emit(rdx, position * s.images + i, v);
+            const int row = position * s.images + i;
+            emit(delta.tangent(s.dense, row, e, re, h, rh), row, v);
           }
         });
       });
@@ -320,8 +324,7 @@ struct NormPool {
       const long at = r * s.row + column;
       const Vec e = active(winner, at, load(p.d + at));
       const Vec eh = e * load(kept_h + at);
-      if (s.pooled.counting) return VecPair{s.pooled.masked(e, r), s.pooled.masked(eh, r)};
-      return counted_pair(s.pooled, e, eh, r);
+      return pair_of_all(s.pooled, e, eh, r);
     });
     return {sums.first * gamma / s.dense.count, sums.second * gamma / s.dense.count};
   }
@@ -335,7 +338,7 @@ struct NormPool {
       const Vec d = active(winner, at, load(p.d + at));
       const Vec re = active(winner, at, fma(load(p.d + at), rgamma, load(t.rd + at) * gamma));
       const Vec product = fma(re, load(kept_h + at), d * gamma * load(kept_rh + at));
-      return counted_pair(s.pooled, re, product, r);
+      return pair_of_all(s.pooled, re, product, r);
     });
     return {sums.first / s.dense.count, sums.second / s.dense.count};
   }

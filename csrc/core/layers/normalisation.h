@@ -92,6 +92,21 @@ PYMETA_FN inline Vec norm_delta(const Extent& extent, int row, Vec inverse, Vec 
   return inverse * (e - extent.counted(mean_e + h * mean_eh, row));
 }
 
+// The tangent of a delta, given the means of its formula.
+struct NormDelta {
+  Vec inverse, q, mean_e, mean_eh, mean_re, mean_r;
+
+  PYMETA_FN Vec tangent(Vec e, Vec re, Vec h, Vec rh) const {
+    const Vec dx = norm_delta(inverse, e, mean_e, h, mean_eh);
+    return inverse * (re - mean_re - rh * mean_eh - h * mean_r) - q * dx;
+  }
+  PYMETA_FN Vec tangent(const Extent& extent, int row, Vec e, Vec re, Vec h, Vec rh) const {
+    if (!extent.counting) return tangent(e, re, h, rh);
+    const Vec dx = norm_delta(extent, row, inverse, e, mean_e, h, mean_eh);
+    return inverse * (re - extent.counted(mean_re + rh * mean_eh + h * mean_r, row)) - q * dx;
+  }
+};
+
 // What maps that treat each channel by itself, with nothing kept of a pass, have in common.
 template <class X>
 struct ChannelMap {
@@ -237,12 +252,13 @@ struct Normalisation {
         };
         const Vec inverse = load(kept_inverse + static_cast<long>(slice) * kWidth);
         const Vec q = load(kept_q + static_cast<long>(slice) * kWidth);
-        const Vec mean_e = s.mean(slice, e), mean_re = s.mean(slice, re);
-        const Vec mean_eh = s.mean(slice, [&](int i) { return e(i) * h(i); });
-        const Vec mean_r = s.mean(slice, [&](int i) { return re(i) * h(i) + e(i) * rh(i); });
+        const Vec mean_e = s.mean_of_all(slice, e), mean_re = s.mean_of_all(slice, re);
+        const Vec mean_eh = s.mean_of_all(slice, [&](int i) { return e(i) * h(i); });
+        const Vec mean_r = s.mean_of_all(slice, [&](int i) { return re(i) * h(i) + e(i) * rh(i); });
         for (int i = 0; i < s.length(); ++i) {
-          const Vec dx = norm_delta(inverse, e(i), mean_e, h(i), mean_eh);
-          const Vec rdx = inverse * (re(i) - mean_re - rh(i) * mean_eh - h(i) * mean_r) - q * dx;
+          const NormDelta delta{inverse, q, mean_e, mean_eh, mean_re, mean_r};
+          const Vec rdx = kOverRows ? delta.tangent(s.extent, i, e(i), re(i), h(i), rh(i))
+                                    : delta.tangent(e(i), re(i), h(i), rh(i));
           emit(s.masked(rdx, slice, i), s.row(slice, i), s.column(slice, i));
         }
       });
