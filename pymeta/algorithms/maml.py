@@ -24,6 +24,7 @@ from pymeta.algorithms.learner import Learner, NativeCall, Weights
 from pymeta.algorithms.outcome import Outcome
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
+from pymeta.backend.gradients import has_hooks
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
 from pymeta.functional import compiled
@@ -295,6 +296,7 @@ class MAML(Learner):
 
         The same gradient as that of `forward(...).loss.backward()`, for training loops in which
         autograd's share of a call counts: parameters and a learnable lr get it, inputs do not.
+        Hooks on parameters are called as there; then autograd does its share after all.
 
         Args:
             xs: support inputs, as in `forward`.
@@ -320,7 +322,7 @@ class MAML(Learner):
                 )
         elif (before := self._prepared.get(_ACCUMULATED)) is not None:
             extras = before.again(self.__dict__, xs, ys, xq, yq)
-            if extras is not None:
+            if extras is not None and not has_hooks([*before.plan.parameters, extras.lr]):
                 return Outcome(*before.accumulate(before.plan.parameters, extras))
         return self._accumulated((xs, ys, xq, yq), options)
 
@@ -333,7 +335,9 @@ class MAML(Learner):
         if call is not None and not options and constant:
             self._prepared[_ACCUMULATED] = call
         by = [p for p in self.parameters() if p.requires_grad]
-        if out.loss.requires_grad and by:
+        if out.loss.requires_grad and has_hooks(by):
+            torch.autograd.backward(out.loss, inputs=by)  # only that calls them all
+        elif out.loss.requires_grad and by:
             grads = torch.autograd.grad(out.loss, by, allow_unused=True)
             for parameter, grad in zip(by, grads, strict=True):
                 if grad is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,6 +26,14 @@ NOTHING: Wanted = (False,) * 11
 # From this size on torch spreads a product over its OpenMP threads, and their barrier takes
 # milliseconds where the other cores are busy: many times the product.
 _LARGE = 32768
+
+
+_hooks, _hooks_behind = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
+
+
+def has_hooks(tensors: Sequence[Tensor]) -> bool:
+    """Whether something is to be called with the gradient of one of these leaves."""
+    return any(map(_hooks, tensors)) or any(map(_hooks_behind, tensors))
 
 
 class Extras(NamedTuple):

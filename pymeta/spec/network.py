@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from pymeta import native
+from pymeta.spec.attributes import Attributes
 from pymeta.spec.chain import Step, is_sequential, walk
 from pymeta.spec.layers import (
     FLATTEN,
@@ -105,9 +106,12 @@ def _chain(leaves: Iterable[nn.Module], containers: Iterable[nn.Module]) -> Watc
     for m in layers:
         places += [(m.__dict__, name) for name in MODULES[type(m)].reads]
         places += [(d, k) for d in (m._parameters, m._buffers) for k in d if k in SLOTS]
-    places += [(m.__dict__, name) for m in holders for name in _settings(m)]
+    attributes = [Attributes(m) for m in holders if not is_sequential(m)]
+    places += [place for a in attributes for place in a.places]
     places += [(m._parameters, name) for m in holders for name in m._parameters]
-    return Watch(places, layers + holders, holders)
+    ordered = [container for a in attributes for container in a.ordered]
+    sized = [container for a in attributes for container in a.sized]
+    return Watch(places, layers + holders, holders, ordered=ordered, sized=sized)
 
 
 # ---- the whole --------------------------------------------------------------------------------
@@ -208,16 +212,6 @@ def _norms(steps: list[Step]) -> tuple[nn.Module, ...]:
     """The modules of the batch normalisations that go by the statistics of sets."""
     kinds = ("batch_norm", "step_batch_norm")
     return tuple(s.module for s in steps if s.layer[0] in kinds and s.module is not None)
-
-
-_SETTINGS = (bool, int, float, str, tuple, type(None))
-
-
-def _settings(module: nn.Module) -> list[str]:
-    """The names of the plain values on a traced module, which its forward may depend on."""
-    if is_sequential(module):
-        return []
-    return [k for k, v in module.__dict__.items() if isinstance(v, _SETTINGS)]
 
 
 def _image(row_shape: tuple[int, ...]) -> Layer:

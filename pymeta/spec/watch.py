@@ -126,6 +126,8 @@ class Watch:
         modules: Sequence[nn.Module] = (),
         holders: Sequence[nn.Module] = (),
         counted: bool = True,
+        ordered: Iterable[list[Any] | dict[Any, Any]] = (),
+        sized: Iterable[list[Any] | dict[Any, Any]] = (),
     ) -> None:
         """Note what is there now.
 
@@ -134,6 +136,9 @@ class Watch:
             modules: whose hooks and class count, and whose number of attributes where `counted`.
             holders: of those, the modules whose children count.
             counted: whether one attribute more is a change: a forward of its own, say.
+            ordered: lists whose entries count, as far as they are equal, and dictionaries whose
+                keys do.
+            sized: those of which only the length counts.
         """
         found = [*places, *((m._modules, name) for m in holders for name in m._modules)]
         self._places = _flat((place, key, place[key]) for place, key in found)
@@ -141,8 +146,10 @@ class Watch:
         hooks = [(m.__dict__, name) for m in modules for name in HOOKS]
         self._truths = _flat((place, name, bool(place[name])) for place, name in hooks)
         self._types = _flat((m, type(m)) for m in modules)
-        self._lengths = _flat((m.__dict__, len(m.__dict__)) for m in modules if counted)
-        self._orders = _flat((m._modules, list(m._modules)) for m in holders)
+        counts = [*(m.__dict__ for m in modules if counted), *sized]
+        self._lengths = _flat((container, len(container)) for container in counts)
+        orders = [*(m._modules for m in holders), *ordered]
+        self._orders = _flat((container, list(container)) for container in orders)
         self.tensors: list[Tensor] = []
         self._form = Form(self.tensors)
 

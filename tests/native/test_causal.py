@@ -1,5 +1,9 @@
 """Causal convolutions in all the ways in which people write them: native, and one layer each."""
 
+import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
 from images import episodes
@@ -260,3 +264,74 @@ def test_what_a_convolution_of_ones_own_depends_on_is_watched():
         assert found.watch.is_current()
         change(layer)
         assert not found.watch.is_current()
+
+
+class Cut(nn.Module):
+    """A network whose forward cuts off what a function of its attribute says."""
+
+    def __init__(self, of, kept):
+        super().__init__()
+        self.conv, self.head, self.of, self.kept = nn.Conv1d(2, 3, 2), nn.Linear(3, 3), of, kept
+
+    def forward(self, x):
+        return self.head(self.conv(x)[..., : -self.of(self.kept)].mean(-1))
+
+
+@dataclass
+class Sizes:
+    last: int
+
+
+class Settings:
+    def __init__(self, last):
+        self.last = last
+
+
+def another(net, kept):
+    net.kept = kept
+
+
+ATTRIBUTES = {
+    "an entry of a list": (lambda k: k[0], [1], lambda net: net.kept.__setitem__(0, 3)),
+    "one more in a list": (len, [9], lambda net: net.kept.extend([9, 9])),
+    "one in a list of a list": (lambda k: k[0][1], [[2, 1]], lambda net: net.kept[0].reverse()),
+    "another list": (lambda k: k[0], [1], lambda net: another(net, [3])),
+    "a value of a dictionary": (lambda k: k["a"], {"a": 1}, lambda net: net.kept.update(a=3)),
+    "a key of a dictionary": (len, {"a": 1}, lambda net: net.kept.update(b=1, c=1)),
+    "more tensors": (len, [torch.ones(2)], lambda net: net.kept.extend(torch.ones(2, 2))),
+    "a list in a tuple": (lambda k: k[0][0], ([1],), lambda net: net.kept[0].insert(0, 3)),
+    "a slice": (lambda k: k.stop, slice(0, 1), lambda net: another(net, slice(0, 3))),
+    "a function": (lambda k: k(), lambda: 1, lambda net: another(net, lambda: 3)),
+    "a namespace": (lambda k: k.a, SimpleNamespace(a=1), lambda net: setattr(net.kept, "a", 3)),
+    "a dataclass": (lambda k: k.last, Sizes(1), lambda net: setattr(net.kept, "last", 3)),
+    "an object": (lambda k: k.last, Settings(1), lambda net: setattr(net.kept, "last", 3)),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_a_change_of_what_a_forward_reads_is_seen(name):
+    """The traced numbers are those of then."""
+    of, kept, change = ATTRIBUTES[name]
+    torch.manual_seed(1)
+    net, data = Cut(of, copy.deepcopy(kept)).double(), episodes((2, 9))
+    maml = pymeta.MAML(net, loss="cross_entropy", lr=0.3, steps=2, backend="native")
+    before = [maml(*data).predictions for _ in range(2)][-1]
+    change(net)
+    for _ in range(2):
+        found = maml(*data).predictions
+        wanted = pymeta.MAML(net, loss="cross_entropy", lr=0.3, steps=2, backend="native")(*data)
+        assert same_bits(found, wanted.predictions) and not same_bits(found, before)
+
+
+def test_large_attributes_and_those_that_hold_themselves():
+    kept = {"large": [0] * 5000, "tensors": [torch.ones(2)], "itself": []}
+    kept["itself"].append(kept)
+    layer = conv(0, Functional)
+    layer.kept = kept
+    found = describe(nn.Sequential(layer, nn.Flatten()), (2, 9)).watch
+    assert found.is_current()
+    kept["tensors"][0] = torch.zeros(2)  # only their number counts
+    kept["large"][0] = 1
+    assert found.is_current()
+    kept["large"].append(0)
+    assert not found.is_current()

@@ -1,0 +1,44 @@
+"""`accumulate_grad` and the hooks of parameters."""
+
+import pytest
+from helpers import batch, mlp
+from kernels import same_bits
+
+import pymeta
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_accumulated_gradients_pass_the_hooks_of_parameters(kind, backend):
+    """As those of backward do, in the first call and in repeated ones."""
+    net, data = mlp(2, 6, 2), batch()
+    module = pymeta.MAML(net, loss="mse", lr=pymeta.LearnableLR(0.1), steps=2, backend=backend)
+    hooked = [net[0].weight, module.lr]
+
+    def gradients(call):
+        module.zero_grad()
+        call()
+        return [p.grad.clone() for p in module.parameters()]
+
+    calls = {
+        "backward": lambda: module(*data).loss.backward(),
+        "first": lambda: module.accumulate_grad(*data),
+        "repeated": lambda: module.accumulate_grad(*data),
+    }
+    plain = gradients(calls["backward"])
+    before = gradients(calls["first"]), gradients(calls["repeated"])
+
+    def triple(given):
+        if kind == "register_hook":
+            return 3 * given
+        given.grad.mul_(3)
+
+    handles = [getattr(p, kind)(triple) for p in hooked]
+    for name, call in calls.items():
+        for p, found, wanted in zip(module.parameters(), gradients(call), plain, strict=True):
+            wanted = 3 * wanted if any(p is h for h in hooked) else wanted
+            assert same_bits(found, wanted), name
+    for handle in handles:
+        handle.remove()
+    for found in (*before, gradients(calls["repeated"])):
+        assert all(same_bits(f, w) for f, w in zip(found, plain, strict=True))
