@@ -97,6 +97,8 @@ class Problem(metaclass=_Type):
             False,
         ],
         has_anchors: bool = False,
+        # of tasks with as many rows each, and nothing besides
+        is_plain: bool = False,
         device: int | None = None,
     ) -> dict[str, Any]: ...
     def unfit_for_device(self) -> str | None: ...

@@ -3,9 +3,9 @@
 Environment variables, read once when this module is imported:
 
     PYMETA_ISA          the instruction set, one of `isas()`; default the best of this machine
-    PYMETA_EXECUTOR     "rows", "lanes", "mixed", "auto" (default: chosen from the shapes), or in
-                        builds for development "emulated": tensors on the CPU go the way of CUDA
-                        tensors, to the CUDA executor's code on threads of the host
+    PYMETA_EXECUTOR     "rows", "lanes", "mixed", "stacked", "auto" (default: chosen from the
+                        shapes), or in builds for development "emulated": tensors on the CPU go the
+                        way of CUDA tensors, to the CUDA executor's code on threads of the host
     PYMETA_NUM_THREADS  how many threads one call may use; default all cores that this process may
                         use: its affinity, and the CPU quota of its control group
     PYMETA_KEPT_BYTES   how much working memory is kept between calls; default 256 MiB
@@ -120,7 +120,7 @@ def set_isa(name: str) -> None:
 
 
 def executor() -> str:
-    """The executor in use: "auto", "rows", "lanes", "mixed" or "emulated"."""
+    """The executor in use: "auto", "rows", "lanes", "mixed", "stacked" or "emulated"."""
     return str(extension().executor())
 
 

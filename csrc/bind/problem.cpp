@@ -37,11 +37,11 @@ void put_wanted(const Wanted& wanted, Call<Real>& call, Real* const* somewhere, 
   if (wanted[10]) call.query_offset_gradient = some;
 }
 
-// How a call of these sizes would run.
+// How a call of these sizes would run. `is_plain`: all tasks have as many rows, and nothing is asked for that is not said here.
 py::dict plan_of(const Problem& problem, int dtype, const std::string& job,
                  const Schedule& schedule, std::int64_t tasks, int support_rows, int query_rows,
                  int validation_rows, bool second_order, int lr_rows, const Wanted& wanted,
-                 bool has_anchors, const std::optional<int>& device) {
+                 bool has_anchors, bool is_plain, const std::optional<int>& device) {
   constexpr int most_rows = 1 << 30;  // no set has as many, and sizes are computed of it
   for (const int rows : {support_rows, query_rows, validation_rows})
     if (rows < 0 || rows > most_rows)
@@ -74,6 +74,10 @@ py::dict plan_of(const Problem& problem, int dtype, const std::string& job,
       describe_blocks(*device, plan_on(*device, call), result);
       return;
     }
+    if (is_plain && call.job == Job::meta) {
+      call.support.rows = support_rows, call.query.rows = query_rows;
+      call.query.y = &some;
+    }
     const Plan<Real> plan(call);
     const Needs& needs = plan.needs();
     result["executor"] = plan.executor();
@@ -99,7 +103,7 @@ void bind_problem(py::module_& m) {
            py::arg("tasks"), py::arg("support_rows"), py::arg("query_rows") = 0,
            py::arg("validation_rows") = 0, py::arg("second_order") = false, py::arg("lr_rows") = 1,
            py::arg("wanted") = Wanted{true}, py::arg("has_anchors") = false,
-           py::arg("device") = py::none())
+           py::arg("is_plain") = false, py::arg("device") = py::none())
       .def("unfit_for_device", &Problem::unfit_for_device);
 }
 

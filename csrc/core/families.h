@@ -1,13 +1,17 @@
 // Families of calls: what an executor X is compiled for, X::Family.
 //
 // A family says which layers and losses its networks have, and whether its calls have extras: everything but the query loss after
-// plain steps of gradient descent, and its gradient summed over tasks. What a family lacks is not compiled. The CPU's executors have
+// plain steps of gradient descent, and its gradient summed over tasks. What a family lacks is not compiled. On the CPU `rows` and `lanes` have
 // all of it. A kernel of the GPU is loaded as one piece and keeps registers and stack for the most that it might do, so
 // there are several (cuda/families.h).
 #pragma once
 
 #include "layers/registry.h"
 #include "losses/registry.h"
+
+#ifdef PYMETA_MACHINE
+#include "optimizers/rates.h"
+#endif
 
 namespace pymeta {
 
@@ -52,6 +56,24 @@ PYMETA_FN bool extra([[maybe_unused]] bool asked) {
     return false;
   }
 }
+template <class Set>
+bool has_extras(const Set& set) {
+  return set.offset || set.has_weightless || set.weight_columns > 1;
+}
+// Is anything asked for that extra() asks about?
+inline bool has_extras(const Call<Real>& call) {
+  const bool of_meta = call.job == Job::meta &&
+                       (!call.query.y || call.batches.size > 0 || !steps_scale_gradient(call));
+  return of_meta || call.validation.x || call.train_curves || call.lr.is_spread() ||
+         call.optimizer.clip_norm > 0 || call.is_anchored() || call.lr_gradient ||
+         call.step_weights || call.task_clip > 0 || call.by_support || call.cotangents.any() ||
+         call.wants_input_gradient() || call.ys_gradient || call.yq_gradient ||
+         call.support_weights_gradient || call.query_weights_gradient ||
+         call.support_offset_gradient || call.query_offset_gradient || call.anchors_gradient ||
+         call.parameter_per_task || call.statistics || has_extras(call.support) ||
+         has_extras(call.query);
+}
+
 // An array of one: null where it is not asked for.
 template <class X, class T>
 PYMETA_FN T* extra(T* array) {

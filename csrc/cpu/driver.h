@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "lanes.h"
 #include "rows.h"
+#include "stack_arrays.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -25,6 +26,15 @@ void parallel(const Team& team, std::int64_t count, Body body) {
       &body);
 }
 
+// How many tasks of an item lie one below the other, at most.
+template <class X>
+constexpr int most_stacked() {
+  if constexpr (kStacks<X>)
+    return X::kMostStacked;
+  else
+    return 1;
+}
+
 template <class X>
 class Driver {
  public:
@@ -33,7 +43,7 @@ class Driver {
 
   explicit Driver(const Call<Real>& call)
       : call_(call),
-        workspace_(call),
+        workspace_(call, ~std::size_t{0}, most_stacked<X>()),
         binder_(call),
         count_(call.tasks),
         item_cost_(item_cost<X>(call, workspace_)),
@@ -57,7 +67,7 @@ class Driver {
     n.start = sizeof(Real) * shared_size();
     n.sums = sizeof(Real) * sums_size();
     n.workspace = sizeof(Real) * workspace_.size;
-    n.tasks_in_item = X::kTasks;
+    n.tasks_in_item = kStacks<X> ? 1 : X::kTasks;
     const std::int64_t count = items_of(tasks);
     if (like) {
       n.interleaved = like->tasks_in_item;
@@ -75,7 +85,7 @@ class Driver {
     n.ordered_chunks = n.chunks;
     n.shared =
         sizeof(Real) * (shared_size() + first_size()) + factors_bytes(n.items_in_chunk, count);
-    n.cost = item_cost_ * static_cast<double>(count);
+    n.cost = item_cost_ * static_cast<double>(kStacks<X> ? vectors_of(tasks) : count);
     return n;
   }
 
@@ -221,11 +231,20 @@ class Driver {
     return items() - static_cast<std::int64_t>(run) * needs_.items_in_chunk * needs_.interleaved;
   }
   static std::int64_t items_of(std::int64_t tasks) { return (tasks + X::kTasks - 1) / X::kTasks; }
+  // So many vectors or groups of tasks, of which an item has one, or a stack of several.
+  static std::int64_t vectors_of(std::int64_t tasks) {
+    constexpr std::int64_t of_one = X::kTasks / most_stacked<X>();
+    return (tasks + of_one - 1) / of_one;
+  }
   std::int64_t items() const { return items_of(count_); }
   Item<X> item(std::int64_t index) const {
     Item<X> item{};
-    const std::int64_t end = first_task_ + count_;
-    for (std::int64_t i = first_task_ + index * X::kTasks; i < end && item.count < X::kTasks; ++i)
+    const std::int64_t vectors = vectors_of(count_), number = items();
+    const std::int64_t of_one = X::kTasks / most_stacked<X>();
+    const auto first = [&](std::int64_t i) { return first_task_ + i * vectors / number * of_one; };
+    const std::int64_t all = first_task_ + count_, next = first(index + 1);
+    const std::int64_t end = next < all ? next : all;
+    for (std::int64_t i = first(index); i < end; ++i)
       item.task[item.count++] = call_.order ? call_.order[i] : i;
     return item;
   }
@@ -300,7 +319,9 @@ class Driver {
   // Spreads a tensor in torch's layout over the packed one: the same for all lanes.
   void pack(int t, const Real* from, Real* to) const {
     const PackedTensor& tensor = layout().tensors[t];
-    if constexpr (X::kElement > 1) {
+    if constexpr (kStacks<X>) {
+      X::pack(tensor, from, to + tensor.place);
+    } else if constexpr (X::kElement > 1) {
       layout().elements(t, [&](std::size_t index, std::size_t place) {
         store(to + place, broadcast(from[index]));
       });
@@ -349,6 +370,7 @@ class Driver {
       memcpy(to, from, sizeof(Real) * count);
       return;
     }
+    if constexpr (kStacks<X>) return X::sum_tasks(from, count, to);
     std::size_t i = 0;
     for (; i + kWidth <= count; i += kWidth) {
       Vec block[kWidth];
@@ -368,9 +390,13 @@ class Driver {
   void process(std::int64_t index, std::int64_t in_wave, InnerLoop<X>& loop, Real* memory,
                const Totals& totals) {
     const Item<X> work = item(index);
-    ItemArrays<X> arrays(binder_, workspace_, shared_, memory, work, factors_of(in_wave));
-    ItemJob<X, ItemArrays<X>>(call_, workspace_, shared_, Memory{memory}, loop, arrays, totals)
-        .run();
+    if constexpr (kStacks<X>) {
+      run_stack(call_, workspace_, loop, StackArrays<X>(call_, work, memory), totals);
+    } else {
+      ItemArrays<X> arrays(binder_, workspace_, shared_, memory, work, factors_of(in_wave));
+      ItemJob<X, ItemArrays<X>>(call_, workspace_, shared_, Memory{memory}, loop, arrays, totals)
+          .run();
+    }
   }
 
   Real mean_loss() const {

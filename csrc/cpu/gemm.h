@@ -268,10 +268,11 @@ void multiply(const Product& p, const Epilogue& epilogue) {
   if (p.rows <= 0 || p.columns <= 0) return;
   if constexpr (Access::kElement > 1) {
     constexpr std::int64_t fits = 28 << 10;
-    if (p.rows * p.depth() * kVectorBytes > fits) {
+    constexpr std::int64_t element = sizeof(Real) * Access::kElement;
+    if (p.rows * p.depth() * element > fits) {
       // As many rows as fit, in whole tiles, and at least one tile.
       constexpr int tile_rows = max_tile_rows(Access::kMaxColumns);
-      const int fit = static_cast<int>(fits / (p.depth() * kVectorBytes));
+      const int fit = static_cast<int>(fits / (p.depth() * element));
       const int height = fit > tile_rows ? fit / tile_rows * tile_rows : tile_rows;
       const int bands = (p.rows + height - 1) / height;
       Product band = p;

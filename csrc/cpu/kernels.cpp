@@ -6,14 +6,16 @@
 #include "driver.h"
 #include "kernels.h"
 #include "mixed.h"
+#include "stacked.h"
 
 #include <new>
 
 // EXECUTOR(name, driver): a new one has its include and its line here. The first is the one for a single task.
-#define PYMETA_EXECUTORS(EXECUTOR) \
-  EXECUTOR(rows, RowsDriver)       \
-  EXECUTOR(lanes, LanesDriver)     \
-  EXECUTOR(mixed, MixedLanesDriver)
+#define PYMETA_EXECUTORS(EXECUTOR)  \
+  EXECUTOR(rows, RowsDriver)        \
+  EXECUTOR(lanes, LanesDriver)      \
+  EXECUTOR(mixed, MixedLanesDriver) \
+  EXECUTOR(stacked, StackedDriver)
 
 PYMETA_KERNEL_BEGIN
 

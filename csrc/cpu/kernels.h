@@ -33,8 +33,8 @@ struct Needs {
   // sums are added in order. All of it depends on the call alone. An executor of single tasks can keep the order of one
   // of vectors: then a chunk is one lane of such a run, every `interleaved`-th of its tasks, and the sums of as many chunks are
   // first added as lanes are.
-  int tasks_in_item;
-  int interleaved;  // 1: chunks are runs of their own
+  int tasks_in_item;  // side by side; 1 where they are not
+  int interleaved;    // 1: chunks are runs of their own
   std::int64_t items_in_chunk;
   std::size_t
       ordered_chunks;  // in whose order sums are added; `chunks` where none is a part of one

@@ -79,7 +79,7 @@ struct LanesExecutor : Executor<Lanes> {
   static constexpr bool kSharesPlaces = false;
   static constexpr bool kFactors = false;  // a wide first layer is for the rows executor
   static constexpr double kRate = 1.15, kCrowdedRate = 1.0, kRowOverhead = 4;  // as in rows.h
-  static constexpr double kItemOverhead = 10000;
+  static constexpr double kItemOverhead = 625 * kWidth;  // most of it is done task by task
   static void transpose(int, int, const Real*, Real*) {}
   static void transpose_taps(const Layer&, const Real*, Real*) {}
 };

@@ -56,24 +56,6 @@ bool has_loss(LossKind kind) {
   return false;
 }
 
-template <class Set>
-bool has_extras(const Set& set) {
-  return set.offset || set.has_weightless || set.weight_columns > 1;
-}
-// Is anything asked for that extra() asks about?
-inline bool has_extras(const Call<Real>& call) {
-  const bool of_meta = call.job == Job::meta &&
-                       (!call.query.y || call.batches.size > 0 || !steps_scale_gradient(call));
-  return of_meta || call.validation.x || call.train_curves || call.lr.is_spread() ||
-         call.optimizer.clip_norm > 0 || call.is_anchored() || call.lr_gradient ||
-         call.step_weights || call.task_clip > 0 || call.by_support || call.cotangents.any() ||
-         call.wants_input_gradient() || call.ys_gradient || call.yq_gradient ||
-         call.support_weights_gradient || call.query_weights_gradient ||
-         call.support_offset_gradient || call.query_offset_gradient || call.anchors_gradient ||
-         call.parameter_per_task || call.statistics || has_extras(call.support) ||
-         has_extras(call.query);
-}
-
 // Plain calls are lists of operations (operations.h), the same for all tasks but for the number of their rows.
 constexpr int kMostOperations = 500;
 constexpr int kMostNumber = 65535;  // of features, rates

@@ -171,6 +171,44 @@ void check_mixed(Setup setup, const std::string& name) {
   set_executor("auto");
 }
 
+// One plain step of groups of tasks and a few left over. The bits of tasks are those of `rows`; sums over tasks have an order of
+// their own, the same on any number of threads.
+template <class Real>
+void check_stacked(Setup setup, const std::string& name) {
+  setup.tasks = 19, setup.steps = 1, setup.form = Form::uniform, setup.rates = Rates::one;
+  setup.optimizer = Optimizer{}, setup.input_gradients = setup.rate_gradients = false;
+  Problem<Real> problem(setup, make_data(setup, 1));
+  set_num_threads(1);
+  set_executor("rows");
+  const Results<Real> wanted = problem.results();
+  set_executor("stacked");
+  const Results<Real> one = problem.results();
+  CHECK(setup.factored || one.same_tasks(wanted), name + " stacked: not the bits of rows");
+  bool near = true;
+  for (std::size_t t = 0; t < one.gradients.size(); ++t) {
+    double largest = 0, error = 0;
+    for (std::size_t i = 0; i < one.gradients[t].size(); ++i) {
+      const double own = static_cast<double>(one.gradients[t][i]);
+      const double theirs = static_cast<double>(wanted.gradients[t][i]);
+      largest = std::max(largest, std::fabs(theirs));
+      error = std::fabs(own - theirs) <= error ? error : std::fabs(own - theirs);  // keeps a NaN
+    }
+    near = near && error <= 1000 * std::numeric_limits<Real>::epsilon() * largest;
+  }
+  CHECK(near, name + " stacked: other gradients than rows");
+  for (int threads = 2; threads <= 3; ++threads) {
+    set_num_threads(threads);
+    const Results<Real> more = problem.results();
+    CHECK(more.same_tasks(one) && more.same_gradients(one),
+          name + " stacked: other bits on " + std::to_string(threads) + " threads");
+  }
+  const Results<Real> dirty = problem.results(on_dirty_memory<Real>("stacked"));
+  CHECK(dirty.same_tasks(one) && dirty.same_gradients(one),
+        name + " stacked: depends on what the memory held");
+  check_isolation<Real>(setup, name + " stacked");
+  set_executor("auto");
+}
+
 // With fixed steps an Engine does what a meta-gradient's own adaptation and query pass do; what task it last had, or
 // which thread asks, is nothing to it.
 template <class Real>
@@ -335,6 +373,8 @@ void test_kernels() {
       check_bits<double>(setup, name + " double");
       check_mixed<float>(setup, name + " float");
       check_mixed<double>(setup, name + " double");
+      check_stacked<float>(setup, name + " float");
+      check_stacked<double>(setup, name + " double");
       check_engine<float>(setup, name + " engine float");
       check_engine<double>(setup, name + " engine double");
       for (const char* choice : {"rows", "lanes"}) {
@@ -353,7 +393,7 @@ void test_kernels() {
   set_executor("auto");
   for (const std::string& each : isas()) {
     set_isa(each);
-    for (const char* choice : {"rows", "lanes", "mixed"}) {
+    for (const char* choice : {"rows", "lanes", "mixed", "stacked"}) {
       set_executor(choice);
       for (const Setup& setup : setups()) {
         check_no_tasks<float>(setup, each + " " + choice + " " + setup.name + " float");

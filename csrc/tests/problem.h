@@ -30,6 +30,7 @@ struct Setup {
   int steps = 2;
   bool first_order = false;
   bool input_gradients = true;
+  bool rate_gradients = true;
   bool adapts_all = true;  // otherwise the first tensor stays as it is
   bool smooth = true;      // no kink between a finite difference's ends
   bool factored = false;
@@ -339,7 +340,7 @@ class Problem {
     c.losses = r.losses.data();
     c.predictions = r.predictions.data();
     c.gradients = gradients;
-    c.lr_gradient = r.lr_gradient.data();
+    if (setup_.rate_gradients) c.lr_gradient = r.lr_gradient.data();
     if (setup_.input_gradients) {
       c.xs_gradient = r.xs_gradient.data();
       c.xq_gradient = r.xq_gradient.data();

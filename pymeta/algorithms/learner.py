@@ -86,6 +86,7 @@ class NativeCall(NamedTuple):
     lr_rows: int = 1
     wanted: Wanted = (True, *NOTHING[1:])
     has_anchors: bool = False
+    is_plain: bool = False
 
 
 def _planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
@@ -95,13 +96,12 @@ def _planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
     arguments = (plan.dtype_code, call.job, native.schedule(s), *call[2:])
     if plan.device is None:
         p = plan.problem.plan(*arguments)
-        how = f"{counted(p['threads'], 'thread')}, {p['workspace_bytes']} bytes of workspace each"
+        each, how = " each", counted(p["threads"], "thread")
     else:
         p = plan.problem.plan(*arguments, device=plan.device.ordinal)
-        how = (
-            f"{counted(p['threads'], 'thread')} a task, {counted(p['blocks'], 'block')} at once, "
-            f"{p['workspace_bytes']} bytes of workspace"
-        )
+        how = f"{counted(p['threads'], 'thread')} a task, {counted(p['blocks'], 'block')} at once"
+        each = ""
+    how += f", {p['workspace_bytes']} bytes of workspace{each}"
     return p["executor"], f"{counted(call.tasks, 'task')}, {turns}, {how}"
 
 

@@ -145,10 +145,11 @@ class PreparedCall:
         lr = extras.lr
         second_order = self.layout is not None and not recipe.first_order
         lr_rows = 1 if lr.ndim == 1 else lr.shape[-2]
-        query_rows = 0 if query is None else query.rows
-        sizes = (support.tasks, support.rows, query_rows)
+        sizes = (support.tasks, support.rows, 0 if query is None else query.rows)
         anchored = recipe.anchors is not None
-        self.last = (*sizes, recipe.steps, second_order, lr_rows, wanted, anchored)
+        sides = (support,) if query is None else (support, query)
+        plain = recipe[3:] == Recipe(0, False)[3:] and all(s.plain for s in sides)
+        self.last = (*sizes, recipe.steps, second_order, lr_rows, wanted, anchored, plain)
         names = [plan.names[i] for i in plan.chain]
         call = self.native = plan.call("meta")
         call.tasks = self.tasks
@@ -166,7 +167,6 @@ class PreparedCall:
         if query is not None:
             call.query = native.rows(query)
         # what it points to, besides what comes with each call
-        sides = (support,) if query is None else (support, query)
         self._kept = [(s.weights, s.offset, s.starts, s.sizes, s.there) for s in sides]
         self._in_chain = [names.index(n) for n in plan.adapted]
         # those of the extras that there are: at least lr and xs

@@ -142,7 +142,7 @@ def executor(case: Case) -> str:
     schedule = native.extension().Schedule(steps=case.steps)
     exact = case.job == "maml" and not case.first_order
     p = _problem(case).plan(
-        4, job, schedule, case.tasks, case.support, case.query, second_order=exact
+        4, job, schedule, case.tasks, case.support, case.query, second_order=exact, is_plain=True
     )
     return f"{p['executor']} {p['isa']}"
 

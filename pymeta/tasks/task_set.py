@@ -86,6 +86,11 @@ class TaskSet:
         return self.sizes is not None and self.starts is None
 
     @property
+    def plain(self) -> bool:
+        """Whether tasks are of one size and have inputs and targets alone."""
+        return all(v is None for v in (self.starts, self.sizes, self.weights, self.offset))
+
+    @property
     def counts(self) -> list[int]:
         """The number of rows of each task."""
         return [self.rows] * self.tasks if self.sizes is None else self.sizes.tolist()

@@ -43,7 +43,7 @@ def test_it_prints_a_table_with_errors_times_and_the_peak(results):
     error, of_tolerance, ms, us = map(float, row[3:7])
     assert 0 < error < 1e-5 and 0 < of_tolerance < 1
     assert us == pytest.approx(1000 * ms, rel=0.02)  # one task
-    assert row[8].endswith("%") and row[9] in ("rows", "lanes", "mixed")
+    assert row[8].endswith("%") and row[9] in ("rows", "lanes", "mixed", "stacked")
 
 
 @pytest.mark.background(RESULTS)

@@ -385,7 +385,7 @@ def set_options(source: Source) -> None:
         lib.set_isa(source.pick(lib.isas()) if value is None else value)
     elif kind == 1:
         lib.set_executor(
-            source.pick(("auto", "rows", "lanes", "mixed")) if value is None else value
+            source.pick(("auto", "rows", "lanes", "mixed", "stacked")) if value is None else value
         )
     else:
         lib.set_num_threads(source.pick((1, 2, 3)) if value is None else value)

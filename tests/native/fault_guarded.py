@@ -231,7 +231,9 @@ def address(array: np.ndarray | None) -> int:
 
 def main() -> None:
     first, count, planted = int(sys.argv[1]), int(sys.argv[2]), "planted" in sys.argv
-    paths = list(itertools.product(native.isas(), ("rows", "lanes", "mixed"), ("end", "start")))
+    paths = list(
+        itertools.product(native.isas(), ("rows", "lanes", "mixed", "stacked"), ("end", "start"))
+    )
     if lib.emulates():
         paths += [(native.isa(), "emulated", "end"), (native.isa(), "emulated", "start")]
     for seed in range(first, first + count):

@@ -106,7 +106,7 @@ def test_what_earlier_calls_left_in_memory_does_not_matter(executor):
         assert same_bits(meta_gradient(got), meta_gradient(wanted))
 
 
-@pytest.mark.parametrize("executor", ["rows", "lanes", "mixed", "auto"])
+@pytest.mark.parametrize("executor", ["rows", "lanes", "mixed", "stacked", "auto"])
 def test_concurrent_callers_get_the_result_of_a_lone_one(executor):
     """More callers than cores, each wanting the pool; every call has the bits of the first."""
     sizes = (40, 3, 64, 17, 130, 1)

@@ -198,7 +198,7 @@ def test_a_task_alone_permuted_and_on_any_path_has_the_same_bits(name, dtype):
     for isa in native.isas():
         with using(isa, "rows", 1):
             wanted = problem.follow(native_adapt, dtype)
-        for executor in ("rows", "lanes", "mixed", "auto"):
+        for executor in ("rows", "lanes", "mixed", "stacked", "auto"):
             with using(isa, executor, 2):
                 whole = problem.follow(native_adapt, dtype)
                 moved = problem.follow(native_adapt, dtype, order)

@@ -31,6 +31,9 @@ class InnerLoop {
   // The item's first layer, where it is a factored one; null otherwise.
   PYMETA_FN void set_factored(FactoredLinear<X>* layer) { state_.factored = layer; }
 
+  // The item's tasks, where it has several one below the other.
+  PYMETA_FN void set_stack(const Stack* stack) { state_.stack = stack; }
+
   // The strength of each task's pull towards its start; where the call has none, 0.
   PYMETA_FN void set_anchor(Vec anchor) { state_.anchor = anchor; }
 
@@ -86,7 +89,7 @@ class InnerLoop {
     if constexpr (X::kFactors)
       if (s.factored) s.factored->step(tape.d(0), s.rates.uniform_rate(k));
     if (extra<X>(s.ws.stores_gradient)) follow_rule(k, theta, now, own);
-    s.transpose(own, const_cast<Real*>(next.own_transposed));
+    if constexpr (!kStacks<X>) s.transpose(own, const_cast<Real*>(next.own_transposed));
     if (s.ws.saves_steps) save(k, next);
     return next;
   }

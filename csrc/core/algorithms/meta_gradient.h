@@ -74,6 +74,7 @@ class MetaGradient {
   template <class Seeds, class Record>
   PYMETA_FN void add_steps(Seeds seeds, Record record) {
     const State<X>& s = state_;
+    if constexpr (kStacks<X>) return add_step_of_stack();
     if (!s.ws.keeps_v) return;
     const WholeSet steps(support_, s.shared.corrections);
     const bool reverses = s.call.reverses();
@@ -233,6 +234,20 @@ class MetaGradient {
       SetGradients<X>(s, *step.set)
           .add_support(s.support_tape(k), s.tangent(s.ws.tangent.ry), s.tangent(s.ws.tangent.rdy),
                        scale);
+  }
+
+  // The way back through the one step of a stack, whose layers know the direction; the query set's part is in the totals.
+  PYMETA_FN void add_step_of_stack() const {
+    const State<X>& s = state_;
+    if (!s.call.second_order() || s.call.is_stopped()) return;
+    const Parameters theta = s.start();
+    const Direction direction{&s, v()};
+    const Passes<X> passes(s, support_, s.support_tape(0), /*is_query=*/false, 0);
+    passes.tangent_forward(theta, direction);
+    passes.tangent_backward(theta, direction, true, 1, [&](int t) {
+      Real* total = totals_.gradient + place_of(t);
+      return Sink{total, total};
+    });
   }
 
   // v times the rate of step k, where that may not wait (rates.h).

@@ -6,7 +6,7 @@
 //   a = act(z)    d = act'(z) c    ra = act'(z) rz    rd = act'(z) rc + act''(z) c rz
 #pragma once
 
-#include "state.h"
+#include "stacked.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -224,6 +224,11 @@ class Passes {
     if constexpr (X::kFactors)
       if (l == 0 && state_.factored)
         return visit(FactoredLinearRules<X>{*state_.factored, is_query_});
+    if constexpr (kStacks<X>)
+      if (network_.layers[l].kind == LayerKind::linear) {
+        if (is_class_major(l)) return visit(StackedNarrowLinear<X>(state_, l, is_query_));
+        return visit(StackedLinear<X>(state_, l, is_query_));
+      }
     with_variant<X>(network_, l, state_.layout.narrow, visit);
   }
 

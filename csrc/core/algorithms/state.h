@@ -102,9 +102,10 @@ struct State {
   Memory memory;
   Rates rates;
   FactoredLinear<X>* factored = nullptr;  // the item's first layer, where it is a factored one
-  Vec anchor = zero();                    // the strength of each task's pull towards the start
-  int lowest_adapted = 0;                 // the lowest layer that the inner loop changes
-  int lowest_with_parameters = 0;         // workspace.h: lowest_with_tensors
+  const Stack* stack = nullptr;    // the item's tasks, where it has several one below the other
+  Vec anchor = zero();             // the strength of each task's pull towards the start
+  int lowest_adapted = 0;          // the lowest layer that the inner loop changes
+  int lowest_with_parameters = 0;  // workspace.h: lowest_with_tensors
 
   PYMETA_FN State(const Call<Real>& of, const Workspace<X>& workspace, const Shared& common,
                   const Memory& lies)

@@ -88,6 +88,19 @@ struct Term {
   const Real* w_transposed = nullptr;  // rows only: [out, stride(in)]
 };
 
+// The sets of an item that is several tasks of equal size, whose rows lie one below the other (algorithms/stacked.h).
+struct Stack {
+  int groups;                    // of tasks, or tasks
+  int support_rows, query_rows;  // of each
+  Matrix support_x, query_x;     // of all
+};
+
+// Has X such items?
+template <class X, class = void>
+constexpr bool kStacks = false;
+template <class X>
+constexpr bool kStacks<X, decltype(void(X::kMostStacked))> = true;
+
 // One term of a sum of products of a small coefficient matrix with a matrix of features (layers/factored_linear.h).
 struct Mix {
   const Real* coefficients;  // element (row, k) at row * row_stride + k * depth_stride

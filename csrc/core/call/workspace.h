@@ -13,6 +13,7 @@
 #include "../losses/registry.h"
 #include "../optimizers/rates.h"
 #include "places.h"
+#include "stack_layout.h"
 #include "tasks.h"
 
 PYMETA_KERNEL_BEGIN
@@ -404,6 +405,7 @@ struct Workspace {
   bool sums_losses;      // the steps' losses are asked for
   bool factorable;
   FactoredLayout factored;
+  std::conditional_t<kStacks<X>, StackLayout, NoStack> stack;
   Place accumulated, lr_accumulated;  // sums over the items of a chunk (Totals)
   Place own_rates;           // [lr.rows, parameters] of an item whose tasks have rates of their own
   Place own_rate_gradients;  // as lr_accumulated, of an item alone
@@ -428,20 +430,23 @@ struct Workspace {
   }
 
   // `near`: scalars of the fast memory. What every product touches asks for its place there first.
-  explicit Workspace(const Call<Real>& call, std::size_t near = ~std::size_t{0})
+  // `tasks`: how many lie one below the other, of the sizes that the call says.
+  explicit Workspace(const Call<Real>& call, std::size_t near = ~std::size_t{0}, int tasks = 1)
       : parameters(*call.network, call.wants_input_gradient()) {
     const Network& network = *call.network;
     const bool second = call.second_order(), reverses = call.reverses();
     direction_is_v = steps_scale_gradient(call);
     sums_at_end = call.keeps_task_gradient();
-    keeps_v = reverses || sums_at_end || call.cotangents.adapted;
+    // A stack's gradients are sums from the beginning.
+    keeps_v = !kStacks<X> && (reverses || sums_at_end || call.cotangents.adapted);
     keeps_gradients = reverses && (call.lr_gradient || !direction_is_v);
     const int kept = call.steps > 1 && reverses ? call.steps : 1;
     sums_losses = call.job == Job::reptile || call.train_curves;
     const bool minibatches = call.batches.size > 0 && call.batches.size < call.max_support;
-    const int step_rows = minibatches ? call.batches.size : call.max_support;
-    const int evaluated =
-        call.max_query > call.max_validation ? call.max_query : call.max_validation;
+    const int support_rows = call.max_support * tasks;
+    const int step_rows = minibatches ? call.batches.size : support_rows;
+    const int query_rows = call.max_query * tasks;
+    const int evaluated = query_rows > call.max_validation ? query_rows : call.max_validation;
     stores_gradient = keeps_gradients || call.lr.is_spread() || !call.has_plain_steps() ||
                       has_convolution(network);
     const bool copy_input = !reads_rows_in_place<X>(network, parameters.narrow);
@@ -459,12 +464,12 @@ struct Workspace {
     if (shares) {
       of_support.where = second ? Deltas::lowest_elsewhere : Deltas::shared;
       of_query.where = Deltas::shared;
-    } else if (!call.xs_gradient && is_lowest_delta_read_once<X>(network)) {
+    } else if (!kStacks<X> && !call.xs_gradient && is_lowest_delta_read_once<X>(network)) {
       of_support.where = Deltas::lowest_elsewhere;
     }
     support_tape.lay_out<X>(network, step_rows, of_support);
     query_tape.lay_out<X>(network, evaluated, of_query);
-    tangent.lay_out<X>(network, call.max_support, shares);
+    tangent.lay_out<X>(network, support_rows, shares);
     factorable = X::kFactors && is_factorable(call);
 
     Places places{near};
@@ -472,8 +477,10 @@ struct Workspace {
       return places.take_if(wanted, scalars);
     };
     const std::size_t of_a_step = parameters.size + parameters.transposed_size + support_tape.size;
-    // The query set's tape is read for the last time before the first tangent is written.
-    std::size_t passing = second && tangent.size > query_tape.size ? tangent.size : query_tape.size;
+    // The query set's tape is read for the last time before the first tangent is written, but for a stack's.
+    const bool passes_by = second && !kStacks<X>;
+    std::size_t passing =
+        passes_by && tangent.size > query_tape.size ? tangent.size : query_tape.size;
     if (const int l = support_tape.elsewhere; l >= 0) {
       const std::size_t delta = matrix_scalars<X>(step_rows, network.layers[l].out);
       passing = passing < delta ? delta : passing;
@@ -483,7 +490,7 @@ struct Workspace {
     const std::size_t slots = keeps_steps ? kept : 1;
     support = places.take(support_tape.size * slots);
     query = places.take(passing);
-    tangents = second ? query : kNowhere;
+    tangents = passes_by ? query : places.take_if(second, tangent.size);
     shared = take_if(support_tape.shared_size > 0, support_tape.shared_size);
     theta = places.take(parameters.size * slots);
     theta_transposed = places.take(parameters.transposed_size * slots);
@@ -496,7 +503,7 @@ struct Workspace {
                             call.support_offset_gradient != nullptr,
                             call.support_weights_gradient ? call.support.weight_columns : 0, false,
                             false, normalises_by_some(call, call.support)});
-    query_set.lay_out<X>(places, network, call.loss_of(call.query), call.max_query,
+    query_set.lay_out<X>(places, network, call.loss_of(call.query), query_rows,
                          copy_input || call.query.has_weightless,
                          {call.xq_gradient != nullptr, call.yq_gradient != nullptr,
                           call.query_offset_gradient != nullptr,
@@ -506,7 +513,7 @@ struct Workspace {
     validation_set.lay_out<X>(places, network, call.loss_of(call.validation), call.max_validation,
                               copy_input || call.validation.has_weightless, {});
     support_set.lay_out_beside<X>(places, call, call.support, step_rows);
-    query_set.lay_out_beside<X>(places, call, call.query, call.max_query);
+    query_set.lay_out_beside<X>(places, call, call.query, query_rows);
     validation_set.lay_out_beside<X>(places, call, call.validation, call.max_validation);
     order =
         take_if(minibatches, static_cast<std::size_t>(X::kTasks) * X::kOrders * call.max_support);
@@ -514,6 +521,9 @@ struct Workspace {
     start_transposed = take_if(own_starts, parameters.transposed_size);
     if (factorable)
       factored.lay_out<X>(places, network.layers[0], call.max_support, call.max_query);
+    if constexpr (kStacks<X>)
+      stack.template lay_out<X>(places, network, parameters.narrow, tasks, call.max_support,
+                                call.max_query);
     gradients = take_if(stores_gradient, parameters.size * each_step);
     this->states = take_if(states > 0, states * each_step);
     state_adjoints = take_if(reverses && states > 0, states);
@@ -524,7 +534,7 @@ struct Workspace {
         take_if(call.lr_gradient && (call.lr.per_task || call.task_clip > 0), lr_scalars(call));
     best = take_if(call.validation.x, parameters.size);
     statistics = take_if(call.statistics, StatisticsLayout<X>(network).size);
-    const int most_rows = call.max_support > evaluated ? call.max_support : evaluated;
+    const int most_rows = support_rows > evaluated ? support_rows : evaluated;
     const std::size_t scratch_size = scratch_scalars<X>(network, most_rows);
     scratch = take_if(scratch_size > 0, scratch_size);
     accumulated = take_if((call.wants_gradient() || call.job == Job::reptile) && X::kElement > 1,
