@@ -296,7 +296,7 @@ class MAML(Learner):
 
         The same gradient as that of `forward(...).loss.backward()`, for training loops in which
         autograd's share of a call counts: parameters and a learnable lr get it, inputs do not.
-        Hooks on parameters are called as there; then autograd does its share after all.
+        Hooks on parameters are called as there. Inference mode and no_grad change nothing.
 
         Args:
             xs: support inputs, as in `forward`.
@@ -313,6 +313,9 @@ class MAML(Learner):
         """
         if yq is None:
             raise ValueError("yq: expected query targets, got None: there is no loss without them")
+        if torch.is_inference_mode_enabled():  # whose gradients could not be added to behind it
+            with torch.inference_mode(False):
+                return self.accumulate_grad(xs, ys, xq, yq, **options)
         if options:
             wrong = sorted(set(options) & {"start", "lr"})
             if wrong:
@@ -335,14 +338,8 @@ class MAML(Learner):
         if call is not None and not options and constant:
             self._prepared[_ACCUMULATED] = call
         by = [p for p in self.parameters() if p.requires_grad]
-        if out.loss.requires_grad and has_hooks(by):
-            torch.autograd.backward(out.loss, inputs=by)  # only that calls them all
-        elif out.loss.requires_grad and by:
-            grads = torch.autograd.grad(out.loss, by, allow_unused=True)
-            for parameter, grad in zip(by, grads, strict=True):
-                if grad is not None:
-                    now = parameter.grad
-                    parameter.grad = grad if now is None else now.add_(grad)
+        if out.loss.requires_grad and by:
+            torch.autograd.backward(out.loss, inputs=by)
         return out.detached()
 
     def _by_support(self, plan: Plan) -> bool:

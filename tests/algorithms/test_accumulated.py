@@ -1,6 +1,7 @@
-"""`accumulate_grad` and the hooks of parameters."""
+"""`accumulate_grad` where autograd does more: hooks of parameters, modes without grad."""
 
 import pytest
+import torch
 from helpers import batch, mlp
 from kernels import same_bits
 
@@ -42,3 +43,20 @@ def test_accumulated_gradients_pass_the_hooks_of_parameters(kind, backend):
         handle.remove()
     for found in (*before, gradients(calls["repeated"])):
         assert all(same_bits(f, w) for f, w in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_without_grad_do_not_change_what_is_accumulated(mode, backend):
+    net, data = mlp(2, 6, 2), batch()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend=backend)
+    module(*data).loss.backward()
+    wanted = [p.grad for p in net.parameters()]
+    module.zero_grad()
+    for times in range(1, 4):  # the first call, and repeats
+        with mode():
+            module.accumulate_grad(*data)
+        for p, gradient in zip(net.parameters(), wanted, strict=True):
+            assert not p.grad.is_inference()
+            torch.testing.assert_close(p.grad, times * gradient)
+    module.accumulate_grad(*data)  # adds to what was made in the mode
