@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -111,6 +112,9 @@ class NetworkBuilder {
       const double room = size + padding - static_cast<double>(dilation) * (taps - 1) - 1;
       return room < 0 ? 0 : static_cast<int>(room / stride) + 1;
     };
+    const auto cut = [=](int side) { return std::max(0.0, -paddings[side]); };
+    if (cut(0) + cut(1) > in.height || cut(2) + cut(3) > in.width)
+      refuse("padding that cuts off more positions than " + text(in) + " has");
     const Shape out{left(in.height, paddings[0] + paddings[1], w.height, w.dilation_y, w.stride_y),
                     left(in.width, paddings[2] + paddings[3], w.width, w.dilation_x, w.stride_x),
                     channels};

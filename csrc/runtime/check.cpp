@@ -32,6 +32,8 @@ constexpr SetNames kSupport{"xs", "ys", "support_sizes", "support_weights"};
 constexpr SetNames kQuery{"xq", "yq", "query_sizes", "query_weights"};
 constexpr SetNames kValidation{"xv", "yv", "validation_sizes", "validation_weights"};
 
+constexpr const char* kFreed = ": its storage has been freed; expected memory with numbers in it";
+
 // Looks at the sizes, targets and weights of one set.
 template <class Real>
 class SetCheck {
@@ -64,6 +66,7 @@ class SetCheck {
                (rows > 1 ? " that counts" : "") +
                ", and BatchNorm1d needs at least two to normalise by");
     }
+    if (largest > 0 && !set_.x) refuse(std::string(names_.x) + kFreed);
     if (largest > (1 << 24)) refuse(std::string(names_.x) + ": a task has more than 2^24 rows");
     return static_cast<int>(largest);
   }
@@ -171,10 +174,17 @@ void check_anchors(const Call<Real>& call) {
              number(call.anchors[task]));
 }
 
+template <class Real>
+void check_parameters(const Call<Real>& call) {
+  for (int t = 0; t < call.network->tensor_count; ++t)
+    if (!call.parameters[t]) refuse("parameter " + std::to_string(t) + kFreed);
+}
+
 }  // namespace
 
 template <class Real>
 void check(Call<Real>& call) {
+  check_parameters(call);
   check_anchors(call);
   const auto largest = [&](RowSet<Real>& set, const SetNames& names) {
     return SetCheck<Real>(call, set, names).run();

@@ -1,4 +1,4 @@
-"""Parts of the positions of rows, as forwards take them: `x[:, :, :-4]`, `x[..., -1]`, `narrow`.
+"""Parts of the positions of rows, as forwards take them: `x[:, :, :-4]`, `x[..., -1]`, `select`.
 
 When a forward is traced it is not known yet how many axes its values have. So a part is written as
 the layer (PART, items), with an item for each axis of the index, or (PART, item, dimension); and
@@ -42,11 +42,8 @@ def of_index(index: Any) -> Layer:
 
 
 def of_narrow(dim: Any, start: Any, length: Any) -> Layer:
-    """Of `x.narrow(dim, start, length)`."""
-    if not all(type(v) is int for v in (dim, start, length)):
-        raise Refused("a narrow by values that are not plain numbers")
-    end = start + length
-    return (PART, (start, None if start < 0 and end == 0 else end, None), dim)
+    """Of `x.narrow(dim, start, length)`, which fails where a slice would be shorter."""
+    raise Refused("a narrow: its length is exact, a slice's is not; write x[..., first:end]")
 
 
 def of_select(dim: Any, index: Any) -> Layer:

@@ -140,9 +140,8 @@ LAST = {
     "ellipsis": lambda x: x[..., -1],
     "select": lambda x: x.select(-1, -1),
     "slice": lambda x: x[:, :, -1:].squeeze(-1),
-    "narrow": lambda x: torch.narrow(x, 2, -1, 1).flatten(1),
     "another": lambda x: x[:, :, 5],
-    "the later half": lambda x: x.narrow(2, 4, 5).mean(-1),
+    "the later half": lambda x: x[..., 4:9].mean(-1),
     "every third": lambda x: x[:, :, 2::3].mean(-1),
     "the largest": lambda x: x.max(-1)[0],
     "the largest by name": lambda x: torch.max(x, dim=2, keepdim=True).values.flatten(1),
@@ -200,7 +199,8 @@ OTHERS = {
     "channels": (lambda x: x[:, :3].mean(-1), "part of the rows or of the channels"),
     "rows": (lambda x: x[1:].mean(-1), "part of the rows or of the channels"),
     "channels behind an ellipsis": (lambda x: x[..., :3, :].mean(-1), "of the channels"),
-    "channels by name": (lambda x: x.narrow(1, 0, 3).mean(-1), "of the channels"),
+    "channels by name": (lambda x: x.narrow(1, 0, 3).mean(-1), "its length is exact"),
+    "exact": (lambda x: torch.narrow(x, 2, -1, 1).flatten(1), "its length is exact"),
     "backwards": (lambda x: x[:, :, None].mean(-1), "index that is a NoneType"),
     "too many": (lambda x: x[:, :, :, 0], "index of 4 axes"),
     "unknown dimension": (lambda x: x.select(3, 0), "dimension 3 of a value with 3"),
@@ -335,3 +335,13 @@ def test_large_attributes_and_those_that_hold_themselves():
     assert found.is_current()
     kept["large"].append(0)
     assert not found.is_current()
+
+
+@pytest.mark.parametrize("sides", [(-8, 30), (-4, -4), (30, -8)])
+def test_no_more_is_cut_off_than_there_is(sides):
+    """As torch has it: what is cut off is not made up for by zeros on the other side."""
+    net = Temporal(lambda x: F.pad(x, sides).mean(-1)).double()
+    for backend in ("native", "torch"):
+        maml = pymeta.MAML(net, loss="cross_entropy", lr=0.3, steps=1, backend=backend)
+        with pytest.raises((ValueError, RuntimeError), match=r"cuts off more|negative"):
+            maml(*episodes((2, 7)))

@@ -327,3 +327,18 @@ def test_calls(case, backend):
     with pytest.raises(error, match=message):
         make(backend, net=net)(*data, **options)
     assert net[0].weight.grad is None
+
+
+@pytest.mark.parametrize("freed", ["xs", "xq", "parameter 0"])
+@pytest.mark.parametrize("calls", [0, 2], ids=["first", "repeated"])
+def test_freed_storage(freed, calls):
+    """Its shape says that there are numbers, its address is 0."""
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    maml = pymeta.MAML(model, loss="mse", lr=0.1, steps=1, backend="native")
+    data = [torch.randn(3, 5, width) for width in (2, 1, 2, 1)]
+    for _ in range(calls):
+        maml(*data)
+    tensor = {"xs": data[0], "xq": data[2], "parameter 0": model[0].weight}[freed]
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{freed}: its storage has been freed"):
+        maml(*data)
