@@ -176,7 +176,7 @@ void check_anchors(const Call<Real>& call) {
 
 template <class Real>
 void check_parameters(const Call<Real>& call) {
-  for (int t = 0; t < call.network->tensor_count; ++t)
+  for (int t = 0; call.tasks > 0 && t < call.network->tensor_count; ++t)
     if (!call.parameters[t]) refuse("parameter " + std::to_string(t) + kFreed);
 }
 
