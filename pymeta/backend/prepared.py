@@ -73,6 +73,12 @@ class Recipe(NamedTuple):
     own: tuple[str, ...] = ()
     per_task_lr: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether, anchors aside, there is nothing but the last query loss from a shared start."""
+        weighed = self.step_weights is not None or self.task_clip
+        return not (weighed or self.own or self.per_task_lr)
+
 
 def _settings(owner: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a call depends on besides its arguments and the model, from a MAML's attributes."""
@@ -148,7 +154,7 @@ class PreparedCall:
         sizes = (support.tasks, support.rows, 0 if query is None else query.rows)
         anchored = recipe.anchors is not None
         sides = (support,) if query is None else (support, query)
-        plain = recipe[3:] == Recipe(0, False)[3:] and all(s.plain for s in sides)
+        plain = recipe.plain and all(s.plain for s in sides)
         self.last = (*sizes, recipe.steps, second_order, lr_rows, wanted, anchored, plain)
         names = [plan.names[i] for i in plan.chain]
         call = self.native = plan.call("meta")

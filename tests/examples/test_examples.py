@@ -30,6 +30,7 @@ import omniglot
 import pandas as pd
 import reptile_omniglot
 import reptile_sine
+from cut_off import cut_off
 
 import pymeta
 
@@ -226,18 +227,8 @@ def test_training_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch, examp
     run = example.main if example is maml_plus_plus else partial(example.main, quiet=True)
     whole = run(options)
     options += ["--checkpoint", str(tmp_path / "run.pt")]
-    draw, drawn = _common.Episodes.__call__, []
-
-    def stopping(self, tasks):
-        drawn.append(tasks)
-        if drawn.count(2) == 5:  # in the fifth iteration, of which three are in the file
-            raise InterruptedError
-        return draw(self, tasks)
-
-    monkeypatch.setattr(_common.Episodes, "__call__", stopping)
-    with pytest.raises(InterruptedError):
+    with cut_off(_common.Episodes, tasks=2, at=5):  # three iterations are in the file
         run(options)
-    monkeypatch.setattr(_common.Episodes, "__call__", draw)
     torch.manual_seed(99)
     assert timeless(run(options)) == timeless(whole)
     assert timeless(run(options)) == timeless(whole)  # nothing is left to train
