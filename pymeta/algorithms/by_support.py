@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pymeta import reference
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import Recipe, Results, prepare
+from pymeta.backend.prepared import Results, prepare
+from pymeta.backend.recipe import Recipe
 from pymeta.functional.evaluation import QUERIES
 from pymeta.spec import running
 from pymeta.spec.inner import Adaptation, InnerLoop

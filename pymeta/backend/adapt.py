@@ -21,7 +21,8 @@ from pymeta.backend.inputs import (
 )
 from pymeta.backend.node import OfLoss, with_graph
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import MadeAdapted, Recipe, prepare
+from pymeta.backend.prepared import MadeAdapted, prepare
+from pymeta.backend.recipe import Recipe
 from pymeta.spec import running
 from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation

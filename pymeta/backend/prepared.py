@@ -34,6 +34,7 @@ from pymeta.backend.inputs import (
 )
 from pymeta.backend.node import with_graph
 from pymeta.backend.plan import Plan
+from pymeta.backend.recipe import Recipe
 from pymeta.spec import running
 from pymeta.spec.once import NATIVE
 from pymeta.spec.schedule import Schedule
@@ -50,34 +51,6 @@ class Results(NamedTuple):
     losses: Tensor  # [T]
     predictions: Tensor
     step_losses: Tensor | None = None  # [steps, T]
-
-
-class Recipe(NamedTuple):
-    """How a call adapts and what it weighs; all tensors dense, of the parameters' dtype and device.
-
-    Attributes:
-        steps: how many inner steps.
-        first_order: whether inner gradients are constants.
-        anchors: [T] strengths of the tasks' own, or None.
-        step_weights: [steps] of the query losses after each step; None for the last alone.
-        task_clip: the largest norm of a task's share of the gradient; 0 for any.
-        own: the names of the parameters of which each task has a start of its own.
-        per_task_lr: whether lr is [T, rows, columns].
-    """
-
-    steps: int
-    first_order: bool
-    anchors: Tensor | None = None
-    step_weights: Tensor | None = None
-    task_clip: float = 0.0
-    own: tuple[str, ...] = ()
-    per_task_lr: bool = False
-
-    @property
-    def plain(self) -> bool:
-        """Whether, anchors aside, there is nothing but the last query loss from a shared start."""
-        weighed = self.step_weights is not None or self.task_clip
-        return not (weighed or self.own or self.per_task_lr)
 
 
 def _settings(owner: Mapping[str, Any]) -> tuple[Any, ...]:

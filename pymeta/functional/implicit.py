@@ -26,7 +26,8 @@ from pymeta import native, reference
 from pymeta.backend.gradients import Extras, Wanted
 from pymeta.backend.node import with_graph
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import CHANGED, Recipe, prepare, versions_of
+from pymeta.backend.prepared import CHANGED, prepare, versions_of
+from pymeta.backend.recipe import Recipe
 from pymeta.spec.implicit import Implicit
 from pymeta.spec.inner import InnerLoop
 from pymeta.spec.schedule import Schedule

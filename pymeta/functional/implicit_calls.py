@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pymeta import reference
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import Recipe, prepare
+from pymeta.backend.prepared import prepare
+from pymeta.backend.recipe import Recipe
 from pymeta.functional.anchors import check_values_of
 from pymeta.functional.evaluation import Results, in_torch
 from pymeta.functional.implicit import Minimum, with_implicit_graph

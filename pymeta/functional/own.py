@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared import Recipe
+from pymeta.backend.recipe import Recipe
 from pymeta.tasks.task_set import dense, tensor_of
 
 Starts: TypeAlias = Mapping[str, Tensor | np.ndarray] | None
