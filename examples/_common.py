@@ -7,6 +7,7 @@ holds two variants of one class, because a turned 0 is still a 0.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,16 @@ def distinct(rng: np.random.Generator, rows: int, picks: int, among: int) -> NDA
         drawn[clash] = rng.integers(among, size=(int(clash.sum()), picks))
 
 
+def moved(rng: np.random.Generator, images: NDArray[np.uint8], shift: int) -> NDArray[np.uint8]:
+    """[..., side * side]: each image moved by -shift .. shift pixels down and across."""
+    side = math.isqrt(images.shape[-1])
+    flat = images.reshape(-1, side, side)
+    framed = np.pad(flat, ((0, 0), (shift, shift), (shift, shift)))
+    start = rng.integers(2 * shift + 1, size=(2, len(flat), 1)) + np.arange(side)
+    picked = framed[np.arange(len(flat))[:, None, None], start[0][:, :, None], start[1][:, None]]
+    return picked.reshape(images.shape)
+
+
 class Episodes:
     """Draws N-way K-shot tasks, all tasks of a batch in one gather.
 
@@ -54,6 +65,9 @@ class Episodes:
     rows of a task's support and query set are different drawings of the same ``ways`` classes.
     The table stays in bytes: gathering bytes and widening them afterwards touches a quarter of
     the memory, which is what such a draw costs.
+
+    ``shift`` moves each drawing by up to that many pixels in both directions, each by itself, and
+    fills with zeros; it is for training alone, and for square drawings.
     """
 
     def __init__(
@@ -65,6 +79,7 @@ class Episodes:
         queries: int,
         scale: float = 1.0,
         seed: int = 0,
+        shift: int = 0,
     ) -> None:
         self.classes, self.variants, self.drawings, pixels = images.shape
         if shots + queries > self.drawings:
@@ -75,6 +90,7 @@ class Episodes:
             raise ValueError(f"{ways} classes wanted in a task, there are {self.classes}")
         self.table = np.ascontiguousarray(images).reshape(-1, pixels)
         self.ways, self.shots, self.queries, self.scale = ways, shots, queries, scale
+        self.shift = shift
         self.rng = np.random.default_rng(seed)
 
     def indices(self, tasks: int) -> NDArray[np.int64]:
@@ -103,7 +119,10 @@ class Episodes:
 
     def _rows(self, index: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         tasks, ways, each = index.shape
-        x = self.table.take(index.reshape(tasks, -1), axis=0).astype(np.float32)
+        x = self.table.take(index.reshape(tasks, -1), axis=0)
+        if self.shift:
+            x = moved(self.rng, x, self.shift)
+        x = x.astype(np.float32)
         if self.scale != 1.0:
             x *= np.float32(self.scale)
         labels = torch.arange(ways).repeat_interleave(each)

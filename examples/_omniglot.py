@@ -65,20 +65,26 @@ def load(path: str | Path, form: str = "bits") -> NDArray[np.uint8]:
     return images.reshape(*images.shape[:2], 28, 28)
 
 
-def turned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[classes, drawings, 28, 28] -> [classes, 4, drawings, 784]: by 0, 90, 180, 270 degrees."""
-    turns = [np.rot90(images, quarter, axes=(-2, -1)) for quarter in range(4)]
-    return np.stack(turns, axis=1).reshape(len(images), 4, images.shape[1], -1)
+def turned(images: NDArray[np.uint8], mirrored: bool = False) -> NDArray[np.uint8]:
+    """[classes, drawings, 28, 28] -> [classes, 4, drawings, 784]: by 0, 90, 180, 270 degrees.
+
+    ``mirrored`` adds the mirror image of each: [classes, 8, drawings, 784].
+    """
+    seen = [images, images[..., ::-1]] if mirrored else [images]
+    turns = [np.rot90(one, quarter, axes=(-2, -1)) for one in seen for quarter in range(4)]
+    return np.stack(turns, axis=1).reshape(len(images), len(turns), images.shape[1], -1)
 
 
-def split(images: NDArray[np.uint8], train: int, validation: int, seed: int) -> Split:
+def split(
+    images: NDArray[np.uint8], train: int, validation: int, seed: int, mirrored: bool = False
+) -> Split:
     """Shuffle the characters; the first ``train`` (turned) are for training, and so on."""
     if train + validation >= len(images):
         raise ValueError(f"{train} + {validation} of {len(images)} characters leave none to test")
     order = np.random.default_rng(seed).permutation(len(images))
     upright = images.reshape(len(images), 1, images.shape[1], -1)
     return Split(
-        turned(images[order[:train]]),
+        turned(images[order[:train]], mirrored),
         upright[order[train : train + validation]],
         upright[order[train + validation :]],
     )
@@ -112,31 +118,53 @@ def network(ways: int, kind: str = "mlp") -> nn.Sequential:
 
 
 @torch.no_grad()
-def evaluate(maml: pymeta.MAML, tasks: Batch, steps: int) -> NDArray[np.float64]:
-    """Accuracy of each task after ``steps`` inner steps, [T]."""
+def predictions(maml: pymeta.MAML, tasks: Batch, steps: int) -> torch.Tensor:
+    """Logits of the query rows after ``steps`` inner steps, [T, Q, ways]."""
     parts = []
     for start in range(0, len(tasks.xs), EVALUATE_AT_ONCE):
         part = tasks.part(start, start + EVALUATE_AT_ONCE)
-        parts.append(accuracies(maml(*part, steps=steps).predictions, part.yq))
-    return np.concatenate(parts)
+        parts.append(maml(*part, steps=steps).predictions)
+    return torch.cat(parts)
+
+
+def evaluate(maml: pymeta.MAML, tasks: Batch, steps: int) -> NDArray[np.float64]:
+    """Accuracy of each task after ``steps`` inner steps, [T]."""
+    return accuracies(predictions(maml, tasks, steps), tasks.yq)
+
+
+def evaluate_together(
+    maml: pymeta.MAML, states: list[dict[str, Any]], tasks: Batch, steps: int
+) -> NDArray[np.float64]:
+    """Accuracy of each task, [T], by the mean of the probabilities that ``states`` of it give."""
+    mean = torch.zeros(())
+    for state in states:
+        maml.load_state_dict(state)
+        mean = mean + predictions(maml, tasks, steps).softmax(-1) / len(states)
+    return accuracies(mean, tasks.yq)
 
 
 class Kept:
-    """The state in which a module did best on validation tasks so far."""
+    """The states in which a module did best on validation tasks so far, ``most`` of them.
 
-    keeps = ("accuracy", "iteration", "state")
+    ``found`` has (accuracy, iteration, state) of each, the best first.
+    """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.accuracy, self.iteration = module, -1.0, 0
-        self.state = copy.deepcopy(module.state_dict())
+    keeps: tuple[str, ...] = ("found",)
+
+    def __init__(self, module: nn.Module, most: int = 1) -> None:
+        self.module, self.most = module, most
+        self.found = [(-1.0, 0, copy.deepcopy(module.state_dict()))]  # until something is offered
+
+    accuracy = property(lambda self: self.found[0][0])
+    iteration = property(lambda self: self.found[0][1])
+    state = property(lambda self: self.found[0][2])
 
     def offer(self, accuracy: float, iteration: int) -> bool:
-        """Keep the module as it is now, if it is the best; whether it is."""
-        if accuracy <= self.accuracy:
-            return False
-        self.accuracy, self.iteration = accuracy, iteration
-        self.state = copy.deepcopy(self.module.state_dict())
-        return True
+        """Keep the module as it is now, if it is among the best; whether it is the very best."""
+        known = [one for one in self.found if one[0] >= 0]
+        known.append((accuracy, iteration, copy.deepcopy(self.module.state_dict())))
+        self.found = sorted(known, key=lambda one: -one[0])[: self.most]
+        return self.iteration == iteration
 
     def state_dict(self) -> dict[str, Any]:
         """What was best."""
@@ -153,8 +181,8 @@ class Best(Kept):
 
     keeps = (*Kept.keeps, "steps")
 
-    def __init__(self, maml: pymeta.MAML, tasks: Batch, choices: list[int]) -> None:
-        super().__init__(maml)
+    def __init__(self, maml: pymeta.MAML, tasks: Batch, choices: list[int], most: int = 1) -> None:
+        super().__init__(maml, most)
         self.maml, self.tasks, self.choices, self.steps = maml, tasks, choices, choices[0]
 
     def look(self, iteration: int) -> float:

@@ -118,6 +118,32 @@ def test_episodes_refuse_what_the_table_cannot_give():
         _common.Episodes(table, ways=5, shots=1, queries=2)
 
 
+def test_moved_drawings_are_moved_by_every_shift_and_no_more():
+    images = np.random.default_rng(0).integers(1, 255, size=(2, 300, 36)).astype(np.uint8)
+    moved = _common.moved(np.random.default_rng(1), images, 2)
+    assert moved.shape == images.shape and moved.dtype == np.uint8
+    framed = np.pad(images.reshape(-1, 6, 6), ((0, 0), (2, 2), (2, 2)))
+    seen = set()
+    for before, after in zip(framed, moved.reshape(-1, 6, 6), strict=True):
+        shifts = [(down, across) for down in range(5) for across in range(5)]
+        found = [at for at in shifts
+                 if np.array_equal(before[at[0]:at[0] + 6, at[1]:at[1] + 6], after)]  # fmt: skip
+        assert len(found) == 1
+        seen.update(found)
+    assert len(seen) == 25
+
+
+def test_episodes_move_each_drawing_by_itself():
+    table = np.full((4, 1, 6, 36), 7, np.uint8)
+    shape = {"ways": 3, "shots": 1, "queries": 2}
+    still, moving = (_common.Episodes(table, **shape, shift=shift)(20) for shift in (0, 1))
+    assert (still.xs == 7).all() and (still.xq == 7).all()
+    for rows in (moving.xs, moving.xq):
+        assert set(rows.unique().tolist()) == {0.0, 7.0}
+        assert len(torch.unique(rows.reshape(-1, 36), dim=0)) == 9
+    assert torch.equal(moving.yq, still.yq)
+
+
 def test_mean_interval():
     mean, half = _common.mean_interval(np.array([0.0, 1.0] * 200))
     assert mean == 0.5
@@ -168,6 +194,10 @@ def test_omniglot_rotations():
     turned = _omniglot.turned(image).reshape(4, 28, 28)
     # A quarter turn takes (row, column) to (27 - column, row).
     assert [tuple(np.argwhere(t)[0]) for t in turned] == [(2, 5), (22, 2), (25, 22), (5, 25)]
+    both = _omniglot.turned(image, mirrored=True).reshape(8, 28, 28)
+    assert np.array_equal(both[:4], turned)
+    # The mirror takes column to 27 - column before the turns.
+    assert [tuple(np.argwhere(t)[0]) for t in both[4:]] == [(2, 22), (5, 2), (25, 5), (22, 25)]
 
 
 def small_run(tiny: Path, *options: str) -> list[str]:
@@ -190,11 +220,14 @@ def test_maml_plus_plus_learns(tiny, tmp_path, capsys):
     out = tmp_path / "result.json"
     options = small_run(
         tiny, "--channels", "8", "--steps", "2", "--iterations", "16", "--multi-step-until", "8",
-        "--first-order-until", "4", "--outer-lr", "3e-3", "--json", str(out), "--quiet",
+        "--first-order-until", "4", "--outer-lr", "3e-3", "--mirrored", "--shift", "1",
+        "--json", str(out), "--quiet",
     )  # fmt: skip
     result = maml_plus_plus.main(options)
     assert "native-cpu" in capsys.readouterr().out
     assert 0.5 < result["accuracy"][0] <= 1  # of three classes
+    assert 0.5 < result["accuracy_of_one"][0] <= 1
+    assert sorted(result["chosen_iterations"]) == [15, 16]
     assert 0 < result["accuracy_by_running_statistics"][0] != result["accuracy"][0]
     assert [point[0] for point in result["curve"]] == [15, 16]
     assert np.shape(result["step_sizes"]) == (2, 5)  # four convolutions and the last layer
@@ -271,6 +304,28 @@ def test_omniglot_keeps_the_best_learner(tiny):
     assert best.look(2) < accuracy
     assert best.iteration == 1 and best.accuracy == accuracy
     assert all(torch.equal(best.state[name], value) for name, value in kept.items())
+
+
+def test_several_learners_decide_by_the_mean_of_their_probabilities(tiny):
+    args = omniglot.arguments(small_run(tiny))
+    parts = _omniglot.split(_omniglot.load(tiny), 14, 5, seed=0)
+    tasks = _common.Episodes(parts.validation, ways=3, shots=1, queries=15, seed=2)(20)
+    maml = omniglot.learner(args)
+    kept = _omniglot.Kept(maml, most=2)
+    shares = {}
+    for seed, accuracy in enumerate((0.3, 0.1, 0.5)):
+        maml.load_state_dict(omniglot.learner(args).state_dict())  # another start
+        shares[seed] = _omniglot.predictions(maml, tasks, 1).softmax(-1)
+        assert kept.offer(accuracy, seed) == (seed in (0, 2))
+    assert [(score, seed) for score, seed, _ in kept.found] == [(0.5, 2), (0.3, 0)]
+    again = _omniglot.Kept(maml, most=2)
+    again.load_state_dict(kept.state_dict())
+    states = [state for _, _, state in again.found]
+    mean = (shares[0] + shares[2]) / 2
+    expected = (mean.argmax(-1) == tasks.yq).double().mean(-1).numpy()
+    assert np.array_equal(_omniglot.evaluate_together(maml, states, tasks, 1), expected)
+    alone = _omniglot.evaluate_together(maml, states[:1], tasks, 1)
+    assert not np.array_equal(alone, expected)
 
 
 # ---- the demo -----------------------------------------------------------------------------------
