@@ -49,7 +49,7 @@ from pymeta.spec.schedule import Schedule, check_count
 from pymeta.spec.settings import check_patterns
 from pymeta.tasks.checks import Expected, Names
 from pymeta.tasks.task_set import Rows, Sizes, TaskSet, check_task_ids, task_set
-from pymeta.tasks.values import check_values, counts_that_count
+from pymeta.tasks.values import check_values, weighing_rows
 
 _TRAIN = Names("xs", "ys", "sizes", "weights", "offset")
 _CHUNK_WORK = 4e10  # multiplications and additions of a chunk: some tenths of a second
@@ -512,7 +512,7 @@ def _check_halves(train: TaskSet, held: TaskSet | None, loss: Loss, first: int) 
     `first` is the number of the first task.
     """
     for s, what in ((train, "to train on"), (held, "to validate on")):
-        counts = [] if s is None else counts_that_count(s, loss)
+        counts = [] if s is None else weighing_rows(s, loss)
         if 1 in counts:
             raise ValueError(
                 f"validation: task {first + counts.index(1)} has one row that counts {what}, "

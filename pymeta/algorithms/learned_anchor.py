@@ -12,7 +12,7 @@ from pymeta.backend.plan import Plan
 from pymeta.spec.anchors import LearnableAnchor
 from pymeta.spec.modules import outside_graphs
 from pymeta.tasks.task_set import TaskSet
-from pymeta.tasks.values import counts_that_count
+from pymeta.tasks.values import weighing_rows
 
 
 class LearnedAnchor(nn.Module):
@@ -39,7 +39,7 @@ class LearnedAnchor(nn.Module):
         log = self.log.to(plan.expected.device, plan.expected.dtype)
         if not self.of_rows:
             return log.exp().expand(support.tasks).contiguous()
-        counts = torch.tensor(counts_that_count(support, plan.expected.loss), dtype=log.dtype)
+        counts = torch.tensor(weighing_rows(support, plan.expected.loss), dtype=log.dtype)
         return log.exp() / counts.clamp(min=1).to(log.device)
 
 

@@ -20,7 +20,7 @@ from pymeta.spec.once import REPTILE, once
 from pymeta.spec.running import Norms
 from pymeta.spec.schedule import Schedule
 from pymeta.tasks.task_set import TaskSet
-from pymeta.tasks.values import counts_that_count, leaves_out
+from pymeta.tasks.values import leaves_out, weighing_rows
 
 # ---- all tasks --------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def _with_strengths(own: Own, inner: InnerLoop, support: TaskSet) -> Own:
     """With the strengths that depend on how many rows of a task weigh something."""
     if own.anchor is not None or not inner.anchor.rows:
         return own
-    counts = counts_that_count(support, inner.loss)
+    counts = weighing_rows(support, inner.loss)
     return own._replace(anchor=inner.lr.new_tensor([inner.anchor.of(n) for n in counts]))
 
 

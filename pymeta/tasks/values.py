@@ -158,7 +158,7 @@ def _check_range_of_targets(s: TaskSet, loss: Loss) -> None:
         raise ValueError(f"{s.names.y}: {s.place(index)}: target {value:.9g} {wrong}")
 
 
-def counts_that_count(s: TaskSet, loss: Loss) -> list[int]:
+def weighing_rows(s: TaskSet, loss: Loss) -> list[int]:
     """How many rows of each task count; reads values."""
     if not leaves_out(s, loss):
         return s.counts
@@ -171,7 +171,7 @@ def _check_single_rows(s: TaskSet, loss: Loss, of_single_rows: bool = False) -> 
     """Raise where one row alone would be normalised; perhaps only of the tasks with one row."""
     if s.by_support:
         return
-    counts = counts_that_count(s, loss)
+    counts = weighing_rows(s, loss)
     if of_single_rows:
         counts = [count if rows == 1 else 0 for count, rows in zip(counts, s.counts, strict=True)]
     if 1 in counts:
