@@ -99,17 +99,16 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture
 def repeats(monkeypatch):
-    """Of every call of MAML that could have been a repeat, whether it was."""
-    from pymeta.backend.prepared import PreparedCall  # needs torch, which not all tests have
+    """Of every call that could have been a repeat, whether it was."""
+    from pymeta.backend.repeat import Repeat  # needs torch, which not all tests have
 
-    seen, original = [], PreparedCall.again
+    seen, original = [], Repeat.holds
 
     def spy(self, *arguments):
-        extras = original(self, *arguments)
-        seen.append(extras is not None)
-        return extras
+        seen.append(original(self, *arguments))
+        return seen[-1]
 
-    monkeypatch.setattr(PreparedCall, "again", spy)
+    monkeypatch.setattr(Repeat, "holds", spy)
     return seen
 
 

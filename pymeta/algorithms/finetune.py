@@ -401,7 +401,7 @@ class FineTune(Learner):
         with Bar(tasks, progress, callback) as bar:
             for first, last in self._chunks(plan, tasks, rows, in_torch):
                 part_ids = None if ids is None else ids[first:last]
-                part, watched = self._prepared(
+                part, watched = self._parted(
                     support.part(first, last),
                     None if held is None else held.part(first, last),
                     part_ids,
@@ -467,7 +467,7 @@ class FineTune(Learner):
                 )
         check_minibatches(plan, (counts - held).tolist(), self.schedule)
 
-    def _prepared(
+    def _parted(
         self, part: TaskSet, watched: TaskSet | None, ids: Tensor | None, expected: Expected
     ) -> tuple[TaskSet, TaskSet | None]:
         """What to train and what to validate on: with class weights, without the rows held out."""

@@ -12,7 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,11 @@ from pymeta import native, reference
 from pymeta.algorithms import by_support
 from pymeta.algorithms.divergence import check_reaction, reacted
 from pymeta.algorithms.learned_anchor import LearnedAnchor
+from pymeta.algorithms.native_call import NativeCall, planned
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
-from pymeta.backend.gradients import NOTHING, Wanted
 from pymeta.backend.plan import Plan
+from pymeta.backend.prepared_adapt import PreparedAdapt, prepared_adapt
 from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.functional.own import OwnRates, Starts, rates_of, start_of
 from pymeta.models.adapted import Adapted
@@ -37,7 +38,6 @@ from pymeta.spec.network import Description
 from pymeta.spec.optimizers import SGD, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import Schedule
 from pymeta.spec.settings import one_optimizer
-from pymeta.spec.show import counted
 from pymeta.spec.transforms import LACKS, in_transform
 from pymeta.tasks.checks import Expected
 from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, TaskSet, check_task_ids, task_set
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from pymeta.models.adapter import Adapter
 
 Weights: TypeAlias = Rows | None
+
+_ADAPT = "adapt"  # the key of a prepared call of `adapt`
 
 
 def check_minibatches(plan: Plan, counts: Sequence[int] | TaskSet, schedule: Schedule) -> None:
@@ -71,38 +73,6 @@ def _all_on(device: torch.device, done: Adaptation) -> Adaptation:
         {name: values.to(device) for name, values in done.history.values().items()}
     )
     return Adaptation(done.parameters, done.status.to(device), history)
-
-
-class NativeCall(NamedTuple):
-    """What `explain` reports of a native call, from which the core derives its plan."""
-
-    job: str  # "meta", "adapt" or "reptile"
-    schedule: Schedule
-    tasks: int
-    support_rows: int
-    query_rows: int = 0
-    validation_rows: int = 0
-    second_order: bool = False
-    lr_rows: int = 1
-    wanted: Wanted = (True, *NOTHING[1:])
-    has_anchors: bool = False
-    is_plain: bool = False
-
-
-def _planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
-    """The executor of a call, and how the call was cut, in words."""
-    s = call.schedule
-    turns = counted(s.steps, "step") if s.epochs is None else counted(s.epochs, "epoch")
-    arguments = (plan.dtype_code, call.job, native.schedule(s), *call[2:])
-    if plan.device is None:
-        p = plan.problem.plan(*arguments)
-        each, how = " each", counted(p["threads"], "thread")
-    else:
-        p = plan.problem.plan(*arguments, device=plan.device.ordinal)
-        how = f"{counted(p['threads'], 'thread')} a task, {counted(p['blocks'], 'block')} at once"
-        each = ""
-    how += f", {p['workspace_bytes']} bytes of workspace{each}"
-    return p["executor"], f"{counted(call.tasks, 'task')}, {turns}, {how}"
 
 
 class Learner(nn.Module, ABC):
@@ -157,6 +127,7 @@ class Learner(nn.Module, ABC):
         self._fallback_reason: str | None = None
         self._shapes: dict[Any, tuple[int, ...] | None] = {}
         self._last: NativeCall | None = None
+        self._prepared: dict[Any, Any] = {}  # calls that may be made again, by what they are
         self.model = model
         self.loss: Loss = loss  # __setattr__ makes one of it
         self.adapted_patterns = adapt
@@ -180,6 +151,8 @@ class Learner(nn.Module, ABC):
         if name in self._of_the_plan:
             self._plan = None
             self._forget()
+        elif check is not None:
+            self.__dict__["_prepared"] = {}
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute that is no setting."""
@@ -297,8 +270,12 @@ class Learner(nn.Module, ABC):
         lr: OwnRates = None,
         curves: bool = False,
         on_divergence: str | None = None,
+        plain: bool = False,
     ) -> Adapted:
-        """The models adapted to the support sets of T tasks; for `adapt` itself to call."""
+        """The models adapted to the support sets of T tasks; for `adapt` itself to call.
+
+        `plain`: a call with xs and ys alone, which `_adapted_again` may make again.
+        """
         with torch.no_grad():
             plan, parameters = self._current(xs)
             support = task_set(SUPPORT, xs, ys, sizes, weights, plan.expected, offset)
@@ -322,10 +299,22 @@ class Learner(nn.Module, ABC):
             done = self._adapt_tasks(plan, parameters, schedule, support, in_torch, **options)
             if reaction is not None:
                 reacted(self, plan, parameters, options["start"], support, done, reaction, in_torch)
+            if plain and not in_torch and anchors is None and not self._by_support(plan):
+                of = plan, self._parameters, self._lr(plan), schedule, support
+                self._prepared[_ADAPT] = prepared_adapt(*of, (xs, ys), self._last)
             if self._by_support(plan):
                 how = (self._inner(plan, schedule), done, support, in_torch)
                 plan, done = by_support.kept(self.model, plan, parameters, *how)
             return self._adapted(plan, parameters, done, support.tasks, in_torch)
+
+    def _adapted_again(self, xs: Any, ys: Any) -> Adapted | None:
+        """The models, where the last call of `adapt` was like one with these and nothing else."""
+        before: PreparedAdapt | None = self._prepared.get(_ADAPT)
+        if before is None or not before.holds(xs, ys):
+            return None
+        self.__dict__["_last"] = before.note
+        plan, done = before.plan, before.run(xs, ys)
+        return self._adapted(plan, plan.parameters, done, len(done.status), False)
 
     def _by_support(self, plan: Plan) -> bool:
         return False  # MAML may say otherwise
@@ -457,6 +446,7 @@ class Learner(nn.Module, ABC):
 
     def _forget(self) -> None:
         """Drop what was derived from the model."""
+        self._prepared = {}
         self._shapes = {}
         self._last = None
 
@@ -489,7 +479,7 @@ class Learner(nn.Module, ABC):
             on, executor = f"native-cuda {plan.device.name}", "block"
         text = f"{on} {executor}: {chain}"
         if last is not None:
-            executor, what = _planned(plan, last)
+            executor, what = planned(plan, last)
             text = f"{on} {executor}: {chain}; the last call had {what}"
         if self._fallback_reason is not None:
             text += f"; some calls ran in torch: {self._fallback_reason}"
@@ -504,7 +494,7 @@ class Learner(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
         state = self.__dict__.copy()
-        state.update(_plan=None, _shapes={}, _last=None)
+        state.update(_plan=None, _shapes={}, _last=None, _prepared={})
         return state
 
     def extra_repr(self) -> str:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from pymeta import reference
 from pymeta.algorithms import by_support, implicitly
 from pymeta.algorithms.learned_anchor import eagerly, numbers_of
-from pymeta.algorithms.learner import Learner, NativeCall, Weights
+from pymeta.algorithms.learner import Learner, Weights
+from pymeta.algorithms.native_call import NativeCall
 from pymeta.algorithms.outcome import Outcome
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
@@ -152,7 +153,6 @@ class MAML(Learner):
         self.query_loss = query_loss
         self.query_statistics = query_statistics
         self.task_clip = task_clip
-        self._prepared: dict[Any, PreparedCall] = {}  # by whether grad is enabled
         plan = self._look()
         if isinstance(self._rule.lr, LearnableLR):
             self._make_lr(self._rule.lr, plan)
@@ -251,10 +251,10 @@ class MAML(Learner):
                 return Outcome(*eagerly(self, (xs, ys, xq, yq), options))
             return Outcome(*compiled.forward(self, (xs, ys, xq, yq), options))
         if plain:
-            before = self._prepared.get(torch.is_grad_enabled())
-            extras = None if before is None else before.again(self.__dict__, xs, ys, xq, yq)
-            if before is not None and extras is not None:
-                return Outcome(*before(before.plan.parameters, extras))
+            before: PreparedCall | None = self._prepared.get(torch.is_grad_enabled())
+            if before is not None and before.holds(xs, ys, xq, yq):
+                results = before(before.plan.parameters, before.again(xs, ys, xq, yq))
+                return Outcome._make(results)
         plan, parameters = self._current(xs)
         steps = self.steps if steps is None else check_count("steps", steps)
         support = task_set(
@@ -286,7 +286,7 @@ class MAML(Learner):
         if (
             plain
             and extras.lr is rates
-            and call.remember(self.__dict__, data, support, query, rates)
+            and call.remember(self._parameters, data, support, query, rates)
         ):
             self._prepared[torch.is_grad_enabled()] = call
         return Outcome(*results)
@@ -323,10 +323,10 @@ class MAML(Learner):
                     f"{wrong[0]}: accumulate_grad adds to the gradients of parameters; "
                     f"differentiate the loss of a call for that of a task's own"
                 )
-        elif (before := self._prepared.get(_ACCUMULATED)) is not None:
-            extras = before.again(self.__dict__, xs, ys, xq, yq)
-            if extras is not None and not has_hooks([*before.plan.parameters, extras.lr]):
-                return Outcome(*before.accumulate(before.plan.parameters, extras))
+        before: PreparedCall | None = None if options else self._prepared.get(_ACCUMULATED)
+        if before is not None and before.holds(xs, ys, xq, yq) and not has_hooks(before.leaves):
+            extras = before.again(xs, ys, xq, yq)
+            return Outcome._make(before.accumulate(before.plan.parameters, extras))
         return self._accumulated((xs, ys, xq, yq), options)
 
     def _accumulated(self, data: tuple[Any, Any, Any, Any], options: dict[str, Any]) -> Outcome:
@@ -388,12 +388,19 @@ class MAML(Learner):
             TypeError, ValueError: as `forward`.
             ArithmeticError: a task diverged, with on_divergence="raise".
         """
+        plain = (
+            steps is None and support_sizes is None and support_weights is None
+            and support_offset is None and anchor is None and start is None and lr is None
+            and curves is False and on_divergence is None and not create_graph
+        )  # fmt: skip
+        if plain and (again := self._adapted_again(xs, ys)) is not None:
+            return again
         steps = self.steps if steps is None else check_count("steps", steps)
         sides = (xs, ys, support_sizes, support_weights)
         own: dict[str, Any] = {"anchor": anchor, "start": start, "lr": lr}
         if create_graph:
             return self._adapted_with_graph(sides, support_offset, steps, own)
-        own |= {"curves": curves, "on_divergence": on_divergence}
+        own |= {"curves": curves, "on_divergence": on_divergence, "plain": plain}
         return self._adapted_to(Schedule(steps), *sides, offset=support_offset, **own)
 
     def _adapted_with_graph(
@@ -481,10 +488,6 @@ class MAML(Learner):
             row_shape=row_shape,
         )
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._prepared = {}
-
     def _last_call(self, plan: Plan) -> NativeCall | None:
         if plan.last is None:  # what the calls leave, but not `adapt`
             return self._last
@@ -506,7 +509,7 @@ class MAML(Learner):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
-        return {**super().__getstate__(), "_prepared": {}, "_handle": None}
+        return {**super().__getstate__(), "_handle": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""

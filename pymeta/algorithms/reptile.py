@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pymeta import reference
-from pymeta.algorithms.learner import Learner, NativeCall, Weights, check_minibatches
+from pymeta.algorithms.learner import Learner, Weights, check_minibatches
+from pymeta.algorithms.native_call import NativeCall
 from pymeta.algorithms.outcome import told_outcome
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
@@ -243,9 +244,13 @@ class Reptile(Learner):
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        schedule = self._scheduled(steps, _OF_ADAPT)
         sizes, weights, offset = support_sizes, support_weights, support_offset
-        return self._adapted_to(schedule, xs, ys, sizes, weights, task_ids, anchor, offset)
+        plain = all(v is None for v in (steps, sizes, weights, offset, task_ids, anchor))
+        if plain and (again := self._adapted_again(xs, ys)) is not None:
+            return again
+        schedule = self._scheduled(steps, _OF_ADAPT)
+        how = schedule, xs, ys, sizes, weights, task_ids, anchor, offset
+        return self._adapted_to(*how, plain=plain)
 
     def _scheduled(self, steps: Any, stream: int) -> Schedule:
         steps = self.steps if steps is None else check_count("steps", steps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pymeta import native
-from pymeta.backend.gradients import NOTHING, Extras, Layout, Lease
+from pymeta.backend.gradients import NOTHING, Extras, Layout
 from pymeta.backend.inputs import (
     address,
     chained,
@@ -186,9 +186,8 @@ def adapt_with_graph(
     adapted = {name: done.parameters[name] for name in plan.adapted}
     if call.layout is None or not adapted:
         return adapted
-    inputs = call.layout.inputs(operands, extras)
-    made = MadeAdapted(call, operands, extras)
-    return dict(zip(adapted, with_graph(made, tuple(adapted.values()), inputs), strict=True))
+    made = MadeAdapted(call, operands, extras, call.layout, None)
+    return dict(zip(adapted, with_graph(made, tuple(adapted.values())), strict=True))
 
 
 def losses(
@@ -247,7 +246,7 @@ def reptile(
             running.update(plan.norms, statistics)
     if layout is not None and gradients is not None:
         inputs = layout.inputs(parameters, extras)
-        (loss,) = with_graph(OfLoss(Lease(gradients, layout.idle), REPTILE), (loss,), inputs)
+        (loss,) = with_graph(OfLoss(gradients, layout.idle, inputs, REPTILE), (loss,))
     return loss, losses
 
 

@@ -202,17 +202,3 @@ def _laid_out(
 
 
 _LAYOUTS_KEPT = 8  # those that depend on the shapes of xs and xq may be many
-
-
-class Lease:
-    """What a graph holds of its gradients' memory, which goes back when the graph is gone."""
-
-    __slots__ = ("gradients", "idle")
-
-    def __init__(self, gradients: Gradients, idle: deque[Gradients]) -> None:
-        self.gradients = gradients
-        self.idle = idle
-
-    def __del__(self) -> None:
-        if self.gradients.stream is not None:
-            self.idle.append(self.gradients)

@@ -149,6 +149,7 @@ class Plan:
         self.last: tuple[Any, ...] | None = None
         self.lrs: dict[tuple[float, int], Tensor] = {}
         self.of_one_step: Plan | None = None  # functional/implicit_calls.py makes it
+        self.predicts: Any = None  # PreparedPredict, which models/adapted.py makes
         self.optimizer = optimizer
         self.anchor = anchor
         self.device = Device.of(self.expected.device)

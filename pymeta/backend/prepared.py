@@ -1,11 +1,7 @@
 """A native MAML call, prepared once for all task sets of the same shapes, and quick to repeat.
 
-The core needs a few microseconds for a small meta-batch, less than Python needs to check its
-tensors. So what follows from shapes is computed once, in a `PreparedCall`. A call with tensors of
-the same form as the one before skips the checks: `again` compares a few attributes instead, and
-does nothing where one differs, so that the checks decide. Values (labels, weights, sizes) are not
-compared: the core checks them itself. On a device they go unchecked; with PYMETA_CHECK_VALUES=1 no
-call is repeated this way.
+What follows from shapes is computed once, in a `PreparedCall`. A call with tensors of the same form
+as the one before skips the checks (`repeat.py` says when); `again` gives what it reads.
 
 The same code serves CUDA tensors. What differs for them is in `device.py`; here it shows in
 `Plan.runner`, which calls the core there, in `inputs.ready`, and in which memory is reused.
@@ -13,17 +9,15 @@ The same code serves CUDA tensors. What differs for them is in `device.py`; here
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pymeta import native
-from pymeta.backend.device import Device
-from pymeta.backend.gradients import NOTHING, Extras, Gradients, Layout, Lease, Wanted
+from pymeta.backend.gradients import NOTHING, Extras, Gradients, Layout, Wanted
 from pymeta.backend.inputs import (
     address,
     chained,
@@ -32,15 +26,15 @@ from pymeta.backend.inputs import (
     predicted_shape,
     ready,
 )
-from pymeta.backend.node import with_graph
+from pymeta.backend.node import Leased, with_graph
 from pymeta.backend.plan import Plan
 from pymeta.backend.recipe import Recipe
+from pymeta.backend.repeat import Repeat, as_it_came
 from pymeta.spec import running
 from pymeta.spec.once import NATIVE
 from pymeta.spec.schedule import Schedule
 from pymeta.spec.settings import CLIPS_THE_LOSS
 from pymeta.spec.transforms import LACKS, in_transform
-from pymeta.spec.watch import Form
 from pymeta.tasks.task_set import TaskSet, dense
 
 
@@ -53,29 +47,9 @@ class Results(NamedTuple):
     step_losses: Tensor | None = None  # [steps, T]
 
 
-def _settings(owner: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a call depends on besides its arguments and the model, from a MAML's attributes."""
-    return (
-        owner["steps"],
-        owner["first_order"],
-        owner["task_clip"],
-        owner["backend"],
-        owner.get("lr"),
-    )
-
-
-def _as_it_came(given: Any, used: Tensor | None) -> bool:
-    """Whether the core can read the tensor `given`, as it did when that had become `used`."""
-    if type(given) is not Tensor or not given.is_contiguous() or used is None or given.is_neg():
-        return False
-    if given._is_zerotensor():
-        return False
-    if used is given:
-        return True
-    # a view in another shape, as where the model begins with Flatten
-    return used.data_ptr() == given.data_ptr() and not given.requires_grad
-
-
+_new: Callable[..., Any] = tuple.__new__  # a named tuple of all its values, without a Python call
+_NO_MORE = (None,) * 5  # the extras behind yq
+_pointer, _grad = Tensor.data_ptr, attrgetter("grad")
 _NO_ROWS = torch.zeros(1)  # where targets of no rows lie: 0 would mean no targets; never read
 
 
@@ -84,6 +58,8 @@ class PreparedCall:
 
     Attributes:
         layout: of the gradients; None where none are wanted.
+        holds: after `remember`: whether a call with other xs, ys, xq, yq would be like it.
+        leaves: after `remember`: those of which gradients are wanted.
         last: what `Plan.last` is to say of such a call.
     """
 
@@ -148,6 +124,8 @@ class PreparedCall:
         # what it points to, besides what comes with each call
         self._kept = [(s.weights, s.offset, s.starts, s.sizes, s.there) for s in sides]
         self._in_chain = [names.index(n) for n in plan.adapted]
+        self.holds: Callable[..., bool]
+        self.leaves: Sequence[Tensor] = ()
         # those of the extras that there are: at least lr and xs
         self.given = itemgetter(*(i for i, e in enumerate(extras) if e is not None))
         # Of the weights of steps it counts only that there are some.
@@ -184,27 +162,25 @@ class PreparedCall:
         lr, xs, xq, ys, yq = extras[:5]
         plan, predicted = self.plan, self.predicted
         assert predicted is not None and xq is not None
-        predictions = lr.new_zeros(*predicted) if self.pads else lr.new_empty(*predicted)
+        predictions = lr.new_zeros(predicted) if self.pads else lr.new_empty(predicted)
         loss: Any = None
         losses: Any = None
         step_losses = None
-        more: dict[str, int] = {}  # seldom there, and each takes its time
+        to_steps = 0
         statistics = running.memory(plan.norms, lr, self.tasks) if self._tracks else None
-        if statistics is not None:
-            more["statistics"] = statistics.data_ptr()
         if yq is not None:
             loss = torch.empty_like(plan.scalar)
             losses = lr.new_empty(self.tasks)
             if self.recipe.step_weights is not None:
                 step_losses = lr.new_zeros(self.recipe.steps, self.tasks)
-                more["step_losses"] = step_losses.data_ptr()
+                to_steps = step_losses.data_ptr()
         if self.tasks == 0:
             loss = None if loss is None else loss.zero_()
             return Results(loss, losses, predictions, step_losses)
         if not (plan.in_order and plan.dense):
             parameters = chained(plan, parameters)  # held while the core reads them
         self.repeat(
-            [p.data_ptr() for p in parameters],
+            [*map(_pointer, parameters)],
             lr.data_ptr(),
             xs.data_ptr(),
             0 if ys is None else ys.data_ptr(),
@@ -214,11 +190,12 @@ class PreparedCall:
             0 if losses is None else losses.data_ptr(),
             predictions.data_ptr(),
             None if gradients is None else gradients.native,
-            **more,
+            to_steps,
+            0 if statistics is None else statistics.data_ptr(),
         )
         if statistics is not None:
             running.update(plan.norms, statistics)
-        return Results(loss, losses, predictions, step_losses)
+        return cast(Results, _new(Results, (loss, losses, predictions, step_losses)))
 
     def vjp(
         self,
@@ -281,20 +258,18 @@ class PreparedCall:
         layout = self.layout
         if layout is None:
             return self.run(parameters, extras, None)
-        inputs = layout.inputs(parameters, extras)
         if extras.yq is None:  # no gradient before one of the predictions comes
             results = self.run(parameters, extras, None)
-            made = Made(self, parameters, extras)
-            (predictions,) = with_graph(made, (results.predictions,), inputs)
+            made = Made(self, parameters, extras, layout, None)
+            (predictions,) = with_graph(made, (results.predictions,))
             return results._replace(predictions=predictions)
         gradients = self._cleared(layout.memory())
         results = self.run(parameters, extras, gradients)
-        made = Made(self, parameters, extras)
-        made.lease = Lease(gradients, layout.idle)
-        outputs = cast(tuple[Tensor, ...], results)
-        if results.step_losses is None:  # each output of a node takes its time
-            outputs = outputs[:3]
-        return Results(*with_graph(made, outputs, inputs))
+        made = Made(self, parameters, extras, layout, gradients)
+        if results.step_losses is not None:
+            return Results(*with_graph(made, cast(tuple[Tensor, ...], results)))
+        # each output of a node takes its time
+        return cast(Results, _new(Results, (*with_graph(made, results[:3]), None)))
 
     def accumulate(self, parameters: list[Tensor], extras: Extras) -> Results:
         """`run`, and the gradients added to the `.grad` of what they are of; no graph."""
@@ -304,7 +279,7 @@ class PreparedCall:
         if layout is None or gradients is None:
             return results
         inputs, found = layout.inputs(parameters, extras), gradients.tensors
-        grads = [tensor.grad for tensor in inputs]
+        grads = [*map(_grad, inputs)]
         sums = [grad for grad in grads if grad is not None]
         if len(sums) == len(grads):
             torch._foreach_add_(sums, found)
@@ -323,7 +298,7 @@ class PreparedCall:
 
     def remember(
         self,
-        owner: Mapping[str, Any],
+        learned: dict[str, Any],
         data: Sequence[Any],
         support: TaskSet,
         query: TaskSet,
@@ -334,7 +309,7 @@ class PreparedCall:
         It cannot in the capture of a CUDA graph, where all memory is the graph's.
 
         Args:
-            owner: the attributes of the MAML module.
+            learned: the parameters of the MAML module itself: lr, where that is learnable.
             data: xs, ys, xq, yq as they were given.
             support: what became of them.
             query: likewise.
@@ -344,45 +319,22 @@ class PreparedCall:
         if device is not None and device.capturing():
             return False
         used = (support.x, support.y, query.x, query.y)
-        if not all(map(_as_it_came, data, used)) or self.plan.lr_order is not None:
+        if not all(map(as_it_came, data, used)) or self.plan.lr_order is not None:
             return False
-        own = owner["_parameters"]
-        places = [(own, name) for name in own]  # of lr, where it is learnable
-        self._watch = self.plan.watch.and_also(places, [lr] if own else [], device is not None)
-        self._is_there = self._watch.is_there
-        self._settings = _settings(owner)  # not the owner, which holds this call
-        self._lr, self._stream = lr, None if device is None else device.stream()
-        self._form = Form([*self._watch.tensors, *data], device is not None)
+        places = [(learned, name) for name in learned]
+        watch = self.plan.watch.and_also(places, [lr] if learned else [], device is not None)
+        self.holds = Repeat(watch, data, device).holds
+        self._lr = lr
+        if self.layout is not None:
+            self.leaves = self.layout.inputs(self.plan.parameters, self.again(*data))
         return True
 
-    def _may_be_made_there(self, device: Device) -> bool:
-        """Whether values go unchecked, and `lr` belongs to this stream and to no CUDA graph."""
-        return not (native.checking_values or device.stream() != self._stream or device.capturing())
+    def again(self, xs: Any, ys: Any, xq: Any, yq: Any) -> Extras:
+        """What a call of these reads, where `holds` says that it is like the one before.
 
-    def again(self, owner: Mapping[str, Any], xs: Any, ys: Any, xq: Any, yq: Any) -> Extras | None:
-        """What the call reads now, after `remember`; None where it would not be the same.
-
-        Whether grad is enabled must be as it was. `owner` is as for `remember`.
+        Whether grad is enabled must be as it was.
         """
-        device = self.plan.device
-        if not (
-            type(xs) is type(ys) is type(xq) is type(yq) is Tensor
-            and _settings(owner) == self._settings
-            and self._is_there()
-            and forward_ad._current_level < 0
-            and not in_transform()
-            and (device is None or self._may_be_made_there(device))
-        ):
-            return None
-        tensors = [*self._watch.tensors, xs, ys, xq, yq]
-        if not self._form.alike(*tensors):
-            try:
-                if not self._form.fits(tensors):
-                    return None
-                xs.data_ptr(), ys.data_ptr(), xq.data_ptr(), yq.data_ptr()
-            except RuntimeError:  # a layout without strides or without a pointer
-                return None
-        return Extras(self._lr, xs, xq, ys, yq, None, None)
+        return cast(Extras, _new(Extras, (self._lr, xs, xq, ys, yq, *_NO_MORE)))
 
 
 CHANGED = (
@@ -401,30 +353,35 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int] | None:
         return None
 
 
-class Made:
+class Made(Leased):
     """A native call that was made: what its node needs to go back through it."""
 
-    __slots__ = ("call", "extras", "lease", "parameters", "versions", "why_once")
+    __slots__ = ("call", "extras", "inputs", "parameters", "versions", "why_once")
 
-    def __init__(self, call: PreparedCall, parameters: list[Tensor], extras: Extras) -> None:
-        """Note what it was made of."""
+    def __init__(
+        self,
+        call: PreparedCall,
+        parameters: list[Tensor],
+        extras: Extras,
+        layout: Layout,
+        gradients: Gradients | None,
+    ) -> None:
+        """Note what it was made of; `gradients` are those of its loss, where these are known."""
         self.call, self.parameters, self.extras = call, parameters, extras
-        self.lease: Lease | None = None
+        self.gradients, self.idle = gradients, layout.idle
+        self.inputs = layout.inputs(parameters, extras)
         self.why_once = NATIVE
-        self.versions = self._versions()
+        self.versions = versions_of((*parameters, *call.given(extras)))
 
-    def _versions(self) -> list[int] | None:
-        return versions_of((*self.parameters, *self.call.given(self.extras)))
-
-    def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor] | None:
         """From the gradients of the results, in their order, or of the predictions alone."""
-        if self.lease is None:
-            return self._again(None, gradients[0])
+        known = self.gradients
+        if known is None:
+            return None if gradients[0] is None else self._again(None, gradients[0])
         loss, losses, predictions = gradients[:3]
         steps = gradients[3] if len(gradients) > 3 else None
         if losses is None and predictions is None and steps is None:
-            assert loss is not None
-            return self.lease.gradients.times(loss)
+            return None if loss is None else known.times(loss)
         if loss is not None:
             mean = (loss / max(self.call.tasks, 1)).expand(self.call.tasks)
             losses = mean if losses is None else losses + mean
@@ -448,7 +405,7 @@ class Made:
                 "is_grads_batched=True gives many at once: call torch.autograd.grad for each, or "
                 'use backend="torch"'
             ) from None
-        if self._versions() != self.versions:
+        if self.versions != versions_of((*self.parameters, *self.call.given(self.extras))):
             raise RuntimeError(CHANGED)
         flows = losses, predictions, adapted, step_losses
         return self.call.vjp(self.parameters, self.extras, *flows)
@@ -459,8 +416,10 @@ class MadeAdapted(Made):
 
     __slots__ = ()
 
-    def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor] | None:
         """From their gradients."""
+        if all(g is None for g in gradients):
+            return None
         return self._again(None, None, gradients)
 
 

@@ -103,7 +103,7 @@ def with_implicit_graph(minimum: Minimum, implicit: Implicit) -> dict[str, Tenso
     call = Solve(minimum, implicit)
     if not call.inputs:
         return adapted
-    outputs = with_graph(call, tuple(adapted.values()), call.inputs)
+    outputs = with_graph(call, tuple(adapted.values()))
     return dict(zip(adapted, outputs, strict=True))
 
 
@@ -138,8 +138,10 @@ class Solve:
         self._versions = versions_of(self._read)
 
     @torch.no_grad()
-    def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        """The gradients of the inputs."""
+    def backward(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor] | None:
+        """The gradients of the inputs; None where no gradients come."""
+        if all(g is None for g in gradients):
+            return None
         if versions_of(self._read) != self._versions:
             raise RuntimeError(CHANGED)
         m = self._minimum

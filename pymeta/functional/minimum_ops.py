@@ -72,7 +72,7 @@ def minimum_vjp(*arguments: Any) -> Tensor:
                 i.wanted, strict=True)  # fmt: skip
     names = [name for name, tensor, wanted in every if wanted and tensor is not None]
     solve = Solve(minimum_of(call, phi), call.implicit, names)
-    found = dict(zip(solve.names, solve.backward(flows), strict=True))
+    found = dict(zip(solve.names, solve.backward(flows) or (), strict=True))
     parts = [found[name].reshape(-1) for name in names]
     return torch.cat(parts) if parts else i.xs.new_empty(0)
 

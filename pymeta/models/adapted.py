@@ -20,9 +20,11 @@ from pymeta import native as native_module
 from pymeta import reference
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
+from pymeta.backend.prepared_adapt import PreparedPredict, prepared_predict
 from pymeta.models.file import Path, Raw, errors_about
 from pymeta.models.given import check_stacked, in_form_of
-from pymeta.models.stacked import Saved, Stacked, load, positions
+from pymeta.models.saved import DTYPES, RAW_DTYPES, check_structure
+from pymeta.models.stacked import Stacked, load, positions
 from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.nn.tabular import TabularInput
 from pymeta.spec.architecture import Architecture
@@ -42,16 +44,6 @@ from pymeta.tasks.task_set import QUERY, Rows, Sizes, TaskSet, dense, shaped, ta
 from pymeta.tasks.values import check_values
 
 _NAMES = Names("xq", "", QUERY.sizes, "", "offset")
-
-_RAW_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int8: "I8",
-}
-_DTYPES = {code: dtype for dtype, code in _RAW_DTYPES.items()}
 
 
 def architecture(plan: Plan) -> Architecture | None:
@@ -158,7 +150,7 @@ class Adapted(Stacked[Tensor]):
             shape = None if saved.architecture is None else saved.architecture.row_shape
             fixed = fixed_among(model, saved.shapes())
             plan = Plan(model, saved.loss, None, "network", row_shape=shape, fixed=fixed)
-            _check_structure(saved, model, plan)
+            check_structure(saved, _tensors_of(model, plan.fixed), architecture(plan))
         device = plan.expected.device
 
         def tensors(raws: Mapping[str, Raw]) -> dict[str, Tensor]:
@@ -273,7 +265,6 @@ class Adapted(Stacked[Tensor]):
             copies[id(value)] = taken.detach().clone() if tensor else copy.deepcopy(taken)
         return {name: copies[id(value)] for name, value in given.items()}
 
-    @torch.no_grad()
     def __call__(self, xq: Rows, query_sizes: Sizes = None, *, offset: Rows | None = None) -> Any:
         """Every model's raw outputs on its own rows.
 
@@ -290,9 +281,31 @@ class Adapted(Stacked[Tensor]):
             TypeError: an argument has the wrong type or dtype.
             ValueError: a wrong shape, size or device, or another number of tasks.
         """
+        plan = self._made
+        if query_sizes is None and offset is None and plan is not None and self._native:
+            found = self._predicted_again(plan, xq)
+            if found is not None:
+                return found
+        with torch.no_grad():
+            return self._predicted(xq, query_sizes, offset)
+
+    def _predicted_again(self, plan: Plan, xq: Any) -> Tensor | None:
+        """The predictions, where a call of models like these was like this one."""
+        before: PreparedPredict | None = plan.predicts
+        of = (*self._stacked,), (*self._shared,), self._tasks
+        if before is None or before.of != of:
+            return None
+        tensors = [*self._stacked.values(), *self._shared.values()]
+        return before.run(tensors, xq) if before.holds(*tensors, xq) else None
+
+    def _predicted(self, xq: Any, query_sizes: Sizes, offset: Any) -> Any:
         plan, query = self._queries(xq, query_sizes, offset)
         if self._runs_natively(plan, query):
-            return shaped(native_adapt.predict(plan, self._stacked, self._shared, query), query)
+            of = plan, self._stacked, self._shared, query
+            predictions = shaped(native_adapt.predict(*of), query)
+            if query_sizes is None and offset is None and isinstance(xq, Tensor):
+                plan.predicts = prepared_predict(*of, xq)
+            return predictions
         check_values(query, plan.expected)
         if query.tasks == 0:
             out = () if plan.expected.out_features is None else (plan.expected.out_features,)
@@ -441,7 +454,7 @@ class Adapted(Stacked[Tensor]):
 
     @staticmethod
     def _to_raw(value: Tensor) -> Raw:
-        code = _RAW_DTYPES.get(value.dtype)
+        code = RAW_DTYPES.get(value.dtype)
         if code is None:
             raise TypeError(f"save: a parameter is {value.dtype}, which these files do not hold")
         bytes_ = dense(value.detach().cpu()).reshape(-1).view(torch.uint8)
@@ -460,8 +473,8 @@ def _each_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _tensor(raw: Raw) -> Tensor:
     """A view of what is in a file."""
     if not raw.data.size:  # which torch cannot view as another dtype
-        return torch.empty(raw.shape, dtype=_DTYPES[raw.dtype], device="cpu")
-    return torch.from_numpy(raw.data).view(_DTYPES[raw.dtype]).reshape(raw.shape)
+        return torch.empty(raw.shape, dtype=DTYPES[raw.dtype], device="cpu")
+    return torch.from_numpy(raw.data).view(DTYPES[raw.dtype]).reshape(raw.shape)
 
 
 def _chosen(plan: Plan) -> bool:
@@ -482,31 +495,3 @@ def _chosen(plan: Plan) -> bool:
 def _tensors_of(model: nn.Module, fixed: frozenset[str]) -> dict[str, Tensor]:
     """A model's parameters, and the running statistics that its fixed layers go by."""
     return {**dict(model.named_parameters()), **running_statistics(model, fixed)}
-
-
-def _check_structure(saved: Saved, model: nn.Module, plan: Plan) -> None:
-    """Raise ValueError unless a file's models are of this model's structure."""
-    tensors = _tensors_of(model, plan.fixed)
-    own = {name: tuple(p.shape) for name, p in tensors.items()}
-    found = saved.shapes()
-    if own.keys() != found.keys():
-        odd = sorted(own.keys() ^ found.keys())
-        raise ValueError(
-            f"model: the file has the parameters {', '.join(found)}, "
-            f"which are not the model's (see {odd[0]})"
-        )
-    raws = saved.stacked | saved.shared
-    for name, parameter in tensors.items():
-        if found[name] != own[name]:
-            raise ValueError(
-                f"model: {name} has the shape {list(found[name])} in the file, "
-                f"{list(own[name])} in the model"
-            )
-        if _DTYPES[raws[name].dtype] != parameter.dtype:
-            raise ValueError(
-                f"model: {name} is {_DTYPES[raws[name].dtype]} in the file, "
-                f"{parameter.dtype} in the model"
-            )
-    chain = architecture(plan)
-    if chain is not None and saved.architecture is not None and chain != saved.architecture:
-        raise ValueError(f"model: the file is of {saved.architecture}; the model is {chain}")

@@ -5,6 +5,8 @@ That is so of the tensors that are transformed and of all that are made meanwhil
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch._C import _functorch
 
 LACKS = (
@@ -12,7 +14,9 @@ LACKS = (
     "out.loss.backward() gives its gradients"
 )
 
+innermost_transform: Callable[[], object | None] = _functorch.peek_interpreter_stack
+
 
 def in_transform() -> bool:
     """Whether a transform of torch.func is at work."""
-    return _functorch.peek_interpreter_stack() is not None
+    return innermost_transform() is not None

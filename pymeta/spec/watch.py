@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from itertools import chain
 from typing import Any, TypeAlias
@@ -152,6 +153,12 @@ class Watch:
         self._orders = _flat((container, list(container)) for container in orders)
         self.tensors: list[Tensor] = []
         self._form = Form(self.tensors)
+        self._look()
+
+    def _look(self) -> None:
+        # As `is_current`, without a look at the tensors' forms.
+        all_of_it = self._places, self._truths, self._lengths, self._types, self._orders
+        self.is_there: Callable[[], bool] = partial(_unchanged, *all_of_it)
 
     def and_also(
         self, places: Iterable[Place], tensors: Sequence[Tensor], there: bool = False
@@ -164,12 +171,9 @@ class Watch:
         other._places = (*self._places, *_flat((place, key, place[key]) for place, key in more))
         other.tensors = [*self.tensors, *tensors]
         other._form = Form(other.tensors, there)
+        other._look()
         return other
 
     def is_current(self) -> bool:
         """Whether all of it is still there, in the same form, and nothing was added."""
         return self.is_there() and self._form.fits(self.tensors)
-
-    def is_there(self) -> bool:
-        """As `is_current`, without a look at the tensors' forms."""
-        return _unchanged(self._places, self._truths, self._lengths, self._types, self._orders)

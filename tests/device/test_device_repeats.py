@@ -129,7 +129,7 @@ def test_calls_of_all_sizes_one_after_another():
 
 def flat_address(loss):
     """Where the gradients lie that a loss's graph holds."""
-    return loss.grad_fn.call.lease.gradients.flat.data_ptr()
+    return loss.grad_fn.call.gradients.flat.data_ptr()
 
 
 def test_gradients_memory_is_used_again_on_its_own_stream_only(gpu):
@@ -142,11 +142,11 @@ def test_gradients_memory_is_used_again_on_its_own_stream_only(gpu):
     assert [g.stream for g in layout.idle] == [7]
     out = module(*data)
     assert flat_address(out.loss) == first
-    kept = out.loss.grad_fn.call.lease.gradients  # so that it is not given out again
+    kept = out.loss.grad_fn.call.gradients  # so that it is not given out again
     del out
     gpu.stream = 8
     out = module(*data)
-    assert flat_address(out.loss) != first and out.loss.grad_fn.call.lease.gradients is not kept
+    assert flat_address(out.loss) != first and out.loss.grad_fn.call.gradients is not kept
     del out
     assert {g.stream for g in layout.idle} == {8}
 
@@ -178,7 +178,7 @@ def test_a_capture_takes_nothing_that_is_kept_and_leaves_nothing(gpu, repeats):
     gpu.capturing = True  # on the same stream, and on another as torch.cuda.graph does it
     for gpu.stream in (7, 8):
         captured, also = module(*data), reptile(*data[:2])
-        held = [captured.loss.grad_fn.call.lease.gradients, also.loss.grad_fn.call.lease.gradients]
+        held = [captured.loss.grad_fn.call.gradients, also.loss.grad_fn.call.gradients]
         assert all(g.stream is None for g in held)
         assert not any(g in each for each in idle for g in held)
         assert plan.lr_tensor(0.1) is not lrs[(0.1, 7)]

@@ -1,0 +1,43 @@
+"""What `explain` says of a native call: which executor runs it, and how it is cut."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pymeta import native
+from pymeta.backend.gradients import NOTHING, Wanted
+from pymeta.backend.plan import Plan
+from pymeta.spec.schedule import Schedule
+from pymeta.spec.show import counted
+
+
+class NativeCall(NamedTuple):
+    """What `explain` reports of a native call, from which the core derives its plan."""
+
+    job: str  # "meta", "adapt" or "reptile"
+    schedule: Schedule
+    tasks: int
+    support_rows: int
+    query_rows: int = 0
+    validation_rows: int = 0
+    second_order: bool = False
+    lr_rows: int = 1
+    wanted: Wanted = (True, *NOTHING[1:])
+    has_anchors: bool = False
+    is_plain: bool = False
+
+
+def planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
+    """The executor of a call, and how the call was cut, in words."""
+    s = call.schedule
+    turns = counted(s.steps, "step") if s.epochs is None else counted(s.epochs, "epoch")
+    arguments = (plan.dtype_code, call.job, native.schedule(s), *call[2:])
+    if plan.device is None:
+        p = plan.problem.plan(*arguments)
+        each, how = " each", counted(p["threads"], "thread")
+    else:
+        p = plan.problem.plan(*arguments, device=plan.device.ordinal)
+        how = f"{counted(p['threads'], 'thread')} a task, {counted(p['blocks'], 'block')} at once"
+        each = ""
+    how += f", {p['workspace_bytes']} bytes of workspace{each}"
+    return p["executor"], f"{counted(call.tasks, 'task')}, {turns}, {how}"
