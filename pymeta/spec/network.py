@@ -40,7 +40,7 @@ from pymeta.spec.modules import Fixed, running_statistics
 from pymeta.spec.refused import Refused
 from pymeta.spec.show import counted
 from pymeta.spec.slices import PART, resolve, takes_one
-from pymeta.spec.watch import Watch
+from pymeta.spec.watch import Place, Watch
 
 
 @dataclass(frozen=True)
@@ -91,27 +91,45 @@ class Description:
     watch: Watch = field(repr=False, compare=False)
 
 
-def _modes(model: nn.Module) -> Watch:
-    """The modules of a model, their modes and hooks: all that a refusal is judged by."""
-    modules = list(model.modules())
-    places = [(module.__dict__, "training") for module in modules]
-    return Watch(places, modules, modules, counted=False)
-
-
-def _chain(leaves: Iterable[nn.Module], containers: Iterable[nn.Module]) -> Watch:
-    """What a chain depends on in its layers, and in the modules that hold them."""
-    layers = list({id(m): m for m in leaves}.values())
-    holders = list(containers)
-    places = []
+def _settings(layers: Iterable[nn.Module]) -> list[Place]:
+    """Where known layers have what they are described by."""
+    places: list[Place] = []
     for m in layers:
-        places += [(m.__dict__, name) for name in MODULES[type(m)].reads]
+        places += [(m.__dict__, name) for name in MODULES[type(m)].reads if name in m.__dict__]
         places += [(d, k) for d in (m._parameters, m._buffers) for k in d if k in SLOTS]
-    attributes = [Attributes(m) for m in holders if not is_sequential(m)]
+    return places
+
+
+def _watched(layers: list[nn.Module], holders: list[nn.Module], traced: list[nn.Module]) -> Watch:
+    """What known layers, the modules that hold them, and traced ones among these depend on."""
+    attributes = [Attributes(m) for m in traced]
+    places = _settings(layers)
     places += [place for a in attributes for place in a.places]
     places += [(m._parameters, name) for m in holders for name in m._parameters]
     ordered = [container for a in attributes for container in a.ordered]
     sized = [container for a in attributes for container in a.sized]
+    # a parameter or a child more is no part of a chain
+    sized += [m._parameters for m in layers + holders] + [m._modules for m in layers]
     return Watch(places, layers + holders, holders, ordered=ordered, sized=sized)
+
+
+def _all_of(model: nn.Module) -> Watch:
+    """All that a refusal may have been judged by.
+
+    Modules of torch's that are no known layers were judged by their class alone. What they keep
+    may change with each call.
+    """
+    layers = [m for m in model.modules() if type(m) in MODULES]
+    holders = [m for m in model.modules() if type(m) not in MODULES]
+    own = [m for m in holders if not type(m).__module__.startswith("torch.nn.")]
+    watch = _watched(layers, holders, own)
+    return watch.and_also([(m.__dict__, "training") for m in model.modules()], [])
+
+
+def _chain(leaves: Iterable[nn.Module], containers: Iterable[nn.Module]) -> Watch:
+    """What a chain depends on in its layers, and in the modules that hold them."""
+    layers, holders = list({id(m): m for m in leaves}.values()), list(containers)
+    return _watched(layers, holders, [m for m in holders if not is_sequential(m)])
 
 
 # ---- the whole --------------------------------------------------------------------------------
@@ -377,4 +395,4 @@ def describe(
     try:
         return _described(model, row_shape, fixed)
     except Refused as refusal:
-        return Unsupported(str(refusal), _modes(model), row_shape)
+        return Unsupported(str(refusal), _all_of(model), row_shape)

@@ -287,6 +287,9 @@ def test_what_makes_a_description_stale():
         "eps": lambda n: setattr(n[1], "eps", 0.5),
         "bias": lambda n: n[0].register_parameter("bias", None),
         "forward": lambda n: setattr(n[0], "forward", torch.relu),
+        "parameter": lambda n: setattr(n, "extra", nn.Parameter(torch.ones(1))),
+        "layer's parameter": lambda n: setattr(n[2][0], "extra", nn.Parameter(torch.ones(1))),
+        "layer's child": lambda n: setattr(n[2][0], "child", nn.Linear(1, 1)),
     }
     for name, change in changes.items():
         net = fresh()
@@ -296,13 +299,67 @@ def test_what_makes_a_description_stale():
         assert not found.watch.is_current(), name
 
 
-def test_an_unsupported_model_is_looked_at_again_when_it_changes():
-    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+class Set(nn.Module):
+    """A chain, or none, as its settings say."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.odd, self.options, self.entries = nn.Linear(3, 3), False, {}, [False]
+
+    def forward(self, x):
+        x = self.layer(x)
+        return torch.erfinv(x) if self.odd or self.options or self.entries[0] else x
+
+
+def tied():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    return net
+
+
+def refused(model=None, **attributes):
+    net = nn.Sequential(nn.Linear(3, 3), nn.ELU(), Set()) if model is None else model
+    for name, value in attributes.items():
+        setattr(net[-1] if name in vars(net[-1]) else net[0], name, value)
+    return net
+
+
+AGAIN = {
+    "eval": (lambda: refused(tied()[:1].append(nn.Dropout(0.5))), lambda n: n.eval()),
+    "no dropout": (
+        lambda: refused(tied()[:1].append(nn.Dropout(0.5))),
+        lambda n: setattr(n[1], "p", 0.0),
+    ),
+    "forward": (lambda: refused(forward=torch.relu), lambda n: delattr(n[0], "forward")),
+    "flag": (lambda: refused(odd=True), lambda n: setattr(n[-1], "odd", False)),
+    "entry": (lambda: refused(entries=[True]), lambda n: n[-1].entries.__setitem__(0, False)),
+    "option": (lambda: refused(options={"odd": 1}), lambda n: n[-1].options.clear()),
+    "untied": (tied, lambda n: setattr(n[1], "weight", nn.Parameter(torch.ones(3, 3)))),
+    "parameter": (
+        lambda: refused(extra=nn.Parameter(torch.ones(1))),
+        lambda n: delattr(n[0], "extra"),
+    ),
+    "child": (lambda: refused(child=nn.Linear(1, 1)), lambda n: delattr(n[0], "child")),
+}
+
+
+@pytest.mark.parametrize("case", AGAIN)
+def test_an_unsupported_model_is_looked_at_again_when_it_changes(case):
+    make, change = AGAIN[case]
+    net = make()
     found = describe(net)
-    assert found.watch.is_current()
-    net.eval()
+    assert not isinstance(found, Description) and found.watch.is_current()
+    change(net)
     assert not found.watch.is_current()
     assert isinstance(describe(net), Description)
+
+
+def test_what_torchs_own_modules_keep_is_no_change():
+    """Recurrent layers have a new list of their weights with each call."""
+    net = nn.Sequential(nn.Flatten(), nn.GRU(3, 3))
+    found = describe(net)
+    net[1]._flat_weights = [*net[1]._flat_weights]
+    assert not isinstance(found, Description) and found.watch.is_current()
 
 
 def test_looking_at_a_model_leaves_it_as_it_was():
