@@ -54,7 +54,9 @@ from pymeta.tasks.task_set import (
     task_set,
 )
 
-_ACCUMULATED = "accumulated"  # the key of the prepared call of `accumulate_grad`
+# The keys of prepared calls: whether grad is enabled; without query targets, that behind this; and
+# that of `accumulate_grad`.
+_UNJUDGED, _ACCUMULATED = "unjudged", "accumulated"
 
 
 class MAML(Learner):
@@ -250,10 +252,14 @@ class MAML(Learner):
             if self.learned_anchor is not None:
                 return Outcome(*eagerly(self, (xs, ys, xq, yq), options))
             return Outcome(*compiled.forward(self, (xs, ys, xq, yq), options))
+        kind: Any = torch.is_grad_enabled()
+        data: tuple[Any, ...] = xs, ys, xq, yq
+        if yq is None:
+            kind, data = (_UNJUDGED, kind), data[:3]
         if plain:
-            before: PreparedCall | None = self._prepared.get(torch.is_grad_enabled())
-            if before is not None and before.holds(xs, ys, xq, yq):
-                results = before(before.plan.parameters, before.again(xs, ys, xq, yq))
+            before: PreparedCall | None = self._prepared.get(kind)
+            if before is not None and before.holds(*data):
+                results = before(before.plan.parameters, before.again(*data))
                 return Outcome._make(results)
         plan, parameters = self._current(xs)
         steps = self.steps if steps is None else check_count("steps", steps)
@@ -282,13 +288,12 @@ class MAML(Learner):
         results = call(operands, extras)
         if query.lengths is not None:
             return Outcome(*results)._replace(predictions=shaped(results.predictions, query))
-        data = (xs, ys, xq, yq)
         if (
             plain
             and extras.lr is rates
             and call.remember(self._parameters, data, support, query, rates)
         ):
-            self._prepared[torch.is_grad_enabled()] = call
+            self._prepared[kind] = call
         return Outcome(*results)
 
     def accumulate_grad(self, xs: Rows, ys: Rows, xq: Rows, yq: Rows, **options: Any) -> Outcome:

@@ -310,7 +310,7 @@ class PreparedCall:
 
         Args:
             learned: the parameters of the MAML module itself: lr, where that is learnable.
-            data: xs, ys, xq, yq as they were given.
+            data: xs, ys, xq, yq as they were given; without yq where there is none.
             support: what became of them.
             query: likewise.
             lr: the step size as the core took it.
@@ -318,7 +318,7 @@ class PreparedCall:
         device = self.plan.device
         if device is not None and device.capturing():
             return False
-        used = (support.x, support.y, query.x, query.y)
+        used = (support.x, support.y, query.x, query.y)[: len(data)]
         if not all(map(as_it_came, data, used)) or self.plan.lr_order is not None:
             return False
         places = [(learned, name) for name in learned]
@@ -329,7 +329,7 @@ class PreparedCall:
             self.leaves = self.layout.inputs(self.plan.parameters, self.again(*data))
         return True
 
-    def again(self, xs: Any, ys: Any, xq: Any, yq: Any) -> Extras:
+    def again(self, xs: Any, ys: Any, xq: Any, yq: Any = None) -> Extras:
         """What a call of these reads, where `holds` says that it is like the one before.
 
         Whether grad is enabled must be as it was.

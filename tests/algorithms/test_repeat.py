@@ -60,6 +60,34 @@ def test_gradients_of_inputs_and_flattened_inputs(repeats):
     assert repeats == [True, True, False, True, True]
 
 
+def test_predictions_alone_are_a_repeat_of_their_own(repeats):
+    module, flow = make(mlp(2, 4, 3)), torch.randn(3, 4, 3, dtype=torch.float64)
+    parameters = list(module.model.parameters())
+
+    def predict(learner, xs, ys, xq):
+        predictions = learner(xs, ys, xq).predictions
+        return predictions, *torch.autograd.grad(predictions, parameters, flow)
+
+    for _ in range(3):
+        data = batch(out=3)
+        for got, wanted in zip(
+            predict(module, *data[:3]), predict(make(module.model), *data[:3]), strict=True
+        ):
+            assert torch.equal(got, wanted)
+        with torch.no_grad():
+            parameters[0].mul_(0.9)
+    assert repeats == [True, True]
+    for _ in range(2):
+        same_as_new(module, data)
+        with torch.no_grad():
+            assert not module(*data[:3]).predictions.requires_grad
+    assert repeats == [True] * 4
+    predict(module, *data[:3])
+    assert repeats == [True] * 5  # targets and grad make others, which leave this one alone
+    assert module(data[0], data[1], data[2][:, :3].contiguous()).predictions.shape == (3, 3, 3)
+    assert repeats == [True] * 5 + [False]
+
+
 def no_memory(like):
     """Zeros as autograd makes them where a derivative is known to vanish: their pointer is null."""
     return torch._efficientzerotensor(like.shape, dtype=like.dtype)
