@@ -338,9 +338,9 @@ class MAML(Learner):
         """As `accumulate_grad`, for a call that is not like the one before."""
         with torch.enable_grad():
             out = self.forward(*data, **options)
-        call = self._prepared.get(True)
-        constant = not any(isinstance(v, Tensor) and v.requires_grad for v in data)
-        if call is not None and not options and constant:
+        call: PreparedCall | None = self._prepared.get(True)
+        # It may be of other data than these, by which gradients are wanted.
+        if call is not None and not call.of_data:
             self._prepared[_ACCUMULATED] = call
         by = [p for p in self.parameters() if p.requires_grad]
         if out.loss.requires_grad and by:

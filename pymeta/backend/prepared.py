@@ -58,6 +58,7 @@ class PreparedCall:
 
     Attributes:
         layout: of the gradients; None where none are wanted.
+        of_data: whether gradients of others than the parameters and lr are wanted.
         holds: after `remember`: whether a call with other xs, ys, xq, yq would be like it.
         leaves: after `remember`: those of which gradients are wanted.
         last: what `Plan.last` is to say of such a call.
@@ -91,11 +92,12 @@ class PreparedCall:
         self.predicted = None if query is None else predicted_shape(plan, query)
         # The core leaves what only pads untouched: rows of predictions, of gradients of rows.
         self.pads = query is not None and query.padded
-        self.pads_gradients = True in wanted[2:] and (support.padded or self.pads)
         if trains is None:
             self.layout = Layout.of(plan, wanted, None, extras)
         else:
             self.layout = Layout.of(plan, wanted, parameters, extras, trains)
+        self.of_data = True in wanted[2:]
+        self.pads_gradients = self.of_data and (support.padded or self.pads)
         self._tracks = bool(plan.norms and plan.trainable) and self.layout is not None
         lr = extras.lr
         second_order = self.layout is not None and not recipe.first_order

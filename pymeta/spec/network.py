@@ -122,8 +122,9 @@ def _all_of(model: nn.Module) -> Watch:
     layers = [m for m in model.modules() if type(m) in MODULES]
     holders = [m for m in model.modules() if type(m) not in MODULES]
     own = [m for m in holders if not type(m).__module__.startswith("torch.nn.")]
-    watch = _watched(layers, holders, own)
-    return watch.and_also([(m.__dict__, "training") for m in model.modules()], [])
+    children = [(m._modules, name) for m in layers for name in m._modules]
+    modes = [(m.__dict__, "training") for m in model.modules()]
+    return _watched(layers, holders, own).and_also([*children, *modes], [])
 
 
 def _chain(leaves: Iterable[nn.Module], containers: Iterable[nn.Module]) -> Watch:

@@ -60,3 +60,14 @@ def test_modes_without_grad_do_not_change_what_is_accumulated(mode, backend):
             assert not p.grad.is_inference()
             torch.testing.assert_close(p.grad, times * gradient)
     module.accumulate_grad(*data)  # adds to what was made in the mode
+
+
+def test_inputs_get_no_gradient_after_calls_of_which_they_wanted_one():
+    """A call that could not be prepared took what was prepared of another one for its own."""
+    net, (xs, *rest) = mlp(2, 6, 2), batch()
+    module = pymeta.MAML(net, loss="mse", lr=0.1, steps=2, backend="native")
+    module(xs.requires_grad_(), *rest)
+    module.accumulate_grad(xs.detach().transpose(0, 1).contiguous().transpose(0, 1), *rest)
+    for _ in range(2):
+        module.accumulate_grad(xs, *rest)
+    assert xs.grad is None

@@ -80,6 +80,9 @@ class State:
     def second(self) -> nn.Module:
         return [m for m in self.model.modules() if isinstance(m, nn.Linear)][-1]
 
+    def last(self) -> str:
+        return "last.*" if isinstance(self.model, Own) else "3.*"
+
     def act(self) -> nn.Module:
         return next(m for m in self.model.modules() if isinstance(m, nn.ELU))
 
@@ -138,7 +141,7 @@ def transposed(s: State) -> None:
 
 def exchange(s: State) -> None:
     """Another activation in the place of the first one."""
-    other: list[nn.Module] = [nn.Tanh(), nn.RReLU(), nn.ELU(0.3)]
+    other: list[nn.Module] = [nn.Tanh(), nn.Softmax(-1), nn.ELU(0.3)]
     chosen = other[s.seed % 3]
     if isinstance(s.model, Own):
         s.model.act = chosen
@@ -214,7 +217,7 @@ CHANGES: dict[str, Callable[[State], Any]] = {
     "loss": lambda s: s.set("loss", nn.HuberLoss(delta=0.3 + 0.1 * (s.seed % 5))),
     "query loss": lambda s: s.set("query_loss", [None, "l1", "mse"][s.seed % 3]),
     "clip": lambda s: s.set("task_clip", [None, 0.1][s.seed % 2]),
-    "ANIL": lambda s: None if s.learns else s.set("adapted_patterns", ["last.*", "3.*"]),
+    "ANIL": lambda s: None if s.learns else s.set("adapted_patterns", [s.last()]),
     "torch": lambda s: s.set("backend", "torch"),
     "auto": lambda s: s.set("backend", "auto"),
     # the tensors

@@ -354,6 +354,13 @@ def test_an_unsupported_model_is_looked_at_again_when_it_changes(case):
     assert isinstance(describe(net), Description)
 
 
+def test_another_child_of_a_known_layer_is_seen_in_a_model_that_runs_in_torch():
+    net = refused(child=nn.Linear(1, 1))
+    found = describe(net)
+    net[0].child = nn.Linear(1, 1)
+    assert not found.watch.is_current()
+
+
 def test_what_torchs_own_modules_keep_is_no_change():
     """Recurrent layers have a new list of their weights with each call."""
     net = nn.Sequential(nn.Flatten(), nn.GRU(3, 3))
