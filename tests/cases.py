@@ -145,12 +145,33 @@ class Side:
         offset = None if self.offset is None else self.offset.to(dtype)
         return Side(self.x.to(dtype), y, weights, self.sizes, anchors, offset)
 
+    def counting(self, case: Case, t: int) -> torch.Tensor:
+        """Which of a task's rows weigh something: bool [its rows]."""
+        rows = self.sizes[t]
+        counts = torch.ones(rows, dtype=torch.bool)
+        if self.weights is not None:
+            weigh = self.weights[t, :rows] != 0
+            counts &= weigh if weigh.ndim == 1 else weigh.any(1)
+        if case.loss == "cross_entropy" and not self.y.is_floating_point():
+            counts &= self.y[t, :rows] != -7
+        return counts
+
     def of(self, tasks: list[int]):
         weights = None if self.weights is None else self.weights[tasks]
         anchors = None if self.anchors is None else self.anchors[tasks]
         sizes = [self.sizes[t] for t in tasks]
         offset = None if self.offset is None else self.offset[tasks]
         return Side(self.x[tasks], self.y[tasks], weights, sizes, anchors, offset)
+
+
+def left_out(case: Case, drawn: torch.Tensor) -> torch.Tensor:
+    """Which of rows [T, rows, ...] are to weigh nothing.
+
+    They are in no batch statistics, and a single row that is would be refused: the first two are.
+    """
+    if case.batch_norm:
+        drawn[:, :2] = False
+    return drawn
 
 
 def make_side(case: Case, rows: int) -> Side:
@@ -163,14 +184,11 @@ def make_side(case: Case, rows: int) -> Side:
     if case.loss in MORE_LOSSES:
         columns = describe_loss(make_loss(case)).target_columns(case.out)
     y = targets(case.loss, case.tasks, rows, out=columns, dtype=torch.float32)
-    # Rows that do not count are in no batch statistics, and one row that does would be refused:
-    # test_weightless_rows.py has these.
-    left_out = 0.0 if case.batch_norm else 0.2
     if case.loss == "cross_entropy" and case.loss_options:
-        y[torch.rand(y.shape) < left_out] = -7
+        y[left_out(case, torch.rand(y.shape) < 0.2)] = -7
     weights = torch.rand(case.tasks, rows) if case.weights else None
     if weights is not None:
-        weights[torch.rand(weights.shape) < left_out] = 0.0
+        weights[left_out(case, torch.rand(weights.shape) < 0.2)] = 0.0
     side = Side(x, y, weights, make_sizes(case, rows))
     if "offset" in case.beside:
         side.offset = torch.randn(case.tasks, rows, case.out)
@@ -178,8 +196,7 @@ def make_side(case: Case, rows: int) -> Side:
         side.y = torch.randn(case.tasks, rows, case.out).softmax(-1)
     if "elements" in case.beside and case.loss != "cross_entropy":
         side.weights = torch.rand(y.shape)
-        masked = torch.rand(y.shape) < 0.3
-        masked[..., 0] &= not case.batch_norm  # so that the row counts
+        masked = left_out(case, torch.rand(y.shape) < 0.3)
         side.weights[masked] = 0.0
         side.y[masked] = math.nan
     return side
@@ -187,6 +204,14 @@ def make_side(case: Case, rows: int) -> Side:
 
 class Problem:
     """A case made concrete: a network, two sides, and the modules that compute on them."""
+
+    judges = True  # whether calls have query targets
+
+    @property
+    def measures_some(self) -> bool:
+        """Whether batch statistics leave rows out."""
+        rows = [(s, t) for s in (self.support, self.query) for t in range(self.case.tasks)]
+        return self.case.batch_norm and not all(s.counting(self.case, t).all() for s, t in rows)
 
     def __init__(self, case: Case) -> None:
         self.case = case

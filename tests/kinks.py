@@ -26,9 +26,8 @@ KINKS = {
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
 INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d)
-NORMS = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, *INSTANCE, PerStepBatchNorm
-)  # fmt: skip
+OF_SETS = (nn.BatchNorm1d, nn.BatchNorm2d, PerStepBatchNorm)
+NORMS = (*OF_SETS, nn.LayerNorm, nn.GroupNorm, *INSTANCE)
 
 
 def is_kinked(case: Case) -> bool:
@@ -72,6 +71,22 @@ def gaps_in_windows(z: torch.Tensor, pool: nn.Module) -> list[float]:
     return gaps[gaps > 0].tolist()
 
 
+def by_counting(norm: nn.Module, state: dict[str, Any]) -> None:
+    """Let a normalisation of sets go by the rows that count, which `state` has."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if bool(state["counts"].all()):
+            return type(norm).forward(norm, x)
+        var, mean = torch.var_mean(x[state["counts"]], (0, *range(2, x.ndim)), correction=0)
+        scale = norm.weight, norm.bias
+        if isinstance(norm, PerStepBatchNorm):
+            row = norm.steps - 1 if norm.step is None else min(norm.step, norm.steps - 1)
+            scale = tuple(None if v is None else v[row] for v in scale)
+        return nn.functional.batch_norm(x, mean, var, *scale, False, 0.0, norm.eps)
+
+    norm.forward = forward
+
+
 def walk(problem: Problem) -> tuple[float, float]:
     """What the reference meets on its way: (how near a kink, how steep a normalisation).
 
@@ -80,6 +95,7 @@ def walk(problem: Problem) -> tuple[float, float]:
     the same for everybody and does not count. The second is the largest |mean| / std, at least 1.
     """
     case, found = problem.case, {"nearest": math.inf, "steepest": 1.0}
+    state: dict[str, Any] = {}
 
     def look_for_kinks(z: torch.Tensor, kink: float) -> None:
         gaps = (z.detach().abs() if kink == 0 else (z.detach() - kink).abs()).flatten()
@@ -92,8 +108,10 @@ def walk(problem: Problem) -> tuple[float, float]:
         for gap in gaps_in_windows(z.detach(), pool):
             found["nearest"] = min(found["nearest"], gap / max(float(z.abs().max()), 1e-300))
 
-    def look_at_means(z: torch.Tensor, axis: Any, eps: float) -> None:
-        std = (z.var(axis, unbiased=False) + eps).sqrt()
+    def look_at_means(norm: nn.Module, z: torch.Tensor) -> None:
+        z = z[state["counts"]] if isinstance(norm, OF_SETS) else z
+        z, axis = as_normalised(norm, z)
+        std = (z.var(axis, unbiased=False) + norm.eps).sqrt()
         found["steepest"] = max(found["steepest"], float((z.mean(axis).abs() / std).max()))
 
     module = problem.module(torch.float64)
@@ -107,9 +125,9 @@ def walk(problem: Problem) -> tuple[float, float]:
         elif isinstance(layer, MAX_POOLS):
             layer.register_forward_pre_hook(lambda m, args: look_for_ties(args[0], m))
         elif isinstance(layer, NORMS) and (layer.training or isinstance(layer, INSTANCE)):
-            layer.register_forward_pre_hook(
-                lambda m, args: look_at_means(*as_normalised(m, args[0].detach()), m.eps)
-            )
+            layer.register_forward_pre_hook(lambda m, args: look_at_means(m, args[0].detach()))
+            if isinstance(layer, OF_SETS):
+                by_counting(layer, state)
     support, query = problem.support.to(torch.float64), problem.query.to(torch.float64)
     arguments, options = problem.arguments(support, query)
     options = {k: v for k, v in options.items() if not k.startswith("query")}
@@ -119,9 +137,12 @@ def walk(problem: Problem) -> tuple[float, float]:
     for step in range(case.steps + 1):
         models = module.adapt(*arguments[:2], steps=step, **options)
         for side in (support, query) if step == case.steps else (support,):
+            judged = side is support or problem.judges
             for t, rows in enumerate(side.sizes):
                 if rows == 0:
                     continue
+                counts = side.counting(case, t)
+                state["counts"] = counts if judged else torch.ones_like(counts)
                 values = {n: v[t] for n, v in models.parameters.items()}
                 with at_step(net, step):
                     y = torch.func.functional_call(net, values, (side.x[t, :rows],))
