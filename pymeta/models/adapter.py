@@ -14,6 +14,7 @@ calls; many tasks go through the same calls as the learners'.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +26,16 @@ import numpy as np
 
 from pymeta import native
 from pymeta.models import by_support
-from pymeta.models.arrays import AdaptedArrays, array_of, checked_parameters, frozen, raw_of
+from pymeta.models.arrays import (
+    AdaptedArrays,
+    array_of,
+    checked_parameters,
+    frozen,
+    predictor,
+    raw_of,
+)
 from pymeta.models.file import Contents, Path, read, write
+from pymeta.models.one_task import as_engines_want, weights_by_name
 from pymeta.models.row_weights import class_factors
 from pymeta.spec.anchors import check_anchor
 from pymeta.spec.architecture import Architecture, read_architecture
@@ -146,11 +155,17 @@ class Adapter:
             native_optimizer(optimizer, pull),
         )
         self._start = [self.parameters[name] for name in architecture.chain]
+        # what is the same in all calls
+        shapes = architecture.shapes()
+        self._made_of = [(n, shapes[n], math.prod(shapes[n])) for n in self.adapted]
+        self._addresses = [address(p) for p in self._start]
+        self._all_rates = lib.Rates(address(self._native_lr), *self._native_lr.shape)
+        self._predictor = predictor(predicting or architecture, loss)
         self._engine = lib.Engine(
             self._problem,
             DTYPE_CODES[self.dtype],
-            [address(p) for p in self._start],
-            self._rates(),
+            self._addresses,
+            self._all_rates,
             native.schedule(schedule),
         )
 
@@ -282,8 +297,8 @@ class Adapter:
             self._engine.adapt_predict(xs, ys, xq, out, weights, *offsets)
         except (TypeError, ValueError):
             # what only lies in memory in another way is copied; all else raises again
-            lying_well = _as_engines_want(xs, ys, xq, out, weights, *offsets)
-            with _weights_by_name(), self._curing():
+            lying_well = as_engines_want(xs, ys, xq, out, weights, *offsets)
+            with weights_by_name(), self._curing():
                 self._engine.adapt_predict(*lying_well)
         return out
 
@@ -354,18 +369,16 @@ class Adapter:
     def _adapt(
         self, support: Gathered, schedule: Schedule, ids: np.ndarray | None
     ) -> AdaptedArrays:
-        shapes = self.architecture.shapes()
-        made = {n: np.empty((support.tasks, *shapes[n]), self.dtype) for n in self.adapted}
+        made = self._room(support.tasks)
         status = np.zeros(support.tasks, np.int8)
         call = native.extension().Call(self._problem, DTYPE_CODES[self.dtype], "adapt")
         call.tasks = support.tasks
-        call.start = [address(p) for p in self._start]
-        call.rates = self._rates()
+        call.start, call.rates = self._addresses, self._all_rates
         call.schedule = native.schedule(schedule, address(ids))
         call.support = support.native_rows()
         call.results.adapted = [address(made.get(name)) for name in self.architecture.chain]
         call.results.status = address(status)
-        with _weights_by_name():
+        with weights_by_name():
             call.run()
         shared = {n: p for n, p in self.parameters.items() if n not in made}
         architecture = self.predicting or self.architecture
@@ -373,10 +386,18 @@ class Adapter:
             start = {n: made.get(n, p) for n, p in self.parameters.items()}
             columns = self._native_lr.shape[1]
             made |= self._measured.of(self._problem, columns, start, self.adapted, support)
-        return AdaptedArrays(architecture, self.loss, made, shared, support.tasks, status)
+        how = self.loss, made, shared, support.tasks, status
+        return AdaptedArrays(architecture, *how, problem=self._predictor)
 
-    def _rates(self) -> Any:
-        return native.extension().Rates(address(self._native_lr), *self._native_lr.shape)
+    def _room(self, tasks: int) -> dict[str, np.ndarray]:
+        """{name: [tasks, ...]} of what is adapted, without values: views of one array."""
+        sizes = [tasks * size for _, _, size in self._made_of]
+        ends = [*itertools.accumulate(sizes)]
+        whole = np.empty(ends[-1] if ends else 0, self.dtype)
+        return {
+            name: whole[end - size : end].reshape(tasks, *shape)
+            for (name, shape, _), size, end in zip(self._made_of, sizes, ends, strict=True)
+        }
 
     def _scheduled(self, steps: Any) -> Schedule:
         if steps is None:
@@ -452,30 +473,6 @@ class Adapter:
             return cls(**_read_parts(contents))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{contents.path}: {error}") from None
-
-
-# ---- pieces -----------------------------------------------------------------------------------
-
-
-def _as_engines_want(
-    xs: Any, ys: Any, xq: Any, out: Any, weights: Any, *offsets: Any
-) -> tuple[Any, ...]:
-    """One task's arrays made contiguous and integers int64, where they are arrays."""
-    if isinstance(ys, np.ndarray) and ys.dtype.kind in "iu":
-        ys = ys.astype(np.int64, copy=False)
-    xs, ys, xq, weights, *shifts = (
-        dense(a) if isinstance(a, np.ndarray) else a for a in (xs, ys, xq, weights, *offsets)
-    )
-    return xs, ys, xq, out, weights, *shifts
-
-
-@contextmanager
-def _weights_by_name() -> Iterator[None]:
-    """Let the native core's messages call the weights what `adapt` calls them."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("support_weights", "weights")) from None
 
 
 # ---- reading a file ---------------------------------------------------------------------------

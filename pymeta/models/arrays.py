@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pymeta.tasks.arrays import (
     expected_of,
     gather_queries,
 )
+from pymeta.tasks.checks import Expected
 
 _RAW_DTYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.float64): "F64",
@@ -66,11 +68,13 @@ class AdaptedArrays(Stacked[np.ndarray]):
         tasks: int,
         status: np.ndarray | None = None,
         history: History | None = None,
+        *,
+        problem: Any = None,
     ) -> None:
-        """Called by `Adapter.adapt` and `load`."""
+        """Called by `Adapter.adapt` and `load`; `problem` is what `predictor` makes of the rest."""
         super().__init__(architecture.names, loss, stacked, shared, tasks, status, history)
         self.architecture = architecture
-        self._problem = _predictor(architecture, loss)
+        self._problem = predictor(architecture, loss) if problem is None else problem
 
     @classmethod
     def load(cls, path: Path, *, verify: bool = False) -> AdaptedArrays:
@@ -113,6 +117,11 @@ class AdaptedArrays(Stacked[np.ndarray]):
     def dtype(self) -> np.dtype:
         """Of the weights, the inputs and the outputs."""
         return (self._stacked | self._shared)[self._names[0]].dtype
+
+    @cached_property
+    def _expected(self) -> Expected:
+        """What calls ask of their inputs."""
+        return expected_of(self.architecture, self.loss, self.dtype)
 
     @property
     def mixes_rows(self) -> bool:
@@ -176,8 +185,7 @@ class AdaptedArrays(Stacked[np.ndarray]):
         Raises:
             TypeError, ValueError: xq is not that, or one row comes to a batch normalisation.
         """
-        expected = expected_of(self.architecture, self.loss, self.dtype)
-        query = gather_queries(xq, self._tasks, "one for each model", expected, offset)
+        query = gather_queries(xq, self._tasks, "one for each model", self._expected, offset)
         return self._predict(query, query.room(out, self.architecture.out_features))
 
     def _predict(self, query: Gathered, out: np.ndarray) -> Any:
@@ -215,9 +223,8 @@ class AdaptedArrays(Stacked[np.ndarray]):
         Raises:
             TypeError, ValueError: as a call.
         """
-        expected = expected_of(self.architecture, self.loss, self.dtype)
         why = "one for each model"
-        query = gather_queries(xq, self._tasks, why, expected, cotangents, "cotangents")
+        query = gather_queries(xq, self._tasks, why, self._expected, cotangents, "cotangents")
         found = np.zeros_like(query.x)
         flows, query = query.offset, query._replace(offset=None)
         if flows is None:
@@ -264,12 +271,14 @@ class AdaptedArrays(Stacked[np.ndarray]):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle."""
-        return {**self.__dict__, "_problem": None}
+        state = {**self.__dict__, "_problem": None}
+        state.pop("_expected", None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""
         self.__dict__.update(state)
-        self._problem = _predictor(self.architecture, self.loss)
+        self._problem = predictor(self.architecture, self.loss)
 
     # ---- what `Stacked` needs to know of arrays -----------------------------------------------
 
@@ -354,7 +363,7 @@ def array_of(raw: Raw) -> np.ndarray:
     return raw.data.view(_DTYPES[raw.dtype]).reshape(raw.shape)
 
 
-def _predictor(architecture: Architecture, loss: Loss) -> Any:
+def predictor(architecture: Architecture, loss: Loss) -> Any:
     """A native Problem to predict with; what it would adapt does not matter."""
     tensors = len(architecture.chain)
     return native.extension().Problem(
