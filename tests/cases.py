@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import blocks
 import torch
@@ -206,6 +206,14 @@ class Problem:
     """A case made concrete: a network, two sides, and the modules that compute on them."""
 
     judges = True  # whether calls have query targets
+
+    def judged_whole(self) -> Self:
+        """With query sets of which all rows count, where it matters for predictions."""
+        if self.case.batch_norm:
+            self.query.weights = None
+            if self.case.loss == "cross_entropy":
+                self.query.y = self.query.y.clamp(min=0)
+        return self
 
     @property
     def measures_some(self) -> bool:
