@@ -32,13 +32,7 @@ from pymeta.functional import compiled
 from pymeta.functional.anchors import Anchors, check_values_of
 from pymeta.functional.evaluation import in_torch, lacks_forward_mode, undifferentiated
 from pymeta.functional.handles import register
-from pymeta.functional.own import (
-    Own,
-    OwnRates,
-    Starts,
-    StepWeights,
-    own_of,
-)
+from pymeta.functional.own import Own, OwnRates, Starts, StepWeights, own_of
 from pymeta.spec.anchors import LearnableAnchor
 from pymeta.spec.implicit import Implicit, check_implicit
 from pymeta.spec.optimizers import LearnableLR, Optimizer
