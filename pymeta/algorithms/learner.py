@@ -26,6 +26,7 @@ from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared_adapt import PreparedAdapt, prepared_adapt
+from pymeta.backend.repeat import Repeats
 from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.functional.own import OwnRates, Starts, rates_of, start_of
 from pymeta.models.adapted import Adapted
@@ -121,13 +122,13 @@ class Learner(nn.Module, ABC):
         `learns_lr` says whether a `LearnableLR` is possible.
         """
         super().__init__()
+        self._prepared = Repeats()
         self._learns: tuple[str, ...] | None = None
         self._plan: Plan | None = None
         self._warned = False
         self._fallback_reason: str | None = None
         self._shapes: dict[Any, tuple[int, ...] | None] = {}
         self._last: NativeCall | None = None
-        self._prepared: dict[Any, Any] = {}  # calls that may be made again, by what they are
         self.model = model
         self.loss: Loss = loss  # __setattr__ makes one of it
         self.adapted_patterns = adapt
@@ -152,7 +153,7 @@ class Learner(nn.Module, ABC):
             self._plan = None
             self._forget()
         elif check is not None:
-            self.__dict__["_prepared"] = {}
+            self._prepared.clear()
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute that is no setting."""
@@ -301,7 +302,9 @@ class Learner(nn.Module, ABC):
                 reacted(self, plan, parameters, options["start"], support, done, reaction, in_torch)
             if plain and not in_torch and anchors is None and not self._by_support(plan):
                 of = plan, self._parameters, self._lr(plan), schedule, support
-                self._prepared[_ADAPT] = prepared_adapt(*of, (xs, ys), self._last)
+                call = prepared_adapt(*of, (xs, ys), self._last)
+                if call is not None:
+                    self._prepared.keep(_ADAPT, (xs, ys), call)
             if self._by_support(plan):
                 how = (self._inner(plan, schedule), done, support, in_torch)
                 plan, done = by_support.kept(self.model, plan, parameters, *how)
@@ -309,8 +312,10 @@ class Learner(nn.Module, ABC):
 
     def _adapted_again(self, xs: Any, ys: Any) -> Adapted | None:
         """The models, where the last call of `adapt` was like one with these and nothing else."""
-        before: PreparedAdapt | None = self._prepared.get(_ADAPT)
-        if before is None or not before.holds(xs, ys):
+        before: PreparedAdapt | None = self._prepared.latest.get(_ADAPT)
+        if before is not None and not before.holds(xs, ys):
+            before = self._prepared.other(_ADAPT, (xs, ys))
+        if before is None:
             return None
         self.__dict__["_last"] = before.note
         plan, done = before.plan, before.run(xs, ys)
@@ -446,7 +451,7 @@ class Learner(nn.Module, ABC):
 
     def _forget(self) -> None:
         """Drop what was derived from the model."""
-        self._prepared = {}
+        self._prepared.clear()
         self._shapes = {}
         self._last = None
 
@@ -494,7 +499,7 @@ class Learner(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
         state = self.__dict__.copy()
-        state.update(_plan=None, _shapes={}, _last=None, _prepared={})
+        state.update(_plan=None, _shapes={}, _last=None, _prepared=Repeats())
         return state
 
     def extra_repr(self) -> str:

@@ -38,15 +38,7 @@ from pymeta.spec.implicit import Implicit, check_implicit
 from pymeta.spec.optimizers import LearnableLR, Optimizer
 from pymeta.spec.schedule import Schedule, check_count
 from pymeta.spec.settings import check_query_loss, check_query_statistics, one_optimizer
-from pymeta.tasks.task_set import (
-    SUPPORT,
-    Rows,
-    Sizes,
-    TaskSet,
-    check_same_tasks,
-    shaped,
-    task_set,
-)
+from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, TaskSet, check_same_tasks, shaped, task_set
 
 # The keys of prepared calls: whether grad is enabled; without query targets, that behind this; and
 # that of `accumulate_grad`.
@@ -251,8 +243,10 @@ class MAML(Learner):
         if yq is None:
             kind, data = (_UNJUDGED, kind), data[:3]
         if plain:
-            before: PreparedCall | None = self._prepared.get(kind)
-            if before is not None and before.holds(*data):
+            before: PreparedCall | None = self._prepared.latest.get(kind)
+            if before is not None and not before.holds(*data):
+                before = self._prepared.other(kind, data)
+            if before is not None:
                 results = before(before.plan.parameters, before.again(*data))
                 return Outcome._make(results)
         plan, parameters = self._current(xs)
@@ -287,7 +281,7 @@ class MAML(Learner):
             and extras.lr is rates
             and call.remember(self._parameters, data, support, query, rates)
         ):
-            self._prepared[kind] = call
+            self._prepared.keep(kind, data, call)
         return Outcome(*results)
 
     def accumulate_grad(self, xs: Rows, ys: Rows, xq: Rows, yq: Rows, **options: Any) -> Outcome:
@@ -322,20 +316,23 @@ class MAML(Learner):
                     f"{wrong[0]}: accumulate_grad adds to the gradients of parameters; "
                     f"differentiate the loss of a call for that of a task's own"
                 )
-        before: PreparedCall | None = None if options else self._prepared.get(_ACCUMULATED)
-        if before is not None and before.holds(xs, ys, xq, yq) and not has_hooks(before.leaves):
-            extras = before.again(xs, ys, xq, yq)
+        data, kept = (xs, ys, xq, yq), self._prepared
+        before: PreparedCall | None = None if options else kept.latest.get(_ACCUMULATED)
+        if before is not None and not before.holds(*data):
+            before = kept.other(_ACCUMULATED, data)
+        if before is not None and not has_hooks(before.leaves):
+            extras = before.again(*data)
             return Outcome._make(before.accumulate(before.plan.parameters, extras))
-        return self._accumulated((xs, ys, xq, yq), options)
+        return self._accumulated(data, options)
 
     def _accumulated(self, data: tuple[Any, Any, Any, Any], options: dict[str, Any]) -> Outcome:
         """As `accumulate_grad`, for a call that is not like the one before."""
         with torch.enable_grad():
             out = self.forward(*data, **options)
-        call: PreparedCall | None = self._prepared.get(True)
-        # It may be of other data than these, by which gradients are wanted.
+        # It may be of data by which gradients are wanted, as these are not.
+        call: PreparedCall | None = self._prepared.of_shape(True, data)
         if call is not None and not call.of_data:
-            self._prepared[_ACCUMULATED] = call
+            self._prepared.keep(_ACCUMULATED, data, call)
         by = [p for p in self.parameters() if p.requires_grad]
         if out.loss.requires_grad and by:
             torch.autograd.backward(out.loss, inputs=by)

@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from pymeta import native
 from pymeta.backend.device import Device, unusable
+from pymeta.backend.repeat import Repeats
 from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.spec.anchors import NO_ANCHOR, Anchor
 from pymeta.spec.architecture import embedded_columns
@@ -149,7 +150,7 @@ class Plan:
         self.last: tuple[Any, ...] | None = None
         self.lrs: dict[tuple[float, int], Tensor] = {}
         self.of_one_step: Plan | None = None  # functional/implicit_calls.py makes it
-        self.predicts: Any = None  # PreparedPredict, which models/adapted.py makes
+        self.predicts = Repeats()  # of PreparedPredict, which models/adapted.py makes
         self.optimizer = optimizer
         self.anchor = anchor
         self.device = Device.of(self.expected.device)

@@ -151,8 +151,7 @@ class PreparedPredict(_Prepared):
     """Predictions for all query sets of one form, by models of one form.
 
     Attributes:
-        of: the names of the parameters of which each model has its own, of the others, and how
-            many models there are.
+        tasks: how many models.
     """
 
     def __init__(
@@ -165,7 +164,7 @@ class PreparedPredict(_Prepared):
     ) -> None:
         """Prepare it; use `prepared_predict`."""
         super().__init__(plan, repeat)
-        self.of = own, common, query.tasks
+        self._names, self.tasks = own, query.tasks
         self._rows, self._shape = query.rows, predicted_shape(plan, query)
         chain = [plan.names[i] for i in plan.chain]
         self._order = [(own + common).index(name) for name in chain]
@@ -173,9 +172,8 @@ class PreparedPredict(_Prepared):
 
     def _made(self) -> tuple[Any, Callable[[], Any]]:
         call = self._of_job("predict")
-        names, _, call.tasks = self.of
-        call.own_starts = self._own
-        return call, self._runner(call, "predict", call.tasks, self._rows, *names)
+        call.tasks, call.own_starts = self.tasks, self._own
+        return call, self._runner(call, "predict", self.tasks, self._rows, *self._names)
 
     def run(self, tensors: Sequence[Tensor], xq: Tensor) -> Tensor:
         """The predictions [T, rows, out] for tensors for which `holds` is true."""
@@ -194,10 +192,12 @@ class PreparedPredict(_Prepared):
 _NOTHING = Watch()
 
 
-def prepared_predict(
+def prepare_predict(
     plan: Plan, stacked: dict[str, Tensor], shared: dict[str, Tensor], query: TaskSet, xq: Any
-) -> PreparedPredict | None:
-    """The call, for others that are like it; None where not all went in as it came.
+) -> None:
+    """Have the plan keep the call, for others that are like it, where all went in as it came.
+
+    Its kind are the names of the parameters.
 
     Args:
         plan: of the model.
@@ -206,13 +206,14 @@ def prepared_predict(
         query: T tasks.
         xq: what they were made of.
     """
-    device, given = plan.device, {**stacked, **shared}
+    device, tensors = plan.device, [*stacked.values(), *shared.values()]
     if (
-        not (query.plain and query.tasks)
-        or (device is not None and device.capturing())
-        or not as_it_came(xq, query.x)
-        or not all(as_it_came(t, t) for t in given.values())
+        query.plain
+        and query.tasks
+        and not (device is not None and device.capturing())
+        and as_it_came(xq, query.x)
+        and all(as_it_came(t, t) for t in tensors)
     ):
-        return None
-    repeat = Repeat(_NOTHING, [*given.values(), xq], device)
-    return PreparedPredict(plan, repeat, (*stacked,), (*shared,), query)
+        repeat = Repeat(_NOTHING, [*tensors, xq], device)
+        of = (*stacked,), (*shared,)
+        plan.predicts.keep(of, (*tensors, xq), PreparedPredict(plan, repeat, *of, query))

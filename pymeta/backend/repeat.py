@@ -10,9 +10,10 @@ checks them itself. On a device they go unchecked; with PYMETA_CHECK_VALUES=1 no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -34,10 +35,14 @@ def as_it_came(given: Any, used: Tensor | None) -> bool:
     return used.data_ptr() == given.data_ptr() and not given.requires_grad
 
 
+def _shapes(data: Sequence[Tensor]) -> tuple[torch.Size, ...]:
+    return tuple(v.shape for v in data)
+
+
 class Repeat:
     """What a call was made of, besides values."""
 
-    __slots__ = ("_alike", "_device", "_form", "_is_there", "_stream", "_tensors")
+    __slots__ = ("_alike", "_device", "_form", "_is_there", "_shapes", "_stream", "_tensors")
 
     def __init__(self, watch: Watch, data: Sequence[Tensor], device: Device | None) -> None:
         """Note it.
@@ -53,6 +58,7 @@ class Repeat:
         self._tensors = tuple(watch.tensors)
         self._form = Form([*self._tensors, *data], device is not None)
         self._alike = self._form.alike
+        self._shapes = _shapes(data)
 
     def holds(self, *data: Any) -> bool:
         """Whether a call with these arguments would be like it."""
@@ -66,7 +72,7 @@ class Repeat:
         return False
 
     def _fits(self, data: Sequence[Any]) -> bool:
-        if not all(type(v) is Tensor for v in data):
+        if not all(type(v) is Tensor for v in data) or _shapes(data) != self._shapes:
             return False
         try:
             if not self._form.fits([*self._tensors, *data]):
@@ -80,3 +86,54 @@ class Repeat:
     def _may_be_made_there(self, device: Device) -> bool:
         """Whether values go unchecked, and what is kept is of this stream and no CUDA graph."""
         return not (native.checking_values or device.stream() != self._stream or device.capturing())
+
+
+class Prepared(Protocol):
+    """What `Repeats` asks of a prepared call."""
+
+    def holds(self, *data: Any) -> bool:
+        """Whether a call with these arguments would be like it."""
+
+
+_KEPT = 8  # prepared calls of a kind, of as many shapes
+
+
+class Repeats:
+    """Prepared calls: the latest of each kind, and some of other shapes.
+
+    Attributes:
+        latest: by what they are. Whoever makes one again asks it first whether it `holds`, then
+            `other`.
+    """
+
+    __slots__ = ("_others", "latest")
+
+    def __init__(self) -> None:
+        self.latest: dict[Hashable, Any] = {}
+        self._others: dict[Hashable, dict[Hashable, Any]] = {}
+
+    def clear(self) -> None:
+        """Drop all."""
+        self.latest, self._others = {}, {}
+
+    def keep(self, kind: Hashable, data: Sequence[Any], call: Prepared) -> None:
+        """Keep a call of these tensors, the latest of its kind."""
+        self.latest[kind] = call
+        of_kind = self._others.get(kind, {})
+        if len(of_kind) >= _KEPT:
+            of_kind = {}
+        self._others[kind] = {**of_kind, _shapes(data): call}
+
+    def of_shape(self, kind: Hashable, data: Sequence[Any]) -> Any:
+        """The call of tensors of these shapes, if there is one."""
+        if not all(type(v) is Tensor for v in data):
+            return None
+        return self._others.get(kind, {}).get(_shapes(data))
+
+    def other(self, kind: Hashable, data: Sequence[Any]) -> Any:
+        """The call to make again, where the latest is not: the latest then; None: there is none."""
+        call = self.of_shape(kind, data)
+        if call is None or call is self.latest.get(kind) or not call.holds(*data):
+            return None
+        self.latest[kind] = call
+        return call

@@ -20,7 +20,7 @@ from pymeta import native as native_module
 from pymeta import reference
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared_adapt import PreparedPredict, prepared_predict
+from pymeta.backend.prepared_adapt import PreparedPredict, prepare_predict
 from pymeta.models.file import Path, Raw, errors_about
 from pymeta.models.given import check_stacked, in_form_of
 from pymeta.models.saved import DTYPES, RAW_DTYPES, check_structure
@@ -291,12 +291,16 @@ class Adapted(Stacked[Tensor]):
 
     def _predicted_again(self, plan: Plan, xq: Any) -> Tensor | None:
         """The predictions, where a call of models like these was like this one."""
-        before: PreparedPredict | None = plan.predicts
-        of = (*self._stacked,), (*self._shared,), self._tasks
-        if before is None or before.of != of:
+        of = (*self._stacked,), (*self._shared,)
+        before: PreparedPredict | None = plan.predicts.latest.get(of)
+        if before is None:
             return None
         tensors = [*self._stacked.values(), *self._shared.values()]
-        return before.run(tensors, xq) if before.holds(*tensors, xq) else None
+        if not before.holds(*tensors, xq):
+            before = plan.predicts.other(of, (*tensors, xq))
+        if before is None or before.tasks != self._tasks:
+            return None
+        return before.run(tensors, xq)
 
     def _predicted(self, xq: Any, query_sizes: Sizes, offset: Any) -> Any:
         plan, query = self._queries(xq, query_sizes, offset)
@@ -304,7 +308,7 @@ class Adapted(Stacked[Tensor]):
             of = plan, self._stacked, self._shared, query
             predictions = shaped(native_adapt.predict(*of), query)
             if query_sizes is None and offset is None and isinstance(xq, Tensor):
-                plan.predicts = prepared_predict(*of, xq)
+                prepare_predict(*of, xq)
             return predictions
         check_values(query, plan.expected)
         if query.tasks == 0:
