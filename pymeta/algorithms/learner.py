@@ -312,9 +312,7 @@ class Learner(nn.Module, ABC):
 
     def _adapted_again(self, xs: Any, ys: Any) -> Adapted | None:
         """The models, where the last call of `adapt` was like one with these and nothing else."""
-        before: PreparedAdapt | None = self._prepared.latest.get(_ADAPT)
-        if before is not None and not before.holds(xs, ys):
-            before = self._prepared.other(_ADAPT, (xs, ys))
+        before: PreparedAdapt | None = self._prepared.find(_ADAPT, xs, ys)
         if before is None:
             return None
         self.__dict__["_last"] = before.note
@@ -499,8 +497,13 @@ class Learner(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """The state to copy or pickle: everything but what is derived from the model."""
         state = self.__dict__.copy()
-        state.update(_plan=None, _shapes={}, _last=None, _prepared=Repeats())
+        state.update(_plan=None, _shapes={}, _last=None, _prepared=None)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or pickled state."""
+        restore: Any = super().__setstate__
+        restore({**state, "_prepared": Repeats()})
 
     def extra_repr(self) -> str:
         """What `repr` shows besides the model."""

@@ -11,7 +11,7 @@ value, so that, after a first one, they can be captured in a `torch.cuda.CUDAGra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -509,6 +509,5 @@ class MAML(Learner):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""
-        restore: Callable[[dict[str, Any]], None] = super().__setstate__
-        restore(state)
+        super().__setstate__(state)
         self._handle = register(self)

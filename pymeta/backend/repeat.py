@@ -102,8 +102,8 @@ class Repeats:
     """Prepared calls: the latest of each kind, and some of other shapes.
 
     Attributes:
-        latest: by what they are. Whoever makes one again asks it first whether it `holds`, then
-            `other`.
+        latest: by what they are. Whoever has no time for `find` asks it first whether it `holds`,
+            then `other`.
     """
 
     __slots__ = ("_others", "latest")
@@ -129,6 +129,11 @@ class Repeats:
         if not all(type(v) is Tensor for v in data):
             return None
         return self._others.get(kind, {}).get(_shapes(data))
+
+    def find(self, kind: Hashable, *data: Any) -> Any:
+        """The call to make again for these arguments; None where there is none."""
+        call = self.latest.get(kind)
+        return call if call is None or call.holds(*data) else self.other(kind, data)
 
     def other(self, kind: Hashable, data: Sequence[Any]) -> Any:
         """The call to make again, where the latest is not: the latest then; None: there is none."""

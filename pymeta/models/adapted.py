@@ -292,12 +292,8 @@ class Adapted(Stacked[Tensor]):
     def _predicted_again(self, plan: Plan, xq: Any) -> Tensor | None:
         """The predictions, where a call of models like these was like this one."""
         of = (*self._stacked,), (*self._shared,)
-        before: PreparedPredict | None = plan.predicts.latest.get(of)
-        if before is None:
-            return None
         tensors = [*self._stacked.values(), *self._shared.values()]
-        if not before.holds(*tensors, xq):
-            before = plan.predicts.other(of, (*tensors, xq))
+        before: PreparedPredict | None = plan.predicts.find(of, *tensors, xq)
         if before is None or before.tasks != self._tasks:
             return None
         return before.run(tensors, xq)

@@ -1,6 +1,8 @@
 """`adapt` and predictions once more: the short way, and when it is not taken."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -235,3 +237,17 @@ def test_models_that_share_all_parameters_are_as_many_as_they_are():
         assert made(xq).shape == (3, 4, 2)
         with pytest.raises(ValueError, match="xq: expected 2 tasks"):
             other(xq)
+
+
+def test_copies_prepare_their_own_calls():
+    """Also those of learners that an earlier version pickled, with a dictionary or nothing."""
+    learner, (xs, ys, xq, yq) = MAKERS["MAML"](mlp(2, 4, 2)), batch()
+    wanted = values(learner.adapt(xs, ys), xq)
+    learner(xs, ys, xq, yq)
+    old = object.__new__(pymeta.MAML)
+    old.__setstate__({**learner.__getstate__(), "_prepared": {}})
+    for other in (copy.deepcopy(learner), pickle.loads(pickle.dumps(learner)), old):
+        assert other._prepared is not learner._prepared
+        for _ in range(2):
+            other(xs, ys, xq, yq).loss.backward()
+            assert same_bits(values(other.adapt(xs, ys), xq), wanted)
