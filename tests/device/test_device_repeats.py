@@ -34,6 +34,29 @@ def test_repeats_give_what_a_first_call_gives(lr, repeats, calls):
         assert not module(*data).loss.requires_grad
 
 
+@pytest.mark.parametrize("lr", [0.1, LearnableLR(0.1, "layer")])
+def test_adapting_and_predicting_again(lr, gpu, repeats, calls):
+    net = mlp(2, 4, 3)
+    module = make(net, lr=lr)
+    for k in range(3):
+        xs, ys, xq, _ = batch(out=3)
+        models = module.adapt(xs, ys)
+        got = [*models.parameters.values(), models(xq)]
+        assert repeats == [True, True] * (k > 0)
+        wanted = make(net, lr=lr).adapt(xs, ys)
+        assert same_bits(got, [*wanted.parameters.values(), wanted(xq)])
+        repeats.clear()
+    assert set(calls) == {"adapt", "predict"} and len(calls) == 12
+    gpu.stream = 7  # what was kept is of another one
+    assert same_bits(module.adapt(xs, ys)(xq), got[-1]) and repeats == [False, False]
+    gpu.capturing = True
+    assert same_bits(module.adapt(xs, ys)(xq), got[-1]) and repeats[2:] == [False, False]
+    gpu.capturing = False
+    assert same_bits(module.adapt(xs, ys)(xq), got[-1]) and repeats[4:] == [True, True]
+    native.set_check_values(True)
+    assert same_bits(module.adapt(xs, ys)(xq), got[-1]) and repeats[6:] == [False] * 2
+
+
 def test_threads_repeat_one_module():
     net = mlp(2, 4, 2)
     module, several = make(net), [batch(tasks=t) for t in (1, 2, 3)]
