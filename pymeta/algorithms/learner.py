@@ -25,7 +25,7 @@ from pymeta.algorithms.native_call import NativeCall, planned
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
-from pymeta.backend.prepared_adapt import PreparedAdapt, prepared_adapt
+from pymeta.backend.prepared_adapt import PreparedAdapt, prepared
 from pymeta.backend.repeat import Repeats
 from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.functional.own import OwnRates, Starts, rates_of, start_of
@@ -302,7 +302,7 @@ class Learner(nn.Module, ABC):
                 reacted(self, plan, parameters, options["start"], support, done, reaction, in_torch)
             if plain and not in_torch and anchors is None and not self._by_support(plan):
                 of = plan, self._parameters, self._lr(plan), schedule, support
-                call = prepared_adapt(*of, (xs, ys), self._last)
+                call = prepared(PreparedAdapt, *of, (xs, ys), self._last)
                 if call is not None:
                     self._prepared.keep(_ADAPT, (xs, ys), call)
             if self._by_support(plan):

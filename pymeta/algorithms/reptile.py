@@ -25,6 +25,7 @@ from pymeta.algorithms.outcome import told_outcome
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.gradients import NOTHING
+from pymeta.backend.prepared_adapt import PreparedReptile, prepared
 from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.models.adapted import Adapted
 from pymeta.spec import running
@@ -34,6 +35,7 @@ from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_count
 from pymeta.spec.transforms import in_transform
 from pymeta.tasks.task_set import SUPPORT, Rows, Sizes, check_task_ids, task_set
 
+_CALL = "call"  # with whether grad is enabled, the kind of a prepared call
 _OF_ADAPT = 2**62  # the stream of all calls that are no training
 
 
@@ -169,8 +171,15 @@ class Reptile(Learner):
         if torch.compiler.is_compiling():
             sizes, weights, offset = support_sizes, support_weights, support_offset
             return _eagerly(self, xs, ys, steps, sizes, weights, offset, task_ids, anchor)
-        plan, parameters = self._current(xs)
         trains = torch.is_grad_enabled()
+        given = steps, support_sizes, support_weights, support_offset, task_ids, anchor
+        plain = all(v is None for v in given)
+        if plain and (again := self._prepared.find((_CALL, trains), xs, ys)) is not None:
+            self.__dict__["_last"] = again.note
+            outcome = again.run(xs, ys, self._stream if trains else _OF_ADAPT)
+            self.__dict__["_stream"] += trains
+            return ReptileOutcome(*outcome)
+        plan, parameters = self._current(xs)
         schedule = self._scheduled(steps, self._stream if trains else _OF_ADAPT)
         expected = plan.expected
         support = task_set(
@@ -190,6 +199,11 @@ class Reptile(Learner):
             outcome = native_adapt.reptile(
                 plan, parameters, inner.lr, inner, support, ids, anchors, self.task_clip
             )
+            if plain:
+                of = plan, self._parameters, inner.lr, schedule, support, (xs, ys), self._last
+                options: dict[str, Any] = {"wanted": wanted[0], "task_clip": self.task_clip}
+                if (call := prepared(PreparedReptile, *of, **options)) is not None:
+                    self._prepared.keep((_CALL, trains), (xs, ys), call)
         else:
             if in_transform():
                 raise RuntimeError(

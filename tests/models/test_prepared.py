@@ -251,3 +251,47 @@ def test_copies_prepare_their_own_calls():
         for _ in range(2):
             other(xs, ys, xq, yq).loss.backward()
             assert same_bits(values(other.adapt(xs, ys), xq), wanted)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("size", [None, 2])
+def test_reptile_with_the_streams_of_its_calls(clip, size, repeats):
+    """Each call of training draws other minibatches, and moves the running statistics."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    options = {"loss": "mse", "lr": 0.1, "steps": 3, "batch_size": size, "task_clip": clip}
+    learner = pymeta.Reptile(net, backend="native", **options)
+
+    def called(learner, data):
+        net.load_state_dict(start)
+        with torch.no_grad():
+            looked = learner(*data)
+        out = learner(*data)
+        grads = torch.autograd.grad(out.loss, list(net.parameters()))
+        return [*looked, *out, *grads, net[1].running_mean.clone(), net[1].running_var.clone()]
+
+    start, found = copy.deepcopy(net.state_dict()), []
+    for k in range(4):
+        data = batch(support=6)[:2]
+        new = pymeta.Reptile(net, backend="native", **options)
+        new.set_extra_state(learner.get_extra_state())
+        wanted = called(new, data)
+        repeats.clear()
+        found.append(called(learner, data))
+        assert same_bits(found[-1], wanted) and repeats == [True, True] * (k > 0)
+        assert learner.get_extra_state() == {"stream": k + 1}
+    same = [called(learner, data)[2:4] for _ in range(2)]
+    assert (size is None) == same_bits(*same)  # other minibatches
+    assert "3 steps" in learner.explain()
+
+
+def test_wrong_labels_are_found_in_a_repeat_of_reptile(repeats):
+    net = mlp(2, 4, 3)
+    learner = pymeta.Reptile(net, loss="cross_entropy", lr=0.1, steps=2, backend="native")
+    xs, ys, _, _ = batch("cross_entropy", out=3)
+    learner(xs, ys)
+    ys[1, 2] = 3
+    with pytest.raises(ValueError, match=r"ys: task 1, row 2: label 3 is not in 0\.\.2"):
+        learner(xs, ys)
+    ys[1, 2] = 0
+    learner(xs, ys).loss.backward()
+    assert repeats == [True, True] and learner.get_extra_state() == {"stream": 2}
