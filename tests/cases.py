@@ -602,12 +602,13 @@ def is_factored(problem: Problem, rows: int) -> bool:
 
 
 def of_tasks(results: dict, tasks) -> list[torch.Tensor]:
-    """All that belongs to some tasks alone."""
+    """All that belongs to some tasks alone; without query targets there are no losses."""
     predictions = [results["predictions"][t] for t in tasks]
-    adapted = [v[list(tasks)] for v in results["adapted"].values()]
-    return [results["task_losses"][list(tasks)], *predictions, *adapted]
+    adapted = [v[list(tasks)] for v in results.get("adapted", {}).values()]
+    losses = [results["task_losses"][list(tasks)]] if "task_losses" in results else []
+    return [*losses, *predictions, *adapted]
 
 
 def meta_gradient(results: dict) -> list[torch.Tensor]:
-    extra = [results[n] for n in ("lr", "xs", "xq") if results[n] is not None]
-    return [results["loss"], *results["gradients"].values(), *extra]
+    extra = [results.get(n) for n in ("loss", "lr", "xs", "xq")]
+    return [*results["gradients"].values(), *(v for v in extra if v is not None)]

@@ -1,9 +1,10 @@
 // Families of calls: what an executor X is compiled for, X::Family.
 //
 // A family says which layers and losses its networks have, and whether its calls have extras: everything but the query loss after
-// plain steps of gradient descent, and its gradient summed over tasks. What a family lacks is not compiled. On the CPU `rows` and `lanes` have
-// all of it. A kernel of the GPU is loaded as one piece and keeps registers and stack for the most that it might do, so
-// there are several (cuda/families.h).
+// plain steps of gradient descent, and its gradient summed over tasks. One extra has a name of its own: a
+// seed, where the caller says what flows into the losses and predictions. What a family lacks is not compiled. On the CPU `rows` and
+// `lanes` have all of it, and `stacked` has seeds. A kernel of the GPU is loaded as one piece and keeps registers and stack for the
+// most that it might do, so there are several (cuda/families.h).
 #pragma once
 
 #include "layers/registry.h"
@@ -21,6 +22,7 @@ struct AllCalls {
   template <LossKind kind>
   static constexpr bool kLoss = true;
   static constexpr bool kExtras = true;
+  static constexpr bool kSeeds = true;
 };
 
 // May a row's output depend on the set's other rows?
@@ -44,10 +46,10 @@ constexpr bool kHasSteps = Family::template kLayer<LayerKind::batch_norm> ||
 
 PYMETA_KERNEL_BEGIN
 
-// Is an extra asked for? Never where the family has none: emulated blocks end the process of a host that chose wrongly.
-template <class X>
-PYMETA_FN bool extra([[maybe_unused]] bool asked) {
-  if constexpr (X::Family::kExtras) {
+// Is it asked for? Never where the family does not have it: emulated blocks end the process of a host that chose wrongly.
+template <bool kHas>
+PYMETA_FN bool asked_of_family([[maybe_unused]] bool asked) {
+  if constexpr (kHas) {
     return asked;
   } else {
 #ifdef PYMETA_EMULATE
@@ -56,19 +58,30 @@ PYMETA_FN bool extra([[maybe_unused]] bool asked) {
     return false;
   }
 }
+template <class X>
+PYMETA_FN bool extra(bool asked) {
+  return asked_of_family<X::Family::kExtras>(asked);
+}
+template <class X>
+PYMETA_FN bool seed_is_given(bool asked) {
+  return asked_of_family<X::Family::kSeeds>(asked);
+}
 template <class Set>
 bool has_extras(const Set& set) {
   return set.offset || set.has_weightless || set.weight_columns > 1;
 }
-// Is anything asked for that extra() asks about?
-inline bool has_extras(const Call<Real>& call) {
-  const bool of_meta = call.job == Job::meta &&
-                       (!call.query.y || call.batches.size > 0 || !steps_scale_gradient(call));
-  return of_meta || call.validation.x || call.train_curves || call.lr.is_spread() ||
-         call.optimizer.clip_norm > 0 || call.is_anchored() || call.lr_gradient ||
-         call.step_weights || call.task_clip > 0 || call.by_support || call.cotangents.any() ||
-         call.wants_input_gradient() || call.ys_gradient || call.yq_gradient ||
-         call.support_weights_gradient || call.query_weights_gradient ||
+// Is anything asked for that a family without extras does not have?
+template <class Family>
+bool has_extras(const Call<Real>& call) {
+  const Cotangents<Real>& given = call.cotangents;
+  const bool seeds = (call.job == Job::meta && !call.query.y) || given.losses || given.predictions;
+  const bool of_meta =
+      call.job == Job::meta && (call.batches.size > 0 || !steps_scale_gradient(call));
+  return (seeds && !Family::kSeeds) || of_meta || call.validation.x || call.train_curves ||
+         call.lr.is_spread() || call.optimizer.clip_norm > 0 || call.is_anchored() ||
+         call.lr_gradient || call.step_weights || call.task_clip > 0 || call.by_support ||
+         given.adapted || given.step_losses || call.wants_input_gradient() || call.ys_gradient ||
+         call.yq_gradient || call.support_weights_gradient || call.query_weights_gradient ||
          call.support_offset_gradient || call.query_offset_gradient || call.anchors_gradient ||
          call.parameter_per_task || call.statistics || has_extras(call.support) ||
          has_extras(call.query);

@@ -31,10 +31,24 @@ class StackArrays {
         for (int c = 0; c < in; ++c) to[static_cast<long>(c) * X::kElement] = from[c];
     }
     set.loss = &call_.loss_of(rows);
-    set.targets = memory_.at(places.targets);
-    set.scale = memory_.at(places.scale);
-    bind_targets(rows, set.extent, memory_.at(places.targets), memory_.at(places.scale));
+    if (rows.y) {
+      set.targets = memory_.at(places.targets);
+      set.scale = memory_.at(places.scale);
+      bind_targets(rows, set.extent, memory_.at(places.targets), memory_.at(places.scale));
+    }
+    if (places.cotangent != kNowhere) {
+      set.cotangent = memory_.at(places.cotangent);
+      bind_cotangent(rows, set.extent, memory_.at(places.cotangent));
+    }
     return set;
+  }
+  Seed seed() const {
+    const Cotangents<Real>& given = call_.cotangents;
+    if (!given.any()) return {true, broadcast(1)};
+    Vec losses = zero();
+    for (int lane = 0; given.losses && lane < work_.count; ++lane)
+      losses[lane] = given.losses[work_.task[lane]];
+    return {false, losses};
   }
   void write_losses(Vec losses) const {
     for (int task = 0; task < work_.count; ++task) call_.losses[work_.task[task]] = losses[task];
@@ -59,6 +73,19 @@ class StackArrays {
   // In an array of `row` scalars from one row to the next.
   static long first_element(int lane, int each, long row) {
     return lane / X::kElement * each * row + lane % X::kElement;
+  }
+
+  // Nothing flows into the lanes without a task.
+  void bind_cotangent(const RowSet<Real>& rows, const Extent& extent, Real* to) const {
+    const int out = call_.network->out_features(), each = static_cast<int>(rows.rows);
+    const long classes = X::class_stride(extent.rows);
+    memset(to, 0, sizeof(Real) * out * classes);
+    for (int lane = 0; lane < work_.count; ++lane) {
+      const Real* from = call_.cotangents.predictions + first_row(rows, lane) * out;
+      Real* at = to + first_element(lane, each, X::kElement);
+      for (int r = 0; r < each; ++r, from += out, at += X::kElement)
+        for (int o = 0; o < out; ++o) at[o * classes] = from[o];
+    }
   }
 
   // As Binder::bind_targets; the rows of a lane without a task weigh nothing.
@@ -99,7 +126,7 @@ class StackArrays {
   const Memory memory_;
 };
 
-// What is done with a stack: the part of ItemJob that plain calls have.
+// What is done with a stack: the part of ItemJob that its calls have.
 template <class X>
 void run_stack(const Call<Real>& call, const Workspace<X>& workspace, InnerLoop<X>& loop,
                const StackArrays<X>& arrays, const Totals& totals) {
@@ -110,7 +137,7 @@ void run_stack(const Call<Real>& call, const Workspace<X>& workspace, InnerLoop<
   loop.set_stack(&stack);
   MetaGradient<X> gradient(loop, support, query, totals);
   const auto record = [](int, Vec) {};
-  const Seed seed{true, broadcast(1)};
+  const Seed seed = arrays.seed();
   const Vec loss = gradient.loss(record);
   if (call.predictions) arrays.write_predictions(query, loop.outputs());
   if (call.wants_gradient()) {

@@ -4,7 +4,7 @@
 // all of them. What differs in the passes is core/algorithms/stacked.h. A task's losses and predictions have the bits of `rows`
 // and `lanes`; gradients are sums over the rows of many tasks, in an order of its own.
 //
-// Calls that are not plain ones of linear layers are left to `rows`.
+// The caller may say what flows into the losses and predictions. Other calls that are not plain ones of linear layers are left to `rows`.
 #pragma once
 
 #include <new>
@@ -15,7 +15,7 @@
 PYMETA_KERNEL_BEGIN
 
 struct StackedExecutor : Executor<Grouped> {
-  // Linear layers and activations, and no extras.
+  // Linear layers and activations, and no extras but seeds.
   struct Family : AllCalls {
     template <LayerKind kind>
     static constexpr bool kLayer = kind == LayerKind::linear || kind == LayerKind::lone_activation;
@@ -91,6 +91,18 @@ struct StackedExecutor : Executor<Grouped> {
       values += static_cast<long>(each) * kElement;
     }
     return sums;
+  }
+  // Each task's number, in the lanes of a block of a class-major array.
+  static Vec in_block(Vec numbers, const Extent& extent, int block) {
+    const int each = static_cast<int>(extent.count[0]);
+    Real own[kWidth] = {}, of_tasks[kWidth];
+    store(of_tasks, numbers);
+    for (int f = 0; f < Grouped::kFeatures; ++f) {
+      const int row = block * Grouped::kFeatures + f;
+      if (row < extent.rows)
+        Grouped::copy_element(own + f * kGroup, of_tasks + row / each * kGroup);
+    }
+    return load(own);
   }
   static Vec sum_in_order(int count, const Real* values) {
     Vec sum = zero();
@@ -190,7 +202,8 @@ class StackedDriver : public DriverPair<RowsExecutor, StackedExecutor> {
         call.support.starts || call.query.starts || call.support.keeps_weightless ||
         call.query.keeps_weightless)
       return false;
-    return is_chain(*call.network) && !has_extras(call) && !is_factorable(call);
+    return is_chain(*call.network) && !has_extras<StackedExecutor::Family>(call) &&
+           !is_factorable(call);
   }
 
  private:

@@ -23,6 +23,7 @@ struct chains : AllCalls {
 // The same without extras (has_extras).
 struct plain : chains {
   static constexpr bool kExtras = false;
+  static constexpr bool kSeeds = false;
 };
 using every = AllCalls;
 
@@ -77,7 +78,7 @@ inline bool fits_a_list(const Call<Real>& call) {
 
 template <class Family>
 bool holds(const Call<Real>& call) {
-  if (!Family::kExtras && (has_extras(call) || !fits_a_list(call))) return false;
+  if (!Family::kExtras && (has_extras<Family>(call) || !fits_a_list(call))) return false;
   for (int l = 0; l < call.network->layer_count; ++l)
     if (!has_layer<Family>(call.network->layers[l].kind)) return false;
   for (const RowSet<Real>* set : {&call.support, &call.query, &call.validation})

@@ -1,7 +1,8 @@
 """The `stacked` executor: one inner step of groups of tasks from the start that they share.
 
 Its passes differ from those of the other executors (csrc/core/algorithms/stacked.h), so all that
-they may be asked for is drawn here: plain calls of linear layers. Other calls are left to `rows`.
+they may be asked for is drawn here: plain calls of linear layers, and what flows into their losses
+and predictions. Other calls are left to `rows`.
 """
 
 import collections
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, Problem, Wanted, meta_gradient, of_tasks
+from flows import Flows, OperatorProblem
 from helpers import LOSSES, MORE_LOSSES, batch, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,13 +63,27 @@ def plain_cases(draw) -> Case:
     )
 
 
-def test_random_cases_against_the_reference():
+FLOWS = (
+    Flows(("predictions",), of_parameters=True),
+    Flows(("predictions",), of_parameters=True, targets=True),
+    Flows(("task_losses",), of_parameters=True, targets=True),
+    Flows(("loss", "task_losses", "predictions"), of_parameters=True, targets=True),
+)
+
+
+def make_problem(case: Case, flows: Flows | None) -> Problem:
+    """Of the gradient of the loss, or of what is done with the losses and predictions."""
+    return Problem(case) if flows is None else OperatorProblem(case, flows)
+
+
+@pytest.mark.parametrize(("flows", "examples"), [(None, 50), *((flows, 15) for flows in FLOWS)])
+def test_random_cases_against_the_reference(flows, examples):
     counts = collections.Counter()
 
-    @settings(PROFILE, max_examples=50)
+    @settings(PROFILE, max_examples=examples)
     @given(plain_cases())
     def check(case):
-        problem, dtypes, steepest = Problem(case), DTYPES, 1.0
+        problem, dtypes, steepest = make_problem(case, flows), DTYPES, 1.0
         if is_kinked(case):
             nearest, steepest = walk(problem)
             if nearest < 64 * EPS[torch.float32]:
@@ -77,8 +93,8 @@ def test_random_cases_against_the_reference():
         counts.update(dtypes)
 
     check()
-    assert counts[torch.float64] >= 50
-    assert counts[torch.float32] >= 35
+    assert counts[torch.float64] >= examples
+    assert counts[torch.float32] >= 0.7 * examples
 
 
 def test_a_tasks_bits_are_those_of_the_other_executors():
@@ -86,9 +102,9 @@ def test_a_tasks_bits_are_those_of_the_other_executors():
     other_sums = collections.Counter()
 
     @settings(PROFILE, max_examples=40)
-    @given(plain_cases(), st.sampled_from(DTYPES))
-    def check(case, dtype):
-        problem = Problem(case)
+    @given(plain_cases(), st.sampled_from((None, *FLOWS)), st.sampled_from(DTYPES))
+    def check(case, flows, dtype):
+        problem = make_problem(case, flows)
         module = problem.module(dtype)
         every = list(range(case.tasks))
         shuffled = torch.randperm(case.tasks).tolist()
@@ -151,6 +167,43 @@ def test_rates_far_from_one(rate):
     for a, b in zip(*map(meta_gradient, found.values()), strict=True):
         assert a.isfinite().all()
         assert (a - b).abs().max() <= 1e-12 * a.abs().max()
+
+
+@pytest.mark.parametrize("flows", FLOWS)
+@pytest.mark.parametrize("tasks", [4, 24, 25])  # of which `rows` has one that is left over
+def test_what_flows_back_keeps_to_it(flows, tasks):
+    """A gradient of losses or predictions has its sums: the call was not left to `rows`."""
+    problem = OperatorProblem(replace(REGRESSION, tasks=tasks), flows)
+    module = problem.module(torch.float64)
+    found = {}
+    for executor in ("rows", "lanes", "stacked", "auto"):
+        with using(native.isas()[-1], executor, 1):
+            found[executor] = meta_gradient(problem.results(module))
+    assert same_bits(found["auto"], found["stacked"])
+    assert not same_bits(found["rows"], found["stacked"])
+    assert not same_bits(found["lanes"], found["stacked"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ones_into_the_losses_are_the_gradient_of_their_sum(dtype):
+    """And what the loss would have let flow into the predictions is its gradient."""
+    case = replace(REGRESSION, tasks=13)
+    problem = Problem(case)
+    module = problem.module(dtype)
+    support, query = problem.support.to(dtype), problem.query.to(dtype)
+    parameters = list(module.parameters())
+    for isa in native.isas():
+        with using(isa, "stacked", 1):
+            out = module(support.x, support.y, query.x, query.y)
+            slope = 2 * (out.predictions - query.y).detach() / query.y[0].numel() / case.tasks
+            alone = module(support.x, support.y, query.x).predictions
+            wanted = torch.autograd.grad(out.loss, parameters, retain_graph=True)
+            by_losses = torch.autograd.grad(out.task_losses.mean(), parameters)
+            by_predictions = torch.autograd.grad(alone, parameters, slope)
+        assert same_bits(alone, out.predictions)
+        for exact, *others in zip(wanted, by_losses, by_predictions, strict=True):
+            for other in others:
+                assert (other - exact).abs().max() <= 64 * EPS[dtype] * exact.abs().max()
 
 
 def test_the_planner_takes_it_for_one_step_of_small_layers():

@@ -122,7 +122,7 @@ class ItemJob {
     }
     if (call_.wants_gradient()) {
       const Seed seed =
-          extra<X>(call_.cotangents.any()) ? arrays_.seed() : Seed{true, broadcast(1)};
+          seed_is_given<X>(call_.cotangents.any()) ? arrays_.seed() : Seed{true, broadcast(1)};
       const auto seeds = [&](int k) { return seed_of_step(seed, k); };
       const int last = call_.steps - 1;
       const bool after_each = extra<X>(call_.step_weights != nullptr);

@@ -130,7 +130,7 @@ class MetaGradient {
     const Tape tape = state_.query_tape();
     const Passes<X> passes(state_, query, tape, /*is_query=*/true, step);
     const SetGradients<X> of_set(state_, query);
-    if (extra<X>(!seed.is_plain)) passes.seed(seed);
+    if (seed_is_given<X>(!seed.is_plain)) passes.seed(seed);
     if constexpr (X::Family::kExtras) of_set.add_query_offset(tape);
     passes.backward(theta, sinks);
     if constexpr (X::Family::kExtras) of_set.add_query(tape, seed.losses);

@@ -104,10 +104,13 @@ class Passes {
     Real* dy = tape_.at(tape_.layout->dy);
     const Real* beside = set_.cotangent;
     const bool has_loss = set_.targets != nullptr;
+    const Vec of_tasks = seed.losses;
     X::for_indices(rows.blocks, [=](int b) {
+      Vec losses = of_tasks;
+      if constexpr (kStacks<X>) losses = X::in_block(of_tasks, set_.extent, b);
       for (int o = 0; o < rows.out; ++o) {
         const long at = rows.at(o, b);
-        Vec d = has_loss ? seed.losses * load(dy + at) : zero();
+        Vec d = has_loss ? losses * load(dy + at) : zero();
         if (beside) d = d + load(beside + at);
         store(dy + at, rows.masked(d, b));
       }
