@@ -1,7 +1,7 @@
 """Layers that have others in them, or more than one set of parameters, for `cases.Case`.
 
-A layer is a tuple as in `kernels.py` and `images.py`; that of a residual block has the chains of
-its branches.
+A layer is a tuple as in `kernels.py` and `images.py`; those of residual blocks and other branches
+have the chains of these.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ from hypothesis import strategies as st
 from kernels import ACTIVATIONS, SOMETIMES, WIDTHS
 from torch import nn
 
-from pymeta.nn import PerStepBatchNorm, Residual, TabularInput
+from pymeta.nn import Branches, PerStepBatchNorm, Residual, TabularInput
 
-KINDS = ("residual", "tabular", "fixed_norm", "step_norm", "instance_norm", "dropout")
+KINDS = (
+    "residual",
+    "branches",
+    "glu",
+    "tabular",
+    "fixed_norm",
+    "step_norm",
+    "instance_norm",
+    "dropout",
+)
 # What such names begin with takes statistics of a set's rows.
 MEASURING = ("batch_norm", "step_norm")
 STEPS = 2  # that have rows of their own in a PerStepBatchNorm
@@ -30,6 +39,9 @@ def every_layer(chain: tuple[tuple, ...]) -> Iterator[tuple]:
         if layer[0] == "residual":
             yield from every_layer(layer[3])
             yield from every_layer(layer[4] or ())
+        if layer[0] == "branches":
+            for branch in layer[4]:
+                yield from every_layer(branch)
 
 
 def least_steps(chain: tuple[tuple, ...]) -> int:
@@ -42,6 +54,14 @@ def residual(inputs, outputs, branch, shortcut=None):
     return ("residual", inputs, outputs, tuple(branch), shortcut and tuple(shortcut))
 
 
+JOINS = ("add", "multiply", "concatenate")
+
+
+def branches(inputs, outputs, join, chains):
+    """Several chains of one value, and what they give joined; an empty one is the value itself."""
+    return ("branches", inputs, outputs, join, tuple(map(tuple, chains)))
+
+
 def make_block(layer: tuple, make: Callable[[tuple], nn.Module]) -> nn.Module:
     """The module of a layer whose kind is in KINDS; `make` makes those in it."""
     kind, *values = layer
@@ -49,6 +69,11 @@ def make_block(layer: tuple, make: Callable[[tuple], nn.Module]) -> nn.Module:
         _, _, branch, shortcut = values
         parts = [None if c is None else nn.Sequential(*map(make, c)) for c in (branch, shortcut)]
         return Residual(*parts)
+    if kind == "branches":
+        _, _, join, chains = values
+        return Branches([nn.Sequential(*map(make, chain)) for chain in chains], join)
+    if kind == "glu":
+        return nn.GLU(1)
     if kind == "tabular":
         _, _, numeric, cardinalities, dims = values
         return TabularInput(numeric=numeric, cardinalities=cardinalities, dims=dims)
@@ -105,10 +130,36 @@ def table_chains(draw):
         layers.append(("linear", inner, outputs, draw(st.booleans())))
         return layers
 
+    def joined(inputs):
+        """Branches, one of which may be the value itself or joined in its turn."""
+        join, own = draw(st.sampled_from(JOINS)), draw(SOMETIMES)
+        outputs, chains, wide = draw(WIDTHS), [], 0
+        if own and join != "concatenate":
+            outputs = inputs
+        for i in range(draw(st.integers(1, 3))):
+            each = draw(WIDTHS) if join == "concatenate" else outputs
+            if i == 0 and own:
+                each, found = inputs, []
+            elif draw(SOMETIMES):
+                pair = [[("linear", inputs, each, True), (name,)] for name in ("tanh", "sigmoid")]
+                found = [branches(inputs, each, "multiply", pair)]
+            else:
+                found = [("linear", inputs, each, draw(st.booleans())), activation()]
+            chains.append(found)
+            wide += each
+        return branches(inputs, wide if join == "concatenate" else outputs, join, chains)
+
     for _ in range(draw(st.integers(1, 3))):
         normalise(chain)
         out = width
-        if draw(st.booleans()):
+        kind = draw(st.sampled_from(["linear", "residual", "branches"]))
+        if kind == "branches":
+            chain.append(joined(width))
+            out = chain[-1][2]
+            if out % 2 == 0 and draw(SOMETIMES):
+                chain.append(("glu", out, out // 2))
+                out //= 2
+        elif kind == "residual":
             projects = draw(st.booleans())
             out = draw(WIDTHS) if projects else width
             layers, shortcut = branch(width, out), None

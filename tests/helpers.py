@@ -84,7 +84,9 @@ def loop_meta_loss(net, loss_fn, lr, steps, xs, ys, xq, yq, first_order=False) -
         fast = dict(net.named_parameters())
         for _ in range(steps):
             inner = loss_fn(torch.func.functional_call(net, fast, (x,)), y)
-            found = torch.autograd.grad(inner, list(fast.values()), create_graph=True)
+            found = torch.autograd.grad(
+                inner, list(fast.values()), create_graph=True, materialize_grads=True
+            )  # 0 for what the loss does not depend on
             if first_order:
                 found = [g.detach() for g in found]
             fast = {n: p - lr * g for (n, p), g in zip(fast.items(), found, strict=True)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from blocks import normalisation, residual
+from blocks import JOINS, branches, normalisation, residual
 from hypothesis import strategies as st
 from kernels import ACTIVATIONS, SOMETIMES
 from torch import nn
@@ -231,6 +231,28 @@ class _Growing:
         self.chain.append(residual(inputs, outputs, layers, shortcut))
         self.channels = outputs
 
+    def join(self) -> None:
+        """Convolutions side by side, or channels weighed by what their means give."""
+        draw, inputs, one = self.draw, self.channels, (1,) * self.axes
+        if draw(SOMETIMES):
+            weights = [("global_pool", self.axes), conv(inputs, inputs, one), ("sigmoid",)]
+            self.chain.append(branches(inputs, inputs, "multiply", [(), weights]))
+            return
+        join, outputs = draw(st.sampled_from(JOINS)), draw(st.sampled_from(CHANNELS))
+        widths = [draw(st.sampled_from(CHANNELS)) for _ in range(draw(st.integers(2, 3)))]
+        if join != "concatenate":
+            widths = [outputs] * len(widths)
+        chains = [
+            [conv(inputs, width, (draw(st.integers(1, 3)),) * self.axes, padding="same"),
+             (draw(st.sampled_from(["tanh", "sigmoid", "silu"])),)]
+            for width in widths
+        ]  # fmt: skip
+        self.channels = sum(widths) if join == "concatenate" else outputs
+        self.chain.append(branches(inputs, self.channels, join, chains))
+        if self.channels % 2 == 0 and draw(SOMETIMES):
+            self.channels //= 2
+            self.chain.append(("glu", 2 * self.channels, self.channels))
+
 
 @st.composite
 def image_chains(draw):
@@ -243,8 +265,11 @@ def image_chains(draw):
             growing.surround()
         if draw(SOMETIMES):
             growing.take()
-        if i > 0 and draw(SOMETIMES):
+        kind = draw(st.integers(0, 5)) if i > 0 else 0
+        if kind == 5:
             growing.branch()
+        elif kind == 4:
+            growing.join()
         elif i == 0 or draw(st.integers(0, 3)):
             growing.convolve()
         if draw(SOMETIMES):

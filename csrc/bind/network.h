@@ -52,7 +52,6 @@ class NetworkBuilder {
 
   // Rows of features are what goes in and comes out.
   void finish() const {
-    if (!open_.empty()) refuse("a 'fork' without its 'join'");
     const Shape out = shape();
     if (out.positions() > 1)
       refuse("the last layer gives " + text(out) + ", not one row of features: flatten it");
@@ -134,7 +133,7 @@ class NetworkBuilder {
   // is one, or as a layer.
   void append_moved(const Shape& out, const Window& window, bool cuts) {
     const int last = network_.layer_count - 1;
-    if (!cuts || last < 0 || !is_convolution(owned_.layers[last])) {
+    if (!cuts || last < 0 || is_kept() || !is_convolution(owned_.layers[last])) {
       append(shape(), out).window = window;
       return;
     }
@@ -150,7 +149,7 @@ class NetworkBuilder {
   // have come between what a cut leaves and what it takes away.
   void absorb_padding(Window& window, double* sides) {
     const int last = network_.layer_count - 1;
-    if (last < 1 || owned_.layers[last].kind != LayerKind::zero_pad ||
+    if (last < 1 || is_kept() || owned_.layers[last].kind != LayerKind::zero_pad ||
         owned_.layers[last].activation.kind != ActivationKind::identity)
       return;
     const Layer& padding = owned_.layers[last];
@@ -168,7 +167,7 @@ class NetworkBuilder {
   // The activation of the layer before, where max pooling may come first: the largest of ReLUs is the ReLU of the largest, and
   // gradients go the same way.
   Activation take_relu() {
-    if (network_.layer_count == 0) return {};
+    if (network_.layer_count == 0 || is_kept()) return {};
     Layer& last = owned_.layers[network_.layer_count - 1];
     if (last.activation.kind != ActivationKind::relu || last.kind == LayerKind::lone_activation)
       return {};
@@ -177,7 +176,7 @@ class NetworkBuilder {
 
   // Makes one layer (norm_pool.h) of BatchNorm, ReLU and max pooling over windows side by side.
   bool fuse_pooling(const Window& window, const double* paddings) {
-    if (network_.layer_count == 0) return false;
+    if (network_.layer_count == 0 || is_kept()) return false;
     Layer& last = owned_.layers[network_.layer_count - 1];
     const bool side_by_side = window.stride_y == window.height && window.stride_x == window.width &&
                               window.dilation_y == 1 && window.dilation_x == 1 &&
@@ -196,32 +195,55 @@ class NetworkBuilder {
 
   // Branches (core/layers/branches.h).
 
-  // `features`: of the rows, where it is the first layer.
-  void fork(int features) {
-    const Shape given = network_.layer_count == 0 && features > 0 ? shape(features) : shape();
-    append(given, given);
-    open_.push_back({network_.layer_count - 1, -1});
+  // What the layer before gives gets a number; `features`: of the rows, where there is none.
+  void keep(int features) {
+    if (network_.layer_count == 0) {
+      const Shape rows = features > 0 ? shape(features) : shape();
+      append(rows, rows);
+    }
+    kept_.push_back(network_.layer_count - 1);
   }
-  void turn() {
-    if (open_.empty() || open_.back().turn >= 0) refuse("'turn' without a 'fork' before it");
-    Open& open = open_.back();
-    open.turn = network_.layer_count;
-    Layer& fork = owned_.layers[open.fork];
-    Layer& layer = append(shape(), fork.out);
-    layer.other_output = static_cast<std::int16_t>(open.fork);
-    fork.other_delta = static_cast<std::int16_t>(open.turn);
+  void recall(int number) {
+    const int source = kept(number);
+    link(append(shape(), owned_.layers[source].out), source);
   }
-  void join() {
-    if (open_.empty() || open_.back().turn < 0) refuse("'join' without a 'turn' before it");
-    const Open open = open_.back();
-    open_.pop_back();
-    const Shape branch = owned_.layers[open.turn].in;
-    if (branch != shape())
-      refuse("a branch gives " + text(branch) + " features, and what is added to it " +
-             text(shape()));
-    Layer& layer = append(shape(), shape());
-    layer.other_output = static_cast<std::int16_t>(open.turn - 1);
-    owned_.layers[open.turn].other_delta = static_cast<std::int16_t>(network_.layer_count - 1);
+  // A sum or a product, which messages say what is done to the other value by.
+  void combine(int number, const char* what) {
+    const int source = kept(number);
+    const Shape own = shape(), other = owned_.layers[source].out;
+    const bool spreads =
+        own.channels == other.channels && (own.positions() == 1 || other.positions() == 1);
+    if (own != other && !spreads)
+      refuse("a branch gives " + text(own) + " features, and what is " + what + " " + text(other));
+    Layer& layer = append(own, other.positions() > own.positions() ? other : own);
+    layer.other_is_single = other.positions() < own.positions();
+    link(layer, source);
+  }
+  void concatenate(int number, bool is_last) {
+    const int source = kept(number);
+    Shape out = shape();
+    const Shape other = owned_.layers[source].out;
+    if (out.height != other.height || out.width != other.width)
+      refuse("channels of " + text(out) + " features beside those of " + text(other));
+    out.channels += other.channels;
+    Layer& layer = append(shape(), out);
+    layer.other_is_last = is_last;
+    link(layer, source);
+  }
+  void channels(int first, int end, int parts) {
+    Shape out = shape();
+    const int all = out.channels;
+    if (parts > 0 && all % parts != 0)
+      refuse(std::to_string(all) + " channels in " + std::to_string(parts) + " equal parts");
+    const auto place = [=](int number) {
+      if (parts > 0) return std::min(number, parts) * (all / parts);
+      return std::clamp(number < 0 ? number + all : number, 0, all);
+    };
+    out.channels = place(end) - place(first);
+    if (out.channels < 1 || place(first) < 0)
+      refuse("channels " + std::to_string(first) + " to " + std::to_string(end) + " of " +
+             std::to_string(all));
+    append(shape(), out).lookup.feature = place(first);
   }
 
   void append_embedding(int in, int feature, int categories, int width) {
@@ -297,9 +319,8 @@ class NetworkBuilder {
   void add_activation(const Activation& activation) {
     if (network_.layer_count == 0) refuse("the first layer must be linear or a normalisation");
     Layer* last = &owned_.layers[network_.layer_count - 1];
-    // What a fork and a turn give, others read as it is.
-    const bool is_read = last->kind == LayerKind::fork || last->kind == LayerKind::turn;
-    if (is_read || last->activation.kind != ActivationKind::identity) {
+    // What is kept, others read as it is.
+    if (is_kept() || last->activation.kind != ActivationKind::identity) {
       kind_ = LayerKind::lone_activation;
       const Shape shape = last->out;
       last = &append(shape, shape);
@@ -307,15 +328,22 @@ class NetworkBuilder {
     last->activation = activation;
   }
 
-  // A fork whose join is to come, and its turn, -1 before that.
-  struct Open {
-    int fork, turn;
-  };
+  // Is what the last layer gives kept, so that it has to stay as it is?
+  bool is_kept() const { return !kept_.empty() && kept_.back() == network_.layer_count - 1; }
+  // The layer that gives the kept value of a number.
+  int kept(int number) const {
+    if (number >= static_cast<int>(kept_.size()))
+      refuse("no value number " + std::to_string(number) + " is kept");
+    return kept_[number];
+  }
+  void link(const Layer& reader, int source) {
+    link_reader(owned_.layers, static_cast<int>(&reader - owned_.layers), source);
+  }
 
   OwnedNetwork& owned_;
   Network& network_;
-  std::vector<Open> open_;
-  LayerKind kind_{};  // of the layer that is being added
+  std::vector<int> kept_;  // the layers whose values are, by number
+  LayerKind kind_{};       // of the layer that is being added
 };
 
 inline std::unique_ptr<OwnedNetwork> make_network(const std::vector<pybind11::tuple>& layers) {

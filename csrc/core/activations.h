@@ -16,6 +16,7 @@
 #define PYMETA_ACTIVATIONS(ACTIVATION)                                 \
   ACTIVATION(identity, 0, true, "")                                    \
   ACTIVATION(relu, 0, true, "")                                        \
+  ACTIVATION(affine, 2, alpha - alpha == 0, "factor must be finite")   \
   ACTIVATION(leaky_relu, 1, alpha >= 0, "negative_slope must be >= 0") \
   ACTIVATION(elu, 1, alpha > 0, "alpha must be > 0")                   \
   ACTIVATION(tanh, 0, true, "")                                        \
@@ -253,6 +254,24 @@ struct Rule<ActivationKind::softplus> {
   PYMETA_FN static V curvature(V z, V, const Activation& p) {
     const V u = z * Real(p.alpha), s = sigmoid(u);
     return select(u > Real(p.threshold), V{}, s * (Real(1) - s) * Real(p.alpha));
+  }
+};
+
+// alpha z + threshold: factors and terms that are plain numbers
+template <>
+struct Rule<ActivationKind::affine> {
+  static constexpr bool kFromOutput = true, kHasCurvature = false, kMovesZero = true;
+  template <class V>
+  PYMETA_FN static V value(V z, const Activation& p) {
+    return z * Real(p.alpha) + Real(p.threshold);
+  }
+  template <class V>
+  PYMETA_FN static V slope(V, V, const Activation& p) {
+    return V{} + Real(p.alpha);
+  }
+  template <class V>
+  PYMETA_FN static V curvature(V, V, const Activation&) {
+    return V{};
   }
 };
 

@@ -64,23 +64,28 @@ struct Chain {
     append(kind, last(), windowed(window, last().channels)).window = window;
     return *this;
   }
-  // x + f(x): fork, the layers of f, turn, the layers that x goes through, join.
-  Chain& fork() {
-    fork_ = network().layer_count;
-    append(LayerKind::fork, last(), last());
-    return *this;
+  // What layer `source` gave, once more.
+  Chain& recall(int source) {
+    append(LayerKind::recall, last(), owned.layers[source].out);
+    return reads(source);
   }
-  Chain& turn() {
-    turn_ = network().layer_count;
-    const Shape shape = owned.layers[fork_].out;
-    append(LayerKind::turn, last(), shape).other_output = static_cast<std::int16_t>(fork_);
-    owned.layers[fork_].other_delta = static_cast<std::int16_t>(turn_);
-    return *this;
+  // The sum or the product of what layer `source` gave and x.
+  Chain& combine(LayerKind kind, int source) {
+    const Shape own = last(), other = owned.layers[source].out;
+    append(kind, own, other.positions() > own.positions() ? other : own).other_is_single =
+        other.positions() < own.positions();
+    return reads(source);
   }
-  Chain& join() {
-    const std::int16_t at = static_cast<std::int16_t>(network().layer_count);
-    append(LayerKind::join, last(), last()).other_output = static_cast<std::int16_t>(turn_ - 1);
-    owned.layers[turn_].other_delta = at;
+  Chain& concatenate(int source, bool is_last) {
+    Shape out = last();
+    out.channels += owned.layers[source].out.channels;
+    append(LayerKind::concatenate, last(), out).other_is_last = is_last;
+    return reads(source);
+  }
+  Chain& channels(int first, int count) {
+    Shape out = last();
+    out.channels = count;
+    append(LayerKind::channels, last(), out).lookup.feature = first;
     return *this;
   }
   // The normalisation before, its ReLU and this in one.
@@ -95,7 +100,10 @@ struct Chain {
 
  private:
   Shape last() const { return owned.layers[network().layer_count - 1].out; }
-  int fork_ = 0, turn_ = 0;  // of the open branch
+  Chain& reads(int source) {
+    link_reader(owned.layers, network().layer_count - 1, source);
+    return *this;
+  }
 
   // Padded alike on both sides.
   Shape windowed(const Window& w, int channels) const {

@@ -149,12 +149,10 @@ std::vector<Setup> setups() {
   s.chain.image({1, 11, 4})
       .pool(L::zero_pad, around_it)
       .act(A::tanh)
-      .conv(17, Window{1, 2})
-      .fork()
+      .conv(17, Window{1, 2})  // layer 2
       .pool(L::zero_pad, around_it)
       .conv(17, Window{1, 5})
-      .turn()
-      .join()
+      .combine(L::add, 2)
       .act(A::relu)
       .pool(L::slice, cut_off)
       .pool(L::slice, every_second)
@@ -167,18 +165,41 @@ std::vector<Setup> setups() {
   s = Setup{};
   s.name = "residual block";
   s.chain.image({4, 3, 3})
-      .fork()
       .conv(18, three)
       .act(A::tanh)
-      .conv(5, three)
-      .turn()
+      .conv(5, three)  // layer 2
+      .recall(0)
       .conv(5, point)
-      .join()
+      .combine(L::add, 2)
       .act(A::silu)
       .pool(L::global_avg_pool2d, Window{4, 3})
       .flatten()
       .linear(5, 2);
   s.form = Form::packed, s.tasks = 17, s.support = 4, s.query = 3;
+  all.push_back(s);
+
+  s = Setup{};
+  s.name = "gates and branches side by side";
+  s.chain.image({3, 3, 5})
+      .conv(6, three)  // 1
+      .act(A::tanh)
+      .recall(0)
+      .conv(6, point)
+      .act(A::sigmoid)
+      .combine(L::multiply, 1)  // 4
+      .pool(L::global_avg_pool2d, Window{3, 3})
+      .act(A::silu)
+      .combine(L::multiply, 4)  // 6
+      .channels(1, 4)
+      .concatenate(4, true)  // 8: 4 and 6
+      .concatenate(0, false)
+      .conv(19, point)  // 10
+      .recall(8)
+      .conv(19, point)
+      .combine(L::multiply, 10)
+      .flatten()
+      .linear(19 * 9, 2);
+  s.form = Form::padded, s.tasks = 17, s.support = 4, s.query = 3;
   all.push_back(s);
 
   s = Setup{};

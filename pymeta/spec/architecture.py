@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from pymeta import native
+from pymeta.spec.branches import in_this_spelling
 from pymeta.spec.fields import Fields
 from pymeta.spec.show import counted
 
@@ -95,7 +96,9 @@ def row_shape(layers: Sequence[Layer]) -> Shape | None:
     return (channels, width) if sequence else (channels, height, width)
 
 
-_TENSORS = {"fixed_norm": ("running_var", "running_mean"), "embedding": ("weight",)}
+_TENSORS: dict[str, tuple[str, ...]] = {
+    "fixed_norm": ("running_var", "running_mean"), "embedding": ("weight",), "concatenate": (),
+}  # fmt: skip
 
 
 def tensors_of(layer: Sequence[Any]) -> tuple[str, ...]:
@@ -160,7 +163,7 @@ def _read_layer(index: int, value: Any) -> Layer:
 def read_architecture(value: Any) -> Architecture:
     """The architecture of its JSON form; ValueError where that is none."""
     fields = Fields("architecture", value)
-    layers = fields.take("layers", list, "a list of layers")
+    layers = in_this_spelling(fields.take("layers", list, "a list of layers"))
     found = Architecture(
         tuple(_read_layer(i, layer) for i, layer in enumerate(layers)),
         fields.list_of("names", str),

@@ -18,20 +18,18 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.nn.tabular import TabularInput
+from pymeta.spec.branches import MULTIPLY
 from pymeta.spec.modules import Fixed, is_fixed
 from pymeta.spec.refused import Refused
-from pymeta.spec.slices import PART, of_index, of_narrow, of_select
+from pymeta.spec.slices import of_index, of_narrow, of_select
 from pymeta.spec.watch import hooked
 
 Layer: TypeAlias = tuple[Any, ...]
 FLATTEN: Layer = ("flatten",)
 IDENTITY: Layer = ("identity",)
-FORK: Layer = ("fork", 0)
-TURN: Layer = ("turn",)
-JOIN: Layer = ("join",)
-SQUEEZE = (
-    "squeeze"  # (SQUEEZE, dimension, ...): none of the native core's; `network.py` knows what it is
-)
+# (SQUEEZE, dimension, ...), (UNSQUEEZE, dimension): none of the native core's; `network.py` knows
+# what they are
+SQUEEZE, UNSQUEEZE = "squeeze", "unsqueeze"
 
 
 class Part(NamedTuple):
@@ -212,6 +210,13 @@ def _squeeze(dim: Any = None) -> Layer:
     return (SQUEEZE, *dims)
 
 
+def _unsqueeze(dim: Any) -> Layer:
+    """An axis of one position, behind those that there are."""
+    if type(dim) is not int:
+        raise Refused(f"an axis put in at {dim}")
+    return (UNSQUEEZE, dim)
+
+
 def _pad(pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Layer:
     """A border of zeros, of (left, right) or (left, right, top, bottom); negative: cut off."""
     sides = tuple(pad)
@@ -335,6 +340,7 @@ MODULES: dict[type, Known] = {
         lambda m: _embeddings(m)[0].layer, ("numeric", "cardinalities", "dims"), (0,), _embeddings
     ),
     nn.Identity: Known(lambda m: IDENTITY),
+    nn.GLU: Known(lambda m: (MULTIPLY,), ("dim",)),  # and more: `graph.py`
     **dict.fromkeys(
         (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
         Known(_by(_dropout, ("p", "training")), ("p", "training")),
@@ -382,6 +388,7 @@ FUNCTIONS: dict[Any, Called] = {
     F.adaptive_max_pool2d: _adaptive_pool("max", 2),
     torch.mean: _mean,
     torch.squeeze: _squeeze,
+    torch.unsqueeze: _unsqueeze,
     torch.narrow: of_narrow,
     torch.select: of_select,
     operator.getitem: of_index,
@@ -413,7 +420,7 @@ AXES: dict[str, tuple[int, ...]] = {
     for axes in (1, 2)
 }
 AXES |= {"linear": (0,), "conv1d": (1,), "conv2d": (2,)}
-AXES |= dict.fromkeys((SQUEEZE, PART, "zero_pad"), (1, 2))
+AXES |= dict.fromkeys((SQUEEZE, "zero_pad"), (1, 2))
 METHODS: dict[str, Called] = {
     "relu": _simple(("relu",)),
     "tanh": _simple(("tanh",)),
@@ -421,6 +428,7 @@ METHODS: dict[str, Called] = {
     "flatten": _flatten,
     "mean": _mean,
     "squeeze": _squeeze,
+    "unsqueeze": _unsqueeze,
     "narrow": of_narrow,
     "select": of_select,
     "contiguous": lambda: IDENTITY,

@@ -22,16 +22,16 @@ from torch import nn
 
 from pymeta import native
 from pymeta.spec.attributes import Attributes
-from pymeta.spec.chain import Step, is_sequential, walk
+from pymeta.spec.branches import CHANNELS, KEEP, READERS, Kept, channels
+from pymeta.spec.chain import is_sequential, walk
+from pymeta.spec.graph import Step
 from pymeta.spec.layers import (
     FLATTEN,
-    FORK,
     IDENTITY,
-    JOIN,
     MODULES,
     SLOTS,
     SQUEEZE,
-    TURN,
+    UNSQUEEZE,
     Layer,
     axes_of,
     label_of,
@@ -95,7 +95,8 @@ def _settings(layers: Iterable[nn.Module]) -> list[Place]:
     """Where known layers have what they are described by."""
     places: list[Place] = []
     for m in layers:
-        places += [(m.__dict__, name) for name in MODULES[type(m)].reads if name in m.__dict__]
+        names = (*MODULES[type(m)].reads, "inplace")
+        places += [(m.__dict__, name) for name in names if name in m.__dict__]
         places += [(d, k) for d in (m._parameters, m._buffers) for k in d if k in SLOTS]
     return places
 
@@ -270,6 +271,58 @@ def _axes_behind(step: Step, axes: int) -> int:
     return 0 if step.layer == FLATTEN else axes
 
 
+def _check_axes(step: Step, axes: int) -> None:
+    wanted = axes_of(step.layer, step.module)
+    if wanted is not None and axes not in wanted:
+        label = step.name if step.module is None else label_of(step.name, step.module)
+        got = "one axis of features" if axes == 0 else f"{counted(axes, 'axis')} of positions"
+        raise Refused(f"{label} does not take rows with {got}")
+
+
+class _Shaping:
+    """The native layers of steps, for rows with so many axes of positions at first."""
+
+    def __init__(self, layers: list[Layer], axes: int) -> None:
+        self.layers, self.axes = layers, axes
+        self._kept = Kept()
+        self._put_in = 0  # the axes of one position that were, one after the other
+
+    def add(self, step: Step, features: int) -> None:
+        """The next step; `features` are those of a row, where they are known."""
+        layer = step.layer
+        _check_axes(step, self.axes)
+        put_in, self._put_in = self._put_in, 0
+        if layer[0] == KEEP:
+            self._kept.keep(step.value, self.axes)
+            self.layers.append(layer if self.layers else (KEEP, features))
+        elif layer[0] in READERS:
+            found, self.axes = self._kept.read(layer, step.value, self.axes)
+            self.layers.append(found)
+        elif layer[0] == CHANNELS:
+            self.layers.append(channels(layer, self.axes))
+        elif layer[0] == SQUEEZE:
+            self.axes -= _squeezed(layer[1:], self.axes, self.layers)
+            if self.axes == 0:
+                self.layers.append(FLATTEN)
+        elif layer[0] == UNSQUEEZE:
+            self._put_axis_in(layer[1], put_in)
+        elif layer[0] == PART:
+            found_layers, left = resolve(layer, self.axes)
+            self.layers += [*found_layers, FLATTEN] if left < self.axes == 1 else found_layers
+            self.axes = left
+        else:
+            if layer != IDENTITY and (layer != FLATTEN or self.axes):
+                self.layers.append(layer)
+            self.axes = _axes_behind(step, self.axes)
+
+    def _put_axis_in(self, dim: int, put_in: int) -> None:
+        """Of one position: behind features, or behind such an axis."""
+        if self.axes != put_in or put_in == 2 or dim not in (2, self.axes + 2, -1):
+            raise Refused(f"an axis put in at dimension {dim} of rows with {self.axes + 1} axes")
+        self.axes += 1
+        self._put_in = self.axes
+
+
 def _shaped(
     steps: list[Step], row_shape: tuple[int, ...] | None, whole: bool = True
 ) -> list[Layer]:
@@ -277,38 +330,13 @@ def _shaped(
 
     `whole`: whether they are all that there are, so that rows of features have to come out.
     """
-    axes = 0 if row_shape is None else len(row_shape) - 1
-    layers: list[Layer] = [] if row_shape is None else [_image(row_shape)]
-    forks: list[int] = []  # the axes at those that are open
+    first: list[Layer] = [] if row_shape is None else [_image(row_shape)]
+    shaping = _Shaping(first, 0 if row_shape is None else len(row_shape) - 1)
     for i, step in enumerate(steps):
-        if step.layer == FORK:
-            forks.append(axes)
-            layers.append(FORK if layers else ("fork", _features(steps[i:])))
-            continue
-        if step.layer == TURN:
-            axes = forks[-1]
-        elif step.layer == JOIN:
-            forks.pop()
-        wanted = axes_of(step.layer, step.module)
-        if wanted is not None and axes not in wanted:
-            label = step.name if step.module is None else label_of(step.name, step.module)
-            got = "one axis of features" if axes == 0 else f"{counted(axes, 'axis')} of positions"
-            raise Refused(f"{label} does not take rows with {got}")
-        if step.layer[0] == SQUEEZE:
-            axes -= _squeezed(step.layer[1:], axes, layers)
-            if axes == 0:
-                layers.append(FLATTEN)
-            continue
-        if step.layer[0] == PART:
-            layer, axes = resolve(step.layer, axes)
-            layers += [layer, FLATTEN] if axes == 0 else [layer]
-            continue
-        if step.layer != IDENTITY and (step.layer != FLATTEN or axes):
-            layers.append(step.layer)
-        axes = _axes_behind(step, axes)
-    if axes and whole:
+        shaping.add(step, 0 if shaping.layers else _features(steps[i:]))
+    if shaping.axes and whole:
         raise Refused("its output has positions besides features: flatten it")
-    return layers
+    return shaping.layers
 
 
 def _takes_positions(steps: list[Step]) -> bool:

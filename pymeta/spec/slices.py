@@ -33,12 +33,21 @@ def _item(index: Any) -> Any:
     raise Refused(f"an index that is a {type(index).__name__}")
 
 
-def of_index(index: Any) -> Layer:
+def of_index(index: Any) -> Layer | tuple[Layer, ...]:
     """Of `x[index]`."""
-    items = tuple(map(_item, index if isinstance(index, tuple) else (index,)))
-    if ELLIPSIS not in items and any(item != ALL for item in items[:2]):
-        raise Refused("a part of the rows or of the channels")
-    return (PART, items)
+    given = index if isinstance(index, tuple) else (index,)
+    axes = sum(item is None for item in given)
+    behind = len(given) - axes >= 2 or Ellipsis in given  # x[:, None] is in front of the channels
+    if axes and behind and all(item is None for item in given[-axes:]):  # x[:, :, None]
+        return (*_part(given[:-axes]), *[("unsqueeze", -1)] * axes)
+    return _part(given)[0]
+
+
+def _part(index: tuple[Any, ...]) -> tuple[Layer, ...]:
+    items = tuple(map(_item, index))
+    if ELLIPSIS not in items and any(item != ALL for item in items[:1]):
+        raise Refused("a part of the rows")
+    return ((PART, items),)
 
 
 def of_narrow(dim: Any, start: Any, length: Any) -> Layer:
@@ -72,11 +81,14 @@ def _spread(layer: Layer, dimensions: int) -> list[Any]:
     return items
 
 
-def resolve(layer: Layer, axes: int) -> tuple[Layer, int]:
-    """The native layer, and how many axes of positions are left of so many."""
+def resolve(layer: Layer, axes: int) -> tuple[list[Layer], int]:
+    """The native layers, and how many axes of positions are left of so many."""
     rows, channels, *positions = _spread(layer, axes + 2)
-    if (rows, channels) != (ALL, ALL):
-        raise Refused("a part of the rows or of the channels")
+    if rows != ALL:
+        raise Refused("a part of the rows")
+    layers = [] if channels == ALL else [_of_channels(channels)]
+    if all(item == ALL for item in positions):
+        return layers, axes
     numbers: list[int] = [0, _END, 1] if axes == 1 else []
     for item in positions:
         if isinstance(item, int):
@@ -88,7 +100,17 @@ def resolve(layer: Layer, axes: int) -> tuple[Layer, int]:
     dropped = [isinstance(item, int) for item in positions]
     if dropped == [False, True]:
         raise Refused("one column of an image")
-    return ("slice", *numbers), axes - sum(dropped)
+    return [*layers, ("slice", *numbers)], axes - sum(dropped)
+
+
+def _of_channels(item: Any) -> Layer:
+    """Of a slice of the channels."""
+    if not isinstance(item, tuple) or item[2] not in (None, 1):
+        raise Refused(f"of the channels {item}, which is not one after the other")
+    first, end = item[0] or 0, _END if item[1] is None else item[1]
+    if max(abs(first), abs(end)) > _END:
+        raise Refused(f"channels from {first} to {end}")
+    return ("channels", first, end, 0)
 
 
 def takes_one(layer: Layer) -> bool:

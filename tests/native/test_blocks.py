@@ -1,4 +1,4 @@
-"""Networks of embeddings, residual blocks and normalisations of every kind, drawn at random."""
+"""Networks of embeddings, branches and normalisations of every kind, drawn at random."""
 
 import collections
 
@@ -25,7 +25,7 @@ def test_random_blocks_against_the_reference():
     check()
     assert counts[torch.float64] >= 30
     assert counts[torch.float32] >= 20  # the cases that a kink rules out are the exception
-    for kind in ("residual", "tabular", "fixed_norm", "step_norm", "dropout"):
+    for kind in ("residual", "branches", "glu", "tabular", "fixed_norm", "step_norm", "dropout"):
         assert counts[kind] >= 3, kind
 
 

@@ -1,11 +1,13 @@
-"""Residual blocks: natively and on the fallback, as an eager loop over torch's modules has them."""
+"""Branches: natively and on the fallback, as an eager loop over torch's modules has them."""
 
 import copy
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from branched import NETS, made
 from helpers import assert_close, assert_promised, loop_meta_loss
 from kernels import EXECUTORS, PATHS, same_bits, takes, using
 from native_help import check_slope_of_each_parameter
@@ -13,80 +15,22 @@ from torch import nn
 from torch.nn import functional as F
 
 import pymeta
-from pymeta.nn import PerStepBatchNorm, Residual
+from pymeta import native
+from pymeta.nn import Branches, PerStepBatchNorm, Residual
+from pymeta.spec.architecture import read_architecture
 from pymeta.spec.network import Description, describe
-
-
-class Block(nn.Module):
-    """As torchvision's, in a forward of its own, with `+=` and functions."""
-
-    def __init__(self, channels, outputs):
-        super().__init__()
-        self.first = nn.Conv2d(channels, outputs, 3, padding=1)
-        self.norm = nn.BatchNorm2d(outputs, track_running_stats=False)
-        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.project = nn.Sequential(nn.Conv2d(channels, outputs, 1), nn.GroupNorm(1, outputs))
-
-    def forward(self, x):
-        out = torch.tanh(self.norm(self.first(x)))
-        out = self.second(out)
-        out += self.project(x)
-        return F.silu(out)
-
-
-class Twice(nn.Module):
-    """Sums within sums, and one value in three of them."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.a, self.b, self.c = (nn.Linear(width, width) for _ in range(3))
-
-    def forward(self, x):
-        inner = x + self.a(x).sigmoid()
-        return torch.add(self.b(inner).tanh(), inner + self.c(inner)) + x
-
-
-def dense(width, *behind):
-    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), *behind)
-
-
-NETS = {
-    "rows": lambda: (nn.Linear(2, 19), Residual(dense(19)), nn.SiLU(), nn.Linear(19, 3)),
-    "first": lambda: (Residual(nn.Sequential(nn.Linear(2, 5), nn.Tanh()), nn.Linear(2, 5)),
-                      nn.Linear(5, 3)),
-    "first, x itself": lambda: (Residual(nn.Linear(2, 2)), nn.Linear(2, 3)),
-    "last": lambda: (nn.Linear(2, 3), Residual(nn.Sequential(nn.Tanh(), nn.Linear(3, 3)))),
-    "narrow": lambda: (nn.Linear(2, 17), Residual(dense(17), nn.Identity()), nn.Linear(17, 3)),
-    "an activation first": lambda: (nn.Linear(2, 6), nn.Tanh(),
-                                    Residual(nn.Sequential(nn.Sigmoid(), nn.Linear(6, 6)))),
-    "nested": lambda: (nn.Linear(2, 6), Residual(Residual(dense(6)), Residual(nn.Tanh())),
-                       nn.Linear(6, 3)),
-    "normalised": lambda: (
-        nn.Linear(2, 6),
-        Residual(nn.Sequential(nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh(),
-                               nn.Linear(6, 6))),
-        nn.LayerNorm(6), nn.Linear(6, 3),
-    ),
-    "traced": lambda: (nn.Linear(2, 4), Twice(4), nn.Linear(4, 3)),
-    "images": lambda: (nn.Conv2d(2, 3, 3, padding=1), Block(3, 5), nn.AvgPool2d(2),
-                       Residual(nn.Conv2d(5, 5, 3, padding=1)), nn.AdaptiveAvgPool2d(1),
-                       nn.Flatten(), nn.Linear(5, 3)),
-    "first of images": lambda: (Residual(nn.Conv2d(2, 2, 1)), nn.Flatten(), nn.Linear(50, 3)),
-}  # fmt: skip
-
-
-def made(name):
-    torch.manual_seed(2)
-    net = nn.Sequential(*NETS[name]()).double()
-    shape = (2, 5, 5) if "images" in name else (2,)
-    xs, xq = (torch.randn(3, n, *shape, dtype=torch.float64) for n in (5, 4))
-    out = net(xs[0]).shape[1]
-    ys, yq = (torch.randn(3, n, out, dtype=torch.float64) for n in (5, 4))
-    return net, (xs, ys, xq, yq)
 
 
 def learner(net, backend="native", **options):
     return pymeta.MAML(net, **{"loss": "mse", "lr": 0.2, "steps": 2, **options}, backend=backend)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_network_is_native(name):
+    net, (xs, *_) = made(name)
+    shape = tuple(xs.shape[2:])
+    found = describe(net, shape if len(shape) > 1 else None)
+    assert isinstance(found, Description), found.reason
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -96,9 +40,9 @@ def test_eager_autograd_agrees(name, backend):
     data[0].requires_grad_()
     inputs = [*net.parameters(), data[0]]
     loss = loop_meta_loss(net, F.mse_loss, 0.2, 2, *data)
-    wanted = torch.autograd.grad(loss, inputs)
+    wanted = torch.autograd.grad(loss, inputs, materialize_grads=True)
     out = learner(net, backend)(*data)
-    got = torch.autograd.grad(out.loss, inputs)
+    got = torch.autograd.grad(out.loss, inputs, materialize_grads=True)
     torch.testing.assert_close(out.loss.detach(), loss.detach(), rtol=1e-12, atol=1e-14)
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
@@ -106,36 +50,54 @@ def test_eager_autograd_agrees(name, backend):
 
 def results(net, maml, data):
     out = maml(*data)
-    return [out.task_losses, out.predictions], torch.autograd.grad(out.loss, list(net.parameters()))
+    return [out.task_losses, out.predictions], torch.autograd.grad(
+        out.loss, list(net.parameters()), materialize_grads=True
+    )
 
 
 OPTIONS = (
     {},
     {"first_order": True},
-    {"adapt": ["1.*"], "optimizer": pymeta.SGD(0.1, momentum=0.9), "lr": None},
+    {"adapt": "every second", "optimizer": pymeta.SGD(0.1, momentum=0.9), "lr": None},
     {"optimizer": pymeta.Adam(0.05, eps=1.0), "lr": None},
 )
+
+
+SHORT = (
+    "rows",
+    "nested",
+    "images",
+    "wide and deep",
+    "sequence of GLUs",
+    "excited sequence",
+)  # 16 layers
+COMPARED = (
+    "rows", "nested", "traced", "images", "wide and deep", "sequence of GLUs", "gated sequence",
+    "excited sequence", "inception of a sequence",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("isa, executor", PATHS)
 def test_every_path_agrees_with_the_reference(isa, executor):
     count = 0
-    for name, options in itertools.product(("rows", "nested", "traced", "images"), OPTIONS):
+    for name, options in itertools.product(COMPARED, OPTIONS):
         net, data = made(name)
+        if "adapt" in options:
+            options = {**options, "adapt": [n for n, _ in net.named_parameters()][1::2]}
         maml = learner(net, **options)
-        if not takes(executor, maml) or (executor == "emulated" and name == "images"):
-            continue  # more than 16 layers
+        if not takes(executor, maml) or (executor == "emulated" and name not in SHORT):
+            continue
         wanted, grads = results(net, learner(net, "torch", **options), data)
         with using(isa, executor):
             got, own = results(net, maml, data)
         assert_close(got, wanted)
         assert_close(own, grads)
         count += 1
-    assert count >= 8
+    assert count >= (16 if executor == "emulated" else 32)
 
 
 @pytest.mark.parametrize("isa, executor", PATHS)
-@pytest.mark.parametrize("name", ["nested", "first of images"])
+@pytest.mark.parametrize("name", ["nested", "first of images", "sequence of GLUs"])
 def test_finite_differences(name, isa, executor):
     net, data = made(name)
     maml = learner(net)
@@ -143,7 +105,8 @@ def test_finite_differences(name, isa, executor):
         check_slope_of_each_parameter(maml, data, rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", ["rows", "traced", "images"])
+@pytest.mark.parametrize("name", ["rows", "traced", "images", "gates", "parts of a sequence",
+                                  "excited images", "gated sequence"])  # fmt: skip
 def test_bits_are_a_tasks_own(name):
     net, data = made(name)
     with using(executor="rows", threads=1):
@@ -168,8 +131,9 @@ def test_rows_of_single_tasks_differ_in_number(backend):
         assert_promised([got.task_losses[t]], [learner(net, backend)(*own).task_losses[0]], backend)
 
 
-def test_models_files_and_adapters(tmp_path, backend):
-    net, (xs, ys, xq, yq) = made("traced")
+@pytest.mark.parametrize("name", ["traced", "highway", "side by side", "gates"])
+def test_models_files_and_adapters(tmp_path, backend, name):
+    net, (xs, ys, xq, yq) = made(name)
     maml = learner(net, backend)
     wanted = maml(xs, ys, xq, yq).predictions.detach()
     models = maml.adapt(xs, ys)
@@ -179,7 +143,7 @@ def test_models_files_and_adapters(tmp_path, backend):
     assert_close([models[1](xq[1])], [wanted[1]])
     maml.adapter().save(tmp_path / "adapter")
     adapter = pymeta.Adapter.load(tmp_path / "adapter")
-    assert "fork" in str(adapter.architecture)
+    assert "keep" in str(adapter.architecture)
     found = adapter.adapt_predict(xs[0].numpy(), ys[0].numpy(), xq[0].numpy())
     assert np.allclose(found, wanted[0].numpy(), rtol=1e-12)
 
@@ -220,15 +184,164 @@ def test_a_shared_activation_is_no_branch():
     found = describe(Net())
     assert isinstance(found, Description)
     kinds = [layer[0] for layer in found.layers]
-    assert kinds == ["linear", "tanh", "fork", "tanh", "turn", "join"]
+    assert kinds == ["linear", "tanh", "keep", "tanh", "add"]
 
 
-@pytest.mark.parametrize("layers", [
-    [("fork", 3), ("join",)], [("fork", 3), ("turn",)], [("fork", 3), ("turn",), ("turn",)],
-    [("linear", 2, 2, True), ("turn",)], [("fork", 0), ("turn",), ("join",)],
+@pytest.mark.parametrize("layers, reason", [
+    ([("keep", 3), ("add", 1)], "no value number 1 is kept"),
+    ([("linear", 2, 2, True), ("recall", 0)], "no value number 0 is kept"),
+    ([("keep", 0), ("linear", 2, 2, True)], "the first layer needs to know its inputs' shape"),
+    ([("keep", 3), ("linear", 3, 2, True), ("multiply", 0)],
+     "a branch gives 2 features, and what is multiplied by it 3"),
+    ([("image", 2, 0, 5), ("keep", 0), ("global_avg_pool1d",), ("concatenate", 0, True)],
+     "channels of 2 features beside those of 1 x 5 x 2"),
+    ([("keep", 5), ("channels", 0, 1, 2)], "5 channels in 2 equal parts"),
+    ([("keep", 5), ("channels", 3, -2, 0)], "channels 3 to -2 of 5"),
 ])  # fmt: skip
-def test_branches_that_do_not_close_are_refused(layers):
-    from pymeta import native
-
-    with pytest.raises(ValueError, match=r"layers: "):
+def test_branches_that_do_not_fit_are_refused(layers, reason):
+    with pytest.raises(ValueError, match=f"^layers: {reason}$"):
         native.extension().Network(layers)
+
+
+def test_sums_of_two_branches_in_files_of_before():
+    """They are spelled fork, turn and join there."""
+    old = [["fork", 3], ["linear", 3, 2, True], ["tanh"], ["fork", 0], ["linear", 2, 2, True],
+           ["turn"], ["join"], ["turn"], ["linear", 3, 2, False], ["join"]]  # fmt: skip
+    names = ["a", "b", "c", "d", "e"]
+    form = {"layers": old, "names": names, "chain": names, "flattens": False}
+    found = read_architecture(form)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g, self.h = nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(3, 2, bias=False)
+
+        def forward(self, x):
+            z = self.f(x).tanh()
+            return z + self.g(z) + self.h(x)
+
+    net = Net().double()
+    ours = learner(net).adapter()
+    own = {name: getattr(ours, name) for name in ("loss", "optimizer", "schedule")}
+    start = dict(zip(names, ours.parameters.values(), strict=True))
+    loaded = pymeta.Adapter(found, start, adapted=names, **own)
+    xs, ys, xq = (torch.randn(2, 4, n, dtype=torch.float64).numpy() for n in (3, 2, 3))
+    assert np.array_equal(loaded.adapt_predict(xs, ys, xq), ours.adapt_predict(xs, ys, xq))
+
+
+@pytest.mark.parametrize("layers", [[["fork", 3], ["join"]], [["fork", 3], ["turn"], ["turn"]],
+                                    [["fork", 3], ["turn", 0]], [["fork"]]])  # fmt: skip
+def test_sums_in_files_of_before_that_do_not_close(layers):
+    form = {"layers": layers, "names": [], "chain": [], "flattens": False}
+    with pytest.raises(ValueError, match=r"^architecture: layer \d"):
+        read_architecture(form)
+
+
+class Overwriting(nn.Module):
+    """Reads a value that a call has written over, or does not."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.a, self.act = kind, nn.Linear(3, 3), nn.ReLU(inplace=True)
+        self.block = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.Linear(3, 3))
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.kind == "sum":
+            z = h
+            z += x
+            return z + h
+        if self.kind == "module":
+            return self.act(h) + h
+        if self.kind == "block":
+            return self.block(h) + h
+        if self.kind == "function":
+            return F.silu(h.flatten(1), inplace=True) * h
+        if self.kind == "method":
+            h.mul_(2)
+            return h
+        return self.act(h) + x
+
+
+@pytest.mark.parametrize("kind", ["sum", "module", "block", "function", "method"])
+def test_values_that_are_written_over_are_left_to_torch(kind):
+    net = Overwriting(kind).double()
+    if kind != "block":
+        del net.block
+    found = describe(net)
+    assert not isinstance(found, Description) and "has written over" in found.reason
+    data = [torch.randn(2, 4, 3, dtype=torch.float64) for _ in range(4)]
+    got = learner(net, "torch")(*data)
+    torch.testing.assert_close(got.loss, loop_meta_loss(net, F.mse_loss, 0.2, 2, *data))
+
+
+def test_values_that_nobody_reads_behind_are_written_over_natively():
+    net = Overwriting("none").double()
+    del net.block
+    assert isinstance(describe(net), Description)
+
+
+REFUSED = {
+    "along positions": (lambda x: torch.cat([x, x], 2), "a concatenation along dimension 2"),
+    "of rows": (lambda x: torch.cat([x, x]), "a concatenation along dimension 0"),
+    "positions in chunks": (lambda x: x.chunk(2, -1)[0], "a part along dimension -1"),
+    "every second channel": (lambda x: x[:, ::2], "not one after the other"),
+    "one channel": (lambda x: x[:, 0], "of the channels 0"),
+    "features beside positions": (lambda x: x * x.mean(-1), "axes of positions are joined"),
+    "single channels": (lambda x: x * x[:, :1], "a branch gives 1 x 6 x 1 features"),
+    "power": (lambda x: x**2, "pow has no native kernel"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_joined_natively_says_why(case):
+    function, reason = REFUSED[case]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv1d(2, 4, 1)
+
+        def forward(self, x):
+            return function(self.a(x)).flatten(1)
+
+    net = Net().double()
+    found = describe(net, (2, 6))
+    assert not isinstance(found, Description) and reason in found.reason
+
+
+def test_branches_are_plain_torch(backend):
+    x = torch.randn(4, 3, dtype=torch.float64)
+    a, b = nn.Linear(3, 3).double(), nn.Tanh()
+    for join, wanted in (("add", a(x) + b(x)), ("multiply", a(x) * b(x)),
+                         ("concatenate", torch.cat([a(x), b(x)], 1))):  # fmt: skip
+        net = Branches([a, b], join)
+        assert torch.equal(net(x), wanted) and join in repr(net)
+        assert learner(net, backend).explain()
+    assert torch.equal(Branches((a,))(x), a(x))
+
+
+def test_what_is_no_branch_is_an_error():
+    with pytest.raises(TypeError, match=r"^branches: expected torch.nn.Modules, got int at 1$"):
+        Branches([nn.Tanh(), 3])
+    with pytest.raises(ValueError, match=r"^branches: expected at least one$"):
+        Branches([])
+    expected = r"^join: expected one of add, multiply, concatenate, got 'sum'$"
+    with pytest.raises(ValueError, match=expected):
+        Branches([nn.Tanh()], "sum")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_weight_norm_is_left_to_torch(old):
+    """Its direction and length are what is adapted."""
+    wrap = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the old one is deprecated
+        net = nn.Sequential(wrap(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)).double()
+    assert not isinstance(describe(net), Description)
+    data = [torch.randn(2, 4, 3, dtype=torch.float64) for _ in range(4)]
+    loss = loop_meta_loss(net, F.mse_loss, 0.2, 2, *data)
+    out = learner(net, "torch")(*data)
+    torch.testing.assert_close(out.loss, loss)
+    got, wanted = (torch.autograd.grad(v, list(net.parameters())) for v in (out.loss, loss))
+    assert_close(got, wanted)

@@ -321,7 +321,7 @@ class TwoHeads(nn.Module):
         self.mean, self.log_scale = nn.Linear(2, 1).double(), nn.Linear(2, 1).double()
 
     def forward(self, x):
-        return torch.cat([self.mean(x), self.log_scale(x)], -1)
+        return torch.column_stack([self.mean(x), self.log_scale(x)])
 
 
 def test_a_model_that_is_no_chain_has_them_too():

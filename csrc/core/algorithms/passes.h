@@ -6,6 +6,8 @@
 //   a = act(z)    d = act'(z) c    ra = act'(z) rz    rd = act'(z) rc + act''(z) c rz
 #pragma once
 
+#include <type_traits>
+
 #include "stacked.h"
 
 PYMETA_KERNEL_BEGIN
@@ -138,7 +140,10 @@ class Passes {
         const LayerPass p = pass(l, theta, delta(l));
         if (l > lowest || to_input) {
           rules.backward(p, l > 0 ? gated(l - 1, tape_.output_delta(l - 1)) : Destination{dx});
-          if (l > 0) finish_delta(l - 1);
+          if (l > 0) {
+            if (is_gathered(l - 1)) gather(l - 1, theta);
+            finish_delta(l - 1);
+          }
         }
         rules.gradient(p, sink(sinks, layer, layer.weight), sink(sinks, layer, layer.bias));
       });
@@ -188,10 +193,12 @@ class Passes {
         const LayerTangent t = pass_tangent(l, u, is_class_major(l) ? rdy : delta_tangent(l));
         if (l > lowest || dx) {
           rules.tangent_backward(p, t, l > 0 ? gated(l - 1, rd_below) : Destination{rd_below});
-          if (l > 0)
+          if (l > 0) {
+            if (is_gathered(l - 1)) gather(l - 1, theta, u, rd_below);
             finish_delta_tangent(l - 1, rd_below);
-          else
+          } else {
             add_to_input_delta(rd_below, first_to_input, scale);
+          }
         }
         rules.tangent_gradient(p, t, sink(sinks, layer, layer.weight),
                                sink(sinks, layer, layer.bias));
@@ -218,7 +225,7 @@ class Passes {
 
  private:
   using Family = typename X::Family;
-  static constexpr bool kBranches = Family::template kLayer<LayerKind::fork>;
+  static constexpr bool kBranches = Family::template kLayer<LayerKind::recall>;
   static constexpr bool kSteps = kHasSteps<Family>;
 
   // visit(the rules that layer l has here): its own, or those of what stands in for it.
@@ -249,7 +256,6 @@ class Passes {
     for (int i = 0; i < kMaxKept; ++i) p.kept[i] = tape_.kept(l, i);
     if constexpr (kBranches) {
       if (layer.other_output >= 0) p.other_output = tape_.a(layer.other_output);
-      if (layer.other_delta >= 0 && d) p.other_delta = delta(layer.other_delta);
     }
     return p;
   }
@@ -266,9 +272,48 @@ class Passes {
     for (int i = 0; i < kMaxKept; ++i) t.kept[i] = tangent(tangents(l).kept[i]);
     if constexpr (kBranches) {
       if (layer.other_output >= 0) t.other_output = tangent(tangents(layer.other_output).ra);
-      if (layer.other_delta >= 0 && rd) t.other_delta = delta_tangent(layer.other_delta);
     }
     return t;
+  }
+
+  PYMETA_FN bool has_readers(int l) const {
+    return kBranches && network_.layers[l].first_reader >= 0;
+  }
+  // Is what flows to layer l's output more than what the layer behind it passes back, or not even that?
+  PYMETA_FN bool is_gathered(int l) const {
+    return has_readers(l) || (kBranches && reads_other_alone<X>(network_.layers[l + 1]));
+  }
+  // visit(reader, its rules, whether there is something that it is added to) of all that read layer l's output besides the
+  // layer behind it.
+  template <class Visitor>
+  PYMETA_FN void for_readers(int l, Visitor visit) const {
+    bool adds = !reads_other_alone<X>(network_.layers[l + 1]);
+    for (int r = network_.layers[l].first_reader; r >= 0; r = network_.layers[r].next_reader) {
+      with_rules(r, [&](const auto& rules) {
+        if constexpr (ReadsOther<std::decay_t<decltype(rules)>>::value) visit(r, rules, adds);
+      });
+      adds = true;
+    }
+  }
+  // What flows to layer l's output from there; nothing, where the network goes on without it.
+  PYMETA_FN PYMETA_NOINLINE void gather(int l, const Parameters& theta) const {
+    if (!has_readers(l)) return clear_delta(l, tape_.output_delta(l));
+    for_readers(l, [&](int r, const auto& rules, bool adds) {
+      rules.backward_other(pass(r, theta, delta(r)), gated(l, tape_.output_delta(l)), adds);
+    });
+  }
+  PYMETA_FN PYMETA_NOINLINE void gather(int l, const Parameters& theta, const Direction& u,
+                                        Real* rd) const {
+    if (!has_readers(l)) return clear_delta(l, rd);
+    for_readers(l, [&](int r, const auto& rules, bool adds) {
+      rules.tangent_backward_other(pass(r, theta, delta(r)), pass_tangent(r, u, delta_tangent(r)),
+                                   gated(l, rd), adds);
+    });
+  }
+
+  PYMETA_FN void clear_delta(int l, Real* d) const {
+    const Shape& shape = network_.layers[l].out;
+    clear<X>(over(set_.extent, shape), shape.channels, d);
   }
 
   // Of a tensor with a row for each inner step, this step's; the last one's from there on.
@@ -314,8 +359,8 @@ class Passes {
   }
   PYMETA_FN Real* tangent(Place place) const { return state_.tangent(place); }
   PYMETA_FN const LayerTangents& tangents(int l) const { return state_.ws.tangent.layers[l]; }
-  // The tangent of the delta at layer l's output: one of two arrays in turn, or its own where another layer reads it too or
-  // places are shared.
+  // The tangent of the delta at layer l's output: one of two arrays in turn, or its own where what l reads besides its input
+  // takes it from there later on or places are shared.
   PYMETA_FN Real* delta_tangent(int l) const {
     if ((kBranches || X::kSharesPlaces) && l >= 0 && tangents(l).rd != kNowhere)
       return tangent(tangents(l).rd);
@@ -325,9 +370,7 @@ class Passes {
   PYMETA_FN bool is_unread_zero(int l) const {
     bool unread = l < state_.lowest_adapted && l < last_ && tangents(l).rz == kNowhere;
     for (int i = 0; i < kMaxKept; ++i) unread = unread && tangents(l).kept[i] == kNowhere;
-    for (int other = l + 1; unread && other <= last_; ++other)
-      unread = network_.layers[other].other_output != l;
-    return unread;
+    return unread && !has_readers(l);
   }
   // What the activation of layer l was applied to, where that is kept.
   PYMETA_FN const Real* activation_input(int l) const {

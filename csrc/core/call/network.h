@@ -18,8 +18,8 @@ enum class LossKind : std::uint8_t;        // losses/registry.h
 
 struct Activation {
   ActivationKind kind{};  // identity
-  double alpha = 0;       // leaky_relu: negative slope; elu: alpha; softplus: beta
-  double threshold = 0;   // softplus: linear where beta * z exceeds it
+  double alpha = 0;       // leaky_relu: negative slope; elu: alpha; softplus: beta; affine: factor
+  double threshold = 0;   // softplus: linear where beta * z exceeds it; affine: what is added
 };
 
 // One row of a layer's input or output: a vector of features is 1 x 1 x channels, a row of an image's channels
@@ -50,7 +50,8 @@ struct Window {
 
 constexpr int kMostTaps = 256;  // of a convolution
 
-// Which feature of its input an embedding looks up, and where that lies in the caller's rows.
+// Which feature of its input an embedding looks up, and where that lies in the caller's rows; or the first of the channels that
+// are taken (layers/concatenation.h).
 struct Lookup {
   int feature = 0, column = 0;
   int categories = 0;
@@ -66,11 +67,22 @@ struct Layer {
   int bias = -1;
   int steps =
       0;  // its tensors are [steps, channels], a row for each inner step; 0: the same in all
-  // Of branches (layers/branches.h): the layer whose output it reads besides the one before it, and the one whose delta it
-  // reads besides the one behind it; -1 where there is none.
-  std::int16_t other_output = -1, other_delta = -1;
+  // Of branches (layers/branches.h), -1 where there is none: the layer whose output it reads besides the one before it; of the
+  // layers that read its own so the first, and the next one that reads what it reads.
+  std::int16_t other_output = -1, first_reader = -1, next_reader = -1;
+  bool other_is_single =
+      false;  // a sum's or a product's other term has one position, while there are more
+  bool other_is_last = false;  // a concatenation's
   Lookup lookup;
 };
+
+// Layer `reader` reads what layer `source`, before it, gives.
+inline void link_reader(Layer* layers, int reader, int source) {
+  layers[reader].other_output = static_cast<std::int16_t>(source);
+  std::int16_t* place = &layers[source].first_reader;
+  while (*place >= 0) place = &layers[*place].next_reader;
+  *place = static_cast<std::int16_t>(reader);
+}
 
 struct Tensor {
   int rows =

@@ -237,10 +237,8 @@ struct TapeLayout {
         network.layers[l].activation.kind != ActivationKind::identity)
       return false;
     const Layer& next = network.layers[l + 1];
-    bool replaced = forgets_input<X>(next) || (is_read_once && next.kind == LayerKind::norm_pool);
-    for (int other = 0; other < network.layer_count; ++other)
-      replaced = replaced && network.layers[other].other_output != l;
-    return replaced;
+    return network.layers[l].first_reader < 0 &&
+           (forgets_input<X>(next) || (is_read_once && next.kind == LayerKind::norm_pool));
   }
 
   template <class X>
@@ -258,7 +256,7 @@ struct TapeLayout {
 struct LayerTangents {
   Place ra;
   Place rz;  // where the activation has a curvature
-  Place rd;  // of the delta at z, where another layer reads it too
+  Place rd;  // of the delta at z, where what it reads besides its input takes it from there
   Place kept[kMaxKept];
 };
 struct TangentLayout {
@@ -295,8 +293,8 @@ struct TangentLayout {
         for (int l = 0; l <= top; ++l) layers[l].rd = shared.deltas[l].place;
       }
     for (int l = 0; l < network.layer_count; ++l)
-      if (const int other = network.layers[l].other_delta; other >= 0)
-        layers[other].rd = places.take(matrix_scalars<X>(rows, network.layers[other].out));
+      if (network.layers[l].other_output >= 0)
+        layers[l].rd = places.take(matrix_scalars<X>(rows, network.layers[l].out));
     size = places.used;
   }
 };

@@ -29,6 +29,9 @@
 //     repeated_work(layer)               only of those whose output may be made again rather than kept: the multiply-adds of each
 //                                        number of it
 //     scratch_scalars(layer, rows)       only of those that work in memory of their own (LayerPass::scratch): how much, at most
+//     backward_other(p, to, adds), tangent_backward_other(p, t, to, adds)   only of those that read another layer's output
+//                                        (branches.h): the delta at that, to be added to what is there
+//     kReadsOtherAlone                   only where it is so: it leaves x alone, to which backward writes nothing
 //     statistics(p, v)                   only of batch normalisations: mean and variance of the v-th vector of channels
 //
 // A new layer is one such file, a line in registry.h, its torch module in pymeta/spec, and a line in the tests.
@@ -53,8 +56,7 @@ struct LayerPass {
   const Real* weight_transposed;
   Real* kept[kMaxKept];  // its own arrays on the tape
   const Real* d;
-  const Real* other_output = nullptr;  // of branches.h: what layer.other_output gave,
-  const Real* other_delta = nullptr;   // and the delta at layer.other_delta
+  const Real* other_output = nullptr;  // of branches.h: what layer.other_output gave
   Real* scratch = nullptr;             // scratch_scalars() for the time of a call
 };
 
@@ -66,8 +68,7 @@ struct LayerTangent {
   const Real* weight_transposed;
   Real* kept[kMaxKept];                // its own arrays in the tangent pass
   const Real* rd;                      // [rows, out]
-  const Real* other_output = nullptr;  // the tangents of those of LayerPass
-  const Real* other_delta = nullptr;
+  const Real* other_output = nullptr;  // the tangent of that of LayerPass
 };
 
 // How much a call asks of a layer.

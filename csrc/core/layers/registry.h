@@ -4,6 +4,8 @@
 #include "../activations.h"
 #include "batch_norm.h"
 #include "branches.h"
+#include "combination.h"
+#include "concatenation.h"
 #include "convolution.h"
 #include "embedding.h"
 #include "fixed_norm.h"
@@ -46,9 +48,12 @@
   LAYER(elementwise_affine, ElementwiseAffine)  \
   LAYER(group_norm, GroupNorm)                  \
   LAYER(layer_norm, LayerNorm)                  \
-  LAYER(fork, Fork)                             \
-  LAYER(turn, Turn)                             \
-  LAYER(join, Join)                             \
+  LAYER(keep, Keep)                             \
+  LAYER(recall, Recall)                         \
+  LAYER(add, Add)                               \
+  LAYER(multiply, Multiply)                     \
+  LAYER(concatenate, Concatenate)               \
+  LAYER(channels, Channels)                     \
   LAYER(embedding, Embedding)
 
 namespace pymeta {
@@ -211,6 +216,29 @@ PYMETA_FN bool forgets_input(const Layer& layer) {
   bool forgets = false;
   with_layer<X>(layer.kind, [&](auto rules) { forgets = ForgetsInput<decltype(rules)>::value; });
   return forgets;
+}
+
+template <class Rules, class = void>
+struct ReadsOther {
+  static constexpr bool value = false;
+};
+template <class Rules>
+struct ReadsOther<Rules, decltype(void(&Rules::backward_other))> {
+  static constexpr bool value = true;
+};
+template <class Rules, class = void>
+struct ReadsOtherAlone {
+  static constexpr bool value = false;
+};
+template <class Rules>
+struct ReadsOtherAlone<Rules, decltype(void(Rules::kReadsOtherAlone))> {
+  static constexpr bool value = Rules::kReadsOtherAlone;
+};
+template <class X>
+PYMETA_FN bool reads_other_alone(const Layer& layer) {
+  bool alone = false;
+  with_layer<X>(layer.kind, [&](auto rules) { alone = ReadsOtherAlone<decltype(rules)>::value; });
+  return alone;
 }
 
 template <class Rules, class = void>
