@@ -66,8 +66,7 @@ class Episodes:
     The table stays in bytes: gathering bytes and widening them afterwards touches a quarter of
     the memory, which is what such a draw costs.
 
-    ``shift`` moves each drawing by up to that many pixels in both directions, each by itself, and
-    fills with zeros; it is for training alone, and for square drawings.
+    ``shift``: each drawing, a square one, is moved by itself, by up to that many pixels each way.
     """
 
     def __init__(
@@ -90,8 +89,7 @@ class Episodes:
             raise ValueError(f"{ways} classes wanted in a task, there are {self.classes}")
         self.table = np.ascontiguousarray(images).reshape(-1, pixels)
         self.ways, self.shots, self.queries, self.scale = ways, shots, queries, scale
-        self.shift = shift
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.shift = np.random.default_rng(seed), shift
 
     def indices(self, tasks: int) -> NDArray[np.int64]:
         """Rows of the table, int64 [tasks, ways, shots + queries]."""
@@ -119,10 +117,8 @@ class Episodes:
 
     def _rows(self, index: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         tasks, ways, each = index.shape
-        x = self.table.take(index.reshape(tasks, -1), axis=0)
-        if self.shift:
-            x = moved(self.rng, x, self.shift)
-        x = x.astype(np.float32)
+        rows = self.table.take(index.reshape(tasks, -1), axis=0)
+        x = (moved(self.rng, rows, self.shift) if self.shift else rows).astype(np.float32)
         if self.scale != 1.0:
             x *= np.float32(self.scale)
         labels = torch.arange(ways).repeat_interleave(each)
