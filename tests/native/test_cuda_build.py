@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: they compile, what ptxas made of them, and the built module.
 
-nvcc compiles the kernels of two families of calls in float32 for sm_90, three minutes of one core.
-More of them:
+nvcc compiles the kernels of plain calls in float32 for sm_90, and those of all calls as far as PTX:
+what ptxas makes of the latter takes it three more minutes of a core. More of them:
 
     PYMETA_TEST_CUDA="plain chains every float double 80 90 100 120" \\
       pytest tests/native/test_cuda_build.py
@@ -48,27 +48,51 @@ def nvcc() -> str | None:
 
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
-CHOSEN = os.environ.get("PYMETA_TEST_CUDA", "plain every float 90").split()
+CHOSEN = os.environ.get("PYMETA_TEST_CUDA", "plain every.ptx float 90").split()
 REALS = [word for word in CHOSEN if word in ("float", "double")]
 ARCHITECTURES = [word for word in CHOSEN if word.isdigit()]
-FAMILIES = [word for word in CHOSEN if not word.isdigit() and word not in REALS]
+OTHERS = [word for word in CHOSEN if word not in (*REALS, *ARCHITECTURES)]
+FAMILIES = [word for word in OTHERS if not word.endswith(".ptx")]
+TRANSLATED = [word.removesuffix(".ptx") for word in OTHERS if word not in FAMILIES]
 
 
 # ---- the kernels --------------------------------------------------------------------------------
 
 
+def options(family: str, real: str) -> list[str]:
+    """nvcc's for the kernels of one family and real type; those of CMakeLists.txt."""
+    found = ["-std=c++17", "-O3", "-fmad=false", "-diag-suppress=20011,20014", "-DPYMETA_BLOCK"]
+    found += [f"-DPYMETA_FAMILY={family}", f"-DPYMETA_ISA=cuda_{family}_{real}"]
+    return [*found, f"-DPYMETA_REAL={real}", f"-I{ROOT / 'csrc'}", str(KERNELS)]
+
+
 def compiler(program: str, family: str, real: str) -> Program:
-    """nvcc on the kernels of one family and real type for all chosen architectures."""
+    """nvcc on kernels for all chosen architectures."""
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    # The options of CMakeLists.txt.
-    options = ["-std=c++17", "-O3", "-fmad=false", "-diag-suppress=20011,20014", "-DPYMETA_BLOCK"]
-    options += [f"-DPYMETA_FAMILY={family}", f"-DPYMETA_ISA=cuda_{family}_{real}"]
-    options += [*code, f"-DPYMETA_REAL={real}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
-    return Program(program, *options, "-c", str(KERNELS), "-o", "{folder}/kernels.o", cwd=ROOT)
+    words = [*options(family, real), *code, "-Xptxas=-v", "-c", "-o", "{folder}/kernels.o"]
+    return Program(program, *words, cwd=ROOT)
+
+
+def translator(program: str, family: str, real: str) -> Program:
+    """nvcc on kernels, as far as PTX for the first of the chosen architectures."""
+    target = f"-arch=compute_{ARCHITECTURES[0]}"
+    words = [*options(family, real), target, "-ptx", "-o", "{folder}/kernels.ptx"]
+    return Program(program, *words, cwd=ROOT)
 
 
 KINDS = [(family, real) for family in FAMILIES for real in REALS]
 COMPILERS = {kind: compiler(found, *kind) for kind in KINDS if (found := nvcc()) is not None}
+PTX_KINDS = [(family, real) for family in TRANSLATED for real in REALS]
+TRANSLATORS = {
+    kind: translator(found, *kind) for kind in PTX_KINDS if (found := nvcc()) is not None
+}
+
+
+def defined_kernels() -> list[str]:
+    """The names of the kernels. A macro or a template may make more than these, but none fewer."""
+    found = re.findall(r"__global__[^;{]*?\b(\w+)\s*\(\s*(?:const\s|__grid)", KERNELS.read_text())
+    assert len(found) >= 3
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +122,24 @@ def test_options_are_those_of_the_build():
 def test_every_kernel_is_there_and_none_spills_much(kind, compiled):
     _, log = compiled[kind]
     kernels = report.collect([], [log])
-    # A macro or a template may make more kernels than there are definitions, but none fewer.
-    defined = re.findall(r"__global__[^;{]*?\b(\w+)\s*\(\s*(?:const\s|__grid)", KERNELS.read_text())
-    assert len(defined) >= 3
     for arch in ARCHITECTURES:
         own = [k for k in kernels if k.arch == f"sm_{arch}"]
-        missing = [name for name in defined if not any(name in k.symbol for k in own)]
+        missing = [name for name in defined_kernels() if not any(name in k.symbol for k in own)]
         assert not missing, f"sm_{arch}: {missing} are not in {[k.name for k in own]}"
     assert not report.spilling(kernels, SPILLS)
     for k in kernels:
         assert 0 < k.registers <= 255 and k.static_shared_bytes == 0, k
+
+
+@needs_nvcc
+@pytest.mark.background(*TRANSLATORS.values())
+@pytest.mark.parametrize("kind", PTX_KINDS, ids="-".join)
+def test_every_kernel_is_translated(kind):
+    done = TRANSLATORS[kind].result()
+    assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stderr[-8000:]}"
+    entries = re.findall(r"\.entry (\w+)", (TRANSLATORS[kind].folder / "kernels.ptx").read_text())
+    missing = [name for name in defined_kernels() if not any(name in entry for entry in entries)]
+    assert not missing, f"{missing} are not in {entries}"
 
 
 @needs_nvcc
