@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,3 +122,10 @@ def assert_promised(got, wanted, backend: str, terms: int = 1000) -> None:
     assert len(got) == len(wanted) > 0
     for g, w in zip(got, wanted, strict=True):
         assert torch.equal(g, w), f"other bits: {g} is not {w}"
+
+
+def in_threads(work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """What ``work(*one)`` gives for each of the arguments, all at once, each in its own thread."""
+    every = list(arguments)
+    with ThreadPoolExecutor(len(every)) as pool:
+        return list(pool.map(lambda one: work(*one), every))

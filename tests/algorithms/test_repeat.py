@@ -1,12 +1,11 @@
 """The short way through a repeated call: taken where it may be, left where anything differs."""
 
 import gc
-import threading
 import weakref
 
 import pytest
 import torch
-from helpers import assert_close, batch, gradients, mlp
+from helpers import assert_close, batch, gradients, in_threads, mlp
 from torch import nn
 
 import pymeta
@@ -266,13 +265,7 @@ def test_threads_repeat_one_module():
             if not all(map(torch.equal, found, want)):
                 wrong.append(found)
 
-    threads = [
-        threading.Thread(target=work, args=both) for both in zip(several, wanted, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, zip(several, wanted, strict=True))
     assert not wrong
 
 

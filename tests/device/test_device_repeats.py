@@ -1,11 +1,9 @@
 """On a device: repeated calls, memory, streams and captures."""
 
-import threading
-
 import pytest
 import torch
 from device_help import make
-from helpers import batch, gradients, mlp
+from helpers import batch, gradients, in_threads, mlp
 from kernels import same_bits, using
 from torch import Tensor
 
@@ -69,13 +67,7 @@ def test_threads_repeat_one_module():
             if not same_bits(found, want):
                 wrong.append(found)
 
-    threads = [
-        threading.Thread(target=work, args=both) for both in zip(several, wanted, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, zip(several, wanted, strict=True))
     assert not wrong
 
 

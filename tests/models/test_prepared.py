@@ -3,12 +3,11 @@
 import copy
 import gc
 import pickle
-import threading
 import weakref
 
 import pytest
 import torch
-from helpers import batch, mlp
+from helpers import batch, in_threads, mlp
 from kernels import same_bits
 from torch import nn
 
@@ -157,13 +156,7 @@ def test_threads_repeat_one_learner():
             if not same_bits(found, want):
                 wrong.append(found)
 
-    threads = [
-        threading.Thread(target=work, args=both) for both in zip(several, wanted, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, zip(several, wanted, strict=True))
     assert not wrong
 
 
