@@ -72,6 +72,7 @@ void bind_problem(pybind11::module_& m);
 void bind_call(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_settings(pybind11::module_& m);
+void bind_split(pybind11::module_& m);
 void bind_watch(pybind11::module_& m);
 
 }  // namespace pymeta

@@ -21,5 +21,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_engine(m);
   bind_cell(m);
   bind_settings(m);
+  bind_split(m);
   bind_watch(m);
 }

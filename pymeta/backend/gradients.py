@@ -58,19 +58,18 @@ class Gradients:
     it may not.
     """
 
-    __slots__ = ("flat", "native", "small", "stream", "tensors")
+    __slots__ = ("address", "flat", "native", "small", "stream", "tensors")
 
     def __init__(self, layout: Layout, stream: int | None = 0) -> None:
         """Allocate it, without values."""
         self.stream = stream
         with torch.inference_mode(False):  # it may outlive that
             flat = layout.scalar.new_empty(layout.total)
-        base = flat.data_ptr()
-        self.flat = flat
+        self.flat, self.address = flat, flat.data_ptr()
         parts = flat.split_with_sizes([math.prod(shape) for shape in layout.shapes])
         self.tensors = [part.view(shape) for part, shape in zip(parts, layout.shapes, strict=True)]
         parameters, extras = (
-            [base + at if at >= 0 else 0 for at in offsets]
+            [self.address + at if at >= 0 else 0 for at in offsets]
             for offsets in (layout.offsets, layout.extra_offsets)
         )
         self.native = native.extension().Gradients(parameters, *extras)

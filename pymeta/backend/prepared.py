@@ -26,6 +26,7 @@ from pymeta.backend.inputs import (
     predicted_shape,
     ready,
 )
+from pymeta.backend.into_grad import IntoGrad
 from pymeta.backend.node import Leased, with_graph
 from pymeta.backend.plan import Plan
 from pymeta.backend.recipe import Recipe
@@ -49,7 +50,7 @@ class Results(NamedTuple):
 
 _new: Callable[..., Any] = tuple.__new__  # a named tuple of all its values, without a Python call
 _NO_MORE = (None,) * 5  # the extras behind yq
-_pointer, _grad = Tensor.data_ptr, attrgetter("grad")
+_pointer = Tensor.data_ptr
 _NO_ROWS = torch.zeros(1)  # where targets of no rows lie: 0 would mean no targets; never read
 
 
@@ -128,6 +129,7 @@ class PreparedCall:
         self._in_chain = [names.index(n) for n in plan.adapted]
         self.holds: Callable[..., bool]
         self.leaves: Sequence[Tensor] = ()
+        self._into_grad: IntoGrad | None = None
         # those of the extras that there are: at least lr and xs
         self.given = itemgetter(*(i for i, e in enumerate(extras) if e is not None))
         # Of the weights of steps it counts only that there are some.
@@ -164,7 +166,7 @@ class PreparedCall:
         lr, xs, xq, ys, yq = extras[:5]
         plan, predicted = self.plan, self.predicted
         assert predicted is not None and xq is not None
-        predictions = lr.new_zeros(predicted) if self.pads else lr.new_empty(predicted)
+        predictions = lr.new_zeros(predicted) if self.pads else lr.new_empty(*predicted)
         loss: Any = None
         losses: Any = None
         step_losses = None
@@ -280,18 +282,9 @@ class PreparedCall:
         results = self.run(parameters, extras, gradients)
         if layout is None or gradients is None:
             return results
-        inputs, found = layout.inputs(parameters, extras), gradients.tensors
-        grads = [*map(_grad, inputs)]
-        sums = [grad for grad in grads if grad is not None]
-        if len(sums) == len(grads):
-            torch._foreach_add_(sums, found)
-        else:
-            copies = gradients.times(layout.one)
-            for tensor, grad, own in zip(inputs, grads, copies, strict=True):
-                if grad is None:
-                    tensor.grad = own
-                else:
-                    grad.add_(own)
+        if self._into_grad is None:
+            self._into_grad = IntoGrad(gradients, layout.one)
+        self._into_grad(layout.inputs(parameters, extras), gradients)
         if gradients.stream is not None:
             layout.idle.append(gradients)
         return results

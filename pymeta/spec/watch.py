@@ -51,7 +51,7 @@ class Form:
         """Note it; RuntimeError where a tensor's layout has no such form."""
         self._about = _there if there else _here
         self._found = self._of(tensors)
-        self.alike = _guard(tensors)
+        self.alike = exactly_like(tensors)
 
     def _of(self, ts: Sequence[Tensor]) -> list[Any]:
         # four passes in C are quicker than one of comprehension
@@ -66,11 +66,12 @@ def _never(*_: Tensor) -> bool:
     return False
 
 
-def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+def exactly_like(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """What tells in one call that tensors are exactly alike, by torch.compile's own means.
 
     It asks for more than a `Form` (strides that do not matter, the mode of the moment), so that a
-    no is none; where this torch has nothing of the kind, it always says no.
+    no is none; where this torch has nothing of the kind, it always says no. What is no tensor is
+    not like one.
     """
     try:
         guards: Any = import_module("torch._C._dynamo.guards")

@@ -363,6 +363,20 @@ def use_engine(source: Source, made: Made) -> None:
             engine.adapt_predict(*(odd(source, a) for a in arguments))
 
 
+def split(source: Source) -> None:
+    """Arrays of one buffer, to others of their sizes."""
+    sizes = [source.pick((0, 1, 3, 70)) for _ in range(source.below(4))]
+    real = source.pick(("f4", "f8"))
+    arrays = [np.zeros(n, real) for n in sizes]
+    if source.chance(64):
+        lib.Split(odd(source, 4), [odd(source, n) for n in sizes])
+        return
+    parts = lib.Split(np.dtype(real).itemsize, sizes)
+    buffer = np.ones(sum(sizes), real)
+    for put in (parts.add_to, parts.copy_to):
+        put(odd_addresses(source, addresses(arrays)), buffer.ctypes.data)
+
+
 def look_at_plan(source: Source, made: Made) -> None:
     found = made.native.plan(
         odd(source, source.pick((4, 8))), odd(source, source.pick(("meta", "adapt", "reptile"))),
@@ -400,7 +414,7 @@ def one_input(data: bytes) -> None:
         for _ in range(8):
             if not source.rest():
                 break
-            step = source.below(6)
+            step = source.below(7)
             with suppress(*ALLOWED):
                 if step == 0 or not made:
                     made.append(a_problem(source))
@@ -410,7 +424,9 @@ def one_input(data: bytes) -> None:
                     look_at_plan(source, made[-1])
                 elif step == 3:
                     use_engine(source, made[-1])
-                elif step > 3:
+                elif step == 4:
+                    split(source)
+                elif step > 4:
                     call(source, made[-1])
     finally:
         lib.set_isa(before[0])
