@@ -5,8 +5,13 @@
 # cmake and ninja; compute-sanitizer and ncu are used where they are. No network, and nothing is installed into the system:
 # what is built lies in build/gpu, and a second run builds only what changed.
 #
+# nvcc takes minutes for the kernel of all calls, on however many cores. Where time with a GPU is short, run the part `core`
+# beforehand on any machine with the same nvcc, and take build/gpu/core along: then the part `build` compiles the Python side alone.
+# PYMETA_GPU_ARCH says for which GPU: 90, for compute capability 9.0, unless it is set.
+#
 # PARTS, in this order (default: all but those in brackets)
-#   build      pymeta with the CUDA executor for this GPU alone, and with the emulated device
+#   core       [the kernels and all else that knows nothing of Python, into build/gpu/core; without a GPU]
+#   build      pymeta with the CUDA executor for this GPU alone, and for `emulated` with the emulated device
 #   kernels    registers, stack, spills and code of each kernel (kernel_report.py)
 #   info       python -m pymeta.info, with its self-test
 #   smoke      gpu_calls.py, every launch waited for: what fails here needs no test to be found
@@ -36,7 +41,7 @@ shift $(($# ? 1 : 0))
 parts=("$@")
 sanitizers=(memcheck racecheck synccheck)
 ((${#parts[@]})) || parts=(build kernels info smoke tests "${sanitizers[@]}" bench sweep ncu)
-known=" build kernels info smoke tests emulated ${sanitizers[*]} initcheck bench sweep ncu "
+known=" core build kernels info smoke tests emulated ${sanitizers[*]} initcheck bench sweep ncu "
 for part in "${parts[@]}"; do
   [[ $known == *" $part "* ]] || { echo "gpu.sh: no part '$part'; there are$known" >&2; exit 2; }
 done
@@ -160,6 +165,34 @@ PYTHON
   true
 }
 
+# What a core was built of: its files and its compiler.
+sources() {
+  (cd "$root" && find CMakeLists.txt cmake csrc -type f ! -path 'csrc/bind/*' ! -path 'csrc/tests/*' -print0 | sort -z |
+    xargs -0 sha256sum && "$CUDACXX" --version) | sha256sum | cut -d ' ' -f 1
+}
+configured_for() { # ARCHITECTURE: -Xptxas=-v is for kernel_report.py, -lineinfo for the sanitizers and ncu; neither changes the code.
+  printf '%s\n' PYMETA_CUDA=ON "PYMETA_EMULATE=$(wanted emulated && echo ON || echo OFF)" \
+    "CMAKE_CUDA_ARCHITECTURES=$1-real" "CMAKE_CUDA_FLAGS=-Xptxas=-v -lineinfo"
+}
+core() {
+  local arch=${PYMETA_GPU_ARCH:-90} defines
+  [[ -n $CUDACXX ]] || { echo "gpu.sh: no nvcc on the PATH or in /usr/local/cuda/bin"; return 1; }
+  mapfile -t defines < <(configured_for "$arch")
+  rm -rf "$work/core" && mkdir -p "$work/core" || return 1
+  cmake -S "$root" -B "$work/core-cmake" -DCMAKE_BUILD_TYPE=Release -DPYMETA_BUILD_PYTHON=OFF "${defines[@]/#/-D}" &&
+    cmake --build "$work/core-cmake" --target pymeta_core --clean-first --parallel "$(nproc)" 2>&1 | tee "$work/core/build.log"
+  ((PIPESTATUS[0] == 0)) && cp "$work/core-cmake/libpymeta_core.a" "$work/core/" || return 1
+  echo "$arch $(sources)" >"$work/core/made_of"
+  du -h "$work/core/libpymeta_core.a"
+}
+# Whether there is one of these sources for this architecture: it is said why not.
+has_core() {
+  [[ -f $work/core/made_of ]] || return 1
+  [[ $(<"$work/core/made_of") == "$1 $(sources)" ]] && ! wanted emulated && return 0
+  echo "gpu.sh: build/gpu/core is of other sources, another nvcc or GPU, or without emulated blocks: everything is compiled here"
+  return 1
+}
+
 architecture() { # 90 for compute capability 9.0
   local found
   found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
@@ -170,18 +203,27 @@ architecture() { # 90 for compute capability 9.0
 
 build() {
   build_for "$(architecture)" 2>&1 | tee "$work/build.log"
-  return "${PIPESTATUS[0]}"
+  local code=${PIPESTATUS[0]}
+  [[ -f $work/with_core ]] && cat "$work/core/build.log" >>"$work/build.log"
+  return "$code"
 }
-# -Xptxas=-v is for kernel_report.py, -lineinfo for the sanitizers and ncu; neither changes the code.
 build_for() {
   local arch=$1 began=$SECONDS
   [[ -n $CUDACXX ]] || { echo "gpu.sh: no nvcc on the PATH or in /usr/local/cuda/bin"; return 1; }
   [[ -n $arch ]] || { echo "gpu.sh: neither nvidia-smi nor torch tells the compute capability"; return 1; }
-  local defines=(PYMETA_CUDA=ON PYMETA_EMULATE=ON "CMAKE_CUDA_ARCHITECTURES=$arch-real"
-    "CMAKE_CUDA_FLAGS=-Xptxas=-v -lineinfo")
+  local defines
+  mapfile -t defines < <(configured_for "$arch")
+  rm -rf "$site" "$work/with_core"
+  if has_core "$arch"; then
+    defines+=("PYMETA_CORE=$work/core/libpymeta_core.a")
+    touch "$work/with_core"
+  else
+    defines+=(PYMETA_CORE=)
+    # This machine's own instruction set: the others are for other machines.
+    grep -q avx512bw /proc/cpuinfo 2>/dev/null && defines+=(PYMETA_ISAS=avx512)
+  fi
   CMAKE_BUILD_PARALLEL_LEVEL=$(nproc)
   export CMAKE_BUILD_PARALLEL_LEVEL
-  rm -rf "$site"
   within 300 "$python" -m pip install -v --disable-pip-version-check --no-index --no-deps --no-build-isolation \
     --target "$site" --config-settings="build-dir=$work/cmake" "${defines[@]/#/--config-settings=cmake.define.}" \
     "$root" && return 0
@@ -307,7 +349,7 @@ write_results() {
   summary >"$out/summary.md"
 }
 counts_against() { # whether a part that did not pass makes the run fail
-  [[ $1 =~ ^(build|info|smoke|tests|emulated|memcheck|racecheck|synccheck)$ && ${state[$1]:-stopped} != "passed" ]] &&
+  [[ $1 =~ ^(core|build|info|smoke|tests|emulated|memcheck|racecheck|synccheck)$ && ${state[$1]:-stopped} != "passed" ]] &&
     [[ ${state[$1]:-stopped} != "not possible here" ]]
 }
 end() {
@@ -329,6 +371,8 @@ trap end EXIT INT TERM
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 machine >"$logs/machine.txt" 2>&1
+wanted core && run core core
+[[ ${parts[*]} == core ]] && exit 0
 wanted build && run build build
 if ! compgen -G "$site/pymeta/_native*.so" >/dev/null; then
   echo "gpu.sh: nothing is built, so nothing can be run" | tee -a "$logs/machine.txt"

@@ -13,7 +13,7 @@
 PYMETA_KERNEL_BEGIN
 
 constexpr int kMostTensors = 2 * kMostLayers;
-constexpr bool kCopiesLayers = Block::Family::kExtras;  // the passes look at them all the time
+constexpr bool kCopiesLayers = !Block::Family::kLists;  // the passes look at them all the time
 
 // What a loss points to.
 struct LossArrays {
@@ -41,6 +41,7 @@ struct Frame {
   Loss losses[3];  // of the support, query and validation sets
   // Of a block's own copy, where calls are lists:
   Real* memories[4];  // operations.h: Lies
+  Memory memory;      // the first two
   int rows[2];        // of the task's support and query sets, or of what a step has of them
 
   // Where calls are lists, what follows is read where it is.
@@ -64,9 +65,10 @@ struct Frame {
   const Real* adapted_cotangents[kMostTensors];
   Real* packed;  // the start, as `shared` points to it
 
-  PYMETA_FN void lies_in(const Memory& memory, const Real* start, Real* chunk_sums) {
-    memories[0] = memory.near;
-    memories[1] = memory.far;
+  PYMETA_FN void lies_in(const Memory& lies, const Real* start, Real* chunk_sums) {
+    memory = lies;
+    memories[0] = lies.near;
+    memories[1] = lies.far;
     memories[2] = const_cast<Real*>(start);
     memories[3] = chunk_sums;
   }
@@ -111,8 +113,12 @@ PYMETA_FN inline Memory own_memory(const Frame& frame) {
           frame.far + block_index() * frame.workspace.size_far};
 }
 
+// What each block has of the frame.
+PYMETA_FN inline Frame& block_frame() {
+  return *reinterpret_cast<Frame*>(shared_memory() + kFramePlace);
+}
 PYMETA_FN inline Frame& own_frame(const Frame& given) {
-  Frame& own = *reinterpret_cast<Frame*>(shared_memory() + kFramePlace);
+  Frame& own = block_frame();
   const double* from = reinterpret_cast<const double*>(&given);
   double* to = reinterpret_cast<double*>(&own);
   Block::for_indices(static_cast<int>(kFrameCopied / sizeof(double)),
@@ -126,15 +132,15 @@ PYMETA_FN inline Frame& own_frame(const Frame& given) {
 }
 
 // What the kernel of a family is given: more where all of its calls are lists (list.h).
-template <bool kExtras>
+template <bool kLists>
 struct TaskFrame;
 template <>
-struct TaskFrame<true> : Frame {
+struct TaskFrame<false> : Frame {
   using Frame::Frame;
   void make_list(const Call<Real>&, std::size_t) {}
 };
 
-PYMETA_FN inline void run_tasks(const TaskFrame<true>& given) {
+PYMETA_FN inline void run_tasks(const TaskFrame<false>& given) {
   const Frame& frame = own_frame(given);
   const Call<Real>& call = frame.call;
   const Workspace<Block>& workspace = frame.workspace;

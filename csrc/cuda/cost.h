@@ -39,6 +39,7 @@ class CostModel {
       if (call.second_order()) pass(layer, narrow, l > 0, rows, 2, steps, true);
       pass(layer, narrow, l > 0, call.max_query, 1, 1, gradient);
     }
+    if (workspace.stores_gradient) follow_rule(call, workspace.parameters.size, steps);
     if (workspace.saves_steps) copy(2 * workspace.size_far);
   }
   const TaskCost& cost() const { return cost_; }
@@ -81,6 +82,15 @@ class CostModel {
     cost_.path += steps * sharing_.turns(static_cast<int>(dealt)) * tile_cycles(height);
     operations(times);
   }
+  // Steps of an optimiser's rule, and the way back through them: number by number, divisions and roots among them.
+  void follow_rule(const Call<Real>& call, std::size_t parameters, double steps) {
+    constexpr double instructions = 60, cycles = 240;
+    const double times = steps * (call.reverses() ? 3 : 1);
+    const double each = static_cast<double>(parameters);
+    cost_.instructions += times * instructions * each / kWarp;
+    cost_.path += times * cycles * (each > threads_ ? each / threads_ : 1);
+    operations(times);
+  }
   // So many multiply-adds by all threads, one after the other in each.
   void elements(double each, double times) {
     constexpr double instructions = 4, cycles = 12;
@@ -92,9 +102,10 @@ class CostModel {
     constexpr double quads = 4, round_trip = 600;
     cost_.path += static_cast<double>(scalars) / 4 / (quads * threads_) * round_trip;
   }
-  // What every operation costs every warp: finding its arrays, and a barrier.
+  // What every operation costs beside its numbers: finding its arrays, and a barrier. Warps that have no share of it go on, so that
+  // the busiest has 290 instructions, of six cycles each where nothing else hides them, and the mean warp fewer.
   void operations(double count) {
-    constexpr double instructions = 300, cycles = 1800;
+    constexpr double instructions = 170, cycles = 1740;
     cost_.instructions += count * instructions * sharing_.warps;
     cost_.path += count * cycles;
   }

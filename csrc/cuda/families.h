@@ -15,8 +15,13 @@
 namespace pymeta {
 namespace block_families {
 
-// Linear layers and activations.
+// What runs the algorithms themselves, whatever is asked.
+struct every : AllCalls {
+  static constexpr bool kLists = false;
+};
+// Linear layers and activations, as lists of operations (operations.h).
 struct chains : AllCalls {
+  static constexpr bool kLists = true;
   template <LayerKind kind>
   static constexpr bool kLayer = kind == LayerKind::linear || kind == LayerKind::lone_activation;
 };
@@ -25,7 +30,6 @@ struct plain : chains {
   static constexpr bool kExtras = false;
   static constexpr bool kSeeds = false;
 };
-using every = AllCalls;
 
 }  // namespace block_families
 }  // namespace pymeta
@@ -57,28 +61,58 @@ bool has_loss(LossKind kind) {
   return false;
 }
 
-// Plain calls are lists of operations (operations.h), the same for all tasks but for the number of their rows.
+// Calls of chains are lists of operations (operations.h), the same for all tasks but for the number of their rows.
 constexpr int kMostOperations = 500;
 constexpr int kMostNumber = 65535;  // of features, rates
 
 // As many as a task has, or more, whatever memory it gets.
-inline std::int64_t most_operations(const Call<Real>& call) {
-  const std::int64_t layers = call.network->layer_count, tensors = call.network->tensor_count;
-  if (call.job == Job::meta) return (12 * layers + 14) * call.steps + 6 * layers + 8;
-  return 2 * (6 * layers + 6 + tensors) + 2 * (2 * layers + 8 + 2 * tensors);
+inline std::int64_t most_operations(const Call<Real>& call, bool options) {
+  const std::int64_t tensors = call.network->tensor_count;
+  std::int64_t pass = 0;  // there and back
+  for (int l = 0; l < call.network->layer_count; ++l)
+    pass += is_fused(call.network->layers[l].activation.kind) ? 4 : 6;
+  if (call.job != Job::meta)
+    return 2 * (pass + 6 + (options ? 3 : 1) * tensors) +
+           2 * (pass + 10 + (options ? 3 : 2) * tensors);
+  std::int64_t of_step = 2 * pass + 14, of_all = pass + 8;
+  if (options) {
+    const bool clips = call.optimizer.clip_norm > 0;
+    of_step += steps_scale_gradient(call) ? 0 : 2 * tensors + 2;
+    of_step += (clips ? 4 * tensors + 3 : 0) + (call.lr_gradient ? tensors : 0);
+    of_step += (call.is_anchored() ? tensors : 0) + (call.anchors_gradient ? tensors + 1 : 0);
+    of_step += 6 + (call.step_weights ? pass + 14 : 0);
+    of_all += 3 * tensors + 24 + (call.query.has_weightless ? 2 * pass + 16 : 0);
+  }
+  return of_step * call.steps + of_all;
 }
-inline bool fits_a_list(const Call<Real>& call) {
-  if (most_operations(call) > kMostOperations) return false;
-  bool fits = static_cast<std::int64_t>(call.lr.rows) * call.lr.columns < kMostNumber;
+inline bool fits_a_list(const Call<Real>& call, bool options) {
+  if (most_operations(call, options) > kMostOperations) return false;
+  bool fits = call.lr.is_spread() ||
+              static_cast<std::int64_t>(call.lr.rows) * call.lr.columns < kMostNumber;
   for (int l = 0; l < call.network->layer_count; ++l)
     for (const Shape* shape : {&call.network->layers[l].in, &call.network->layers[l].out})
       fits = fits && shape->features() <= kMostNumber;
   return fits;
 }
+// What no list has: what depends on what was computed, and what few ask for.
+inline bool is_beyond_lists(const Call<Real>& call) {
+  const bool meta = call.job == Job::meta;
+  const bool has_elements = call.support.weight_columns > 1 || call.query.weight_columns > 1;
+  return call.validation.x || call.train_curves || call.by_support || call.statistics ||
+         has_elements || (meta && call.batches.size > 0) ||
+         (call.wants_input_gradient() && call.step_weights) ||
+         (call.lr_gradient && (call.lr.per_task || call.task_clip > 0)) ||
+         (!meta && (call.parameter_per_task || (call.lr.is_spread() && call.lr.rows > 1))) ||
+         (call.query.has_weightless && call.predictions && !call.query.y);
+}
 
 template <class Family>
 bool holds(const Call<Real>& call) {
-  if (!Family::kExtras && (has_extras<Family>(call) || !fits_a_list(call))) return false;
+  if constexpr (Family::kLists) {
+    const bool options = has_extras<block_families::plain>(call);
+    if (Family::kExtras ? is_beyond_lists(call) : options) return false;
+    if (!fits_a_list(call, options)) return false;
+  }
   for (int l = 0; l < call.network->layer_count; ++l)
     if (!has_layer<Family>(call.network->layers[l].kind)) return false;
   for (const RowSet<Real>* set : {&call.support, &call.query, &call.validation})

@@ -17,6 +17,11 @@ class Hazards {
   // The first of a part may follow on anything.
   void mark(Operation* operations, int begin, int end) {
     for (int i = begin; i < end; ++i) {
+      if (is_together(operations[i].act)) {
+        operations[i].waits = true;
+        before_.clear();  // it ends with a barrier
+        continue;
+      }
       note(operations[i]);
       operations[i].waits = i == begin || conflicts();
       if (operations[i].waits) before_.clear();
@@ -140,6 +145,7 @@ class Hazards {
       case Act::write_status:
         return writes(kScratch, 1);
       case Act::write_mean_loss:
+      default:
         return;
     }
   }

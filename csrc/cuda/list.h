@@ -1,104 +1,86 @@
 // A block goes through lists of operations (operations.h), task by task.
 #pragma once
 
-#include "alone.h"
-#include "recorder.h"
+#include "list_options.h"
 
 PYMETA_KERNEL_BEGIN
 
-template <bool kExtras>
-struct TaskFrame : Frame {
-  OperationList list;
-
-  using Frame::Frame;
-  void make_list(const Call<Real>& described, std::size_t near) {
-    record(described, near, sharing, list);
-  }
-};
-using ListFrame = TaskFrame<false>;
-
-// What the set is then is known from the list; it is on the stack for the time of this function.
-PYMETA_FN PYMETA_NOINLINE inline void bind_rows(const Call<Real>& call, const Memory& memory,
-                                                std::int64_t task, SetOf which,
-                                                const Workspace<Block>& workspace,
-                                                TaskRows chosen) {
-  const bool is_query = which == SetOf::query;
-  TaskBinder(call, task, memory)
-      .bind(is_query ? call.query : call.support,
-            is_query ? workspace.query_set : workspace.support_set, &chosen);
-}
-
-class ListedTask {
+class ListedTask : ListOptions {
  public:
-  // `own`: the block's part of the frame. `first` of its chunk: what is summed over tasks is put where the sums are, and not added.
-  PYMETA_FN ListedTask(const ListFrame& given, Frame& own, const Memory& memory, bool first,
-                       std::int64_t task)
-      : given_(given),
-        own_(own),
-        call_(own.call),
-        memory_(memory),
-        first_(first),
-        task_(task),
-        rates_(own.call.lr.values) {}
+  using ListOptions::ListOptions;
 
   // Its inner steps and what comes behind them, or the whole of a meta-gradient.
   PYMETA_FN void run_all() {
     const Workspace<Block>& workspace = given_.workspace;
-    RowOrder order(call_, task_, order_in(memory_, workspace.order));
-    if (call_.has_support() && !order.shuffles()) bind(SetOf::support, {nullptr, order.rows()});
+    RowOrder order(call(), task_, order_in(memory(), workspace.order));
+    if constexpr (kOptions) begin_task();
+    if (call().has_support() && !order.shuffles()) bind(SetOf::support, {nullptr, order.rows()});
     const int steps = steps_of(order);
     for (int k = 0; k <= steps; ++k) {
       if (k < steps)
         begin_step(k, order);
-      else if (call_.has_query())
-        bind(SetOf::query, {nullptr, call_.query.size(task_)});
-      run(k < steps                ? (k == 0 ? Part::first_step : Part::next_step)
-          : call_.job == Job::meta ? Part::whole
-          : steps > 0              ? Part::after_some
-                                   : Part::after_none);
+      else if (call().has_query())
+        bind(SetOf::query, {nullptr, call().query.size(task_)});
+      run(k < steps                 ? (k == 0 ? Part::first_step : Part::next_step)
+          : call().job == Job::meta ? Part::whole
+          : steps > 0               ? Part::after_some
+                                    : Part::after_none);
       sync();  // before other rows take the place of these
     }
-    if (call_.job == Job::fine_tune && thread_index() == 0) {
-      const int epochs = order.rows() > 0 ? call_.epochs : 0;
-      if (call_.best_epochs) call_.best_epochs[task_] = epochs;
-      if (call_.epochs_run) call_.epochs_run[task_] = epochs;
+    if (call().job == Job::fine_tune && thread_index() == 0) {
+      const int epochs = order.rows() > 0 ? call().epochs : 0;
+      if (call().best_epochs) call().best_epochs[task_] = epochs;
+      if (call().epochs_run) call().epochs_run[task_] = epochs;
     }
   }
 
  private:
+  static constexpr bool kOptions = Block::Family::kExtras;
+
   PYMETA_FN void run(Part part) {
     const int p = static_cast<int>(part), end = given_.list.ends[p];
-    for (int i = p ? given_.list.ends[p - 1] : 0; i < end; ++i) {
+    int i = p ? given_.list.ends[p - 1] : 0;
+    if constexpr (kOptions) {
+      while ((i = run_apart(i, end)) < end) i += 1 + run_next_together(given_.list.operations[i]);
+    } else {
+      run_alone(i, end);
+    }
+  }
+  // Up to what all threads do together; returns where that is. Its operands on the stack are not beneath what comes then.
+  PYMETA_FN PYMETA_NOINLINE int run_apart(int i, int end) { return run_alone(i, end); }
+  PYMETA_FN int run_alone(int i, int end) {
+    for (; i < end; ++i) {
       const Operation& op = given_.list.operations[i];
+      if constexpr (kOptions)
+        if (is_together(op.act)) break;
       if (op.waits) sync();
       const int own = op.from_last ? thread_count() - 1 - thread_index() : thread_index();
       if (own < op.share) run(op, own);
     }
+    return i;
+  }
+  // Returns how many operations after it are left out.
+  PYMETA_FN int run_next_together(const Operation& op) const {
+    sync();
+    if (op.act == Act::skip) return skipped(op);
+    run_together(op);
+    return 0;
   }
 
   PYMETA_FN void run(const Operation& op, int own) {
     const int out = op.out;
-    const Extent extent{own_.rows[static_cast<int>(op.set)], nullptr, Real(0)};
+    const Extent extent{frame().rows[static_cast<int>(op.set)], nullptr, Real(0)};
     switch (op.act) {
       case Act::apply:
       case Act::apply_transposed:
       case Act::outer:
         return product(op, extent.rows);
       case Act::narrow_apply:
-        return Alone::narrow_apply(op.in, out, extent.rows, terms(op), maybe(op, 4), at(op, 5));
-      case Act::narrow_apply_transposed: {
-        const TwoTerms pair = terms(op);
-        const Term both[2] = {{{pair.x, 0}, pair.w}, {{pair.x_too, 0}, pair.w_too}};
-        return Alone::narrow_apply_transposed(op.in, out, extent, both, op.count,
-                                              destination(op, 5));
-      }
-      case Act::narrow_outer: {
-        const TwoTerms pair = terms(op);
-        const long row = Alone::stride(op.in);
-        const Matrix pairs[2][2] = {{{pair.x, row}, {pair.w, 0}},
-                                    {{pair.x_too, row}, {pair.w_too, 0}}};
-        return Alone::narrow_outer(op.in, out, extent, pairs, op.count, sink(op, 4));
-      }
+        return narrow_apply(op, extent);
+      case Act::narrow_apply_transposed:
+        return narrow_apply_transposed(op, extent);
+      case Act::narrow_outer:
+        return narrow_outer(op, extent);
       case Act::sum_rows:
         return Alone::sum_quad(out, extent.rows, own, at(op, 0), sink(op, 1));
       case Act::narrow_sum_rows:
@@ -120,18 +102,17 @@ class ListedTask {
         return through_slope_tangent<Alone>(layer(op), extent, maybe(op, 0), at(op, 1),
                                             maybe(op, 2), maybe(op, 3), at(op, 4), at(op, 5));
       case Act::loss_gradient:
-        return loss_gradient<Alone>(loss(op), loss_rows(op, extent.rows), at(op, 4), maybe(op, 5));
+        return of_loss(op, extent.rows);
       case Act::loss_hessian_product:
-        return loss_hessian_product<Alone>(loss(op), loss_rows(op, extent.rows), at(op, 4),
-                                           at(op, 5));
+        return of_loss_tangent(op, extent.rows);
       case Act::write_loss:
-        if (call_.losses) call_.losses[task_] = Alone::sum_in_order(extent.rows, at(op, 0));
+        if (call().losses) call().losses[task_] = Alone::sum_in_order(extent.rows, at(op, 0));
         return;
       case Act::add_loss:
         loss_sum_ = loss_sum_ + Alone::sum_in_order(extent.rows, at(op, 0));
         return;
       case Act::write_mean_loss:
-        call_.losses[task_] = call_.steps > 0 ? loss_sum_ / Real(call_.steps) : Real(0);
+        call().losses[task_] = call().steps > 0 ? loss_sum_ / Real(call().steps) : Real(0);
         return;
       case Act::write_predictions:
         return write_predictions(extent, out, at(op, 0));
@@ -142,53 +123,18 @@ class ListedTask {
       case Act::add_difference:
         return add_difference(op, at(op, 0), at(op, 1), at(op, 2));
       case Act::look_at_weights:
-        return Alone::look_at_weights(call_, given_.workspace.parameters, at(op, 0));
+        return Alone::look_at_weights(call(), given_.workspace.parameters, at(op, 0));
       case Act::gather_looks:
         return Alone::gather_looks();
       case Act::write_status:
         return write_status();
       case Act::write_adapted:
         return write_adapted(op.number, at(op, 0));
+      case Act::begin_step:
+        return correct(op.number);
+      default:
+        return;
     }
-  }
-
-  // ---- operands --------------------------------------------------------------------------------------------------
-
-  PYMETA_FN Real* at(const Operation& op, int i) const {
-    const Spot spot = op.spots[i];
-    return own_.memories[spot >> kSpotBits] + (spot & ((Spot{1} << kSpotBits) - 1));
-  }
-  PYMETA_FN Real* maybe(const Operation& op, int i) const {
-    return op.spots[i] == kNoSpot ? nullptr : at(op, i);
-  }
-  PYMETA_FN static std::size_t size(const Operation& op) { return op.spots[kSpots - 1]; }
-  PYMETA_FN TwoTerms terms(const Operation& op) const {
-    TwoTerms t{op.count, maybe(op, 0), maybe(op, 1), nullptr, nullptr};
-    if (op.count > 1) t.x_too = at(op, 2), t.w_too = at(op, 3);
-    return t;
-  }
-  PYMETA_FN const Layer& layer(const Operation& op) const {
-    return call_.network->layers[op.number];
-  }
-  PYMETA_FN const Loss& loss(const Operation& op) const {
-    return own_.losses[static_cast<int>(op.set)];
-  }
-  PYMETA_FN Destination destination(const Operation& op, int first) const {
-    return {at(op, first), op.relu, maybe(op, first + 1)};
-  }
-  // A chunk's first task finds no sums.
-  PYMETA_FN Real* base(const Operation& op, int i) const {
-    const bool summed = op.spots[i] >> kSpotBits == static_cast<Spot>(Lies::sums);
-    return first_ && summed ? nullptr : maybe(op, i);
-  }
-  PYMETA_FN Real scale(const Operation& op) const {
-    return op.rate ? -rates_[op.rate - 1] : Real(1);
-  }
-  PYMETA_FN Sink sink(const Operation& op, int first) const {
-    return {at(op, first), base(op, first + 1), maybe(op, first + 2), scale(op)};
-  }
-  PYMETA_FN LossRows loss_rows(const Operation& op, int rows) const {
-    return {op.out, op.in, rows, at(op, 0), maybe(op, 1), at(op, 2), nullptr, at(op, 3), nullptr};
   }
 
   // ---- operations ------------------------------------------------------------------------------------------------
@@ -218,8 +164,30 @@ class ListedTask {
       multiply_alone<Form::nt>(p, op.height);
   }
 
+  // Each in a function of its own, so that what they have on the stack takes the same place.
+
+  PYMETA_FN void narrow_apply(const Operation& op, const Extent& extent) const {
+    Alone::narrow_apply(op.in, op.out, extent.rows, terms(op), maybe(op, 4), at(op, 5));
+  }
+  PYMETA_FN void narrow_apply_transposed(const Operation& op, const Extent& extent) const {
+    const TwoTerms pair = terms(op);
+    const Term both[2] = {{{pair.x, 0}, pair.w}, {{pair.x_too, 0}, pair.w_too}};
+    Alone::narrow_apply_transposed(op.in, op.out, extent, both, op.count, destination(op, 5));
+  }
+  PYMETA_FN void narrow_outer(const Operation& op, const Extent& extent) const {
+    const TwoTerms pair = terms(op);
+    const long row = Alone::stride(op.in);
+    const Matrix pairs[2][2] = {{{pair.x, row}, {pair.w, 0}}, {{pair.x_too, row}, {pair.w_too, 0}}};
+    Alone::narrow_outer(op.in, op.out, extent, pairs, op.count, sink(op, 4));
+  }
+  PYMETA_FN void of_loss(const Operation& op, int rows) const {
+    loss_gradient<Alone>(loss(op), loss_rows(op, rows), at(op, 4), maybe(op, 5));
+  }
+  PYMETA_FN void of_loss_tangent(const Operation& op, int rows) const {
+    loss_hessian_product<Alone>(loss(op), loss_rows(op, rows), at(op, 4), at(op, 5));
+  }
   PYMETA_FN void write_predictions(const Extent& extent, int out, const Real* y) const {
-    Real* to = call_.predictions + call_.query.start(task_) * out;
+    Real* to = call().predictions + call().query.start(task_) * out;
     const int rows = extent.rows;
     Alone::map(extent, out, [=](long, long o, int r) {
       to[static_cast<std::int64_t>(r) * out + o] = y[o * rows + r];
@@ -230,25 +198,39 @@ class ListedTask {
     const StepOperands operands{at(op, 0),    at(op, 1),    at(op, 2),
                                 maybe(op, 3), maybe(op, 4), given_.workspace.parameters.size,
                                 size(op)};
-    with_rule(call_.optimizer,
+    with_rule(call().optimizer,
               [&](const auto& rule) { Alone::take_step(rule, operands, scale(op), correction_); });
+  }
+  // Where no row was left out they are known.
+  PYMETA_FN int skipped(const Operation& op) const {
+    const int rows = frame().rows[static_cast<int>(SetOf::query)];
+    if (rows < call().query.size(task_)) return 0;
+    write_predictions({rows, nullptr, Real(rows)}, op.out, at(op, 0));
+    sync();
+    return static_cast<int>(size(op));
+  }
+  PYMETA_FN void correct(int k) {
+    if (const Real* c = given_.shared.corrections) correction_ = {c[2 * k], c[2 * k + 1]};
   }
   PYMETA_FN void add_difference(const Operation& op, const Real* start, const Real* theta,
                                 Real* to) const {
     const Real* base = first_ ? nullptr : to;
+    const bool clips = extra<Block>(call().task_clip > 0);
+    const Real factor = clips ? number(kShare) : Real(1);
     Alone::for_vectors(size(op), [=](std::size_t i) {
-      const Real difference = start[i] - theta[i];
+      const Real whole = start[i] - theta[i];
+      const Real difference = clips ? factor * whole : whole;
       to[i] = base ? base[i] + difference : difference;
     });
   }
   PYMETA_FN void write_status() const {
     Real bad = 0;
     for (int i = 0; i < kLookers; ++i) bad += Alone::scratch()[kBlockThreads + i];
-    call_.status[task_] = bad != 0;
+    call().status[task_] = bad != 0;
   }
   PYMETA_FN void write_adapted(int t, const Real* from) const {
     const PackedTensor& p = given_.workspace.parameters.tensors[t];
-    Real* to = call_.adapted_parameters[t] + task_ * p.elements();
+    Real* to = call().adapted_parameters[t] + task_ * p.elements();
     const int across = p.transposed ? p.outer : p.inner;
     Alone::for_indices(p.outer * p.inner, [&](int index) {
       const int line = index / across, column = index % across;
@@ -259,50 +241,41 @@ class ListedTask {
 
   // ---- rows and steps --------------------------------------------------------------------------------------------
 
-  // How many rows there are is heard of behind the next barrier.
-  PYMETA_FN void bind(SetOf which, const TaskRows& chosen) const {
-    bind_rows(call_, memory_, task_, which, given_.workspace, chosen);
-    if (thread_index() == 0) own_.rows[static_cast<int>(which)] = chosen.count;
-  }
   // Of those that are part by part.
   PYMETA_FN int steps_of(const RowOrder& order) const {
-    if (call_.job == Job::meta || call_.job == Job::predict || order.rows() == 0) return 0;
-    return call_.job == Job::fine_tune ? call_.epochs * order.batches() : call_.steps;
+    if (call().job == Job::meta || call().job == Job::predict || order.rows() == 0) return 0;
+    return call().job == Job::fine_tune ? call().epochs * order.batches() : call().steps;
   }
   PYMETA_FN void begin_step(int k, RowOrder& order) {
     if (order.shuffles())
       bind(SetOf::support, order.batch(k / order.batches(), k % order.batches()));
-    const LearningRate<Real>& lr = call_.lr;
+    const LearningRate<Real>& lr = call().lr;
     rates_ = lr.values + static_cast<long>(k < lr.rows ? k : lr.rows - 1) * lr.columns;
-    if (const Real* c = given_.shared.corrections) correction_ = {c[2 * k], c[2 * k + 1]};
+    correct(k);
   }
 
-  const ListFrame& given_;
-  Frame& own_;
-  const Call<Real>& call_;
-  const Memory& memory_;
-  const bool first_;
-  const std::int64_t task_;
-  const Real* rates_;  // of the step
-  Correction correction_{};
   Real loss_sum_ = 0;  // of the steps; the first thread's
 };
 
 PYMETA_FN inline void run_tasks(const ListFrame& given) {
   Frame& own = own_frame(given);
-  const Memory memory = own_memory(given);
   for (std::int64_t chunk = block_index(); chunk < given.chunks; chunk += block_count()) {
     if (thread_index() == 0)
-      own.lies_in(memory, given.shared.theta,
+      own.lies_in(own_memory(given), given.shared.theta,
                   given.sums + chunk * static_cast<std::int64_t>(given.sums_size));
+    if constexpr (Block::Family::kExtras) {
+      Real* rates =
+          given.sums + chunk * static_cast<std::int64_t>(given.sums_size) + given.gradient_sums;
+      Block::for_vectors(given.lr_sums, [=](std::size_t i) { rates[i] = 0; });
+    }
     sync();
     const std::int64_t first = chunk * given.tasks_per_chunk;
     for (std::int64_t task = first; task < first + given.tasks_per_chunk && task < own.call.tasks;
          ++task)
-      ListedTask(given, own, memory, task == first, task).run_all();
+      ListedTask(given, task == first, task).run_all();
   }
 }
 
-using GivenFrame = TaskFrame<Block::Family::kExtras>;
+using GivenFrame = TaskFrame<Block::Family::kLists>;
 
 PYMETA_KERNEL_END

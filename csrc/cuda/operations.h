@@ -1,4 +1,4 @@
-// A call as lists of operations, which every task of a plain call goes through in the same order (recorder.h, list.h).
+// A call as lists of operations, which every task goes through in the same order (recorder.h, list.h).
 //
 // They are made on the host and travel in the kernel's parameters, where all threads read the same entry at once. An operation is
 // one of the executor's (block.h) with its operands; where they lie is a memory and an index in it. What tasks may have more
@@ -39,7 +39,48 @@ enum class Act : std::uint8_t {
   gather_looks,
   write_status,
   write_adapted,  // theta
+
+  // Of calls with options (list_options.h):
+  begin_step,  // Adam's corrections are those of step `number`
+  // From here on all threads do an operation together, and wait for each other in it and at its end.
+  seed,             // delta, what flows in beside the loss; relu: is there a loss?
+  add_offset,       // outputs, offset
+  fill,             // to: 0, or 1 / in
+  add_factored,     // to, from
+  add_products,     // to, deltas, outputs' tangents: their products, row by row
+  add_to_inputs,    // dx, its tangent; relu: nothing is there yet
+  target_gradient,  // outputs, targets, scale, kept, gradient
+  target_tangent,   // outputs, targets, scale, kept, r, product
+  follow_rule,      // rates, theta, gradient, start, state before, state, theta after the step
+  fold_rate,        // rates, theta, gradient, start, state before, v, rate's gradient
+  fold_product,     // gradient, v, rate's gradient
+  reverse_rule,     // rates, theta, gradient, start, state, v, u
+  add_square,       // theta, gradient, start; sums that begin anew have `relu`
+  clip,             // what a gradient of that norm is scaled by
+  add_along,        // theta, gradient, start, u
+  clip_slope,       // what that makes of the scale's derivative
+  reverse_clip,     // theta, gradient, start, u
+  reverse_pull,     // v, u, pull; relu: in the first step
+  add_pull,         // theta, start, u
+  end_pull,         // what all tensors' come to
+  add_difference_square,  // theta, start; or an array alone
+  task_clip,              // what a task's share of the sums is scaled by
+  clear_array,            // to
+  add_task,               // v, to
+  add_cotangent,          // v
+  add_step_loss,          // row losses after step `number`
+  write_weighted_loss,
+  bind_all,    // all rows of the query set, whether they count or not,
+  bind_again,  // and those that count
+  skip,  // outputs: where all count these are the predictions, and `skips` operations are left out
+  write_own_gradient,  // v
+  write_anchor_gradient,
+  write_inputs,   // dx
+  write_columns,  // of targets, or of offsets where `relu`
+  write_weights,
 };
+// Do all threads do it together?
+PYMETA_FN constexpr bool is_together(Act act) { return act >= Act::seed; }
 
 // In which memory an operand lies, and how many numbers from its beginning.
 using Spot = std::uint32_t;
@@ -56,7 +97,7 @@ struct Operation {
   std::uint8_t number;  // of the layer whose activation it is, or of a tensor
   std::uint8_t height;  // of a product's tiles
   SetOf set;            // whose rows they are
-  bool relu : 1;
+  bool relu : 1;        // or what an act says
   bool waits : 1;       // for what other threads did before
   bool from_last : 1;   // the last threads do it
   bool has_before : 1;  // is there an optimiser's state of the step before?
@@ -65,6 +106,13 @@ struct Operation {
       rate;  // 0: what is summed is taken as it is; else times -(this one of a step's rates)
   std::uint16_t share;  // threads that have something to do, at most
   Spot spots[kSpots];   // where there is a size, it is the last
+
+  // Of arrays of an operation that has all seven.
+  PYMETA_FN void put_quads(std::size_t size) {
+    in = static_cast<std::uint16_t>(size / 4);
+    out = static_cast<std::uint16_t>(size / 4 >> 16);
+  }
+  PYMETA_FN std::size_t quads() const { return static_cast<std::size_t>(out) << 16 | in; }
 };
 static_assert(sizeof(Operation) == 44, "as many as possible fit into a kernel's parameters");
 

@@ -1,4 +1,4 @@
-// Makes the lists of operations of a plain call: core/algorithms run on the host by an executor that notes down what it is asked for.
+// Makes lists of operations of calls of chains: core/algorithms run on the host by an executor that notes down what it is asked for.
 //
 // Its arrays lie nowhere: each of its memories is a range of addresses of which nothing is read, and a pointer tells where in which
 // of them an operand will lie. A learning rate is a number that tells which one it is. No algorithm that is recorded
@@ -15,8 +15,9 @@ PYMETA_KERNEL_BEGIN
 class Recording {
  public:
   // The call's rates are read nowhere else than here.
-  Recording(const Call<Real>& call, const Sharing& sharing, OperationList& list)
-      : call_(call), sharing_(sharing), list_(list) {
+  Recording(const Call<Real>& call, const PackedTensor* tensors, const Sharing& sharing,
+            OperationList& list)
+      : call_(call), tensors_(tensors), sharing_(sharing), list_(list) {
     before_ = now_;
     now_ = this;
   }
@@ -103,6 +104,15 @@ class Recording {
   void put(Operation& op, const Layer& layer) const {
     op.number = static_cast<std::uint8_t>(&layer - call_.network->layers);
   }
+  void put(Operation& op, const PackedTensor& packed) const {
+    op.number = static_cast<std::uint8_t>(&packed - tensors_);
+  }
+  // A part of a sum over tensors.
+  static void put_sum(Operation& op, int tensor, bool& first) {
+    op.number = static_cast<std::uint8_t>(tensor);
+    op.relu = first;
+    first = false;
+  }
   static void put_size(Operation& op, std::size_t size) {
     op.spots[kSpots - 1] = static_cast<Spot>(size);
   }
@@ -129,18 +139,60 @@ class Recording {
     return static_cast<Spot>(((at >> kRange) - 1) << kSpotBits | index);
   }
 
+  // By all threads together.
+  template <class... Pointers>
+  Operation& together(Act act, const Pointers*... at) {
+    return add(act, 0, 0, kMostNumber, at...);
+  }
+  // By what an operation multiplies: one, a step's rate, or what flows into the query set's loss (RecordedArrays::seed).
+  void put_factor(Operation& op, Real factor) const {
+    if (factor < 0) put_rate(op, -factor);
+    if (factor > 1) op.number = static_cast<std::uint8_t>(static_cast<int>(factor) - 1);
+  }
+  const Call<Real>& call() const { return call_; }
+
+  // The query set's loss: the call's, or that after one of the steps.
+  void add_query_loss(const Extent& extent, const Real* values) {
+    if (!notes_losses) return end_skip();
+    const bool of_step = call_.step_weights != nullptr;
+    Operation& op = add(of_step ? Act::add_step_loss : Act::write_loss, 0, 0,
+                        of_step ? kMostNumber : 1, values);
+    put(op, extent.keep);
+    if (of_step) op.number = static_cast<std::uint8_t>(step_of_loss());
+    ++losses_;
+  }
+  // What is left out where all rows count, up to where the query set's loss is known again or nobody needs it any more.
+  void begin_skip(const Real* outputs) {
+    skip_at_ = list_.count;
+    Operation& op = together(Act::skip, outputs);
+    op.set = SetOf::query;
+    op.out = static_cast<std::uint16_t>(call_.network->out_features());
+    notes_losses = false;
+  }
+  void end_skip() {
+    if (skip_at_ < 0) return;
+    if (skip_at_ < kMostOperations)
+      put_size(list_.operations[skip_at_], static_cast<std::size_t>(list_.count - skip_at_ - 1));
+    skip_at_ = -1;
+    notes_losses = true;
+  }
+
   bool notes_losses = true;  // of the query set
 
  private:
+  // On the way back the last step's comes first.
+  int step_of_loss() const { return call_.wants_gradient() ? call_.steps - 1 - losses_ : losses_; }
+
   static constexpr int kRange = 40;  // bits of a memory's addresses
   static constexpr std::uintptr_t kFirstMark = 8;
 
   static inline thread_local Recording* now_ = nullptr;
   Recording* before_;
   const Call<Real>& call_;
+  const PackedTensor* tensors_;
   const Sharing& sharing_;
   OperationList& list_;
-  int begun_ = 0, first_rate_ = 0;
+  int begun_ = 0, first_rate_ = 0, losses_ = 0, skip_at_ = -1;
   Operation excess_;
 };
 
@@ -195,9 +247,10 @@ struct Recorder : Block {
   }
   // Of losses, which are all that is summed in what is recorded: a query set's (core/algorithms/adapt.h: evaluate), or a step's.
   static Vec sum_rows_in_order(const Extent& extent, const Real* values) {
-    const bool of_query = extent.keep == Recording::mark_of(SetOf::query);
-    if (!of_query || Recording::now().notes_losses)
-      add(of_query ? Act::write_loss : Act::add_loss, 0, extent, 1, values);
+    if (extent.keep == Recording::mark_of(SetOf::query))
+      Recording::now().add_query_loss(extent, values);
+    else
+      add(Act::add_loss, 0, extent, 1, values);
     return 0;
   }
 
@@ -279,10 +332,11 @@ inline void through_slope_tangent<Recorder>(const Layer& layer, const Extent& ex
 }
 
 template <class... Pointers>
-void record_loss(Act act, const LossRows& s, const Pointers*... at) {
+Operation& record_loss(Act act, const LossRows& s, const Pointers*... at) {
   Operation& op = Recording::now().add(act, s.columns, s.out, static_cast<std::size_t>(s.blocks),
                                        s.outputs, s.targets, s.scale, s.kept, at...);
   Recording::put(op, s.keep);
+  return op;
 }
 template <>
 inline void loss_gradient<Recorder>(const Loss&, const LossRows& s, Real* row_losses,
@@ -293,184 +347,6 @@ template <>
 inline void loss_hessian_product<Recorder>(const Loss&, const LossRows& s, const Real* of,
                                            Real* product) {
   record_loss(Act::loss_hessian_product, s, of, product);
-}
-
-// Which rule it is, a block knows from the call. Tensors side by side at one rate are one operation; what their padding and the gap
-// between them hold reaches nothing.
-inline void record_step(int states, const StepArrays& a, std::size_t size, const Real* next) {
-  const bool before = states > 0 && a.state_before[0];
-  Recording& r = Recording::now();
-  Operation& op = r.add(Act::take_step, 0, 0, size / 4, a.theta, a.gradient, next,
-                        states > 0 ? a.state[0] : nullptr, before ? a.state_before[0] : nullptr);
-  op.count = static_cast<std::uint8_t>(states);
-  op.has_before = before;
-  r.put_rate(op, a.rate);
-  Recording::put_size(op, size);
-  r.join_steps();
-}
-#define PYMETA_RECORD_STEP(rule)                                                             \
-  template <>                                                                                \
-  inline void take_step<Recorder, rule>(const rule&, const StepArrays& a, const StepCommon&, \
-                                        std::size_t size, Real* next) {                      \
-    record_step(rule::kStates, a, size, next);                                               \
-  }
-PYMETA_RECORD_STEP(GradientStep)
-PYMETA_RECORD_STEP(Momentum)
-PYMETA_RECORD_STEP(Adam)
-PYMETA_RECORD_STEP(RmsProp<true>)
-PYMETA_RECORD_STEP(RmsProp<false>)
-#undef PYMETA_RECORD_STEP
-
-// A task's rows are bound before its list; of its results some are written by operations.
-class RecordedArrays : public TaskArrays<Recorder> {
- public:
-  using TaskArrays<Recorder>::TaskArrays;
-
-  ItemSet set(const RowSet<Real>& rows, const SetLayout& layout) const {
-    const bool is_query = &rows == &call_.query;
-    return set(rows, layout, is_query ? SetOf::query : SetOf::support,
-               is_query ? call_.max_query : call_.max_support);
-  }
-  ItemSet set(const RowSet<Real>& rows, const SetLayout& layout, SetOf which, int count) const {
-    ItemSet set{{memory_.at(layout.x), Block::stride(call_.network->in_features())},
-                {count, Recording::mark_of(which), Real(count)},
-                nullptr,
-                nullptr,
-                nullptr,
-                Real(count)};
-    set.loss = &call_.loss_of(rows);
-    if (rows.y) {
-      set.targets = memory_.at(layout.targets);
-      set.scale = memory_.at(layout.scale);
-    }
-    return set;
-  }
-  void write_losses(Vec) const {}  // by Recorder::sum_rows_in_order
-  void write_predictions(const ItemSet& query, const Real* y) const {
-    const int out = call_.network->out_features();
-    Recorder::add(Act::write_predictions, out, query.extent, Recorder::elements(query.extent, out),
-                  y);
-  }
-};
-
-// Where a recorded call's arrays seem to lie.
-struct RecordedCall {
-  Call<Real> call;
-  std::vector<Real> rates;
-  Workspace<Recorder> workspace;
-  Shared shared{Recording::memory(Lies::packed), nullptr, nullptr, nullptr};
-  Memory memory{Recording::memory(Lies::near), Recording::memory(Lies::far)};
-
-  RecordedCall(const Call<Real>& given, std::size_t near)
-      : call(given),
-        rates(static_cast<std::size_t>(given.lr.rows) * given.lr.columns),
-        workspace(given, near) {
-    for (std::size_t i = 0; i < rates.size(); ++i)
-      rates[i] = Recording::rate_number(static_cast<int>(i));
-    call.lr.values = rates.data();
-    call.stop = nullptr;
-  }
-};
-
-// Inner steps, and what is made of the weights behind them (core/algorithms/job.h: write).
-class RecordedSteps {
- public:
-  RecordedSteps(const RecordedCall& of, Recording& recording, const Hazards& hazards)
-      : call_(of.call),
-        workspace_(of.workspace),
-        memory_(of.memory),
-        recording_(recording),
-        hazards_(hazards),
-        loop_(of.call, of.workspace, of.shared, of.memory),
-        arrays_(of.call, of.workspace, of.shared, of.memory, 0) {}
-
-  void run() {
-    const Parameters start = loop_.start(), adapted = loop_.state().adapted(1);
-    if (call_.has_support()) {
-      step(0, start, Part::first_step);
-      step(1, adapted, Part::next_step);
-    }
-    write(start, Part::after_none);
-    if (call_.has_support()) write(adapted, Part::after_some);
-  }
-
- private:
-  using Parameters = typename InnerLoop<Recorder>::Parameters;
-
-  void step(int k, const Parameters& theta, Part part) {
-    const bool minibatches = workspace_.order != kNowhere;
-    const ItemSet set = arrays_.set(call_.support, workspace_.support_set, SetOf::support,
-                                    minibatches ? call_.batches.size : call_.max_support);
-    recording_.begin_step(k);
-    loop_.step(k, theta, {&set, true, true, k > 0 && !minibatches, {}});
-    recording_.end(part, hazards_);
-  }
-
-  void write(const Parameters& theta, Part part) {
-    const auto each = [&](Act act, int t, auto... at) {
-      const std::size_t size = workspace_.parameters.scalars(t);
-      Operation& op = recording_.add(act, 0, 0, size, at...);
-      op.number = static_cast<std::uint8_t>(t);
-      Recording::put_size(op, size);
-    };
-    const Call<Real>& call = call_;
-    const int tensors = call.network->tensor_count;
-    if (call.sums_gradients())
-      for (int t = 0; t < tensors; ++t)
-        each(Act::add_difference, t, loop_.start().tensor(t), theta.tensor(t),
-             Recording::memory(Lies::sums) + workspace_.parameters.tensors[t].place);
-    if (call.losses) recording_.add(Act::write_mean_loss, 0, 0, 1);
-    for (int t = 0; t < tensors; ++t)
-      if (call.adapted_parameters && call.adapted[t] && call.adapted_parameters[t])
-        each(Act::write_adapted, t, theta.tensor(t));
-    if (call.status) write_status(theta);
-    if (call.predictions) write_predictions(theta);
-    recording_.end(part, hazards_);
-  }
-  void write_status(const Parameters& theta) {
-    // All adapted tensors lie in one array, whether or not it is the start.
-    int first = 0;
-    while (first < call_.network->tensor_count && !call_.adapted[first]) ++first;
-    const bool any = first < call_.network->tensor_count;
-    const Real* of_first = theta.tensor(any ? first : 0);
-    Operation& op = recording_.add(Act::look_at_weights, 0, 0, kBlockThreads,
-                                   of_first - workspace_.parameters.tensors[any ? first : 0].place);
-    Recording::put_size(op, workspace_.parameters.size);
-    recording_.add(Act::gather_looks, 0, 0, kLookers);
-    recording_.add(Act::write_status, 0, 0, 1);
-  }
-  void write_predictions(const Parameters& theta) {
-    const ItemSet query = arrays_.set(call_.query, workspace_.query_set);
-    recording_.notes_losses = false;
-    loop_.evaluate(theta, query);
-    recording_.notes_losses = true;
-    arrays_.write_predictions(query, loop_.outputs());
-  }
-
-  const Call<Real>& call_;
-  const Workspace<Recorder>& workspace_;
-  const Memory& memory_;
-  Recording& recording_;
-  const Hazards& hazards_;
-  InnerLoop<Recorder> loop_;
-  RecordedArrays arrays_;
-};
-
-inline void record(const Call<Real>& given, std::size_t near, const Sharing& sharing,
-                   OperationList& list) {
-  const RecordedCall own(given, near);
-  const Call<Real>& call = own.call;
-  const Workspace<Recorder>& workspace = own.workspace;
-  Recording recording(call, sharing, list);
-  const Hazards hazards(workspace.order != kNowhere ? call.batches.size : call.max_support,
-                        call.max_query, workspace.parameters.size);
-  if (call.job != Job::meta) return RecordedSteps(own, recording, hazards).run();
-  const Totals totals{Recording::memory(Lies::sums), nullptr, false, workspace.parameters.size};
-  InnerLoop<Recorder> loop(call, workspace, own.shared, own.memory);
-  RecordedArrays arrays(call, workspace, own.shared, own.memory, 0);
-  ItemJob<Recorder, RecordedArrays>(call, workspace, own.shared, own.memory, loop, arrays, totals)
-      .run();
-  recording.end(Part::whole, hazards);
 }
 
 PYMETA_KERNEL_END

@@ -34,12 +34,14 @@ struct Case {
   LossKind loss;
   int support, query, steps, epochs;
   std::int64_t tasks;
+  bool learns_rates = false;  // one for each element (Meta-SGD)
 };
 
 const std::vector<Case> kCases{
     {"W1 T=25 K=1", {1, 40, 40, 1}, LossKind::mse, 10, 10, 1, 0, 25},
     {"W1 T=65536 K=1", {1, 40, 40, 1}, LossKind::mse, 10, 10, 1, 0, 65536},
     {"W1 T=4096 K=5", {1, 40, 40, 1}, LossKind::mse, 10, 10, 5, 0, 4096},
+    {"W1 T=4096 K=5, rates learned", {1, 40, 40, 1}, LossKind::mse, 10, 10, 5, 0, 4096, true},
     {"W3 T=64 K=5", {24, 64, 64, 1}, LossKind::bce_with_logits, 32, 32, 5, 0, 64},
     {"W3 T=16384 K=5", {24, 64, 64, 1}, LossKind::bce_with_logits, 32, 32, 5, 0, 16384},
     {"W5 T=1000 K=20", {24, 64, 64, 1}, LossKind::bce_with_logits, 50, 0, 0, 20, 1000},
@@ -76,6 +78,7 @@ class CaseCall {
     call.adapted = adapted_;
     call.parameters = starts_.data();
     call.lr = {&rate_, 1, 1, false, groups_};
+    if (of.learns_rates) learn_rates(random);
     call.tasks = tasks;
     call.losses = losses_.data();
     bind(call.support, support_, of, of.support, random);
@@ -102,6 +105,14 @@ class CaseCall {
     Exact<std::int64_t> labels;
   };
 
+  void learn_rates(Random& random) {
+    std::size_t all = 0;
+    for (const Exact<Real>& each : parameters_) all += each.size();
+    rates_ = numbers(all, random);
+    rates_gradient_ = Exact<Real>(all);
+    call.lr = {rates_.data(), 1, static_cast<int>(all), true, groups_};
+    call.lr_gradient = rates_gradient_.data();
+  }
   static Exact<Real> numbers(std::size_t size, Random& random) {
     Exact<Real> result(size);
     for (std::size_t i = 0; i < size; ++i) result[i] = static_cast<Real>(random.symmetric());
@@ -127,7 +138,7 @@ class CaseCall {
   std::vector<Exact<Real>> parameters_, results_;
   std::vector<const Real*> starts_;
   std::vector<Real*> to_;
-  Exact<Real> losses_;
+  Exact<Real> losses_, rates_, rates_gradient_;
   Exact<std::int8_t> status_;
   Real rate_ = Real(0.01), mean_ = 0;
   Rows support_, query_;

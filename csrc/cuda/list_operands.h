@@ -1,0 +1,96 @@
+// What a list of operations is given, and where an operation's operands lie (list.h).
+#pragma once
+
+#include "alone.h"
+#include "recorded_call.h"
+
+PYMETA_KERNEL_BEGIN
+
+template <bool kLists>
+struct TaskFrame : Frame {
+  OperationList list;
+
+  using Frame::Frame;
+  void make_list(const Call<Real>& described, std::size_t near) {
+    record(described, near, sharing, list);
+#ifdef PYMETA_EMULATE
+    if (list.count > kMostOperations) __builtin_trap();  // most_operations() is wrong
+#endif
+  }
+};
+using ListFrame = TaskFrame<true>;
+
+// What the set is then is known from the list; it is on the stack for the time of this function.
+PYMETA_FN PYMETA_NOINLINE inline int bind_rows(const Call<Real>& call, const Memory& memory,
+                                               std::int64_t task, SetOf which,
+                                               const Workspace<Block>& workspace, TaskRows chosen) {
+  const bool is_query = which == SetOf::query;
+  return TaskBinder(call, task, memory)
+      .bind(is_query ? call.query : call.support,
+            is_query ? workspace.query_set : workspace.support_set, &chosen)
+      .extent.rows;
+}
+
+class ListOperands {
+ public:
+  // `first` of its chunk: what is summed over tasks is put where the sums are, and not added.
+  PYMETA_FN ListOperands(const ListFrame& given, bool first, std::int64_t task)
+      : given_(given), first_(first), task_(task), rates_(call().lr.values) {}
+
+ protected:
+  // The block's part of the frame.
+  PYMETA_FN static Frame& frame() { return block_frame(); }
+  PYMETA_FN static const Call<Real>& call() { return frame().call; }
+  PYMETA_FN static const Memory& memory() { return frame().memory; }
+
+  PYMETA_FN Real* at(const Operation& op, int i) const {
+    const Spot spot = op.spots[i];
+    return frame().memories[spot >> kSpotBits] + (spot & ((Spot{1} << kSpotBits) - 1));
+  }
+  PYMETA_FN Real* maybe(const Operation& op, int i) const {
+    return op.spots[i] == kNoSpot ? nullptr : at(op, i);
+  }
+  PYMETA_FN static std::size_t size(const Operation& op) { return op.spots[kSpots - 1]; }
+  PYMETA_FN TwoTerms terms(const Operation& op) const {
+    TwoTerms t{op.count, maybe(op, 0), maybe(op, 1), nullptr, nullptr};
+    if (op.count > 1) t.x_too = at(op, 2), t.w_too = at(op, 3);
+    return t;
+  }
+  PYMETA_FN const Layer& layer(const Operation& op) const {
+    return call().network->layers[op.number];
+  }
+  PYMETA_FN const Loss& loss(const Operation& op) const {
+    return frame().losses[static_cast<int>(op.set)];
+  }
+  PYMETA_FN Destination destination(const Operation& op, int first) const {
+    return {at(op, first), op.relu, maybe(op, first + 1)};
+  }
+  // A chunk's first task finds no sums.
+  PYMETA_FN Real* base(const Operation& op, int i) const {
+    const bool summed = op.spots[i] >> kSpotBits == static_cast<Spot>(Lies::sums);
+    return first_ && summed ? nullptr : maybe(op, i);
+  }
+  PYMETA_FN Real scale(const Operation& op) const {
+    return op.rate ? -rates_[op.rate - 1] : Real(1);
+  }
+  PYMETA_FN Sink sink(const Operation& op, int first) const {
+    return {at(op, first), base(op, first + 1), maybe(op, first + 2), scale(op)};
+  }
+  PYMETA_FN LossRows loss_rows(const Operation& op, int rows) const {
+    return {op.out, op.in, rows, at(op, 0), maybe(op, 1), at(op, 2), nullptr, at(op, 3), nullptr};
+  }
+
+  // How many rows there are is heard of behind the next barrier.
+  PYMETA_FN void bind(SetOf which, const TaskRows& chosen) const {
+    const int count = bind_rows(call(), memory(), task_, which, given_.workspace, chosen);
+    if (thread_index() == 0) frame().rows[static_cast<int>(which)] = count;
+  }
+
+  const ListFrame& given_;
+  const bool first_;
+  const std::int64_t task_;
+  const Real* rates_;  // of the step
+  Correction correction_{};
+};
+
+PYMETA_KERNEL_END

@@ -1,0 +1,319 @@
+// Calls of chains with each option are lists of operations (cuda/operations.h), and have the bits of the kernel that runs the
+// algorithms themselves; those that no list has go to that kernel.
+
+#include "../cuda/device.h"
+#include "problem.h"
+#include "tests.h"
+
+namespace pymeta::testing {
+
+#ifdef PYMETA_HAS_EMULATOR
+
+namespace {
+
+constexpr int kTasks = 4, kRows = 5, kQueries = 4, kSteps = 3, kInputs = 3, kOutputs = 2;
+
+// A call with everything that an option may want, and all of its results.
+template <class Real>
+class OptionCall {
+ public:
+  OptionCall() {
+    chain_.linear(kInputs, 19).act(ActivationKind::tanh).linear(19, 20).act(ActivationKind::relu);
+    chain_.linear(20, kOutputs);
+    const Network& network = chain_.network();
+    for (int t = 0; t < network.tensor_count; ++t) {
+      const Tensor& shape = network.tensors[t];
+      const std::size_t size = static_cast<std::size_t>(shape.rows) * shape.columns;
+      elements += static_cast<int>(size);
+      parameters_[t] = numbers(size, 0.6);
+      own_starts[t] = numbers(size * kTasks, 0.6);
+      adapted_cotangents[t] = numbers(size * kTasks, 0.1);
+      starts[t] = parameters_[t].data();
+      gradients[t] = result(size * kTasks);
+      adapted[t] = result(size * kTasks);
+      cotangents[t] = adapted_cotangents[t].data();
+    }
+    rates = numbers(static_cast<std::size_t>(kTasks) * kSteps * (elements + 1), 0.05);
+    for (std::size_t i = 0; i < rates.size(); ++i) rates[i] = rates[i] < 0 ? -rates[i] : rates[i];
+    loss_.kind = LossKind::huber;
+    loss_.delta = 0.75;
+    call.network = &network;
+    call.loss = &loss_;
+    call.adapted = all_;
+    call.parameters = starts;
+    call.tasks = kTasks;
+    call.steps = kSteps;
+    call.lr = {rates.data(), kSteps, 1, false, groups_};
+    call.losses = result(kTasks);
+    call.mean_loss = result(1);
+    call.predictions = result(kTasks * kQueries * kOutputs);
+    call.gradients = gradients;
+    bind(call.support, kRows, 0);
+    bind(call.query, kQueries, 1);
+  }
+
+  Real* result(std::size_t size) {
+    results_.emplace_back(size, Results<Real>::kUntouched);
+    return results_.back().data();
+  }
+  Real* array(std::size_t size, double scale = 1) {
+    given_.push_back(numbers(size, scale));
+    return given_.back().data();
+  }
+  Real* positive(std::size_t size) {
+    Real* all = array(size);
+    for (std::size_t i = 0; i < size; ++i) all[i] = std::fabs(all[i]);
+    return all;
+  }
+  const Real* weights(int rows) {
+    Real* all = positive(static_cast<std::size_t>(kTasks) * rows);
+    for (int i = 1; i < kTasks * rows; i += 4) all[i] = 0;
+    return all;
+  }
+  bool same_bits(const OptionCall& other) const {
+    bool same = results_.size() == other.results_.size();
+    for (std::size_t i = 0; same && i < results_.size(); ++i)
+      same = results_[i].same_bits(other.results_[i]);
+    return same;
+  }
+  // Is there a number in each result? NaN has the same bits everywhere.
+  bool has_numbers() const {
+    bool has = true;
+    for (const Exact<Real>& each : results_) {
+      bool own = false;
+      for (std::size_t i = 0; i < each.size(); ++i) own = own || each[i] == each[i];
+      has = has && own;
+    }
+    return has;
+  }
+
+  Call<Real> call;
+  int elements = 0;
+  Exact<Real> rates;
+  const Real* starts[6];
+  const Real* cotangents[6];
+  Real* gradients[6];
+  Real* adapted[6];
+  Exact<Real> own_starts[6], adapted_cotangents[6];
+  bool per_task[6] = {};
+  int two_groups[6] = {0, 1, 0, 1, 0, 1};
+  std::int64_t ids[kTasks] = {3, 1, 4, 1};
+
+ private:
+  Exact<Real> numbers(std::size_t size, double scale) {
+    Exact<Real> result(size);
+    for (std::size_t i = 0; i < size; ++i)
+      result[i] = static_cast<Real>(scale * random_.symmetric());
+    return result;
+  }
+  // The third task has no row in one of them.
+  void bind(RowSet<Real>& set, int rows, int which) {
+    for (int t = 0; t < kTasks; ++t) sizes_[which][t] = t == 2 ? which * rows : rows - t % 2;
+    set.x = array(static_cast<std::size_t>(kTasks) * rows * kInputs);
+    set.y = array(static_cast<std::size_t>(kTasks) * rows * kOutputs);
+    set.rows = rows;
+    set.sizes = sizes_[which];
+  }
+
+  Random random_{7};
+  Chain chain_;
+  Loss loss_;
+  Exact<Real> parameters_[6];
+  std::vector<Exact<Real>> results_, given_;
+  std::int64_t sizes_[2][kTasks];
+  bool all_[6] = {true, true, true, true, true, true};
+  int groups_[6] = {};
+};
+
+template <class Real>
+struct Option {
+  const char* name;
+  const char* family;
+  void (*apply)(OptionCall<Real>&);
+};
+
+// A job that adapts, without a meta-gradient.
+template <class Real>
+void make(OptionCall<Real>& o, Job job) {
+  o.call.job = job;
+  o.call.gradients = nullptr;
+  o.call.losses = o.call.mean_loss = nullptr;
+  o.call.adapted_parameters = o.adapted;
+}
+
+template <class Real>
+std::vector<Option<Real>> options() {
+  using O = OptionCall<Real>;
+  return {
+      {"plain", "plain", [](O&) {}},
+      {"momentum", "chains", [](O& o) { o.call.optimizer = sgd(0.9, true, 0.1, 0); }},
+      {"clip", "chains", [](O& o) { o.call.optimizer = sgd(0, false, 0, 0.05); }},
+      {"adam, clip", "chains", [](O& o) { o.call.optimizer = adam(0.9, 0.1, true, 0.05); }},
+      {"adam, first order", "chains",
+       [](O& o) { o.call.optimizer = adam(0.9, 0.1, false, 0), o.call.first_order = true; }},
+      {"rmsprop", "chains", [](O& o) { o.call.optimizer = rmsprop(0.5, true, 0, 0.05); }},
+      {"rates' gradient", "chains", [](O& o) { o.call.lr_gradient = o.result(kSteps); }},
+      {"groups of rates", "chains",
+       [](O& o) {
+         o.call.lr.columns = 2, o.call.lr.groups = o.two_groups;
+         o.call.optimizer = adam(0.9, 0, false, 0);
+         o.call.lr_gradient = o.result(2 * kSteps);
+       }},
+      {"a rate for each element", "chains",
+       [](O& o) {
+         o.call.lr = {o.rates.data(), kSteps, o.elements, true, o.call.lr.groups};
+         o.call.lr_gradient = o.result(static_cast<std::size_t>(kSteps) * o.elements);
+       }},
+      {"a rate for each task", "chains", [](O& o) { o.call.lr.per_task = true; }},
+      {"a rate for each task, its gradient", "every",
+       [](O& o) { o.call.lr.per_task = true, o.call.lr_gradient = o.result(kTasks * kSteps); }},
+      {"anchor", "chains", [](O& o) { o.call.optimizer.anchor = 0.3; }},
+      {"anchor over rows, clip", "chains",
+       [](O& o) { o.call.optimizer = sgd(0, false, 0, 0.05), o.call.optimizer.anchor_rows = 2; }},
+      {"anchors' gradient", "chains",
+       [](O& o) {
+         o.call.anchors = o.positive(kTasks), o.call.anchors_gradient = o.result(kTasks);
+       }},
+      {"tasks clipped", "chains", [](O& o) { o.call.task_clip = 0.1; }},
+      {"tasks clipped, rates' gradient", "every",
+       [](O& o) { o.call.task_clip = 0.1, o.call.lr_gradient = o.result(kSteps); }},
+      {"starts of their own", "chains",
+       [](O& o) {
+         o.per_task[0] = o.per_task[3] = true;
+         for (int t : {0, 3}) o.starts[t] = o.own_starts[t].data();
+         o.call.parameter_per_task = o.per_task, o.call.task_clip = 0.1;
+       }},
+      {"cotangents", "chains",
+       [](O& o) {
+         o.call.cotangents.losses = o.array(kTasks);
+         o.call.cotangents.predictions = o.array(kTasks * kQueries * kOutputs);
+         o.call.cotangents.adapted = o.cotangents;
+       }},
+      {"cotangents without targets", "chains",
+       [](O& o) {
+         o.call.query.y = nullptr, o.call.losses = o.call.mean_loss = nullptr;
+         o.call.cotangents.predictions = o.array(kTasks * kQueries * kOutputs);
+       }},
+      {"losses after each step", "chains",
+       [](O& o) {
+         o.call.step_weights = o.positive(kSteps);
+         o.call.step_losses = o.result(kSteps * kTasks);
+         o.call.optimizer = adam(0.9, 0.1, false, 0);
+       }},
+      {"losses after each step, cotangents", "chains",
+       [](O& o) {
+         o.call.step_weights = o.positive(kSteps);
+         o.call.cotangents.losses = o.array(kTasks);
+         o.call.cotangents.step_losses = o.array(kSteps * kTasks);
+       }},
+      {"losses after each step, no gradient", "chains",
+       [](O& o) {
+         o.call.step_weights = o.positive(kSteps), o.call.gradients = nullptr;
+         o.call.step_losses = o.result(kSteps * kTasks);
+       }},
+      {"gradients to inputs", "chains",
+       [](O& o) {
+         o.call.xs_gradient = o.result(kTasks * kRows * kInputs);
+         o.call.xq_gradient = o.result(kTasks * kQueries * kInputs);
+       }},
+      {"gradients to inputs, losses after each step", "every",
+       [](O& o) {
+         o.call.xs_gradient = o.result(kTasks * kRows * kInputs);
+         o.call.step_weights = o.positive(kSteps);
+       }},
+      {"gradients to targets, weights, offsets", "chains",
+       [](O& o) {
+         o.call.support.weights = o.weights(kRows), o.call.query.weights = o.weights(kQueries);
+         o.call.support.offset = o.array(kTasks * kRows * kOutputs);
+         o.call.query.offset = o.array(kTasks * kQueries * kOutputs);
+         o.call.ys_gradient = o.result(kTasks * kRows * kOutputs);
+         o.call.yq_gradient = o.result(kTasks * kQueries * kOutputs);
+         o.call.support_weights_gradient = o.result(kTasks * kRows);
+         o.call.query_weights_gradient = o.result(kTasks * kQueries);
+         o.call.support_offset_gradient = o.result(kTasks * kRows * kOutputs);
+         o.call.query_offset_gradient = o.result(kTasks * kQueries * kOutputs);
+         o.call.cotangents.losses = o.array(kTasks);
+       }},
+      {"weights, losses after each step", "chains",
+       [](O& o) {
+         o.call.query.weights = o.weights(kQueries);
+         o.call.step_weights = o.positive(kSteps);
+       }},
+      {"weights, no gradient", "chains",
+       [](O& o) { o.call.query.weights = o.weights(kQueries), o.call.gradients = nullptr; }},
+      {"weights of single targets", "every",
+       [](O& o) {
+         o.call.support.weights = o.weights(kRows * kOutputs);
+         o.call.support.weight_columns = kOutputs;
+       }},
+      {"adapting with a pull", "chains",
+       [](O& o) {
+         make(o, Job::adapt);
+         o.call.optimizer = adam(0.9, 0.1, true, 0.05), o.call.optimizer.anchor = 0.3;
+       }},
+      {"reptile, tasks clipped, weights", "chains",
+       [](O& o) {
+         Real* const losses = o.call.losses;
+         make(o, Job::reptile);
+         o.call.losses = losses, o.call.gradients = o.gradients, o.call.task_clip = 0.1;
+         o.call.support.weights = o.weights(kRows);
+       }},
+      {"fine-tuning in minibatches with a pull", "chains",
+       [](O& o) {
+         make(o, Job::fine_tune);
+         o.call.epochs = 3, o.call.batches = {2, 5, 6, o.ids};
+         o.call.anchors = o.positive(kTasks);
+         o.call.optimizer = sgd(0.9, false, 0.1, 0.05);
+         o.call.lr.rows = 1;
+       }},
+      {"fine-tuning, curves", "every",
+       [](O& o) {
+         make(o, Job::fine_tune);
+         o.call.epochs = 3, o.call.lr.rows = 1;
+         o.call.train_curves = o.result(3 * kTasks);
+       }},
+  };
+}
+
+// By the first family that holds it, or by the last.
+template <class Real>
+void run_from(int family, OptionCall<Real>& o, std::size_t bytes) {
+  set_block_options({0, bytes, family});
+  pymeta::check(o.call);
+  const BlockPlan plan = plan_on(kEmulated, o.call);
+  Exact<double> memory(plan.workspace_bytes / sizeof(double) + 16);
+  std::memset(memory.data(), 0xff, memory.size() * sizeof(double));
+  char* at = reinterpret_cast<char*>(memory.data());
+  at += (64 - reinterpret_cast<std::uintptr_t>(at) % 64) % 64;
+  run_on(kEmulated, 0, at, plan, o.call);
+}
+
+template <class Real>
+void check_options(const char* precision) {
+  for (const Option<Real>& option : options<Real>())
+    for (const std::size_t bytes : {std::size_t{0}, std::size_t{40000}}) {
+      const std::string name = std::string("list ") + precision + ": " + option.name;
+      OptionCall<Real> listed, whole;
+      option.apply(listed), option.apply(whole);
+      run_from(0, listed, bytes);
+      const std::string family = family_on(kEmulated, listed.call);
+      CHECK(family == option.family, name + " is of family " + family);
+      run_from(2, whole, bytes);
+      set_block_options({});
+      CHECK(listed.has_numbers(), name + ": a result without any number");
+      CHECK(whole.same_bits(listed), name + ": other bits than those of all calls");
+    }
+}
+
+}  // namespace
+
+void test_lists() {
+  check_options<float>("float");
+  check_options<double>("double");
+}
+
+#else
+void test_lists() {}
+#endif
+
+}  // namespace pymeta::testing
