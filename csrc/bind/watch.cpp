@@ -92,11 +92,25 @@ bool unchanged(const py::tuple& places, const py::tuple& truths, const py::tuple
   return true;
 }
 
+// Whether an attribute of one of these objects is true.
+bool any_true(const py::sequence& objects, const py::tuple& names) {
+  const py::object all = checked(PySequence_Fast(objects.ptr(), "objects: expected a sequence"));
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(all.ptr()); ++i)
+    for (const py::handle name : names) {
+      // Held, since the attribute's code may change a list.
+      const py::object object =
+          py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(all.ptr(), i));
+      if (is_true(checked(PyObject_GetAttr(object.ptr(), name.ptr())).ptr())) return true;
+    }
+  return false;
+}
+
 }  // namespace
 
 void bind_watch(py::module_& m) {
   m.def("unchanged", &unchanged, py::arg("places"), py::arg("truths"), py::arg("lengths"),
         py::arg("types"), py::arg("orders"));
+  m.def("any_true", &any_true, py::arg("objects"), py::arg("names"));
 }
 
 }  // namespace pymeta

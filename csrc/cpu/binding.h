@@ -18,6 +18,20 @@ struct Item {
   int count;
 };
 
+// Each task's number of [T], in its lane; that of a single task in all of them. 0 where there are none.
+template <class X>
+Vec of_tasks(const Item<X>& work, const Real* numbers) {
+  Vec own = zero();
+  for (int lane = 0; numbers && lane < work.count; ++lane) own[lane] = numbers[work.task[lane]];
+  return X::kTasks == 1 ? broadcast(own[0]) : own;
+}
+// What flows into the query sets of an item.
+template <class X>
+Seed seed_of(const Call<Real>& call, const Item<X>& work) {
+  if (!call.cotangents.any()) return {true, broadcast(1)};
+  return {false, of_tasks(work, call.cotangents.losses)};
+}
+
 template <class X>
 struct Selection {
   const std::int32_t* rows[X::kTasks];

@@ -165,8 +165,8 @@ class Driver {
              [&](std::int64_t index, int) {
                const std::size_t begin = index * slice,
                                  end = begin + slice < size ? begin + slice : size;
-               add_chunks(begin, end, size);
-               for (std::size_t i = begin; i < end; i += kWidth)
+               if (needs_.chunks > 1) add_chunks(begin, end, size);
+               for (std::size_t i = begin; divisor[0] != 1 && i < end; i += kWidth)
                  store(sums_ + i, load(sums_ + i) / divisor);
              });
     if (first_size() > 0) add_first(divisor);
@@ -180,7 +180,10 @@ class Driver {
         Real* to = sums_ + own.place / X::kElement + p * (own.row / X::kElement);
         const Real* from =
             other.sums_ + theirs.place / Other::kElement + p * (theirs.row / Other::kElement);
-        for (int i = 0; i < own.inner; ++i) to[i] = (to[i] + from[i]) / divisor[0];
+        int i = 0;
+        for (; i + kWidth <= own.inner; i += kWidth)
+          store(to + i, (load(to + i) + load(from + i)) / divisor);
+        for (; i < own.inner; ++i) to[i] = (to[i] + from[i]) / divisor[0];
       }
     }
   }
@@ -207,17 +210,23 @@ class Driver {
     Real* rates = transposed + layout().transposed_size;
     const Network& network = *call_.network;
     for (int t = 0; t < network.tensor_count; ++t)
-      if (!call_.has_own_start(t)) pack(t, call_.parameters[t], memory);
+      if (!call_.has_own_start(t)) pack(layout().tensors[t], call_.parameters[t], memory);
     for (int l = 0; l < network.layer_count; ++l) {
       const int t = network.layers[l].weight;
       if (layout().transposed[l] == kNowhere || call_.has_own_start(t)) continue;
-      transpose_weight<X>(network.layers[l], memory + layout().tensors[t].place,
-                          transposed + layout().transposed[l]);
+      PackedTensor given = packed_transposed<X>(network.layers[l]);
+      given.place = layout().transposed[l];
+      if (given.outer > 0)
+        pack(given, call_.parameters[t], transposed);
+      else
+        transpose_weight<X>(network.layers[l], memory + layout().tensors[t].place,
+                            transposed + given.place);
     }
     for (int row = 0; call_.lr.per_element && row < call_.lr.rows; ++row) {
       const Real* from = call_.lr.values + static_cast<std::size_t>(row) * call_.lr.columns;
-      for_adapted(
-          [&](int t, std::size_t first) { pack(t, from + first, rates + row * layout().size); });
+      for_adapted([&](int t, std::size_t first) {
+        pack(layout().tensors[t], from + first, rates + row * layout().size);
+      });
     }
     if (call_.corrections() > 0) fill_corrections(rates + workspace_.rate_scalars(call_));
   }
@@ -317,12 +326,11 @@ class Driver {
   // ---- parameters ----------------------------------------------------------------------------------------------
 
   // Spreads a tensor in torch's layout over the packed one: the same for all lanes.
-  void pack(int t, const Real* from, Real* to) const {
-    const PackedTensor& tensor = layout().tensors[t];
+  void pack(const PackedTensor& tensor, const Real* from, Real* to) const {
     if constexpr (kStacks<X>) {
       X::pack(tensor, from, to + tensor.place);
     } else if constexpr (X::kElement > 1) {
-      layout().elements(t, [&](std::size_t index, std::size_t place) {
+      tensor.for_elements<X>(tensor.place, [&](std::size_t index, std::size_t place) {
         store(to + place, broadcast(from[index]));
       });
     } else if (tensor.transposed) {

@@ -26,6 +26,59 @@ PYMETA_KERNEL_BEGIN
 
 constexpr int kPartials = 16;
 
+// Those sums over a row's features: feature k belongs to sum k mod 16, and they are added by halving. A vector has kFeatures of them
+// side by side.
+template <class Access>
+class Partials {
+ public:
+  void dot(const Real* a, const Real* b, int n) {
+    const int whole = n / kFeatures;
+    for_vectors(whole, [&](int i, Vec s) {
+      return fma(load(a + static_cast<long>(i) * kWidth), load(b + static_cast<long>(i) * kWidth),
+                 s);
+    });
+    if (n % kFeatures == 0) return;
+    // An infinity in a task's rows makes NaNs of the padding.
+    const long last = static_cast<long>(whole) * kWidth;
+    const Vec left = Access::masked_columns(load(a + last), n, whole);
+    const Vec right = Access::masked_columns(load(b + last), n, whole);
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j)
+      if (j == whole % kVectors) sum_[j] = fma(left, right, sum_[j]);
+  }
+  template <class Body>
+  void add(int n, Body body) {
+    for_vectors(Access::vectors(n), [&](int i, Vec s) { return s + body(i); });
+  }
+  // Of each task, in its lanes.
+  Vec total() {
+#pragma GCC unroll 4
+    for (int half = kVectors / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) sum_[i] = sum_[i] + sum_[i + half];
+    return Access::whole(sum_[0]);
+  }
+
+ private:
+  static constexpr int kFeatures = Access::kFeatures;
+  static constexpr int kVectors = kPartials / kFeatures;
+
+  // Unrolled so that every partial sum is a register.
+  template <class Body>
+  void for_vectors(int n, Body body) {
+    int first = 0;
+    for (; first + kVectors <= n; first += kVectors) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) sum_[j] = body(first + j, sum_[j]);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j)
+      if (first + j < n) sum_[j] = body(first + j, sum_[j]);
+  }
+
+  Vec sum_[kVectors] = {};
+};
+
 template <class Access>
 struct Executor {
   using Family = AllCalls;
@@ -193,7 +246,7 @@ struct Executor {
     const long classes = class_stride(extent.rows);
     for (int r = 0; r < extent.rows; ++r)
       for (int o = 0; o < out; ++o) {
-        typename Access::Partials sum;
+        Partials<Access> sum;
         for (int i = 0; i < count; ++i)
           sum.dot(terms[i].x.p + r * terms[i].x.row, terms[i].w + o * stride(in), in);
         Access::store_element(y + o * classes + static_cast<long>(r) * kElement,
@@ -261,7 +314,7 @@ struct Executor {
   // Sum over a row's features of body(vector number), the same in every lane that belongs to the row.
   template <class Body>
   static Vec sum_features(int features, Body body) {
-    typename Access::Partials sum;
+    Partials<Access> sum;
     sum.add(features, body);
     return sum.total();
   }

@@ -59,51 +59,6 @@ struct Grouped {
     return {term.x.p, term.x.row, kElement, term.w_transposed, vectors(in) * kWidth, kWidth, out};
   }
 
-  // The sums over features of Rows::Partials, in the same order.
-  struct Partials {
-    static constexpr int kGroups = kPartials / kFeatures;
-    Vec sum[kGroups] = {};
-
-    void dot(const Real* a, const Real* b, int n) {
-      const int whole = n / kFeatures;
-      for_partials(whole, [&](int i, Vec s) {
-        return fma(load(a + static_cast<long>(i) * kWidth), load(b + static_cast<long>(i) * kWidth),
-                   s);
-      });
-      if (n % kFeatures == 0) return;
-      const Vec left = masked_columns(load(a + static_cast<long>(whole) * kWidth), n, whole);
-      const Vec right = masked_columns(load(b + static_cast<long>(whole) * kWidth), n, whole);
-#pragma GCC unroll 16
-      for (int j = 0; j < kGroups; ++j)
-        if (j == whole % kGroups) sum[j] = fma(left, right, sum[j]);
-    }
-    template <class Body>
-    void add(int n, Body body) {
-      for_partials(vectors(n), [&](int i, Vec s) { return s + body(i); });
-    }
-    Vec total() {
-#pragma GCC unroll 4
-      for (int half = kGroups / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) sum[i] = sum[i] + sum[i + half];
-      return sum_features(sum[0]);
-    }
-
-   private:
-    // Unrolled so that every partial sum is a register.
-    template <class Body>
-    void for_partials(int n, Body body) {
-      int first = 0;
-      for (; first + kGroups <= n; first += kGroups) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kGroups; ++j) sum[j] = body(first + j, sum[j]);
-      }
-#pragma GCC unroll 16
-      for (int j = 0; j < kGroups; ++j)
-        if (first + j < n) sum[j] = body(first + j, sum[j]);
-    }
-  };
-
   // Each task's sum over the features of a vector.
   template <int kHalf = kWidth / 2>
   static Vec sum_features(Vec v) {

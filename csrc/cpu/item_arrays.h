@@ -112,19 +112,9 @@ class ItemArrays {
       call_.anchors_gradient[work_.task[lane]] = value[lane] / call_.divisor();
   }
 
-  Seed seed() const {
-    const Cotangents<Real>& given = call_.cotangents;
-    if (!given.any()) return {true, broadcast(1)};
-    Vec losses = zero();
-    for (int lane = 0; given.losses && lane < work_.count; ++lane)
-      losses[lane] = given.losses[work_.task[lane]];
-    return {false, X::kTasks == 1 ? broadcast(losses[0]) : losses};
-  }
+  Seed seed() const { return seed_of(call_, work_); }
   Vec step_cotangent(int k) const {
-    Vec losses = zero();
-    for (int lane = 0; lane < work_.count; ++lane)
-      losses[lane] = call_.cotangents.step_losses[k * call_.tasks + work_.task[lane]];
-    return X::kTasks == 1 ? broadcast(losses[0]) : losses;
+    return of_tasks(work_, call_.cotangents.step_losses + k * call_.tasks);
   }
   void add_cotangent(int t, Real* v) const {
     layout_.elements(t, 0, [&](std::size_t from, std::size_t place) {

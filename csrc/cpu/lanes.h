@@ -11,6 +11,7 @@ PYMETA_KERNEL_BEGIN
 
 struct Lanes : Lane {
   static constexpr int kTasks = kWidth;
+  static constexpr int kFeatures = 1;  // of a vector
   static int vectors(int features) { return features; }
   static int blocks(int rows) { return rows; }
 
@@ -34,43 +35,6 @@ struct Lanes : Lane {
   static void store_element(Real* p, Vec v) { store(p, v); }
   static void copy_element(Real* to, const Real* from) { store(to, load(from)); }
   static Vec masked_columns(Vec v, int, int) { return v; }
-
-  // The sums of Rows::Partials, in the same order, one vector each.
-  struct Partials {
-    Vec sum[kPartials] = {};
-
-    void dot(const Real* a, const Real* b, int n) {
-      for_partials(n, [&](int i, Vec s) {
-        return fma(load(a + static_cast<long>(i) * kWidth), load(b + static_cast<long>(i) * kWidth),
-                   s);
-      });
-    }
-    template <class Body>
-    void add(int n, Body body) {
-      for_partials(n, [&](int i, Vec s) { return s + body(i); });
-    }
-    Vec total() {
-#pragma GCC unroll 4
-      for (int half = kPartials / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) sum[i] = sum[i] + sum[i + half];
-      return sum[0];
-    }
-
-   private:
-    // Unrolled so that every partial sum is a register.
-    template <class Body>
-    void for_partials(int n, Body body) {
-      int first = 0;
-      for (; first + kPartials <= n; first += kPartials) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kPartials; ++j) sum[j] = body(first + j, sum[j]);
-      }
-#pragma GCC unroll 16
-      for (int j = 0; j < kPartials; ++j)
-        if (first + j < n) sum[j] = body(first + j, sum[j]);
-    }
-  };
 };
 
 struct LanesExecutor : Executor<Lanes> {

@@ -13,6 +13,7 @@ PYMETA_KERNEL_BEGIN
 
 struct Rows : Broadcast {
   static constexpr int kTasks = 1;
+  static constexpr int kFeatures = kWidth;  // of a vector
   static int vectors(int features) { return (features + kWidth - 1) / kWidth; }
   static int blocks(int rows) { return (rows + kWidth - 1) / kWidth; }
 
@@ -51,34 +52,6 @@ struct Rows : Broadcast {
     for (int i = 0; i < kWidth; ++i) lane[i] = i;
     return (Vec)((IntVec)v & (lane < broadcast_int(valid)));
   }
-
-  // Sixteen interleaved partial sums: element k belongs to sum k mod 16. Padding adds zeros.
-  struct Partials {
-    static constexpr int kGroups = kPartials / kWidth;
-    Vec sum[kGroups] = {};
-
-    void dot(const Real* a, const Real* b, int n) {
-      const int whole = n / kWidth;
-      for (int i = 0; i < whole; ++i) {
-        Vec& s = sum[i % kGroups];
-        s = fma(load(a + i * kWidth), load(b + i * kWidth), s);
-      }
-      if (n % kWidth == 0) return;
-      // An infinity in the task's rows makes NaNs of the padding.
-      Vec& s = sum[whole % kGroups];
-      s = fma(masked_columns(load(a + whole * kWidth), n, whole),
-              masked_columns(load(b + whole * kWidth), n, whole), s);
-    }
-    template <class Body>
-    void add(int n, Body body) {
-      for (int i = 0; i < vectors(n); ++i) sum[i % kGroups] = sum[i % kGroups] + body(i);
-    }
-    Vec total() {
-      for (int half = kGroups / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) sum[i] = sum[i] + sum[i + half];
-      return broadcast(sum_lanes(sum[0]));
-    }
-  };
 };
 
 struct RowsExecutor : Executor<Rows> {

@@ -150,8 +150,9 @@ void exchange(Vec& low, Vec& high, std::integer_sequence<int, I...>) {
   high = __builtin_shufflevector(a, b, ((I & kHalf) ? kWidth + I : I + kHalf)...);
 }
 
+// Inlined whatever the compiler thinks: a block is registers.
 template <int kHalf = kWidth / 2>
-void transpose_block(Vec (&block)[kWidth]) {
+inline __attribute__((always_inline)) void transpose_block(Vec (&block)[kWidth]) {
   if constexpr (kHalf > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i)
@@ -214,10 +215,13 @@ inline void transpose_part(int rows, int columns, const Real* from, long from_ro
     return;
   }
   Vec block[kWidth];
+#pragma GCC unroll 16
   for (int k = 0; k < kWidth; ++k)
     block[k] = k < rows ? load_first(from + k * from_row, columns) : zero();
   transpose_block(block);
-  for (int k = 0; k < columns; ++k) store_first(to + k * to_row, block[k], rows);
+#pragma GCC unroll 16
+  for (int k = 0; k < kWidth; ++k)
+    if (k < columns) store_first(to + k * to_row, block[k], rows);
 }
 
 // from [rows, columns] to its transpose; only elements of the matrix are read or written.

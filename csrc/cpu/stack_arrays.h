@@ -42,14 +42,6 @@ class StackArrays {
     }
     return set;
   }
-  Seed seed() const {
-    const Cotangents<Real>& given = call_.cotangents;
-    if (!given.any()) return {true, broadcast(1)};
-    Vec losses = zero();
-    for (int lane = 0; given.losses && lane < work_.count; ++lane)
-      losses[lane] = given.losses[work_.task[lane]];
-    return {false, losses};
-  }
   void write_losses(Vec losses) const {
     for (int task = 0; task < work_.count; ++task) call_.losses[work_.task[task]] = losses[task];
   }
@@ -63,6 +55,7 @@ class StackArrays {
         for (int o = 0; o < out; ++o) to[o] = from[o * classes];
     }
   }
+  const Item<X>& item() const { return work_; }
   int groups() const { return (work_.count + X::kElement - 1) / X::kElement; }
 
  private:
@@ -95,6 +88,7 @@ class StackArrays {
     const int out = call_.network->out_features(), each = static_cast<int>(rows.rows);
     const int columns = target_columns(loss, out);
     const bool labels = takes_labels(loss);
+    const Real even = Real(1) / (Real(each) * Real(mean_columns(loss, out)));
     const long classes = X::class_stride(extent.rows);
     const long used = static_cast<long>(extent.rows) * X::kElement;
     memset(scale + used, 0, sizeof(Real) * (classes - used));
@@ -103,8 +97,6 @@ class StackArrays {
     for (int lane = 0; lane < groups() * X::kElement; ++lane) {
       const std::int64_t first = first_row(rows, lane);
       Real* t = targets + first_element(lane, each, X::kElement);
-      Real* s = scale + first_element(lane, each, X::kElement);
-      Real total = 0;
       for (int r = 0; r < each; ++r) {
         const long at = static_cast<long>(r) * X::kElement;
         if (labels)
@@ -112,13 +104,28 @@ class StackArrays {
         else
           for (int c = 0; c < columns; ++c)
             t[c * classes + at] = static_cast<const Real*>(rows.y)[(first + r) * columns + c];
-        s[at] = rows.weights ? rows.weights[first + r] : Real(1);
-        total += loss.weight ? s[at] * call_.class_weight(rows, first + r) : s[at];
       }
-      total *= Real(mean_columns(loss, out));
-      const Real share = total > 0 && lane < work_.count ? Real(1) / total : Real(0);
-      for (int r = 0; r < each; ++r) s[static_cast<long>(r) * X::kElement] *= share;
+      Real* s = scale + first_element(lane, each, X::kElement);
+      const bool weighs = lane < work_.count;
+      if (rows.weights || loss.weight)
+        bind_weights(rows, first, weighs, s);
+      else
+        for (int r = 0; r < each; ++r) s[static_cast<long>(r) * X::kElement] = weighs ? even : 0;
     }
+  }
+  // The shares of one task's rows in the mean.
+  void bind_weights(const RowSet<Real>& rows, std::int64_t first, bool weighs, Real* s) const {
+    const Loss& loss = call_.loss_of(rows);
+    const int each = static_cast<int>(rows.rows);
+    Real total = 0;
+    for (int r = 0; r < each; ++r) {
+      const long at = static_cast<long>(r) * X::kElement;
+      s[at] = rows.weights ? rows.weights[first + r] : Real(1);
+      total += loss.weight ? s[at] * call_.class_weight(rows, first + r) : s[at];
+    }
+    total *= Real(mean_columns(loss, call_.network->out_features()));
+    const Real share = total > 0 && weighs ? Real(1) / total : Real(0);
+    for (int r = 0; r < each; ++r) s[static_cast<long>(r) * X::kElement] *= share;
   }
 
   const Call<Real>& call_;
@@ -137,7 +144,7 @@ void run_stack(const Call<Real>& call, const Workspace<X>& workspace, InnerLoop<
   loop.set_stack(&stack);
   MetaGradient<X> gradient(loop, support, query, totals);
   const auto record = [](int, Vec) {};
-  const Seed seed = arrays.seed();
+  const Seed seed = seed_of(call, arrays.item());
   const Vec loss = gradient.loss(record);
   if (call.predictions) arrays.write_predictions(query, loop.outputs());
   if (call.wants_gradient()) {

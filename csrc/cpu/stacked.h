@@ -126,26 +126,44 @@ struct StackedExecutor : Executor<Grouped> {
   // to [a_rows, stride(b_rows)] = scale a b^T over n features.
   static void gram(const Matrix& a, int a_rows, const Matrix& b, int b_rows, int n, Real scale,
                    Real* to) {
+    constexpr int columns = Grouped::kFeatures;
     const long row = stride(b_rows);
-    for (int j = 0; j < b_rows; j += Grouped::kFeatures) {
-      const Real* right[Grouped::kFeatures];
-      for (int f = 0; f < Grouped::kFeatures; ++f)
-        right[f] = b.p + (j + f < b_rows ? j + f : j) * b.row;
-      for (int i = 0; i < a_rows;) {
-        Real* into = to + i * row + static_cast<long>(j) * kElement;
-        const Matrix left{a.p + i * a.row, a.row};
-        if (a_rows - i >= 4)
-          gram_block<4>(left, right, n, scale, into, row), i += 4;
-        else if (a_rows - i >= 2)
-          gram_block<2>(left, right, n, scale, into, row), i += 2;
-        else
-          gram_block<1>(left, right, n, scale, into, row), i += 1;
-      }
+    for (int j = 0; j < b_rows; j += columns) {
+      const Matrix right{b.p + j * b.row, b.row};
+      Real* into = to + static_cast<long>(j) * kElement;
+      const int left_over = b_rows - j;
+      if (columns > 2 && left_over <= columns / 2)
+        gram_panel<(columns + 1) / 2>(a, a_rows, right, left_over, n, scale, into, row);
+      else
+        gram_panel<columns>(a, a_rows, right, left_over, n, scale, into, row);
     }
   }
 
  private:
-  template <int kRows>
+  static constexpr int kGramRows = kRegisters >= 32 ? 5 : 4;  // of a block
+
+  // Against at most `columns` rows of b, `valid` of which there are: all rows of a, in blocks of nearly equal height.
+  template <int columns>
+  static void gram_panel(const Matrix& a, int a_rows, const Matrix& b, int valid, int n, Real scale,
+                         Real* to, long row) {
+    const Real* right[columns];
+    for (int f = 0; f < columns; ++f) right[f] = b.p + (f < valid ? f : 0) * b.row;
+    const int blocks = (a_rows + kGramRows - 1) / kGramRows;
+    for (int block = 0, i = 0; block < blocks; ++block) {
+      const int height = a_rows / blocks + (block < a_rows % blocks);
+      gram_rows<kGramRows, columns>({a.p + i * a.row, a.row}, height, right, n, scale, to + i * row,
+                                    row);
+      i += height;
+    }
+  }
+  template <int kRows, int columns>
+  static void gram_rows(const Matrix& a, int height, const Real* const* right, int n, Real scale,
+                        Real* to, long row) {
+    if (height == kRows) return gram_block<kRows, columns>(a, right, n, scale, to, row);
+    if constexpr (kRows > 1) gram_rows<kRows - 1, columns>(a, height, right, n, scale, to, row);
+  }
+  // The sums of what is not there are 0.
+  template <int kRows, int kColumns>
   static void gram_block(const Matrix& a, const Real* const* right, int n, Real scale, Real* to,
                          long row) {
     constexpr int columns = Grouped::kFeatures;
@@ -153,12 +171,12 @@ struct StackedExecutor : Executor<Grouped> {
     for_tile<kRows, columns>([&](int i, int j) { sums[i][j] = zero(); });
     const auto add = [&](long at, auto masked) __attribute__((always_inline)) {
       Vec left[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
       for (int i = 0; i < kRows; ++i) left[i] = masked(load(a.p + i * a.row + at));
 #pragma GCC unroll 4
-      for (int j = 0; j < columns; ++j) {
+      for (int j = 0; j < kColumns; ++j) {
         const Vec other = masked(load(right[j] + at));
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int i = 0; i < kRows; ++i) sums[i][j] = fma(left[i], other, sums[i][j]);
       }
     };
@@ -168,7 +186,7 @@ struct StackedExecutor : Executor<Grouped> {
     if (n % columns != 0)  // an infinity in a task's rows makes NaNs of the padding
       add(static_cast<long>(whole) * kWidth,
           [&](Vec part) { return Grouped::masked_columns(part, n, whole); });
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int i = 0; i < kRows; ++i)
       store(to + i * row, Grouped::sums_over_features(sums[i]) * scale);
   }

@@ -312,7 +312,7 @@ class Learner(nn.Module, ABC):
 
     def _adapted_again(self, xs: Any, ys: Any) -> Adapted | None:
         """The models, where the last call of `adapt` was like one with these and nothing else."""
-        before: PreparedAdapt | None = self._prepared.find(_ADAPT, xs, ys)
+        before: PreparedAdapt | None = self._prepared.find(_ADAPT, (xs, ys))
         if before is None:
             return None
         self.__dict__["_last"] = before.note

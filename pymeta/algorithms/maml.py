@@ -243,9 +243,7 @@ class MAML(Learner):
         if yq is None:
             kind, data = (_UNJUDGED, kind), data[:3]
         if plain:
-            before: PreparedCall | None = self._prepared.latest.get(kind)
-            if before is not None and not before.holds(*data):
-                before = self._prepared.other(kind, data)
+            before: PreparedCall | None = self._prepared.find(kind, data)
             if before is not None:
                 results = before(before.plan.parameters, before.again(*data))
                 return Outcome._make(results)
@@ -316,13 +314,12 @@ class MAML(Learner):
                     f"{wrong[0]}: accumulate_grad adds to the gradients of parameters; "
                     f"differentiate the loss of a call for that of a task's own"
                 )
-        data, kept = (xs, ys, xq, yq), self._prepared
-        before: PreparedCall | None = None if options else kept.latest.get(_ACCUMULATED)
-        if before is not None and not before.holds(*data):
-            before = kept.other(_ACCUMULATED, data)
+        data = xs, ys, xq, yq
+        before: PreparedCall | None = None
+        if not options:
+            before = self._prepared.find(_ACCUMULATED, data)
         if before is not None and not has_hooks(before.leaves):
-            extras = before.again(*data)
-            return Outcome._make(before.accumulate(before.plan.parameters, extras))
+            return Outcome._make(before.accumulate(before.again(*data)))
         return self._accumulated(data, options)
 
     def _accumulated(self, data: tuple[Any, Any, Any, Any], options: dict[str, Any]) -> Outcome:

@@ -174,7 +174,7 @@ class Reptile(Learner):
         trains = torch.is_grad_enabled()
         given = steps, support_sizes, support_weights, support_offset, task_ids, anchor
         plain = all(v is None for v in given)
-        if plain and (again := self._prepared.find((_CALL, trains), xs, ys)) is not None:
+        if plain and (again := self._prepared.find((_CALL, trains), (xs, ys))) is not None:
             self.__dict__["_last"] = again.note
             outcome = again.run(xs, ys, self._stream if trains else _OF_ADAPT)
             self.__dict__["_stream"] += trains

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -28,12 +27,13 @@ NOTHING: Wanted = (False,) * 11
 _LARGE = 32768
 
 
-_hooks, _hooks_behind = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
+_HOOKS = "_backward_hooks", "_post_accumulate_grad_hooks"
 
 
 def has_hooks(tensors: Sequence[Tensor]) -> bool:
     """Whether something is to be called with the gradient of one of these leaves."""
-    return any(map(_hooks, tensors)) or any(map(_hooks_behind, tensors))
+    found: bool = native.extension().any_true(tensors, _HOOKS)
+    return found
 
 
 class Extras(NamedTuple):

@@ -199,7 +199,8 @@ class PreparedCall:
         )
         if statistics is not None:
             running.update(plan.norms, statistics)
-        return cast(Results, _new(Results, (loss, losses, predictions, step_losses)))
+        made: Results = _new(Results, (loss, losses, predictions, step_losses))
+        return made
 
     def vjp(
         self,
@@ -273,18 +274,20 @@ class PreparedCall:
         if results.step_losses is not None:
             return Results(*with_graph(made, cast(tuple[Tensor, ...], results)))
         # each output of a node takes its time
-        return cast(Results, _new(Results, (*with_graph(made, results[:3]), None)))
+        graphed: Results = _new(Results, (*with_graph(made, results[:3]), None))
+        return graphed
 
-    def accumulate(self, parameters: list[Tensor], extras: Extras) -> Results:
-        """`run`, and the gradients added to the `.grad` of what they are of; no graph."""
-        self.plan.last = self.last
-        layout, gradients = self.layout, self.memory()
-        results = self.run(parameters, extras, gradients)
-        if layout is None or gradients is None:
-            return results
+    def accumulate(self, extras: Extras) -> Results:
+        """A call like the one before, and its gradients added to the `.grad` of the `leaves`."""
+        plan, layout = self.plan, self.layout
+        plan.last = self.last
+        if layout is None:
+            return self.run(plan.parameters, extras, None)
+        gradients = self._cleared(layout.memory())
+        results = self.run(plan.parameters, extras, gradients)
         if self._into_grad is None:
             self._into_grad = IntoGrad(gradients, layout.one)
-        self._into_grad(layout.inputs(parameters, extras), gradients)
+        self._into_grad(self.leaves, gradients)
         if gradients.stream is not None:
             layout.idle.append(gradients)
         return results
@@ -329,7 +332,8 @@ class PreparedCall:
 
         Whether grad is enabled must be as it was.
         """
-        return cast(Extras, _new(Extras, (self._lr, xs, xq, ys, yq, *_NO_MORE)))
+        extras: Extras = _new(Extras, (self._lr, xs, xq, ys, yq, *_NO_MORE))
+        return extras
 
 
 CHANGED = (

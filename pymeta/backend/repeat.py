@@ -99,26 +99,21 @@ _KEPT = 8  # prepared calls of a kind, of as many shapes
 
 
 class Repeats:
-    """Prepared calls: the latest of each kind, and some of other shapes.
+    """Prepared calls: the latest of each kind, and some of other shapes."""
 
-    Attributes:
-        latest: by what they are. Whoever has no time for `find` asks it first whether it `holds`,
-            then `other`.
-    """
-
-    __slots__ = ("_others", "latest")
+    __slots__ = ("_latest", "_others")
 
     def __init__(self) -> None:
-        self.latest: dict[Hashable, Any] = {}
+        self._latest: dict[Hashable, Any] = {}
         self._others: dict[Hashable, dict[Hashable, Any]] = {}
 
     def clear(self) -> None:
         """Drop all."""
-        self.latest, self._others = {}, {}
+        self._latest, self._others = {}, {}
 
     def keep(self, kind: Hashable, data: Sequence[Any], call: Prepared) -> None:
         """Keep a call of these tensors, the latest of its kind."""
-        self.latest[kind] = call
+        self._latest[kind] = call
         of_kind = self._others.get(kind, {})
         if len(of_kind) >= _KEPT:
             of_kind = {}
@@ -130,15 +125,13 @@ class Repeats:
             return None
         return self._others.get(kind, {}).get(_shapes(data))
 
-    def find(self, kind: Hashable, *data: Any) -> Any:
+    def find(self, kind: Hashable, data: tuple[Any, ...]) -> Any:
         """The call to make again for these arguments; None where there is none."""
-        call = self.latest.get(kind)
-        return call if call is None or call.holds(*data) else self.other(kind, data)
-
-    def other(self, kind: Hashable, data: Sequence[Any]) -> Any:
-        """The call to make again, where the latest is not: the latest then; None: there is none."""
+        latest = self._latest.get(kind)
+        if latest is None or latest.holds(*data):
+            return latest
         call = self.of_shape(kind, data)
-        if call is None or call is self.latest.get(kind) or not call.holds(*data):
+        if call is None or call is latest or not call.holds(*data):
             return None
-        self.latest[kind] = call
+        self._latest[kind] = call
         return call

@@ -293,7 +293,7 @@ class Adapted(Stacked[Tensor]):
         """The predictions, where a call of models like these was like this one."""
         of = (*self._stacked,), (*self._shared,)
         tensors = [*self._stacked.values(), *self._shared.values()]
-        before: PreparedPredict | None = plan.predicts.find(of, *tensors, xq)
+        before: PreparedPredict | None = plan.predicts.find(of, (*tensors, xq))
         if before is None or before.tasks != self._tasks:
             return None
         return before.run(tensors, xq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -128,3 +129,19 @@ def test_it_holds_nothing_that_the_collector_cannot_see():
     for _ in range(100):
         assert TWINS["native"](*arguments)
     assert [sys.getrefcount(v) for v in (value, place, object)] == before
+
+
+def test_whether_an_attribute_is_true():
+    any_true, names = native.extension().any_true, ("first", "last")
+    objects = [types.SimpleNamespace(first=None, last=[]) for _ in range(3)]
+    assert any_true(objects, names) is False
+    assert any_true([], names) is False
+    objects[2].last.append(0)
+    assert any_true(objects, names) is True
+    assert any_true(tuple(objects), ("first",)) is False
+    with pytest.raises(AttributeError, match="other"):
+        any_true(objects, ("other",))
+    with pytest.raises(TypeError):
+        any_true(objects, (7,))
+    with pytest.raises(TypeError):
+        any_true(7, names)

@@ -64,6 +64,19 @@ struct PackedTensor {
 
   PYMETA_FN std::size_t scalars() const { return static_cast<std::size_t>(outer) * row; }
   PYMETA_FN std::size_t elements() const { return static_cast<std::size_t>(outer) * inner; }
+
+  // visit(index in torch's layout, place in this one, which begins at `first`) for every element.
+  template <class X, class Visitor>
+  PYMETA_FN void for_elements(std::size_t first, Visitor visit) const {
+    constexpr int block = 16;  // both sides of a transposition stay in cache
+    for (int p0 = 0; p0 < outer; p0 += block)
+      for (int q0 = 0; q0 < inner; q0 += block)
+        for (int p = p0; p < outer && p < p0 + block; ++p)
+          for (int q = q0; q < inner && q < q0 + block; ++q)
+            visit(transposed ? static_cast<std::size_t>(q) * outer + p
+                             : static_cast<std::size_t>(p) * inner + q,
+                  first + p * row + static_cast<std::size_t>(q) * X::kElement);
+  }
 };
 
 template <class X>

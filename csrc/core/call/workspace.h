@@ -69,15 +69,7 @@ struct ParameterLayout {
   }
   template <class Visitor>
   PYMETA_FN void elements(int tensor, std::size_t first, Visitor visit) const {
-    const PackedTensor& t = tensors[tensor];
-    constexpr int block = 16;  // both sides of a transposition stay in cache
-    for (int p0 = 0; p0 < t.outer; p0 += block)
-      for (int q0 = 0; q0 < t.inner; q0 += block)
-        for (int p = p0; p < t.outer && p < p0 + block; ++p)
-          for (int q = q0; q < t.inner && q < q0 + block; ++q)
-            visit(t.transposed ? static_cast<std::size_t>(q) * t.outer + p
-                               : static_cast<std::size_t>(p) * t.inner + q,
-                  first + p * t.row + static_cast<std::size_t>(q) * X::kElement);
+    tensors[tensor].template for_elements<X>(first, visit);
   }
 };
 

@@ -15,6 +15,7 @@
 //     packed_bias(layer)                 how its bias does, where it is more than a vector of channels
 //     kTransposesWeight                  do its backward passes want the transposed weight (where X keeps one)? Then
 //     transposed_scalars(layer), transpose(layer, weight, transposed)   its size, and how it is made
+//     packed_transposed(layer)           only where the caller's own array is that, but for padding: how it lies
 //     kReadsRowsInPlace                  as the first layer, can it read the caller's own rows, without padding?
 //     kept_scalars(layer, rows, i)       size of its i-th array of its own on a tape (and in a tangent pass); 0: none
 //     forward(p, to)                     z

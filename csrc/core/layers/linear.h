@@ -60,8 +60,12 @@ struct Linear {
     return {0, layer.in.channels, layer.out.channels,
             static_cast<int>(X::stride(layer.out.channels)), true};
   }
+  PYMETA_FN static PackedTensor packed_transposed(const Layer& layer) {
+    return {0, layer.out.channels, layer.in.channels,
+            static_cast<int>(X::stride(layer.in.channels)), false};
+  }
   PYMETA_FN static std::size_t transposed_scalars(const Layer& layer) {
-    return static_cast<std::size_t>(layer.out.channels) * X::stride(layer.in.channels);
+    return packed_transposed(layer).scalars();
   }
   PYMETA_FN static void transpose(const Layer& layer, const Real* weight, Real* transposed) {
     X::transpose(layer.in.channels, layer.out.channels, weight, transposed);

@@ -176,6 +176,25 @@ PYMETA_FN void transpose_weight(const Layer& layer, const Real* weight, Real* tr
 }
 
 template <class Rules, class = void>
+struct PacksTransposed {
+  static constexpr bool value = false;
+};
+template <class Rules>
+struct PacksTransposed<Rules, decltype(void(&Rules::packed_transposed))> {
+  static constexpr bool value = true;
+};
+
+// How the caller's weight lies as the transposed one; nothing (no rows) where it is not that.
+template <class X>
+PYMETA_FN PackedTensor packed_transposed(const Layer& layer) {
+  PackedTensor packed{};
+  with_layer<X>(layer.kind, [&](auto rules) {
+    if constexpr (PacksTransposed<decltype(rules)>::value) packed = rules.packed_transposed(layer);
+  });
+  return packed;
+}
+
+template <class Rules, class = void>
 struct PacksBias {
   static constexpr bool value = false;
 };
