@@ -106,6 +106,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--network", choices=["mlp", "conv4"], default="mlp", help="fully connected or not")
     add("--shots", type=int, default=1, help="drawings of each class in the support set")
     add("--queries", type=int, default=5, help="drawings of each class in training's query sets")
+    add("--mirrored", action="store_true", help="mirror images of training's characters, too")
+    add(
+        "--shift", type=int, default=0, help="pixels that training's drawings are moved by, at most"
+    )
     add("--ways", type=int, default=5, help="classes in a task")
     add("--tasks", type=int, default=32, help="tasks in a meta-batch")
     add("--iterations", type=int, default=60_000, help="meta-batches")
@@ -132,9 +136,11 @@ def main(argv: list[str] | None = None, quiet: bool = False) -> dict:
     one_torch_thread()
     torch.manual_seed(args.seed)
     # The split has a seed of its own: other seeds are other runs on the same characters.
-    parts = split(load(args.data, args.form), args.train_classes, args.validation_classes, seed=0)
+    images = load(args.data, args.form)
+    parts = split(images, args.train_classes, args.validation_classes, 0, args.mirrored)
     shape = {"ways": args.ways, "shots": args.shots, "scale": 1 / parts.train.max()}
-    episodes = Episodes(parts.train, queries=args.queries, seed=[args.seed, 1], **shape)
+    draws = {"queries": args.queries, "seed": [args.seed, 1], "shift": args.shift}
+    episodes = Episodes(parts.train, **draws, **shape)
     held_out = {"queries": TEST_QUERIES, **shape}
     validation = Episodes(parts.validation, seed=2, **held_out)(args.validation_tasks)
     test = Episodes(parts.test, seed=3, **held_out)(args.test_tasks)

@@ -99,8 +99,8 @@ def small_run(tiny: Path, *options: str) -> list[str]:
 
 def test_omniglot_with_convolutions_is_native(tiny, monkeypatch, capsys):
     monkeypatch.setattr(_omniglot, "CHANNELS", 8)
-    options = small_run(tiny, "--network", "conv4", "--iterations", "15", "--inner-lr", "0.4")
-    result = omniglot.main(options, quiet=True)
+    options = ["--network", "conv4", "--iterations", "15", "--inner-lr", "0.4"]
+    result = omniglot.main(small_run(tiny, *options, "--mirrored", "--shift", "1"), quiet=True)
     assert "native-cpu" in capsys.readouterr().out
     assert 0.5 < result["accuracy"] <= 1  # of three classes
 
