@@ -7,7 +7,8 @@
 #
 # nvcc takes minutes for the kernel of all calls, on however many cores. Where time with a GPU is short, run the part `core`
 # beforehand on any machine with the same nvcc, and take build/gpu/core along: then the part `build` compiles the Python side alone.
-# PYMETA_GPU_ARCH says for which GPU: 90, for compute capability 9.0, unless it is set.
+# PYMETA_GPU_ARCH says for which GPU (90, for compute capability 9.0, unless it is set), PYMETA_GPU_ISAS for which of the host's
+# instruction sets, as in avx512 (unless it is set, all: a core knows nothing of the machine that it will run on).
 #
 # PARTS, in this order (default: all but those in brackets)
 #   core       [the kernels and all else that knows nothing of Python, into build/gpu/core; without a GPU]
@@ -147,6 +148,8 @@ finish() {
   done
 }
 
+cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; } # which nproc would heed
+
 # ---- what the parts do -------------------------------------------------------------------------------------------
 
 machine() {
@@ -155,6 +158,11 @@ machine() {
   "$python" - <<'PYTHON'
 import importlib.metadata, os, platform
 print("python", platform.python_version(), "on", os.cpu_count(), "cores")
+try:
+    import torch
+    print("torch sees", torch.cuda.device_count(), "GPUs, CUDA", torch.version.cuda)
+except Exception as error:
+    print("torch:", error)
 for name in ("torch", "numpy", "jax", "pytest", "hypothesis", "pybind11", "scikit-build-core", "cmake", "ninja"):
     try:
         print(name, importlib.metadata.version(name))
@@ -165,10 +173,10 @@ PYTHON
   true
 }
 
-# What a core was built of: its files and its compiler.
+# What a core was built of: its files and its CUDA.
 sources() {
   (cd "$root" && find CMakeLists.txt cmake csrc -type f ! -path 'csrc/bind/*' ! -path 'csrc/tests/*' -print0 | sort -z |
-    xargs -0 sha256sum && "$CUDACXX" --version) | sha256sum | cut -d ' ' -f 1
+    xargs -0 sha256sum && "$CUDACXX" --version | grep -o 'release [0-9.]*') | sha256sum | cut -d ' ' -f 1
 }
 configured_for() { # ARCHITECTURE: -Xptxas=-v is for kernel_report.py, -lineinfo for the sanitizers and ncu; neither changes the code.
   printf '%s\n' PYMETA_CUDA=ON "PYMETA_EMULATE=$(wanted emulated && echo ON || echo OFF)" \
@@ -178,10 +186,11 @@ core() {
   local arch=${PYMETA_GPU_ARCH:-90} defines
   [[ -n $CUDACXX ]] || { echo "gpu.sh: no nvcc on the PATH or in /usr/local/cuda/bin"; return 1; }
   mapfile -t defines < <(configured_for "$arch")
+  defines+=("PYMETA_ISAS=${PYMETA_GPU_ISAS:-}")
   rm -rf "$work/core" && mkdir -p "$work/core" || return 1
-  cmake -S "$root" -B "$work/core-cmake" -DCMAKE_BUILD_TYPE=Release -DPYMETA_BUILD_PYTHON=OFF "${defines[@]/#/-D}" &&
-    cmake --build "$work/core-cmake" --target pymeta_core --clean-first --parallel "$(nproc)" 2>&1 | tee "$work/core/build.log"
-  ((PIPESTATUS[0] == 0)) && cp "$work/core-cmake/libpymeta_core.a" "$work/core/" || return 1
+  cmake -S "$root" -B "$root/build/gpu-core" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPYMETA_BUILD_PYTHON=OFF "${defines[@]/#/-D}" &&
+    cmake --build "$root/build/gpu-core" --target pymeta_core --clean-first --parallel "$(cores)" 2>&1 | tee "$work/core/build.log"
+  ((PIPESTATUS[0] == 0)) && cp "$root/build/gpu-core/libpymeta_core.a" "$work/core/" || return 1
   echo "$arch $(sources)" >"$work/core/made_of"
   du -h "$work/core/libpymeta_core.a"
 }
@@ -208,35 +217,40 @@ build() {
   return "$code"
 }
 build_for() {
-  local arch=$1 began=$SECONDS
+  local arch=$1
   [[ -n $CUDACXX ]] || { echo "gpu.sh: no nvcc on the PATH or in /usr/local/cuda/bin"; return 1; }
   [[ -n $arch ]] || { echo "gpu.sh: neither nvidia-smi nor torch tells the compute capability"; return 1; }
   local defines
   mapfile -t defines < <(configured_for "$arch")
-  rm -rf "$site" "$work/with_core"
-  if has_core "$arch"; then
-    defines+=("PYMETA_CORE=$work/core/libpymeta_core.a")
-    touch "$work/with_core"
-  else
-    defines+=(PYMETA_CORE=)
-    # This machine's own instruction set: the others are for other machines.
-    grep -q avx512bw /proc/cpuinfo 2>/dev/null && defines+=(PYMETA_ISAS=avx512)
-  fi
-  CMAKE_BUILD_PARALLEL_LEVEL=$(nproc)
+  CMAKE_BUILD_PARALLEL_LEVEL=$(cores)
   export CMAKE_BUILD_PARALLEL_LEVEL
-  within 300 "$python" -m pip install -v --disable-pip-version-check --no-index --no-deps --no-build-isolation \
-    --target "$site" --config-settings="build-dir=$work/cmake" "${defines[@]/#/--config-settings=cmake.define.}" \
+  rm -f "$work/with_core"
+  if has_core "$arch"; then
+    touch "$work/with_core"
+    build_with "${defines[@]}" "PYMETA_CORE=$work/core/libpymeta_core.a" && return 0
+    echo "gpu.sh: not with build/gpu/core: everything is compiled here"
+    rm -f "$work/with_core"
+  fi
+  # This machine's own instruction set: the others are for other machines.
+  grep -q avx512bw /proc/cpuinfo 2>/dev/null && defines+=(PYMETA_ISAS=avx512)
+  build_with "${defines[@]}" PYMETA_CORE=
+}
+build_with() { # DEFINITIONS of CMake's
+  local began=$SECONDS
+  rm -rf "$site"
+  within 450 "$python" -m pip install -v --disable-pip-version-check --no-index --no-deps --no-build-isolation \
+    --target "$site" --config-settings="build-dir=$work/cmake" "${@/#/--config-settings=cmake.define.}" \
     "$root" && return 0
   # Quickly over: not the compiler, but what packages it (an older scikit-build-core, say).
   ((SECONDS - began < 30)) || return 1
   echo "gpu.sh: pip failed, by CMake alone"
-  build_by_cmake "${defines[@]}"
+  build_by_cmake "$@"
 }
 build_by_cmake() {
   rm -rf "$site" "$work/cmake-alone"
   within 60 cmake -S "$root" -B "$work/cmake-alone" -DCMAKE_BUILD_TYPE=Release "-DPython_EXECUTABLE=$python" \
     "-DCMAKE_INSTALL_PREFIX=$site" "${@/#/-D}" &&
-    within 300 cmake --build "$work/cmake-alone" --target _native &&
+    within 450 cmake --build "$work/cmake-alone" --target _native &&
     cmake --install "$work/cmake-alone" || return 1
   cp -r "$root"/pymeta/. "$site/pymeta"
   local about=$site/pymeta_kernels-0+unknown.dist-info
@@ -280,17 +294,19 @@ pytest_of() {
 tests() { pytest_of 130 tests/cuda --junitxml "$work/results/junit.xml" --durations 15; }
 emulated() { pytest_of 200 tests/device; }
 
-smoke() { CUDA_LAUNCH_BLOCKING=1 in_run within 30 "$python" gpu_calls.py all; }
+smoke() { CUDA_LAUNCH_BLOCKING=1 in_run within 60 "$python" gpu_calls.py all; }
 
 # Each allocation by itself, so that memcheck sees the end of every array.
 sanitize() {
-  local tool=$1 port=$2 log code only=()
+  local tool=$1 port=$2 log code only=() calls=(all)
   command -v compute-sanitizer >/dev/null || { echo "gpu.sh: no compute-sanitizer"; return 77; }
   # initcheck has to see who writes what, torch's kernels too.
   [[ $tool != initcheck && $(compute-sanitizer --help 2>&1) == *"--kernel-name "* ]] && only=(--kernel-name kns=pymeta)
+  # Barriers are the same in both precisions; addresses are not.
+  [[ $tool == racecheck || $tool == synccheck ]] && calls=(all float32)
   log=$(mktemp)
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 in_run within 130 compute-sanitizer --tool "$tool" --port "$port" \
-    --error-exitcode 9 --report-api-errors no --print-limit 20 "${only[@]}" "$python" gpu_calls.py all 2>&1 | tee "$log"
+    --error-exitcode 9 --report-api-errors no --print-limit 20 "${only[@]}" "$python" gpu_calls.py "${calls[@]}" 2>&1 | tee "$log"
   code=${PIPESTATUS[0]}
   grep -q 'Device not supported' "$log" && code=77
   ((code == 0)) && ! grep -q 'gpu_calls: all calls made' "$log" && code=1
@@ -370,15 +386,19 @@ trap end EXIT INT TERM
 
 # ---- the run -----------------------------------------------------------------------------------------------------
 
-machine >"$logs/machine.txt" 2>&1
+machine >"$logs/machine.txt" 2>&1 & # beside the build: torch's first import takes its time
+machine=$!
 wanted core && run core core
-[[ ${parts[*]} == core ]] && exit 0
+if [[ ${parts[*]} == core ]]; then
+  wait "$machine"
+  exit 0
+fi
 wanted build && run build build
 if ! compgen -G "$site/pymeta/_native*.so" >/dev/null; then
   echo "gpu.sh: nothing is built, so nothing can be run" | tee -a "$logs/machine.txt"
   exit 1
 fi
-wanted kernels && run kernels kernels
+wanted kernels && start kernels kernels # beside the next ones: it needs no GPU
 wanted info && run info info
 wanted smoke && run smoke smoke
 wanted tests && start tests tests
@@ -389,6 +409,7 @@ for tool in "${sanitizers[@]}" initcheck; do
   port=$((port + 100))
 done
 finish
+wait "$machine"
 # From here on nothing else runs: times are taken.
 wanted bench && run bench bench 180 --budget 150 --cases "W1 T=65536 K=1" "W3 T=16384 K=5" "W1 T=25 K=1" "W3 T=1024 K=5" \
   --out "$work/results/bench.json"

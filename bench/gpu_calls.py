@@ -1,6 +1,7 @@
 """Calls on a GPU for tools that watch them: compute-sanitizer and Nsight Compute (see gpu.sh).
 
     python gpu_calls.py all         small calls of every kind, each kernel in both precisions
+    python gpu_calls.py all float32 the same in one: half the time, where that is short
     python gpu_calls.py W1 4096     three meta-gradients of that benchmark case with so many tasks
     python gpu_calls.py W3 1024
 
@@ -27,8 +28,22 @@ def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, dtype=dtype).to(DEVICE)
 
 
-def maml_calls(dtype: torch.dtype) -> Iterator[str]:
-    """Meta-gradients: each form of tasks, of rates, of rules, all layers; and predictions."""
+def plain_calls(dtype: torch.dtype) -> Iterator[str]:
+    """Meta-gradients of linear chains by gradient descent, and adapted models."""
+    net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
+    x, y = normal(70, 10, 1, dtype=dtype), normal(70, 10, 1, dtype=dtype)
+    for first_order in (False, True):
+        maml = pymeta.MAML(
+            net.to(DEVICE, dtype), loss="mse", lr=0.01, steps=3, first_order=first_order,
+            backend="native",
+        )  # fmt: skip
+        maml(x, y, x, y).loss.backward()
+    maml.adapt(x, y)(x)
+    yield "MAML, both orders, adapted models"
+
+
+def normalised_calls(dtype: torch.dtype) -> Iterator[str]:
+    """Meta-gradients: each form of tasks, of rates, of rules, all normalisations."""
     layers = (nn.Linear(5, 19), nn.LayerNorm(19), nn.GELU(), nn.Linear(19, 33), nn.ReLU())
     classifier = nn.Sequential(*layers, nn.Linear(33, 3)).to(DEVICE, dtype)
     adam = pymeta.Adam(pymeta.LearnableLR(0.1, "parameter", True), eps=0.01, clip_norm=1.0)
@@ -45,17 +60,6 @@ def maml_calls(dtype: torch.dtype) -> Iterator[str]:
     )  # fmt: skip
     out.loss.backward()
     yield "MAML, Adam, learnable rates, padded, weighted"
-
-    net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
-    x, y = normal(70, 10, 1, dtype=dtype), normal(70, 10, 1, dtype=dtype)
-    for first_order in (False, True):
-        maml = pymeta.MAML(
-            net.to(DEVICE, dtype), loss="mse", lr=0.01, steps=3, first_order=first_order,
-            backend="native",
-        )  # fmt: skip
-        maml(x, y, x, y).loss.backward()
-    maml.adapt(x, y)(x)
-    yield "MAML, both orders, adapted models"
 
     normalised = nn.Sequential(nn.Linear(70, 18), nn.BatchNorm1d(18), nn.SiLU(), nn.Linear(18, 2))
     maml = pymeta.MAML(
@@ -114,6 +118,13 @@ def operator_calls(dtype: torch.dtype) -> Iterator[str]:
     clipped(x, y, x, y).loss.backward()
     yield "MAML, tasks' shares clipped"
 
+    adam = pymeta.Adam(pymeta.LearnableLR(0.1, "parameter", True), eps=0.01, clip_norm=0.1)
+    learned = pymeta.MAML(
+        net, loss="mse", optimizer=adam, steps=2, anchor=0.1, backend="native"
+    ).to(DEVICE)
+    learned(x, y, x, y, query_weights=weights).loss.backward()
+    yield "MAML, Adam, learnable rates, a clip and an anchor"
+
 
 def image_calls(dtype: torch.dtype) -> Iterator[str]:
     """Convolutions, pools and what normalises positions."""
@@ -131,10 +142,11 @@ def image_calls(dtype: torch.dtype) -> Iterator[str]:
     yield "MAML, images"
 
 
-def every_call() -> None:
-    """Every call once, in both precisions."""
-    for dtype in (torch.float32, torch.float64):
-        for calls in (maml_calls, operator_calls, image_calls, adapting_calls):
+def every_call(dtypes: tuple[torch.dtype, ...]) -> None:
+    """Every call once; those of the smallest kernel first, which tools are quickest with."""
+    kinds = (plain_calls, operator_calls, adapting_calls, normalised_calls, image_calls)
+    for dtype in dtypes:
+        for calls in kinds:
             for what in calls(dtype):
                 torch.cuda.synchronize()
                 print(f"{dtype} {what}", flush=True)
@@ -163,7 +175,9 @@ def main(arguments: list[str]) -> int:
     """Make the calls; the exit code."""
     torch.manual_seed(0)
     if arguments == ["all"]:
-        every_call()
+        every_call((torch.float32, torch.float64))
+    elif arguments == ["all", "float32"]:
+        every_call((torch.float32,))
     elif len(arguments) == 2 and arguments[0] in ("W1", "W3"):
         case(arguments[0], int(arguments[1]))
     else:

@@ -103,7 +103,7 @@ inline bool is_beyond_lists(const Call<Real>& call) {
          (call.wants_input_gradient() && call.step_weights) ||
          (call.lr_gradient && (call.lr.per_task || call.task_clip > 0)) ||
          (!meta && (call.parameter_per_task || (call.lr.is_spread() && call.lr.rows > 1))) ||
-         (call.query.has_weightless && call.predictions && !call.query.y);
+         (!call.query.y && (call.step_weights || (call.query.has_weightless && call.predictions)));
 }
 
 template <class Family>

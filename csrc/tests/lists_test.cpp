@@ -17,8 +17,8 @@ constexpr int kTasks = 4, kRows = 5, kQueries = 4, kSteps = 3, kInputs = 3, kOut
 template <class Real>
 class OptionCall {
  public:
-  OptionCall() {
-    chain_.linear(kInputs, 19).act(ActivationKind::tanh).linear(19, 20).act(ActivationKind::relu);
+  explicit OptionCall(ActivationKind activation = ActivationKind::tanh) {
+    chain_.linear(kInputs, 19).act(activation).linear(19, 20).act(ActivationKind::relu);
     chain_.linear(20, kOutputs);
     const Network& network = chain_.network();
     for (int t = 0; t < network.tensor_count; ++t) {
@@ -56,6 +56,8 @@ class OptionCall {
     results_.emplace_back(size, Results<Real>::kUntouched);
     return results_.back().data();
   }
+  // As many as rates may be, whatever an option makes of them.
+  Real* rates_gradient() { return result(rates.size()); }
   Real* array(std::size_t size, double scale = 1) {
     given_.push_back(numbers(size, scale));
     return given_.back().data();
@@ -152,21 +154,21 @@ std::vector<Option<Real>> options() {
       {"adam, first order", "chains",
        [](O& o) { o.call.optimizer = adam(0.9, 0.1, false, 0), o.call.first_order = true; }},
       {"rmsprop", "chains", [](O& o) { o.call.optimizer = rmsprop(0.5, true, 0, 0.05); }},
-      {"rates' gradient", "chains", [](O& o) { o.call.lr_gradient = o.result(kSteps); }},
+      {"rates' gradient", "chains", [](O& o) { o.call.lr_gradient = o.rates_gradient(); }},
       {"groups of rates", "chains",
        [](O& o) {
          o.call.lr.columns = 2, o.call.lr.groups = o.two_groups;
          o.call.optimizer = adam(0.9, 0, false, 0);
-         o.call.lr_gradient = o.result(2 * kSteps);
+         o.call.lr_gradient = o.rates_gradient();
        }},
       {"a rate for each element", "chains",
        [](O& o) {
          o.call.lr = {o.rates.data(), kSteps, o.elements, true, o.call.lr.groups};
-         o.call.lr_gradient = o.result(static_cast<std::size_t>(kSteps) * o.elements);
+         o.call.lr_gradient = o.rates_gradient();
        }},
       {"a rate for each task", "chains", [](O& o) { o.call.lr.per_task = true; }},
       {"a rate for each task, its gradient", "every",
-       [](O& o) { o.call.lr.per_task = true, o.call.lr_gradient = o.result(kTasks * kSteps); }},
+       [](O& o) { o.call.lr.per_task = true, o.call.lr_gradient = o.rates_gradient(); }},
       {"anchor", "chains", [](O& o) { o.call.optimizer.anchor = 0.3; }},
       {"anchor over rows, clip", "chains",
        [](O& o) { o.call.optimizer = sgd(0, false, 0, 0.05), o.call.optimizer.anchor_rows = 2; }},
@@ -176,7 +178,7 @@ std::vector<Option<Real>> options() {
        }},
       {"tasks clipped", "chains", [](O& o) { o.call.task_clip = 0.1; }},
       {"tasks clipped, rates' gradient", "every",
-       [](O& o) { o.call.task_clip = 0.1, o.call.lr_gradient = o.result(kSteps); }},
+       [](O& o) { o.call.task_clip = 0.1, o.call.lr_gradient = o.rates_gradient(); }},
       {"starts of their own", "chains",
        [](O& o) {
          o.per_task[0] = o.per_task[3] = true;
@@ -305,9 +307,46 @@ void check_options(const char* precision) {
     }
 }
 
+// Some options of a meta-gradient at once. Those that do not go together are refused before anything runs.
+template <class Real>
+void check_combinations(const char* precision) {
+  using A = ActivationKind;
+  const std::vector<Option<Real>> all = options<Real>();
+  Random random(sizeof(Real));
+  int listed_calls = 0;
+  for (int draw = 0; draw < 60; ++draw) {
+    const A activation = draw % 3 == 0 ? A::relu : draw % 3 == 1 ? A::gelu : A::silu;
+    OptionCall<Real> listed(activation), whole(activation);
+    std::string name = std::string("list ") + precision + ", together:";
+    for (int i = 0; i < 3; ++i) {
+      const Option<Real>& option =
+          all[static_cast<std::size_t>(random.below(static_cast<std::int64_t>(all.size())))];
+      if (std::strcmp(option.family, "chains") != 0 || std::strstr(option.name, "ing ") ||
+          std::strstr(option.name, "reptile"))
+        continue;
+      option.apply(listed), option.apply(whole);
+      name += std::string(" ") + option.name + ";";
+    }
+    listed.call.first_order = whole.call.first_order = draw % 5 == 4;
+    try {
+      pymeta::check(whole.call);
+    } catch (const std::invalid_argument&) {
+      continue;
+    }
+    run_from(0, listed, draw % 2 ? 40000 : 0);
+    listed_calls += std::strcmp(family_on(kEmulated, listed.call), "chains") == 0;
+    run_from(2, whole, draw % 2 ? 40000 : 0);
+    set_block_options({});
+    CHECK(whole.same_bits(listed), name + " other bits than those of all calls");
+  }
+  CHECK(listed_calls >= 30, "list: few combinations: " + std::to_string(listed_calls));
+}
+
 }  // namespace
 
 void test_lists() {
+  check_combinations<float>("float");
+  check_combinations<double>("double");
   check_options<float>("float");
   check_options<double>("double");
 }
