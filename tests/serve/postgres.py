@@ -86,9 +86,14 @@ class Postgres:
             self.process = None
 
     def _as(self) -> dict[str, object]:
-        if self.user is None:
-            return {}
-        return {"user": self.user, "group": pwd.getpwnam(self.user).pw_gid, "extra_groups": []}
+        # With a sanitizer's library loaded into it, even `postgres -V` never ends.
+        options: dict[str, object] = {
+            "env": {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        }
+        if self.user is not None:
+            group = pwd.getpwnam(self.user).pw_gid
+            options |= {"user": self.user, "group": group, "extra_groups": []}
+        return options
 
 
 @contextlib.contextmanager
