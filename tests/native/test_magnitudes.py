@@ -64,7 +64,10 @@ NETS = {
 @pytest.mark.parametrize("path", PATHS, ids="-".join)
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("name", NETS)
-def test_a_step_size_far_from_one(path, scale, name):
+def test_a_step_size_far_from_one(path, scale, name, request):
+    if path[1] == "emulated" and name != "images":
+        # docs/gpu.md: the lists of operations of linear chains multiply by step sizes last.
+        request.applymarker(pytest.mark.xfail(strict=True, reason="H v leaves the range"))
     net = NETS[name]()
     wanted = net.found(1.0, torch.float64, "torch")
     with using(*path):
