@@ -279,8 +279,8 @@ class Cell(metaclass=_Type):
         to_gates: int,
     ) -> None: ...
 
-# Arrays of these sizes that lie one behind the other in a buffer; others elsewhere are given by
-# their addresses. dtype: 4 or 8.
+# Arrays of these sizes laid end to end in a buffer; others elsewhere are given by their addresses.
+# dtype: 4 or 8.
 class Split(metaclass=_Type):
     def __init__(self, dtype: int, sizes: Sequence[int]) -> None: ...
     def add_to(self, arrays: Sequence[int], buffer: int) -> None: ...

@@ -1,4 +1,4 @@
-// One buffer of arrays that lie one behind the other, and arrays of the same sizes elsewhere: gradients on their way into `.grad`.
+// One buffer of arrays laid end to end, and arrays of the same sizes elsewhere: gradients on their way into `.grad`.
 
 #include <pybind11/stl.h>
 

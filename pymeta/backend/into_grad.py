@@ -39,10 +39,6 @@ def _count_one_by_one(tensors: Sequence[Tensor]) -> None:
 _count_changes = _counter()
 
 
-def _never(*_: Any) -> bool:
-    return False
-
-
 class IntoGrad:
     """What adds gradients of one layout to the `.grad` of leaves."""
 
@@ -52,7 +48,7 @@ class IntoGrad:
         """Make it for gradients like these; `one` is [], the number."""
         self._one = one
         self._split: Any = None
-        self._alike: Callable[..., bool] = _never
+        self._alike: Callable[..., bool] | None = None
         if one.is_cpu and gradients.small:
             sizes = [tensor.numel() for tensor in gradients.tensors]
             self._split = native.extension().Split(one.itemsize, sizes)
@@ -61,8 +57,7 @@ class IntoGrad:
     def __call__(self, leaves: Sequence[Tensor], gradients: Gradients) -> None:
         """Add them: one for each of the leaves, in their order."""
         grads = [*map(_grad, leaves)]
-        if self._alike(*grads):
-            assert self._split is not None
+        if self._alike is not None and self._alike(*grads):
             self._split.add_to([*map(_pointer, grads)], gradients.address)
             _count_changes(grads)
             return

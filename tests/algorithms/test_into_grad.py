@@ -176,8 +176,8 @@ def test_frozen_parameters_get_none(by_core):
     assert by_core == [5]
 
 
-def test_tensors_large_enough_for_torchs_threads_are_torchs(by_core):
-    net, data = mlp(2, 200, 200, 2), batch()
+def check_two_calls(net, data):
+    """Two calls leave the gradients that two of `backward` leave."""
     module = prepared(net, data)
     other = copy.deepcopy(module)
     for _ in range(2):
@@ -185,6 +185,11 @@ def test_tensors_large_enough_for_torchs_threads_are_torchs(by_core):
         by_backward(other, data)
     for p, q in zip(module.parameters(), other.parameters(), strict=True):
         assert same_bits(p.grad, q.grad)
+
+
+def test_tensors_large_enough_for_torchs_threads_are_torchs(by_core):
+    net, data = mlp(2, 200, 200, 2), batch()
+    check_two_calls(net, data)
     assert by_core == []
 
 
@@ -268,13 +273,7 @@ def test_a_torch_that_counts_changes_one_at_a_time(monkeypatch):
 def test_a_torch_without_guards_adds_by_itself(monkeypatch, by_core):
     monkeypatch.setattr(into_grad, "exactly_like", lambda tensors: watch._never)
     net, data = mlp(2, 6, 2), batch()
-    module = prepared(net, data)
-    other = copy.deepcopy(module)
-    for _ in range(2):
-        module.accumulate_grad(*data)
-        by_backward(other, data)
-    for p, q in zip(module.parameters(), other.parameters(), strict=True):
-        assert same_bits(p.grad, q.grad)
+    check_two_calls(net, data)
     assert by_core == []
 
 
