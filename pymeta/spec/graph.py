@@ -24,6 +24,7 @@ from pymeta.spec.layers import (
     IDENTITY,
     METHODS,
     UNSQUEEZE,
+    VIEW,
     WEIGHTED,
     Called,
     Layer,
@@ -74,15 +75,17 @@ def _is_size(node: Any, dimension: int) -> bool:
 
 
 def _viewed(node: fx.Node) -> tuple[Layer, ...]:
-    """The layers of a view: flattened rows, of which all values have as many, and axes of one."""
-    rows, *sizes = node.args[1:]
-    if isinstance(rows, tuple) and not sizes:
-        rows, *sizes = rows
-    flattens = _is_size(rows, 0) and bool(sizes) and (sizes[0] == -1 or _is_size(sizes[0], 1))
-    if flattens and all(type(n) is int and n == 1 for n in sizes[1:]):
+    """The layers of a view: flattened rows, of which all values have as many, in another shape."""
+    shape = node.args[1:] or tuple(node.kwargs.values())
+    rows, *sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+    is_whole = bool(sizes) and (sizes[0] == -1 or _is_size(sizes[0], 1))
+    if _is_size(rows, 0) and is_whole and all(type(n) is int and n == 1 for n in sizes[1:]):
         return (FLATTEN, *[(UNSQUEEZE, -1)] * len(sizes[1:]))
-    shape = node.args[1:]
-    raise Refused(f"{node.target}{shape} is not a flattening of rows")
+    is_plain = all(type(n) is int and n > 0 for n in sizes)
+    if (_is_size(rows, 0) or rows == -1) and is_plain and 1 <= len(sizes) <= 3:
+        return (FLATTEN, (VIEW, *sizes))
+    target = getattr(node.target, "__name__", node.target)
+    raise Refused(f"{target}{shape} is neither a flattening of rows nor a shape for each")
 
 
 def _looks_at_shape(node: Any) -> bool:
@@ -169,7 +172,7 @@ def _called(node: fx.Node, name: str, current: fx.Node) -> tuple[Layer, ...]:
         return (part_of_cut(node),)
     if _pools_all(node, current):
         return (_WHOLE[node.target],)
-    if node.op == "call_method" and node.target in ("view", "reshape"):
+    if node.target in ("view", "reshape", torch.reshape):
         try:
             return _viewed(node)
         except Refused as refusal:
@@ -204,7 +207,7 @@ def _is_parameter(node: fx.Node, user: fx.Node) -> bool:
     return user.all_input_nodes.count(node) == 1 and (node is weight or node is bias)
 
 
-_VIEWS = ("identity", "flatten", "squeeze", UNSQUEEZE, "part", CHANNELS, KEEP)
+_VIEWS = ("identity", "flatten", "squeeze", UNSQUEEZE, VIEW, "part", CHANNELS, KEEP)
 
 
 @dataclass

@@ -27,9 +27,9 @@ from pymeta.spec.watch import hooked
 Layer: TypeAlias = tuple[Any, ...]
 FLATTEN: Layer = ("flatten",)
 IDENTITY: Layer = ("identity",)
-# (SQUEEZE, dimension, ...), (UNSQUEEZE, dimension): none of the native core's; `network.py` knows
-# what they are
-SQUEEZE, UNSQUEEZE = "squeeze", "unsqueeze"
+# (SQUEEZE, dimension, ...), (UNSQUEEZE, dimension), (VIEW, size, ...) of each flattened row: none
+# of the native core's; `network.py` knows what they are
+SQUEEZE, UNSQUEEZE, VIEW = "squeeze", "unsqueeze", "view"
 
 
 class Part(NamedTuple):

@@ -13,6 +13,7 @@ switched, hooks added or layer settings changed are all seen.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from pymeta.spec.layers import (
     SLOTS,
     SQUEEZE,
     UNSQUEEZE,
+    VIEW,
     Layer,
     axes_of,
     label_of,
@@ -236,8 +238,9 @@ def _norms(steps: list[Step]) -> tuple[nn.Module, ...]:
 
 def _image(row_shape: tuple[int, ...]) -> Layer:
     if len(row_shape) not in (2, 3):
+        cure = f" (x.view(-1, 1, {row_shape[0]}) makes these)" if len(row_shape) == 1 else ""
         raise Refused(
-            f"rows of shape {list(row_shape)}; expected [channels, length] or "
+            f"rows of shape {list(row_shape)}; expected [channels, length]{cure} or "
             f"[channels, height, width]"
         )
     channels, *sizes = row_shape
@@ -250,6 +253,17 @@ def _features(steps: list[Step]) -> int:
         if step.tensors and len(step.layer) > 1 and type(step.layer[1]) is int:
             return int(step.layer[1])
     return 0
+
+
+def _width(layers: list[Layer]) -> int:
+    """How many features a row has behind layers; 0: unknown."""
+    missing = native.missing()
+    if missing is not None:
+        raise Refused(missing)
+    try:
+        return int(native.extension().Network(tuple(layers)).out_features)
+    except ValueError:
+        return 0
 
 
 def _squeezed(dims: tuple[int, ...], axes: int, layers: list[Layer]) -> int:
@@ -274,7 +288,9 @@ def _axes_behind(step: Step, axes: int) -> int:
 def _check_axes(step: Step, axes: int) -> None:
     wanted = axes_of(step.layer, step.module)
     if wanted is not None and axes not in wanted:
-        label = step.name if step.module is None else label_of(step.name, step.module)
+        if step.layer[0] == SQUEEZE and axes == 0:
+            raise Refused("a squeeze of features; leave outputs [rows, 1], targets may be [rows]")
+        label = step.layer[0] if step.module is None else label_of(step.name, step.module)
         got = "one axis of features" if axes == 0 else f"{counted(axes, 'axis')} of positions"
         raise Refused(f"{label} does not take rows with {got}")
 
@@ -306,6 +322,8 @@ class _Shaping:
                 self.layers.append(FLATTEN)
         elif layer[0] == UNSQUEEZE:
             self._put_axis_in(layer[1], put_in)
+        elif layer[0] == VIEW:
+            self._view(layer[1:], features)
         elif layer[0] == PART:
             found_layers, left = resolve(layer, self.axes)
             self.layers += [*found_layers, FLATTEN] if left < self.axes == 1 else found_layers
@@ -321,6 +339,14 @@ class _Shaping:
             raise Refused(f"an axis put in at dimension {dim} of rows with {self.axes + 1} axes")
         self.axes += 1
         self._put_in = self.axes
+
+    def _view(self, sizes: tuple[int, ...], features: int) -> None:
+        """Of features, which have to be as many: torch would make other rows of more or fewer."""
+        if len(sizes) > 1:  # its layer knows how many it takes
+            self.layers.append(("unflatten", sizes[0], *([1] * (3 - len(sizes))), *sizes[1:]))
+        elif math.prod(sizes) != (_width(self.layers) if self.layers else features):
+            raise Refused(f"a view as rows of {sizes[0]} of rows with another number of features")
+        self.axes = len(sizes) - 1
 
 
 def _shaped(
@@ -342,9 +368,10 @@ def _shaped(
 def _takes_positions(steps: list[Step]) -> bool:
     """Whether the chain itself takes rows with positions, so that it has to know their shape."""
     for step in steps:
-        if step.layer[0] == "unflatten":
+        axes = axes_of(step.layer, step.module)
+        if step.layer[0] in ("unflatten", VIEW) or axes == (0,):
             return False
-        if 0 not in (axes_of(step.layer, step.module) or (0,)):
+        if axes is not None and 0 not in axes:
             return True
     return False
 

@@ -121,6 +121,76 @@ def test_other_squeezes_are_no_layer(pool, squeeze):
     assert isinstance(describe(Squeezing(pool, squeeze), shape), Unsupported)
 
 
+class Viewing(nn.Module):
+    """Rows brought into the shape of a convolution, and out of it, as people write it."""
+
+    def __init__(self, conv, shape, flat):
+        super().__init__()
+        self.conv, self.shape, self.flat = conv, shape, flat
+        self.head = nn.Linear(flat, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(self.into(x)))
+        return self.head(self.out_of(x))
+
+    def into(self, x):
+        return x.view(-1, *self.shape)
+
+    def out_of(self, x):
+        return x.view(-1, self.flat)
+
+
+class ViewingBySize(Viewing):
+    def into(self, x):
+        return x.reshape((x.size(0), *self.shape))
+
+    def out_of(self, x):
+        return torch.reshape(x, shape=(x.shape[0], self.flat))
+
+
+@pytest.mark.parametrize("kind", [Viewing, ViewingBySize])
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_view_gives_each_row_its_shape(kind, axes):
+    conv, shape, flat = [(nn.Conv1d(2, 4, 3), (2, 6), 16), (nn.Conv2d(1, 4, 2), (1, 4, 3), 24)][
+        axes - 1
+    ]
+    net = kind(conv, shape, flat).double()
+    data = episodes((12,))
+    shaped = [x.reshape(*x.shape[:2], *shape) if x.dim() == 3 else x for x in data]
+    found = []
+    for given in (data, shaped):  # a view takes rows of any shape
+        for backend in ("torch", "native"):
+            maml = pymeta.MAML(net, loss="cross_entropy", lr=0.1, steps=2, backend=backend)
+            out = maml(*given)
+            out.loss.backward()
+            found.append([out.predictions, *(p.grad.clone() for p in net.parameters())])
+            maml.zero_grad()
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other)
+    assert describe(net, (12,)).flattens
+    net.shape, before = (12, 1), describe(net, (12,))
+    assert not before.watch.is_current()
+
+
+@pytest.mark.parametrize(
+    "conv, shape, flat",
+    [
+        (nn.Conv1d(2, 4, 3), (2, 6), 8),  # torch makes two rows of each
+        (nn.Conv1d(2, 4, 3), (2, 6), 48),  # and one of three
+    ],
+)
+def test_a_view_that_makes_other_rows_is_no_layer(conv, shape, flat):
+    net = Viewing(conv, shape, flat)
+    assert len(net(torch.ones(6, 12))) in (12, 2)
+    assert "another number of features" in describe(net, (12,)).reason
+
+
+def test_a_view_behind_features_of_another_number_is_no_layer():
+    net = Viewing(nn.Conv1d(2, 4, 3), (2, 6), 16)
+    assert isinstance(describe(nn.Sequential(nn.Linear(5, 24), net), (5,)), Unsupported)
+    assert not isinstance(describe(nn.Sequential(nn.Linear(5, 12), net), (5,)), Unsupported)
+
+
 class Traced(nn.Module):
     def __init__(self):
         super().__init__()

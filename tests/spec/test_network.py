@@ -171,7 +171,9 @@ REFUSED = {
     "function": (forward_as(lambda s, x: s.b(torch.cos(s.a(x)))), r"cos has no native kernel"),
     "branch": (forward_as(lambda s, x: s.a(s.b(x)) if x.sum() > 0 else x), r"cannot be traced"),
     "row": (forward_as(lambda s, x: s.b(s.a(x))[0]), r"a part of the rows"),
-    "view": (forward_as(lambda s, x: s.b(s.a(x).view(-1, 3))), r"not a flattening"),
+    "view": (forward_as(lambda s, x: s.b(s.a(x).view(3, -1))), r"neither a flattening"),
+    "wider": (forward_as(lambda s, x: s.b(s.a(x).view(-1, 6))), r"another number of features"),
+    "squeeze": (forward_as(lambda s, x: s.b(s.a(x)).squeeze(-1)), r"leave outputs \[rows, 1\]"),
     "argument": (
         forward_as(lambda s, x: s.b(F.gelu(s.a(x), approximate="tanh", foo=1))),
         r"cannot be traced|arguments",
