@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pymeta.data.draw import slices
 from pymeta.tasks.groups import Array
 from pymeta.tasks.ragged import in_tasks
 
@@ -95,6 +96,8 @@ class _Some(NamedTuple):
 class Tasks(_Some):
     """All rows of T entities: (xs, ys), as `maml.adapt(*tasks)` takes them.
 
+    An entity without rows has a task of none.
+
     Attributes:
         xs: inputs [T, rows, features], or `Ragged`.
         ys: targets [T, rows], or `Ragged`; None where the panel has no target.
@@ -106,9 +109,16 @@ class Tasks(_Some):
     sizes: Array
 
 
-def make_tasks(panel: Panel) -> Tasks:
-    """The panel's entities as tasks; views of its arrays."""
-    sizes = np.diff(panel.offsets)
-    tasks = Tasks(in_tasks(panel.x, sizes), None if panel.y is None else in_tasks(panel.y, sizes))
-    tasks.entities, tasks.sizes = panel.entities, sizes
+def make_tasks(panel: Panel, entities: Array) -> Tasks:
+    """The rows of these entities as tasks; of the panel's own, they are views of its arrays."""
+    x, y, sizes = panel.x, panel.y, panel.sizes
+    if entities is not panel.entities:
+        there = np.isin(entities, panel.entities)
+        codes = np.searchsorted(panel.entities, entities[there])
+        kept, sizes = sizes[codes], np.zeros(len(entities), sizes.dtype)
+        sizes[there] = kept
+        rows = slices(panel.offsets[codes], kept)
+        x, y = x[rows], None if y is None else y[rows]
+    tasks = Tasks(in_tasks(x, sizes), None if y is None else in_tasks(y, sizes))
+    tasks.entities, tasks.sizes = entities, sizes
     return tasks

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pymeta.data.optional import need
-from pymeta.data.table import as_text
+from pymeta.data.table import as_text, is_missing
 from pymeta.spec.fields import Fields
 from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
@@ -370,6 +370,8 @@ def _matrix(columns: Columns, names: tuple[str, ...]) -> Array:
     out = np.empty((rows, len(names)))
     for i, name in enumerate(names):
         values = _column(columns, name)
+        if values.dtype.kind == "O" and is_missing(values).all():
+            values = np.full(rows, np.nan)  # of one row, say, whose number is missing
         if values.dtype.kind not in "fiub":
             raise TypeError(f"{name}: expected numbers as in training, got dtype {values.dtype}")
         out[:, i] = values

@@ -221,16 +221,21 @@ class Panel:
         Raises:
             ValueError: one of them is not in the panel.
         """
+        wanted = self._labels_like(entities)
+        unknown = np.setdiff1d(wanted, self.entities)
+        if len(unknown):
+            raise ValueError(f"entities: {unknown[:5].tolist()} are not in the panel")
+        return self.where(np.repeat(np.isin(self.entities, wanted), self.sizes))
+
+    def _labels_like(self, entities: Any) -> Array:
+        """Labels of entities, which are of the kind that the panel's are: [T]."""
         wanted = np.asarray([entities] if isinstance(entities, str) else entities).reshape(-1)
         if len(wanted) and (wanted.dtype.kind in "US") != (self.entities.dtype.kind in "US"):
             raise TypeError(
                 f"entities: expected labels like {self.entities[:1].tolist()}, got "
                 f"{wanted[:1].tolist()}"
             )
-        unknown = np.setdiff1d(wanted, self.entities)
-        if len(unknown):
-            raise ValueError(f"entities: {unknown[:5].tolist()} are not in the panel")
-        return self.where(np.repeat(np.isin(self.entities, wanted), self.sizes))
+        return wanted
 
     def last(self, rows: int) -> Panel:
         """The last rows of each entity, at most so many."""
@@ -329,9 +334,15 @@ class Panel:
 
         return Preprocessor(self.numeric, self.categorical, **options)
 
-    def tasks(self) -> Tasks:
-        """Each entity's rows as a task, in their order: `maml.adapt(*panel.tasks())`."""
-        return make_tasks(self)
+    def tasks(self, entities: Any = None) -> Tasks:
+        """Each entity's rows as a task, in their order: `maml.adapt(*panel.tasks())`.
+
+        Args:
+            entities: the labels of other tasks, in this order, such as those of the panel that
+                models were adapted to. One without rows in this panel has a task of none: adapted
+                to it, a model stays at the start.
+        """
+        return make_tasks(self, self.entities if entities is None else self._labels_like(entities))
 
     def episodes(self, **options: Any) -> Episodes:
         """Meta-batches drawn of the panel: see `Episodes` for the options."""
@@ -488,6 +499,8 @@ def as_gap(times: Array, gap: Any) -> Any:
         gap = np.timedelta64(gap) if hasattr(gap, "total_seconds") else gap
         fits = isinstance(gap, np.timedelta64)
     if not fits or gap < type(gap)(0):
-        wanted = "a timedelta64 >= 0" if times.dtype.kind == "M" else "a number >= 0"
+        wanted = "a number >= 0"
+        if times.dtype.kind == "M":
+            wanted = "a stretch of time >= 0, such as np.timedelta64(30, 'D')"
         raise TypeError(f"gap: expected {wanted}, got {gap!r}")
     return gap

@@ -83,7 +83,7 @@ class Preprocessor:
         dtype: str = "float32",
     ) -> None:
         """Check the options."""
-        if clip is not None and not (len(clip) == 2 and 0 <= clip[0] < clip[1] <= 1):
+        if clip is not None and not _are_quantiles(clip):
             raise ValueError(f"clip: expected two quantiles in 0..1 or None, got {clip!r}")
         if scale not in ("standard", "robust", None):
             raise ValueError(f"scale: expected 'standard', 'robust' or None, got {scale!r}")
@@ -116,6 +116,7 @@ class Preprocessor:
             ImportError: scikit-learn is not installed.
             ValueError: the panel has no rows, or no target where the entity is to be encoded.
         """
+        _need_panel(panel)
         if not len(panel):
             raise ValueError("panel: expected rows to fit on, got none")
         columns = panel.to_dict()
@@ -198,6 +199,12 @@ class Preprocessor:
         own = self._parts["numbers"].sources + self._parts["categories"].sources
         return (*own, *([self._entity] if self.encode_entity else []))
 
+    def __repr__(self) -> str:
+        columns = counted(len(self.numeric) + len(self.categorical), "column")
+        if not self.is_fitted:
+            return f"Preprocessor({columns}; not fitted)"
+        return f"Preprocessor({columns}, {counted(len(self.features), 'feature')}, {self.dtype})"
+
     def __call__(self, panel: Panel) -> Panel:
         """The panel with the features this makes; its order of rows stays.
 
@@ -205,6 +212,7 @@ class Preprocessor:
             TypeError, ValueError: a column is missing or of another kind, or a value is infinite
                 and not clipped.
         """
+        _need_panel(panel, "; of another table, prep.transform(table) makes the features")
         x = self._matrix(panel.to_dict(), lambda: self._means(panel))
         return panel.with_features(x, self.features)
 
@@ -328,6 +336,18 @@ class Preprocessor:
         prep._until = maybe("until", lambda n: _from_json(fields.object(n), np.datetime64))
         fields.end()
         return prep
+
+
+def _are_quantiles(values: Any) -> bool:
+    numbers = isinstance(values, (tuple, list)) and len(values) == 2
+    return numbers and 0 <= values[0] < values[1] <= 1
+
+
+def _need_panel(panel: Any, cure: str = "") -> None:
+    from pymeta.data.panel import Panel
+
+    if not isinstance(panel, Panel):
+        raise TypeError(f"panel: expected a Panel, got {type(panel).__name__}{cure}")
 
 
 def _as_json(value: Any) -> dict[str, Any]:

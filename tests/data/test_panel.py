@@ -181,7 +181,9 @@ def test_splits_in_time():
     assert len(past) == 0 and len(past.entities) == 0 and len(future) == 6
     with pytest.raises(ValueError, match="at: expected a time such as"):
         p.split_time("soon")
-    with pytest.raises(TypeError, match="gap: expected a timedelta64 >= 0, got 3"):
+    with pytest.raises(
+        TypeError, match=r"gap: expected .* such as np.timedelta64\(30, 'D'\), got 3"
+    ):
         p.split_time("2020-01-02", gap=3)
     numbers = Panel({"e": [0, 0], "t": [1.5, 2.5], "x": [0.0, 1.0]}, entity="e", time="t")
     assert [len(part) for part in numbers.split_time(2)] == [1, 1]
@@ -262,6 +264,35 @@ def test_tasks_are_the_entities():
     equal = p.last(1).tasks()
     assert equal.xs.shape == (3, 1, 1) and equal.ys.shape == (3, 1)
     assert panel(target=None, numeric=["size"]).tasks().ys is None
+
+
+def test_tasks_in_the_order_of_other_entities():
+    p = panel(numeric=["size"])
+    tasks = p.tasks(["c", "d", "a"])  # nothing of d is here
+    assert [x[:, 0].tolist() for x in tasks.xs] == [[4.5], [], [5.5, 2.5]]
+    assert [y.tolist() for y in tasks.ys] == [[1], [], [1, 1]]
+    assert tasks.entities.tolist() == ["c", "d", "a"] and tasks.sizes.tolist() == [1, 0, 2]
+    assert p.tasks(np.array(["b"])).xs.shape == (1, 3, 1)
+    assert panel(target=None, numeric=["size"]).tasks(["d"]).ys is None
+    with pytest.raises(TypeError, match="entities: expected labels like"):
+        p.tasks([1, 2])
+
+
+def test_models_and_the_rows_they_predict_are_in_one_order():
+    torch = pytest.importorskip("torch")
+    import pymeta
+
+    whole = panel(numeric=["size"])
+    past, future = whole.split_time("2020-01-02")  # a and c have one row before, b has
+    future = future.of(["a", "b"])
+    net = torch.nn.Linear(1, 1)
+    maml = pymeta.MAML(net, loss="mse", lr=0.1, steps=1)
+    models = maml.adapt(*past.of(["b", "c"]).tasks(whole.entities))
+    predicted = models(future.tasks(whole.entities).xs)
+    assert [len(p) for p in predicted] == [1, 2, 0]
+    start = net(torch.tensor(future.of("a").x))
+    torch.testing.assert_close(predicted[0], start)  # no rows to adapt to
+    assert not torch.equal(predicted[1], net(torch.tensor(future.of("b").x)))
 
 
 def test_what_is_deployed_needs_neither_pandas_nor_torch():

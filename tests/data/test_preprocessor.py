@@ -303,6 +303,7 @@ def test_tables_go_through_as_they_are():
     ("options", "says"),
     [
         ({"clip": (0.9, 0.1)}, "clip: expected two quantiles"),
+        ({"clip": 3}, "clip: expected two quantiles in 0..1 or None, got 3"),
         ({"scale": "log"}, "scale: expected 'standard', 'robust' or None"),
         ({"dtype": "float16"}, "dtype: expected"),
         ({"smooth": -1.0}, "smooth: expected a number >= 0"),
@@ -314,6 +315,32 @@ def test_tables_go_through_as_they_are():
 def test_options_that_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         panel().preprocessor(**options)
+
+
+def test_a_row_whose_number_is_missing():
+    pandas = pytest.importorskip("pandas")
+    train = panel()
+    prep = train.preprocessor().fit(train)
+    row = {"income": [None], "age": [30], "kind": [None]}
+    wanted = prep.transform({**row, "income": np.array([np.nan])})
+    assert np.array_equal(prep.transform(row), wanted)
+    assert np.array_equal(prep.transform(pandas.DataFrame(row)), wanted)
+    assert wanted[0, prep.features.index("income missing")] > 0
+    with pytest.raises(TypeError, match="income: expected numbers as in training"):
+        prep.transform({**row, "income": ["much"]})
+
+
+def test_what_it_is_and_what_it_is_called_with():
+    train = panel()
+    prep = train.preprocessor(min_rows=1)
+    assert repr(prep) == "Preprocessor(3 columns; not fitted)"
+    assert (
+        repr(prep.fit(train)) == f"Preprocessor(3 columns, {len(prep.features)} features, float32)"
+    )
+    with pytest.raises(TypeError, match=r"panel: expected a Panel, got dict; .*prep.transform"):
+        prep(data())
+    with pytest.raises(TypeError, match=r"panel: expected a Panel, got dict$"):
+        prep.fit(data())
 
 
 def test_use_before_fitting():
