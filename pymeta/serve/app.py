@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import pymeta
+from pymeta.models.adapter import Adapter
 from pymeta.serve import schemas
 from pymeta.serve.auth import Guard
 from pymeta.serve.batching import Batcher
@@ -121,6 +122,8 @@ def _service(
         raise ValueError("retrain: expected a store to train on, got none")
     source = None if adapter is None else Path(adapter)
     folder = Path(models) if models is not None else Path(adapter or "").with_suffix(".versions")
+    if source is not None and not folder.exists():
+        Adapter.load(source)  # what is none is refused before it leaves a folder behind
     metrics, arrivals = Metrics(), Arrivals()
     serving = Serving(Registry(folder), source, metrics)
     if features is not None and len(features) != serving.model.shape.in_features:

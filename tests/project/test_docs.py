@@ -50,7 +50,7 @@ NEEDS = {
     "docs/explain.md": ("sklearn", "pandas", "matplotlib"),
     "docs/privacy.md": ("dp_accounting",),
     "docs/finance/index.md": ("sklearn", "lightgbm", "scipy"),
-    "docs/serving.md": ("fastapi",),
+    "docs/serving.md": ("fastapi", "sklearn"),
     "docs/sklearn.md": ("sklearn", "pandas"),
 }
 LANGUAGES = {"python", "text", "console", "cpp", "diff", "json", "bibtex"}

@@ -135,6 +135,21 @@ def test_a_service_of_a_folder_alone(tmp_path):
     assert app.state.service.model.version.startswith("v0001-")
 
 
+def test_a_file_that_is_no_adapter_leaves_no_folder_behind(tmp_path):
+    from pymeta.serve import create_app
+
+    file = tmp_path / "models.safetensors"
+    rows = np.ones((1, 5, 3), np.float32), np.ones((1, 5), np.float32)
+    adapter(0).adapt(*rows).save(file)
+    with pytest.raises(
+        ValueError, match=r"models\.safetensors: holds 'models', expected 'adapter'"
+    ):
+        create_app(file)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        create_app(tmp_path / "nowhere.safetensors")
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_version_that_was_changed_by_hand_does_not_serve(service):
     adapter(1).save(service.file)
     names = service.call("POST", "/v1/models/reload").json
