@@ -140,7 +140,7 @@ class _Judge:
             self.over["entities"] = Bootstrap(query.codes, draws=draws, seed=seed)
         if query.times is not None:
             blocks = time_blocks(query.times, block)
-            if len(np.unique(blocks)) >= _LEAST_BLOCKS:
+            if _count(blocks) >= _LEAST_BLOCKS:
                 self.over["blocks of time"] = Bootstrap(blocks, draws=draws, seed=seed)
 
     def _drawn(self, what: str, run: _Run, metric: Metric) -> Resampled:
@@ -176,9 +176,9 @@ class _Judge:
 def _parts_in_time(
     runs: list[_Run], parts: Split, metric: Metric, block: int, draws: int, seed: int
 ) -> list[Part]:
-    """Calm and stressed periods apart."""
+    """Calm and stressed periods apart, where there is more than one block of time."""
     query = parts.query
-    if query.times is None:
+    if query.times is None or _count(time_blocks(query.times, block)) < 2:
         return []
     usual = float(parts.past.need_y().mean())
     stressed = stressed_rows(query.need_y(), query.times, usual, block)
@@ -272,6 +272,7 @@ def compare(
         ImportError: scikit-learn is not installed, or LightGBM where it is asked for.
         TypeError, ValueError: an argument is not as described, or a part of the split is empty.
     """
+    _check(panel, models)
     if isinstance(panel, Split):
         parts = panel
     else:
@@ -279,8 +280,6 @@ def compare(
     y, classes = parts.query.need_y(), parts.past.classes
     if classes is not None and len(classes) > 2:
         raise ValueError(f"target: expected numbers or two classes, got {len(classes)}")
-    if not models:
-        raise ValueError("models: expected one model or more, got none")
     usual = BINARY if is_binary(parts.past.need_y()) else NUMBERS
     chosen = [metric_of(m) for m in (usual if metrics is None else metrics)]
     runs: list[_Run] = []
@@ -300,8 +299,26 @@ def compare(
         periods=_parts_in_time(runs, parts, chosen[0], block, draws, seed),
         stress=_stress(runs, parts, tests, chosen[0], draws, seed),
         metrics=[m.name for m in chosen],
-        facts=_facts(parts, y),
+        facts=_facts(parts, y, block),
     )
+
+
+def _check(panel: Any, models: Any) -> None:
+    if not isinstance(panel, (Panel, Split)):
+        raise TypeError(
+            f"panel: expected a Panel or a Split, got {type(panel).__name__}; make one: "
+            f"pymeta.data.Panel(table, entity=..., time=..., target=...)"
+        )
+    if not isinstance(models, Mapping):
+        raise TypeError(
+            f"models: expected models by name, as in {{'ours': model}}, got {type(models).__name__}"
+        )
+    if not models:
+        raise ValueError("models: expected one model or more, got none")
+
+
+def _count(blocks: Array) -> int:
+    return len(np.unique(blocks))
 
 
 def _history_sizes(parts: Split) -> Array:
@@ -312,12 +329,19 @@ def _history_sizes(parts: Split) -> Array:
     return np.repeat(np.where(known, sizes[at], 0), parts.query.sizes)
 
 
-def _facts(parts: Split, y: Array) -> dict[str, str]:
+def _facts(parts: Split, y: Array, block: int) -> dict[str, str]:
     """What a reader has to know of the split."""
+    times = parts.query.times
     facts = {
         "train": repr(parts.train),
         "history": repr(parts.history),
         "query": repr(parts.query),
         "mean target of query": f"{float(y.mean()):.4g}",
     }
-    return {name: text.removeprefix("Panel(").removesuffix(")") for name, text in facts.items()}
+    facts = {name: text.removeprefix("Panel(").removesuffix(")") for name, text in facts.items()}
+    if times is not None and (blocks := _count(time_blocks(times, block))) < _LEAST_BLOCKS:
+        facts["intervals"] = (
+            f"none over time: query has {counted(blocks, 'block')} of {block} distinct times, "
+            f"{_LEAST_BLOCKS} are needed; a smaller block= makes more"
+        )
+    return facts

@@ -172,6 +172,11 @@ class FromLearner:
         seed: int = 0,
     ) -> None:
         """Keep what training needs."""
+        if not callable(make) or hasattr(make, "parameters"):
+            raise TypeError(
+                f"make: expected a function of the number of features that makes a learner, got "
+                f"{type(make).__name__}"
+            )
         if "batches" not in episodes:
             raise ValueError("episodes: expected batches=..., the number of training steps")
         self.make, self.episodes = make, {"seed": seed, **episodes}

@@ -438,10 +438,35 @@ def test_what_is_refused(models, changes, error, says):
         compare(panel(), models, share=0.5, draws=20, lightgbm=False, stress=False, **changes)
 
 
+def test_tables_and_models_without_names_are_refused():
+    p = panel()
+    with pytest.raises(TypeError, match=r"panel: expected a Panel or a Split, got dict; make one"):
+        compare(p.to_dict(), {"a": Oracle(0.1)})
+    with pytest.raises(TypeError, match=r"models: expected models by name, .*, got Oracle"):
+        compare(p, Oracle(0.1))
+
+
+def test_few_times_are_said_to_have_no_interval():
+    p = panel()
+    options = {"share": 0.5, "at": "2020-02-10", "draws": 20, "lightgbm": False, "stress": False}
+    few = compare(p, {"a": Oracle(0.1)}, block=21, **options)
+    assert few.facts["intervals"].startswith("none over time: query has 1 block of 21 distinct")
+    assert few.periods == []  # of one block there is no calmer one
+    assert few.facts["intervals"] in few.markdown()
+    some = compare(p, {"a": Oracle(0.1)}, block=10, **options)
+    assert {part.name for part in some.periods} == {"calm", "stressed"}
+    assert "query has 2 blocks of 10" in some.facts["intervals"]
+    enough = compare(p, {"a": Oracle(0.1)}, block=4, **options)
+    assert "intervals" not in enough.facts
+    assert all("blocks of time" in pair.gaps for pair in enough.pairs)
+
+
 def test_a_learner_has_to_be_wrapped():
     maml = make_maml("mse")(2)
     with pytest.raises(TypeError, match=r"wrap a learner as FromLearner"):
         compare(panel(), {"maml": maml}, lightgbm=False)
+    with pytest.raises(TypeError, match=r"make: expected a function .*, got MAML"):
+        FromLearner(maml, episodes={"batches": 3})
     with pytest.raises(ValueError, match=r"expected batches="):
         FromLearner(make_maml("mse"), episodes={"tasks": 3})
     with pytest.raises(
