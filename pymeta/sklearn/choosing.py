@@ -22,6 +22,7 @@ from pymeta.sklearn.parameters import Parameters
 from pymeta.sklearn.starts import How, Models, Start
 from pymeta.spec.losses import Loss
 from pymeta.spec.measure import row_losses
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 _LEAST, _MANY, _MOST = 6, 24, 200  # groups
@@ -29,7 +30,7 @@ _FOLDS = 3
 _LEAST_ROWS = 4  # of a group, for its later ones to say anything
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Way:
     """A way for groups to have models.
 
@@ -47,8 +48,19 @@ class Way:
     error: float = np.nan
     moved: float = np.nan
 
+    def __repr__(self) -> str:
+        """As in `<pooled, 20 epochs, anchor_rows=80: loss 0.4378>`."""
+        words = [self.start, "not adapted"]
+        if self.how is not None:
+            words[1] = counted(self.how.epochs, "epoch")
+            strength = f"anchor={self.how.anchor:g}" if self.how.anchor else ""
+            if self.how.anchor_rows:
+                strength = f"anchor_rows={self.how.anchor_rows:g}"
+            words += [strength] if strength else []
+        return f"<{', '.join(words)}: loss {self.loss:.4g}>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Choice:
     """What was chosen.
 
@@ -63,6 +75,10 @@ class Choice:
     rest: str
     prior: Prior | None = None
     ways: tuple[Way, ...] = ()
+
+    def __repr__(self) -> str:
+        compared = f" of {counted(len(self.ways), 'way')}" if self.ways else ""
+        return f"Choice({self.way}{compared}; without a model of its own: {self.rest})"
 
 
 def is_choosable(sizes: Sequence[int] | Array) -> bool:

@@ -16,10 +16,11 @@ from sklearn_help import PLAIN, levels, opposites, same_models
 import pymeta
 from pymeta import LearnableAnchor, QuantileLoss
 from pymeta.sklearn import MetaClassifier, MetaRegressor
-from pymeta.sklearn.choosing import folds, halves, judged_over_time, sides_of
+from pymeta.sklearn.choosing import Choice, Way, folds, halves, judged_over_time, sides_of
 from pymeta.sklearn.episodes import cut_of
 from pymeta.sklearn.gate import Gains, Prior, gains, keeps, prior_of
 from pymeta.sklearn.offsets import cross_fitted, numbers
+from pymeta.sklearn.starts import How
 
 QUICK = {"hidden": (16,), "iterations": 100, "epochs": 20, "meta_lr": 1e-2, "random_state": 0}
 
@@ -140,6 +141,19 @@ def test_nothing_is_adapted_where_groups_are_alike(base):
     assert way.loss - best.loss <= 2 * way.error and way.moved <= best.moved
     free = model.set_params(anchor_rows=None, gate=False).adapt(X, y, groups=g)
     assert len(free.adapted_groups_) == 30
+
+
+def test_a_choice_is_shown_in_a_line():
+    held = Way("pooled", How(20, anchor_rows=80.0), 0.43779, 0.002, 0.1)
+    free, none = Way("maml", How(1), 0.5), Way("zero", None, 0.44)
+    assert repr(held) == "<pooled, 20 epochs, anchor_rows=80: loss 0.4378>"
+    assert repr(free) == "<maml, 1 epoch: loss 0.5>"
+    assert repr(Way("maml", How(2, 0.5), 0.5)) == "<maml, 2 epochs, anchor=0.5: loss 0.5>"
+    chosen = Choice(held, "zero", None, (held, free, none))
+    assert repr(chosen) == f"Choice({held} of 3 ways; without a model of its own: zero)"
+    assert repr(Choice(none, "zero")) == (
+        "Choice(<zero, not adapted: loss 0.44>; without a model of its own: zero)"
+    )
 
 
 def test_a_linear_model_is_what_the_default_begins_with_and_falls_back_to():
