@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def _built(panel: Panel, build: Callable[[Panel], Any]) -> Array:
 
 def check_build(panel: Panel, build: Callable[[Panel], Any], cuts: int) -> None:
     """Raise where features of rows before a time depend on rows from then on."""
+    from pymeta.data.panel import _brief
+
     times = panel.need_times("build")
     whole = _built(panel, build)
     distinct = np.unique(times)
@@ -133,6 +136,6 @@ def check_build(panel: Panel, build: Callable[[Panel], Any], cuts: int) -> None:
         if len(wrong):
             rows = int((~same[:, wrong[0]]).sum())
             raise ValueError(
-                f"build: feature {wrong[0]} is another one for {rows} rows before {at} when the "
-                f"rows from then on are taken away: it has seen the future"
+                f"build: feature {wrong[0]} changes in {counted(rows, 'row')} before {_brief(at)} "
+                f"when the rows from then on are removed: it has seen the future"
             )

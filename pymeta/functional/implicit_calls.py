@@ -65,8 +65,8 @@ def check(plan: Plan, own: Own, rates: Tensor | None = None) -> None:
     """
     if plan.least_steps:
         raise ValueError(
-            "model: expected no PerStepBatchNorm with implicit: its loss is another one at each "
-            "step, so that there is no one minimum"
+            "model: expected no PerStepBatchNorm with implicit: its loss differs from step to "
+            "step, so that it has no one minimum"
         )
     if plan.norms:
         raise ValueError(
