@@ -144,6 +144,7 @@ class Hazards {
       case Act::gather_looks:
       case Act::write_status:
         return writes(kScratch, 1);
+      case Act::scale_direction:  // nothing, or it waits before and after
       case Act::write_mean_loss:
       default:
         return;

@@ -120,6 +120,8 @@ class ListedTask : ListOptions {
         return Alone::copy(at(op, 1), at(op, 0), size(op));
       case Act::take_step:
         return take_step(op);
+      case Act::scale_direction:
+        return scale_direction(op);
       case Act::add_difference:
         return add_difference(op, at(op, 0), at(op, 1), at(op, 2));
       case Act::look_at_weights:
@@ -200,6 +202,20 @@ class ListedTask : ListOptions {
                                 size(op)};
     with_rule(call().optimizer,
               [&](const auto& rule) { Alone::take_step(rule, operands, scale(op), correction_); });
+  }
+  // All threads see the same rate, and nearly always there is nothing to do.
+  PYMETA_FN void scale_direction(const Operation& op) {
+    unscaled_ = nullptr;
+    const Real by = scale(op);
+    if (is_near_one(by)) return;
+    Real *v = at(op, 0), *kept = at(op, 1);
+    sync();
+    Alone::for_vectors(size(op), [=](std::size_t i) {
+      kept[i] = v[i];
+      v[i] = v[i] * by;
+    });
+    sync();
+    unscaled_ = kept;
   }
   // Where no row was left out they are known.
   PYMETA_FN int skipped(const Operation& op) const {

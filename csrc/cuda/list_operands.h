@@ -35,7 +35,7 @@ class ListOperands {
  public:
   // `first` of its chunk: what is summed over tasks is put where the sums are, and not added.
   PYMETA_FN ListOperands(const ListFrame& given, bool first, std::int64_t task)
-      : given_(given), first_(first), task_(task), rates_(call().lr.values) {}
+      : given_(given), task_(task), rates_(call().lr.values), first_(first) {}
 
  protected:
   // The block's part of the frame.
@@ -74,7 +74,15 @@ class ListOperands {
     return op.rate ? -rates_[op.rate - 1] : Real(1);
   }
   PYMETA_FN Sink sink(const Operation& op, int first) const {
-    return {at(op, first), base(op, first + 1), maybe(op, first + 2), scale(op)};
+    Sink to{at(op, first), base(op, first + 1), maybe(op, first + 2), scale(op)};
+    if (unscaled_ && op.rate) to = beside_scaled(to);
+    return to;
+  }
+  // In a step backwards whose direction was multiplied by the rate nothing is left to multiply by, and v lies elsewhere.
+  PYMETA_FN Sink beside_scaled(const Sink& to) const {
+    const Real* v = memory().at(given_.workspace.v);
+    const Real* own = unscaled_ + ((to.extra ? to.extra : to.base) - v);
+    return {to.out, to.extra ? to.base : own, to.extra ? own : nullptr, Real(1)};
   }
   PYMETA_FN LossRows loss_rows(const Operation& op, int rows) const {
     return {op.out, op.in, rows, at(op, 0), maybe(op, 1), at(op, 2), nullptr, at(op, 3), nullptr};
@@ -86,11 +94,14 @@ class ListOperands {
     if (thread_index() == 0) frame().rows[static_cast<int>(which)] = count;
   }
 
+  // All on the stack of each thread: the smallest come last.
   const ListFrame& given_;
-  const bool first_;
   const std::int64_t task_;
   const Real* rates_;  // of the step
+  // v as it was before the step's direction took its place (scale_direction); null where v is the direction.
+  const Real* unscaled_ = nullptr;
   Correction correction_{};
+  const bool first_;
 };
 
 PYMETA_KERNEL_END

@@ -233,9 +233,9 @@ class ListOptions : public ListOperands {
     const Real own = losses * call().step_weights[k];
     return given.step_losses ? own + given.step_losses[k * call().tasks + task_] : own;
   }
-  // As Recording::put_factor noted it.
+  // As Recording::put_factor noted it. A rate is that of a step backwards.
   PYMETA_FN Real factor(const Operation& op) const {
-    return op.number ? cotangent(op.number - 1) : scale(op);
+    return op.number ? cotangent(op.number - 1) : unscaled_ ? Real(1) : scale(op);
   }
 
   PYMETA_FN PYMETA_NOINLINE void run_on_rows(const Operation& op) const {

@@ -34,6 +34,7 @@ enum class Act : std::uint8_t {
   write_predictions,      // outputs
   copy,                   // from, to
   take_step,              // theta, gradient, theta after the step, state, state before
+  scale_direction,        // v, where it is kept as it was
   add_difference,         // start, theta, out
   look_at_weights,        // theta: is any not finite? In three parts,
   gather_looks,

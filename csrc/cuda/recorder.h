@@ -2,8 +2,8 @@
 //
 // Its arrays lie nowhere: each of its memories is a range of addresses of which nothing is read, and a pointer tells where in which
 // of them an operand will lie. A learning rate is a number that tells which one it is. No algorithm that is recorded
-// looks at what was computed, so that the list is the same for all tasks. Nor at a rate: the numbers that stand for them
-// are near one (core/optimizers/rates.h), so that every rate is multiplied by last.
+// looks at what was computed, so that the list is the same for all tasks. Nor at a rate, which only the device knows: whether
+// a step's may wait until the end of its products, a block sees (Act::scale_direction).
 #pragma once
 
 #include <vector>
@@ -347,6 +347,17 @@ template <>
 inline void loss_hessian_product<Recorder>(const Loss&, const LossRows& s, const Real* of,
                                            Real* product) {
   record_loss(Act::loss_hessian_product, s, of, product);
+}
+
+// The direction stays where v is, and the step's rate is noted down where it is multiplied by last: a block that has multiplied by
+// it here leaves it out there.
+template <>
+inline Real* MetaGradient<Recorder>::scaled_direction(int k, Real& scale) const {
+  Recording& r = Recording::now();
+  Operation& op = r.together(Act::scale_direction, v(), loop_.spare(k));
+  r.put_factor(op, scale);
+  Recording::put_size(op, state_.layout.size);
+  return v();
 }
 
 PYMETA_KERNEL_END

@@ -67,6 +67,16 @@ class OptionCall {
     for (std::size_t i = 0; i < size; ++i) all[i] = std::fabs(all[i]);
     return all;
   }
+  // Large inputs, and rates too far from 1 to be multiplied by last, but for that of the second step (core/optimizers/rates.h).
+  void move_away_from_one() {
+    const Real least = sizeof(Real) == sizeof(float) ? Real(0x1p-32) : Real(0x1p-256);
+    const Real scale = 1 / std::sqrt(least);
+    for (int i = 0; i < kTasks * kRows * kInputs; ++i) inputs_[0][i] *= scale;
+    for (int i = 0; i < kTasks * kQueries * kInputs; ++i) inputs_[1][i] *= scale;
+    for (Exact<Real>* first : {&parameters_[0], &own_starts[0]})
+      for (std::size_t i = 0; i < first->size(); ++i) (*first)[i] /= scale;
+    for (std::size_t i = 0; i < rates.size(); ++i) rates[i] = i == 1 ? least : rates[i] * least;
+  }
   const Real* weights(int rows) {
     Real* all = positive(static_cast<std::size_t>(kTasks) * rows);
     for (int i = 1; i < kTasks * rows; i += 4) all[i] = 0;
@@ -111,7 +121,7 @@ class OptionCall {
   // The third task has no row in one of them.
   void bind(RowSet<Real>& set, int rows, int which) {
     for (int t = 0; t < kTasks; ++t) sizes_[which][t] = t == 2 ? which * rows : rows - t % 2;
-    set.x = array(static_cast<std::size_t>(kTasks) * rows * kInputs);
+    set.x = inputs_[which] = array(static_cast<std::size_t>(kTasks) * rows * kInputs);
     set.y = array(static_cast<std::size_t>(kTasks) * rows * kOutputs);
     set.rows = rows;
     set.sizes = sizes_[which];
@@ -123,6 +133,7 @@ class OptionCall {
   Exact<Real> parameters_[6];
   std::vector<Exact<Real>> results_, given_;
   std::int64_t sizes_[2][kTasks];
+  Real* inputs_[2];
   bool all_[6] = {true, true, true, true, true, true};
   int groups_[6] = {};
 };
@@ -293,9 +304,13 @@ void run_from(int family, OptionCall<Real>& o, std::size_t bytes) {
 template <class Real>
 void check_options(const char* precision) {
   for (const Option<Real>& option : options<Real>())
-    for (const std::size_t bytes : {std::size_t{0}, std::size_t{40000}}) {
-      const std::string name = std::string("list ") + precision + ": " + option.name;
+    for (int i = 0; i < 4; ++i) {
+      const std::size_t bytes = i % 2 ? 40000 : 0;
+      const bool away = i >= 2;
+      const std::string name =
+          std::string("list ") + precision + ": " + option.name + (away ? ", far from one" : "");
       OptionCall<Real> listed, whole;
+      if (away) listed.move_away_from_one(), whole.move_away_from_one();
       option.apply(listed), option.apply(whole);
       run_from(0, listed, bytes);
       const std::string family = family_on(kEmulated, listed.call);
@@ -317,6 +332,7 @@ void check_combinations(const char* precision) {
   for (int draw = 0; draw < 60; ++draw) {
     const A activation = draw % 3 == 0 ? A::relu : draw % 3 == 1 ? A::gelu : A::silu;
     OptionCall<Real> listed(activation), whole(activation);
+    if (draw % 4 >= 2) listed.move_away_from_one(), whole.move_away_from_one();
     std::string name = std::string("list ") + precision + ", together:";
     for (int i = 0; i < 3; ++i) {
       const Option<Real>& option =

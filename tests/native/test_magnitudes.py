@@ -7,6 +7,8 @@ the range of a float32. H v is not, before it is multiplied by the step size.
 """
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -32,22 +34,42 @@ class Net:
             support=support, inputs=inputs, out=outputs, tasks=18, dtype=torch.float32
         )
 
-    def found(self, scale: float, dtype: torch.dtype, backend: str, **options):
-        """Its meta-gradients, scaled back: of parameters, the step size, inputs and targets."""
+    def found(
+        self,
+        scale: float,
+        dtype: torch.dtype,
+        backend: str,
+        *,
+        rates: Sequence[float] = (0.05, 0.05, 0.05),
+        of_all: bool = True,
+        clip: float | None = None,
+        **options: Any,
+    ) -> list[torch.Tensor]:
+        """Its meta-gradients, scaled back: of parameters, and `of_all` step sizes, inputs, targets.
+
+        Without the latter and without options a call is a plain one. `rates` are those of its
+        steps and `clip` that of a task's share before they are scaled.
+        """
         net = copy.deepcopy(self.model).to(dtype)
         name, first = next(net.named_parameters())
         with torch.no_grad():
             first.div_(scale)
         xs, ys, xq, yq = (v.to(dtype) for v in self.data)
-        xs, xq = (scale * xs).requires_grad_(), scale * xq
-        ys.requires_grad_()
-        rate = pymeta.LearnableLR(0.05 / scale**2)
-        learner = pymeta.MAML(net, loss="mse", lr=rate, steps=3, adapt=[name], backend=backend)
-        loss = learner(xs, ys, xq, yq, **options).loss
-        others = list(net.parameters())[1:]
-        wanted = gradients(loss, first, learner.lr, xs, ys, *others)
-        by_first, by_rate, by_xs, *rest = (g.double() for g in wanted)
-        return [by_first / scale, by_rate / scale**2, by_xs * scale, *rest]
+        xs, xq = scale * xs, scale * xq
+        maml = pymeta.MAML(
+            net, loss="mse", lr=pymeta.LearnableLR(1.0, per_step=True), steps=len(rates),
+            adapt=[name], backend=backend, task_clip=None if clip is None else clip * scale,
+        )  # fmt: skip
+        with torch.no_grad():
+            maml.lr.copy_(torch.tensor(rates, dtype=torch.float64)[:, None] / scale**2)
+        for given in (xs, ys, maml.lr):
+            given.requires_grad_(of_all)
+        loss = maml(xs, ys, xq, yq, **options).loss
+        more = [maml.lr, xs, ys] if of_all else []
+        by_first, *rest = (g.double() for g in gradients(loss, *net.parameters(), *more))
+        others = len(list(net.parameters())) - 1
+        scales = [1.0] * others + [1 / scale**2, scale, 1.0][: len(more)]
+        return [by_first / scale, *(g * by for g, by in zip(rest, scales, strict=True))]
 
 
 NETS = {
@@ -61,20 +83,28 @@ NETS = {
 }  # fmt: skip
 
 
+def check(net: Net, path, scale: float, dtype: torch.dtype = torch.float32, **options) -> None:
+    """What is found with a scale is what torch finds in float64 without."""
+    wanted = net.found(1.0, torch.float64, "torch", **options)
+    with using(*path):
+        found = net.found(scale, dtype, "native", **options)
+    for g, w in zip(found, wanted, strict=True):
+        assert_close(g.to(dtype), w)
+    assert max(float(w.abs().max()) for w in wanted) > 0.1
+
+
 @pytest.mark.parametrize("path", PATHS, ids="-".join)
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("name", NETS)
-def test_a_step_size_far_from_one(path, scale, name, request):
-    if path[1] == "emulated" and name != "images":
-        # docs/gpu.md: the lists of operations of linear chains multiply by step sizes last.
-        request.applymarker(pytest.mark.xfail(strict=True, reason="H v leaves the range"))
-    net = NETS[name]()
-    wanted = net.found(1.0, torch.float64, "torch")
-    with using(*path):
-        found = net.found(scale, torch.float32, "native")
-    for g, w in zip(found, wanted, strict=True):
-        assert_close(g.float(), w)
-    assert max(float(w.abs().max()) for w in wanted) > 0.1
+def test_a_step_size_far_from_one(path, scale, name):
+    check(NETS[name](), path, scale)
+
+
+@pytest.mark.parametrize("path", PATHS, ids="-".join)
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_of_parameters_alone(path, scale, name):
+    check(NETS[name](), path, scale, of_all=False)
 
 
 def test_it_is_what_torch_does():
@@ -86,14 +116,32 @@ def test_it_is_what_torch_does():
 
 
 @pytest.mark.parametrize("path", PATHS, ids="-".join)
-def test_a_loss_after_each_step(path):
-    options = {"step_weights": torch.tensor([0.2, 0.3, 0.5])}
-    net = NETS["linear"]()
-    wanted = net.found(1.0, torch.float64, "torch", **options)
-    with using(*path):
-        found = net.found(SCALES["large inputs"], torch.float32, "native", **options)
-    for g, w in zip(found, wanted, strict=True):
-        assert_close(g.float(), w)
+@pytest.mark.parametrize("scale", [2.0**350, 2.0**-350], ids=SCALES)
+@pytest.mark.parametrize("of_all", [True, False])
+def test_float64(path, scale, of_all):
+    check(NETS["linear"](), path, scale, torch.float64, of_all=of_all)
+
+
+@pytest.mark.parametrize("path", PATHS, ids="-".join)
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("of_all", [True, False])
+def test_a_loss_after_each_step(path, scale, of_all):
+    weights = torch.tensor([0.2, 0.3, 0.5])
+    check(NETS["linear"](), path, scale, of_all=of_all, step_weights=weights)
+
+
+@pytest.mark.parametrize("path", PATHS, ids="-".join)
+def test_a_clip_of_each_task(path):
+    """Which is multiplied by when all steps are reversed."""
+    check(NETS["linear"](), path, SCALES["large inputs"], of_all=False, clip=2.0)
+
+
+@pytest.mark.parametrize("path", PATHS, ids="-".join)
+@pytest.mark.parametrize("rates", [(0.05, 0.1, 0.05), (0.1, 0.05, 0.1)])
+@pytest.mark.parametrize("of_all", [True, False])
+def test_some_steps_far_from_one(path, rates, of_all):
+    """Of inputs of 2^14 a step size of 0.05 / 2^28 is below 2^-32, and one of 0.1 / 2^28 is not."""
+    check(NETS["wide"](), path, 2.0**14, rates=rates, of_all=of_all)
 
 
 @pytest.mark.parametrize("isa", native.isas())

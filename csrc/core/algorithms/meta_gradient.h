@@ -209,10 +209,7 @@ class MetaGradient {
     if (!extra<X>(!s.ws.direction_is_v)) {
       if (extra<X>(s.call.lr_gradient != nullptr)) rate_gradient(k);
       scale = -s.rates.uniform_rate(k);
-      if (s.call.second_order() && !is_near_one(scale)) {
-        u = scaled_direction(k, scale);
-        scale = 1;
-      }
+      if (s.call.second_order()) u = scaled_direction(k, scale);
     } else {
       rule_vjp(k, theta, step);
       u = s.memory.at(s.ws.u);
@@ -250,14 +247,17 @@ class MetaGradient {
     });
   }
 
-  // v times the rate of step k, where that may not wait (rates.h).
-  PYMETA_FN PYMETA_NOINLINE Real* scaled_direction(int k, Real scale) const {
+  // The direction of step k where its rate is `scale`: v, or where that may not wait (rates.h) v times it, and `scale` is 1 then.
+  PYMETA_FN PYMETA_NOINLINE Real* scaled_direction(int k, Real& scale) const {
+    if (is_near_one(scale)) return v();
     const State<X>& s = state_;
+    const Real by = scale;
     Real* u = loop_.spare(k);
     s.for_adapted([&](int, std::size_t place, std::size_t size) {
       const Real* own = v() + place;
-      X::for_vectors(size, [=](std::size_t i) { store(u + place + i, load(own + i) * scale); });
+      X::for_vectors(size, [=](std::size_t i) { store(u + place + i, load(own + i) * by); });
     });
+    scale = 1;
     return u;
   }
 
