@@ -290,7 +290,7 @@ class Passes {
     bool adds = !reads_other_alone<X>(network_.layers[l + 1]);
     for (int r = network_.layers[l].first_reader; r >= 0; r = network_.layers[r].next_reader) {
       with_rules(r, [&](const auto& rules) {
-        if constexpr (ReadsOther<std::decay_t<decltype(rules)>>::value) visit(r, rules, adds);
+        if constexpr (kReadsOther<std::decay_t<decltype(rules)>>) visit(r, rules, adds);
       });
       adds = true;
     }

@@ -140,20 +140,28 @@ PYMETA_FN void with_layer(LayerKind kind, Visitor visit) {
   }
 }
 
-template <class Rules, class = void>
-struct MeasuresStatistics {
-  static constexpr bool value = false;
-};
-template <class Rules>
-struct MeasuresStatistics<Rules, decltype(void(&Rules::statistics))> {
-  static constexpr bool value = true;
-};
+// What rules may have besides (layer.h), asked of them as name<Rules>: `value` where they have the member, or false.
+#define PYMETA_MAY_HAVE(name, member, value) \
+  template <class Rules, class = void>       \
+  constexpr bool name = false;               \
+  template <class Rules>                     \
+  constexpr bool name<Rules, decltype(void(&Rules::member))> = value;
+PYMETA_MAY_HAVE(kMeasuresStatistics, statistics, true)
+PYMETA_MAY_HAVE(kPacksTransposed, packed_transposed, true)
+PYMETA_MAY_HAVE(kPacksBias, packed_bias, true)
+PYMETA_MAY_HAVE(kWorksInScratch, scratch_scalars, true)
+PYMETA_MAY_HAVE(kForgetsInput, kForgetsInput, Rules::kForgetsInput)
+PYMETA_MAY_HAVE(kReadsOther, backward_other, true)
+PYMETA_MAY_HAVE(kReadsOtherAlone, kReadsOtherAlone, Rules::kReadsOtherAlone)
+PYMETA_MAY_HAVE(kDeltaGoesWithTangent, kDeltaGoesWithTangent, Rules::kDeltaGoesWithTangent)
+PYMETA_MAY_HAVE(kRepeats, repeated_work, true)
+#undef PYMETA_MAY_HAVE
 
 // visit(v, mean and variance) of each vector of a batch normalisation's channels.
 template <class X, class Visitor>
 PYMETA_FN void with_statistics(const LayerPass& p, Visitor visit) {
   with_layer<X>(p.layer.kind, [&](auto rules) {
-    if constexpr (MeasuresStatistics<decltype(rules)>::value)
+    if constexpr (kMeasuresStatistics<decltype(rules)>)
       X::for_indices(X::vectors(p.layer.out.channels),
                      [&](int v) { visit(v, rules.statistics(p, v)); });
   });
@@ -175,122 +183,54 @@ PYMETA_FN void transpose_weight(const Layer& layer, const Real* weight, Real* tr
   });
 }
 
-template <class Rules, class = void>
-struct PacksTransposed {
-  static constexpr bool value = false;
-};
-template <class Rules>
-struct PacksTransposed<Rules, decltype(void(&Rules::packed_transposed))> {
-  static constexpr bool value = true;
-};
-
 // How the caller's weight lies as the transposed one; nothing (no rows) where it is not that.
 template <class X>
 PYMETA_FN PackedTensor packed_transposed(const Layer& layer) {
   PackedTensor packed{};
   with_layer<X>(layer.kind, [&](auto rules) {
-    if constexpr (PacksTransposed<decltype(rules)>::value) packed = rules.packed_transposed(layer);
+    if constexpr (kPacksTransposed<decltype(rules)>) packed = rules.packed_transposed(layer);
   });
   return packed;
 }
-
-template <class Rules, class = void>
-struct PacksBias {
-  static constexpr bool value = false;
-};
-template <class Rules>
-struct PacksBias<Rules, decltype(void(&Rules::packed_bias))> {
-  static constexpr bool value = true;
-};
 
 // How a layer's bias lies.
 template <class X>
 PYMETA_FN PackedTensor packed_bias(const Layer& layer) {
   PackedTensor packed = packed_vector<X>(layer.out.channels);
   with_layer<X>(layer.kind, [&](auto rules) {
-    if constexpr (PacksBias<decltype(rules)>::value) packed = rules.packed_bias(layer);
+    if constexpr (kPacksBias<decltype(rules)>) packed = rules.packed_bias(layer);
   });
   return packed;
 }
 
-template <class Rules, class = void>
-struct WorksInScratch {
-  static constexpr bool value = false;
-};
-template <class Rules>
-struct WorksInScratch<Rules, decltype(void(&Rules::scratch_scalars))> {
-  static constexpr bool value = true;
-};
-
-template <class Rules, class = void>
-struct ForgetsInput {
-  static constexpr bool value = false;
-};
-template <class Rules>
-struct ForgetsInput<Rules, decltype(void(Rules::kForgetsInput))> {
-  static constexpr bool value = Rules::kForgetsInput;
-};
 template <class X>
 PYMETA_FN bool forgets_input(const Layer& layer) {
   bool forgets = false;
-  with_layer<X>(layer.kind, [&](auto rules) { forgets = ForgetsInput<decltype(rules)>::value; });
+  with_layer<X>(layer.kind, [&](auto rules) { forgets = kForgetsInput<decltype(rules)>; });
   return forgets;
 }
 
-template <class Rules, class = void>
-struct ReadsOther {
-  static constexpr bool value = false;
-};
-template <class Rules>
-struct ReadsOther<Rules, decltype(void(&Rules::backward_other))> {
-  static constexpr bool value = true;
-};
-template <class Rules, class = void>
-struct ReadsOtherAlone {
-  static constexpr bool value = false;
-};
-template <class Rules>
-struct ReadsOtherAlone<Rules, decltype(void(Rules::kReadsOtherAlone))> {
-  static constexpr bool value = Rules::kReadsOtherAlone;
-};
 template <class X>
 PYMETA_FN bool reads_other_alone(const Layer& layer) {
   bool alone = false;
-  with_layer<X>(layer.kind, [&](auto rules) { alone = ReadsOtherAlone<decltype(rules)>::value; });
+  with_layer<X>(layer.kind, [&](auto rules) { alone = kReadsOtherAlone<decltype(rules)>; });
   return alone;
 }
 
-template <class Rules, class = void>
-struct DeltaGoesWithTangent {
-  static constexpr bool value = false;
-};
-template <class Rules>
-struct DeltaGoesWithTangent<Rules, decltype(void(Rules::kDeltaGoesWithTangent))> {
-  static constexpr bool value = Rules::kDeltaGoesWithTangent;
-};
 template <class X>
 PYMETA_FN bool delta_goes_with_tangent(const Layer& layer) {
   bool goes = false;
-  with_layer<X>(layer.kind,
-                [&](auto rules) { goes = DeltaGoesWithTangent<decltype(rules)>::value; });
+  with_layer<X>(layer.kind, [&](auto rules) { goes = kDeltaGoesWithTangent<decltype(rules)>; });
   return goes;
 }
 
-template <class Rules, class = void>
-struct Repeats {
-  static constexpr bool value = false;
-};
-template <class Rules>
-struct Repeats<Rules, decltype(void(&Rules::repeated_work))> {
-  static constexpr bool value = true;
-};
 // Is a layer's output made again rather than kept? A few multiply-adds take no longer than to write and to read a number.
 constexpr int kMostRepeatedWork = 27;  // of a number: a convolution of 3x3 taps and three channels
 template <class X>
 PYMETA_FN bool is_repeated(const Layer& layer) {
   bool repeated = false;
   with_layer<X>(layer.kind, [&](auto rules) {
-    if constexpr (Repeats<decltype(rules)>::value)
+    if constexpr (kRepeats<decltype(rules)>)
       repeated = layer.out.positions() > 1 && rules.repeated_work(layer) <= kMostRepeatedWork;
   });
   return repeated;
@@ -302,7 +242,7 @@ PYMETA_FN std::size_t scratch_scalars(const Network& network, int rows) {
   std::size_t most = 0;
   for (int l = 0; l < network.layer_count; ++l)
     with_layer<X>(network.layers[l].kind, [&](auto rules) {
-      if constexpr (WorksInScratch<decltype(rules)>::value) {
+      if constexpr (kWorksInScratch<decltype(rules)>) {
         const std::size_t own = rules.scratch_scalars(network.layers[l], rows);
         most = own > most ? own : most;
       }
