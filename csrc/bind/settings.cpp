@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace pymeta {
 namespace {
 
-// out: [sum of sizes] int64, the tasks' orders one behind the other (core/call/shuffle.h).
+// out: [sum of sizes] int64, the tasks' orders one after another (core/call/shuffle.h).
 void shuffle_tasks(std::uint64_t seed, std::uint64_t stream, Address task_ids, std::uint64_t epoch,
                    std::uint64_t purpose, std::int64_t tasks, Address sizes, Address out) {
   const ReleasedGil released;

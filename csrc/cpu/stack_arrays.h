@@ -8,7 +8,7 @@
 
 PYMETA_KERNEL_BEGIN
 
-// The rows of a stack's tasks, which lie one behind the other in the caller's arrays.
+// The rows of a stack's tasks, which lie one after another in the caller's arrays.
 template <class X>
 class StackArrays {
  public:

@@ -1,7 +1,7 @@
 // The cell of a learned optimiser as plain data: an LSTM that takes a step on each of many coordinates by itself.
 //
 // Ravi, Larochelle 2017, "Optimization as a model for few-shot learning". H is the width of the LSTM, N the number of
-// coordinates, those of all tasks one behind the other; x are the four numbers that are seen of a coordinate's
+// coordinates, those of all tasks one after another; x are the four numbers that are seen of a coordinate's
 // gradient and its task's loss, log and sign of each (section 3.3):
 //
 //   enter, stay, new, leave = W [1, x, h_(k-1)]           sigmoids, but tanh of new
