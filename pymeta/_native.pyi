@@ -210,8 +210,12 @@ class Call(metaclass=_Type):
     # job: "meta", "adapt", "reptile" or "predict"; dtype: 4 or 8
     def __init__(self, problem: Problem, dtype: int, job: str) -> None: ...
     def run(self, device: _Device | None = None) -> int: ...
-    # A meta-gradient again, with other arrays; the call itself does not change.
-    def repeat(
+
+# A meta-gradient that is made again and again with other arrays: a copy of the call, without its
+# gradients and cotangents.
+class RepeatedCall(metaclass=_Type):
+    def __init__(self, call: Call) -> None: ...
+    def run(
         self,
         start: Sequence[int],
         rates: int,

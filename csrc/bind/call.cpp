@@ -31,10 +31,11 @@ void assume_largest(Call<Real>& call) {
     refuse("epochs: more than 2^30 inner steps for the largest task");
 }
 
+// `kept`: a plan of the time before, or none.
 template <class Real>
-std::size_t execute(Call<Real>& call, const MaybeDevice& device) {
+std::size_t execute(Call<Real>& call, std::optional<Plan<Real>>& kept, const MaybeDevice& device) {
   if (!device) {
-    run_interruptibly(call);
+    run_interruptibly(call, kept);
     return 0;
   }
   const ReleasedGil released;
@@ -52,8 +53,9 @@ std::size_t execute(Call<Real>& call, const MaybeDevice& device) {
 
 template <class Real>
 void put_gradients(const Problem& problem, const Gradients& gradients, Described<Real>& to) {
+  to.call.gradients = nullptr;
   if (!gradients.parameters.empty()) {
-    to.gradients = problem.pointers<Real>(gradients.parameters, "gradients.parameters");
+    problem.put_pointers(gradients.parameters, "gradients.parameters", to.gradients);
     to.call.gradients = to.gradients.data();
   }
   to.call.lr_gradient = pointer<Real>(gradients.lr);
@@ -73,8 +75,9 @@ void put_cotangents(const Problem& problem, const CotangentParts& cotangents, De
   to.call.cotangents.losses = pointer<Real>(cotangents.losses);
   to.call.cotangents.predictions = pointer<Real>(cotangents.predictions);
   to.call.cotangents.step_losses = pointer<Real>(cotangents.step_losses);
+  to.call.cotangents.adapted = nullptr;
   if (cotangents.adapted.empty()) return;
-  to.cotangents = problem.pointers<Real>(cotangents.adapted, "cotangents.adapted");
+  problem.put_pointers(cotangents.adapted, "cotangents.adapted", to.cotangents);
   to.call.cotangents.adapted = to.cotangents.data();
 }
 
@@ -106,7 +109,7 @@ void put_results(const Problem& problem, const Results& results, Described<Real>
   call.predictions = pointer<Real>(results.predictions);
   call.statistics = pointer<Real>(results.statistics);
   if (!results.adapted.empty()) {
-    to.adapted = problem.pointers<Real>(results.adapted, "results.adapted");
+    problem.put_pointers(results.adapted, "results.adapted", to.adapted);
     call.adapted_parameters = to.adapted.data();
   }
   call.status = pointer<std::int8_t>(results.status);
@@ -157,7 +160,7 @@ template <class Real>
 void CallParts::describe(Described<Real>& to) const {
   if (tasks < 0) refuse("tasks: expected at least 0, got " + std::to_string(tasks));
   const std::size_t tensors = static_cast<std::size_t>(problem_->network().tensor_count);
-  to.start = problem_->pointers<Real>(start, "start");
+  problem_->put_pointers(start, "start", to.start);
   to.call = problem_->describe<Real>(
       to.start.data(),
       {pointer<Real>(rates.values), rates.rows, rates.columns, false, nullptr, rates.per_task});
@@ -204,21 +207,29 @@ void CallParts::describe(Described<Real>& to) const {
 std::size_t CallParts::run(const MaybeDevice& device) const {
   return with_real(dtype_, [&](auto real) {
     Described<decltype(real)> described;
+    std::optional<Plan<decltype(real)>> none;
     describe(described);
     if (job_ == Job::meta) check_meta(described.call);
-    return execute(described.call, device);
+    return execute(described.call, none, device);
   });
 }
 
-std::size_t CallParts::repeat(const Repeated& other, const MaybeDevice& device) const {
-  if (job_ != Job::meta) refuse("repeat: expected a call of job 'meta'");
-  return with_real(dtype_, [&](auto real) {
-    using Real = decltype(real);
-    Described<Real> described;
-    describe(described);
-    Call<Real>& call = described.call;
-    described.start = problem_->pointers<Real>(other.start, "start");
-    call.parameters = described.start.data();
+class RepeatedCall::Kept {
+ public:
+  virtual ~Kept() = default;
+  virtual std::size_t run(const OtherArrays& other, const MaybeDevice& device) = 0;
+};
+
+template <class Real>
+class RepeatedCall::KeptOf : public Kept {
+ public:
+  explicit KeptOf(const CallParts& parts) : problem_(parts.problem()) {
+    parts.describe(described_);
+  }
+
+  std::size_t run(const OtherArrays& other, const MaybeDevice& device) override {
+    Call<Real>& call = described_.call;
+    problem_.put_pointers(other.start, "start", described_.start);
     call.lr.values = pointer<Real>(other.rates);
     call.support.x = pointer<Real>(other.xs);
     call.support.y = pointer<void>(other.ys);
@@ -229,11 +240,40 @@ std::size_t CallParts::repeat(const Repeated& other, const MaybeDevice& device) 
     call.predictions = pointer<Real>(other.predictions);
     call.step_losses = pointer<Real>(other.step_losses);
     call.statistics = pointer<Real>(other.statistics);
-    if (other.gradients) put_gradients(*problem_, *other.gradients, described);
-    if (other.cotangents) put_cotangents(*problem_, *other.cotangents, described);
+    static const Gradients no_gradients;
+    static const CotangentParts no_cotangents;
+    put_gradients(problem_, other.gradients ? *other.gradients : no_gradients, described_);
+    put_cotangents(problem_, other.cotangents ? *other.cotangents : no_cotangents, described_);
     check_meta(call);
-    return execute(call, device);
+    return execute(call, plan_, device);
+  }
+
+ private:
+  const Problem& problem_;
+  Described<Real> described_;
+  std::optional<Plan<Real>> plan_;  // of a call that stays where it is
+};
+
+RepeatedCall::RepeatedCall(const CallParts& parts) : parts_(parts) {
+  if (parts.job() != Job::meta) refuse("call: expected one of job 'meta'");
+  parts_.gradients.reset();
+  parts_.cotangents.reset();
+}
+
+RepeatedCall::~RepeatedCall() { delete idle_.load(); }
+
+std::unique_ptr<RepeatedCall::Kept> RepeatedCall::make_kept() const {
+  return with_real(parts_.dtype(), [&](auto real) -> std::unique_ptr<Kept> {
+    return std::make_unique<KeptOf<decltype(real)>>(parts_);
   });
+}
+
+std::size_t RepeatedCall::run(const OtherArrays& other, const MaybeDevice& device) {
+  std::unique_ptr<Kept> kept(idle_.exchange(nullptr));
+  if (!kept) kept = make_kept();
+  const std::size_t bytes = kept->run(other, device);
+  delete idle_.exchange(kept.release());  // another thread's; after an error none is kept
+  return bytes;
 }
 
 void bind_parts(py::module_& m) {
@@ -332,16 +372,18 @@ void bind_call(py::module_& m) {
       .def_readwrite("results", &CallParts::results)
       .def_readwrite("gradients", &CallParts::gradients)
       .def_readwrite("cotangents", &CallParts::cotangents)
-      .def("run", &CallParts::run, py::arg("device") = py::none())
+      .def("run", &CallParts::run, py::arg("device") = py::none());
+  py::class_<RepeatedCall>(m, "RepeatedCall")
+      .def(py::init<const CallParts&>(), py::arg("call"))
       .def(
-          "repeat",
-          [](const CallParts& call, const std::vector<Address>& start, Address rates, Address xs,
+          "run",
+          [](RepeatedCall& call, const std::vector<Address>& start, Address rates, Address xs,
              Address ys, Address xq, Address yq, Address mean_loss, Address losses,
              Address predictions, const Gradients* gradients, Address step_losses,
              Address statistics, const CotangentParts* cotangents, const MaybeDevice& device) {
-            return call.repeat({start, rates, xs, ys, xq, yq, mean_loss, losses, predictions,
-                                step_losses, statistics, gradients, cotangents},
-                               device);
+            return call.run({start, rates, xs, ys, xq, yq, mean_loss, losses, predictions,
+                             step_losses, statistics, gradients, cotangents},
+                            device);
           },
           py::arg("start"), py::arg("rates"), py::arg("xs"), py::arg("ys"), py::arg("xq"),
           py::arg("yq"), py::arg("mean_loss"), py::arg("losses"), py::arg("predictions"),

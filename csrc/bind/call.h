@@ -4,6 +4,9 @@
 // for what is absent. pymeta/_native.pyi says what each holds.
 #pragma once
 
+#include <atomic>
+#include <memory>
+#include <optional>
 #include <tuple>
 
 #include "problem.h"
@@ -74,8 +77,8 @@ struct Results {
 using DeviceTuple = std::tuple<int, Address, Address, std::size_t>;
 using MaybeDevice = std::optional<DeviceTuple>;
 
-// What differs from one meta-gradient to the next that is like it.
-struct Repeated {
+// What differs from one meta-gradient to the next that is like it; the last two may be null.
+struct OtherArrays {
   const std::vector<Address>& start;
   Address rates, xs, ys, xq, yq, mean_loss, losses, predictions, step_losses, statistics;
   const Gradients* gradients;
@@ -93,6 +96,10 @@ struct Described {
   Described(const Described&) = delete;
   Described& operator=(const Described&) = delete;
 };
+
+// run(), during which other threads have the GIL; in the main thread it ends soon after a signal whose handler raises.
+template <class Real>
+void run_interruptibly(Call<Real>& call, std::optional<Plan<Real>>& kept);
 
 // Puts a schedule into a call whose job is set; an adaptation by epochs becomes Job::fine_tune.
 template <class Real>
@@ -119,20 +126,47 @@ class CallParts {
   std::optional<Gradients> gradients;
   std::optional<CotangentParts> cotangents;
 
-  // Both return the bytes of workspace that the call needs on a device; with fewer it is not run.
+  // Returns the bytes of workspace that the call needs on a device; with fewer it is not run.
   std::size_t run(const MaybeDevice& device) const;
-  // A meta-gradient again, with other arrays; this call itself does not change.
-  std::size_t repeat(const Repeated& other, const MaybeDevice& device) const;
-
- private:
   template <class Real>
   void describe(Described<Real>& to) const;
+
+  const Problem& problem() const { return *problem_; }
+  int dtype() const { return dtype_; }
+  Job job() const { return job_; }
+
+ private:
   template <class Real>
   RowSet<Real> described_set(const Rows& rows, bool is_query) const;
 
   std::shared_ptr<const Problem> problem_;
   int dtype_;
   Job job_;
+};
+
+// A meta-gradient that is made again and again with other arrays: it is described once, and planned anew where its form or the
+// settings are not those of the time before. Several threads may run it at once.
+class RepeatedCall {
+ public:
+  // A copy: what is done to `parts` later changes nothing here. Its own gradients and cotangents are left out.
+  explicit RepeatedCall(const CallParts& parts);
+  ~RepeatedCall();
+  RepeatedCall(const RepeatedCall&) = delete;
+  RepeatedCall& operator=(const RepeatedCall&) = delete;
+
+  // As CallParts::run.
+  std::size_t run(const OtherArrays& other, const MaybeDevice& device);
+
+ private:
+  // The call as it is described, and its plan: one for each of the threads that are in it at once, of which one is kept.
+  class Kept;
+  template <class Real>
+  class KeptOf;
+
+  std::unique_ptr<Kept> make_kept() const;
+
+  CallParts parts_;
+  std::atomic<Kept*> idle_{nullptr};
 };
 
 }  // namespace pymeta

@@ -62,10 +62,6 @@ class ReleasedGil {
 // Called when the module is loaded: by it calls know whether they are in Python's main thread.
 void remember_main_thread();
 
-// run(), during which other threads have the GIL; in the main thread it ends soon after a signal whose handler raises.
-template <class Real>
-void run_interruptibly(Call<Real>& call);
-
 void bind_network(pybind11::module_& m);
 void bind_parts(pybind11::module_& m);  // of a call; before what takes them
 void bind_problem(pybind11::module_& m);

@@ -135,7 +135,8 @@ std::unique_ptr<EngineHolder> make_engine(const Problem& problem, int dtype,
   std::unique_ptr<EngineHolder> made;
   with_real(dtype, [&](auto real) {
     using Real = decltype(real);
-    const std::vector<Real*> tensors = problem.pointers<Real>(start, "start");
+    std::vector<Real*> tensors;
+    problem.put_pointers(start, "start", tensors);
     Call<Real> call = problem.describe<Real>(
         tensors.data(),
         {pointer<Real>(rates.values), rates.rows, rates.columns, false, nullptr, false});

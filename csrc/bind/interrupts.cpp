@@ -4,9 +4,8 @@
 
 #include "../runtime/cell.h"
 #include "../runtime/fork.h"
-#include "../runtime/run.h"
+#include "call.h"
 #include "cell.h"
-#include "common.h"
 
 namespace py = pybind11;
 
@@ -25,18 +24,19 @@ bool poll_signals(void* thread_state) {
   return raised;
 }
 
-template <class AnyCall>
-void run_with_signals(AnyCall& call) {
+// body(interrupt or null): false where that ended it.
+template <class Body>
+void run_with_signals(Body body) {
   if (std::this_thread::get_id() != main_thread.load()) {
     const ReleasedGil released;
-    run(call);
+    body(nullptr);
     return;
   }
   bool finished;
   {
     ReleasedGil released;
     Interrupt interrupt(poll_signals, released.state());
-    finished = run(call, &interrupt);
+    finished = body(&interrupt);
   }
   if (!finished) throw py::error_already_set();
 }
@@ -54,20 +54,20 @@ void remember_main_thread() {
 }
 
 template <class Real>
-void run_interruptibly(Call<Real>& call) {
-  run_with_signals(call);
+void run_interruptibly(Call<Real>& call, std::optional<Plan<Real>>& kept) {
+  run_with_signals([&](Interrupt* interrupt) { return run(call, kept, interrupt); });
 }
 template <class Real>
 void run_interruptibly(CellStep<Real>& call) {
-  run_with_signals(call);
+  run_with_signals([&](Interrupt* interrupt) { return run(call, interrupt); });
 }
 template <class Real>
 void run_interruptibly(CellBack<Real>& call) {
-  run_with_signals(call);
+  run_with_signals([&](Interrupt* interrupt) { return run(call, interrupt); });
 }
 
-template void run_interruptibly(Call<float>&);
-template void run_interruptibly(Call<double>&);
+template void run_interruptibly(Call<float>&, std::optional<Plan<float>>&);
+template void run_interruptibly(Call<double>&, std::optional<Plan<double>>&);
 template void run_interruptibly(CellStep<float>&);
 template void run_interruptibly(CellStep<double>&);
 template void run_interruptibly(CellBack<float>&);

@@ -78,16 +78,15 @@ class Problem {
     return call;
   }
 
-  // A pointer for each tensor.
+  // A pointer for each tensor. Where there were as many before, they stay in their place.
   template <class Real>
-  std::vector<Real*> pointers(const std::vector<Address>& addresses, const char* name) const {
+  void put_pointers(const std::vector<Address>& addresses, const char* name,
+                    std::vector<Real*>& to) const {
     if (addresses.size() != static_cast<std::size_t>(network_->tensor_count))
       refuse(std::string(name) + ": expected " + std::to_string(network_->tensor_count) +
              " addresses, got " + std::to_string(addresses.size()));
-    std::vector<Real*> result;
-    result.reserve(addresses.size());
-    for (const Address address : addresses) result.push_back(pointer<Real>(address));
-    return result;
+    to.resize(addresses.size());
+    for (std::size_t t = 0; t < addresses.size(); ++t) to[t] = pointer<Real>(addresses[t]);
   }
 
   // Scalars of all tensors that the inner loop changes.

@@ -51,6 +51,7 @@ class SetCheck {
     const bool batch_norm =
         mixes_rows(*call_.network) && !(call_.by_support && &set_ == &call_.query);
     std::int64_t largest = 0;
+    set_.has_weightless = false;
     for (std::int64_t task = 0; task < call_.tasks; ++task) {
       const std::int64_t rows = size(task);
       largest = std::max(largest, rows);
@@ -60,7 +61,7 @@ class SetCheck {
                                 : Looked{rows, rows};
       if (call_.network->layers[0].kind == LayerKind::embedding)
         check_categories(task, rows, looked.used < rows, beside);
-      set_.has_weightless = set_.has_weightless || looked.used < rows;
+      if (looked.used < rows) set_.has_weightless = true;
       if (batch_norm && looked.counting == 1)
         refuse(std::string(names_.x) + ": task " + std::to_string(task) + " has one row" +
                (rows > 1 ? " that counts" : "") +

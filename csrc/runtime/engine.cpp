@@ -101,41 +101,26 @@ Engine<Real>::Block::Block(const Engine& engine)
 
 template <class Real>
 const Needs& Engine<Real>::Block::plan(const Engine& engine) {
-  planned_ = false;
+  planned_for_.reset();
   needs_ = *engine.executor_->plan(call, plan_at(), nullptr);
-  planned_ = true;
-  rows_ = call.max_support;
-  query_rows_ = call.max_query;
-  has_weightless_ = call.support.has_weightless;
-  beside_ = {call.support.loss == &engine.loss_of_distributions_, call.support.weight_columns,
-             call.support.offset, call.query.offset};
+  planned_for_.emplace(call);
   return needs_;
-}
-
-// Are the sizes and what else the memory depends on as they were?
-template <class Real>
-bool Engine<Real>::Block::is_planned_for(const Engine& engine) const {
-  const bool distributions = call.support.loss == &engine.loss_of_distributions_;
-  return planned_ && rows_ == call.max_support && query_rows_ == call.max_query &&
-         has_weightless_ == call.support.has_weightless &&
-         beside_.has_distributions == distributions &&
-         beside_.weight_columns == call.support.weight_columns &&
-         !beside_.offset == !call.support.offset && !beside_.query_offset == !call.query.offset;
 }
 
 template <class Real>
 char* Engine<Real>::Block::memory_for(const Engine& engine) {
-  if (is_planned_for(engine)) return memory_.get();
+  if (planned_for_ && *planned_for_ == CallForm<Real>(call)) return memory_.get();
   const std::size_t planned = plan(engine).bytes(1);
   const std::size_t needed = planned ? planned : 64;  // no row is cleared, but it lies somewhere
   const std::size_t bytes = kKeepsPages ? (needed + 4095) / 4096 * 4096 : needed;
   if (kKeepsPages ? bytes > bytes_ : bytes != bytes_) {
-    planned_ = false;  // until there is memory for it
     memory_ = {nullptr, {}};
     memory_ = {take_pages(bytes, 4096), {bytes}};
     bytes_ = memory_ ? bytes : 0;
-    if (!memory_) throw std::bad_alloc();
-    planned_ = true;
+    if (!memory_) {
+      planned_for_.reset();
+      throw std::bad_alloc();
+    }
   }
   return memory_.get();
 }

@@ -9,11 +9,13 @@
 #include <array>
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "../core/losses/registry.h"
 #include "../cpu/kernels.h"
 #include "pages.h"
+#include "planner.h"
 
 namespace pymeta {
 
@@ -65,11 +67,7 @@ class Engine {
     }
 
    private:
-    bool planned_ = false;
-    int rows_ = -1, query_rows_ = -1;
-    bool has_weightless_ = false;
-    Beside beside_;  // of which the plan depends on what there is
-    bool is_planned_for(const Engine& engine) const;
+    std::optional<CallForm<Real>> planned_for_;
     Needs needs_{};
     std::unique_ptr<char[]> storage_;
     std::size_t bytes_ = 0;

@@ -16,6 +16,7 @@ constexpr double kSmallWork = 5e4;
 
 // What earlier plans of this thread left. A call within a call (of a signal's handler) takes others.
 thread_local std::vector<PlanMemory> idle_memory;
+constexpr std::size_t kMostIdle = 16;  // plans that were kept for long may be many
 
 PlanMemory take_plan_memory(std::size_t bytes) {
   for (PlanMemory& memory : idle_memory)
@@ -26,6 +27,28 @@ PlanMemory take_plan_memory(std::size_t bytes) {
       return taken;
     }
   return {std::unique_ptr<char[]>(new char[bytes]), bytes};
+}
+void give_plan_memory(PlanMemory memory) {
+  if (!memory.data || idle_memory.size() >= kMostIdle) return;
+  try {
+    idle_memory.push_back(std::move(memory));
+  } catch (const std::bad_alloc&) {  // then it is not kept
+  }
+}
+
+// A bit for each array: is there one?
+template <class... Arrays>
+unsigned which(const Arrays*... arrays) {
+  static_assert(sizeof...(arrays) <= 32, "more arrays than bits");
+  unsigned bits = 0;
+  ((bits = bits << 1 | (arrays != nullptr)), ...);
+  return bits;
+}
+template <class Array>
+std::bitset<kMaxTensors> which_tensors(const Network& network, Array* const* arrays) {
+  std::bitset<kMaxTensors> bits;
+  for (int t = 0; arrays && t < network.tensor_count; ++t) bits[t] = arrays[t] != nullptr;
+  return bits;
 }
 
 // Sums of all chunks together, for an executor that keeps the order of another one.
@@ -77,29 +100,84 @@ std::vector<std::int64_t> longest_first(const Call<Real>& call, const Needs& nee
 }  // namespace
 
 template <class Real>
+CallForm<Real>::CallForm(const Call<Real>& call)
+    : support_(of_set(call.support, call.max_support)),
+      query_(of_set(call.query, call.max_query)),
+      validation_(of_set(call.validation, call.max_validation)),
+      given_(which(call.losses, call.step_losses, call.mean_loss, call.predictions, call.statistics,
+                   call.gradients, call.lr_gradient, call.xs_gradient, call.xq_gradient,
+                   call.ys_gradient, call.yq_gradient, call.support_weights_gradient,
+                   call.query_weights_gradient, call.support_offset_gradient,
+                   call.query_offset_gradient, call.anchors_gradient, call.adapted_parameters,
+                   call.status, call.train_curves, call.validation_curves, call.best_epochs,
+                   call.epochs_run, call.cotangents.losses, call.cotangents.predictions,
+                   call.cotangents.adapted, call.cotangents.step_losses)),
+      gradients_(which_tensors(*call.network, call.gradients)),
+      adapted_(which_tensors(*call.network, call.adapted_parameters)),
+      cotangents_(which_tensors(*call.network, call.cotangents.adapted)) {}
+
+template <class Real>
+typename CallForm<Real>::OfSet CallForm<Real>::of_set(const RowSet<Real>& set, int largest) {
+  return {largest, set.has_weightless, set.weight_columns, set.loss,
+          which(set.x, static_cast<const char*>(set.y), set.weights, set.offset)};
+}
+
+template <class Real>
+bool CallForm<Real>::OfSet::operator==(const OfSet& other) const {
+  return largest == other.largest && has_weightless == other.has_weightless &&
+         weight_columns == other.weight_columns && loss == other.loss && given == other.given;
+}
+
+template <class Real>
+bool CallForm<Real>::operator==(const CallForm& other) const {
+  return support_ == other.support_ && query_ == other.query_ && validation_ == other.validation_ &&
+         given_ == other.given_ && gradients_ == other.gradients_ && adapted_ == other.adapted_ &&
+         cotangents_ == other.cotangents_;
+}
+
+template class CallForm<float>;
+template class CallForm<double>;
+
+template <class Real>
 Plan<Real>::Plan(Call<Real>& call)
-    : call_(call), kernels_(kernels<Real>()) {  // once: another thread may choose others meanwhile
-  const int chosen = chosen_executor();
-  Candidate best = chosen >= 0 ? planned(kernels_.executors[chosen]) : cheapest();
+    : call_(call),
+      kernels_(kernels<Real>()),  // once: another thread may choose others meanwhile
+      chosen_(chosen_executor()),
+      form_(call) {
+  Candidate best = chosen_ >= 0 ? planned(kernels_.executors[chosen_]) : cheapest();
   const bool small = best.needs->cost < kSmallWork;
-  const int threads = small ? 1 : num_threads();
+  if (!small) most_threads_ = num_threads();
+  const int threads = small ? 1 : most_threads_;
   const std::int64_t most_chunks = std::min<std::int64_t>(threads, call.tasks);
   const bool idles = static_cast<std::int64_t>(best.needs->chunks) < most_chunks ||
                      best.needs->longest > best.needs->cost / threads;
-  if (chosen < 0 && threads > 1 && idles) best = quickest(best, threads);
+  if (chosen_ < 0 && threads > 1 && idles) best = quickest(best, threads);
   executor_ = best.executor;
   needs_ = best.needs;
   plan_ = best.plan;
   const std::int64_t most = std::max<std::int64_t>(1, static_cast<std::int64_t>(needs_->chunks));
   threads_ = static_cast<int>(std::min<std::int64_t>(threads, most));
+  drop_others();
 }
 
 template <class Real>
 Plan<Real>::~Plan() {
-  try {
-    for (int i = 0; i < planned_count_; ++i) idle_memory.push_back(std::move(storage_[i]));
-  } catch (const std::bad_alloc&) {  // then it is not kept
-  }
+  for (int i = 0; i < planned_count_; ++i) give_plan_memory(std::move(storage_[i]));
+}
+
+// The plans that lost. What the chosen one is made of are the first executors.
+template <class Real>
+void Plan<Real>::drop_others() {
+  const ExecutorTable<Real>* const end = kernels_.executors + executor_->made_of;
+  for (int i = 0; i < planned_count_; ++i)
+    if (planned_[i].executor != executor_ && planned_[i].executor >= end)
+      give_plan_memory(std::move(storage_[i]));
+}
+
+template <class Real>
+bool Plan<Real>::fits() const {
+  return &kernels_ == &kernels<Real>() && chosen_ == chosen_executor() &&
+         (most_threads_ == 0 || most_threads_ == num_threads()) && form_ == CallForm<Real>(call_);
 }
 
 // Laid out when it is first asked for.
@@ -156,6 +234,7 @@ typename Plan<Real>::Candidate Plan<Real>::quickest(const Candidate& cheapest, i
 
 template <class Real>
 void Plan<Real>::order() {
+  call_.order = call_.chunk_order = nullptr;
   const bool ragged = call_.support.sizes || call_.query.sizes;
   if (!ragged) return;
   if (needs_->tasks_in_item > 1 || needs_->interleaved > 1) {

@@ -4,7 +4,9 @@
 // threads. Where it has fewer chunks than there are threads, another one may run the call in that order.
 #pragma once
 
+#include <bitset>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -15,6 +17,31 @@ namespace pymeta {
 struct PlanMemory {
   std::unique_ptr<char[]> data;
   std::size_t bytes = 0;
+};
+
+// What a plan depends on besides what a call is of (network, recipe, tasks, how rows lie): what check() found in the rows,
+// and which arrays there are. Calls of one description and of equal forms have the same plan, whatever their arrays hold.
+template <class Real>
+class CallForm {
+ public:
+  explicit CallForm(const Call<Real>& call);
+  bool operator==(const CallForm& other) const;
+
+ private:
+  struct OfSet {
+    int largest;
+    bool has_weightless;
+    int weight_columns;
+    const Loss* loss;
+    unsigned given;  // a bit for each array, as below
+
+    bool operator==(const OfSet& other) const;
+  };
+  static OfSet of_set(const RowSet<Real>& set, int largest);
+
+  OfSet support_, query_, validation_;
+  unsigned given_;
+  std::bitset<kMaxTensors> gradients_, adapted_, cotangents_;
 };
 
 template <class Real>
@@ -29,6 +56,8 @@ class Plan {
   const char* executor() const { return executor_->name; }
   const Needs& needs() const { return *needs_; }
   int threads() const { return threads_; }
+  // Would a plan that is made now be the same? `call` may have other arrays since, of other sizes; the settings may be others.
+  bool fits() const;
   // Sets in which order the call takes its tasks and chunks, by their sizes.
   void order();
   void run(const Team& team, char* memory) { executor_->run(plan_, team, memory); }
@@ -42,9 +71,13 @@ class Plan {
   Candidate planned(const ExecutorTable<Real>& executor);
   Candidate cheapest();
   Candidate quickest(const Candidate& cheapest, int threads);
+  void drop_others();
 
   Call<Real>& call_;
   const Kernels<Real>& kernels_;
+  const int chosen_;      // executor, or -1
+  int most_threads_ = 0;  // that there were to use; 0: it did not matter
+  const CallForm<Real> form_;
   static constexpr int kMostPlans = 16;  // that are weighed: one of each executor
   PlanMemory storage_[kMostPlans];
   Candidate planned_[kMostPlans];

@@ -17,8 +17,15 @@ void run_on_threads(const Team& team, std::int64_t count, IndexBody body, void* 
 
 template <class Real>
 bool run(Call<Real>& call, Interrupt* interrupt) {
+  std::optional<Plan<Real>> none;
+  return run(call, none, interrupt);
+}
+
+template <class Real>
+bool run(Call<Real>& call, std::optional<Plan<Real>>& kept, Interrupt* interrupt) {
   check(call);
-  Plan<Real> plan(call);
+  if (!kept || !kept->fits()) kept.emplace(call);
+  Plan<Real>& plan = *kept;
   call.stop = interrupt && plan.needs().cost > kShort ? interrupt->stop() : nullptr;
   plan.order();
   const WorkingMemory memory(plan.needs().bytes(plan.threads()));
@@ -28,5 +35,7 @@ bool run(Call<Real>& call, Interrupt* interrupt) {
 
 template bool run(Call<float>&, Interrupt*);
 template bool run(Call<double>&, Interrupt*);
+template bool run(Call<float>&, std::optional<Plan<float>>&, Interrupt*);
+template bool run(Call<double>&, std::optional<Plan<double>>&, Interrupt*);
 
 }  // namespace pymeta

@@ -109,7 +109,7 @@ class PreparedCall:
         plain = recipe.plain and all(s.plain for s in sides)
         self.last = (*sizes, recipe.steps, second_order, lr_rows, wanted, anchored, plain)
         names = [plan.names[i] for i in plan.chain]
-        call = self.native = plan.call("meta")
+        call = plan.call("meta")
         call.tasks = self.tasks
         call.start = [0] * len(plan.chain)  # they come with each call
         if recipe.own:
@@ -134,7 +134,8 @@ class PreparedCall:
         self.given = itemgetter(*(i for i, e in enumerate(extras) if e is not None))
         # Of the weights of steps it counts only that there are some.
         how = (recipe.step_weights is not None, *recipe[4:])
-        self.repeat = plan.runner(call.repeat, "meta", self.last, how, lr.shape)
+        run = native.extension().RepeatedCall(call).run
+        self.repeat = plan.runner(run, "meta", self.last, how, lr.shape)
 
     def memory(self) -> Gradients | None:
         """Where `run` may put the gradients; None where none are wanted."""
@@ -227,7 +228,7 @@ class PreparedCall:
             ValueError: the call has a task_clip.
         """
         assert self.layout is not None
-        if self.native.task_clip:
+        if self.recipe.task_clip:
             raise ValueError(CLIPS_THE_LOSS)
         gradients = self._cleared(Gradients(self.layout, None))
         if self.tasks == 0:
