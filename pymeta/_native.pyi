@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # ordinal (-1: the emulated one), stream, address and bytes of the workspace. Calls with a device
@@ -287,7 +287,11 @@ class Cell(metaclass=_Type):
 # dtype: 4 or 8.
 class Split(metaclass=_Type):
     def __init__(self, dtype: int, sizes: Sequence[int]) -> None: ...
-    def add_to(self, arrays: Sequence[int], buffer: int) -> None: ...
+    # To the .grad of tensors, which it returns; None, and nothing was added, where alike(*grads) is
+    # not true.
+    def add_to_grads(
+        self, leaves: Sequence[Any], alike: Callable[..., bool], buffer: int
+    ) -> list[Any] | None: ...
     def copy_to(self, arrays: Sequence[int], buffer: int) -> None: ...
 
 def shuffle(

@@ -59,6 +59,17 @@ class ReleasedGil {
   PyThreadState* state_;
 };
 
+// What a function of Python's returns: a new reference, or null and an error.
+inline pybind11::object checked(PyObject* result) {
+  if (!result) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(result);
+}
+inline bool is_true(PyObject* value) {
+  const int truth = PyObject_IsTrue(value);
+  if (truth < 0) throw pybind11::error_already_set();
+  return truth != 0;
+}
+
 // Called when the module is loaded: by it calls know whether they are in Python's main thread.
 void remember_main_thread();
 

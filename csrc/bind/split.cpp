@@ -13,6 +13,12 @@ namespace py = pybind11;
 namespace pymeta {
 namespace {
 
+Address address_of(PyObject* number) {
+  const unsigned long long address = PyLong_AsUnsignedLongLong(number);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return static_cast<Address>(address);
+}
+
 class Split {
  public:
   Split(int dtype, std::vector<std::int64_t> sizes) : dtype_(dtype), sizes_(std::move(sizes)) {
@@ -24,11 +30,27 @@ class Split {
     }
   }
 
-  // One array after the other, so that arrays which share memory get all that is added to them, in that order.
-  void add_to(const std::vector<Address>& arrays, Address buffer) const {
+  // To the `.grad` of tensors, one after the other, so that arrays which share memory get all that is added to them, in that
+  // order. Returns these; None, and nothing was added, where alike(*grads) is not true.
+  py::object add_to_grads(const py::sequence& leaves, const py::object& alike,
+                          Address buffer) const {
+    static PyObject* const grad = PyUnicode_InternFromString("grad");
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    py::list grads;
+    for (const py::handle leaf : leaves) grads.append(checked(PyObject_GetAttr(leaf.ptr(), grad)));
+    if (!is_true(checked(PyObject_Vectorcall(alike.ptr(), PySequence_Fast_ITEMS(grads.ptr()),
+                                             grads.size(), nullptr))
+                     .ptr()))
+      return py::none();
+    std::vector<Address> arrays;
+    arrays.reserve(grads.size());
+    for (const py::handle tensor : grads)
+      arrays.push_back(
+          address_of(checked(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr)).ptr()));
     for_each(arrays, buffer, [](auto* to, const auto* from, std::int64_t size) {
       for (std::int64_t i = 0; i < size; ++i) to[i] = to[i] + from[i];
     });
+    return grads;
   }
   void copy_to(const std::vector<Address>& arrays, Address buffer) const {
     for_each(arrays, buffer, [](auto* to, const auto* from, std::int64_t size) {
@@ -64,7 +86,8 @@ class Split {
 void bind_split(py::module_& m) {
   py::class_<Split>(m, "Split")
       .def(py::init<int, std::vector<std::int64_t>>(), py::arg("dtype"), py::arg("sizes"))
-      .def("add_to", &Split::add_to, py::arg("arrays"), py::arg("buffer"))
+      .def("add_to_grads", &Split::add_to_grads, py::arg("leaves"), py::arg("alike"),
+           py::arg("buffer"))
       .def("copy_to", &Split::copy_to, py::arg("arrays"), py::arg("buffer"));
 }
 

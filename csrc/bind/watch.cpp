@@ -27,11 +27,6 @@ class Groups {
   Py_ssize_t size_;
 };
 
-py::object checked(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
 // Whether mapping[key] is what a dict has there: it is one, and nobody has given it another way of looking it up.
 bool looks_up_as_a_dict(PyObject* mapping) {
   return PyDict_Check(mapping) &&
@@ -56,12 +51,6 @@ py::object found(PyObject* mapping, PyObject* key) {
     }
   }
   return py::reinterpret_steal<py::object>(value);
-}
-
-bool is_true(PyObject* value) {
-  const int truth = PyObject_IsTrue(value);
-  if (truth < 0) throw py::error_already_set();
-  return truth != 0;
 }
 
 bool are_equal(PyObject* a, PyObject* b) {

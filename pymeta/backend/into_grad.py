@@ -56,11 +56,12 @@ class IntoGrad:
 
     def __call__(self, leaves: Sequence[Tensor], gradients: Gradients) -> None:
         """Add them: one for each of the leaves, in their order."""
+        if self._alike is not None:
+            added = self._split.add_to_grads(leaves, self._alike, gradients.address)
+            if added is not None:
+                _count_changes(added)
+                return
         grads = [*map(_grad, leaves)]
-        if self._alike is not None and self._alike(*grads):
-            self._split.add_to([*map(_pointer, grads)], gradients.address)
-            _count_changes(grads)
-            return
         there = [grad for grad in grads if grad is not None]
         if any(map(_requires_grad, there)):
             with torch.no_grad():  # whose sums, as autograd's, have no graph

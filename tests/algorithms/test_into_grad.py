@@ -289,4 +289,9 @@ def test_what_the_native_split_refuses():
         with pytest.raises(ValueError, match=words):
             split(*arguments)
     with pytest.raises(ValueError, match="arrays: expected 2 addresses, got 1"):
-        split(4, [1, 2]).add_to([0], 0)
+        split(4, [1, 2]).copy_to([0], 0)
+    leaf = nn.Parameter(torch.ones(1))
+    leaf.grad = torch.ones(1)
+    with pytest.raises(ValueError, match="arrays: expected 2 addresses, got 1"):
+        split(4, [1, 2]).add_to_grads([leaf], lambda *_: True, 0)
+    assert split(4, [1]).add_to_grads([leaf], lambda *_: False, 0) is None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace as Held
 from typing import Any
 
 import numpy as np
@@ -373,8 +374,10 @@ def split(source: Source) -> None:
         return
     parts = lib.Split(np.dtype(real).itemsize, sizes)
     buffer = np.ones(sum(sizes), real)
-    for put in (parts.add_to, parts.copy_to):
-        put(odd_addresses(source, addresses(arrays)), buffer.ctypes.data)
+    parts.copy_to(odd_addresses(source, addresses(arrays)), buffer.ctypes.data)
+    places = odd_addresses(source, addresses(arrays))
+    leaves = [Held(grad=Held(data_ptr=lambda a=a: a)) for a in places]
+    parts.add_to_grads(leaves, lambda *_: True, buffer.ctypes.data)
 
 
 def look_at_plan(source: Source, made: Made) -> None:
