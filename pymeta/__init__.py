@@ -1,6 +1,7 @@
 """pymeta: adapt many small models at once, and learn where they should start.
 
-`import pymeta` is cheap and does not import torch; the names below are loaded when first used.
+`import pymeta` is cheap and does not import torch; the names below are loaded when first used, and
+so are the packages, as in `pymeta.data.Panel`.
 Adapters, adapted arrays and the descriptions of losses, optimisers and schedules need no torch.
 """
 
@@ -50,6 +51,20 @@ _HOMES = {
     "num_threads": "native",
     "set_num_threads": "native",
     "step_size": "algorithms.step_size",
+}
+
+_PACKAGES = {
+    "data",
+    "explain",
+    "finance",
+    "functional",
+    "learners",
+    "metrics",
+    "native",
+    "nn",
+    "privacy",
+    "serve",
+    "sklearn",
 }
 
 __all__ = [
@@ -121,8 +136,8 @@ def _version() -> str:
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name == "functional":  # a package, which describes operators without torch
-        return import_module("pymeta.functional")
+    if name in _PACKAGES:
+        return import_module(f"pymeta.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'pymeta' has no attribute {name!r}")
     if _HOMES[name] in _TORCH_HOMES:
@@ -133,7 +148,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, "__version__"})
+    return sorted({*globals(), *_HOMES, *_PACKAGES, "__version__"})
 
 
 if os.path.exists(os.path.join(os.path.dirname(__file__), "grammar.py")):  # the parser's

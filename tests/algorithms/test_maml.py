@@ -437,6 +437,16 @@ def test_import_does_not_import_torch():
         pymeta.Mammal  # noqa: B018
 
 
+def test_packages_are_there_when_they_are_used():
+    code = (
+        "import sys, pymeta; pymeta.nn.Residual, pymeta.data.Panel, pymeta.native.kept_bytes; "
+        "assert {'nn', 'data', 'learners'} <= set(dir(pymeta)); "
+        "assert 'pymeta.learners' not in sys.modules; pymeta.learners.ProtoNet"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_environment_options():
     code = "from pymeta import native; print(native.num_threads(), native.executor())"
     done = run_python(code, PYMETA_NUM_THREADS="1", PYMETA_EXECUTOR="rows")
