@@ -13,9 +13,12 @@ from pymeta.spec.optimizers import OPTIMIZERS, SGD, LearnableLR, Optimizer, chec
 
 def _named(value: Any) -> str:
     """What a caller gave, for a message: a string or a class says more than its type."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    return repr(value) if isinstance(value, str) else type(value).__name__
+    if isinstance(value, str):
+        return repr(value)
+    kind = value if isinstance(value, type) else type(value)
+    is_torchs = kind.__module__.startswith("torch.optim")  # whose classes have the names of ours
+    name = f"torch.optim.{kind.__name__}" if is_torchs else kind.__name__
+    return f"the class {name}" if kind is value else name
 
 
 def one_optimizer(lr: Any, optimizer: Any, learnable: bool) -> Optimizer:

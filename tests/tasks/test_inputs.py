@@ -43,8 +43,13 @@ CONSTRUCTION = {
     ),
     "optimizer of torch": (
         TypeError,
-        r"optimizer: expected pymeta\.SGD.*, got the class Adam",
+        r"optimizer: expected pymeta\.SGD.*, got the class torch\.optim\.Adam",
         {"lr": None, "optimizer": torch.optim.Adam},
+    ),
+    "optimizer of torch, made": (
+        TypeError,
+        r"optimizer: expected pymeta\.SGD.*, got torch\.optim\.SGD",
+        {"lr": None, "optimizer": torch.optim.SGD([torch.zeros(1)], 0.1)},
     ),
     "steps negative": (ValueError, r"steps: expected an integer >= 0, got -1", {"steps": -1}),
     "steps float": (TypeError, r"steps: .*got float", {"steps": 1.0}),
