@@ -14,7 +14,7 @@ import numpy as np
 
 from pymeta.data.batch import Tasks, make_tasks
 from pymeta.data.draw import slices, whole
-from pymeta.data.table import Columns, as_times, is_missing, read_table
+from pymeta.data.table import Columns, as_times, index_names, is_missing, read_table
 from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array, labels_of
 
@@ -86,7 +86,7 @@ class Panel:
         self.entity, self.time, self.target = entity, time, target
         for argument, name in (("entity", entity), ("time", time), ("target", target)):
             if name is not None or argument == "entity":
-                _need(columns, argument, name)
+                _need(columns, argument, name, in_index=name in index_names(data))
         own = {entity, time, target}
         self.numeric, self.categorical = _features(columns, own, numeric, categorical)
         labels = labels_of(columns[entity], columns[entity], "entity")
@@ -393,10 +393,12 @@ class Panel:
 # ---- columns ------------------------------------------------------------------------------------
 
 
-def _need(columns: Columns, argument: str, name: Any) -> str:
+def _need(columns: Columns, argument: str, name: Any, in_index: bool = False) -> str:
     if not isinstance(name, str):
         raise TypeError(f"{argument}: expected a column's name, got {type(name).__name__}")
     if name not in columns:
+        if in_index:
+            raise ValueError(f"{argument}: {name!r} is in the table's index; give .reset_index()")
         known = ", ".join(columns)
         raise ValueError(f"{argument}: no column is called {name!r}; there are {known[:300]}")
     return name

@@ -72,6 +72,12 @@ def read_table(source: Any) -> Columns:
     return columns
 
 
+def index_names(source: Any) -> list[str]:
+    """The names of a pandas table's index, which is none of its columns."""
+    names = getattr(getattr(source, "index", None), "names", None) or []
+    return [name for name in names if isinstance(name, str)]
+
+
 def _read_file(path: str) -> Any:
     ending = next((e for e in sorted(_READERS, key=len, reverse=True) if path.endswith(e)), None)
     if ending is None:

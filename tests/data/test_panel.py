@@ -137,6 +137,13 @@ def test_what_is_refused(changes, error, says):
         panel(**changes)
 
 
+def test_columns_in_the_index_are_named():
+    frame = pytest.importorskip("pandas").DataFrame(COLUMNS).set_index(["shop", "day"])
+    with pytest.raises(ValueError, match=r"^entity: 'shop' is in the table's index; give \.reset_"):
+        Panel(frame, entity="shop", time="day", target="sold")
+    assert_same(Panel(frame.reset_index(), entity="shop", time="day", target="sold"), panel())
+
+
 def test_tables_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data: expected a path that ends in \.parquet"):
         Panel(str(tmp_path / "shops.xlsx"), entity="shop")
