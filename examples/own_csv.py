@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     network = nn.Sequential(nn.Linear(len(prep.features), 32), nn.Tanh(), nn.Linear(32, out))
     maml = pymeta.MAML(network, loss=loss, lr=pymeta.LearnableLR(0.05), steps=5)
     outer = torch.optim.Adam(maml.parameters(), 0.005)
-    few = int(train.sizes.min())
+    few = max(int(np.quantile(train.sizes, 0.25)), 4)  # entities of fewer are not trained on
     rows = {"support": (max(few // 4, 1), few // 2), "query": few // 2}
     for batch in prep(train).episodes(tasks=16, **rows, batches=options.batches, seed=0):
         outer.zero_grad()
