@@ -28,7 +28,7 @@ class NetworkBuilder {
     const std::string name = value<std::string>(given, 0);
     bool found = false;
     for_each_layer_spec([&](LayerKind kind, auto spec) {
-      if (found || !spec.kName || name != spec.kName) return;
+      if (found || !*spec.kName || name != spec.kName) return;
       found = true;
       kind_ = kind;
       double values[kMostArguments];
@@ -359,7 +359,7 @@ inline std::unique_ptr<OwnedNetwork> make_network(const std::vector<pybind11::tu
 inline pybind11::dict layer_forms() {
   pybind11::dict forms;
   for_each_layer_spec([&](LayerKind, auto spec) {
-    if (spec.kName) forms[spec.kName] = spec.kArguments;
+    if (*spec.kName) forms[spec.kName] = spec.kArguments;
   });
   for (const ActivationSpelling& spelling : kActivations)
     if (spelling.kind != ActivationKind::identity) forms[spelling.name] = arguments_of(spelling);

@@ -40,6 +40,19 @@
 
 #include "../call/network.h"
 
+namespace pymeta {
+
+// Of a layer that no network's description names: the builder appends it by itself.
+struct UndescribedSpec {
+  static constexpr const char* kName = "";
+  static constexpr const char* kArguments = "";
+
+  template <class Builder>
+  static void add(Builder&, const double*) {}
+};
+
+}  // namespace pymeta
+
 #ifdef PYMETA_MACHINE
 
 #include "../call/operands.h"

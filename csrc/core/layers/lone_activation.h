@@ -6,13 +6,8 @@
 namespace pymeta {
 
 // A network's description names the activation, not the layer: the builder appends one where it is needed.
-struct LoneActivationSpec {
-  static constexpr const char* kName = nullptr;
-  static constexpr const char* kArguments = "";
+struct LoneActivationSpec : UndescribedSpec {
   static constexpr bool kMixesRows = false;
-
-  template <class Builder>
-  static void add(Builder&, const double*) {}
 };
 
 }  // namespace pymeta

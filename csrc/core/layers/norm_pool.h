@@ -8,13 +8,8 @@
 
 namespace pymeta {
 
-struct NormPoolSpec {
-  static constexpr const char* kName = nullptr;
-  static constexpr const char* kArguments = "";
+struct NormPoolSpec : UndescribedSpec {
   static constexpr bool kMixesRows = true;
-
-  template <class Builder>
-  static void add(Builder&, const double*) {}
 };
 
 }  // namespace pymeta
