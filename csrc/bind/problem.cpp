@@ -42,13 +42,16 @@ py::dict plan_of(const Problem& problem, int dtype, const std::string& job,
                  const Schedule& schedule, std::int64_t tasks, int support_rows, int query_rows,
                  int validation_rows, bool second_order, int lr_rows, const Wanted& wanted,
                  bool has_anchors, bool is_plain, const std::optional<int>& device) {
-  constexpr int most_rows = 1 << 30;  // no set has as many, and sizes are computed of it
+  // No set has as many rows, no call as many tasks, and sizes are computed of them.
+  constexpr int most_rows = 1 << 30;
   for (const int rows : {support_rows, query_rows, validation_rows})
     if (rows < 0 || rows > most_rows)
       refuse(
           "support_rows, query_rows, validation_rows: expected at least 0 and at most 2^30, got " +
           std::to_string(rows));
-  if (tasks < 0) refuse("tasks: expected at least 0, got " + std::to_string(tasks));
+  constexpr std::int64_t most_tasks = std::int64_t{1} << 40;
+  if (tasks < 0 || tasks > most_tasks)
+    refuse("tasks: expected at least 0 and at most 2^40, got " + std::to_string(tasks));
   if (job != "meta" && job != "adapt" && job != "reptile")
     refuse("job: expected 'meta', 'adapt' or 'reptile', got '" + job + "'");
   py::dict result;

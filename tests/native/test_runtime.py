@@ -38,6 +38,17 @@ def test_plans_of_sets_that_nobody_has_are_refused(rows, place):
         problem.plan(4, "meta", lib.Schedule(1), 2, *rows_of_sets)
 
 
+@pytest.mark.parametrize("tasks", [-1, 2**40 + 1, 2**63 - 1])
+def test_plans_of_more_tasks_than_there_are_are_refused(tasks):
+    """Found by fuzzing, as above."""
+    lib = native.extension()
+    problem = lib.Problem(lib.Network([("linear", 1, 1, True)]), lib.Loss("mse"), [True] * 2)
+    plan = problem.plan(4, "meta", lib.Schedule(1), 2**40, 3, 3)
+    assert plan["threads"] >= 1
+    with pytest.raises(ValueError, match=f"tasks: .* at most 2\\^40, got {tasks}"):
+        problem.plan(4, "meta", lib.Schedule(1), tasks, 3, 3)
+
+
 def test_the_planner_looks_at_the_threads():
     """64 tasks are four vectors of sixteen: on many threads single tasks are faster."""
     module, data = meta_learner(), batch(tasks=64, dtype=torch.float32)
