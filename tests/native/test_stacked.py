@@ -218,7 +218,8 @@ def test_the_planner_takes_it_for_one_step_of_small_layers():
             return maml.explain()
 
     assert " stacked: " in ran()
-    assert " stacked: " in ran(first_order=True)
+    if native.isas()[-1] == "avx512":  # with vectors of eight `mixed` is as quick, to 2 %
+        assert " stacked: " in ran(first_order=True)
     assert " stacked: " not in ran(steps=2)
     assert " stacked: " not in ran(lr=pymeta.LearnableLR(0.01))
     assert " stacked: " not in ran(tasks=1)
