@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "../core/optimizers/rates.h"
 #include "registry.h"
 
 namespace pymeta {
@@ -112,6 +113,7 @@ CallForm<Real>::CallForm(const Call<Real>& call)
                    call.status, call.train_curves, call.validation_curves, call.best_epochs,
                    call.epochs_run, call.cotangents.losses, call.cotangents.predictions,
                    call.cotangents.adapted, call.cotangents.step_losses)),
+      rates_are_near_one_(!call.lr.is_spread() && rates_are_near_one(call)),
       gradients_(which_tensors(*call.network, call.gradients)),
       adapted_(which_tensors(*call.network, call.adapted_parameters)),
       cotangents_(which_tensors(*call.network, call.cotangents.adapted)) {}
@@ -131,7 +133,8 @@ bool CallForm<Real>::OfSet::operator==(const OfSet& other) const {
 template <class Real>
 bool CallForm<Real>::operator==(const CallForm& other) const {
   return support_ == other.support_ && query_ == other.query_ && validation_ == other.validation_ &&
-         given_ == other.given_ && gradients_ == other.gradients_ && adapted_ == other.adapted_ &&
+         given_ == other.given_ && rates_are_near_one_ == other.rates_are_near_one_ &&
+         gradients_ == other.gradients_ && adapted_ == other.adapted_ &&
          cotangents_ == other.cotangents_;
 }
 

@@ -20,7 +20,8 @@ struct PlanMemory {
 };
 
 // What a plan depends on besides what a call is of (network, recipe, tasks, how rows lie): what check() found in the rows,
-// and which arrays there are. Calls of one description and of equal forms have the same plan, whatever their arrays hold.
+// which arrays there are, and whether the rates are near one (core/optimizers/rates.h). Calls of one description and of equal
+// forms have the same plan, whatever else their arrays hold.
 template <class Real>
 class CallForm {
  public:
@@ -41,6 +42,7 @@ class CallForm {
 
   OfSet support_, query_, validation_;
   unsigned given_;
+  bool rates_are_near_one_;
   std::bitset<kMaxTensors> gradients_, adapted_, cotangents_;
 };
 

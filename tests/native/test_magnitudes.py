@@ -166,3 +166,30 @@ def test_a_first_layer_is_factored_with_ordinary_step_sizes_alone(isa):
         assert plan["factored"]  # as far as the network and the tasks say
     for g, w in zip(*results[::-1], strict=True):
         assert_close(g, w)
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_a_factored_first_layer_is_not_kept_where_the_step_size_moves_away(isa):
+    """A call that is made again is planned anew when its step size leaves the range, and back."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(128, 16, bias=False), nn.Tanh(), nn.Linear(16, 2))
+    xs, ys, xq, yq = batch(tasks=4, inputs=128, dtype=torch.float32)
+
+    def learner() -> tuple[nn.Module, pymeta.MAML]:
+        rate = pymeta.LearnableLR(0.1)
+        net = copy.deepcopy(start)
+        return net, pymeta.MAML(net, loss="mse", lr=rate, steps=3, adapt=["0.*"], backend="native")
+
+    def found(net: nn.Module, maml: pymeta.MAML, scale: float) -> list[torch.Tensor]:
+        with torch.no_grad():
+            net[0].weight.copy_(start[0].weight / scale)
+            maml.lr.fill_(0.1 / scale**2)
+        return gradients(maml(scale * xs, ys, scale * xq, yq).loss, *maml.parameters())
+
+    with using(isa, "rows"):
+        again = learner()
+        for scale in (1.0, 1.0, 2.0**61, 2.0**61, 1.0):
+            wanted = found(*learner(), scale)
+            assert all(torch.isfinite(w).all() for w in wanted)
+            for g, w in zip(found(*again, scale), wanted, strict=True):
+                assert torch.equal(g, w)

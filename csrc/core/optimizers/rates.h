@@ -3,6 +3,34 @@
 
 #include "../call/tasks.h"
 
+namespace pymeta {
+
+// Products with a rate are done in whichever order is quickest, and near 1 it does not matter. A rate further away goes with
+// numbers further away (steps converge where lr |H| is about 1), and H v may leave the range of a Real where H (lr v)
+// does not: there the rate is multiplied by first, as torch does. For a squared error that begins near the cube root of
+// the range's end; the bounds are the fourth root.
+template <class Real>
+PYMETA_MEMBER inline bool is_near_one(Real rate) {
+  constexpr Real least = Real(sizeof(Real) == sizeof(float) ? 0x1p-32 : 0x1p-256);
+  const Real size = rate < 0 ? -rate : rate;
+  return size >= least && size <= 1 / least;
+}
+
+// Of every step, of the tensors that the inner loop changes. A call that is only laid out has no rates yet.
+template <class Real>
+PYMETA_MEMBER inline bool rates_are_near_one(const Call<Real>& call) {
+  for (int row = 0; call.lr.values && row < call.lr.rows; ++row) {
+    const Real* rates = call.lr.values + static_cast<long>(row) * call.lr.columns;
+    for (int t = 0; t < call.network->tensor_count; ++t)
+      if (call.adapted[t] && !is_near_one(rates[call.lr.groups[t]])) return false;
+  }
+  return true;
+}
+
+}  // namespace pymeta
+
+#ifdef PYMETA_MACHINE
+
 PYMETA_KERNEL_BEGIN
 
 // Is every step theta - lr g, with one rate for all adapted tensors?
@@ -13,26 +41,6 @@ inline bool steps_scale_gradient(const Call<Real>& call) {
     if (!call.adapted[t]) continue;
     if (group >= 0 && call.lr.groups[t] != group) return false;
     group = call.lr.groups[t];
-  }
-  return true;
-}
-
-// Products with a rate are done in whichever order is quickest, and near 1 it does not matter. A rate further away goes with
-// numbers further away (steps converge where lr |H| is about 1), and H v may leave the range of a Real where H (lr v)
-// does not: there the rate is multiplied by first, as torch does. For a squared error that begins near the cube root of
-// the range's end; the bounds are the fourth root.
-PYMETA_FN inline bool is_near_one(Real rate) {
-  constexpr Real least = Real(sizeof(Real) == sizeof(float) ? 0x1p-32 : 0x1p-256);
-  const Real size = rate < 0 ? -rate : rate;
-  return size >= least && size <= 1 / least;
-}
-
-// Of every step, of the tensors that the inner loop changes. A call that is only laid out has no rates yet.
-inline bool rates_are_near_one(const Call<Real>& call) {
-  for (int row = 0; call.lr.values && row < call.lr.rows; ++row) {
-    const Real* rates = call.lr.values + static_cast<long>(row) * call.lr.columns;
-    for (int t = 0; t < call.network->tensor_count; ++t)
-      if (call.adapted[t] && !is_near_one(rates[call.lr.groups[t]])) return false;
   }
   return true;
 }
@@ -71,3 +79,5 @@ class Rates {
 };
 
 PYMETA_KERNEL_END
+
+#endif  // PYMETA_MACHINE
