@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pymeta.data.table import time_text
 from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array
 
@@ -78,8 +79,6 @@ def check_features(panel: Panel, ahead: int) -> None:
 
 def check_fit(panel: Panel, prep: Preprocessor) -> None:
     """Raise where a preprocessor was fitted on the panel's rows, or on their time or later."""
-    from pymeta.data.panel import _brief
-
     prep._need_fit()
     if prep._seen is not None and prep._seen[0] is panel._source:
         both = int(np.isin(panel.rows, prep._seen[1]).sum())
@@ -92,9 +91,9 @@ def check_fit(panel: Panel, prep: Preprocessor) -> None:
         late = int((panel.times <= prep._until).sum())
         if late:
             raise ValueError(
-                f"prep: it was fitted on rows up to {_brief(prep._until)}, and {late} of the "
+                f"prep: it was fitted on rows up to {time_text(prep._until)}, and {late} of the "
                 f"panel's {len(panel)} rows are not later; fit it on rows before "
-                f"{_brief(panel.times.min())}"
+                f"{time_text(panel.times.min())}"
             )
 
 
@@ -113,8 +112,6 @@ def _built(panel: Panel, build: Callable[[Panel], Any]) -> Array:
 
 def check_build(panel: Panel, build: Callable[[Panel], Any], cuts: int) -> None:
     """Raise where features of rows before a time depend on rows from then on."""
-    from pymeta.data.panel import _brief
-
     times = panel.need_times("build")
     whole = _built(panel, build)
     distinct = np.unique(times)
@@ -136,6 +133,6 @@ def check_build(panel: Panel, build: Callable[[Panel], Any], cuts: int) -> None:
         if len(wrong):
             rows = int((~same[:, wrong[0]]).sum())
             raise ValueError(
-                f"build: feature {wrong[0]} changes in {counted(rows, 'row')} before {_brief(at)} "
-                f"when the rows from then on are removed: it has seen the future"
+                f"build: feature {wrong[0]} changes in {counted(rows, 'row')} before "
+                f"{time_text(at)} when the rows from then on are removed: it has seen the future"
             )

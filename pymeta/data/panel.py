@@ -14,7 +14,7 @@ import numpy as np
 
 from pymeta.data.batch import Tasks, make_tasks
 from pymeta.data.draw import slices, whole
-from pymeta.data.table import Columns, as_times, index_names, is_missing, read_table
+from pymeta.data.table import Columns, as_times, index_names, is_missing, read_table, time_text
 from pymeta.spec.show import counted
 from pymeta.tasks.groups import Array, labels_of
 
@@ -111,7 +111,7 @@ class Panel:
         features = counted(len(self.features), "feature") if self.features else "no features"
         span = ""
         if self.times is not None and len(self):
-            span = f", {_brief(self.times.min())} to {_brief(self.times.max())}"
+            span = f", {time_text(self.times.min())} to {time_text(self.times.max())}"
         size = f"{counted(len(self), 'row')} of {counted(len(self.entities), 'entity')}"
         return f"Panel({size}, {features}{span})"
 
@@ -469,14 +469,6 @@ def _target(
 
 def _offsets(codes: Array, entities: int) -> Array:
     return np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=entities))])
-
-
-def _brief(time: Any) -> str:
-    """A time for a message: a day alone, where it is midnight."""
-    if not isinstance(time, np.datetime64):
-        return f"{time:g}" if isinstance(time, float) else str(time)
-    day = time.astype("datetime64[D]")
-    return str(day if day == time else time)
 
 
 def as_time(times: Array, name: str, value: Any) -> Any:

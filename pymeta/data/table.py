@@ -206,6 +206,14 @@ def as_times(name: str, values: Array) -> Array:
     return values
 
 
+def time_text(time: Any) -> str:
+    """A time for a message: a day alone, where it is midnight."""
+    if not isinstance(time, np.datetime64):
+        return f"{time:g}" if isinstance(time, float) else str(time)
+    day = time.astype("datetime64[D]")
+    return str(day if day == time else time)
+
+
 def as_text(values: Array) -> Array:
     """A column's values as strings [rows] for comparison; missing ones are None.
 
