@@ -12,7 +12,9 @@ from sklearn_help import LEARNERS, NETWORKS, levels, opposites, quick
 
 from pymeta.sklearn import MetaClassifier, MetaRegressor
 
-QUICK = {"hidden": (8,), "iterations": 150, "meta_lr": 1e-2, "inner_lr": 0.1, "random_state": 0}
+# A relational learner that is trained for half as long, or at twice this step size, ends well or
+# badly by the rounding of torch's sums.
+QUICK = {"hidden": (8,), "iterations": 300, "meta_lr": 5e-3, "inner_lr": 0.1, "random_state": 0}
 QUICK |= {"anchor_rows": None, "gate": False}
 FEW = QUICK | {"iterations": 3, "epochs": 3, "dtype": "float64"}
 
@@ -26,7 +28,7 @@ def test_there_are_some():
 def test_a_regressor_adapts_to_groups(method):
     X, y, g = levels()
     model = MetaRegressor(method, **QUICK).fit(X, y, groups=g)
-    assert len(model.loss_curve_) == model.n_iter_ == 150
+    assert len(model.loss_curve_) == model.n_iter_ == QUICK["iterations"]
     alone = model.score(X, y)
     later, truth, groups = levels(rows=40)
     model.adapt(X, y, groups=g)
