@@ -151,6 +151,8 @@ def _first_call(prepared: Prepared) -> Prepared:
 def _pymeta_cpu(case: Case, data: Data, device: Device, options: Options) -> Variants:
     """Whole round trips in Python, and the bare native call, on one thread and on all cores.
 
+    MAML's also by `accumulate_grad`, which leaves autograd out.
+
     Without torch the round trip of fine-tuning is `Adapter.adapt`; other jobs have none.
     """
     import pymeta
@@ -162,6 +164,8 @@ def _pymeta_cpu(case: Case, data: Data, device: Device, options: Options) -> Var
 
         torch.set_num_threads(1)  # pymeta has its own
         makers[""] = lambda: ours.round_trip(case, data, device)[:2]
+        if case.job == "maml":
+            makers[" accumulate_grad"] = lambda: ours.without_autograd(case, data, device)[:2]
     if case.job == "finetune":
         makers[" adapter"] = lambda: ours.adapter_trip(case, data)
     makers[" kernel"] = lambda: ours.kernel(case, data)

@@ -205,6 +205,24 @@ def round_trip(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:
     return run, _as_it_is, _path(made)
 
 
+def without_autograd(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:
+    """A meta-gradient by `MAML.accumulate_grad`, the gradients dropped before it as above."""
+    from pymeta.bench.torch_rivals import make_model, tensors
+
+    made = learner(case, make_model(case, data, device), "native")
+    sets = tensors(data, device)
+    parameters = list(made.parameters())
+
+    def run() -> tuple[Any, list[torch.Tensor]]:
+        for p in parameters:
+            p.grad = None
+        out = made.accumulate_grad(*sets)
+        return out.loss, [p.grad for p in parameters if p.grad is not None]
+
+    run()
+    return run, _as_it_is, _path(made)
+
+
 def captured(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:
     """The same in a graph that the device replays: the meta-gradient by `torch.autograd.grad`."""
     import torch

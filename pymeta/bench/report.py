@@ -84,8 +84,12 @@ def _median(row: Row, name: str) -> float | None:
 
 
 def _is_trip(name: str) -> bool:
-    """Whether this is what a user of pymeta runs: no bare kernel, and the planner's own choice."""
-    return name.startswith("pymeta") and "kernel" not in name and "," not in name
+    """Whether this is a call of a learner with its backward, as the planner has it.
+
+    A bare kernel and `accumulate_grad` have rows of their own.
+    """
+    others = ("kernel", "accumulate_grad", ",")
+    return name.startswith("pymeta") and not any(other in name for other in others)
 
 
 def own_time(row: Row) -> float | None:
