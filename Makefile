@@ -37,8 +37,10 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
   sanitize sanitize-native sanitize-python guard fuzz soak arrangements serve-demo test-postgres test-integrations changelog
 .DELETE_ON_ERROR:
 
+# A process a core; SPREAD= is one process. Tests are handed out in their order, so that files stay together.
+SPREAD ?= -n auto --maxprocesses 8 --dist worksteal
 test: $(STAMP)/pymeta $(STAMP)/test $(STAMP)/examples $(STAMP)/docs $(STAMP)/serve $(STAMP)/postgres
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 demo: $(STAMP)/pymeta $(STAMP)/examples
 	$(BIN)/python examples/demo.py

@@ -1,8 +1,8 @@
 """Programs that tests wait for and that need nothing of this process: compilers, mypy, mkdocs.
 
 Together they take minutes. Where there are cores to spare, as many as there are such cores run at a
-time beside the tests, at a lower priority, in the order in which tests ask for them; elsewhere each
-begins when its test asks for it.
+time beside the tests, at a lower priority, in the order in which tests ask for them; elsewhere, and
+where several processes share the tests (pytest-xdist), each begins when its test asks for it.
 
     MYPY = Program(sys.executable, "-m", "mypy", cwd=ROOT)
 
@@ -99,11 +99,13 @@ def programs_of(items: Iterable[pytest.Item]) -> list[Program]:
     return list(dict.fromkeys(program for mark in marks for program in mark.args))
 
 
-def cores() -> int:
-    """How many this process may use."""
+def spare() -> int:
+    """How many cores the tests leave to programs; none where each core has tests of its own."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return 0
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return len(os.sched_getaffinity(0)) - 1
+    return (os.cpu_count() or 1) - 1
 
 
 def advance(programs: list[Program], spare: int) -> None:

@@ -88,7 +88,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_runtest_logstart() -> None:
     """Begin those for which there is a core."""
-    background.advance(_programs, background.cores() - 1)
+    background.advance(_programs, background.spare())
 
 
 def pytest_sessionfinish() -> None:

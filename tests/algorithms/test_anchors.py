@@ -201,7 +201,9 @@ def test_a_start_worth_many_rows_is_kept_and_one_worth_none_is_not():
 # ---- forms, messages --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [list, tuple, np.float32, torch.tensor, np.array], ids=str)
+@pytest.mark.parametrize(
+    "make", [list, tuple, np.float32, torch.tensor, np.array], ids=lambda make: make.__name__
+)
 def test_forms_of_the_strengths(make):
     net, data = mlp(2, 4, 2), batch()
     given = [0.5, 0.25, 2.0]

@@ -176,7 +176,15 @@ def test_as_many_run_as_there_are_cores_to_spare(spare):
     finally:
         for program in programs:
             program.end()
-    assert background.cores() >= 1
+
+
+def test_no_core_is_to_spare_where_each_has_tests_of_its_own(monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    assert background.spare() >= 0
+    monkeypatch.setattr(background.os, "sched_getaffinity", lambda _: {0, 2, 3}, raising=False)
+    assert background.spare() == 2
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    assert background.spare() == 0
 
 
 # ---- without torch ------------------------------------------------------------------------------
