@@ -351,9 +351,18 @@ void bind_parts(py::module_& m) {
       .def_readwrite("epochs_run", &Results::epochs_run);
 }
 
+// A part that may be absent. What is read is a copy: the part itself is gone where None or another one is put in its place.
+template <class Part>
+static void def_optional(py::class_<CallParts>& to, const char* name,
+                         std::optional<Part> CallParts::* part) {
+  to.def_property(
+      name, [part](const CallParts& call) { return call.*part; },
+      [part](CallParts& call, const std::optional<Part>& value) { call.*part = value; });
+}
+
 void bind_call(py::module_& m) {
-  py::class_<CallParts>(m, "Call")
-      .def(py::init<std::shared_ptr<const Problem>, int, const std::string&>(), py::arg("problem"),
+  py::class_<CallParts> call(m, "Call");
+  call.def(py::init<std::shared_ptr<const Problem>, int, const std::string&>(), py::arg("problem"),
            py::arg("dtype"), py::arg("job"))
       .def_readwrite("tasks", &CallParts::tasks)
       .def_readwrite("start", &CallParts::start)
@@ -368,11 +377,11 @@ void bind_call(py::module_& m) {
       .def_readwrite("anchors", &CallParts::anchors)
       .def_readwrite("support", &CallParts::support)
       .def_readwrite("query", &CallParts::query)
-      .def_readwrite("validation", &CallParts::validation)
       .def_readwrite("results", &CallParts::results)
-      .def_readwrite("gradients", &CallParts::gradients)
-      .def_readwrite("cotangents", &CallParts::cotangents)
       .def("run", &CallParts::run, py::arg("device") = py::none());
+  def_optional(call, "validation", &CallParts::validation);
+  def_optional(call, "gradients", &CallParts::gradients);
+  def_optional(call, "cotangents", &CallParts::cotangents);
   py::class_<RepeatedCall>(m, "RepeatedCall")
       .def(py::init<const CallParts&>(), py::arg("call"))
       .def(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace as Held
 from typing import Any
 
@@ -249,7 +250,7 @@ def call(source: Source, made: Made) -> None:
     support, query = (Set(source, made, tasks, real, device) for _ in range(2))
     random = np.random.default_rng(source.byte())
     start = [random.normal(size=n).astype(real) for n in made.model.sizes]
-    lr = made.lr(source, real)
+    lr = rates = made.lr(source, real)
     ids = np.arange(tasks)
     losses, mean = np.empty(tasks, real), np.empty(1, real)
     predictions = np.empty((tasks, query.rows, made.model.outputs), real)
@@ -275,7 +276,8 @@ def call(source: Source, made: Made) -> None:
         put(source, native_call, schedule=lib.Schedule(steps=steps),
             gradients=lib.Gradients(gradients, *wanted))  # fmt: skip
         results.predictions = predictions.ctypes.data
-        arrays += [many, extra, *flows(source, made, native_call, tasks, predictions)]
+        after, flowing = flows(source, made, native_call, tasks, predictions)
+        arrays += [many, extra, after, *flowing]
         if source.chance(64):
             own = [np.tile(p, (max(tasks, 1), 1)) for p in start]
             sinks = [np.empty_like(p) for p in own]
@@ -286,6 +288,7 @@ def call(source: Source, made: Made) -> None:
         if source.chance(64):
             shape = lr.shape if source.chance(128) else (1, 1)
             native_call.rates = lib.Rates(many.ctypes.data, *shape, True)
+            rates = many
     elif name == "adapt":
         schedule, epochs = a_schedule(source, ids if source.below(2) else None)
         held = Set(source, made, tasks, real, device) if epochs >= 0 and source.below(2) else None
@@ -313,12 +316,58 @@ def call(source: Source, made: Made) -> None:
     if name in ("meta", "reptile"):
         results.losses, results.mean_loss = losses.ctypes.data, mean.ctypes.data
     run(source, device, native_call.run)
+    if name == "meta" and not device:
+        written = [losses, mean, predictions, *sinks, *extra, after]
+        repeat(random, native_call, rates, (support, query), written)
+
+
+def repeat(
+    random: np.random.Generator,
+    native_call: Any,
+    rates: np.ndarray,
+    sets: tuple[Set, Set],
+    written: list[np.ndarray],
+) -> None:
+    """The call again and again as a `RepeatedCall`: each time what a new call of the same writes.
+
+    Between times change what may: values, step sizes, the options of the process, and whether there
+    are gradients and cotangents. (What is drawn here is not the source's: its bytes keep meaning
+    what they did before there were repeats.)
+    """
+    again = lib.RepeatedCall(native_call)
+    support, query = sets
+    given, flow, results = native_call.gradients, native_call.cotangents, native_call.results
+    for _ in range(3):
+        if random.random() < 0.5:
+            rates[...] = random.choice((0.1, 0.0, -1.0, 1e-30, 1e30, np.nan))
+        if random.random() < 0.5:
+            support.x[...] = random.normal(size=support.x.shape)
+        if random.random() < 0.3:
+            set_options(Source(random.bytes(20)))
+        native_call.gradients = given if random.random() < 0.8 else None
+        native_call.cotangents = flow if random.random() < 0.8 else None
+        arguments = (
+            native_call.start, *addresses([rates, support.x, support.y, query.x, query.y]),
+            results.mean_loss, results.losses, results.predictions, native_call.gradients,
+            results.step_losses, results.statistics, native_call.cotangents,
+        )  # fmt: skip
+        found = []
+        for made in (native_call.run, partial(again.run, *arguments)):
+            for array in written:
+                array.fill(0)
+            with suppress(*ALLOWED):
+                made()
+            found.append([array.tobytes() for array in written])
+        assert found[0] == found[1], "a repeated call has other results"
 
 
 def flows(
     source: Source, made: Made, native_call: Any, tasks: int, predictions: np.ndarray
-) -> list[np.ndarray]:
-    """What flows back into the results, and weights of the steps; the arrays of it."""
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """What flows back into the results, and weights of the steps.
+
+    Returns where losses after each step go, and the other arrays.
+    """
     real = predictions.dtype
     into = [np.full(tasks, 0.5, real), np.full_like(predictions, 0.5)]
     adapted = [np.full((tasks, n), 0.5, real) for n in made.model.sizes]
@@ -334,7 +383,7 @@ def flows(
         native_call.results.step_losses = after.ctypes.data
     if source.chance(64):
         native_call.task_clip = odd(source, source.pick((0.5, 0.0, source.number())))
-    return [*into, *adapted, of_steps, steps, after]
+    return after, [*into, *adapted, of_steps, steps]
 
 
 def use_engine(source: Source, made: Made) -> None:

@@ -50,7 +50,7 @@ def test_seeds_mean_the_files_that_they_were_made_of():
 
 
 def test_programs_reach_every_step(monkeypatch):
-    """All four jobs, engines and plans are run to the end by random programs."""
+    """All four jobs, their repeats, engines and plans are run to the end by random programs."""
     reached = set()
 
     class Counting:
@@ -88,7 +88,7 @@ def test_programs_reach_every_step(monkeypatch):
     chance = random.Random(3)
     for _ in range(300):
         target_binding.one_input(chance.randbytes(300))
-    steps = {"meta", "adapt", "reptile", "predict", "plan", "adapt_predict"}
+    steps = {"meta", "adapt", "reptile", "predict", "plan", "adapt_predict", "RepeatedCall"}
     assert reached >= steps | {"set_isa", "set_executor", "set_num_threads"}
 
 
