@@ -57,6 +57,13 @@ collect_ignore += [
 ]
 
 
+def pytest_configure() -> None:
+    """Draw the seed of a random order before other processes begin (pytest-xdist): all need it."""
+    if os.environ.get("PYMETA_TEST_ORDER") == "random":
+        os.environ["PYMETA_TEST_ORDER"] = seed = str(secrets.randbits(32))
+        print(f"the order is that of PYMETA_TEST_ORDER={seed}")
+
+
 def pytest_report_header() -> str | None:
     """Say what is left out for lack of torch."""
     if HAS_TORCH:
@@ -69,9 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = os.environ.get("PYMETA_TEST_ORDER")
     if not order:
         return
-    seed = secrets.randbits(32) if order == "random" else int(order)
-    print(f"the order is that of PYMETA_TEST_ORDER={seed}")
-    chance = random.Random(seed)
+    chance = random.Random(int(order))
     place = {path: chance.random() for path in sorted({item.path for item in items})}
     chance.shuffle(items)
     items.sort(key=lambda item: place[item.path])  # a module's fixtures are made once
