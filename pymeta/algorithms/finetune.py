@@ -43,7 +43,6 @@ from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.models.adapted import Adapted
 from pymeta.spec.class_weights import ClassWeights, check_class_count, check_class_weights
 from pymeta.spec.losses import Loss
-from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import LearnableLR, Optimizer, check_number
 from pymeta.spec.schedule import Schedule, check_count
 from pymeta.spec.settings import check_patterns
@@ -293,7 +292,11 @@ class FineTune(Learner):
         options |= {"offset": offset, "validation_data": validation_data, "task_ids": task_ids}
         options |= {"anchor": anchor, "curves": curves}
         if torch.compiler.is_compiling():
-            return _eagerly(self, xs, ys, progress, {**options, "callback": callback})
+            from pymeta.functional.compiled import outside_graphs
+
+            more = {"progress": progress, "callback": callback}
+            done: Adapted = outside_graphs(self, "forward", (xs, ys), {**options, **more})
+            return done
         return self._tuned(xs, ys, progress, 7, callback=callback, **options)
 
     def stream(
@@ -498,12 +501,6 @@ class FineTune(Learner):
 
 
 # ---- pieces -----------------------------------------------------------------------------------
-
-
-@outside_graphs
-def _eagerly(learner: FineTune, xs: Any, ys: Any, progress: Any, options: Any) -> Adapted:
-    """The call while torch.compile traces: left to eager mode."""
-    return learner.forward(xs, ys, progress=progress, **options)
 
 
 def _check_halves(train: TaskSet, held: TaskSet | None, loss: Loss, first: int) -> None:

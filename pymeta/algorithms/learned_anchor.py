@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pymeta.backend.plan import Plan
 from pymeta.spec.anchors import LearnableAnchor
-from pymeta.spec.modules import outside_graphs
 from pymeta.tasks.task_set import TaskSet
 from pymeta.tasks.values import weighing_rows
 
@@ -58,9 +57,3 @@ def numbers_of(anchor: Any, anchor_rows: Any) -> tuple[dict[str, Any], LearnedAn
         )
     described = anchor_rows if of_rows else anchor
     return {}, LearnedAnchor(described.initial, of_rows)
-
-
-@outside_graphs
-def eagerly(maml: Any, data: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """A call of a MAML that learns one, while torch.compile traces: left to eager mode."""
-    return maml.forward(*data, **options)

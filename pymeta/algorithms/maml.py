@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pymeta import reference
 from pymeta.algorithms import by_support, implicitly
-from pymeta.algorithms.learned_anchor import eagerly, numbers_of
+from pymeta.algorithms.learned_anchor import numbers_of
 from pymeta.algorithms.learner import Learner, Weights
 from pymeta.algorithms.native_call import NativeCall
 from pymeta.algorithms.outcome import Outcome
@@ -28,7 +28,6 @@ from pymeta.backend import adapt as native_adapt
 from pymeta.backend.gradients import has_hooks
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
-from pymeta.functional import compiled
 from pymeta.functional.anchors import Anchors, check_values_of
 from pymeta.functional.evaluation import in_torch, lacks_forward_mode, undifferentiated
 from pymeta.functional.handles import register
@@ -235,8 +234,8 @@ class MAML(Learner):
                 "support_offset": support_offset, "query_offset": query_offset, "anchor": anchor,
                 "start": start, "lr": lr, "step_weights": step_weights,
             }  # fmt: skip
-            if self.learned_anchor is not None:
-                return Outcome(*eagerly(self, (xs, ys, xq, yq), options))
+            from pymeta.functional import compiled
+
             return Outcome(*compiled.forward(self, (xs, ys, xq, yq), options))
         kind: Any = torch.is_grad_enabled()
         data: tuple[Any, ...] = xs, ys, xq, yq

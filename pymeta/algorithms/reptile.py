@@ -29,7 +29,6 @@ from pymeta.backend.prepared_adapt import PreparedReptile, prepared
 from pymeta.functional.anchors import Anchors, anchors_of, check_values_of
 from pymeta.models.adapted import Adapted
 from pymeta.spec import running
-from pymeta.spec.modules import outside_graphs
 from pymeta.spec.optimizers import Optimizer
 from pymeta.spec.schedule import LARGEST_SEED, Schedule, check_count
 from pymeta.spec.transforms import in_transform
@@ -169,8 +168,14 @@ class Reptile(Learner):
                 CUDA tensors are not waited for, as in `MAML.forward`.
         """
         if torch.compiler.is_compiling():
-            sizes, weights, offset = support_sizes, support_weights, support_offset
-            return _eagerly(self, xs, ys, steps, sizes, weights, offset, task_ids, anchor)
+            from pymeta.functional.compiled import outside_graphs
+
+            named: dict[str, Any] = {
+                "steps": steps, "support_sizes": support_sizes, "support_weights": support_weights,
+                "support_offset": support_offset, "task_ids": task_ids, "anchor": anchor,
+            }  # fmt: skip
+            done: ReptileOutcome = outside_graphs(self, "forward", (xs, ys), named)
+            return done
         trains = torch.is_grad_enabled()
         given = steps, support_sizes, support_weights, support_offset, task_ids, anchor
         plain = all(v is None for v in given)
@@ -281,28 +286,3 @@ class Reptile(Learner):
         if not isinstance(state, dict) or "stream" not in state:
             raise ValueError(f"state: expected the stream of a pymeta.Reptile, got {state!r}")
         self._stream = check_count("stream", state["stream"], most=LARGEST_SEED)
-
-
-@outside_graphs
-def _eagerly(
-    learner: Reptile,
-    xs: Any,
-    ys: Any,
-    steps: Any,
-    sizes: Any,
-    weights: Any,
-    offset: Any,
-    task_ids: Any,
-    anchor: Any,
-) -> ReptileOutcome:
-    """The call while torch.compile traces: left to eager mode."""
-    return learner.forward(
-        xs,
-        ys,
-        steps=steps,
-        support_sizes=sizes,
-        support_weights=weights,
-        support_offset=offset,
-        task_ids=task_ids,
-        anchor=anchor,
-    )

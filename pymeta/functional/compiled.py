@@ -2,12 +2,15 @@
 
 Eager calls never come here (they go straight to the binding). What the native core cannot run
 there is left to eager mode, at the price of a graph break (an error under fullgraph=True).
+
+It is imported while torch.compile traces: for functions that are marked for it, torch loads its
+whole compiler, which takes as long as all the rest of torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +20,6 @@ from pymeta.functional import implicit_calls, minimum_ops, ops  # registers them
 from pymeta.functional.evaluation import Results
 from pymeta.functional.handles import owner_of
 from pymeta.functional.ops import Inputs
-from pymeta.spec.modules import Function, outside_graphs
 
 if TYPE_CHECKING:
     from pymeta.functional.calls import Flows, Request
@@ -27,6 +29,14 @@ __all__ = ["minimum_ops", "ops"]
 
 # One side's x, y, sizes, weights and offset; as tensors, packed where they came as lists.
 Side: TypeAlias = tuple[Any, Any, Any, Any, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _untraced(function: Function) -> Function:
+    """`function` for torch.compile: not traced, but called in eager mode."""
+    disable: Any = torch.compiler.disable
+    disabled: Function = disable(function)
+    return disabled
 
 
 def _constant(function: Function) -> Function:
@@ -34,6 +44,14 @@ def _constant(function: Function) -> Function:
     assume: Any = torch.compiler.assume_constant_result
     assumed: Function = assume(function)
     return assumed
+
+
+@_untraced
+def outside_graphs(
+    owner: Any, method: str, arguments: Sequence[Any], options: Mapping[str, Any] | None = None
+) -> Any:
+    """What the owner's method returns in eager mode."""
+    return getattr(owner, method)(*arguments, **(options or {}))
 
 
 @_constant
@@ -233,18 +251,13 @@ def adapt(call: Call, names: Sequence[str], out: int) -> dict[str, Tensor]:
 # ---- MAML -------------------------------------------------------------------------------------
 
 
-@outside_graphs
-def _eagerly(maml: Any, data: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    return maml.forward(*data, **options)
-
-
 def forward(maml: Any, data: tuple[Any, Any, Any, Any], options: dict[str, Any]) -> Any:
     """`MAML.forward` while torch.compile traces; what goes into an `Outcome`."""
     xs, ys, xq, yq = data
     own: Any = options["start"] or {}
     named = dict(maml.model.named_parameters())
     known = isinstance(own, Mapping) and all(name in named for name in own)
-    if known and maml.query_statistics == "own":
+    if known and maml.query_statistics == "own" and maml.learned_anchor is None:
         support = (xs, ys, *(options[f"support_{n}"] for n in ("sizes", "weights", "offset")))
         query = (xq, yq, *(options[f"query_{n}"] for n in ("sizes", "weights", "offset")))
         steps = options["steps"]
@@ -256,15 +269,10 @@ def forward(maml: Any, data: tuple[Any, Any, Any, Any], options: dict[str, Any])
         out = width_of(call)
         if out >= 0:
             return evaluate(call, out)[0]
-    return _eagerly(maml, data, options)
+    return outside_graphs(maml, "forward", data, options)
 
 
 # ---- operators --------------------------------------------------------------------------------
-
-
-@outside_graphs
-def _method(operator: Operator, name: str, arguments: tuple[Any, ...]) -> Any:
-    return getattr(operator.tensors, name)(*arguments)
 
 
 def _call(operator: Operator, request: Request, clips: bool = False) -> Call:
@@ -285,7 +293,7 @@ def operator_adapt(operator: Operator, request: Request) -> Any:
     call = _call(operator, request)
     out = width_of(call)
     if out < 0:
-        return _method(operator, "adapt", (request,))
+        return outside_graphs(operator.tensors, "adapt", (request,))
     return adapt(call, operator.adapted, out)
 
 
@@ -294,7 +302,7 @@ def operator_predictions(operator: Operator, request: Request) -> Any:
     call = _call(operator, request)
     out = width_of(call)
     if out < 0:
-        return _method(operator, "adapt_predict", (request,))
+        return outside_graphs(operator.tensors, "adapt_predict", (request,))
     call = call._replace(stays=call.steps == 0)
     return evaluate(call, out)[0].predictions
 
@@ -311,7 +319,7 @@ def operator_gradients(
     out = width_of(call, wrt)
     lists = isinstance(call.support[0], (list, tuple))
     if out < 0 or flows is not None or lists or operator.implicit is not None:
-        return _method(operator, "gradients", (request, wrt, flows))
+        return outside_graphs(operator.tensors, "gradients", (request, wrt, flows))
     named = ["lr" if name == "rates" else name for name in wrt]
     parameters = ["parameters" in wrt] * len(call.parameters)
     with torch.no_grad():

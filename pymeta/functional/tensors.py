@@ -19,7 +19,7 @@ from pymeta.backend import adapt as native_adapt
 from pymeta.backend.gradients import Extras, Wanted
 from pymeta.backend.plan import Plan
 from pymeta.backend.prepared import PreparedCall, prepare
-from pymeta.functional import compiled, implicit_calls
+from pymeta.functional import implicit_calls
 from pymeta.functional.anchors import anchors_of, check_values_of
 from pymeta.functional.evaluation import (
     QUERIES,
@@ -227,6 +227,8 @@ class Tensors:
     def adapt(self, request: Request) -> dict[str, Tensor]:
         """The adapted parameters, with a graph where grad is enabled."""
         if torch.compiler.is_compiling():
+            from pymeta.functional import compiled
+
             found: dict[str, Tensor] = compiled.operator_adapt(self._operator, request)
             return found
         return self._adapted(self._ready(request))
@@ -269,6 +271,8 @@ class Tensors:
     def adapt_predict(self, request: Request) -> Any:
         """The predictions, with a graph where grad is enabled."""
         if torch.compiler.is_compiling():
+            from pymeta.functional import compiled
+
             return compiled.operator_predictions(self._operator, request)
         return self._evaluated(self._ready(request)).predictions
 
@@ -326,6 +330,8 @@ class Tensors:
     def gradients(self, request: Request, wrt: tuple[str, ...], flows: Flows | None) -> Any:
         """(results, (gradients, input gradients)): of the mean loss, or of what flows."""
         if torch.compiler.is_compiling():
+            from pymeta.functional import compiled
+
             return compiled.operator_gradients(self._operator, request, wrt, flows)
         request, leaves = with_leaves(request, wrt, self._operator)
         with torch.enable_grad():  # rows whose weights' gradients are wanted count

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _lock = threading.RLock()
 
@@ -80,10 +77,3 @@ def drop_running_statistics(model: nn.Module, fixed: frozenset[str]) -> None:
                 continue
             layer.track_running_stats = False
             layer._buffers.update(dict.fromkeys(layer._buffers))
-
-
-def outside_graphs(function: Function) -> Function:
-    """`function` for torch.compile: not traced, but called in eager mode."""
-    disable: Any = torch.compiler.disable
-    disabled: Function = disable(function)
-    return disabled

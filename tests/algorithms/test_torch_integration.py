@@ -1,6 +1,8 @@
 """MAML inside torch: optimisers, clipping, encoders below it, torch.compile, gradcheck."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -423,3 +425,36 @@ def test_another_default_device(backend, tmp_path):
             assert_close(f.nan_to_num(), w.nan_to_num())
         else:
             assert torch.equal(f, w)
+
+
+FRESH = """
+import sys, torch, pymeta
+from pymeta import functional
+
+net = torch.nn.Linear(2, 1).double()
+x = torch.randn(3, 4, 2).double()
+y = x.sum(2, keepdim=True)
+options = {"loss": "mse", "lr": 0.1}
+operator = functional.Operator(net, steps=1, **options)
+parameters = {n: p.detach() for n, p in net.named_parameters()}
+calls = {
+    "maml": (pymeta.MAML(net, steps=1, **options), lambda f: f(x, y, x, y).loss),
+    "reptile": (pymeta.Reptile(net, steps=1, **options), lambda f: f(x, y).loss),
+    "finetune": (pymeta.FineTune(net, epochs=1, **options), lambda f: f(x, y).parameters["bias"]),
+    "functional": (functional.adapt, lambda f: f(operator, parameters, x, y)["bias"]),
+}
+function, result = calls[sys.argv[1]]
+wanted = result(function)
+wanted.requires_grad and wanted.sum().backward()
+assert "torch._dynamo" not in sys.modules, "torch's compiler takes seconds to load"
+got = result(torch.compile(function, backend="eager"))
+assert torch.equal(got, wanted), (got, wanted)
+"""
+
+
+@pytest.mark.parametrize("name", ["maml", "reptile", "finetune", "functional"])
+def test_the_compiler_is_loaded_where_it_is_used(name):
+    """In a process of its own: what only torch.compile needs is imported while it traces."""
+    command = [sys.executable, "-c", FRESH, name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
