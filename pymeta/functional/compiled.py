@@ -326,8 +326,9 @@ def operator_gradients(
         call = call._replace(wanted=[*parameters, *(name in named for name in Extras._fields)])
         inputs, _ = _inputs(call, out)
         results, flat = evaluate(call, out)
-    parts = list(flat.split_with_sizes([tensor.numel() for tensor in inputs.by]))
-    views = [part.view(by.shape) for part, by in zip(parts, inputs.by, strict=True)]
+    by = ops.wanted_of(inputs)
+    parts = list(flat.split_with_sizes([tensor.numel() for tensor in by]))
+    views = [part.view(tensor.shape) for part, tensor in zip(parts, by, strict=True)]
     count = len(call.parameters) if "parameters" in wrt else 0
     by_name = dict(zip([n for n in Extras._fields if n in named], views[count:], strict=True))
     found = {

@@ -84,18 +84,18 @@ class Inputs(NamedTuple):
         return tuple(getattr(self, name) for name in Extras._fields)
 
     @property
-    def by(self) -> list[Tensor]:
-        """What gradients are wanted by, in their order."""
-        pairs = zip((*self.parameters, *self.extras), self.wanted, strict=True)
-        return [tensor for tensor, wanted in pairs if wanted and tensor is not None]
-
-    @property
     def tasks(self) -> Any:
         """T, which may be symbolic."""
         if not self.how[0]:
             return self.xs.shape[0]
         assert self.support_sizes is not None
         return self.support_sizes.shape[0]
+
+
+def wanted_of(i: Inputs) -> list[Tensor]:
+    """What gradients are wanted by, in their order; no property, which not every torch traces."""
+    given = [*i.parameters, *[getattr(i, name) for name in Extras._fields]]
+    return [t for t, wanted in zip(given, i.wanted, strict=True) if wanted and t is not None]
 
 
 # ---- what an eager call does ------------------------------------------------------------------
@@ -245,7 +245,7 @@ def evaluate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def wanted_total(i: Inputs) -> Any:
     """The size of the flat gradient."""
-    return sum((tensor.numel() for tensor in i.by), 0)
+    return sum((tensor.numel() for tensor in wanted_of(i)), 0)
 
 
 @evaluate.register_fake
@@ -412,9 +412,10 @@ def saved(ctx: Any) -> tuple[Inputs, list[Tensor]]:
 
 def parts_of(i: Inputs, flat: Tensor) -> tuple[Any, ...]:
     """The gradients of all inputs of an operator, out of the flat one."""
-    sizes = [tensor.numel() for tensor in i.by]
+    sizes = [tensor.numel() for tensor in wanted_of(i)]
     views = iter(
-        part.view(by.shape) for part, by in zip(flat.split_with_sizes(sizes), i.by, strict=True)
+        part.view(by.shape)
+        for part, by in zip(flat.split_with_sizes(sizes), wanted_of(i), strict=True)
     )
     found: list[Any] = [
         next(views) if wanted and tensor is not None else None
