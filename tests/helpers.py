@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -122,6 +123,12 @@ def assert_promised(got, wanted, backend: str, terms: int = 1000) -> None:
     assert len(got) == len(wanted) > 0
     for g, w in zip(got, wanted, strict=True):
         assert torch.equal(g, w), f"other bits: {g} is not {w}"
+
+
+def skip_before_torch(major: int, minor: int, lacks: str) -> None:
+    """Leave the test out where torch is older, and say what that lacks."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (major, minor):
+        pytest.skip(f"{lacks} before torch {major}.{minor}")
 
 
 def in_threads(work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
