@@ -30,6 +30,7 @@ __all__ = ["minimum_ops", "ops"]
 # One side's x, y, sizes, weights and offset; as tensors, packed where they came as lists.
 Side: TypeAlias = tuple[Any, Any, Any, Any, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
+_TRACES_MINIMA = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
 def _untraced(function: Function) -> Function:
@@ -257,7 +258,8 @@ def forward(maml: Any, data: tuple[Any, Any, Any, Any], options: dict[str, Any])
     own: Any = options["start"] or {}
     named = dict(maml.model.named_parameters())
     known = isinstance(own, Mapping) and all(name in named for name in own)
-    if known and maml.query_statistics == "own" and maml.learned_anchor is None:
+    explicit = maml.implicit is None or _TRACES_MINIMA
+    if known and explicit and maml.query_statistics == "own" and maml.learned_anchor is None:
         support = (xs, ys, *(options[f"support_{n}"] for n in ("sizes", "weights", "offset")))
         query = (xq, yq, *(options[f"query_{n}"] for n in ("sizes", "weights", "offset")))
         steps = options["steps"]

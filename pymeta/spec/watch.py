@@ -12,10 +12,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from importlib import import_module
 from itertools import chain
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from pymeta import native
@@ -74,9 +74,9 @@ def exactly_like(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     not like one.
     """
     try:
-        guards: Any = import_module("torch._C._dynamo.guards")
+        core: Any = torch._C
         options = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
-        check: Callable[..., bool] = guards.TensorGuards(*tensors, **options).check
+        check: Callable[..., bool] = core._dynamo.guards.TensorGuards(*tensors, **options).check
         return check if check(*tensors) else _never
     except Exception:  # it is private to torch, and may be anything
         return _never
