@@ -294,8 +294,8 @@ class FineTune(Learner):
         if torch.compiler.is_compiling():
             from pymeta.functional.compiled import outside_graphs
 
-            more = {"progress": progress, "callback": callback}
-            done: Adapted = outside_graphs(self, "forward", (xs, ys), {**options, **more})
+            options |= {"progress": progress, "callback": callback}
+            done: Adapted = outside_graphs(self, "forward", (xs, ys), options)
             return done
         return self._tuned(xs, ys, progress, 7, callback=callback, **options)
 

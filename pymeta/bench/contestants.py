@@ -165,7 +165,7 @@ def _pymeta_cpu(case: Case, data: Data, device: Device, options: Options) -> Var
         torch.set_num_threads(1)  # pymeta has its own
         makers[""] = lambda: ours.round_trip(case, data, device)[:2]
         if case.job == "maml":
-            makers[" accumulate_grad"] = lambda: ours.without_autograd(case, data, device)[:2]
+            makers[" accumulate_grad"] = lambda: ours.without_autograd(case, data, device)
     if case.job == "finetune":
         makers[" adapter"] = lambda: ours.adapter_trip(case, data)
     makers[" kernel"] = lambda: ours.kernel(case, data)

@@ -192,35 +192,37 @@ def round_trip(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:
     if case.job == "finetune":
         made(*sets, progress=False)
         return lambda: made(*sets, progress=False), _read_adapted, _path(made)
-    parameters = list(made.parameters())
 
-    def run() -> tuple[Any, list[torch.Tensor]]:
-        for p in parameters:
-            p.grad = None
+    def step() -> torch.Tensor:
         out = made(*sets)
         out.loss.backward()
-        return out.loss.detach(), [p.grad for p in parameters if p.grad is not None]
+        loss: torch.Tensor = out.loss.detach()
+        return loss
 
+    run = _from_no_grad(made, step)
     run()
     return run, _as_it_is, _path(made)
 
 
-def without_autograd(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:
-    """A meta-gradient by `MAML.accumulate_grad`, the gradients dropped before it as above."""
+def without_autograd(case: Case, data: Data, device: Device) -> tuple[Run, Read]:
+    """The same of MAML by `accumulate_grad`."""
     from pymeta.bench.torch_rivals import make_model, tensors
 
     made = learner(case, make_model(case, data, device), "native")
     sets = tensors(data, device)
+    return _from_no_grad(made, lambda: made.accumulate_grad(*sets).loss), _as_it_is
+
+
+def _from_no_grad(made: Any, step: Callable[[], torch.Tensor]) -> Run:
+    """A step that gives the loss, after `.grad` was dropped; with the gradients that it leaves."""
     parameters = list(made.parameters())
 
-    def run() -> tuple[Any, list[torch.Tensor]]:
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
         for p in parameters:
             p.grad = None
-        out = made.accumulate_grad(*sets)
-        return out.loss, [p.grad for p in parameters if p.grad is not None]
+        return step(), [p.grad for p in parameters if p.grad is not None]
 
-    run()
-    return run, _as_it_is, _path(made)
+    return run
 
 
 def captured(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:

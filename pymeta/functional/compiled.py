@@ -30,21 +30,18 @@ __all__ = ["minimum_ops", "ops"]
 # One side's x, y, sizes, weights and offset; as tensors, packed where they came as lists.
 Side: TypeAlias = tuple[Any, Any, Any, Any, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
+# implicit gradients, with which older ones end in an error of their own
 _TRACES_MINIMA = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
-def _untraced(function: Function) -> Function:
-    """`function` for torch.compile: not traced, but called in eager mode."""
-    disable: Any = torch.compiler.disable
-    disabled: Function = disable(function)
-    return disabled
+def _typed(mark: Any) -> Callable[[Function], Function]:
+    """One of torch's decorators, which have no types."""
+    decorator: Callable[[Function], Function] = mark
+    return decorator
 
 
-def _constant(function: Function) -> Function:
-    """`function` for torch.compile: called while it traces, and its result taken as it is."""
-    assume: Any = torch.compiler.assume_constant_result
-    assumed: Function = assume(function)
-    return assumed
+_untraced = _typed(torch.compiler.disable)
+_constant = _typed(torch.compiler.assume_constant_result)  # called while it traces
 
 
 @_untraced
@@ -258,8 +255,8 @@ def forward(maml: Any, data: tuple[Any, Any, Any, Any], options: dict[str, Any])
     own: Any = options["start"] or {}
     named = dict(maml.model.named_parameters())
     known = isinstance(own, Mapping) and all(name in named for name in own)
-    explicit = maml.implicit is None or _TRACES_MINIMA
-    if known and explicit and maml.query_statistics == "own" and maml.learned_anchor is None:
+    traced = maml.implicit is None or _TRACES_MINIMA
+    if known and traced and maml.query_statistics == "own" and maml.learned_anchor is None:
         support = (xs, ys, *(options[f"support_{n}"] for n in ("sizes", "weights", "offset")))
         query = (xq, yq, *(options[f"query_{n}"] for n in ("sizes", "weights", "offset")))
         steps = options["steps"]
@@ -328,9 +325,7 @@ def operator_gradients(
         call = call._replace(wanted=[*parameters, *(name in named for name in Extras._fields)])
         inputs, _ = _inputs(call, out)
         results, flat = evaluate(call, out)
-    by = ops.wanted_of(inputs)
-    parts = list(flat.split_with_sizes([tensor.numel() for tensor in by]))
-    views = [part.view(tensor.shape) for part, tensor in zip(parts, by, strict=True)]
+    views = ops.views_of(flat, inputs)
     count = len(call.parameters) if "parameters" in wrt else 0
     by_name = dict(zip([n for n in Extras._fields if n in named], views[count:], strict=True))
     found = {

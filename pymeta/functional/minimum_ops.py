@@ -25,6 +25,7 @@ from pymeta.functional.ops import (
     checked,
     inner_of,
     maker,
+    operands_of,
     parts_of,
     refuse,
     save,
@@ -68,7 +69,7 @@ def minimum_vjp(*arguments: Any) -> Tensor:
     i = Inputs(*inputs)
     call = _call(i)
     learned = [n for n in call.plan.names if n not in call.plan.constants]
-    every = zip((*learned, *(f".{n}" for n in Extras._fields)), (*i.parameters, *i.extras),
+    every = zip((*learned, *(f".{n}" for n in Extras._fields)), operands_of(i),
                 i.wanted, strict=True)  # fmt: skip
     names = [name for name, tensor, wanted in every if wanted and tensor is not None]
     solve = Solve(minimum_of(call, phi), call.implicit, names)

@@ -79,11 +79,6 @@ class Inputs(NamedTuple):
     wanted: list[bool]
 
     @property
-    def extras(self) -> tuple[Tensor | None, ...]:
-        """What gradients may be of besides parameters, in their order."""
-        return tuple(getattr(self, name) for name in Extras._fields)
-
-    @property
     def tasks(self) -> Any:
         """T, which may be symbolic."""
         if not self.how[0]:
@@ -92,10 +87,25 @@ class Inputs(NamedTuple):
         return self.support_sizes.shape[0]
 
 
+# Functions and no properties: torch.compile of torch 2.9 traces none of a named tuple.
+
+
+def operands_of(i: Inputs) -> list[Tensor | None]:
+    """What gradients may be of, in their order: the parameters, and the extras."""
+    return [*i.parameters, *[getattr(i, name) for name in Extras._fields]]
+
+
 def wanted_of(i: Inputs) -> list[Tensor]:
-    """What gradients are wanted by, in their order; no property, which not every torch traces."""
-    given = [*i.parameters, *[getattr(i, name) for name in Extras._fields]]
-    return [t for t, wanted in zip(given, i.wanted, strict=True) if wanted and t is not None]
+    """What gradients are wanted by, in their order."""
+    pairs = zip(operands_of(i), i.wanted, strict=True)
+    return [tensor for tensor, wanted in pairs if wanted and tensor is not None]
+
+
+def views_of(flat: Tensor, i: Inputs) -> list[Tensor]:
+    """The wanted gradients, out of the flat one."""
+    by = wanted_of(i)
+    parts = flat.split_with_sizes([tensor.numel() for tensor in by])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, by, strict=True)]
 
 
 # ---- what an eager call does ------------------------------------------------------------------
@@ -412,14 +422,10 @@ def saved(ctx: Any) -> tuple[Inputs, list[Tensor]]:
 
 def parts_of(i: Inputs, flat: Tensor) -> tuple[Any, ...]:
     """The gradients of all inputs of an operator, out of the flat one."""
-    sizes = [tensor.numel() for tensor in wanted_of(i)]
-    views = iter(
-        part.view(by.shape)
-        for part, by in zip(flat.split_with_sizes(sizes), wanted_of(i), strict=True)
-    )
+    views = iter(views_of(flat, i))
     found: list[Any] = [
         next(views) if wanted and tensor is not None else None
-        for tensor, wanted in zip((*i.parameters, *i.extras), i.wanted, strict=True)
+        for tensor, wanted in zip(operands_of(i), i.wanted, strict=True)
     ]
     count = len(i.parameters)
     gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)
