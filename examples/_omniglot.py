@@ -192,3 +192,8 @@ class Best(Kept):
         if self.offer(scores[steps], iteration):
             self.steps = steps
         return scores[steps]
+
+
+def best_of_checkpoint(path: Path) -> dict[str, Any]:
+    """The state of the learner that did best on validation in a run that kept its checkpoint."""
+    return torch.load(path, weights_only=True)["parts"]["best"]["found"][0][2]

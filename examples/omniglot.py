@@ -34,7 +34,15 @@ from typing import NamedTuple
 
 import torch
 from _common import Checkpoint, Episodes, mean_interval, one_torch_thread
-from _omniglot import TEST_QUERIES, Best, evaluate, load, network, split
+from _omniglot import (
+    TEST_QUERIES,
+    Best,
+    best_of_checkpoint,
+    evaluate,
+    load,
+    network,
+    split,
+)
 from tqdm import tqdm
 
 import pymeta
@@ -126,6 +134,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-steps", type=int, nargs="+", default=[1, 3], help="validation chooses among these")
     add("--seed", type=int, default=0)
     add("--checkpoint", type=Path, help="write all here at each validation; go on from it")
+    add("--start-from", type=Path, help="begin with the best learner of another run's checkpoint")
     add("--json", type=Path, help="also write the result here")
     return parser.parse_args(argv)
 
@@ -146,8 +155,12 @@ def main(argv: list[str] | None = None, quiet: bool = False) -> dict:
     test = Episodes(parts.test, seed=3, **held_out)(args.test_tasks)
 
     maml = learner(args)
+    best = Best(maml, validation, args.test_steps)
+    if args.start_from is not None:
+        maml.load_state_dict(best_of_checkpoint(args.start_from))
+        best.look(0)
     print(f"pymeta runs this on: {maml.explain()}")
-    done = train(maml, episodes, Best(maml, validation, args.test_steps), args, quiet)
+    done = train(maml, episodes, best, args, quiet)
     mean, half = mean_interval(evaluate(maml, test, done.best.steps))
     result = {
         "accuracy": mean,

@@ -159,6 +159,17 @@ def test_training_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch, examp
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
 
+def test_training_starts_from_the_best_learner_of_another_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(_omniglot, "HIDDEN", (16, 8))
+    file = tmp_path / "one_shot.pt"
+    options = small_run(tiny, "--learn-lr", "layer", "--tasks", "2")
+    first = omniglot.main([*options, "--iterations", "3", "--checkpoint", str(file)], quiet=True)
+    # Iterations: none. The learner is tested as it comes.
+    again = [*options, "--iterations", "0", "--start-from", str(file)]
+    assert omniglot.main(again, quiet=True)["accuracy"] == first["accuracy"]
+    assert omniglot.main([*again, "--shots", "5"], quiet=True)["accuracy"] != first["accuracy"]
+
+
 @pytest.mark.parametrize("shots", ["1", "5"])
 def test_omniglot_learns(tiny, tmp_path, shots):
     out = tmp_path / "result.json"
