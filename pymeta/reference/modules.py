@@ -59,6 +59,8 @@ def _left_as_it_was(model: nn.Module, fixed: frozenset[str]) -> Iterator[None]:
                 layer.training = False
             else:
                 layer._buffers.update(dict.fromkeys(layer._buffers))
+                if isinstance(layer, nn.SyncBatchNorm):  # which insists on counting
+                    layer._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long)
         yield
     finally:
         for holder, kept in held:
@@ -96,10 +98,10 @@ class _Measuring:
         """Forget what there was."""
         self._found = {}
 
-    def end(self) -> list[Measured]:
-        """What each norm measured since `begin`, the last time that it ran."""
+    def end(self) -> dict[int, Measured]:
+        """What each norm that ran since `begin` measured, the last time that it did."""
         found, self._found = self._found or {}, None
-        return [found[i] for i in sorted(found)]
+        return found
 
 
 class By(NamedTuple):
@@ -306,7 +308,7 @@ class Called:
         self.buffers = buffers
         self._norms, self._measuring = norms, measuring
         self._by_step = [m for m in model.modules() if isinstance(m, PerStepBatchNorm)]
-        self.measured: list[list[Measured]] = []  # of each inner step
+        self.measured: list[dict[int, Measured]] = []  # of each inner step
         self.at_step(None)
 
     def at_step(self, step: int | None) -> None:
@@ -320,14 +322,14 @@ class Called:
 
     def step_with_buffers(
         self, parameters: Parameters, buffers: Parameters, x: Tensor
-    ) -> tuple[Tensor, Parameters, list[Measured]]:
+    ) -> tuple[Tensor, Parameters, dict[int, Measured]]:
         """As `with_buffers`, and what batch normalisations measured, for `measured`."""
         self._measuring.begin()
         try:
             outputs, buffers = self.with_buffers(parameters, buffers, x)
         finally:
             found = self._measuring.end()
-        return outputs, buffers, found if self._norms else []
+        return outputs, buffers, found
 
     @contextmanager
     def normalising(self, by: By) -> Iterator[None]:

@@ -118,7 +118,7 @@ def adapt_task(
 
         def batch_loss(
             adapted: Parameters, buffers: Parameters, used: Set, count: int | None = count
-        ) -> tuple[Tensor, tuple[Parameters, list[Measured]]]:
+        ) -> tuple[Tensor, tuple[Parameters, dict[int, Measured]]]:
             x, y, w, offset = used
             whole = {**fixed, **adapted}
             outputs, after, measured = model.step_with_buffers(whole, buffers, x[:count])

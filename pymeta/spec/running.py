@@ -13,7 +13,7 @@ and a task without support rows has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -118,19 +118,19 @@ def width(modules: Norms) -> int:
 Measured: TypeAlias = tuple[Tensor, Tensor, Tensor]  # mean and unbiased variance, of how many []
 
 
-def of_steps(modules: Norms, steps: Sequence[Sequence[Measured]]) -> Tensor:
-    """A task's statistics from those of its inner steps.
+def of_steps(modules: Norms, steps: Sequence[Mapping[int, Measured]]) -> Tensor:
+    """A task's statistics from those of its inner steps: of each step those of the modules that ran.
 
     Returns:
         [width]: of each module and each of its rows the means, the variances, how many steps they
         are the mean of, and of how many numbers each is.
     """
     parts: list[Tensor] = []
+    like = next((means for s in steps for means, *_ in s.values()), torch.zeros(0))
     for i, module in enumerate(modules):
         rows, channels = _rows(module), _channels(module)
         for row in range(rows):
-            own = [s[i] for k, s in enumerate(steps) if min(k, rows - 1) == row]
-            like = parts[0] if parts else (own[0][0] if own else torch.zeros(0))
+            own = [s[i] for k, s in enumerate(steps) if i in s and min(k, rows - 1) == row]
             if own:
                 parts += [torch.stack([pair[j] for pair in own]).mean(0) for j in (0, 1)]
             else:

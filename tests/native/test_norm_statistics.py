@@ -278,6 +278,44 @@ def test_training_moves_the_running_statistics(name, ragged, backend):
         assert int(module.num_batches_tracked) == calls + getattr(module, "steps", 1)
 
 
+class WithUnused(nn.Module):
+    """A network that goes by the middle one of three normalisations."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.last = nn.BatchNorm1d(3), PerStepBatchNorm(2, STEPS)
+        self.net = nn.Sequential(nn.Linear(2, 4), norm, nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+@pytest.mark.parametrize("job", ["maml", "accumulate", "reptile"])
+def test_layers_that_do_not_run_keep_their_statistics(norm, job):
+    """Such a model runs in torch; the layer that does run moves as it does without the others."""
+    net = shaken(WithUnused(norm(4)))
+    alone = shaken(WithUnused(nn.BatchNorm1d(4))).net
+    alone.load_state_dict(net.net.state_dict())
+    before, data = copy.deepcopy(net.state_dict()), episodes((2,))
+    for model in (net, alone):
+        if job == "reptile":
+            pymeta.Reptile(model, loss="cross_entropy", lr=0.3, steps=STEPS, backend="torch")(
+                *data[:2]
+            )
+        else:
+            maml = learner(model, "torch")
+            (maml if job == "maml" else maml.accumulate_grad)(*data)
+    after = net.state_dict()
+    assert_close(
+        [after["net.1.running_mean"], after["net.1.running_var"]],
+        [alone[1].running_mean, alone[1].running_var],
+    )
+    assert int(after["net.1.num_batches_tracked"]) == 1
+    unused = [name for name in after if name.startswith(("first.", "last."))]
+    assert len(unused) == 10 and all(torch.equal(after[n], before[n]) for n in unused)
+
+
 def test_rows_of_weight_0_are_in_no_statistics(backend):
     net = TRACKED["rows"]()
     nets = [net, copy.deepcopy(net)]
