@@ -173,9 +173,10 @@ PYTHON
   true
 }
 
-# What a core was built of: its files and its CUDA.
+# What a core was built of: its files, in an order of their own in every locale, and its CUDA.
 sources() {
-  (cd "$root" && find CMakeLists.txt cmake csrc -type f ! -path 'csrc/bind/*' ! -path 'csrc/tests/*' -print0 | sort -z |
+  (cd "$root" && find CMakeLists.txt cmake csrc -type f ! -path 'csrc/bind/*' ! -path 'csrc/tests/*' \
+    \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.txt' -o -name '*.cmake' -o -name '*.py' \) -print0 | LC_ALL=C sort -z |
     xargs -0 sha256sum && "$CUDACXX" --version | grep -o 'release [0-9.]*') | sha256sum | cut -d ' ' -f 1
 }
 configured_for() { # ARCHITECTURE: -Xptxas=-v is for kernel_report.py, -lineinfo for the sanitizers and ncu; neither changes the code.

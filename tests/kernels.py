@@ -34,7 +34,7 @@ PROFILE = settings.get_profile("kernels")
 
 
 def takes(executor: str, learner) -> bool:
-    """Whether an executor can run a learner's model: blocks take no more than 16 layers."""
+    """Whether an executor can run a learner's model: blocks take no more than 24 layers."""
     plan, _ = learner._current()
     if plan.unshaped:  # the first call tells
         return True

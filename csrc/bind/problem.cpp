@@ -11,6 +11,7 @@ void describe_blocks(int ordinal, const BlockPlan& plan, py::dict& result) {
   result["isa"] = ordinal == kEmulated ? facts.name : "sm_" + std::to_string(facts.capability);
   result["threads"] = plan.threads;
   result["blocks"] = plan.blocks;
+  result["multiprocessors"] = facts.multiprocessors;
   result["block_bytes"] = plan.block_bytes;
   result["workspace_bytes"] = plan.workspace_bytes;
   result["kept"] = plan.saves ? "workspace" : "shared";

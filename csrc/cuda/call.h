@@ -101,7 +101,7 @@ struct Frame {
 constexpr std::size_t kFrameCopied =
     kCopiesLayers ? offsetof(Frame, arrays) : offsetof(Frame, layers);
 static_assert(kFrameCopied % sizeof(double) == 0, "copied in words");
-static_assert(sizeof(Frame) <= 9216, "a kernel's parameters");
+static_assert(sizeof(Frame) <= 11264, "a kernel's parameters");
 
 // Shared memory: what products ask for, the scratch, the block's frame, then the near memory of the workspace.
 constexpr std::size_t kFramePlace = sizeof(Sharing) + sizeof(Real) * Block::kScratch;

@@ -195,10 +195,10 @@ const DeviceFacts& device_facts(int ordinal) {
 }
 
 std::string unfit_for_blocks(const Network& network, const Loss& loss) {
-  if (network.layer_count > kBlockLayers)
+  if (network.layer_count > block_layers::every)
     return "the model has " + std::to_string(network.layer_count) +
            " layers (an activation counts to the layer before it); the CUDA executor takes " +
-           std::to_string(kBlockLayers);
+           std::to_string(block_layers::every);
   if ((loss.weight || loss.pos_weight) && network.out_features() > kBlockWeights)
     return "the loss has weights for " + std::to_string(network.out_features()) +
            " outputs; the CUDA executor takes " + std::to_string(kBlockWeights);

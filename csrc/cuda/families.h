@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../core/families.h"
+#include "limits.h"
 
 // FAMILY(machine, name), in the order in which they are asked
 #define PYMETA_BLOCK_FAMILIES(FAMILY, machine) \
@@ -18,15 +19,18 @@ namespace block_families {
 // What runs the algorithms themselves, whatever is asked.
 struct every : AllCalls {
   static constexpr bool kLists = false;
+  static constexpr int kMostLayers = block_layers::every;
 };
 // Linear layers and activations, as lists of operations (operations.h).
 struct chains : AllCalls {
   static constexpr bool kLists = true;
+  static constexpr int kMostLayers = block_layers::chains;
   template <LayerKind kind>
   static constexpr bool kLayer = kind == LayerKind::linear || kind == LayerKind::lone_activation;
 };
 // The same without extras (has_extras).
 struct plain : chains {
+  static constexpr int kMostLayers = block_layers::plain;
   static constexpr bool kExtras = false;
   static constexpr bool kSeeds = false;
 };
@@ -113,6 +117,7 @@ bool holds(const Call<Real>& call) {
     if (Family::kExtras ? is_beyond_lists(call) : options) return false;
     if (!fits_a_list(call, options)) return false;
   }
+  if (call.network->layer_count > Family::kMostLayers) return false;
   for (int l = 0; l < call.network->layer_count; ++l)
     if (!has_layer<Family>(call.network->layers[l].kind)) return false;
   for (const RowSet<Real>* set : {&call.support, &call.query, &call.validation})

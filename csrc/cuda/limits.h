@@ -3,7 +3,10 @@
 
 namespace pymeta {
 
-constexpr int kBlockLayers = 16;
+// Layers of a network, by family (families.h): where calls are lists, these take the parameters' room.
+namespace block_layers {
+constexpr int every = 24, chains = 16, plain = chains;
+}
 constexpr int kBlockWeights = 32;  // of classes or outputs
 constexpr int kBlockThreads =
     256;  // more would leave each fewer registers than product.h's tiles want

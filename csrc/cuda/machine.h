@@ -28,7 +28,7 @@ using Vec = Real;
 // For core/call/workspace.h: shared memory is the near one, the caller's workspace the far one.
 using Place = std::uint32_t;
 constexpr bool kTwoMemories = true;
-constexpr int kMostLayers = kBlockLayers;
+constexpr int kMostLayers = block_layers::PYMETA_FAMILY;
 
 // What a comparison gives, with the operators of a vector's mask.
 struct IntVec {

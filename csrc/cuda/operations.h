@@ -132,6 +132,7 @@ struct OperationList {
   int ends[kParts] = {};  // of each part; the next one begins there
   Operation operations[kMostOperations];
 };
-static_assert(sizeof(Frame) + sizeof(OperationList) <= 32764, "a kernel's parameters");
+static_assert(!Block::Family::kLists || sizeof(Frame) + sizeof(OperationList) <= 32764,
+              "a kernel's parameters");
 
 PYMETA_KERNEL_END

@@ -287,10 +287,10 @@ class TaskArrays {
       for (int c = 0; c < columns; ++c) {
         const Real weight = rows.weights[row_of(r) * columns + c];
         if (columns > 1 && weight == 0) continue;
-        total += weight * call_.class_weight(rows, row_of(r));
+        total += checked_weight(weight) * call_.class_weight(rows, row_of(r));
         shares += weight * bound.weight_gradient[c * count + r];
       }
-    const bool empty = !(total > 0);
+    const bool empty = total == 0;  // it is NaN where a weight or a label is wrong
     Real* to = gradient + first * columns;
     if (count < all || empty) Block::for_indices(all * columns, [=](int i) { to[i] = 0; });
     Block::map({empty ? 0 : count, nullptr, Real(count)}, columns, [&](long, long c, int r) {

@@ -10,6 +10,10 @@
 
 PYMETA_KERNEL_BEGIN
 
+PYMETA_FN inline Real checked_weight(Real weight) {
+  return weight >= 0 && weight - weight == 0 ? weight : Real(NAN);
+}
+
 // Some of a task's rows in an order of their own; null: all of them.
 struct TaskRows {
   const std::int32_t* rows;
@@ -208,9 +212,6 @@ class TaskBinder {
     Real sum = 0;
     for (int c = 0; c < columns; ++c) sum += checked_weight(weights[c * step]);
     return sum;
-  }
-  PYMETA_FN static Real checked_weight(Real weight) {
-    return weight >= 0 && weight - weight == 0 ? weight : Real(NAN);
   }
 
   const Call<Real>& call_;

@@ -27,6 +27,14 @@ class NativeCall(NamedTuple):
     is_plain: bool = False
 
 
+def _idle(blocks: int, multiprocessors: int) -> str:
+    """Whether half of a device or more has nothing to do: more tasks would cost no more time."""
+    idle = multiprocessors - blocks
+    if idle < blocks:
+        return ""
+    return f" ({idle} of {counted(multiprocessors, 'multiprocessor')} idle: call with more tasks)"
+
+
 def planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
     """The executor of a call, and how the call was cut, in words."""
     s = call.schedule
@@ -38,6 +46,7 @@ def planned(plan: Plan, call: NativeCall) -> tuple[str, str]:
     else:
         p = plan.problem.plan(*arguments, device=plan.device.ordinal)
         how = f"{counted(p['threads'], 'thread')} a task, {counted(p['blocks'], 'block')} at once"
+        how += _idle(p["blocks"], p["multiprocessors"])
         each = ""
     how += f", {p['workspace_bytes']} bytes of workspace{each}"
     return p["executor"], f"{counted(call.tasks, 'task')}, {turns}, {how}"

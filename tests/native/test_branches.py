@@ -70,7 +70,7 @@ SHORT = (
     "wide and deep",
     "sequence of GLUs",
     "excited sequence",
-)  # 16 layers
+)  # 24 layers
 COMPARED = (
     "rows", "nested", "traced", "images", "wide and deep", "sequence of GLUs", "gated sequence",
     "excited sequence", "inception of a sequence",

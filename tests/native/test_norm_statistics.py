@@ -45,6 +45,18 @@ def image_net(norm):
     ))  # fmt: skip
 
 
+def conv4():
+    """Eighteen layers of the core in eval mode: a normalisation is two."""
+    blocks = [
+        layer
+        for channels in (2, 3, 3, 3)
+        for layer in (
+            nn.Conv2d(channels, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)
+        )
+    ]  # fmt: skip
+    return shaken(nn.Sequential(*blocks, nn.Flatten(), nn.Linear(3, 3)))
+
+
 def instance(n):
     return nn.InstanceNorm2d(n, affine=True, track_running_stats=True)
 
@@ -63,6 +75,7 @@ FIXED = {
     "without parameters": lambda: rows_net(lambda n: nn.BatchNorm1d(n, affine=False)).eval(),
     "images": lambda: image_net(nn.BatchNorm2d).eval(),
     "instances": lambda: image_net(instance).eval(),
+    "conv4": lambda: conv4().eval(),
     "steps": lambda: rows_net(lambda n: PerStepBatchNorm(n, 2)).eval(),
 }
 BY_STEP = {
@@ -75,7 +88,8 @@ STEPS = 3
 
 
 def shape_of(net):
-    return (2, 6, 6) if any(isinstance(m, nn.Conv2d) for m in net.modules()) else (2,)
+    poolings = sum(isinstance(m, nn.MaxPool2d) for m in net.modules())
+    return (2,) if poolings == 0 else (2, 6, 6) if poolings == 1 else (2, 16, 16)
 
 
 def episodes(shape, tasks=3, support=5, query=4):

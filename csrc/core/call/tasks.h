@@ -260,11 +260,13 @@ struct Call {
   PYMETA_MEMBER const Loss& loss_of(const RowSet<Real>& set) const {
     return set.loss ? *set.loss : *loss;
   }
-  // The weight of a row's class; 1 where classes have none.
+  // The weight of a row's class; 1 where classes have none. Blocks do not look at labels first: a wrong one's is NaN.
   PYMETA_MEMBER Real class_weight(const RowSet<Real>& set, std::int64_t row) const {
     const Loss& own = loss_of(set);
     if (!own.weight || !set.y || !takes_labels(own)) return Real(1);
-    return static_cast<Real>(own.weight[static_cast<const std::int64_t*>(set.y)[row]]);
+    const std::int64_t label = static_cast<const std::int64_t*>(set.y)[row];
+    const bool in_range = label >= 0 && label < network->out_features();
+    return in_range ? static_cast<Real>(own.weight[label]) : Real(NAN);
   }
   // Is any of a task's rows not used?
   PYMETA_MEMBER bool leaves_out(const RowSet<Real>& set, std::int64_t task) const {
