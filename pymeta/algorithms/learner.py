@@ -429,10 +429,12 @@ class Learner(nn.Module, ABC):
         shape = None if plan is None else plan.shape_for(x) or plan.row_shape
         if plan is not None and plan.watch.is_current() and shape == plan.row_shape:
             return plan, plan.parameters
-        self._forget()
         plan = self._made_plan(shape)
         if (shape := plan.shape_for(x)) is not None:  # a model that was never looked at before
             plan = self._made_plan(shape)
+        if plan.refuses:  # x has an error before it; what is known of other rows stays
+            return plan, plan.parameters
+        self._forget()
         if self._learns is not None and self._learns != plan.adapted:
             raise ValueError(
                 f"model: a learnable lr was made for the adapted parameters "

@@ -398,7 +398,7 @@ class MAML(Learner):
     def _adapted_with_graph(
         self, sides: tuple[Any, Any, Any, Any], offset: Any, steps: int, own: dict[str, Any]
     ) -> dict[str, Tensor]:
-        plan, parameters = self._current()
+        plan, parameters = self._current(sides[0])
         support = task_set(SUPPORT, *sides, plan.expected, offset)
         anchors = self._strengths(own.pop("anchor"), support, plan)
         how = own_of(plan, support.tasks, steps, anchors, **own)

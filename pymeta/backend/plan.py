@@ -163,7 +163,7 @@ class Plan:
         dtype = torch.get_default_dtype() if first is None else first.dtype
         device = torch.device("cpu") if first is None else first.device
         if isinstance(self.description, Unsupported):
-            return Expected(loss, dtype, device)
+            return Expected(loss, dtype, device, misfit=self.description.misfit)
         d = self.description
         check_width(loss, d.out_features)
         return Expected(
@@ -183,10 +183,16 @@ class Plan:
 
     def shape_for(self, x: Any) -> tuple[int, ...] | None:
         """The shape that a plan for these inputs has to know of; None where this one will do."""
-        if not self.unshaped and self.row_shape is None:
+        d = self.description
+        if d.row_shape is None and not (isinstance(d, Unsupported) and d.by_shape):
             return None
         shape = row_shape_of(x)
-        return None if shape == self.row_shape else shape
+        return None if shape == d.row_shape else shape
+
+    @property
+    def refuses(self) -> bool:
+        """Whether no path runs rows of its shape, so that it is of no use beyond one call."""
+        return self.expected.misfit is not None
 
     @property
     def row_shape(self) -> tuple[int, ...] | None:

@@ -127,7 +127,9 @@ class Tensors:
                 module, o.loss, o.adapted, o.per, o.optimizer, o.pull,
                 query_loss=o.query_loss, row_shape=row_shape, tracks=False,
             )  # fmt: skip
-            found = self._plans[key] = module, plan
+            found = module, plan
+            if not plan.refuses:
+                self._plans[key] = found
         return found
 
     def architecture(self) -> Architecture | None:

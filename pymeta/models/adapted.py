@@ -319,7 +319,8 @@ class Adapted(Stacked[Tensor]):
         plan = self._plan
         shape = plan.shape_for(xq)
         if shape is not None:
-            plan = self._made = self._plan_for(shape)
+            plan = self._plan_for(shape)
+            self._made = self._made if plan.refuses else plan
         query = task_set(names, xq, None, sizes, None, plan.expected, offset)
         if query.tasks != self._tasks:
             raise ValueError(

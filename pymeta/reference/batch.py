@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from pymeta.reference.blame import rows_named
 from pymeta.reference.loss import shifted, task_loss
 from pymeta.reference.modules import Applied, Parameters, applied
 from pymeta.reference.task import Set, adapt_task, task_outcome, that_count
@@ -59,6 +60,11 @@ def _with_strengths(own: Own, inner: InnerLoop, support: TaskSet) -> Own:
         return own
     counts = weighing_rows(support, inner.loss)
     return own._replace(anchor=inner.lr.new_tensor([inner.anchor.of(n) for n in counts]))
+
+
+def _whole(parameters: Mapping[str, Tensor], own: Own, t: int) -> Parameters:
+    """All parameters that a task starts with."""
+    return {**parameters, **own.of_task(t)["start"]}
 
 
 def _recipe(inner: InnerLoop, own: dict[str, Any]) -> InnerLoop:
@@ -153,7 +159,11 @@ def evaluate(
     own = _with_strengths(own, inner, support)
     sift = leaves_out(support, inner.loss) or leaves_out(query, inner.judge)
     outputs: list[Tensor] | Tensor
-    with applied(model, parameters, norms) as use:
+    mine_of = partial(_whole, parameters, own)
+    with (
+        applied(model, parameters, norms) as use,
+        rows_named(model, use, mine_of, support, query),
+    ):
 
         def one(support_set: Set, query_set: Set, mine: dict[str, Any]) -> tuple[Tensor, ...]:
             whole = {**parameters, **mine.get("start", {})}
@@ -249,7 +259,9 @@ def _adapt_tasks(
     tasks = support.tasks
     own = _with_strengths(own, inner, support)
     sift = leaves_out(support, inner.loss)
-    with applied(model, parameters, norms) as use:
+    sets = (support,) if validation is None else (support, validation)
+    mine_of = partial(_whole, parameters, own)
+    with applied(model, parameters, norms) as use, rows_named(model, use, mine_of, *sets):
 
         def one(support_set: Set, mine: dict[str, Any]) -> tuple[Parameters, Tensor, Tensor]:
             whole = {**parameters, **mine.get("start", {})}

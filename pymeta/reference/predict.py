@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pymeta.reference.blame import rows_named
 from pymeta.reference.loss import shifted
 from pymeta.reference.modules import Parameters, applied
 from pymeta.reference.task import Set, that_count
@@ -96,7 +97,11 @@ def predict(
     """
     if query.tasks == 0:
         return []
-    with applied(model, {**stacked, **shared}) as use:
+
+    def own_of(t: int) -> Parameters:
+        return {**shared, **{n: p[t] for n, p in stacked.items()}}
+
+    with applied(model, {**stacked, **shared}) as use, rows_named(model, use, own_of, query):
 
         def one(own: Parameters, x: Tensor, offset: Tensor | None) -> Tensor:
             called, parameters = use.of_a_task({**shared, **own})

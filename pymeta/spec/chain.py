@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import fx, nn
@@ -110,7 +110,7 @@ class _Tracer(fx.Tracer):
 
 
 @contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module) -> Iterator[None]:
     """A block in which the forward may run without side effects: the user did not call it.
 
     What it assigns to modules is put back, and it sees copies of the buffers.
@@ -135,8 +135,23 @@ def _traced(module: nn.Module, name: str, fixed: Fixed) -> Iterator[Step]:
     if "forward" in module.__dict__:  # tracing would look at the class's
         raise Refused(f"{label} has a forward of its own")
     try:
-        with _untouched(module):
+        with untouched(module):
             graph = _Tracer().trace(module)
     except Exception as error:  # a stranger's forward may raise anything when traced
         raise Refused(f"the forward of {label} cannot be traced ({type(error).__name__})") from None
-    yield from Forward(graph, module, name, label, lambda m, path: walk(m, path, fixed)).steps()
+    try:
+        found = Forward(graph, module, name, label, lambda m, path: walk(m, path, fixed)).steps()
+    except Refused:
+        with suppress(Refused):
+            yield from _first_steps(graph, module, name, fixed)
+        raise
+    yield from found
+
+
+def _first_steps(graph: fx.Graph, module: nn.Module, name: str, fixed: Fixed) -> Iterator[Step]:
+    """Of a forward that is no chain, the module that it begins with: it says what rows it takes."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    readers = [node for node in graph.nodes if node.args and node.args[0] in inputs[:1]]
+    if readers and readers[0].op == "call_module":
+        path = str(readers[0].target)
+        yield from walk(module.get_submodule(path), _join(name, path), fixed)

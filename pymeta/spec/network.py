@@ -38,6 +38,7 @@ from pymeta.spec.layers import (
     axes_of,
     label_of,
 )
+from pymeta.spec.misfit import asks_for_axes, misfit
 from pymeta.spec.modules import Fixed, running_statistics
 from pymeta.spec.refused import Refused
 from pymeta.spec.show import counted
@@ -49,17 +50,23 @@ from pymeta.spec.watch import Place, Watch
 class Unsupported:
     """The native core cannot run this model; `reason` says why, `watch` until when.
 
-    `row_shape` is the shape of rows for which it cannot, where that may be why.
+    `row_shape` is the shape of rows for which it cannot, where that may be why; `by_shape`: whether
+    there is more to say once it is known. `misfit` says why torch cannot run such rows either; None
+    where it may.
     """
 
     reason: str
     watch: Watch = field(repr=False, compare=False)
     row_shape: tuple[int, ...] | None = None
+    by_shape: bool = False
+    misfit: str | None = None
 
 
 @dataclass(frozen=True)
 class Unshaped(Unsupported):
     """A chain that can be described once the shape of its rows is known."""
+
+    by_shape: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,17 +177,19 @@ def _parameter_names(steps: list[Step], model: nn.Module, fixed: Fixed) -> tuple
     return tuple(names)
 
 
-def _network(
-    layers: tuple[Layer, ...], steps: list[Step], row_shape: tuple[int, ...] | None
-) -> Any:
-    """The native Network of the layers; Refused where it does not run them."""
+def _network(layers: tuple[Layer, ...], steps: list[Step], shaped: bool) -> Any:
+    """The native Network of the layers; Refused where it does not run them.
+
+    `shaped`: whether they are for the rows of a call, which may be what does not fit.
+    """
     missing = native.missing()
     if missing is not None:
         raise Refused(missing)
     try:
         return native.extension().Network(layers)
     except ValueError as error:
-        _check_widths(steps, row_shape)
+        if not shaped:
+            _check_widths(steps)
         raise Refused(str(error)) from None
 
 
@@ -195,7 +204,7 @@ def _as_torch(shape: str, sequence: bool) -> list[int]:
     return [channels, *(sizes[1:] if sequence else sizes)]
 
 
-def _check_widths(steps: list[Step], row_shape: tuple[int, ...] | None) -> None:
+def _check_widths(steps: list[Step]) -> None:
     """ValueError where a layer takes another number of features, or shape, than it is given.
 
     That is no reason to fall back: torch cannot run such a model either. (With positions it may,
@@ -203,7 +212,7 @@ def _check_widths(steps: list[Step], row_shape: tuple[int, ...] | None) -> None:
     """
     for k, step in enumerate(steps):
         try:
-            native.extension().Network(tuple(_shaped(steps[: k + 1], row_shape, whole=False)))
+            native.extension().Network(tuple(_shaped(steps[: k + 1], None, whole=False)))
         except (ValueError, Refused) as error:
             found = _MISFIT.fullmatch(str(error))
             if found is None or step.module is None:
@@ -220,10 +229,7 @@ def _check_widths(steps: list[Step], row_shape: tuple[int, ...] | None) -> None:
                 raise ValueError(
                     f"model: {label} takes rows of shape {takes}, but {giver} gives {gives}"
                 ) from None
-            if " x " in found[0]:
-                continue
-            # behind positions the widths of two convolutions may be what does not fit
-            if row_shape is None or str(getattr(step.module, "in_features", 0)) == found[1]:
+            if " x " not in found[0]:
                 raise ValueError(
                     f"model: {label} takes {counted(int(found[1]), 'feature')}, but {giver} gives "
                     f"{found[2]}"
@@ -401,9 +407,8 @@ def _flattens_positions(steps: list[Step]) -> bool:
 
 
 def _described(
-    model: nn.Module, row_shape: tuple[int, ...] | None, fixed: Fixed
+    model: nn.Module, steps: list[Step], row_shape: tuple[int, ...] | None, fixed: Fixed
 ) -> Description | Unshaped:
-    steps = list(walk(model, "", fixed))
     names = _parameter_names(steps, model, fixed)
     spatial = _takes_positions(steps)
     if not spatial and (row_shape is None or len(row_shape) > 1):
@@ -414,7 +419,7 @@ def _described(
             _of_a_chain(steps, model),
         )
     layers = _shaped(steps, row_shape if spatial else None)
-    network = _network(tuple(layers), steps, row_shape if spatial else None)
+    network = _network(tuple(layers), steps, row_shape is not None)
     kinds = [s.layer for s in steps if s.layer != IDENTITY]
     return Description(
         layers=tuple(layers),
@@ -448,7 +453,14 @@ def describe(
     Raises:
         ValueError: a layer takes another number of features than the one before it gives.
     """
+    steps: list[Step] = []
+    whole = False
     try:
-        return _described(model, row_shape, fixed)
+        for step in walk(model, "", fixed):
+            steps.append(step)
+        whole = True
+        return _described(model, steps, row_shape, fixed)
     except Refused as refusal:
-        return Unsupported(str(refusal), _all_of(model), row_shape)
+        reason = str(refusal)
+    odd = None if row_shape is None else misfit(model, steps, row_shape, whole)
+    return Unsupported(reason, _all_of(model), row_shape, whole or asks_for_axes(steps), odd)

@@ -47,6 +47,7 @@ class Expected:
     batch_norm: bool = False
     row_shape: tuple[int, ...] | None = None  # where rows have more than one axis
     categories: tuple[tuple[int, int], ...] = ()  # (column, how many) of those that are embedded
+    misfit: str | None = None  # why the model does not take rows of the shape that these have
 
 
 class Checked(NamedTuple):
@@ -398,6 +399,8 @@ def checked(
         )
     lead = 1 if packed else 2
     _check_device(kind, names.x, x, expected)
+    if expected.misfit is not None:
+        raise ValueError(f"{names.x}: {expected.misfit} (shape {_shape(x)})")
     if expected.in_features is not None:
         x = _check_x(kind, names, x, given_x, expected, lead)
     axes = 1 if expected.row_shape is None else len(expected.row_shape)

@@ -304,7 +304,7 @@ def test_the_shape_of_rows_is_known_with_the_first_call():
     assert torch.equal(maml(xs, ys, xq, yq).predictions, out.predictions)
     with pytest.raises(ValueError, match=r"xq: expected rows of shape .*, got \[1, 4, 4\]"):
         maml(xs, ys, xq[..., :4, :], yq)
-    with pytest.raises(ValueError, match=r"expected \[channels, length\]"):
+    with pytest.raises(ValueError, match=r"^xs: .*rows of shape \[1, height, width\]"):
         maml(xs.flatten(2), ys, xq.flatten(2), yq)
     assert torch.equal(maml(xs, ys, xq, yq).predictions, out.predictions)  # and goes on
 

@@ -512,3 +512,20 @@ def test_functional_calls_leave_statistics_alone(training, backend):
     from_arrays = pymeta.functional.meta_gradient(operator, arrays, *(v.numpy() for v in data))
     assert_close([torch.as_tensor(from_arrays.loss)], [wanted.loss.detach()])
     assert all(map(torch.equal, net.state_dict().values(), before.values()))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_row_of_nan_stays_in_the_running_statistics_unless_it_weighs_nothing(backend):
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    maml = pymeta.MAML(net, loss="mse", lr=0.05, steps=2, backend=backend)
+    xs, ys, xq, yq = (torch.randn(3, 5, width) for width in (2, 1, 2, 1))
+    odd, weights = xs.clone(), torch.ones(3, 5)
+    odd[1, 2, 0], weights[1, 2] = torch.nan, 0
+    maml(odd, ys, xq, yq, support_weights=weights)
+    assert net[1].running_mean.isfinite().all()
+    for inputs in (odd, xs):
+        maml(inputs, ys, xq, yq)
+        assert net[1].running_mean.isnan().all()
+    net[1].reset_running_stats()
+    maml(xs, ys, xq, yq)
+    assert net[1].running_mean.isfinite().all() and net[1].running_var.isfinite().all()

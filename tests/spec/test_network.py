@@ -221,13 +221,15 @@ def test_layers_that_do_not_fit_are_an_error_and_no_fallback(case):
 
 def test_a_layer_behind_images_that_does_not_fit_is_an_error_with_the_first_call():
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7, 1))
-    said = r"^model: layer 3 \(Linear\) takes 7 features, but layer 0 \(Conv2d\) gives 8$"
+    said = r"^xs: .* layer 3 \(Linear\) takes 7 features, but layer 0 \(Conv2d\) gives 8; "
     maml = pymeta.MAML(module, loss="mse", lr=0.1, steps=1)
     with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
         warnings.simplefilter("error")
         maml.adapt(torch.ones(2, 5, 1, 4, 4), torch.ones(2, 5, 1))
     convolutions = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(3, 2, 1), nn.Flatten())
-    assert isinstance(describe(convolutions, (1, 4, 4)), Unsupported)
+    found = describe(convolutions, (1, 4, 4))
+    assert isinstance(found, Unsupported) and found.misfit is not None
+    assert re.search(r"layer 1 .Conv2d. takes rows of shape \[3, .*layer 0 .* gives", found.misfit)
 
 
 def test_a_linear_layer_on_the_last_axis_of_positions_is_no_misfit():
