@@ -15,7 +15,15 @@ import torch
 from blocks import MEASURING, every_layer
 from helpers import LOSSES, MORE_LOSSES, gradients, targets
 from hypothesis import strategies as st
-from images import KINDS, conv, layer_norm, make_image_layer, may_transform
+from images import (
+    KINDS,
+    conv,
+    conv_norm_block,
+    layer_norm,
+    layer_norm_last,
+    make_image_layer,
+    may_transform,
+)
 from kernels import (
     DTYPES,
     EPS,
@@ -561,6 +569,17 @@ IMAGES = {
     "3x3 of many rows": Case(
         (("rows", (16, 8, 8)), conv(16, 16, (3, 3), 1, 1), ("tanh",), ("global_pool", 2),
          ("flatten",), (LIN, 16, 2, True)), support=80, query=40, steps=1, tasks=1, weights=True,
+    ),
+    "channels last": Case(
+        (("rows", (3, 6, 5)), conv(3, 17, (2, 2)), layer_norm_last(17, 2), ("silu",),
+         conv(17, 6, (2, 2)), conv_norm_block(6, 2, 7, True, "gelu"),
+         layer_norm_last(6, 2, True, False), ("flatten",), (LIN, 72, 3, True)),
+        steps=2, form="padded", tasks=18, lr="parameter", optimizer="momentum",
+    ),
+    "channels of sequences last": Case(
+        (("rows", (2, 11)), conv(2, 33, (3,)), ("tanh",), layer_norm_last(33, 1, False, False),
+         conv_norm_block(33, 1, 3, False, "silu"), ("global_pool", 1), ("flatten",),
+         (LIN, 33, 3, True)), steps=2, form="list", tasks=17, loss="cross_entropy",
     ),
     "many rows": Case(
         (("rows", (3, 6, 6)), conv(3, 17, (3, 3), 1, 1), ("relu",), ("global_pool", 2),

@@ -10,6 +10,7 @@ import math
 
 import torch
 from blocks import JOINS, branches, normalisation, residual
+from channels_last import ConvNeXt, last
 from hypothesis import strategies as st
 from kernels import ACTIVATIONS, SOMETIMES
 from torch import nn
@@ -26,7 +27,7 @@ ADAPTIVE = {
 PADS = (nn.ZeroPad1d, nn.ZeroPad2d)
 KINDS = (
     "conv", "max_pool", "avg_pool", "global_pool", "batch_norm_image", "group_norm", "flatten",
-    "layer_norm_image", "zeros", "part", *ADAPTIVE,
+    "layer_norm_image", "zeros", "part", "layer_norm_last", "conv_norm_block", *ADAPTIVE,
 )  # fmt: skip
 
 
@@ -63,6 +64,17 @@ def layer_norm(shape, weight=True, bias=True):
     return ("layer_norm_image", math.prod(shape), 1, weight, bias, tuple(shape))
 
 
+def layer_norm_last(channels, axes, weight=True, bias=True):
+    """A LayerNorm over the channels of each position, between two permutations."""
+    return ("layer_norm_last", channels, channels, weight, bias, axes)
+
+
+def conv_norm_block(channels, axes, kernel, scaled, activation):
+    """ConvNeXt's block."""
+    terms = max(4 * channels, kernel**axes)
+    return ("conv_norm_block", terms, channels, True, channels, axes, kernel, scaled, activation)
+
+
 def make_image_layer(layer: tuple) -> nn.Module:
     """The module of a layer whose kind is in KINDS."""
     kind, *values = layer
@@ -86,6 +98,13 @@ def make_image_layer(layer: tuple) -> nn.Module:
     if kind == "layer_norm_image":
         _, _, weight, bias, shape = values
         return nn.LayerNorm(shape, elementwise_affine=weight, bias=bias)
+    if kind == "layer_norm_last":
+        channels, _, weight, bias, axes = values
+        return last(axes, nn.LayerNorm(channels, elementwise_affine=weight, bias=bias))
+    if kind == "conv_norm_block":
+        _, _, _, channels, axes, kernel, scaled, activation = values
+        convolution = CONVOLUTIONS[axes - 1]
+        return ConvNeXt(channels, kernel, scaled, ACTIVATIONS[activation], convolution)
     if kind == "zeros":
         axes, sides = values
         return PADS[axes - 1](sides)
@@ -286,6 +305,33 @@ def image_chains(draw):
     if draw(st.booleans()):
         growing.activate()
     growing.chain.append(("linear", features, draw(st.sampled_from([1, 3, 5])), True))
+    return tuple(growing.chain)
+
+
+@st.composite
+def channels_last_chains(draw):
+    """Convolutions, and what is done while the channels are last, then a linear layer."""
+    growing = _Growing(draw, draw(st.sampled_from([1, 2, 2])))
+    axes, affine = growing.axes, draw(st.booleans())
+    for i in range(draw(st.integers(1, 3))):
+        if i == 0 or draw(SOMETIMES):
+            growing.convolve()
+        if draw(st.booleans()):
+            bias = affine and draw(st.booleans())
+            growing.chain.append(layer_norm_last(growing.channels, axes, affine, bias))
+        if draw(st.booleans()):
+            growing.activate()
+        if draw(st.booleans()):
+            kernel, activation = (
+                draw(st.sampled_from([1, 3, 5])),
+                draw(st.sampled_from(sorted(ACTIVATIONS))),
+            )
+            scaled = draw(st.booleans())
+            growing.chain.append(
+                conv_norm_block(growing.channels, axes, kernel, scaled, activation)
+            )
+    features = growing.channels * math.prod(growing.sizes)
+    growing.chain += [("flatten",), ("linear", features, draw(st.sampled_from([1, 3, 5])), True)]
     return tuple(growing.chain)
 
 

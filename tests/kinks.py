@@ -40,7 +40,7 @@ def is_kinked(case: Case) -> bool:
 def as_normalised(norm: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """What a normalisation takes the statistics of, and over which axes."""
     if isinstance(norm, nn.LayerNorm):
-        return z.flatten(1), (1,)
+        return z.flatten(-len(norm.normalized_shape)), (-1,)
     if isinstance(norm, nn.GroupNorm):
         return z.reshape(len(z), norm.num_groups, z[0].numel() // norm.num_groups), (2,)
     if isinstance(norm, INSTANCE):

@@ -77,6 +77,15 @@ class NetworkBuilder {
     layer.out = out;
     return layer;
   }
+  // A linear layer (core/layers/linear.h). Of the channels of each position, where there are so many, it is a convolution of one
+  // tap: the same product of more rows, and torch's [out, in] is what [out, in, 1] holds. Other widths lack a flatten.
+  Layer& append_linear(int in, int out) {
+    const bool of_channels =
+        network_.layer_count > 0 && shape().positions() > 1 && shape().channels == in;
+    if (!of_channels) return append({1, 1, in}, {1, 1, out});
+    kind_ = LayerKind::conv1d;
+    return append(shape(), {shape().height, shape().width, out});
+  }
   // What the layer before gives; with so many channels.
   Shape shape() const {
     if (network_.layer_count == 0) refuse("the first layer needs to know its inputs' shape");

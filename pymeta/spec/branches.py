@@ -1,4 +1,4 @@
-"""The values that a chain keeps: which of them its layers read, for rows with so many axes.
+"""The values that a chain keeps: which of them its layers read, for rows with such axes.
 
 A step that keeps or reads a value names it by some object of its own. The native core numbers the
 values in the order in which they are kept (csrc/core/layers/branches.h).
@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from pymeta.spec.refused import Refused
 
 Layer: TypeAlias = tuple[Any, ...]
+Order: TypeAlias = tuple[int, ...]
 KEEP, RECALL = "keep", "recall"
 ADD, MULTIPLY, CONCATENATE = "add", "multiply", "concatenate"
 READERS = (RECALL, ADD, MULTIPLY, CONCATENATE)
@@ -22,15 +23,16 @@ def is_of_branches(layer: Layer) -> bool:
     return layer[0] == KEEP or layer[0] in READERS
 
 
-def _check_channels(dim: int, axes: int, what: str) -> None:
-    if dim not in (1, -axes - 1):
+def _check_channels(dim: int, order: Order, what: str) -> None:
+    channels = order.index(1)
+    if dim not in (channels, channels - len(order)):
         raise Refused(f"{what} along dimension {dim}, which is not that of the channels")
 
 
-def channels(layer: Layer, axes: int) -> Layer:
-    """The native layer of some channels of rows with so many axes of positions."""
+def channels(layer: Layer, order: Order) -> Layer:
+    """The native layer of some channels of rows whose axes have this order (`order.py`)."""
     _, dim, *ends = layer
-    _check_channels(dim, axes, "a part")
+    _check_channels(dim, order, "a part")
     return (CHANNELS, *ends)
 
 
@@ -38,28 +40,31 @@ class Kept:
     """The values that are kept, while one goes through the steps of a chain."""
 
     def __init__(self) -> None:
-        self._values: dict[Any, tuple[int, int]] = {}  # number, axes
+        self._values: dict[Any, tuple[int, Order]] = {}  # number, order of its axes
 
-    def keep(self, value: Any, axes: int) -> None:
+    def keep(self, value: Any, order: Order) -> None:
         """Note a value."""
-        self._values[value] = (len(self._values), axes)
+        self._values[value] = (len(self._values), order)
 
-    def read(self, layer: Layer, value: Any, axes: int) -> tuple[Layer, int]:
-        """The native layer that reads a value, and how many axes there are behind it."""
-        number, its_axes = self._values[value]
+    def read(self, layer: Layer, value: Any, order: Order) -> tuple[Layer, Order]:
+        """The native layer that reads a value, and the order of the axes behind it."""
+        number, its_order = self._values[value]
         kind = layer[0]
         if kind == RECALL:
-            return (RECALL, number), its_axes
-        if axes != its_axes:
+            return (RECALL, number), its_order
+        if len(order) != len(its_order):
+            axes, its_axes = len(order) - 2, len(its_order) - 2
             raise Refused(
                 f"values with {axes} and with {its_axes} axes of positions are joined ({kind})"
             )
+        if order != its_order:
+            raise Refused(f"values whose axes are permuted in two ways are joined ({kind})")
         if kind == CONCATENATE:
             _, dim, is_last = layer
-            _check_channels(dim, axes, "a concatenation")
-            return (CONCATENATE, number, is_last), axes
+            _check_channels(dim, order, "a concatenation")
+            return (CONCATENATE, number, is_last), order
         assert kind in (ADD, MULTIPLY)
-        return (kind, number), axes
+        return (kind, number), order
 
 
 def in_this_spelling(layers: list[Any]) -> list[Any]:

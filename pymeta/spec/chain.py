@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from pymeta.spec.graph import Forward, Step, gated_steps
-from pymeta.spec.layers import MODULES, layer_of, parts_of
+from pymeta.spec.layers import is_known, layer_of, parts_of
 from pymeta.spec.modules import Fixed
 from pymeta.spec.refused import Refused
 from pymeta.spec.watch import hooked
@@ -33,8 +33,8 @@ def _join(prefix: str, name: str) -> str:
 
 def walk(module: nn.Module, name: str, fixed: Fixed) -> Iterator[Step]:
     """The layers of a module, in the order of their use."""
-    if type(module) in MODULES:
-        if type(module) is nn.GLU:
+    if is_known(module):
+        if isinstance(module, nn.GLU):
             layer_of(name, module)  # hooks, and a forward of its own
             yield from gated_steps(name, module.dim, module)
             return
@@ -106,7 +106,7 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
-        return type(m) in MODULES or is_sequential(m) or super().is_leaf_module(m, qualname)
+        return is_known(m) or is_sequential(m) or super().is_leaf_module(m, qualname)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from pymeta.spec.branches import ADD, CHANNELS, CONCATENATE, KEEP, MULTIPLY, RECALL
-from pymeta.spec.joins import Join, is_cut, join_of, overwrites, part_of_cut
+from pymeta.spec.joins import Join, is_cut, join_of, overwrites, part_of_cut, scale_of
 from pymeta.spec.layers import (
     FLATTEN,
     FUNCTIONS,
@@ -29,6 +29,7 @@ from pymeta.spec.layers import (
     Called,
     Layer,
 )
+from pymeta.spec.order import PERMUTE, SCALE
 from pymeta.spec.refused import Refused
 
 
@@ -194,20 +195,24 @@ def _parameters(node: fx.Node) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any
     """Weight, bias and what else there is, positional or named, of a call of WEIGHTED."""
     options = dict(node.kwargs)
     given = list(node.args[1:])
-    weight = given.pop(0) if given else options.pop("weight", None)
-    bias = given.pop(0) if given else options.pop("bias", None)
+    before = 1 if node.target is F.layer_norm else 0  # its shape
+    weight = given.pop(before) if len(given) > before else options.pop("weight", None)
+    bias = given.pop(before) if len(given) > before else options.pop("bias", None)
     return weight, bias, tuple(given), options
 
 
 def _is_parameter(node: fx.Node, user: fx.Node) -> bool:
-    """Whether a function takes a node as its weight or its bias, and as nothing else."""
+    """Whether a call takes a node as its weight, bias or scale, and as nothing else."""
+    scale = scale_of(user)
+    if scale is not None:
+        return scale[1] is node
     if user.op != "call_function" or user.target not in WEIGHTED:
         return False
     weight, bias, *_ = _parameters(user)
     return user.all_input_nodes.count(node) == 1 and (node is weight or node is bias)
 
 
-_VIEWS = ("identity", "flatten", "squeeze", UNSQUEEZE, VIEW, "part", CHANNELS, KEEP)
+_VIEWS = ("identity", "flatten", "squeeze", UNSQUEEZE, VIEW, "part", CHANNELS, KEEP, PERMUTE)
 
 
 @dataclass
@@ -245,7 +250,9 @@ class Forward:
                 raise Refused(f"the forward of {label} uses {node.target} directly")
         left_out = [n for n in nodes if n.op == "get_attr" or _is_maximum(n) or is_cut(n)]
         self._nodes = {n: i for i, n in enumerate(nodes) if n not in left_out}
-        self._joins = {n: join for n in self._nodes if (join := join_of(n)) is not None}
+        self._scales = {n: scale for n in self._nodes if (scale := scale_of(n)) is not None}
+        joins = ((n, join_of(n)) for n in self._nodes if n not in self._scales)
+        self._joins = {n: join for n, join in joins if join is not None}
         self._before: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._made: dict[fx.Node, list[Step]] = {}
         self._pieces = [_Piece([])]  # the first gives the input
@@ -289,6 +296,8 @@ class Forward:
         return self._before[node]
 
     def _first(self, node: fx.Node) -> fx.Node:
+        if node in self._scales:
+            return self._scales[node][0]
         first = node.args[0] if node.args else None
         if isinstance(first, fx.Node) and (_is_maximum(first) or is_cut(first)):
             first = first.args[0]
@@ -393,21 +402,35 @@ class Forward:
 
     # ---- a call ---------------------------------------------------------------------------------
 
+    def _parameter(self, node: fx.Node) -> nn.Parameter:
+        known = dict(self._module.named_parameters(remove_duplicate=False))
+        if str(node.target) not in known:
+            raise Refused(f"{self._label}: a weight that is no parameter")
+        return known[str(node.target)]
+
     def _weighted(self, node: fx.Node) -> Step:
         """A function of the value and of parameters."""
         weight, bias, rest, options = _parameters(node)
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        there = [n for n in (weight, bias) if n is not None]
+        if any(not isinstance(n, fx.Node) or n.op != "get_attr" for n in there):
             raise Refused(f"{self._label}: a weight that is computed")
-        tensors = tuple(str(n.target) for n in (weight, bias) if isinstance(n, fx.Node))
-        known = dict(self._module.named_parameters(remove_duplicate=False))
-        found = [known.get(path) for path in tensors]
-        if any(parameter is None for parameter in found):
-            raise Refused(f"{self._label}: a weight that is no parameter")
+        found = {n: self._parameter(n) for n in there}
         try:
-            layer = WEIGHTED[node.target](found[0], bias is not None, *rest, **options)
-        except TypeError:
-            raise Refused(f"{self._label}: {weight.target} with unknown arguments") from None
+            layer = WEIGHTED[node.target](found.get(weight), bias is not None, *rest, **options)
+        except (TypeError, AttributeError):  # arguments of a kind that it does not have
+            raise Refused(f"{self._label}: {node.name} with unknown arguments") from None
+        except Refused as refusal:
+            raise Refused(f"{self._label}: {refusal}") from None
+        tensors = tuple(str(n.target) for n in there)
         return Step(layer, self._name, None, tensors, self._module)
+
+    def _scaled(self, parameter: fx.Node) -> Step:
+        """The value times a parameter, along the last axis."""
+        found = self._parameter(parameter)
+        if found.ndim != 1:
+            shape = list(found.shape)
+            raise Refused(f"{self._label}: a factor {parameter.target} of shape {shape}")
+        return Step((SCALE, len(found)), self._name, None, (str(parameter.target),), self._module)
 
     def _is_expansion(self, node: fx.Node) -> bool:
         """Whether a value is expanded to what it is then added to or multiplied by."""
@@ -422,6 +445,9 @@ class Forward:
     def _of(self, node: fx.Node, before: fx.Node) -> Iterator[Step]:
         if node.op == "call_function" and node.target in WEIGHTED:
             yield self._weighted(node)
+            return
+        if node in self._scales:
+            yield self._scaled(self._scales[node][1])
             return
         if node.op == "call_function" and node.target is F.glu:
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)

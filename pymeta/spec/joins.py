@@ -2,6 +2,7 @@
 
     a + b, a - b, a * b, torch.add(a, b, alpha=2), torch.cat([a, b], 1)       a `Join`
     2 * a, 1 - a, -a, a / 4                                                  a `Join` of one value
+    gamma * a, where gamma is a parameter                                    `scale_of` a value
     a.chunk(2, 1)[0], torch.split(a, [3, 5], 1)[1]                           channels of a value
 
 The layers that these become are those of csrc/core/layers/branches.h.
@@ -124,6 +125,17 @@ def join_of(node: fx.Node) -> Join | None:
         return None
 
 
+def scale_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The value and the parameter whose product a call is, in either order; None: it is none."""
+    join = join_of(node)
+    if join is None or join.kind != MULTIPLY:
+        return None
+    value, parameter = sorted(join.terms, key=lambda term: term.op == "get_attr")
+    if value.op == "get_attr" or parameter.op != "get_attr":
+        return None
+    return None if overwrites(node) and join.terms[0] is parameter else (value, parameter)
+
+
 def overwrites(node: fx.Node) -> bool:
     """Whether a call writes what it gives over its first value."""
     if node.op == "call_method":
@@ -131,9 +143,11 @@ def overwrites(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target in _IN_PLACE:
         return node.op == "call_function"
     function: Any = node.target
+    if getattr(function, "__name__", "").endswith("_"):  # as torch.relu_ is called
+        return True
     try:
         bound = inspect.signature(function).bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):  # one of torch's own, which never do
+    except (TypeError, ValueError):  # one of torch's own, of which the others never do
         return False
     return bound.arguments.get("inplace") is True
 

@@ -19,7 +19,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from pymeta.nn.norm import PerStepBatchNorm
 from pymeta.nn.tabular import TabularInput
 from pymeta.spec.branches import MULTIPLY
-from pymeta.spec.modules import Fixed, is_fixed
+from pymeta.spec.modules import Fixed, is_fixed, is_plainly
+from pymeta.spec.order import METHODS as PERMUTATIONS
+from pymeta.spec.order import PERMUTE, SCALE, axes_of_permuted
+from pymeta.spec.order import of as permutation
 from pymeta.spec.refused import Refused
 from pymeta.spec.slices import of_index, of_narrow, of_select
 from pymeta.spec.watch import hooked
@@ -358,6 +361,22 @@ MODULES: dict[type, Known] = {
 }
 
 
+def _base(module: nn.Module) -> type | None:
+    """The nearest class in MODULES that a module is of."""
+    return next((its for its in type(module).__mro__ if its in MODULES), None)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module is one of MODULES, or of a subclass that does the same."""
+    base = _base(module)
+    return base is not None and is_plainly(module, base)
+
+
+def known(module: nn.Module) -> Known:
+    """What is known of a module that `is_known`."""
+    return MODULES[_base(module) or nn.Module]
+
+
 def _simple(layer: Layer) -> Callable[..., Layer]:
     return lambda inplace=False: layer
 
@@ -366,15 +385,13 @@ def _simple(layer: Layer) -> Callable[..., Layer]:
 Called: TypeAlias = Callable[..., "Layer | tuple[Layer, ...]"]
 
 FUNCTIONS: dict[Any, Called] = {
-    torch.relu: _simple(("relu",)),
-    F.relu: _simple(("relu",)),
-    torch.tanh: _simple(("tanh",)),
-    F.tanh: _simple(("tanh",)),
-    torch.sigmoid: _simple(("sigmoid",)),
-    F.sigmoid: _simple(("sigmoid",)),
+    **dict.fromkeys((torch.relu, torch.relu_, F.relu), _simple(("relu",))),
+    **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh), _simple(("tanh",))),
+    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid), _simple(("sigmoid",))),
     F.silu: _simple(("silu",)),
-    F.leaky_relu: _leaky_relu,
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
     F.elu: _elu,
+    F.elu_: lambda alpha=1.0: _elu(alpha),
     F.gelu: _gelu,
     F.softplus: _softplus,
     torch.flatten: _flatten,
@@ -393,6 +410,7 @@ FUNCTIONS: dict[Any, Called] = {
     torch.select: of_select,
     operator.getitem: of_index,
     F.pad: _pad,
+    **{getattr(torch, name): permutation(name) for name in PERMUTATIONS},
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout), _dropout),
 }
 
@@ -411,20 +429,31 @@ def _linear_of(weight: torch.Tensor, bias: bool) -> Layer:
     return ("linear", weight.shape[1], weight.shape[0], bias)
 
 
-# Made of the weight, whether there is a bias, and what follows these.
-WEIGHTED: dict[Any, Called] = {F.conv1d: _conv_of, F.conv2d: _conv_of, F.linear: _linear_of}
+def _layer_norm_of(
+    weight: torch.Tensor | None, bias: bool, normalized_shape: Sequence[int], eps: float = 1e-5
+) -> Layer:
+    shape = tuple(normalized_shape)
+    if [*map(type, shape)] != [int] or (weight is not None and weight.shape != shape):
+        raise Refused(f"layer_norm over the shape {shape}")
+    return ("layer_norm", shape[0], float(eps), weight is not None, bias)
+
+
+# Made of the weight, whether there is a bias, and what else there is.
+WEIGHTED: dict[Any, Called] = {
+    F.conv1d: _conv_of, F.conv2d: _conv_of, F.linear: _linear_of, F.layer_norm: _layer_norm_of,
+}  # fmt: skip
 # of the layers that functions are
 AXES: dict[str, tuple[int, ...]] = {
     f"{kind}_pool{axes}d": (axes,)
     for kind in ("max", "avg", "global_avg", "adaptive_avg", "adaptive_max")
     for axes in (1, 2)
 }
-AXES |= {"linear": (0,), "conv1d": (1,), "conv2d": (2,)}
+AXES |= {"linear": (0,), "layer_norm": (0,), "conv1d": (1,), "conv2d": (2,), SCALE: (0,)}
 AXES |= dict.fromkeys((SQUEEZE, "zero_pad"), (1, 2))
 METHODS: dict[str, Called] = {
-    "relu": _simple(("relu",)),
-    "tanh": _simple(("tanh",)),
-    "sigmoid": _simple(("sigmoid",)),
+    **dict.fromkeys(("relu", "relu_"), _simple(("relu",))),
+    **dict.fromkeys(("tanh", "tanh_"), _simple(("tanh",))),
+    **dict.fromkeys(("sigmoid", "sigmoid_"), _simple(("sigmoid",))),
     "flatten": _flatten,
     "mean": _mean,
     "squeeze": _squeeze,
@@ -432,6 +461,7 @@ METHODS: dict[str, Called] = {
     "narrow": of_narrow,
     "select": of_select,
     "contiguous": lambda: IDENTITY,
+    **{name: permutation(name) for name in PERMUTATIONS},
 }
 
 
@@ -450,8 +480,8 @@ def axes_of(layer: Layer, module: nn.Module | None) -> tuple[int, ...] | None:
     if module is None:
         if layer[0] == "zero_pad" and any(layer[1:3]):
             return (2,)
-        return AXES.get(layer[0])
-    axes = MODULES[type(module)].axes
+        return axes_of_permuted(layer) if layer[0] == PERMUTE else AXES.get(layer[0])
+    axes = known(module).axes
     return axes(module) if callable(axes) else axes
 
 
@@ -468,20 +498,20 @@ def parts_of(name: str, module: nn.Module, fixed: Fixed = None) -> list[Part]:
     layer = layer_of(name, module)
     if isinstance(module, _NormBase) and is_fixed(name, module, fixed):
         return _fixed_parts(module)
-    known = MODULES[type(module)]
-    return [Part(layer)] if known.parts is None else known.parts(module)
+    parts = known(module).parts
+    return [Part(layer)] if parts is None else parts(module)
 
 
 def layer_of(name: str, module: nn.Module) -> Layer:
     """The layer that a module is; Refused, with the reason, where it is none."""
-    known, label = MODULES.get(type(module)), label_of(name, module)
-    if known is None:
+    label = label_of(name, module)
+    if not is_known(module):
         raise Refused(f"{label} has no native kernel")
     if hooked(module):
         raise Refused(f"{label} has hooks")
     if "forward" in module.__dict__:
         raise Refused(f"{label} has a forward of its own")
     try:
-        return known.layer(module)
+        return known(module).layer(module)
     except Refused as refusal:
         raise Refused(f"{label}: {refusal}") from None

@@ -18,13 +18,23 @@ from torch import Tensor, nn
 
 from pymeta.spec.chain import untouched
 from pymeta.spec.graph import Step
-from pymeta.spec.layers import FLATTEN, MODULES, SQUEEZE, UNSQUEEZE, VIEW, axes_of, label_of
+from pymeta.spec.layers import (
+    FLATTEN,
+    SQUEEZE,
+    UNSQUEEZE,
+    VIEW,
+    axes_of,
+    is_known,
+    known,
+    label_of,
+)
+from pymeta.spec.order import PERMUTE, axes_of_permuted
 from pymeta.spec.show import counted
 from pymeta.spec.slices import PART
 from pymeta.spec.transforms import in_transform
 
-# what changes how many axes rows have
-_RESHAPES = (*FLATTEN, "unflatten", SQUEEZE, UNSQUEEZE, VIEW, PART)
+# what changes how many axes rows have, or which these are
+_RESHAPES = (*FLATTEN, "unflatten", SQUEEZE, UNSQUEEZE, VIEW, PART, PERMUTE)
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -126,11 +136,13 @@ def _conflict(m: nn.Module, given: Any, first: bool) -> tuple[str, str, str] | N
             return None
         takes = f"indices from 0 to {m.num_embeddings - 1}"
         return takes, f"indices from {found[0]} to {found[1]}", "give it a table for all of them"
+    if not is_known(m):  # a forward of its own may take anything
+        return None
     if isinstance(m, nn.Linear):
         return _along_the_last([m.in_features], got, first)
     if isinstance(m, nn.LayerNorm):
         return _along_the_last(list(m.normalized_shape), got, first)
-    axes = MODULES[type(m)].axes if type(m) in MODULES else None
+    axes = known(m).axes
     if not isinstance(axes, tuple) or not max(axes):
         return None
     if 0 in axes and len(got) == 1:
@@ -171,15 +183,15 @@ def told(model: nn.Module, error: BaseException, steps: Sequence[Step] = ()) -> 
     name, module, given = found
     label = label_of(name, module)
     before = list(itertools.takewhile(lambda step: step.module is not module, steps))
-    known = len(before) < len(steps)
+    is_step = len(before) < len(steps)
     givers = [
         s for s in before if s.module is not None and any(True for _ in s.module.parameters())
     ]
-    conflict = _conflict(module, given, known and not givers)
+    conflict = _conflict(module, given, is_step and not givers)
     if conflict is None:
         return f"{label}: {said}"
     takes, got, cure = conflict
-    giver = "it" if not known else "a row"
+    giver = "it" if not is_step else "a row"
     if givers and givers[-1].module is not None:
         giver = label_of(givers[-1].name, givers[-1].module)
     verb = "gets" if giver == "it" else "gives"
@@ -246,6 +258,16 @@ def _refused_by_torch(
     return None
 
 
+def _counts_rows(step: Step, row_shape: Sequence[int]) -> bool:
+    """Whether what a layer does may depend on how many rows there are.
+
+    A view may make other rows of more or fewer; a permutation may put the rows on another axis.
+    """
+    if step.layer[0] == PERMUTE:
+        return len(row_shape) - 1 not in axes_of_permuted(step.layer)
+    return bool(step.layer[0] == VIEW)
+
+
 def misfit(
     model: nn.Module, steps: Sequence[Step], row_shape: tuple[int, ...], whole: bool
 ) -> str | None:
@@ -255,7 +277,6 @@ def misfit(
     before the first that is unknown.
     """
     text = _lacking_axes(steps, row_shape)
-    # a view may make other rows of more or fewer, which depends on how many there are
-    if text is None and whole and not any(step.layer[0] == VIEW for step in steps):
+    if text is None and whole and not any(_counts_rows(step, row_shape) for step in steps):
         text = _refused_by_torch(model, steps, row_shape)
     return text and f"the model does not take rows of shape {list(row_shape)}: {text}"

@@ -31,6 +31,30 @@ def one_at_a_time() -> AbstractContextManager[Any]:
     return _lock
 
 
+# What a subclass may have of its own without doing anything else than its base.
+_HARMLESS = frozenset((
+    "__init__", "__doc__", "__module__", "__qualname__", "__annotations__", "__annotate__",
+    "__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__",
+    "__constants__", "__repr__", "extra_repr", "reset_parameters",
+))  # fmt: skip
+
+
+def is_plainly(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a module of a subclass computes what its base does: the class adds names alone.
+
+    One that puts something else where the base looks (a `weight` that is computed, as torch's
+    parametrizations are) may compute anything.
+    """
+    its = type(module)
+    if its is base:
+        return True
+    if its.__module__.startswith("torch.") or its.forward is not base.forward:
+        return False
+    added = {name for c in its.__mro__ if c not in base.__mro__ for name in vars(c)} - _HARMLESS
+    read = {*dir(base), *module.__dict__, *module._parameters, *module._buffers, *module._modules}
+    return added.isdisjoint(read)
+
+
 # The names of normalisation layers that use running statistics; None: those in eval mode do.
 Fixed: TypeAlias = "frozenset[str] | None"
 

@@ -29,17 +29,20 @@ from pymeta.spec.graph import Step
 from pymeta.spec.layers import (
     FLATTEN,
     IDENTITY,
-    MODULES,
     SLOTS,
     SQUEEZE,
     UNSQUEEZE,
     VIEW,
     Layer,
     axes_of,
+    is_known,
+    known,
     label_of,
 )
 from pymeta.spec.misfit import asks_for_axes, misfit
 from pymeta.spec.modules import Fixed, running_statistics
+from pymeta.spec.order import PERMUTE, SCALE, Order, first, is_of_channels, permuted
+from pymeta.spec.order import check as check_order
 from pymeta.spec.refused import Refused
 from pymeta.spec.show import counted
 from pymeta.spec.slices import PART, resolve, takes_one
@@ -104,7 +107,7 @@ def _settings(layers: Iterable[nn.Module]) -> list[Place]:
     """Where known layers have what they are described by."""
     places: list[Place] = []
     for m in layers:
-        names = (*MODULES[type(m)].reads, "inplace")
+        names = (*known(m).reads, "inplace")
         places += [(m.__dict__, name) for name in names if name in m.__dict__]
         places += [(d, k) for d in (m._parameters, m._buffers) for k in d if k in SLOTS]
     return places
@@ -129,8 +132,8 @@ def _all_of(model: nn.Module) -> Watch:
     Modules of torch's that are no known layers were judged by their class alone. What they keep
     may change with each call.
     """
-    layers = [m for m in model.modules() if type(m) in MODULES]
-    holders = [m for m in model.modules() if type(m) not in MODULES]
+    layers = [m for m in model.modules() if is_known(m)]
+    holders = [m for m in model.modules() if not is_known(m)]
     own = [m for m in holders if not type(m).__module__.startswith("torch.nn.")]
     children = [(m._modules, name) for m in layers for name in m._modules]
     modes = [(m.__dict__, "training") for m in model.modules()]
@@ -291,12 +294,15 @@ def _axes_behind(step: Step, axes: int) -> int:
     return 0 if step.layer == FLATTEN else axes
 
 
-def _check_axes(step: Step, axes: int) -> None:
-    wanted = axes_of(step.layer, step.module)
+def _check_axes(step: Step, order: Order) -> None:
+    wanted, axes = axes_of(step.layer, step.module), len(order) - 2
+    label = step.layer[0] if step.module is None else label_of(step.name, step.module)
+    check_order(step.layer, order, label)
+    if step.layer[0] == PERMUTE or is_of_channels(step.layer, order):
+        return
     if wanted is not None and axes not in wanted:
         if step.layer[0] == SQUEEZE and axes == 0:
             raise Refused("a squeeze of features; leave outputs [rows, 1], targets may be [rows]")
-        label = step.layer[0] if step.module is None else label_of(step.name, step.module)
         got = "one axis of features" if axes == 0 else f"{counted(axes, 'axis')} of positions"
         raise Refused(f"{label} does not take rows with {got}")
 
@@ -305,23 +311,37 @@ class _Shaping:
     """The native layers of steps, for rows with so many axes of positions at first."""
 
     def __init__(self, layers: list[Layer], axes: int) -> None:
-        self.layers, self.axes = layers, axes
+        self.layers, self._order = layers, first(axes)
         self._kept = Kept()
         self._put_in = 0  # the axes of one position that were, one after the other
+
+    @property
+    def axes(self) -> int:
+        """How many axes of positions rows have by now."""
+        return len(self._order) - 2
+
+    @axes.setter
+    def axes(self, axes: int) -> None:  # by layers that take no other order
+        if axes != self.axes:
+            self._order = first(axes)
 
     def add(self, step: Step, features: int) -> None:
         """The next step; `features` are those of a row, where they are known."""
         layer = step.layer
-        _check_axes(step, self.axes)
+        _check_axes(step, self._order)
         put_in, self._put_in = self._put_in, 0
         if layer[0] == KEEP:
-            self._kept.keep(step.value, self.axes)
+            self._kept.keep(step.value, self._order)
             self.layers.append(layer if self.layers else (KEEP, features))
         elif layer[0] in READERS:
-            found, self.axes = self._kept.read(layer, step.value, self.axes)
+            found, self._order = self._kept.read(layer, step.value, self._order)
             self.layers.append(found)
         elif layer[0] == CHANNELS:
-            self.layers.append(channels(layer, self.axes))
+            self.layers.append(channels(layer, self._order))
+        elif layer[0] == PERMUTE:
+            self._order = permuted(layer, self._order)
+        elif layer[0] == SCALE:
+            self.layers.append(("scale_shift", layer[1], True, False, 0))
         elif layer[0] == SQUEEZE:
             self.axes -= _squeezed(layer[1:], self.axes, self.layers)
             if self.axes == 0:
@@ -438,7 +458,7 @@ def _described(
 def _of_a_chain(steps: list[Step], model: nn.Module) -> Watch:
     return _chain(
         [s.module for s in steps if s.module is not None],
-        [m for m in model.modules() if type(m) not in MODULES],
+        [m for m in model.modules() if not is_known(m)],
     )
 
 

@@ -257,13 +257,21 @@ class Overwriting(nn.Module):
             return self.block(h) + h
         if self.kind == "function":
             return F.silu(h.flatten(1), inplace=True) * h
+        if self.kind == "torch's function":
+            return torch.sigmoid_(h) + h
+        if self.kind == "function by its name":
+            return F.elu_(h[:, :], alpha=0.5) + h
+        if self.kind == "in place":
+            h.relu_()
+            return h
         if self.kind == "method":
             h.mul_(2)
             return h
         return self.act(h) + x
 
 
-@pytest.mark.parametrize("kind", ["sum", "module", "block", "function", "method"])
+@pytest.mark.parametrize("kind", ["sum", "module", "block", "function", "method", "in place",
+                                  "torch's function", "function by its name"])  # fmt: skip
 def test_values_that_are_written_over_are_left_to_torch(kind):
     net = Overwriting(kind).double()
     if kind != "block":
@@ -279,6 +287,50 @@ def test_values_that_nobody_reads_behind_are_written_over_natively():
     net = Overwriting("none").double()
     del net.block
     assert isinstance(describe(net), Description)
+
+
+IN_PLACE = {
+    "relu_": (lambda x: x.relu_(), ("relu",)),
+    "tanh_": (lambda x: x.tanh_(), ("tanh",)),
+    "sigmoid_": (lambda x: x.sigmoid_(), ("sigmoid",)),
+    "torch.relu_": (torch.relu_, ("relu",)),
+    "F.relu_": (lambda x: F.relu_(x), ("relu",)),
+    "torch.tanh_": (torch.tanh_, ("tanh",)),
+    "torch.sigmoid_": (torch.sigmoid_, ("sigmoid",)),
+    "F.leaky_relu_": (lambda x: F.leaky_relu_(x, 0.2), ("leaky_relu", 0.2)),
+    "F.elu_": (lambda x: F.elu_(x, alpha=0.5), ("elu", 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_activations_in_place_are_layers(name, backend):
+    function, layer = IN_PLACE[name]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(function(self.a(x)))
+
+    net = Net().double()
+    assert describe(net).layers[1] == layer
+    data = [torch.randn(2, 4, 3, dtype=torch.float64) for _ in range(4)]
+    assert_close([learner(net, backend)(*data).loss],
+                 [loop_meta_loss(net, F.mse_loss, 0.2, 2, *data)])  # fmt: skip
+
+
+def test_an_activation_in_place_with_more_arguments_is_left_to_torch():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return F.elu_(self.a(x), 1.0, 2.0)
+
+    assert "with arguments the native core lacks" in describe(Net()).reason
 
 
 REFUSED = {

@@ -167,7 +167,8 @@ REFUSED = {
     ),
     "fork": (forward_as(lambda s, x: s.b(x)), r"parameter a\.weight is not part of the chain"),
     "twice": (forward_as(lambda s, x: s.b(s.a(s.a(x)))), r"parameter a\.weight is used more"),
-    "direct": (forward_as(lambda s, x: s.b(s.a(x * s.scale))), r"uses scale directly"),
+    "direct": (forward_as(lambda s, x: s.b(s.a(x / s.scale))), r"uses scale directly"),
+    "written over": (forward_as(lambda s, x: s.b(s.a(s.scale.mul_(x)))), r"uses scale directly"),
     "function": (forward_as(lambda s, x: s.b(torch.cos(s.a(x)))), r"cos has no native kernel"),
     "branch": (forward_as(lambda s, x: s.a(s.b(x)) if x.sum() > 0 else x), r"cannot be traced"),
     "row": (forward_as(lambda s, x: s.b(s.a(x))[0]), r"a part of the rows"),
@@ -238,12 +239,80 @@ def test_a_linear_layer_on_the_last_axis_of_positions_is_no_misfit():
     assert isinstance(describe(module, (2, 5)), Unsupported)
 
 
+class Named(nn.BatchNorm1d):
+    """A class that adds a name, its own defaults and a method."""
+
+    label: str = "mine"
+
+    def __init__(self, features):
+        super().__init__(features, eps=0.1)
+        self.own = "note"
+
+    def extra_repr(self):
+        return "mine"
+
+    def helper(self):
+        return self.own
+
+
+class Switched(Named):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class Mixed(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.more = nn.Parameter(torch.ones(2))
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_its_base():
+    net = nn.Sequential(nn.Linear(2, 3), Named(3), nn.Linear(3, 1))
+    found = describe(net)
+    assert found.layers[1] == ("batch_norm", 3, 0.1, True, True)
+    assert found.names[2] == "1.weight" and found.norms == (net[1],)
+    net[1].eval()
+    assert not found.watch.is_current()
+    assert [layer[0] for layer in describe(net).layers[1:3]] == ["fixed_norm", "scale_shift"]
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Linear(2, 3), Named(3)
+
+        def forward(self, x):
+            return self.norm(self.a(x))
+
+    assert describe(Inside()).layers[1][0] == "batch_norm"
+    assert isinstance(describe(nn.Sequential(nn.Linear(2, 3), Switched(3))), Unsupported)
+    reason = describe(nn.Sequential(Mixed(2, 2))).reason
+    assert reason == "parameter 0.more is not part of the chain"
+
+    class Gate(nn.GLU):
+        pass
+
+    kinds = [layer[0] for layer in describe(nn.Sequential(nn.Linear(2, 4), Gate())).layers]
+    assert kinds[-1] == "multiply"
+
+
 def test_subclasses_and_exchanged_forwards_are_not_taken_for_known_layers():
     class Mine(nn.Linear):
         def forward(self, x):
             return torch.cos(super().forward(x))
 
     assert isinstance(describe(nn.Sequential(Mine(2, 2))), Unsupported)
+
+    class Computed(nn.Linear):  # as torch's parametrizations are made
+        @property
+        def weight(self):
+            return 2 * self._parameters["weight"]
+
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].__class__ = Computed
+    assert isinstance(describe(net), Unsupported)
+    parametrized = nn.Linear(2, 2)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    assert isinstance(describe(nn.Sequential(parametrized)), Unsupported)
 
     class Bent(nn.Sequential):
         def forward(self, x):

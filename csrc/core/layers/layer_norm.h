@@ -1,4 +1,4 @@
-// Layer normalisation: every row over its features (normalisation.h).
+// Layer normalisation: every row over its features, of an image each position over its channels (normalisation.h).
 #pragma once
 
 #include "normalisation.h"

@@ -19,7 +19,7 @@ struct LinearSpec {
   template <class Builder>
   static void add(Builder& builder, const double* arguments) {
     const int in = static_cast<int>(arguments[0]), out = static_cast<int>(arguments[1]);
-    Layer& layer = builder.append({1, 1, in}, {1, 1, out});
+    Layer& layer = builder.append_linear(in, out);
     layer.weight = builder.tensor({out, in, true});
     if (arguments[2] != 0) layer.bias = builder.tensor({1, out, false});
   }

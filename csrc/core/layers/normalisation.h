@@ -1,5 +1,5 @@
 // What the normalisations share: each normalises slices of the matrix [rows, features] by themselves. A slice is a
-// column (BatchNorm, each task and set by itself, over the rows and their positions) or a row (LayerNorm). Over a slice of n numbers
+// column (BatchNorm, each task and set by itself, over rows and positions) or a row, or position (LayerNorm). Over n numbers
 //   h = (x - mean) / sqrt(var + eps),  z = gamma h + beta
 //   dx  = s (e - mean e - h mean(e h)),  e = gamma d,  s = 1 / sqrt(var + eps)
 //   rh  = s (rx - mean rx) - h q,        q = s mean(h rx)
@@ -123,7 +123,7 @@ struct ChannelMap {
 };
 
 // Its own arrays: h [rows, features] and s [slices, kWidth] on a tape, and over rows their means and variances behind s; rh
-// and q in a tangent pass.
+// and q in a tangent pass. Along the rows, each position of each row is a slice.
 template <class X, bool kOverRows>
 struct Normalisation {
   static constexpr bool kTransposesWeight = false;
@@ -135,7 +135,7 @@ struct Normalisation {
   PYMETA_FN static std::size_t kept_scalars(const Layer& layer, int rows, int i) {
     if (i == 0) return matrix_scalars<X>(rows, layer.out);
     return kOverRows ? 3 * static_cast<std::size_t>(X::stride(layer.out.channels))
-                     : static_cast<std::size_t>(rows) * kWidth;
+                     : static_cast<std::size_t>(rows) * layer.out.positions() * kWidth;
   }
   // Of the v-th vector of channels.
   PYMETA_FN static Statistics statistics(const LayerPass& p, int v) {
