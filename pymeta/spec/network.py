@@ -207,6 +207,15 @@ def _as_torch(shape: str, sequence: bool) -> list[int]:
     return [channels, *(sizes[1:] if sequence else sizes)]
 
 
+def _may_be_positions(before: list[Step], takes: str, gives: str) -> bool:
+    """Whether a layer may get so many features of rows with positions, by the Flatten before it.
+
+    Such as nn.Linear(5, 3), nn.Flatten(), nn.Linear(12, 1) of rows [4, 5].
+    """
+    acting = [step.layer == FLATTEN for step in before if step.layer != IDENTITY]
+    return True in acting[1:] and int(takes) % int(gives) == 0
+
+
 def _check_widths(steps: list[Step]) -> None:
     """ValueError where a layer takes another number of features, or shape, than it is given.
 
@@ -232,7 +241,7 @@ def _check_widths(steps: list[Step]) -> None:
                 raise ValueError(
                     f"model: {label} takes rows of shape {takes}, but {giver} gives {gives}"
                 ) from None
-            if " x " not in found[0]:
+            if " x " not in found[0] and not _may_be_positions(steps[:k], *found.groups()):
                 raise ValueError(
                     f"model: {label} takes {counted(int(found[1]), 'feature')}, but {giver} gives "
                     f"{found[2]}"

@@ -180,6 +180,10 @@ ACCEPTED = {
         lambda: nn.Sequential(nn.Linear(5, 4), nn.Conv1d(3, 2, 3), nn.Flatten(), nn.Linear(4, 1)),
         (3, 5),
     ),
+    "linear along the last axis of all": (
+        lambda: nn.Sequential(nn.Linear(5, 3), nn.Flatten(), nn.Linear(12, 1)),
+        (4, 5),
+    ),
     "behind a convolution": (
         lambda: nn.Sequential(nn.Conv1d(2, 3, 1), nn.Linear(5, 2), nn.Flatten(), nn.Linear(6, 1)),
         (2, 5),

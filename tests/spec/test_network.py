@@ -196,6 +196,10 @@ MISFITS = {
         nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(4, 2)),
         r"model: layer 2 \(Linear\) takes 4 features, but layer 0 \(Linear\) gives 3",
     ),
+    "behind a flatten": (
+        nn.Sequential(nn.Linear(2, 3), nn.Flatten(), nn.Linear(4, 2)),
+        r"model: layer 2 \(Linear\) takes 4 features, but layer 0 \(Linear\) gives 3",
+    ),
     "nested": (
         nn.Sequential(nn.Sequential(nn.Linear(2, 1)), nn.LayerNorm(5), nn.Linear(5, 1)),
         r"model: layer 1 \(LayerNorm\) takes 5 features, but layer 0\.0 \(Linear\) gives 1",
