@@ -336,7 +336,7 @@ def test_no_work_grows_with_the_number_of_tasks_in_python():
     for kind in ("euclidean", "cosine", "matching", "relation"):
         learner = make(kind)
         counts = []
-        for tasks in (2, 200):
+        for tasks in (2, 2, 200):  # the first call may make more
             labels = [[0, 1, 2, 0, 1], [2, 1, 0]] * (tasks // 2)
             xs, ys = lists(labels)
             sizes = [len(y) for y in labels]
@@ -344,7 +344,7 @@ def test_no_work_grows_with_the_number_of_tasks_in_python():
             with Count() as count:
                 learner(x, y, x, y).loss.backward()
             counts.append(count.calls)
-        assert counts[0] == counts[1]
+        assert counts[1] == counts[2]
 
 
 # ---- what is refused ----------------------------------------------------------------------------

@@ -502,14 +502,14 @@ def test_no_work_grows_with_the_number_of_tasks_in_python():
     for kind in ("mse", "bayesian", "ridge classes"):
         head = make(kind)
         counts = []
-        for tasks in (2, 200):
+        for tasks in (2, 2, 200):  # the first call may make more
             sizes = [3, 5] * (tasks // 2)
             xs, ys = lists(head, sizes)
             x, y = Ragged(torch.cat(xs), sizes), Ragged(torch.cat(ys), sizes)
             with Count() as count:
                 head(x, y, x, y).loss.backward()
             counts.append(count.calls)
-        assert counts[0] == counts[1]
+        assert counts[1] == counts[2]
 
 
 # ---- what is refused ----------------------------------------------------------------------------

@@ -102,6 +102,7 @@ def test_one_tasks_model_computes_the_same_in_both_modes(norm):
     assert all(map(torch.equal, net.state_dict().values(), before.values()))
 
 
+@pytest.mark.filterwarnings("ignore:You are using .torch.load:FutureWarning")  # torch's own pickles
 @pytest.mark.filterwarnings("error")
 def test_a_model_in_eval_mode_loads_and_predicts(tmp_path):
     net, (xs, ys, xq, _) = NORMS["batch"]().double(), batch()

@@ -46,6 +46,8 @@ def wanted_derivatives(name: str, z: torch.Tensor) -> list[torch.Tensor]:
         value, slope, curvature = z * cdf, cdf + z * density, density * (2 - z * z)
     if name == "silu":
         value = z * torch.sigmoid(z)
+    if name.startswith("elu"):  # some versions of torch subtract 1 from exp(z)
+        value = torch.where(z > 0, z, f.alpha * torch.expm1(z))
     return [v.detach() for v in (value, slope, curvature)]
 
 

@@ -5,6 +5,7 @@ import warnings
 import images
 import pytest
 import torch
+from helpers import skip_before_torch
 from images import episodes
 from torch import nn
 from torch.nn import functional as F
@@ -151,6 +152,8 @@ class ViewingBySize(Viewing):
 @pytest.mark.parametrize("kind", [Viewing, ViewingBySize])
 @pytest.mark.parametrize("axes", [1, 2])
 def test_a_view_gives_each_row_its_shape(kind, axes):
+    if kind is ViewingBySize:
+        skip_before_torch(2, 9, "traces that hand a size to torch.reshape")
     conv, shape, flat = [(nn.Conv1d(2, 4, 3), (2, 6), 16), (nn.Conv2d(1, 4, 2), (1, 4, 3), 24)][
         axes - 1
     ]
