@@ -62,9 +62,9 @@ def _with_strengths(own: Own, inner: InnerLoop, support: TaskSet) -> Own:
     return own._replace(anchor=inner.lr.new_tensor([inner.anchor.of(n) for n in counts]))
 
 
-def _whole(parameters: Mapping[str, Tensor], own: Own, t: int) -> Parameters:
-    """All parameters that a task starts with."""
-    return {**parameters, **own.of_task(t)["start"]}
+def _whole(parameters: Mapping[str, Tensor], mine: Mapping[str, Any]) -> Parameters:
+    """All parameters that a task starts with, given what it has of its own."""
+    return {**parameters, **mine.get("start", {})}
 
 
 def _recipe(inner: InnerLoop, own: dict[str, Any]) -> InnerLoop:
@@ -159,14 +159,13 @@ def evaluate(
     own = _with_strengths(own, inner, support)
     sift = leaves_out(support, inner.loss) or leaves_out(query, inner.judge)
     outputs: list[Tensor] | Tensor
-    mine_of = partial(_whole, parameters, own)
     with (
         applied(model, parameters, norms) as use,
-        rows_named(model, use, mine_of, support, query),
+        rows_named(model, use, lambda t: _whole(parameters, own.of_task(t)), support, query),
     ):
 
         def one(support_set: Set, query_set: Set, mine: dict[str, Any]) -> tuple[Tensor, ...]:
-            whole = {**parameters, **mine.get("start", {})}
+            whole = _whole(parameters, mine)
             called, start = use.of_a_task(whole)
             adapted, fixed = _split(start, names)
             pull, recipe = mine.get("anchor"), _recipe(inner, mine)
@@ -260,11 +259,13 @@ def _adapt_tasks(
     own = _with_strengths(own, inner, support)
     sift = leaves_out(support, inner.loss)
     sets = (support,) if validation is None else (support, validation)
-    mine_of = partial(_whole, parameters, own)
-    with applied(model, parameters, norms) as use, rows_named(model, use, mine_of, *sets):
+    with (
+        applied(model, parameters, norms) as use,
+        rows_named(model, use, lambda t: _whole(parameters, own.of_task(t)), *sets),
+    ):
 
         def one(support_set: Set, mine: dict[str, Any]) -> tuple[Parameters, Tensor, Tensor]:
-            whole = {**parameters, **mine.get("start", {})}
+            whole = _whole(parameters, mine)
             pull, recipe = mine.get("anchor"), _recipe(inner, mine)
             return _adapt_one(use, recipe, names, whole, support_set, anchor=pull)[:3]
 

@@ -28,6 +28,7 @@ from pymeta.spec.layers import (
     WEIGHTED,
     Called,
     Layer,
+    label_of,
 )
 from pymeta.spec.order import PERMUTE, SCALE
 from pymeta.spec.refused import Refused
@@ -50,6 +51,11 @@ class Step:
 
     def __post_init__(self) -> None:
         self.owner = self.owner or self.module
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.layer[0] if self.module is None else label_of(self.name, self.module)
 
 
 def gated_steps(name: str, dim: Any, module: nn.Module | None = None) -> Iterator[Step]:
@@ -403,10 +409,10 @@ class Forward:
     # ---- a call ---------------------------------------------------------------------------------
 
     def _parameter(self, node: fx.Node) -> nn.Parameter:
-        known = dict(self._module.named_parameters(remove_duplicate=False))
-        if str(node.target) not in known:
-            raise Refused(f"{self._label}: a weight that is no parameter")
-        return known[str(node.target)]
+        try:
+            return self._module.get_parameter(str(node.target))
+        except AttributeError:
+            raise Refused(f"{self._label}: a weight that is no parameter") from None
 
     def _weighted(self, node: fx.Node) -> Step:
         """A function of the value and of parameters."""

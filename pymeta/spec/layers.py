@@ -361,20 +361,22 @@ MODULES: dict[type, Known] = {
 }
 
 
-def _base(module: nn.Module) -> type | None:
-    """The nearest class in MODULES that a module is of."""
-    return next((its for its in type(module).__mro__ if its in MODULES), None)
+def _found(module: nn.Module) -> Known | None:
+    """What is known of a module of MODULES, or of a subclass that does the same; None of others."""
+    base = next((its for its in type(module).__mro__ if its in MODULES), None)
+    return MODULES[base] if base is not None and is_plainly(module, base) else None
 
 
 def is_known(module: nn.Module) -> bool:
     """Whether a module is one of MODULES, or of a subclass that does the same."""
-    base = _base(module)
-    return base is not None and is_plainly(module, base)
+    return _found(module) is not None
 
 
 def known(module: nn.Module) -> Known:
     """What is known of a module that `is_known`."""
-    return MODULES[_base(module) or nn.Module]
+    found = _found(module)
+    assert found is not None, "asked of known modules alone"
+    return found
 
 
 def _simple(layer: Layer) -> Callable[..., Layer]:
@@ -504,14 +506,14 @@ def parts_of(name: str, module: nn.Module, fixed: Fixed = None) -> list[Part]:
 
 def layer_of(name: str, module: nn.Module) -> Layer:
     """The layer that a module is; Refused, with the reason, where it is none."""
-    label = label_of(name, module)
-    if not is_known(module):
+    found, label = _found(module), label_of(name, module)
+    if found is None:
         raise Refused(f"{label} has no native kernel")
     if hooked(module):
         raise Refused(f"{label} has hooks")
     if "forward" in module.__dict__:
         raise Refused(f"{label} has a forward of its own")
     try:
-        return known(module).layer(module)
+        return found.layer(module)
     except Refused as refusal:
         raise Refused(f"{label}: {refusal}") from None

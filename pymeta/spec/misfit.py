@@ -227,13 +227,12 @@ def _lacking_axes(steps: Sequence[Step], row_shape: Sequence[int]) -> str | None
     if found is None or len(row_shape) > found[1]:
         return None
     step, axes = found
-    label = step.layer[0] if step.module is None else label_of(step.name, step.module)
     row = torch.empty(1, *row_shape, device="meta")
     conflict = None if step.module is None else _conflict(step.module, row, True)
     if conflict is None:
         need = counted(axes + 1, "axis")
-        return f"{label} takes rows of {need}, but a row gives {list(row_shape)}"
-    return f"{label} takes {conflict[0]}, but a row gives {list(row_shape)}; {conflict[2]}"
+        return f"{step.label} takes rows of {need}, but a row gives {list(row_shape)}"
+    return f"{step.label} takes {conflict[0]}, but a row gives {list(row_shape)}; {conflict[2]}"
 
 
 def _refused_by_torch(

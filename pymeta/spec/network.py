@@ -305,15 +305,14 @@ def _axes_behind(step: Step, axes: int) -> int:
 
 def _check_axes(step: Step, order: Order) -> None:
     wanted, axes = axes_of(step.layer, step.module), len(order) - 2
-    label = step.layer[0] if step.module is None else label_of(step.name, step.module)
-    check_order(step.layer, order, label)
+    check_order(step.layer, order, step.label)
     if step.layer[0] == PERMUTE or is_of_channels(step.layer, order):
         return
     if wanted is not None and axes not in wanted:
         if step.layer[0] == SQUEEZE and axes == 0:
             raise Refused("a squeeze of features; leave outputs [rows, 1], targets may be [rows]")
         got = "one axis of features" if axes == 0 else f"{counted(axes, 'axis')} of positions"
-        raise Refused(f"{label} does not take rows with {got}")
+        raise Refused(f"{step.label} does not take rows with {got}")
 
 
 class _Shaping:

@@ -365,6 +365,8 @@ def test_opcheck(name, own):
         arguments.append([torch.randn(3, *p.shape).double() for p in module.model.parameters()])
     if name.endswith("vjp"):  # which cannot be differentiated
         arguments = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+    from pymeta.functional import ops  # noqa: F401 - which defines them
+
     torch.library.opcheck(getattr(torch.ops.pymeta, name).default, tuple(arguments))
 
 

@@ -122,4 +122,6 @@ def test_opcheck(name, own):
         shapes = [p.shape for p in module.model.parameters()]
         arguments += [[torch.randn(3, *shape).double() for shape in shapes] for _ in range(2)]
         arguments = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+    from pymeta.functional import minimum_ops  # noqa: F401 - which defines them
+
     torch.library.opcheck(getattr(torch.ops.pymeta, name).default, tuple(arguments))

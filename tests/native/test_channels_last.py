@@ -1,7 +1,6 @@
 """What stands between two permutations: natively and on the fallback, as eager autograd has it."""
 
 import collections
-import copy
 import itertools
 
 import numpy as np
@@ -9,18 +8,17 @@ import pytest
 import torch
 from cases import cases, compare
 from channels_last import NETS, Between, ConvNeXt, LayerNorm2d, images, made, sequences
-from helpers import assert_close, assert_promised, loop_meta_loss
+from helpers import assert_close, loop_meta_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import channels_last_chains
 from kernels import DTYPES, ISAS, PATHS, PROFILE, takes, using
 from native_help import check_bits, check_slope_of_each_parameter
-from test_branches import OPTIONS, learner, results
+from test_branches import OPTIONS, compared, kept_adapter, kept_models, learner
 from test_images import small
 from torch import nn
 from torch.nn import functional as F
 
-import pymeta
 from pymeta import native
 from pymeta.spec.network import Description, Unshaped, Unsupported, describe
 
@@ -61,19 +59,10 @@ COMPARED = (*SHORT, "ConvNeXt", "between permutes by name", "mixed sequence")
 def test_every_path_agrees_with_the_reference(isa, executor):
     count = 0
     for name, options in itertools.product(COMPARED, OPTIONS):
-        net, data = made(name)
-        if "adapt" in options:
-            options = {**options, "adapt": [n for n, _ in net.named_parameters()][1::2]}
-        maml = learner(net, **options)
-        if executor == "emulated" and name not in SHORT:
-            continue
-        wanted, grads = results(net, learner(net, "torch", **options), data)
-        with using(isa, executor):
-            got, own = results(net, maml, data)
-        assert_close(got, wanted)
-        assert_close(own, grads)
-        assert executor != "emulated" or takes(executor, maml), name
-        count += 1
+        if executor != "emulated" or name in SHORT:
+            maml = compared(*made(name), options, isa, executor)
+            assert maml is not None and takes(executor, maml), name
+            count += 1
     assert count == len(SHORT if executor == "emulated" else COMPARED) * len(OPTIONS)
 
 
@@ -86,18 +75,10 @@ def test_finite_differences(isa, executor):
 
 @pytest.mark.parametrize("name", ["ConvNeXt", "mixed sequence"])
 def test_models_files_and_adapters(tmp_path, backend, name):
-    net, (xs, ys, xq, yq) = made(name)
-    maml = learner(net, backend)
-    wanted = maml(xs, ys, xq, yq).predictions.detach()
-    models = maml.adapt(xs, ys)
-    models.save(tmp_path / "models")
-    loaded = pymeta.Adapted.load(tmp_path / "models", copy.deepcopy(net))
-    assert_promised([models(xq), loaded(xq)], [wanted, wanted], backend)
-    assert_close([models[1](xq[1])], [wanted[1]])
+    net, data = made(name)
+    maml, wanted = kept_models(net, data, backend, tmp_path)
     if backend == "native":
-        maml.adapter().save(tmp_path / "adapter")
-        adapter = pymeta.Adapter.load(tmp_path / "adapter")
-        found = adapter.adapt_predict(xs[0].numpy(), ys[0].numpy(), xq[0].numpy())
+        _, found = kept_adapter(maml, data, tmp_path)
         assert np.array_equal(found, wanted[0].numpy())
 
 

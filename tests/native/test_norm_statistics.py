@@ -482,7 +482,6 @@ def test_too_few_steps_for_the_rows_are_refused(backend):
 
 @pytest.mark.parametrize("name", ["rows", "steps"])
 def test_torch_compile_has_the_statistics_of_either_mode(name):
-    torch._dynamo.reset()
     net, data = TRACKED[name](), episodes((2,))
     other = copy.deepcopy(net)
     for training in (True, False):
