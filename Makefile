@@ -200,6 +200,7 @@ block-report: $(STAMP)/build
 	  build/counts/block_$$counted >build/counts/$$counted.json || exit; done
 	$(BIN)/python bench/block_report.py $(COUNTED:%=build/counts/accesses_%.json) \
 	  --instructions $(COUNTED:%=build/counts/instructions_%.json) $$(test -f build/cuda/kernels.json && echo --kernels build/cuda/kernels.json)
+	$(BIN)/python bench/special_report.py build/counts/block_instructions_plain
 
 arm64: $(STAMP)/build
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { \

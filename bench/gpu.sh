@@ -23,11 +23,12 @@
 #   initcheck  [likewise; it reports padding that is copied as it is and never used]
 #   bench      python -m pymeta.bench --device cuda: the four cases that decide, large ones first
 #   sweep      the same for pymeta alone with several numbers of threads of a block
+#   special    two of those cases with kernels of their own (PYMETA_SPECIALISE), which are compiled first
 #   ncu        Nsight Compute's view of W1 T=4096 and W3 T=1024
 #
-# FOLDER (default bench/results/gpu) gets summary.md, log.txt, junit.xml, bench.json, bench.md, sweep.json, kernels.json and
+# FOLDER (default bench/results/gpu) gets summary.md, log.txt, junit.xml, bench.json, bench.md, sweep.json, special.json, kernels.json and
 # ncu.txt. A part that fails or runs out of its time is noted, and the next one begins. Exit status: 1 where the build, the smoke
-# run, a test or a sanitizer failed or was asked for and not run to its end; initcheck, bench, sweep and ncu do not count.
+# run, a test or a sanitizer failed or was asked for and not run to its end; initcheck, bench, sweep, special and ncu do not count.
 # shellcheck disable=SC2329 # the functions of the parts are called by name, through `run` and `start`
 set -uo pipefail
 
@@ -41,8 +42,8 @@ out=${1:-$root/bench/results/gpu}
 shift $(($# ? 1 : 0))
 parts=("$@")
 sanitizers=(memcheck racecheck synccheck)
-((${#parts[@]})) || parts=(build kernels info smoke tests "${sanitizers[@]}" bench sweep ncu)
-known=" core build kernels info smoke tests emulated ${sanitizers[*]} initcheck bench sweep ncu "
+((${#parts[@]})) || parts=(build kernels info smoke tests "${sanitizers[@]}" bench sweep special ncu)
+known=" core build kernels info smoke tests emulated ${sanitizers[*]} initcheck bench sweep special ncu "
 for part in "${parts[@]}"; do
   [[ $known == *" $part "* ]] || { echo "gpu.sh: no part '$part'; there are$known" >&2; exit 2; }
 done
@@ -321,6 +322,10 @@ bench() {
   in_run within "$seconds" "$python" -m pymeta.bench --device cuda "$@"
 }
 
+special() {
+  PYMETA_SPECIALISE=1 PYMETA_CACHE="$work/special" bench "$@"
+}
+
 profile() {
   local code=0 case sections=(SpeedOfLight MemoryWorkloadAnalysis SchedulerStats WarpStateStats InstructionStats
     SourceCounters Occupancy LaunchStats)
@@ -350,7 +355,7 @@ summary() {
   for name in kernels info; do
     [[ -s $logs/$name.txt ]] && printf '\n## %s\n\n%s\n' "$name" "$(cat "$logs/$name.txt")"
   done
-  for name in bench sweep; do
+  for name in bench sweep special; do
     [[ -s $work/results/$name.md ]] && printf '\n## %s\n\n%s\n' "$name" "$(cat "$work/results/$name.md")"
   done
 }
@@ -360,7 +365,7 @@ write_results() {
     printf '\n======== %s\n\n' "$name"
     cat "$logs/$name.txt" 2>/dev/null
   done >"$out/log.txt"
-  for name in junit.xml bench.json bench.md sweep.json kernels.json ncu.txt; do
+  for name in junit.xml bench.json bench.md sweep.json special.json kernels.json ncu.txt; do
     [[ -s $work/results/$name ]] && cp "$work/results/$name" "$out/"
   done
   summary >"$out/summary.md"
@@ -417,5 +422,6 @@ wanted bench && run bench bench 180 --budget 150 --cases "W1 T=65536 K=1" "W3 T=
 wanted sweep && run sweep bench 60 --only pymeta --cases "W1 T=25 K=1" "W1 T=4096 K=1" "W3 T=1024 K=5" \
   "W5 fine-tuning T=1000 K=20" \
   --block-threads 32 64 128 256 --out "$work/results/sweep.json"
+wanted special && run special special 90 --only pymeta --cases "W1 T=65536 K=1" "W3 T=16384 K=5" --out "$work/results/special.json"
 wanted ncu && run ncu profile
 exit 0

@@ -10,6 +10,8 @@ Environment variables, read once when this module is imported:
                         use: its affinity, and the CPU quota of its control group
     PYMETA_KEPT_BYTES   how much working memory is kept between calls; default 256 MiB
     PYMETA_BLOCK_THREADS  threads of a block of the CUDA executor; default chosen from the shapes
+    PYMETA_SPECIALISE   1: calls with CUDA tensors have kernels of their own (pymeta/specialise.py);
+                        default 0
     PYMETA_CHECK_VALUES 1: each call with CUDA tensors waits for them and checks labels and weights,
                         as calls on the CPU do; default 0: a wrong one makes its task's results NaN
 
@@ -198,6 +200,33 @@ def set_check_values(check: bool) -> None:
     checking_values = check
 
 
+def set_specialise(on: bool) -> None:
+    """Whether calls on a device have kernels of their own, with their sizes as constants.
+
+    Compiling one takes seconds, the first time that a call of its sizes is made on this machine; it
+    is kept on disk (pymeta/specialise.py). `PYMETA_SPECIALISE=1` does this at import.
+
+    Args:
+        on: True, or False (as it is at first): all calls run on the kernels that were built.
+
+    Raises:
+        TypeError: `on` is no bool.
+        ValueError: this build has no CUDA executor.
+    """
+    if not isinstance(on, bool):
+        raise TypeError(f"on: expected a bool, got {type(on).__name__}")
+    core = extension()
+    if not hasattr(core, "set_specialiser"):
+        if on:
+            raise ValueError("on: this build of pymeta has no CUDA executor")
+    elif on:
+        from pymeta import specialise
+
+        core.set_specialiser(specialise.compiled, specialise.failed)
+    else:
+        core.clear_specialiser()
+
+
 # ---- choices ----------------------------------------------------------------------------------
 
 
@@ -232,6 +261,7 @@ _SETTINGS: tuple[tuple[str, Callable[[str], None]], ...] = (
     ("PYMETA_NUM_THREADS", lambda text: set_num_threads(_integer(text))),
     ("PYMETA_KEPT_BYTES", lambda text: set_kept_bytes(_integer(text))),
     ("PYMETA_BLOCK_THREADS", lambda text: set_block_threads(_integer(text))),
+    ("PYMETA_SPECIALISE", lambda text: set_specialise(_switch(text))),
     ("PYMETA_CHECK_VALUES", lambda text: set_check_values(_switch(text))),
 )
 

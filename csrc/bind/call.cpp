@@ -172,7 +172,9 @@ void CallParts::describe(Described<Real>& to) const {
       refuse("own_starts: expected " + std::to_string(tensors) + " values, got " +
              std::to_string(own_starts.size()));
     std::copy(own_starts.begin(), own_starts.end(), to.own_starts);
-    call.parameter_per_task = to.own_starts;
+    // Where no tensor has one, the call is like one without (families.h).
+    if (std::find(own_starts.begin(), own_starts.end(), true) != own_starts.end())
+      call.parameter_per_task = to.own_starts;
   }
   call.query = described_set<Real>(query, job_ == Job::meta);
   put_results(*problem_, results, to);

@@ -7,6 +7,7 @@
 
 #include "../core/call/shuffle.h"
 #include "../cuda/device.h"
+#include "../cuda/special_kernels.h"
 #include "../runtime/cores.h"
 #include "../runtime/memory.h"
 #include "../runtime/registry.h"
@@ -38,6 +39,30 @@ void change_block_options(Change change) {
   change(options);
   set_block_options(options);
 }
+
+#ifdef PYMETA_HAS_BLOCKS
+// Python's (pymeta/specialise.py); asked by calls, which have let go of the GIL.
+class PythonSpecialiser : public Specialiser {
+ public:
+  PythonSpecialiser(py::function compile, py::function failed)
+      : compile_(std::move(compile)), failed_(std::move(failed)) {}
+  ~PythonSpecialiser() override {
+    const py::gil_scoped_acquire gil;
+    compile_ = failed_ = py::function();
+  }
+  std::string compile(const std::string& source, int capability) override {
+    const py::gil_scoped_acquire gil;
+    return compile_(source, capability).cast<std::string>();
+  }
+  void failed(const std::string& path, const std::string& reason) override {
+    const py::gil_scoped_acquire gil;
+    failed_(path, reason);
+  }
+
+ private:
+  py::function compile_, failed_;
+};
+#endif
 
 py::list describe_devices() {
   py::list devices;
@@ -86,6 +111,22 @@ void bind_settings(py::module_& m) {
       "set_block_bytes",
       [](std::size_t n) { change_block_options([=](BlockOptions& o) { o.bytes = n; }); },
       py::arg("n"));
+#ifdef PYMETA_HAS_BLOCKS
+  m.def(
+      "set_specialiser",
+      [](py::function compile, py::function failed) {
+        auto own = std::make_shared<PythonSpecialiser>(std::move(compile), std::move(failed));
+        const ReleasedGil released;
+        set_specialiser(std::move(own));
+      },
+      py::arg("compile"), py::arg("failed"));
+  m.def("clear_specialiser", [] {
+    const ReleasedGil released;
+    set_specialiser(nullptr);
+  });
+  m.def("specialises", &specialises);
+  m.def("forget_special_kernels", &forget_special_kernels);
+#endif
   m.def("free_memory", [] {
     const ReleasedGil released;
     return free_memory();

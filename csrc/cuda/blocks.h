@@ -10,7 +10,11 @@
 #include "call.h"
 #include "cost.h"
 #include "device.h"
+#include "direct.h"
 #include "list.h"
+#include "recorded_call.h"
+#include "special_kernels.h"
+#include "special_source.h"
 
 PYMETA_KERNEL_BEGIN
 
@@ -54,7 +58,7 @@ class BlockCall {
     frame.far = frame.sums + sums_size(frame.workspace) * plan.chunks;
     frame.chunks = plan.chunks;
     frame.sharing = Sharing::of(plan.at_once, plan.threads);
-    frame.make_list(call_, plan.near_scalars);
+    make_list(call_, plan.near_scalars, frame);
     frame.tasks_per_chunk = plan.chunks ? (call_.tasks + plan.chunks - 1) / plan.chunks : 0;
     const Real* rates = frame.packed + frame.workspace.parameters.size;
     frame.shared = {frame.packed, nullptr, call_.lr.per_element ? rates : nullptr,
@@ -64,14 +68,24 @@ class BlockCall {
             launcher.pack(static_cast<int>((packed + 255) / 256), launcher.few(256), frame))
       return wrong;
     if (plan.blocks > 0)
-      if (const char* wrong = launcher.tasks(plan.blocks, plan.threads, plan.block_bytes, frame))
-        return wrong;
+      if (const char* wrong = run_tasks(plan, launcher, frame)) return wrong;
     if (frame.sums_size == 0 && !call_.mean_loss) return nullptr;
     const int columns = static_cast<int>((frame.sums_size + kReduceColumns - 1) / kReduceColumns);
     return launcher.reduce(columns + 1, launcher.few(kReduceColumns * kReduceGroups), frame);
   }
 
  private:
+  template <class Launcher>
+  const char* run_tasks(const BlockPlan& plan, const Launcher& launcher,
+                        const GivenFrame& frame) const {
+    if constexpr (Block::Family::kMayBeSpecial && Launcher::kHasSpecial)
+      if (specialises())
+        if (const SpecialKernel kernel =
+                launcher.special(SpecialNumbers(call_, frame, plan.threads)))
+          return launcher.tasks(plan.blocks, plan.threads, plan.block_bytes, frame, kernel);
+    return launcher.tasks(plan.blocks, plan.threads, plan.block_bytes, frame);
+  }
+
   struct Choice {
     int threads, at_once;
     std::size_t near_scalars;
@@ -195,8 +209,6 @@ PYMETA_KERNEL_END
 // Exports the table of this machine, family and Real under the name by which device.cpp knows it; behind run_blocks.
 #define PYMETA_BLOCKS_NAME_(machine, family, real) machine##_##family##_blocks_##real
 #define PYMETA_BLOCKS_NAME(machine, family, real) PYMETA_BLOCKS_NAME_(machine, family, real)
-#define PYMETA_SPELLED_(name) #name
-#define PYMETA_SPELLED(name) PYMETA_SPELLED_(name)
 #define PYMETA_EXPORT_BLOCKS_(name)                                                         \
   namespace pymeta {                                                                        \
   extern const BlockKernels<PYMETA_REAL> name;                                              \

@@ -17,6 +17,18 @@ struct Launcher {
     emulation::launch(blocks, threads, bytes, [&] { run_tasks(frame); });
     return nullptr;
   }
+  static constexpr bool kHasSpecial = true;
+  template <class Numbers>
+  static SpecialKernel special(const Numbers& of) {
+    return special_kernel(kEmulated, of.key(),
+                          [&] { return of.constants() + special_kernel_source; });
+  }
+  const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame,
+                    SpecialKernel kernel) const {
+    using Run = void (*)(int, int, std::size_t, const void*);
+    reinterpret_cast<Run>(const_cast<void*>(kernel))(blocks, threads, bytes, &frame);
+    return nullptr;
+  }
   const char* reduce(int blocks, int threads, const Frame& frame) const {
     emulation::launch(blocks, threads, sizeof(double) * kReduceColumns * kReduceGroups,
                       [&] { reduce_sums(frame); });

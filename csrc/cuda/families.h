@@ -13,17 +13,24 @@
   FAMILY(machine, chains)                      \
   FAMILY(machine, every)
 
+#define PYMETA_SPELLED_(name) #name
+#define PYMETA_SPELLED(name) PYMETA_SPELLED_(name)
+
 namespace pymeta {
 namespace block_families {
+
+constexpr bool is_one_of(int value, int one, int other) { return value == one || value == other; }
 
 // What runs the algorithms themselves, whatever is asked.
 struct every : AllCalls {
   static constexpr bool kLists = false;
+  static constexpr bool kMayBeSpecial = false;  // may a call have a kernel of its own (special.h)?
   static constexpr int kMostLayers = block_layers::every;
 };
 // Linear layers and activations, as lists of operations (operations.h).
 struct chains : AllCalls {
   static constexpr bool kLists = true;
+  static constexpr bool kMayBeSpecial = false;
   static constexpr int kMostLayers = block_layers::chains;
   template <LayerKind kind>
   static constexpr bool kLayer = kind == LayerKind::linear || kind == LayerKind::lone_activation;
@@ -33,6 +40,11 @@ struct plain : chains {
   static constexpr int kMostLayers = block_layers::plain;
   static constexpr bool kExtras = false;
   static constexpr bool kSeeds = false;
+  static constexpr bool kMayBeSpecial = true;
+#ifdef PYMETA_SPECIAL_LOSSES
+  template <LossKind kind>
+  static constexpr bool kLoss = is_one_of(static_cast<int>(kind), PYMETA_SPECIAL_LOSSES);
+#endif
 };
 
 }  // namespace block_families

@@ -35,6 +35,21 @@ struct Launcher {
   const char* tasks(int blocks, int threads, std::size_t bytes, const GivenFrame& frame) const {
     return launch(run_tasks_kernel, blocks, threads, bytes, frame);
   }
+  static constexpr bool kHasSpecial = true;
+  template <class Numbers>
+  static SpecialKernel special(const Numbers& of) {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return nullptr;
+    return special_kernel(device, of.key(), [&] { return of.constants() + special_kernel_source; });
+  }
+  const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame,
+                    SpecialKernel kernel) const {
+    void* arguments[] = {const_cast<Frame*>(&frame)};
+    const cudaError_t wrong =
+        cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
+                         dim3(static_cast<unsigned>(threads)), arguments, bytes, stream);
+    return wrong == cudaSuccess ? nullptr : cudaGetErrorString(wrong);
+  }
   const char* reduce(int blocks, int threads, const Frame& frame) const {
     return launch(reduce_sums_kernel, blocks, threads,
                   sizeof(double) * kReduceColumns * kReduceGroups, frame);

@@ -37,6 +37,42 @@ class ListedTask : ListOptions {
  private:
   static constexpr bool kOptions = Block::Family::kExtras;
 
+#ifdef PYMETA_SPECIAL
+  PYMETA_FN void run(Part part) {
+    switch (part) {
+      case Part::whole:
+        return run_from<0, kSpecialEnds[0]>();
+      case Part::first_step:
+        return run_from<kSpecialEnds[0], kSpecialEnds[1]>();
+      case Part::next_step:
+        return run_from<kSpecialEnds[1], kSpecialEnds[2]>();
+      case Part::after_none:
+        return run_from<kSpecialEnds[2], kSpecialEnds[3]>();
+      case Part::after_some:
+        return run_from<kSpecialEnds[3], kSpecialEnds[4]>();
+    }
+  }
+  template <int kFirst, int kEnd>
+  PYMETA_FN void run_from() {
+    if constexpr (kFirst < kEnd) {
+      if constexpr (kSpecialOperations[kFirst].waits) sync();
+      if constexpr (is_repeated(kFirst))
+        run_repeated<first_like(kFirst)>(kSpecialOperations[kFirst].spots);
+      else
+        run_share(Special<kFirst>{});
+      run_from<kFirst + 1, kEnd>();
+    }
+  }
+  template <int kLike>
+  PYMETA_FN PYMETA_ONE_COPY void run_repeated(const Spot* spots) {
+    run_share(Repeated<kLike>{spots});
+  }
+  template <class Op>
+  PYMETA_FN void run_share(const Op& op) {
+    const int own = op.from_last ? thread_count() - 1 - thread_index() : thread_index();
+    if (own < op.share) run(op, own);
+  }
+#else
   PYMETA_FN void run(Part part) {
     const int p = static_cast<int>(part), end = given_.list.ends[p];
     int i = p ? given_.list.ends[p - 1] : 0;
@@ -66,10 +102,12 @@ class ListedTask : ListOptions {
     run_together(op);
     return 0;
   }
+#endif
 
-  PYMETA_FN void run(const Operation& op, int own) {
+  template <class Op>
+  PYMETA_FN void run(const Op& op, int own) {
     const int out = op.out;
-    const Extent extent{frame().rows[static_cast<int>(op.set)], nullptr, Real(0)};
+    const Extent extent{rows_of(op.set), nullptr, Real(0)};
     switch (op.act) {
       case Act::apply:
       case Act::apply_transposed:
@@ -142,7 +180,8 @@ class ListedTask : ListOptions {
   // ---- operations ------------------------------------------------------------------------------------------------
 
   // One description for all three forms: each would have its place on the stack.
-  PYMETA_FN void product(const Operation& op, int rows) const {
+  template <class Op>
+  PYMETA_FN void product(const Op& op, int rows) const {
     const bool forth = op.act == Act::apply, sums = op.act == Act::outer;
     const int in_row = static_cast<int>(Alone::stride(op.in)),
               out_row = static_cast<int>(Alone::stride(op.out));
@@ -159,33 +198,48 @@ class ListedTask : ListOptions {
     p.epilogue = sums ? Alone::sunk(sink(op, 4), out_row)
                       : Alone::destined(destination(op, 5), forth ? out_row : in_row);
     if (forth)
-      multiply_alone<Form::nn>(p, op.height);
+      multiply<Form::nn>(op, p);
     else if (sums)
-      multiply_alone<Form::tn>(p, op.height);
+      multiply<Form::tn>(op, p);
     else
-      multiply_alone<Form::nt>(p, op.height);
+      multiply<Form::nt>(op, p);
+  }
+  PYMETA_FN static constexpr Act act_of(Form form) {
+    return form == Form::nn ? Act::apply : form == Form::tn ? Act::outer : Act::apply_transposed;
+  }
+  template <Form kForm, class Op>
+  PYMETA_FN static void multiply(const Op& op, const Product& p) {
+    if constexpr (!kSpecial)
+      multiply_alone<kForm>(p, op.height);
+    else if constexpr (Op::act == act_of(kForm))
+      multiply_alone<kForm, Op::height>(p);
   }
 
   // Each in a function of its own, so that what they have on the stack takes the same place.
 
-  PYMETA_FN void narrow_apply(const Operation& op, const Extent& extent) const {
+  template <class Op>
+  PYMETA_FN void narrow_apply(const Op& op, const Extent& extent) const {
     Alone::narrow_apply(op.in, op.out, extent.rows, terms(op), maybe(op, 4), at(op, 5));
   }
-  PYMETA_FN void narrow_apply_transposed(const Operation& op, const Extent& extent) const {
+  template <class Op>
+  PYMETA_FN void narrow_apply_transposed(const Op& op, const Extent& extent) const {
     const TwoTerms pair = terms(op);
     const Term both[2] = {{{pair.x, 0}, pair.w}, {{pair.x_too, 0}, pair.w_too}};
     Alone::narrow_apply_transposed(op.in, op.out, extent, both, op.count, destination(op, 5));
   }
-  PYMETA_FN void narrow_outer(const Operation& op, const Extent& extent) const {
+  template <class Op>
+  PYMETA_FN void narrow_outer(const Op& op, const Extent& extent) const {
     const TwoTerms pair = terms(op);
     const long row = Alone::stride(op.in);
     const Matrix pairs[2][2] = {{{pair.x, row}, {pair.w, 0}}, {{pair.x_too, row}, {pair.w_too, 0}}};
     Alone::narrow_outer(op.in, op.out, extent, pairs, op.count, sink(op, 4));
   }
-  PYMETA_FN void of_loss(const Operation& op, int rows) const {
+  template <class Op>
+  PYMETA_FN void of_loss(const Op& op, int rows) const {
     loss_gradient<Alone>(loss(op), loss_rows(op, rows), at(op, 4), maybe(op, 5));
   }
-  PYMETA_FN void of_loss_tangent(const Operation& op, int rows) const {
+  template <class Op>
+  PYMETA_FN void of_loss_tangent(const Op& op, int rows) const {
     loss_hessian_product<Alone>(loss(op), loss_rows(op, rows), at(op, 4), at(op, 5));
   }
   PYMETA_FN void write_predictions(const Extent& extent, int out, const Real* y) const {
@@ -196,7 +250,8 @@ class ListedTask : ListOptions {
     });
   }
 
-  PYMETA_FN void take_step(const Operation& op) const {
+  template <class Op>
+  PYMETA_FN void take_step(const Op& op) const {
     const StepOperands operands{at(op, 0),    at(op, 1),    at(op, 2),
                                 maybe(op, 3), maybe(op, 4), given_.workspace.parameters.size,
                                 size(op)};
@@ -204,7 +259,8 @@ class ListedTask : ListOptions {
               [&](const auto& rule) { Alone::take_step(rule, operands, scale(op), correction_); });
   }
   // All threads see the same rate, and nearly always there is nothing to do.
-  PYMETA_FN void scale_direction(const Operation& op) {
+  template <class Op>
+  PYMETA_FN void scale_direction(const Op& op) {
     unscaled_ = nullptr;
     const Real by = scale(op);
     if (is_near_one(by)) return;
@@ -228,7 +284,8 @@ class ListedTask : ListOptions {
   PYMETA_FN void correct(int k) {
     if (const Real* c = given_.shared.corrections) correction_ = {c[2 * k], c[2 * k + 1]};
   }
-  PYMETA_FN void add_difference(const Operation& op, const Real* start, const Real* theta,
+  template <class Op>
+  PYMETA_FN void add_difference(const Op& op, const Real* start, const Real* theta,
                                 Real* to) const {
     const Real* base = first_ ? nullptr : to;
     const bool clips = extra<Block>(call().task_clip > 0);

@@ -2,23 +2,21 @@
 #pragma once
 
 #include "alone.h"
-#include "recorded_call.h"
+#include "special.h"
 
 PYMETA_KERNEL_BEGIN
 
-template <bool kLists>
-struct TaskFrame : Frame {
+template <>
+struct TaskFrame<true> : Frame {
   OperationList list;
 
   using Frame::Frame;
-  void make_list(const Call<Real>& described, std::size_t near) {
-    record(described, near, sharing, list);
-#ifdef PYMETA_EMULATE
-    if (list.count > kMostOperations) __builtin_trap();  // most_operations() is wrong
-#endif
-  }
 };
+#ifdef PYMETA_SPECIAL
+using ListFrame = Frame;  // its operations are constants
+#else
 using ListFrame = TaskFrame<true>;
+#endif
 
 // What the set is then is known from the list; it is on the stack for the time of this function.
 PYMETA_FN PYMETA_NOINLINE inline int bind_rows(const Call<Real>& call, const Memory& memory,
@@ -43,37 +41,62 @@ class ListOperands {
   PYMETA_FN static const Call<Real>& call() { return frame().call; }
   PYMETA_FN static const Memory& memory() { return frame().memory; }
 
-  PYMETA_FN Real* at(const Operation& op, int i) const {
-    const Spot spot = op.spots[i];
+  PYMETA_FN static int rows_of(SetOf set) {
+#ifdef PYMETA_SPECIAL
+    if (kSpecialRows[static_cast<int>(set)] >= 0) return kSpecialRows[static_cast<int>(set)];
+#endif
+    return frame().rows[static_cast<int>(set)];
+  }
+
+  template <class Op>
+  PYMETA_FN Real* at(const Op& op, int i) const {
+    const Spot spot = op.spot(i);
+    if constexpr (kSpecial) {
+      if (spot >> kSpotBits == static_cast<Spot>(Lies::near)) return own_memory(given_).near + spot;
+      Real* far = frame().memories[spot >> kSpotBits] + (spot & ((Spot{1} << kSpotBits) - 1));
+      assume_far(far);
+      return far;
+    }
     return frame().memories[spot >> kSpotBits] + (spot & ((Spot{1} << kSpotBits) - 1));
   }
-  PYMETA_FN Real* maybe(const Operation& op, int i) const {
-    return op.spots[i] == kNoSpot ? nullptr : at(op, i);
+  template <class Op>
+  PYMETA_FN Real* maybe(const Op& op, int i) const {
+    return op.spot(i) == kNoSpot ? nullptr : at(op, i);
   }
-  PYMETA_FN static std::size_t size(const Operation& op) { return op.spots[kSpots - 1]; }
-  PYMETA_FN TwoTerms terms(const Operation& op) const {
+  template <class Op>
+  PYMETA_FN static std::size_t size(const Op& op) {
+    return op.spot(kSpots - 1);
+  }
+  template <class Op>
+  PYMETA_FN TwoTerms terms(const Op& op) const {
     TwoTerms t{op.count, maybe(op, 0), maybe(op, 1), nullptr, nullptr};
     if (op.count > 1) t.x_too = at(op, 2), t.w_too = at(op, 3);
     return t;
   }
-  PYMETA_FN const Layer& layer(const Operation& op) const {
+  template <class Op>
+  PYMETA_FN const Layer& layer(const Op& op) const {
     return call().network->layers[op.number];
   }
-  PYMETA_FN const Loss& loss(const Operation& op) const {
+  template <class Op>
+  PYMETA_FN const Loss& loss(const Op& op) const {
     return frame().losses[static_cast<int>(op.set)];
   }
-  PYMETA_FN Destination destination(const Operation& op, int first) const {
+  template <class Op>
+  PYMETA_FN Destination destination(const Op& op, int first) const {
     return {at(op, first), op.relu, maybe(op, first + 1)};
   }
   // A chunk's first task finds no sums.
-  PYMETA_FN Real* base(const Operation& op, int i) const {
-    const bool summed = op.spots[i] >> kSpotBits == static_cast<Spot>(Lies::sums);
+  template <class Op>
+  PYMETA_FN Real* base(const Op& op, int i) const {
+    const bool summed = op.spot(i) >> kSpotBits == static_cast<Spot>(Lies::sums);
     return first_ && summed ? nullptr : maybe(op, i);
   }
-  PYMETA_FN Real scale(const Operation& op) const {
+  template <class Op>
+  PYMETA_FN Real scale(const Op& op) const {
     return op.rate ? -rates_[op.rate - 1] : Real(1);
   }
-  PYMETA_FN Sink sink(const Operation& op, int first) const {
+  template <class Op>
+  PYMETA_FN Sink sink(const Op& op, int first) const {
     Sink to{at(op, first), base(op, first + 1), maybe(op, first + 2), scale(op)};
     if (unscaled_ && op.rate) to = beside_scaled(to);
     return to;
@@ -84,7 +107,8 @@ class ListOperands {
     const Real* own = unscaled_ + ((to.extra ? to.extra : to.base) - v);
     return {to.out, to.extra ? to.base : own, to.extra ? own : nullptr, Real(1)};
   }
-  PYMETA_FN LossRows loss_rows(const Operation& op, int rows) const {
+  template <class Op>
+  PYMETA_FN LossRows loss_rows(const Op& op, int rows) const {
     return {op.out, op.in, rows, at(op, 0), maybe(op, 1), at(op, 2), nullptr, at(op, 3), nullptr};
   }
 

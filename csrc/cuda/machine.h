@@ -29,6 +29,12 @@ using Vec = Real;
 using Place = std::uint32_t;
 constexpr bool kTwoMemories = true;
 constexpr int kMostLayers = block_layers::PYMETA_FAMILY;
+// Is it compiled for a single call (special.h)?
+#ifdef PYMETA_SPECIAL
+constexpr bool kSpecial = true;
+#else
+constexpr bool kSpecial = false;
+#endif
 
 // What a comparison gives, with the operators of a vector's mask.
 struct IntVec {
@@ -140,7 +146,6 @@ PYMETA_FN inline Vec normal_cdf(Vec v) {
 
 #if defined(__CUDA_ARCH__)
 PYMETA_FN inline int thread_index() { return static_cast<int>(threadIdx.x); }
-PYMETA_FN inline int thread_count() { return static_cast<int>(blockDim.x); }
 PYMETA_FN inline int block_index() { return static_cast<int>(blockIdx.x); }
 PYMETA_FN inline int block_count() { return static_cast<int>(gridDim.x); }
 PYMETA_FN inline void sync() { __syncthreads(); }
@@ -156,7 +161,6 @@ PYMETA_FN inline void assume_near(const Real* p) { __builtin_assume(__isShared(p
 PYMETA_FN inline void assume_far(const Real* p) { __builtin_assume(__isGlobal(p)); }
 #elif defined(PYMETA_EMULATE)
 inline int thread_index() { return emulation::self.thread; }
-inline int thread_count() { return emulation::self.block->threads; }
 inline int block_index() { return emulation::self.block->index; }
 inline int block_count() { return emulation::self.block->count; }
 inline void sync() {
@@ -167,12 +171,22 @@ inline void sync() {
 inline char* shared_memory() { return emulation::self.block->shared; }
 #else  // nvcc's host pass: device code that is never called
 PYMETA_FN inline int thread_index() { return 0; }
-PYMETA_FN inline int thread_count() { return 1; }
 PYMETA_FN inline int block_index() { return 0; }
 PYMETA_FN inline int block_count() { return 1; }
 PYMETA_FN inline void sync() {}
 PYMETA_FN inline char* shared_memory() { return nullptr; }
 #endif
+PYMETA_FN inline int thread_count() {
+#if defined(PYMETA_SPECIAL)
+  return PYMETA_SPECIAL_THREADS;
+#elif defined(__CUDA_ARCH__)
+  return static_cast<int>(blockDim.x);
+#elif defined(PYMETA_EMULATE)
+  return emulation::self.block->threads;
+#else
+  return 1;
+#endif
+}
 #if !defined(__CUDA_ARCH__)
 PYMETA_FN inline bool lies_near(const Real*) { return false; }
 PYMETA_FN inline bool lies_far(const Real*) { return false; }

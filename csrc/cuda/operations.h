@@ -114,6 +114,7 @@ struct Operation {
     out = static_cast<std::uint16_t>(size / 4 >> 16);
   }
   PYMETA_FN std::size_t quads() const { return static_cast<std::size_t>(out) << 16 | in; }
+  PYMETA_FN Spot spot(int i) const { return spots[i]; }
 };
 static_assert(sizeof(Operation) == 44, "as many as possible fit into a kernel's parameters");
 

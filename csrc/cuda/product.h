@@ -112,6 +112,7 @@ PYMETA_FN void add_piece_nn(const Piece& p, int rows, int m0, int n0, Tile<kTile
   for (int m = 0; m < kTileRows; ++m) a[m] = from.a + within(m0 + m, rows) * p.a_row;
   const Real* b = from.b + n0;
   int k = 0;
+  PYMETA_ROLLED
   for (; k + 4 <= p.depth; k += 4) {
     Quad left[kTileRows], right[4];
 #pragma unroll
@@ -141,6 +142,7 @@ PYMETA_FN void add_piece_nt(const Piece& p, int rows, int columns, int step, int
 #pragma unroll
   for (int c = 0; c < 4; ++c) b[c] = from.b + within(n0 + c * step, columns) * p.b_row;
   int k = 0;
+  PYMETA_ROLLED
   for (; k + 4 <= p.depth; k += 4) {
     Quad left[kTileRows], right[4];
 #pragma unroll
@@ -376,23 +378,27 @@ PYMETA_FN inline PYMETA_NOINLINE void multiply_by_wide_tiles(const Product& give
 PYMETA_FN inline Sharing& sharing() { return *reinterpret_cast<Sharing*>(shared_memory()); }
 
 // Each thread its tiles; nobody waits for anybody.
+template <Form kForm, int kHeight>
+PYMETA_FN void multiply_alone(const Product& p) {
+  const InProduct product;
+  if constexpr (kHeight == kWide)
+    multiply_by_wide_tiles(p);
+  else
+    multiply_by_tiles<kForm, kHeight>(p);
+}
 template <Form kForm>
 PYMETA_FN void multiply_alone(const Product& p, int height) {
-  const InProduct product;
   if constexpr (kForm == Form::tn)
-    if (height == kWide) return multiply_by_wide_tiles(p);
+    if (height == kWide) return multiply_alone<kForm, kWide>(p);
   switch (height) {
     case 8:
-      multiply_by_tiles<kForm, 8>(p);
-      break;
+      return multiply_alone<kForm, 8>(p);
     case 4:
-      multiply_by_tiles<kForm, 4>(p);
-      break;
+      return multiply_alone<kForm, 4>(p);
     case 2:
-      multiply_by_tiles<kForm, 2>(p);
-      break;
+      return multiply_alone<kForm, 2>(p);
     default:
-      multiply_by_tiles<kForm, 1>(p);
+      return multiply_alone<kForm, 1>(p);
   }
 }
 template <Form kForm>

@@ -235,4 +235,12 @@ inline void record(const Call<Real>& given, std::size_t near, const Sharing& sha
   recording.end(Part::whole, hazards);
 }
 
+inline void make_list(const Call<Real>&, std::size_t, TaskFrame<false>&) {}
+inline void make_list(const Call<Real>& call, std::size_t near, TaskFrame<true>& frame) {
+  record(call, near, frame.sharing, frame.list);
+#ifdef PYMETA_EMULATE
+  if (frame.list.count > kMostOperations) __builtin_trap();  // most_operations() is wrong
+#endif
+}
+
 PYMETA_KERNEL_END

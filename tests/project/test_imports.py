@@ -15,7 +15,8 @@ PACKAGE = ROOT / "pymeta"
 # What each part may import, besides itself. Parts that are not named are not imported by any.
 ALLOWED = {
     "namesake": set(),
-    "native": {"namesake"},
+    "specialise": set(),
+    "native": {"namesake", "specialise"},
     "nn": set(),
     "spec": {"native", "nn"},
     "tasks": {"native", "spec"},

@@ -21,7 +21,7 @@ PYMETA_FN PYMETA_NOINLINE void activate(const Layer& layer, const Extent& extent
   with_activation(layer.activation.kind, [&](auto rule) {
     X::map(over(extent, layer.out), features, [&](long at, long column, int) {
       Vec value = rule.value(load(z + at), layer.activation);
-      if constexpr (rule.kMovesZero)
+      if constexpr (decltype(rule)::kMovesZero)
         value = X::masked_columns(value, features, static_cast<int>(column / kWidth));
       store(a + at, value);
     });
@@ -50,7 +50,7 @@ PYMETA_FN PYMETA_NOINLINE void through_slope_tangent(const Layer& layer, const E
     X::map(over(extent, layer.out), layer.out.channels, [&](long at, long, int) {
       const Vec input = rule.kFromOutput ? zero() : load(z + at), output = load(a + at);
       Vec v = rule.slope(input, output, layer.activation) * load(rc + at);
-      if constexpr (rule.kHasCurvature) {
+      if constexpr (decltype(rule)::kHasCurvature) {
         if (rz)
           v = fma(rule.curvature(input, output, layer.activation) * load(c + at), load(rz + at), v);
       }

@@ -2,12 +2,14 @@
 //
 //   block_accesses_FAMILY [--threads N] [CASE...]
 //   block_instructions_FAMILY [--threads N] [CASE...]
+//   either --constants CASE
 //
 // Prints a JSON array: for each case of the family (cuda/families.h) its plan for an H200, and what a block does for a second task
 // after a first. Compiled twice: with PYMETA_COUNT_ACCESSES it counts barriers, the products' multiply-adds and accesses to shared
 // memory, which a model of its banks (banks.h) turns into wavefronts; with PYMETA_COUNT_INSTRUCTIONS the instructions outside of
 // products of each warp's first thread. Those are of the host's processor: a GPU's are other ones. bench/block_report.py makes
-// tables of all this.
+// tables of all this. With --constants a case's own kernel is described; compiled behind that, the program counts what it does
+// (bench/special_report.py).
 
 #include "../../cuda/machine.h"
 
@@ -150,6 +152,7 @@ class CaseCall {
 struct CountingLauncher {
   std::vector<Counts>& counts;
 
+  static constexpr bool kHasSpecial = false;
   static int few(int) { return 2; }
   const char* pack(int, int threads, const blocks::Frame& frame) const {
     blocks::emulation::launch(2, threads, 64, [&] { blocks::pack_start(frame); });
@@ -274,6 +277,18 @@ void print(const Case& of, int threads, bool last) {
   std::fflush(stdout);
 }
 
+// The constants of the kernel that a case has of its own (cuda/special.h).
+void print_constants([[maybe_unused]] const Case& of) {
+  if constexpr (blocks::Block::Family::kMayBeSpecial) {
+    const CaseCall whole(of, of.tasks);
+    const BlockPlan plan = blocks::BlockCall(whole.call).plan(kH200, 0, 0);
+    blocks::GivenFrame frame(whole.call, plan.near_scalars);
+    frame.sharing = blocks::Sharing::of(plan.at_once, plan.threads);
+    blocks::make_list(whole.call, plan.near_scalars, frame);
+    std::fputs(blocks::SpecialNumbers(whole.call, frame, plan.threads).constants().c_str(), stdout);
+  }
+}
+
 }  // namespace
 }  // namespace pymeta::testing
 
@@ -283,10 +298,13 @@ int main(int argc, char** argv) {
   std::signal(SIGTRAP, blocks::emulation::count_instruction);
 #endif
   int threads = 0;
+  bool constants = false;
   std::vector<const Case*> chosen;
   for (int i = 1; i < argc; ++i)
     if (std::strcmp(argv[i], "--threads") == 0 && i + 1 < argc)
       threads = std::atoi(argv[++i]);
+    else if (std::strcmp(argv[i], "--constants") == 0)
+      constants = true;
     else
       for (const Case& one : kCases)
         if (one.name.rfind(argv[i], 0) == 0) chosen.push_back(&one);
@@ -295,6 +313,10 @@ int main(int argc, char** argv) {
   chosen.erase(std::remove_if(chosen.begin(), chosen.end(),
                               [](const Case* of) { return !is_of_family(*of); }),
                chosen.end());
+  if (constants) {
+    for (const Case* one : chosen) print_constants(*one);
+    return 0;
+  }
   std::printf("[\n");
   for (const Case* one : chosen) print(*one, threads, one == chosen.back());
   std::printf("]\n");
