@@ -86,8 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("counts", type=Path, metavar="PROGRAM")
     parser.add_argument("--arch", default="sm_90")
     given = parser.parse_args(arguments)
-    print("| case | control | of its own kernel | registers | stack | spills | code | nvcc, s |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| case | control | all warps | with its own kernel | all warps | registers | stack "
+        "| spills | code | nvcc, s |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for case in CASES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -96,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             general = json.loads(output_of(given.counts.resolve(), case))[0]
             own = counted(case, constants, folder)
             kernel = compiled(constants, folder, given.arch)
-        numbers = [general["instructions"], own["instructions"]]
+        numbers = [row[k] for row in (general, own) for k in ("instructions", "all_instructions")]
         numbers += [kernel.get(k) for k in ("registers", "stack_bytes", "spill_store_bytes")]
         numbers += [kernel.get("code_bytes"), kernel.get("seconds")]
         cells = ("-" if n is None else f"{n:,.0f}" for n in numbers)

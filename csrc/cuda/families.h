@@ -110,6 +110,13 @@ inline bool fits_a_list(const Call<Real>& call, bool options) {
       fits = fits && shape->features() <= kMostNumber;
   return fits;
 }
+// Are adapted tensors of a task without steps where it starts from, some of its own and others not? Its status looks at one array.
+inline bool lies_in_pieces(const Call<Real>& call) {
+  bool own = false, shared = false;
+  for (int t = 0; t < call.network->tensor_count; ++t)
+    if (call.adapted[t]) (call.has_own_start(t) ? own : shared) = true;
+  return own && shared;
+}
 // What no list has: what depends on what was computed, and what few ask for.
 inline bool is_beyond_lists(const Call<Real>& call) {
   const bool meta = call.job == Job::meta;
@@ -118,7 +125,8 @@ inline bool is_beyond_lists(const Call<Real>& call) {
          has_elements || (meta && call.batches.size > 0) ||
          (call.wants_input_gradient() && call.step_weights) ||
          (call.lr_gradient && (call.lr.per_task || call.task_clip > 0)) ||
-         (!meta && (call.parameter_per_task || (call.lr.is_spread() && call.lr.rows > 1))) ||
+         (!meta && call.lr.is_spread() && call.lr.rows > 1) ||
+         (call.status && lies_in_pieces(call)) ||
          (!call.query.y && (call.step_weights || (call.query.has_weightless && call.predictions)));
 }
 

@@ -110,6 +110,7 @@ class OptionCall {
   bool per_task[6] = {};
   int two_groups[6] = {0, 1, 0, 1, 0, 1};
   std::int64_t ids[kTasks] = {3, 1, 4, 1};
+  std::int8_t status[kTasks] = {};
 
  private:
   Exact<Real> numbers(std::size_t size, double scale) {
@@ -152,6 +153,13 @@ void make(OptionCall<Real>& o, Job job) {
   o.call.gradients = nullptr;
   o.call.losses = o.call.mean_loss = nullptr;
   o.call.adapted_parameters = o.adapted;
+}
+
+// The first tensors are each task's own.
+template <class Real>
+void start_apart(OptionCall<Real>& o, int tensors) {
+  for (int t = 0; t < tensors; ++t) o.per_task[t] = true, o.starts[t] = o.own_starts[t].data();
+  o.call.parameter_per_task = o.per_task;
 }
 
 template <class Real>
@@ -278,6 +286,26 @@ std::vector<Option<Real>> options() {
          o.call.anchors = o.positive(kTasks);
          o.call.optimizer = sgd(0.9, false, 0.1, 0.05);
          o.call.lr.rows = 1;
+       }},
+      {"adapting from starts of their own", "chains",
+       [](O& o) {
+         make(o, Job::adapt);
+         start_apart(o, 6);
+         o.call.status = o.status;
+       }},
+      {"fine-tuning, one tensor of their own", "every",
+       [](O& o) {
+         make(o, Job::fine_tune);
+         o.call.epochs = 3, o.call.lr.rows = 1;
+         start_apart(o, 1);
+         o.call.status = o.status;
+       }},
+      {"predicting with weights of their own", "chains",
+       [](O& o) {
+         make(o, Job::predict);
+         start_apart(o, 6);
+         o.call.adapted_parameters = nullptr;
+         o.call.query.y = nullptr, o.call.steps = 0;
        }},
       {"fine-tuning, curves", "every",
        [](O& o) {
