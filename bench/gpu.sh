@@ -12,7 +12,7 @@
 #
 # PARTS, in this order (default: all but those in brackets)
 #   core       [the kernels and all else that knows nothing of Python, into build/gpu/core; without a GPU]
-#   build      pymeta with the CUDA executor for this GPU alone, and for `emulated` with the emulated device
+#   build      pymeta with the CUDA executor for this GPU alone, and the emulated device, which a test compares with it
 #   kernels    registers, stack, spills and code of each kernel (kernel_report.py)
 #   info       python -m pymeta.info, with its self-test
 #   smoke      gpu_calls.py, every launch waited for: what fails here needs no test to be found
@@ -22,13 +22,15 @@
 #              compute-sanitizer's tool of that name over gpu_calls.py
 #   initcheck  [likewise; it reports padding that is copied as it is and never used]
 #   bench      python -m pymeta.bench --device cuda: the four cases that decide, large ones first
+#   many       the same for 100,000 networks that are fine-tuned: for some rivals most of the device's memory
 #   sweep      the same for pymeta alone with several numbers of threads of a block
 #   special    two of those cases with kernels of their own (PYMETA_SPECIALISE), which are compiled first
 #   ncu        Nsight Compute's view of W1 T=4096 and W3 T=1024
 #
-# FOLDER (default bench/results/gpu) gets summary.md, log.txt, junit.xml, bench.json, bench.md, sweep.json, special.json, kernels.json and
-# ncu.txt. A part that fails or runs out of its time is noted, and the next one begins. Exit status: 1 where the build, the smoke
-# run, a test or a sanitizer failed or was asked for and not run to its end; initcheck, bench, sweep, special and ncu do not count.
+# FOLDER (default bench/results/gpu) gets summary.md, log.txt, junit.xml, bench.json, bench.md, many.json, sweep.json, special.json,
+# kernels.json and ncu.txt. A part that fails or runs out of its time is noted, and the next one begins. Exit status: 1 where the build, the smoke
+# run, a test or a sanitizer failed or was asked for and not run to its end; initcheck, bench, many, sweep, special and ncu
+# do not count.
 # shellcheck disable=SC2329 # the functions of the parts are called by name, through `run` and `start`
 set -uo pipefail
 
@@ -42,8 +44,8 @@ out=${1:-$root/bench/results/gpu}
 shift $(($# ? 1 : 0))
 parts=("$@")
 sanitizers=(memcheck racecheck synccheck)
-((${#parts[@]})) || parts=(build kernels info smoke tests "${sanitizers[@]}" bench sweep special ncu)
-known=" core build kernels info smoke tests emulated ${sanitizers[*]} initcheck bench sweep special ncu "
+((${#parts[@]})) || parts=(build kernels info smoke tests "${sanitizers[@]}" bench many sweep special ncu)
+known=" core build kernels info smoke tests emulated ${sanitizers[*]} initcheck bench many sweep special ncu "
 for part in "${parts[@]}"; do
   [[ $known == *" $part "* ]] || { echo "gpu.sh: no part '$part'; there are$known" >&2; exit 2; }
 done
@@ -181,7 +183,7 @@ sources() {
     xargs -0 sha256sum && "$CUDACXX" --version | grep -o 'release [0-9.]*') | sha256sum | cut -d ' ' -f 1
 }
 configured_for() { # ARCHITECTURE: -Xptxas=-v is for kernel_report.py, -lineinfo for the sanitizers and ncu; neither changes the code.
-  printf '%s\n' PYMETA_CUDA=ON "PYMETA_EMULATE=$(wanted emulated && echo ON || echo OFF)" \
+  printf '%s\n' PYMETA_CUDA=ON PYMETA_EMULATE=ON \
     "CMAKE_CUDA_ARCHITECTURES=$1-real" "CMAKE_CUDA_FLAGS=-Xptxas=-v -lineinfo"
 }
 core() {
@@ -199,8 +201,8 @@ core() {
 # Whether there is one of these sources for this architecture: it is said why not.
 has_core() {
   [[ -f $work/core/made_of ]] || return 1
-  [[ $(<"$work/core/made_of") == "$1 $(sources)" ]] && ! wanted emulated && return 0
-  echo "gpu.sh: build/gpu/core is of other sources, another nvcc or GPU, or without emulated blocks: everything is compiled here"
+  [[ $(<"$work/core/made_of") == "$1 $(sources)" ]] && return 0
+  echo "gpu.sh: build/gpu/core is of other sources, another nvcc or GPU: everything is compiled here"
   return 1
 }
 
@@ -355,7 +357,7 @@ summary() {
   for name in kernels info; do
     [[ -s $logs/$name.txt ]] && printf '\n## %s\n\n%s\n' "$name" "$(cat "$logs/$name.txt")"
   done
-  for name in bench sweep special; do
+  for name in bench many sweep special; do
     [[ -s $work/results/$name.md ]] && printf '\n## %s\n\n%s\n' "$name" "$(cat "$work/results/$name.md")"
   done
 }
@@ -365,7 +367,7 @@ write_results() {
     printf '\n======== %s\n\n' "$name"
     cat "$logs/$name.txt" 2>/dev/null
   done >"$out/log.txt"
-  for name in junit.xml bench.json bench.md sweep.json special.json kernels.json ncu.txt; do
+  for name in junit.xml bench.json bench.md many.json sweep.json special.json kernels.json ncu.txt; do
     [[ -s $work/results/$name ]] && cp "$work/results/$name" "$out/"
   done
   summary >"$out/summary.md"
@@ -419,6 +421,7 @@ wait "$machine"
 # From here on nothing else runs: times are taken.
 wanted bench && run bench bench 180 --budget 150 --cases "W1 T=65536 K=1" "W3 T=16384 K=5" "W1 T=25 K=1" "W3 T=1024 K=5" \
   --out "$work/results/bench.json"
+wanted many && run many bench 150 --budget 105 --rounds 3 --cases "W5 fine-tuning T=100000 K=20" --out "$work/results/many.json"
 wanted sweep && run sweep bench 60 --only pymeta --cases "W1 T=25 K=1" "W1 T=4096 K=1" "W3 T=1024 K=5" \
   "W5 fine-tuning T=1000 K=20" \
   --block-threads 32 64 128 256 --out "$work/results/sweep.json"

@@ -78,7 +78,8 @@ def parser(program: str = "python -m pymeta.bench") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--cases", nargs="+", metavar="NAME", help="cases whose names begin so; default all")
+    add("--cases", nargs="+", metavar="NAME",
+        help="cases whose names begin so, in this order; default all")  # fmt: skip
     add("--only", nargs="+", metavar="NAME", help="contestants whose names begin so; default all")
     add("--without", nargs="+", metavar="NAME", default=[], help="leave these out, likewise")
     add("--quick", action="store_true", help="a few cases in short rounds, without the slow rivals")
@@ -118,8 +119,9 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
     """The cases asked for; ValueError where a name is wrong."""
     cuda = options.device != "cpu"
     known = CUDA_CASES if cuda else CASES
-    if options.cases:
-        return [known[name] for name in starting("--cases", list(known), options.cases)]
+    if options.cases:  # in the order asked for: a run may be cut off
+        each = [starting("--cases", list(known), [pattern]) for pattern in options.cases]
+        return [known[name] for name in dict.fromkeys(name for names in each for name in names)]
     if options.quick:
         known = QUICK_CUDA_CASES if cuda else QUICK_CASES
     return list(known.values())

@@ -317,10 +317,15 @@ def _jax_cuda(case: Case, data: Data, device: Device, options: Options) -> Varia
 
     variants: Variants = {}
     for scan in (False, True) if case.steps > 1 else (False,):
-        run, read = jax_rivals.make(case, data, False, scan, None)
-        prepared = _first_call(Prepared(run, read, wait=jax_rivals.wait))
+        name = "jax scanned steps" if scan else "jax vmap"
+        try:
+            run, read = jax_rivals.make(case, data, False, scan, None)
+            prepared = _first_call(Prepared(run, read, wait=jax_rivals.wait))
+        except RuntimeError as error:  # no memory, say: the other form may need less
+            variants[name] = f"{type(error).__name__}: {error}"
+            continue
         prepared.burst = lambda call, calls: host_burst(call, calls, jax_rivals.wait)
-        variants["jax scanned steps" if scan else "jax vmap"] = prepared
+        variants[name] = prepared
     return variants
 
 

@@ -293,6 +293,9 @@ class Session:
             for worker in some:
                 entries |= self.checked(case, worker, self.settings.patience)
         peak = self.time(entries, workers)
+        if self.settings.kind != "cpu":  # all share the device's memory, and compilers come next
+            for worker in workers.values():
+                worker.ask(self.settings.patience, do="forget")
         return {
             "case": case.name,
             "described": case.describe(),

@@ -11,6 +11,7 @@ standard input, and so are the answers on standard output:
                                    "gradients": PATH of an .npz} or {"error": WHY}}}
     {"do": "time", "variant": VARIANT, "seconds": S}
         -> {"times": [seconds of each call], "burst": seconds a call in a burst}
+    {"do": "forget"}                 -> {"variants": {}}, and the device's memory is free again
     {"do": "peak", "seconds": S}     -> {"flops": FLOP/s of one core by fused multiply-adds}
     {"do": "device"}                 -> {"facts": {...}, "peaks": {...}} of the CUDA device
 
@@ -67,8 +68,8 @@ class Server:
         self.device: devices.Device | None = None
         self.variants: Variants = {}
 
-    def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Get a case ready, and answer with its numbers."""
+    def forget(self) -> dict[str, Any]:
+        """Let go of what was prepared."""
         self.variants = {}
         gc.collect()
         if self.device is None:
@@ -76,6 +77,12 @@ class Server:
             jax = "jax" in self.contestant.packages
             self.device = devices.make("cpu" if jax else self.kind)
         self.device.empty()
+        return {"variants": {}}
+
+    def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Get a case ready, and answer with its numbers."""
+        self.forget()
+        assert self.device is not None
         case = Case.read(request["case"])
         if case.job not in self.contestant.jobs:
             return {"variants": {}}
@@ -107,6 +114,8 @@ class Server:
                 return self.prepare(request)
             if request["do"] == "time":
                 return self.time(request)
+            if request["do"] == "forget":
+                return self.forget()
             if request["do"] == "device":
                 device = devices.make(self.kind)
                 return {

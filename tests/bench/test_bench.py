@@ -94,6 +94,13 @@ def test_wrong_options_are_named(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_cases_come_in_the_order_asked_for():
+    """A run may be cut off, so what is asked for first is measured first."""
+    words = ["--device", "rehearsal", "--cases", "W3 T=16", "W1 T=25 K=5", "W3"]
+    names = [case.name for case in cli.choose_cases(cli.parser().parse_args(words))]
+    assert names == ["W3 T=16384 K=5", "W1 T=25 K=5", "W3 T=1024 K=5", "W3 T=64 K=5"]
+
+
 def test_a_cuda_device_that_is_not_there_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(devices, "why_no_cuda", lambda: "torch finds no CUDA device")
     assert cli.main(["--device", "cuda", "--only", "pymeta"]) == 1

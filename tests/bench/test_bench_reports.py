@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -23,7 +24,9 @@ from pymeta.bench import (
     ours,
     plot,
     report,
+    torch_rivals,
     verify,
+    worker,
 )
 from pymeta.bench.cases import CASES, CUDA_CASES, Data, draw, sweep
 
@@ -69,6 +72,47 @@ def test_when_the_budget_is_spent_nothing_is_compiled(local, monkeypatch, tmp_pa
     entries = found["cases"][0]["contestants"]
     assert status == 0 and "the budget of 0 s was spent" in entries["jax"]["error"]
     assert "median_s" in entries["pymeta graph"]
+
+
+def test_who_has_no_memory_is_named_and_the_others_go_on(local, monkeypatch, tmp_path, capsys):
+    """100,000 tasks may be too many for a rival: as torch says it, and as JAX does."""
+    w5 = CUDA_CASES["W5 fine-tuning T=100000 K=20"]
+    small = {"W5": replace(w5, name="W5", tasks=12, distinct=4, steps=2)}
+    monkeypatch.setattr(cli, "CUDA_CASES", small)
+
+    def vmap(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.05 GiB.\nSee also")
+
+    monkeypatch.setattr(torch_rivals, "vmap", vmap)
+    names, failed = ["pymeta", "torch vmap"], {"torch vmap", "torch vmap graph"}
+    if contestants.importlib.util.find_spec("jax") is not None:
+        from pymeta.bench import jax_rivals
+
+        made = jax_rivals.make
+
+        def make(case, data, shard, scan, chunk):
+            if not scan:
+                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+            return made(case, data, shard, scan, chunk)
+
+        monkeypatch.setattr(jax_rivals, "make", make)
+        names, failed = [*names, "jax"], failed | {"jax vmap"}
+    status, found = run_in_process(tmp_path, "--device", "rehearsal", "--only", *names)
+    entries = found["cases"][0]["contestants"]
+    out = capsys.readouterr().out
+    assert status == 0, out
+    assert {name for name, entry in entries.items() if "error" in entry} == failed
+    for name in failed:
+        assert re.search(rf"{name}: .*[Oo]ut of memory", out), out
+    assert {"pymeta", "pymeta graph"} <= {name for name in entries if "median_s" in entries[name]}
+
+
+def test_what_was_prepared_is_let_go():
+    """Contestants share a device's memory: each has it for its turn."""
+    server = worker.Server("pymeta", "rehearsal")
+    assert server.answer({"do": "forget"}) == {"variants": {}}
+    server.variants = {"pymeta": "not captured"}
+    assert server.answer({"do": "forget"}) == {"variants": {}} == {"variants": server.variants}
 
 
 def test_other_numbers_of_threads_a_block_are_contestants_of_their_own(monkeypatch):
