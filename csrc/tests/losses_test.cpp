@@ -2,8 +2,10 @@
 
 #undef PYMETA_ISA  // planted_test is compiled for another machine
 #undef PYMETA_REAL
+#undef PYMETA_FAMILY
 #define PYMETA_ISA one_number
 #define PYMETA_REAL double
+#define PYMETA_FAMILY every
 #include "../cuda/machine.h"
 #include "../core/families.h"
 #include "checks.h"
