@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "../runtime/device_plan.h"
+
 namespace pymeta {
 namespace {
 
@@ -31,24 +33,31 @@ void assume_largest(Call<Real>& call) {
     refuse("epochs: more than 2^30 inner steps for the largest task");
 }
 
-// `kept`: a plan of the time before, or none.
+// Plans of the time before, or none.
 template <class Real>
-std::size_t execute(Call<Real>& call, std::optional<Plan<Real>>& kept, const MaybeDevice& device) {
+struct KeptPlans {
+  std::optional<Plan<Real>> on_host;
+  std::optional<DevicePlan<Real>> on_device;
+};
+
+template <class Real>
+std::size_t execute(Call<Real>& call, KeptPlans<Real>& kept, const MaybeDevice& device) {
   if (!device) {
-    run_interruptibly(call, kept);
+    run_interruptibly(call, kept.on_host);
     return 0;
   }
   const ReleasedGil released;
   const auto& [ordinal, stream, workspace, bytes] = *device;
   assume_largest(call);
-  const BlockPlan plan = plan_on(ordinal, call);
-  if (workspace == 0 || bytes < plan.workspace_bytes) return plan.workspace_bytes;
+  std::optional<DevicePlan<Real>>& plan = kept.on_device;
+  if (!plan || !plan->fits(ordinal, call)) plan.emplace(ordinal, call);
+  if (workspace == 0 || bytes < plan->workspace_bytes()) return plan->workspace_bytes();
   try {
-    run_on(ordinal, stream, pointer<char>(workspace), plan, call);
+    plan->run(stream, pointer<char>(workspace), call);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error("cuda:" + std::to_string(ordinal) + ": " + error.what());
   }
-  return plan.workspace_bytes;
+  return plan->workspace_bytes();
 }
 
 template <class Real>
@@ -209,7 +218,7 @@ void CallParts::describe(Described<Real>& to) const {
 std::size_t CallParts::run(const MaybeDevice& device) const {
   return with_real(dtype_, [&](auto real) {
     Described<decltype(real)> described;
-    std::optional<Plan<decltype(real)>> none;
+    KeptPlans<decltype(real)> none;
     describe(described);
     if (job_ == Job::meta) check_meta(described.call);
     return execute(described.call, none, device);
@@ -247,13 +256,13 @@ class RepeatedCall::KeptOf : public Kept {
     put_gradients(problem_, other.gradients ? *other.gradients : no_gradients, described_);
     put_cotangents(problem_, other.cotangents ? *other.cotangents : no_cotangents, described_);
     check_meta(call);
-    return execute(call, plan_, device);
+    return execute(call, plans_, device);
   }
 
  private:
   const Problem& problem_;
   Described<Real> described_;
-  std::optional<Plan<Real>> plan_;  // of a call that stays where it is
+  KeptPlans<Real> plans_;  // of a call that stays where it is
 };
 
 RepeatedCall::RepeatedCall(const CallParts& parts) : parts_(parts) {

@@ -49,16 +49,17 @@ class BlockCall {
     return whole_plan(device, best);
   }
 
+  // `kept`: what an earlier call of the same form left, or null.
   template <class Launcher>
-  const char* run(const BlockPlan& plan, const Launcher& launcher, char* memory) const {
-    GivenFrame frame(call_, plan.near_scalars);
+  const char* run(const BlockPlan& plan, const Launcher& launcher, char* memory,
+                  BlockFrame& kept) const {
+    if (!kept) kept = recorded(plan);
+    GivenFrame& frame = *static_cast<GivenFrame*>(kept.get());
     describe(frame);
     frame.packed = reinterpret_cast<Real*>(memory);
     frame.sums = frame.packed + packed_size(frame.workspace);
     frame.far = frame.sums + sums_size(frame.workspace) * plan.chunks;
     frame.chunks = plan.chunks;
-    frame.sharing = Sharing::of(plan.at_once, plan.threads);
-    make_list(call_, plan.near_scalars, frame);
     frame.tasks_per_chunk = plan.chunks ? (call_.tasks + plan.chunks - 1) / plan.chunks : 0;
     const Real* rates = frame.packed + frame.workspace.parameters.size;
     frame.shared = {frame.packed, nullptr, call_.lr.per_element ? rates : nullptr,
@@ -171,6 +172,14 @@ class BlockCall {
     return true;
   }
 
+  // What does not depend on where arrays lie: layouts and operations.
+  BlockFrame recorded(const BlockPlan& plan) const {
+    const auto frame = std::make_shared<GivenFrame>(call_, plan.near_scalars);
+    frame->sharing = Sharing::of(plan.at_once, plan.threads);
+    make_list(call_, plan.near_scalars, *frame);
+    return frame;
+  }
+  // All else.
   void describe(Frame& frame) const {
     const Network& network = *call_.network;
     frame.call = call_;

@@ -249,16 +249,18 @@ BlockPlan plan_on(int ordinal, const Call<Real>& call) {
 
 template <class Real>
 void run_on(int ordinal, std::uintptr_t stream, char* workspace, const BlockPlan& plan,
-            const Call<Real>& call) {
+            const Call<Real>& call, KeptFrame& kept) {
+  const BlockKernels<Real>& kernels = kernels_of(ordinal, call);
+  if (kept.kernels != &kernels) kept = {nullptr, &kernels};
 #ifdef PYMETA_HAS_CUDA
   if (ordinal != kEmulated) {
     const OnDevice guard(ordinal);
-    if (const char* wrong = kernels_of(ordinal, call).run(call, plan, stream, workspace))
+    if (const char* wrong = kernels.run(call, plan, stream, workspace, kept.frame))
       throw std::runtime_error(wrong);
     return;
   }
 #endif
-  kernels_of(ordinal, call).run(call, plan, stream, workspace);
+  kernels.run(call, plan, stream, workspace, kept.frame);
 }
 
 template <class Real>
@@ -271,7 +273,7 @@ template const char* family_on(int, const Call<float>&);
 template const char* family_on(int, const Call<double>&);
 template BlockPlan plan_on(int, const Call<float>&);
 template BlockPlan plan_on(int, const Call<double>&);
-template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<float>&);
-template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<double>&);
+template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<float>&, KeptFrame&);
+template void run_on(int, std::uintptr_t, char*, const BlockPlan&, const Call<double>&, KeptFrame&);
 
 }  // namespace pymeta

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -35,14 +36,18 @@ struct BlockPlan {
   bool saves;                   // the steps' tapes are copied to the workspace and back
 };
 
+// What the kernels of a call are given (call.h), in the type of the family that runs it; null: not made yet.
+using BlockFrame = std::shared_ptr<void>;
+
 // One instance for each machine, family of calls (families.h) and Real (blocks.h).
 template <class Real>
 struct BlockKernels {
   const char* family;
   bool (*holds)(const Call<Real>&);  // is the call of this family?
   BlockPlan (*plan)(const Call<Real>&, const DeviceFacts&, int threads, std::size_t block_bytes);
-  // Null, or what went wrong.
-  const char* (*run)(const Call<Real>&, const BlockPlan&, std::uintptr_t stream, char* workspace);
+  // Null, or what went wrong. `kept` is null, and the frame is put there, or it is the frame of a call that has the same plan.
+  const char* (*run)(const Call<Real>&, const BlockPlan&, std::uintptr_t stream, char* workspace,
+                     BlockFrame& kept);
 };
 
 // Why the CUDA executor cannot run in this process; empty where it can.
@@ -60,6 +65,10 @@ struct BlockOptions {
   int threads = 0;
   std::size_t bytes = 0;
   int first_family = 0;  // those before it are not asked
+
+  bool operator==(const BlockOptions& other) const {
+    return threads == other.threads && bytes == other.bytes && first_family == other.first_family;
+  }
 };
 BlockOptions block_options();
 std::vector<std::string> block_family_names();  // by name, in the order in which they are asked
@@ -72,8 +81,14 @@ BlockPlan plan_on(int ordinal, const Call<Real>& call);
 // The name of the family whose kernel runs the call.
 template <class Real>
 const char* family_on(int ordinal, const Call<Real>& call);
+// A frame that is kept from call to call, and by whom it was made.
+struct KeptFrame {
+  BlockFrame frame;
+  const void* kernels = nullptr;
+};
+// Throws std::runtime_error. `kept` is empty, or what an earlier call with this plan left.
 template <class Real>
 void run_on(int ordinal, std::uintptr_t stream, char* workspace, const BlockPlan& plan,
-            const Call<Real>& call);  // throws std::runtime_error
+            const Call<Real>& call, KeptFrame& kept);
 
 }  // namespace pymeta

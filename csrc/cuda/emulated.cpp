@@ -37,8 +37,8 @@ struct Launcher {
 };
 
 const char* run_blocks(const Call<Real>& call, const BlockPlan& plan, std::uintptr_t,
-                       char* workspace) {
-  return BlockCall(call).run(plan, Launcher{}, workspace);
+                       char* workspace, BlockFrame& kept) {
+  return BlockCall(call).run(plan, Launcher{}, workspace, kept);
 }
 
 PYMETA_KERNEL_END

@@ -92,8 +92,9 @@ struct Launcher {
 };
 
 const char* run_blocks(const Call<Real>& call, const BlockPlan& plan, std::uintptr_t stream,
-                       char* workspace) {
-  return BlockCall(call).run(plan, Launcher{reinterpret_cast<cudaStream_t>(stream)}, workspace);
+                       char* workspace, BlockFrame& kept) {
+  return BlockCall(call).run(plan, Launcher{reinterpret_cast<cudaStream_t>(stream)}, workspace,
+                             kept);
 }
 
 PYMETA_KERNEL_END

@@ -101,7 +101,7 @@ std::vector<std::int64_t> longest_first(const Call<Real>& call, const Needs& nee
 }  // namespace
 
 template <class Real>
-CallForm<Real>::CallForm(const Call<Real>& call)
+CallForm<Real>::CallForm(const Call<Real>& call, bool on_device)
     : support_(of_set(call.support, call.max_support)),
       query_(of_set(call.query, call.max_query)),
       validation_(of_set(call.validation, call.max_validation)),
@@ -113,7 +113,7 @@ CallForm<Real>::CallForm(const Call<Real>& call)
                    call.status, call.train_curves, call.validation_curves, call.best_epochs,
                    call.epochs_run, call.cotangents.losses, call.cotangents.predictions,
                    call.cotangents.adapted, call.cotangents.step_losses)),
-      rates_are_near_one_(!call.lr.is_spread() && rates_are_near_one(call)),
+      rates_are_near_one_(!on_device && !call.lr.is_spread() && rates_are_near_one(call)),
       gradients_(which_tensors(*call.network, call.gradients)),
       adapted_(which_tensors(*call.network, call.adapted_parameters)),
       cotangents_(which_tensors(*call.network, call.cotangents.adapted)) {}

@@ -21,11 +21,12 @@ struct PlanMemory {
 
 // What a plan depends on besides what a call is of (network, recipe, tasks, how rows lie): what check() found in the rows,
 // which arrays there are, and whether the rates are near one (core/optimizers/rates.h). Calls of one description and of equal
-// forms have the same plan, whatever else their arrays hold.
+// forms have the same plan, whatever else their arrays hold. Of a call on a device the host does not look at the rates, nor does
+// its plan depend on them.
 template <class Real>
 class CallForm {
  public:
-  explicit CallForm(const Call<Real>& call);
+  explicit CallForm(const Call<Real>& call, bool on_device = false);
   bool operator==(const CallForm& other) const;
 
  private:

@@ -3,7 +3,7 @@
 
 #include <map>
 
-#include "../cuda/device.h"
+#include "../runtime/device_plan.h"
 #include "counts/banks.h"
 #include "problem.h"
 #include "tests.h"
@@ -37,12 +37,12 @@ void test_banks() {
 template <class Real>
 void run_on_blocks(Call<Real>& call) {
   pymeta::check(call);
-  const BlockPlan plan = plan_on(kEmulated, call);
-  const std::size_t bytes = plan.workspace_bytes;
+  DevicePlan<Real> plan(kEmulated, call);
+  const std::size_t bytes = plan.workspace_bytes();
   std::unique_ptr<char, decltype(&std::free)> memory(
       static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64)), &std::free);
   std::memset(memory.get(), 0xff, bytes);
-  run_on(kEmulated, 0, memory.get(), plan, call);
+  plan.run(0, memory.get(), call);
 }
 
 // Loosely, as float is near double.

@@ -1,7 +1,8 @@
 """A native call that is made again keeps its plan, and its results are those of a new one.
 
 Whatever a plan depends on is changed between two calls, and changed back: the settings, the sizes,
-which rows weigh something, which results and gradients are asked for.
+which rows weigh something, which results and gradients are asked for. So it is on a device, where
+the list of operations is kept as well.
 """
 
 import itertools
@@ -19,6 +20,9 @@ TASKS, ROWS, INPUTS, OUT = 25, 6, 3, 2
 LAYERS = [("linear", INPUTS, 9, True), ("tanh",), ("linear", 9, OUT, True)]
 REALS = [np.float32, np.float64]
 EXECUTORS = ["rows", "lanes", "mixed", "stacked", "auto"]
+HOST, EMULATED = None, -1
+DEVICES = [HOST, *[EMULATED] * native.emulates()]
+needs_emulator = pytest.mark.skipif(not native.emulates(), reason="built without emulated blocks")
 
 
 def pointer(array):
@@ -77,6 +81,17 @@ class Arrays:
         return b"".join(array.tobytes() for array in [*made, *self.gradients])
 
 
+def run(repeated, arrays, device):
+    """On a device in memory of its own: NaN, as far as it is not written."""
+    if device is HOST:
+        repeated.run(**arrays.arguments())
+        return
+    need = repeated.run(**arrays.arguments(), device=(device, 0, 0, 0))
+    memory = np.full(need + 64, 255, np.uint8)
+    at = -(-pointer(memory) // 64) * 64
+    assert repeated.run(**arrays.arguments(), device=(device, 0, at, need)) == need
+
+
 class Calls:
     """Calls of one description: sizes and weights of the support rows are its own."""
 
@@ -98,11 +113,11 @@ class Calls:
         call.query = lib.Rows(rows=ROWS)
         return call
 
-    def check(self, repeated, seed, asked=("predictions", "gradients")):
+    def check(self, repeated, seed, asked=("predictions", "gradients"), device=HOST):
         """The repeated call against one that is made anew; the results."""
         ours, theirs = (Arrays(self.network, self.real, seed, asked) for _ in range(2))
-        repeated.run(**ours.arguments())
-        lib.RepeatedCall(self.made()).run(**theirs.arguments())
+        run(repeated, ours, device)
+        run(lib.RepeatedCall(self.made()), theirs, device)
         assert ours.results() == theirs.results()
         return ours.results()
 
@@ -130,13 +145,52 @@ ASKED = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("real", REALS)
-def test_other_results(real):
+def test_other_results(real, device):
     calls = Calls(real)
     repeated = lib.RepeatedCall(calls.made())
-    for seed, (before, after) in enumerate(itertools.product(ASKED, repeat=2)):
-        calls.check(repeated, seed, before)
-        calls.check(repeated, seed, after)
+    with using(threads=2):
+        for seed, (before, after) in enumerate(itertools.product(ASKED, repeat=2)):
+            calls.check(repeated, seed, before, device)
+            calls.check(repeated, seed, after, device)
+
+
+@needs_emulator
+@pytest.mark.parametrize("real", REALS)
+def test_other_blocks(real):
+    """Their threads, their memory, and the kernel that runs the call; and the host in between."""
+    calls = Calls(real)
+    repeated = lib.RepeatedCall(calls.made())
+    families = range(len(lib.block_families()))
+    before = lib.block_bytes(), lib.block_family()
+    settings = list(itertools.product((1, 3), (0, 16 << 10), families))
+    found = []
+    try:
+        # first the kernels change alone, then the threads
+        for threads, memory, family in [*settings, *sorted(settings, key=lambda each: each[1:])]:
+            lib.set_block_bytes(memory)
+            lib.set_block_family(family)
+            with using(threads=threads):
+                found += [calls.check(repeated, seed, device=EMULATED) for seed in (0, 1, 0)]
+            calls.check(repeated, 0)
+    finally:
+        lib.set_block_bytes(before[0])
+        lib.set_block_family(before[1])
+    assert set(found[::3]) == set(found[2::3]) == {found[0]} and set(found[1::3]) == {found[1]}
+    assert found[0] != found[1]
+
+
+@needs_emulator
+def test_rates_on_a_device_are_not_looked_at():
+    """The host cannot read them: a plan that depends on them would not be one of a device."""
+    calls = Calls(np.float32)
+    repeated = lib.RepeatedCall(calls.made())
+    arrays = Arrays(calls.network, np.float32, 0)
+    nowhere = {**arrays.arguments(), "rates": 64}
+    assert repeated.run(**nowhere, device=(EMULATED, 0, 0, 0)) > 0
+    calls.check(repeated, 0, device=EMULATED)
+    assert repeated.run(**nowhere, device=(EMULATED, 0, 0, 0)) > 0
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -151,6 +205,19 @@ def test_sizes_and_weights_that_change_in_place(executor):
             if seed % 4 < 2:  # rows that weigh nothing are left out
                 calls.weights[random.random((TASKS, ROWS)) < 0.5] = 0
             calls.check(repeated, seed)
+
+
+@needs_emulator
+def test_sizes_and_weights_that_change_in_place_on_a_device():
+    """Its plan is for the largest task that there might be."""
+    random = np.random.default_rng(0)
+    calls = Calls(np.float64, ragged=True, weighted=True)
+    repeated = lib.RepeatedCall(calls.made())
+    with using(threads=2):
+        for seed in range(4):
+            calls.sizes[:] = random.integers(1, (ROWS, 3)[seed % 2], TASKS, endpoint=True)
+            calls.weights[:] = random.random((TASKS, ROWS)) < (1, 0.5)[seed // 2]
+            calls.check(repeated, seed, device=EMULATED)
 
 
 def test_after_an_error_it_is_as_before():
@@ -174,15 +241,17 @@ def test_what_is_done_to_the_call_later_changes_nothing():
     assert calls.check(repeated, 0) == before
 
 
-def test_threads_share_one():
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_share_one(device):
     calls = Calls(np.float32)
     repeated = lib.RepeatedCall(calls.made())
 
     def work(seed):
-        return [calls.check(repeated, seed) for _ in range(20)]
+        return [calls.check(repeated, seed, device=device) for _ in range(20)]
 
-    for seed, found in enumerate(in_threads(work, [(seed,) for seed in range(4)])):
-        assert set(found) == {calls.check(repeated, seed)}
+    with using(threads=1):
+        for seed, found in enumerate(in_threads(work, [(seed,) for seed in range(4)])):
+            assert set(found) == {calls.check(repeated, seed, device=device)}
 
 
 def test_jobs_that_are_none():

@@ -186,7 +186,8 @@ std::vector<Counts> count(const Case& of, const BlockPlan& plan, std::int64_t ta
   own.chunks = tasks > 0;
   const Aligned memory(own.workspace_bytes);
   std::vector<Counts> counts;
-  call.run(own, CountingLauncher{counts}, memory.data.get());
+  BlockFrame frame;
+  call.run(own, CountingLauncher{counts}, memory.data.get(), frame);
   return counts;
 }
 
