@@ -18,7 +18,10 @@
 
 PYMETA_KERNEL_BEGIN
 
-constexpr int kMostAtOnce = 16;  // tasks of a multiprocessor that the planner tries
+// Tasks of a multiprocessor that the planner tries: each is a warp at least, and of these its registers hold no more. So neither
+// the blocks nor the warps that it takes at once are a limit: no device has fewer than 16 and 48.
+constexpr int kMostAtOnce = kMultiprocessorRegisters / (kWarp * kBlockRegisters);
+static_assert(kMostAtOnce <= 16, "fitting() would have to know the device's limits");
 // More threads, or tasks with less memory, only where the model promises this much: it is not exact.
 constexpr double kWorthwhile = 0.98;
 // Chunks of tasks, at most: ten times as many as an H100 runs at once (792), so that few blocks wait for the last ones.
@@ -128,15 +131,13 @@ class BlockCall {
   static std::size_t bytes_of(const Workspace<Block>& workspace) {
     return kNearPlace + sizeof(Real) * workspace.size;
   }
-  // Blocks of a multiprocessor at once: by shared memory, by registers, by warps.
+  // Blocks of a multiprocessor at once: by shared memory, by registers.
   static std::int64_t fitting(const DeviceFacts& device, std::size_t block_bytes, int threads) {
-    constexpr std::size_t most_blocks = 32;
     const std::size_t warps = static_cast<std::size_t>((threads + kWarp - 1) / kWarp);
     const std::size_t registers = kWarp * warps * (kDouble ? kMostRegisters : kBlockRegisters);
-    std::size_t fit = most_blocks;
-    for (const std::size_t other : {device.multiprocessor_bytes / (block_bytes + kReserved),
-                                    kMultiprocessorRegisters / registers, 64 / warps})
-      fit = other < fit ? other : fit;
+    const std::size_t by_memory = device.multiprocessor_bytes / (block_bytes + kReserved);
+    const std::size_t by_registers = kMultiprocessorRegisters / registers;
+    const std::size_t fit = by_memory < by_registers ? by_memory : by_registers;
     return fit < 1 ? 1 : static_cast<std::int64_t>(fit);
   }
   // Of the workspace, in so many bytes of shared memory.

@@ -198,6 +198,30 @@ PYMETA_FN inline void pack_start(const Frame& frame) {
 
 constexpr int kReduceColumns = 32, kReduceGroups = 8;  // of a block of threads
 
+// Of `count` things, how many are first, first + step, first + 2 step...
+PYMETA_FN inline int share_of(std::int64_t count, int first, int step) {
+  return count > first ? static_cast<int>((count - first + step - 1) / step) : 0;
+}
+
+// from[0] + from[step] + ..., `count` of them in this order. No load waits for a sum, so a batch of them is on its way at once: one
+// by one each would take as long as memory does.
+template <class Sum>
+PYMETA_FN Sum sum_in_order(const Real* from, std::size_t step, int count) {
+  constexpr int batch = 32;
+  Sum sum = 0;
+#pragma unroll 1
+  for (; count > 0; count -= batch) {
+    Real loaded[batch];
+#pragma unroll
+    for (int k = 0; k < batch; ++k, from += step)
+      if (k < count) loaded[k] = *from;
+#pragma unroll
+    for (int k = 0; k < batch; ++k)
+      if (k < count) sum += static_cast<Sum>(loaded[k]);
+  }
+  return sum;
+}
+
 // A group of threads adds every eighth chunk of a column, then one adds the groups. The last block has the mean loss.
 PYMETA_FN inline void reduce_sums(const Frame& frame) {
   const Call<Real>& call = frame.call;
@@ -206,10 +230,7 @@ PYMETA_FN inline void reduce_sums(const Frame& frame) {
   if (block_index() == block_count() - 1) {
     if (!call.mean_loss) return;
     Block::for_indices(all, [&](int i) {
-      double sum = 0;
-      for (std::int64_t task = i; task < call.tasks; task += all)
-        sum += static_cast<double>(call.losses[task]);
-      partial[i] = sum;
+      partial[i] = sum_in_order<double>(call.losses + i, all, share_of(call.tasks, i, all));
     });
     if (thread_index() == 0) {
       double sum = 0;
@@ -222,11 +243,10 @@ PYMETA_FN inline void reduce_sums(const Frame& frame) {
   Real* sums = reinterpret_cast<Real*>(partial);  // [groups, columns]
   Block::for_indices(all, [&](int i) {
     const std::size_t column = first + i % kReduceColumns;
-    Real sum = 0;
-    for (std::int64_t chunk = i / kReduceColumns; chunk < frame.chunks && column < frame.sums_size;
-         chunk += kReduceGroups)
-      sum += frame.sums[chunk * static_cast<std::int64_t>(frame.sums_size) + column];
-    sums[i] = sum;
+    const int group = i / kReduceColumns;
+    const int count = column < frame.sums_size ? share_of(frame.chunks, group, kReduceGroups) : 0;
+    sums[i] = sum_in_order<Real>(frame.sums + group * frame.sums_size + column,
+                                 kReduceGroups * frame.sums_size, count);
   });
   Block::for_indices(kReduceColumns, [&](int c) {
     const std::size_t column = first + c;

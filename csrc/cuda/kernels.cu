@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kBlockThreads, kDouble ? 1 : 2)
     run_tasks_kernel(const __grid_constant__ GivenFrame frame) {
   run_tasks(frame);
 }
-__global__ void __launch_bounds__(kBlockThreads)
+// Two blocks: without them ptxas goes down to 32 registers, which are too few for a batch of loads.
+__global__ void __launch_bounds__(kBlockThreads, 2)
     reduce_sums_kernel(const __grid_constant__ Frame frame) {
   reduce_sums(frame);
 }

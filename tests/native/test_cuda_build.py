@@ -23,6 +23,7 @@ import source_tree
 from background import Program
 
 from pymeta import native
+from pymeta.bench.cases import CUDA_CASES
 
 ROOT = source_tree.need("csrc/cuda", "bench/kernel_report.py", "CMakeLists.txt")
 KERNELS = ROOT / "csrc" / "cuda" / "kernels.cu"
@@ -70,6 +71,7 @@ def compiler(program: str, family: str, real: str) -> Program:
     """nvcc on kernels for all chosen architectures."""
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     words = [*options(family, real), *code, "-Xptxas=-v", "-c", "-o", "{folder}/kernels.o"]
+    words += ["--keep", "--keep-dir", "{folder}"]  # the cubins, whose sections have the code
     return Program(program, *words, cwd=ROOT)
 
 
@@ -129,6 +131,87 @@ def test_every_kernel_is_there_and_none_spills_much(kind, compiled):
     assert not report.spilling(kernels, SPILLS)
     for k in kernels:
         assert 0 < k.registers <= 255 and k.static_shared_bytes == 0, k
+
+
+def documented() -> tuple[str, dict[str, list[int]]]:
+    """By bench/README.md: for which nvcc, and {kernel: registers, stack, spills stored, code}."""
+    text = (ROOT / "bench" / "README.md").read_text()
+    (release,) = set(re.findall(r"\(nvcc (\d+\.\d+), .*sm_90, float32\)", text))
+    rows = re.findall(
+        r"^\| (.+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE
+    )
+    return release, {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in rows}
+
+
+DOCUMENTED = {
+    "plain": "`run_tasks_kernel` of plain calls, with all it calls",
+    "chains": "that of linear chains' other calls",
+    "every": "that of everything",
+}
+OTHERS_OF_PLAIN = ("pack_start_kernel", "reduce_sums_kernel")
+
+
+def code_sizes(folder: Path, arch: str) -> dict[str, int]:
+    """{symbol: bytes} of the kernels in a cubin that nvcc kept, whose name has the architecture.
+
+    Where there is only one, it may not.
+    """
+    (cubin,) = (p for p in folder.glob("*.cubin") if p.stem.endswith((f"_{arch}", "kernels")))
+    said = subprocess.run(["readelf", "-SW", str(cubin)], capture_output=True, text=True).stdout
+    found = re.findall(r"\.text\.(\w+) +PROGBITS +\w+ \w+ (\w+)", said)
+    return {symbol: int(size, 16) for symbol, size in found}
+
+
+@needs_nvcc
+@pytest.mark.background(*COMPILERS.values())
+@pytest.mark.skipif("90" not in ARCHITECTURES, reason="figures are those of sm_90")
+@pytest.mark.parametrize("kind", [k for k in KINDS if k[1] == "float"], ids="-".join)
+def test_kernels_are_what_the_documentation_says(kind, compiled):
+    """To the byte by the compiler that it names. Another one may take a fifth more."""
+    release, known = documented()
+    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+    more = 1.0 if f"release {release}," in said else 1.2
+    family = kind[0]
+    wanted = {"run_tasks_kernel": known[DOCUMENTED[family]]}
+    if family == "plain":
+        wanted |= {name: known[f"`{name}`"] for name in OTHERS_OF_PLAIN}
+    target, log = compiled[kind]
+    code = code_sizes(target.parent, "90")
+    kernels = [k for k in report.collect([], [log]) if k.arch == "sm_90"]
+    for name, (registers, *bytes_) in wanted.items():
+        (k,) = [k for k in kernels if name in k.symbol]
+        found = [k.stack_bytes, k.spill_store_bytes, code[k.symbol]]
+        what = f"{name} of {family} calls: {k.registers} registers; stack, spills, code: {found}"
+        if more == 1.0:
+            assert [k.registers, *found] == [registers, *bytes_], f"{what}; bench/README.md differs"
+        else:
+            assert k.registers <= registers * more, what
+            assert all(f <= more * b + 64 for f, b in zip(found, bytes_, strict=True)), what
+
+
+def test_the_documentation_has_one_figure_for_each_thing():
+    """docs/gpu.md says again what bench/README.md has, and what follows from it."""
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    _, known = documented()
+    stack = {family: known[name][1] for family, name in DOCUMENTED.items()}
+    code = {family: known[name][3] for family, name in DOCUMENTED.items()}
+
+    def row(begins: str) -> tuple[str, str]:
+        (found,) = re.findall(rf"^\| {begins}[^|]*\| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
+        return found
+
+    goal, now = row("stack of the kernels for plain calls and for other calls of chains")
+    assert now == f"{stack['plain']}, {stack['chains']}"
+    assert max(stack["plain"], stack["chains"]) <= int(goal)
+    goal, now = row("code of the former, KB")
+    assert now == f"{code['plain'] / 1e3:.0f}" and code["plain"] <= 1000 * int(goal)
+    assert f"{stack['every']:,} bytes of stack and {code['every'] / 1e6:.1f} MB" in page
+    # a stack for each of the 2,048 threads of a multiprocessor
+    megabytes = {family: round(bytes_ * 2048 * 132 / 1e6) for family, bytes_ in stack.items()}
+    said = re.sub(r"\s+", " ", page)
+    plain, chains, every = (megabytes[family] for family in ("plain", "chains", "every"))
+    assert f"{plain} MB on a device with 132 multiprocessors for plain calls" in said
+    assert f"{chains} MB for other calls of chains, and {every} MB for the rest" in said
 
 
 @needs_nvcc
@@ -280,6 +363,12 @@ def test_report_is_not_content_with_nothing(tmp_path, capsys):
 
 
 # ---- bench/gpu.sh -------------------------------------------------------------------------------
+
+
+def test_gpu_script_asks_for_cases_that_there_are():
+    asked = re.findall(r'"(W\d[^"]*K=\d+)"', (ROOT / "bench" / "gpu.sh").read_text())
+    assert len(asked) >= 9 and set(asked) <= set(CUDA_CASES)
+    assert "W5 fine-tuning T=100000 K=20" in asked
 
 
 def test_gpu_script_is_bash_and_refuses_unknown_parts(tmp_path):
