@@ -186,11 +186,11 @@ cuda: $(STAMP)/build $(STAMP)/test
 	$(CMAKE) --build build/cuda --target _native >build/cuda/log.txt 2>&1 || { tail -50 build/cuda/log.txt; exit 1; }
 	$(BIN)/python bench/kernel_report.py --log build/cuda/log.txt --json build/cuda/kernels.json
 	$(MAKE) block-report
-	PYMETA_TEST_MODULE=$$(ls build/cuda/_native*.so) PYMETA_TEST_CUDA="plain chains every float double 80 90 100 120" \
+	PYMETA_TEST_MODULE=$$(ls build/cuda/_native*.so) PYMETA_TEST_CUDA="plain chains every tensor float double 80 90 100 120" \
 	  $(BIN)/python -m pytest tests/native/test_cuda_build.py
 
 # Families of calls (csrc/cuda/families.h) that cases of the benchmark belong to.
-COUNTED := plain chains
+COUNTED := plain chains tensor
 # Without nvcc, too: what a block does for a task, counted; the kernels where `make cuda` was run before.
 block-report: $(STAMP)/build
 	$(CMAKE) -S . -B build/counts $(NATIVE)

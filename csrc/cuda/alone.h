@@ -5,6 +5,7 @@
 #pragma once
 
 #include "call.h"
+#include "fragments.h"
 
 PYMETA_KERNEL_BEGIN
 

@@ -52,9 +52,10 @@ class CostModel {
     const int in = layer.in.channels, out = layer.out.channels;
     const double back = backward ? times : 0, below = has_below ? back : 0;
     if (layer.kind == LayerKind::linear && !narrow) {
-      product(rows, out, 1.0 * terms * in, times, false);
-      product(rows, in, 1.0 * terms * out, below, false);
-      product(in, out, 1.0 * terms * rows, back, true);
+      const bool fragments = Block::Family::kFragments && has_fragments(in, out);
+      product(rows, out, 1.0 * terms * in, times, false, fragments);
+      product(rows, in, 1.0 * terms * out, below, false, fragments);
+      product(in, out, 1.0 * terms * rows, back, true, fragments);
       operations(back);  // the bias
       return;
     }
@@ -68,18 +69,30 @@ class CostModel {
     operations(times + below + back);
   }
 
-  void product(int all_rows, int all_columns, double depth, double times, bool may_be_wide) {
+  void product(int all_rows, int all_columns, double depth, double times, bool may_be_wide,
+               bool fragments) {
     if (times == 0) return;
     // Tiles are counted in ints; of larger ones the cost grows in proportion.
     constexpr int most = 1 << 14;
     const int rows = all_rows < most ? all_rows : most;
     const int columns = all_columns < most ? all_columns : most;
     times *= static_cast<double>(all_rows) / rows * all_columns / columns;
+    if (fragments) return by_fragments(rows, columns, depth, times);
     const int height = tile_height(rows, columns, sharing_, may_be_wide);
     const double steps = times * depth / 4, dealt = warp_tiles(rows, columns, height);
     cost_.wavefronts += steps * dealt * tile_wavefronts(height);
     cost_.instructions += steps * dealt * tile_instructions(height);
     cost_.path += steps * sharing_.turns(static_cast<int>(dealt)) * tile_cycles(height);
+    operations(times);
+  }
+  void by_fragments(int rows, int columns, double depth, double times) {
+    const int height = fragment_height(rows, columns, sharing_);
+    const int tiles = fragment_tiles(rows, columns, height);
+    const double steps = times * depth / 8;
+    cost_.wavefronts +=
+        tiles * (steps * fragment_wavefronts(height) + times * fragment_end_wavefronts(height));
+    cost_.instructions += steps * tiles * fragment_slots(height);
+    cost_.path += steps * sharing_.turns(tiles) * fragment_cycles(height);
     operations(times);
   }
   // Steps of an optimiser's rule, and the way back through them: number by number, divisions and roots among them.

@@ -17,6 +17,7 @@ struct Access {
   std::uint32_t place;  // bytes from the beginning of shared memory
   std::uint16_t bytes;
   bool in_product;
+  std::uint8_t lane;  // that the thread played, if it plays a whole warp's
 };
 
 struct Counts {
@@ -26,6 +27,8 @@ struct Counts {
   long instructions = 0;              // of the host, outside of products
   bool in_product = false;
   std::uint32_t round = 0, turn = 0;
+  std::uint8_t lane = 0;
+  std::uint32_t first_turn = 0, last_turn = 0;  // of what all played lanes do at once
 
   std::uint64_t time() {
     return static_cast<std::uint64_t>(barriers) << 40 | static_cast<std::uint64_t>(round) << 20 |
@@ -67,7 +70,7 @@ inline void note_access([[maybe_unused]] const void* p, [[maybe_unused]] unsigne
   const Block& block = *self.block;
   if (at < block.shared || at >= block.shared + block.shared_bytes) return;
   counts->accesses.push_back({counts->time(), static_cast<std::uint32_t>(at - block.shared),
-                              static_cast<std::uint16_t>(bytes), counts->in_product});
+                              static_cast<std::uint16_t>(bytes), counts->in_product, counts->lane});
 #endif
 }
 inline void note_barrier() {
@@ -83,6 +86,27 @@ inline void note_tile(long multiply_adds) {
   counts->turn = 0;
   counts->multiply_adds += multiply_adds;
 }
+
+// What a lane does that a thread plays: at the same time as the other lanes.
+class PlayedLane {
+ public:
+  explicit PlayedLane(int lane) : lane_(lane) {
+    if (!counts) return;
+    if (lane == 0) counts->first_turn = counts->last_turn = counts->turn;
+    counts->turn = counts->first_turn;
+    counts->lane = static_cast<std::uint8_t>(lane);
+  }
+  ~PlayedLane() {
+    if (!counts) return;
+    if (counts->turn > counts->last_turn) counts->last_turn = counts->turn;
+    counts->turn = counts->last_turn;
+    counts->lane = 0;
+  }
+  operator int() const { return lane_; }
+
+ private:
+  const int lane_;
+};
 
 // A product: what is known of its instructions comes from the compiler's code for the GPU, not from the host's.
 struct InProduct {

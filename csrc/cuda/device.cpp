@@ -18,11 +18,15 @@ namespace pymeta {
 #define PYMETA_DECLARE(machine, family)                               \
   extern const BlockKernels<float> machine##_##family##_blocks_float; \
   extern const BlockKernels<double> machine##_##family##_blocks_double;
+#define PYMETA_DECLARE_FLOAT(machine, family) \
+  extern const BlockKernels<float> machine##_##family##_blocks_float;
 #ifdef PYMETA_HAS_CUDA
 PYMETA_BLOCK_FAMILIES(PYMETA_DECLARE, cuda)
+PYMETA_FLOAT_FAMILIES(PYMETA_DECLARE_FLOAT, cuda)
 #endif
 #ifdef PYMETA_HAS_EMULATOR
 PYMETA_BLOCK_FAMILIES(PYMETA_DECLARE, emulated)
+PYMETA_FLOAT_FAMILIES(PYMETA_DECLARE_FLOAT, emulated)
 #endif
 
 namespace {
@@ -122,6 +126,14 @@ std::atomic<int> first_family{0};
 // The tables of a build, by device and in the order of their families; device_facts() has seen to it that there are some.
 #define PYMETA_FLOAT_TABLE(machine, family) &machine##_##family##_blocks_float,
 #define PYMETA_DOUBLE_TABLE(machine, family) &machine##_##family##_blocks_double,
+#define PYMETA_TABLES(machine)                              \
+  {PYMETA_FLOAT_FAMILIES(PYMETA_FLOAT_TABLE, machine)       \
+       PYMETA_BLOCK_FAMILIES(PYMETA_FLOAT_TABLE, machine)}, \
+  {                                                         \
+    PYMETA_BLOCK_FAMILIES(PYMETA_DOUBLE_TABLE, machine)     \
+  }
+#define PYMETA_ONE(machine, family) +1
+constexpr int kFamilies = PYMETA_BLOCK_FAMILIES(PYMETA_ONE, );  // of both
 template <class Real>
 using Tables = std::vector<const BlockKernels<Real>*>;
 using AllTables = std::pair<Tables<float>, Tables<double>>;
@@ -129,24 +141,24 @@ using AllTables = std::pair<Tables<float>, Tables<double>>;
 template <class Real>
 const Tables<Real>& tables_of([[maybe_unused]] int ordinal) {
 #ifdef PYMETA_HAS_EMULATOR
-  static const AllTables emulated{{PYMETA_BLOCK_FAMILIES(PYMETA_FLOAT_TABLE, emulated)},
-                                  {PYMETA_BLOCK_FAMILIES(PYMETA_DOUBLE_TABLE, emulated)}};
+  static const AllTables emulated{PYMETA_TABLES(emulated)};
   if (ordinal == kEmulated) return std::get<Tables<Real>>(emulated);
 #endif
   static const AllTables cuda{
 #ifdef PYMETA_HAS_CUDA
-      {PYMETA_BLOCK_FAMILIES(PYMETA_FLOAT_TABLE, cuda)},
-      {PYMETA_BLOCK_FAMILIES(PYMETA_DOUBLE_TABLE, cuda)}
+      PYMETA_TABLES(cuda)
 #endif
   };
   return std::get<Tables<Real>>(cuda);
 }
 
-// The first family that holds the call; the last holds all.
+// The first family that holds the call; the last holds all. Those of one Real alone are not counted, and left out where another
+// is to be the first.
 template <class Real>
 const BlockKernels<Real>& kernels_of(int ordinal, const Call<Real>& call) {
   const Tables<Real>& tables = tables_of<Real>(ordinal);
-  std::size_t i = static_cast<std::size_t>(first_family);
+  const int first = first_family;
+  std::size_t i = first > 0 ? tables.size() - static_cast<std::size_t>(kFamilies - first) : 0;
   while (i + 1 < tables.size() && !tables[i]->holds(call)) ++i;
   return *tables[i];
 }

@@ -3,7 +3,9 @@
 // What the GPU does not order this does not order either, so ThreadSanitizer sees a missing barrier.
 #pragma once
 
+#include <cmath>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -74,6 +76,40 @@ void launch(int blocks, int threads, std::size_t shared_bytes, Body body) {
   for (int thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
   run(0);
   for (std::thread& other : others) other.join();
+}
+
+// ---- tensor cores ------------------------------------------------------------------------------------------------
+
+constexpr int kLanes = 32;  // of a warp
+
+inline double as_tf32(float v) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  bits &= 0xffffe000u;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+// Products are exact; hardware need not round their sum to nearest.
+inline float towards_zero(double v) {
+  const float near = static_cast<float>(v);
+  return std::isfinite(near) && std::fabs(near) > std::fabs(v) ? std::nextafter(near, 0.0f) : near;
+}
+// machine.h: warp_multiply_add. The whole matrices are put together of what the lanes hold.
+inline void multiply_add(float (&sum)[kLanes][4], const float (&a)[kLanes][4],
+                         const float (&b)[kLanes][2]) {
+  double left[16][8], right[8][8];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int group = lane / 4, own = lane % 4;
+    for (int i = 0; i < 4; ++i) left[group + i % 2 * 8][own + i / 2 * 4] = as_tf32(a[lane][i]);
+    for (int i = 0; i < 2; ++i) right[own + 4 * i][group] = as_tf32(b[lane][i]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      double whole = sum[lane][i];
+      for (int k = 0; k < 8; ++k) whole += left[row][k] * right[k][column];
+      sum[lane][i] = towards_zero(whole);
+    }
 }
 
 }  // namespace emulation

@@ -6,12 +6,17 @@
 
 #include "../core/families.h"
 #include "limits.h"
+#ifdef PYMETA_MACHINE
+#include "tiling.h"
+#endif
 
 // FAMILY(machine, name), in the order in which they are asked
 #define PYMETA_BLOCK_FAMILIES(FAMILY, machine) \
   FAMILY(machine, plain)                       \
   FAMILY(machine, chains)                      \
   FAMILY(machine, every)
+// Those of float32 alone; they are asked before all others.
+#define PYMETA_FLOAT_FAMILIES(FAMILY, machine) FAMILY(machine, tensor)
 
 #define PYMETA_SPELLED_(name) #name
 #define PYMETA_SPELLED(name) PYMETA_SPELLED_(name)
@@ -25,12 +30,14 @@ constexpr bool is_one_of(int value, int one, int other) { return value == one ||
 struct every : AllCalls {
   static constexpr bool kLists = false;
   static constexpr bool kMayBeSpecial = false;  // may a call have a kernel of its own (special.h)?
+  static constexpr bool kFragments = false;
   static constexpr int kMostLayers = block_layers::every;
 };
 // Linear layers and activations, as lists of operations (operations.h).
 struct chains : AllCalls {
   static constexpr bool kLists = true;
   static constexpr bool kMayBeSpecial = false;
+  static constexpr bool kFragments = false;
   static constexpr int kMostLayers = block_layers::chains;
   template <LayerKind kind>
   static constexpr bool kLayer = kind == LayerKind::linear || kind == LayerKind::lone_activation;
@@ -45,6 +52,12 @@ struct plain : chains {
   template <LossKind kind>
   static constexpr bool kLoss = is_one_of(static_cast<int>(kind), PYMETA_SPECIAL_LOSSES);
 #endif
+};
+// Those again, with products on tensor cores (fragments.h), where the caller allows it.
+struct tensor : plain {
+  static constexpr int kMostLayers = block_layers::tensor;
+  static constexpr bool kMayBeSpecial = false;
+  static constexpr bool kFragments = true;
 };
 
 }  // namespace block_families
@@ -130,8 +143,22 @@ inline bool is_beyond_lists(const Call<Real>& call) {
          (!call.query.y && (call.step_weights || (call.query.has_weightless && call.predictions)));
 }
 
+// Is there any layer whose products fragments take (tiling.h)?
+inline bool has_fragments(const Network& network) {
+  bool any = false;
+  for (int l = 0; l < network.layer_count - is_last_narrow(network); ++l) {
+    const Layer& layer = network.layers[l];
+    any = any ||
+          (layer.kind == LayerKind::linear && has_fragments(layer.in.channels, layer.out.channels));
+  }
+  return any;
+}
+
 template <class Family>
 bool holds(const Call<Real>& call) {
+  if constexpr (Family::kFragments)
+    if (kDouble || !call.allows_tf32x3 || call.job == Job::predict || !has_fragments(*call.network))
+      return false;
   if constexpr (Family::kLists) {
     const bool options = has_extras<block_families::plain>(call);
     if (Family::kExtras ? is_beyond_lists(call) : options) return false;
@@ -148,6 +175,7 @@ bool holds(const Call<Real>& call) {
 inline const char* family_of(const Call<Real>& call) {
 #define PYMETA_ASK(machine, family) \
   if (holds<block_families::family>(call)) return #family;
+  PYMETA_FLOAT_FAMILIES(PYMETA_ASK, )
   PYMETA_BLOCK_FAMILIES(PYMETA_ASK, )
 #undef PYMETA_ASK
   return "";

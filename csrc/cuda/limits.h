@@ -5,7 +5,7 @@ namespace pymeta {
 
 // Layers of a network, by family (families.h): where calls are lists, these take the parameters' room.
 namespace block_layers {
-constexpr int every = 24, chains = 16, plain = chains;
+constexpr int every = 24, chains = 16, plain = chains, tensor = plain;
 }
 constexpr int kBlockWeights = 32;  // of classes or outputs
 constexpr int kBlockThreads =

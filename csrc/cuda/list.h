@@ -210,7 +210,7 @@ class ListedTask : ListOptions {
   template <Form kForm, class Op>
   PYMETA_FN static void multiply(const Op& op, const Product& p) {
     if constexpr (!kSpecial)
-      multiply_alone<kForm>(p, op.height);
+      multiply_listed<kForm>(p, op.height);
     else if constexpr (Op::act == act_of(kForm))
       multiply_alone<kForm, Op::height>(p);
   }

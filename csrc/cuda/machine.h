@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #define PYMETA_MACHINE  // core/ is compiled for it from here on
 #include "../core/kernel_namespace.h"
@@ -193,5 +194,63 @@ PYMETA_FN inline bool lies_far(const Real*) { return false; }
 PYMETA_FN inline void assume_near(const Real*) {}
 PYMETA_FN inline void assume_far(const Real*) {}
 #endif
+
+// ---- the lanes of a warp ---------------------------------------------------------------------------------------
+
+// On an emulated device one thread plays all lanes of a warp, one after the other between what they do together, and may so
+// have any number of threads beside it: of whole warps the first thread of each plays, else every thread plays one.
+#ifdef PYMETA_EMULATE
+constexpr int kPlayed = emulation::kLanes;
+using emulation::PlayedLane;
+inline int threads_of_warp() { return thread_count() % kPlayed == 0 ? kPlayed : 1; }
+inline bool plays_warp() { return thread_index() % threads_of_warp() == 0; }
+#else
+constexpr int kPlayed = 1;
+struct PlayedLane {
+  PYMETA_FN explicit PlayedLane(int) {}
+  PYMETA_FN operator int() const { return thread_index() % 32; }
+};
+PYMETA_FN inline int threads_of_warp() { return 32; }
+PYMETA_FN inline bool plays_warp() { return true; }
+#endif
+PYMETA_FN inline int warp_index() { return thread_index() / threads_of_warp(); }
+PYMETA_FN inline int warp_count() { return thread_count() / threads_of_warp(); }
+
+PYMETA_FN inline std::uint32_t bits_of(float v) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(v);
+#else
+  std::uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+#endif
+}
+PYMETA_FN inline float float_of(std::uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+#endif
+}
+
+// sum += A B for 16 x 8 outputs and a depth of 8, whose factors are read as TF32: of a number the upper 19 bits. Which of them a
+// lane holds PTX says (mma.m16n8k8 of .tf32): with g = lane / 4 and t = lane % 4
+//   a[i]  A[g + 8 (i % 2)][t + 4 (i / 2)]      b[i]  B[t + 4 i][g]      sum[i]  [g + 8 (i / 2)][2 t + i % 2]
+// All lanes of a warp call it together.
+PYMETA_FN inline void warp_multiply_add(float (&sum)[kPlayed][4], const float (&a)[kPlayed][4],
+                                        const float (&b)[kPlayed][2]) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3])
+      : "r"(bits_of(a[0][0])), "r"(bits_of(a[0][1])), "r"(bits_of(a[0][2])), "r"(bits_of(a[0][3])),
+        "r"(bits_of(b[0][0])), "r"(bits_of(b[0][1])));
+#elif defined(PYMETA_EMULATE)
+  emulation::multiply_add(sum, a, b);
+#endif
+}
 
 PYMETA_KERNEL_END

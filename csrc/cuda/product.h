@@ -254,12 +254,11 @@ struct SumValue {
   }
 };
 // Each form has the endings that there are of it: gradients are sums, a ReLU is only on the way forward.
-template <Form kForm, int kTileRows>
+template <Form kForm, bool kStrided, int kTileRows>
 PYMETA_FN void finish_tile(const Epilogue& e, int rows, int columns, int step, int m0, int n0,
                            const Tile<kTileRows>& tile) {
-  constexpr bool strided = kForm == Form::nt;
   const auto end = [&](auto value) {
-    store_tile<strided>(e, rows, columns, step, m0, n0, tile, value);
+    store_tile<kStrided>(e, rows, columns, step, m0, n0, tile, value);
   };
   if constexpr (kForm == Form::tn) {
     if (e.extra && e.other) return end(SumValue<2>{e.extra, e.other, e.scale});
@@ -321,7 +320,7 @@ PYMETA_FN PYMETA_NOINLINE void multiply_by_tiles(const Product& given) {
       else
         add_piece<kForm, Where::anywhere>(rows, columns, across, piece, m0, n0, tile);
     }
-    finish_tile<kForm>(epilogue, rows, columns, across, m0, n0, tile);
+    finish_tile<kForm, strided>(epilogue, rows, columns, across, m0, n0, tile);
   }
 }
 
@@ -369,8 +368,8 @@ PYMETA_FN inline PYMETA_NOINLINE void multiply_by_wide_tiles(const Product& give
       else
         add_wide<Where::anywhere>(piece, rows, m0, n0, n1, tile, beside);
     }
-    finish_tile<Form::tn>(epilogue, rows, columns, 0, m0, n0, tile);
-    if (has_two) finish_tile<Form::tn>(epilogue, rows, columns, 0, m0, n1, beside);
+    finish_tile<Form::tn, false>(epilogue, rows, columns, 0, m0, n0, tile);
+    if (has_two) finish_tile<Form::tn, false>(epilogue, rows, columns, 0, m0, n1, beside);
   }
 }
 

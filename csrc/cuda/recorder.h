@@ -57,7 +57,7 @@ class Recording {
     op.act = act;
     op.in = static_cast<std::uint16_t>(in);
     op.out = static_cast<std::uint16_t>(out);
-    op.share = static_cast<std::uint16_t>(share < kMostNumber ? share : kMostNumber);
+    put_share(op, share);
     for (Spot& s : op.spots) s = kNoSpot;
     int i = 0;
     ((op.spots[i++] = spot(at)), ...);
@@ -96,10 +96,18 @@ class Recording {
   }
   // How tall the tiles of its [rows, columns] are, and how many there are.
   void put_tiles(Operation& op, int rows, int columns) const {
+    if (Block::Family::kFragments && has_fragments(op.in, op.out)) {
+      const int height = fragment_height(rows, columns, sharing_);
+      op.height = static_cast<std::uint8_t>(height);
+      put_share(op, static_cast<std::size_t>(kWarp) * fragment_tiles(rows, columns, height));
+      return;
+    }
     const int height = tile_height(rows, columns, sharing_, op.act == Act::outer);
     op.height = static_cast<std::uint8_t>(height);
-    const int tiles = tiles_of(rows, columns, height);
-    op.share = static_cast<std::uint16_t>(tiles < kMostNumber ? tiles : kMostNumber);
+    put_share(op, static_cast<std::size_t>(tiles_of(rows, columns, height)));
+  }
+  static void put_share(Operation& op, std::size_t share) {
+    op.share = static_cast<std::uint16_t>(share < kMostNumber ? share : kMostNumber);
   }
   void put(Operation& op, const Layer& layer) const {
     op.number = static_cast<std::uint8_t>(&layer - call_.network->layers);
@@ -129,7 +137,7 @@ class Recording {
     if (!joins) return;
     const std::size_t both = apart + second.spots[kSpots - 1];
     put_size(first, both);
-    first.share = static_cast<std::uint16_t>(both / 4 < kMostNumber ? both / 4 : kMostNumber);
+    put_share(first, both / 4);
     --list_.count;
   }
   static Spot spot(const Real* p) {

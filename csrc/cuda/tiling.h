@@ -60,6 +60,51 @@ PYMETA_FN inline int tiles_cost(int rows, int columns, int height, const Sharing
   return shared > alone ? shared : alone;
 }
 
+// ---- tiles of warps, by fragments (fragments.h) ------------------------------------------------------------------
+
+// "Heights" that stand for tiles of 16 rows and 16 or 32 columns.
+constexpr int kFragments = 17, kWideFragments = 18;
+// Linear layers of at least so many inputs and outputs have them. Nothing else chooses: the bits of a task depend neither on the
+// rows that others have nor on the device.
+constexpr int kLeastWidth = 16;
+PYMETA_FN constexpr bool has_fragments(int in, int out) {
+  return in >= kLeastWidth && out >= kLeastWidth;
+}
+PYMETA_FN constexpr int fragment_columns(int height) { return height == kWideFragments ? 32 : 16; }
+PYMETA_FN inline int fragment_tiles(int rows, int columns, int height) {
+  const int across = fragment_columns(height);
+  return (rows + 15) / 16 * ((columns + across - 1) / across);
+}
+// Of eight steps along the depth. A read of 8 bytes takes two wavefronts.
+PYMETA_FN constexpr int fragment_wavefronts(int height) { return 4 + fragment_columns(height) / 4; }
+// Of a tile's end: two rows of quads each lane, and what they are added to or gated by.
+PYMETA_FN constexpr int fragment_end_wavefronts(int height) {
+  return 12 * fragment_columns(height) / 16;
+}
+// Of eight steps, what a scheduler is busy with: instructions of nvcc's code for sm_90, or its tensor core, beside other warps'
+// instructions, with eight cycles for each 16 x 8 outputs of a part (sm_80; an H100 takes fewer).
+PYMETA_FN constexpr int fragment_slots(int height) {
+  return height == kWideFragments ? 3 * 4 * 8 /* more than 78 */ : 50 /* more than 3 * 2 * 8 */;
+}
+PYMETA_FN constexpr int fragment_cycles(int height) { return fragment_slots(height) + 60; }
+PYMETA_FN inline int fragments_cost(int rows, int columns, int height, const Sharing& sharing) {
+  const int tiles = fragment_tiles(rows, columns, height);
+  const int shared =
+      sharing.blocks * tiles *
+      (fragment_wavefronts(height) > fragment_slots(height) / 4 ? fragment_wavefronts(height)
+                                                                : fragment_slots(height) / 4);
+  const int alone = sharing.turns(tiles) * fragment_cycles(height);
+  return shared > alone ? shared : alone;
+}
+PYMETA_FN inline int fragment_height(int rows, int columns, const Sharing& sharing) {
+  return fragments_cost(rows, columns, kWideFragments, sharing) <
+                 fragments_cost(rows, columns, kFragments, sharing)
+             ? kWideFragments
+             : kFragments;
+}
+
+// ---- tiles of threads --------------------------------------------------------------------------------------------
+
 // `may_be_wide`: in the form tn; not where a single warp would have them all.
 PYMETA_FN inline int tile_height(int rows, int columns, const Sharing& sharing, bool may_be_wide) {
   int best = 8, least = tiles_cost(rows, columns, 8, sharing);

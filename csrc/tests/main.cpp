@@ -34,6 +34,7 @@ int main(int argc, char** argv) {
   if (all) pymeta::testing::test_cell();
   if (all || given("blocks")) pymeta::testing::test_blocks(all);
   if (all || given("blocks")) pymeta::testing::test_lists();
+  if (all || given("blocks")) pymeta::testing::test_fragments();
   if (all || given("pool")) pymeta::testing::test_pool(!given("no-fork"));
   std::printf("%ld checks passed\n", pymeta::testing::passed.load());
   if (pymeta::testing::failed > 0)

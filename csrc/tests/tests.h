@@ -8,6 +8,7 @@ void test_losses();             // losses_test.cpp
 void test_cell();               // cell_test.cpp
 void test_blocks(bool all);     // blocks_test.cpp
 void test_lists();              // lists_test.cpp
+void test_fragments();          // fragments_test.cpp
 void test_pool(bool may_fork);  // pool_test.cpp
 
 }  // namespace pymeta::testing

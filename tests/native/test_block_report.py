@@ -1,7 +1,7 @@
 """What a block of the CUDA executor does for a task, counted on the emulated device.
 
-The counting program is compiled here, a quarter of a minute of one core. Its figures follow from
-the code alone: neither compiler nor machine has a part in them.
+The counting program is compiled here, twice, a quarter of a minute of one core each. Its figures
+follow from the code alone: neither compiler nor machine has a part in them.
 """
 
 import importlib.util
@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import source_tree
@@ -28,17 +29,16 @@ def load_report():
 report = load_report()
 
 
-@pytest.fixture(scope="module")
-def counted(tmp_path_factory):
-    """The rows of W1 and W3 in large batches and of W5, by case."""
+def count(folder: Path, family: str, *cases: str) -> dict[str, dict]:
+    """The rows of the cases of a family that begin with these words, by case."""
     if COMPILER is None or sys.platform == "win32":
         pytest.skip("there is no C++ compiler")
-    program = tmp_path_factory.mktemp("counts") / "block_accesses"
+    program = folder / "block_accesses"
     defines = [
         f"-D{name}"
         for name in (
             *("PYMETA_COUNT_ACCESSES", "PYMETA_BLOCK", "PYMETA_EMULATE"),
-            *("PYMETA_FAMILY=plain", "PYMETA_ISA=counted", "PYMETA_REAL=float"),
+            *(f"PYMETA_FAMILY={family}", "PYMETA_ISA=counted", "PYMETA_REAL=float"),
         )
     ]
     sources = [ROOT / "csrc/tests/counts/block_counts.cpp", ROOT / "csrc/runtime/check.cpp"]
@@ -49,11 +49,17 @@ def counted(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     done = subprocess.run(
-        [str(program), "W1 T=65536", "W3 T=16384", "W5"],
+        [str(program), *cases],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return {row["case"]: row for row in json.loads(done.stdout)}
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """The rows of W1 and W3 in large batches and of W5."""
+    return count(tmp_path_factory.mktemp("counts"), "plain", "W1 T=65536", "W3 T=16384", "W5")
 
 
 def test_options_are_those_of_the_build():
@@ -76,6 +82,14 @@ def test_counts_are_what_they_were(case, barriers, multiply_adds, wavefronts, co
     assert row["barriers"] == barriers
     assert row["multiply_adds"] == multiply_adds  # of all warps
     assert row["wavefronts"] == wavefronts
+
+
+def test_counts_of_products_on_tensor_cores_are_what_they_were(tmp_path):
+    """Less than half the wavefronts of float32, and as many as the planner reckons."""
+    (row,) = count(tmp_path, "tensor", "W3 T=16384").values()
+    assert (row["threads"], row["at_once"], row["barriers"]) == (256, 2, 83)
+    assert (row["multiply_adds"], row["wavefronts"]) == (110_640, 37_536)
+    assert row["wavefronts"] == pytest.approx(row["modelled"]["wavefronts"], rel=0.05)
 
 
 def test_the_planner_reckons_what_is_counted(counted):

@@ -1,9 +1,9 @@
 """The CUDA kernels without a GPU: they compile, what ptxas made of them, and the built module.
 
-nvcc compiles the kernels of plain calls in float32 for sm_90, and those of all calls as far as PTX:
-what ptxas makes of the latter takes it three more minutes of a core. More of them:
+nvcc compiles the kernels of plain calls in float32 for sm_90, and those on tensor cores and of all
+calls as far as PTX: what ptxas makes of the latter takes it three more minutes of a core. More:
 
-    PYMETA_TEST_CUDA="plain chains every float double 80 90 100 120" \\
+    PYMETA_TEST_CUDA="plain chains every tensor float double 80 90 100 120" \\
       pytest tests/native/test_cuda_build.py
 
 The module is looked at where it was built with CUDA; PYMETA_TEST_MODULE names another one.
@@ -49,7 +49,7 @@ def nvcc() -> str | None:
 
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
-CHOSEN = os.environ.get("PYMETA_TEST_CUDA", "plain every.ptx float 90").split()
+CHOSEN = os.environ.get("PYMETA_TEST_CUDA", "plain tensor.ptx every.ptx float 90").split()
 REALS = [word for word in CHOSEN if word in ("float", "double")]
 ARCHITECTURES = [word for word in CHOSEN if word.isdigit()]
 OTHERS = [word for word in CHOSEN if word not in (*REALS, *ARCHITECTURES)]
@@ -82,9 +82,18 @@ def translator(program: str, family: str, real: str) -> Program:
     return Program(program, *words, cwd=ROOT)
 
 
-KINDS = [(family, real) for family in FAMILIES for real in REALS]
+FLOAT_ONLY = "tensor"
+
+
+def kinds(families: list[str]) -> list[tuple[str, str]]:
+    """Those of which there are kernels."""
+    both = [(family, real) for family in families for real in REALS]
+    return [kind for kind in both if kind != (FLOAT_ONLY, "double")]
+
+
+KINDS = kinds(FAMILIES)
 COMPILERS = {kind: compiler(found, *kind) for kind in KINDS if (found := nvcc()) is not None}
-PTX_KINDS = [(family, real) for family in TRANSLATED for real in REALS]
+PTX_KINDS = kinds(TRANSLATED)
 TRANSLATORS = {
     kind: translator(found, *kind) for kind in PTX_KINDS if (found := nvcc()) is not None
 }

@@ -141,6 +141,8 @@ struct Call {
   bool first_order = false;
   bool by_support =
       false;  // the first rows of each query set are its support set, by which alone it is normalised
+  bool allows_tf32x3 =
+      false;  // products of linear layers may be made on tensor cores (cuda/fragments.h)
   const Real* step_weights =
       nullptr;           // [steps] of the query losses after each step; null: the last alone
   double task_clip = 0;  // largest norm of a task's share of the summed gradients; 0: any

@@ -37,6 +37,7 @@ struct Case {
   int support, query, steps, epochs;
   std::int64_t tasks;
   bool learns_rates = false;  // one for each element (Meta-SGD)
+  bool allows_tf32x3 = false;
 };
 
 const std::vector<Case> kCases{
@@ -46,6 +47,36 @@ const std::vector<Case> kCases{
     {"W1 T=4096 K=5, rates learned", {1, 40, 40, 1}, LossKind::mse, 10, 10, 5, 0, 4096, true},
     {"W3 T=64 K=5", {24, 64, 64, 1}, LossKind::bce_with_logits, 32, 32, 5, 0, 64},
     {"W3 T=16384 K=5", {24, 64, 64, 1}, LossKind::bce_with_logits, 32, 32, 5, 0, 16384},
+    {"W3 T=64 K=5, tf32x3",
+     {24, 64, 64, 1},
+     LossKind::bce_with_logits,
+     32,
+     32,
+     5,
+     0,
+     64,
+     false,
+     true},
+    {"W3 T=16384 K=5, tf32x3",
+     {24, 64, 64, 1},
+     LossKind::bce_with_logits,
+     32,
+     32,
+     5,
+     0,
+     16384,
+     false,
+     true},
+    {"W5 T=1000 K=20, tf32x3",
+     {24, 64, 64, 1},
+     LossKind::bce_with_logits,
+     50,
+     0,
+     0,
+     20,
+     1000,
+     false,
+     true},
     {"W5 T=1000 K=20", {24, 64, 64, 1}, LossKind::bce_with_logits, 50, 0, 0, 20, 1000},
     {"W2 T=1024 K=1", {784, 256, 128, 64, 64, 5}, LossKind::cross_entropy, 5, 25, 1, 0, 1024},
 };
@@ -82,6 +113,7 @@ class CaseCall {
     call.lr = {&rate_, 1, 1, false, groups_};
     if (of.learns_rates) learn_rates(random);
     call.tasks = tasks;
+    call.allows_tf32x3 = of.allows_tf32x3;
     call.losses = losses_.data();
     bind(call.support, support_, of, of.support, random);
     if (of.epochs) {
@@ -188,6 +220,10 @@ std::vector<Counts> count(const Case& of, const BlockPlan& plan, std::int64_t ta
   std::vector<Counts> counts;
   BlockFrame frame;
   call.run(own, CountingLauncher{counts}, memory.data.get(), frame);
+  // One that plays a warp's lanes notes them one after the other.
+  for (Counts& own : counts)
+    std::stable_sort(own.accesses.begin(), own.accesses.end(),
+                     [](const Access& x, const Access& y) { return x.time < y.time; });
   return counts;
 }
 
@@ -209,11 +245,11 @@ Wavefronts wavefronts_of(const Counts* lanes, int count) {
     const Access now = *first;
     together.clear();
     for (int i = 0; i < count; ++i)
-      if (next[i] < lanes[i].accesses.size())
-        if (const Access& own = lanes[i].accesses[next[i]]; own.time == now.time) {
-          together.push_back({i, own.place});
-          ++next[i];
-        }
+      for (; next[i] < lanes[i].accesses.size(); ++next[i]) {
+        const Access& own = lanes[i].accesses[next[i]];
+        if (own.time != now.time) break;
+        together.push_back({i + own.lane, own.place});
+      }
     (now.in_product ? sum.products : sum.others) += wavefronts(together, now.bytes);
   }
 }
@@ -236,7 +272,8 @@ Totals totals_of(const std::vector<Counts>& counts) {
   sum.barriers = counts[0].barriers;
   sum.instructions = counts[0].instructions;
   sum.first_multiply_adds = counts[0].multiply_adds;
-  for (const Access& one : counts[0].accesses) sum.first_product_accesses += one.in_product;
+  for (const Access& one : counts[0].accesses)
+    sum.first_product_accesses += one.in_product && one.lane == 0;
   return sum;
 }
 
