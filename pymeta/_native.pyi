@@ -70,7 +70,10 @@ class Problem(metaclass=_Type):
         lr_groups: Sequence[int] | None = None,
         optimizer: Optimizer | None = None,
         query_loss: Loss | None = None,
+        allows_tf32x3: bool = False,
     ) -> None: ...
+    @property
+    def has_tf32x3(self) -> bool: ...
     def plan(
         self,
         dtype: int,

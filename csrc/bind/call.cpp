@@ -41,7 +41,8 @@ struct KeptPlans {
 };
 
 template <class Real>
-std::size_t execute(Call<Real>& call, KeptPlans<Real>& kept, const MaybeDevice& device) {
+std::size_t execute(const Problem& problem, Call<Real>& call, KeptPlans<Real>& kept,
+                    const MaybeDevice& device) {
   if (!device) {
     run_interruptibly(call, kept.on_host);
     return 0;
@@ -57,6 +58,7 @@ std::size_t execute(Call<Real>& call, KeptPlans<Real>& kept, const MaybeDevice& 
   } catch (const std::runtime_error& error) {
     throw std::runtime_error("cuda:" + std::to_string(ordinal) + ": " + error.what());
   }
+  problem.note_products(ordinal, call);
   return plan->workspace_bytes();
 }
 
@@ -221,7 +223,7 @@ std::size_t CallParts::run(const MaybeDevice& device) const {
     KeptPlans<decltype(real)> none;
     describe(described);
     if (job_ == Job::meta) check_meta(described.call);
-    return execute(described.call, none, device);
+    return execute(*problem_, described.call, none, device);
   });
 }
 
@@ -256,7 +258,7 @@ class RepeatedCall::KeptOf : public Kept {
     put_gradients(problem_, other.gradients ? *other.gradients : no_gradients, described_);
     put_cotangents(problem_, other.cotangents ? *other.cotangents : no_cotangents, described_);
     check_meta(call);
-    return execute(call, plans_, device);
+    return execute(problem_, call, plans_, device);
   }
 
  private:

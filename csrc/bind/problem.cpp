@@ -99,15 +99,17 @@ py::dict plan_of(const Problem& problem, int dtype, const std::string& job,
 void bind_problem(py::module_& m) {
   py::class_<Problem, std::shared_ptr<Problem>>(m, "Problem")
       .def(py::init<std::shared_ptr<OwnedNetwork>, const LossHolder&, const std::vector<bool>&,
-                    const std::optional<std::vector<int>>&, const Optimizer*, const LossHolder*>(),
+                    const std::optional<std::vector<int>>&, const Optimizer*, const LossHolder*,
+                    bool>(),
            py::arg("network"), py::arg("loss"), py::arg("adapted"),
            py::arg("lr_groups") = py::none(), py::arg("optimizer") = py::none(),
-           py::arg("query_loss") = py::none())
+           py::arg("query_loss") = py::none(), py::arg("allows_tf32x3") = false)
       .def("plan", &plan_of, py::arg("dtype"), py::arg("job"), py::arg("schedule"),
            py::arg("tasks"), py::arg("support_rows"), py::arg("query_rows") = 0,
            py::arg("validation_rows") = 0, py::arg("second_order") = false, py::arg("lr_rows") = 1,
            py::arg("wanted") = Wanted{true}, py::arg("has_anchors") = false,
            py::arg("is_plain") = false, py::arg("device") = py::none())
+      .def_property_readonly("has_tf32x3", &Problem::has_tf32x3)
       .def("unfit_for_device", &Problem::unfit_for_device);
 }
 

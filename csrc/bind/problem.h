@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -26,15 +28,17 @@ std::vector<std::int64_t> parameter_sizes(const Network& network);
 
 class Problem {
  public:
-  // `query_loss`: what query sets of a meta-gradient are judged by, or null: the same as all others.
+  // `query_loss`: what query sets of a meta-gradient are judged by, or null: the same as all others. `allows_tf32x3`: on a device
+  // (cuda/fragments.h).
   Problem(std::shared_ptr<OwnedNetwork> owned, const LossHolder& loss,
           const std::vector<bool>& adapted, const std::optional<std::vector<int>>& lr_groups,
-          const Optimizer* optimizer, const LossHolder* query_loss)
+          const Optimizer* optimizer, const LossHolder* query_loss, bool allows_tf32x3)
       : owned_(std::move(owned)),
         network_(&owned_->network),
         loss_(loss),
         query_loss_(query_loss ? *query_loss : loss),
-        optimizer_(optimizer ? *optimizer : Optimizer{}) {
+        optimizer_(optimizer ? *optimizer : Optimizer{}),
+        allows_tf32x3_(allows_tf32x3) {
     const std::size_t tensors = static_cast<std::size_t>(network_->tensor_count);
     if (adapted.size() != tensors)
       refuse("adapted: expected " + std::to_string(tensors) + " values, got " +
@@ -75,6 +79,7 @@ class Problem {
     call.lr = rates;
     call.lr.per_element = per_element_;
     call.lr.groups = groups_.data();
+    call.allows_tf32x3 = allows_tf32x3_;
     return call;
   }
 
@@ -96,6 +101,15 @@ class Problem {
     for (std::size_t t = 0; t < sizes.size(); ++t) sum += adapted_[t] ? sizes[t] : 0;
     return static_cast<int>(sum);
   }
+
+  // Whether a call that was made on a device has products in 3xTF32. Predictions have none.
+  template <class Real>
+  void note_products(int ordinal, const Call<Real>& call) const {
+    if (allows_tf32x3_ && call.job != Job::predict)
+      has_tf32x3_ = std::strcmp(family_on(ordinal, call), "tensor") == 0;
+  }
+  // Of the last such call.
+  bool has_tf32x3() const { return has_tf32x3_; }
 
   std::optional<std::string> unfit_for_device() const {
     for (const LossHolder* holder : {&loss_, &query_loss_}) {
@@ -137,6 +151,8 @@ class Problem {
   bool adapted_[kMaxTensors] = {};
   bool per_element_ = false;
   std::vector<int> groups_;
+  const bool allows_tf32x3_;
+  mutable std::atomic<bool> has_tf32x3_{false};
 };
 
 }  // namespace pymeta

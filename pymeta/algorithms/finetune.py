@@ -124,6 +124,7 @@ class FineTune(Learner):
             parameters, in their order: as `MAML(lr=LearnableLR(per="layer"))` learned them, say.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
+        precision: "float32" or "tf32x3", as for `MAML`.
 
     Raises:
         TypeError, ValueError: an argument is not as described; with backend="native", also
@@ -168,6 +169,7 @@ class FineTune(Learner):
         on_divergence: str | None = None,
         layer_lr: Sequence[float] | np.ndarray | Tensor | None = None,
         backend: str = "auto",
+        precision: str = "float32",
     ) -> None:
         super().__init__(
             model,
@@ -175,6 +177,7 @@ class FineTune(Learner):
             lr=lr,
             optimizer=optimizer,
             backend=backend,
+            precision=precision,
             anchor=anchor,
             anchor_rows=anchor_rows,
         )
@@ -231,9 +234,8 @@ class FineTune(Learner):
                 )
             frozen.update(hits)
         free = [escape(name) for name in names if name not in frozen]
-        return Plan(
-            self.model, self.loss, free, self._per, self._rule, self._anchor, row_shape=row_shape
-        )
+        how = free, self._per, self._rule, self._anchor
+        return Plan(self.model, self.loss, *how, row_shape=row_shape, precision=self.precision)
 
     # ---- calls --------------------------------------------------------------------------------
 

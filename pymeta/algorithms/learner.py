@@ -21,7 +21,7 @@ from pymeta import native, reference
 from pymeta.algorithms import by_support
 from pymeta.algorithms.divergence import check_reaction, reacted
 from pymeta.algorithms.learned_anchor import LearnedAnchor
-from pymeta.algorithms.native_call import NativeCall, planned
+from pymeta.algorithms.native_call import NativeCall, explained
 from pymeta.algorithms.settings import Checks, checks_of
 from pymeta.backend import adapt as native_adapt
 from pymeta.backend.plan import Plan
@@ -35,7 +35,6 @@ from pymeta.spec.history import History
 from pymeta.spec.inner import Adaptation, InnerLoop
 from pymeta.spec.losses import Loss
 from pymeta.spec.modules import one_at_a_time
-from pymeta.spec.network import Description
 from pymeta.spec.optimizers import SGD, LearnableLR, Optimizer, check_lr
 from pymeta.spec.schedule import Schedule
 from pymeta.spec.settings import one_optimizer
@@ -84,6 +83,7 @@ class Learner(nn.Module, ABC):
         loss: a description of the loss.
         lr: the inner step size: a number, or MAML's learnable one.
         backend: "native", "torch" or "auto".
+        precision: "float32", or "tf32x3" where the native core may have it.
 
     All that the constructor takes may be set anew between calls, by the names of the attributes;
     it is checked as there, and the next call has it. What cannot be honoured raises.
@@ -99,9 +99,12 @@ class Learner(nn.Module, ABC):
         "anchor_rows": "make a new learner for another one",
     }
     # those that a plan is made of
-    _of_the_plan: ClassVar[frozenset[str]] = frozenset({"model", "loss", "adapted_patterns"})
+    _of_the_plan: ClassVar[frozenset[str]] = frozenset(
+        {"model", "loss", "adapted_patterns", "precision"}
+    )
 
     lr: Any  # a float, or the learnable one: a Parameter [n], or [steps, n] where it is per step
+    precision = "float32"
     query_loss: Any = None  # what query sets are judged by, where that is another loss
 
     def __init__(
@@ -116,6 +119,7 @@ class Learner(nn.Module, ABC):
         anchor: float = 0.0,
         anchor_rows: float | None = None,
         learns_lr: bool = False,
+        precision: str = "float32",
     ) -> None:
         """Check what is common to the learners. `_look` has to follow.
 
@@ -133,6 +137,7 @@ class Learner(nn.Module, ABC):
         self.loss: Loss = loss  # __setattr__ makes one of it
         self.adapted_patterns = adapt
         self.backend = backend
+        self.precision = precision
         self._anchor = check_anchor(anchor, anchor_rows)
         self.learned_anchor: LearnedAnchor | None = None
         self._rule = one_optimizer(lr, optimizer, learns_lr)
@@ -446,7 +451,7 @@ class Learner(nn.Module, ABC):
     def _made_plan(self, row_shape: tuple[int, ...] | None) -> Plan:
         return Plan(
             self.model, self.loss, self.adapted_patterns, self._per, self._rule, self._anchor,
-            row_shape=row_shape,
+            row_shape=row_shape, precision=self.precision,
         )  # fmt: skip
 
     def _forget(self) -> None:
@@ -475,17 +480,7 @@ class Learner(nn.Module, ABC):
             return f"native-cpu {native.isa()} {native.executor()}: {plan.reason}"
         if plan.reason is not None:
             return f"torch: {plan.reason}"
-        assert isinstance(plan.description, Description)
-        chain = " ".join(str(layer[0]) for layer in plan.description.layers)
-        last = self._last_call(plan)
-        if plan.device is None:
-            on, executor = f"native-cpu {native.isa()}", native.executor()
-        else:
-            on, executor = f"native-cuda {plan.device.name}", "block"
-        text = f"{on} {executor}: {chain}"
-        if last is not None:
-            executor, what = planned(plan, last)
-            text = f"{on} {executor}: {chain}; the last call had {what}"
+        text = explained(plan, self._last_call(plan))
         if self._fallback_reason is not None:
             text += f"; some calls ran in torch: {self._fallback_reason}"
         return text
@@ -517,4 +512,6 @@ class Learner(nn.Module, ABC):
         parts.append(f"steps={s.steps}" if s.epochs is None else f"epochs={s.epochs}")
         if s.batch_size is not None:
             parts.append(f"batch_size={s.batch_size}")
+        if self.precision != Learner.precision:
+            parts.append(f"precision={self.precision}")
         return ", ".join([*parts, f"backend={self.backend}"])

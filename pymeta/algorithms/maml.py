@@ -79,6 +79,9 @@ class MAML(Learner):
             the meta-gradient is that of its minimum (iMAML), whatever the number of steps.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
+        precision: "tf32x3" allows the CUDA executor to make products of linear layers on tensor
+            cores, each in three parts: nearly as exact as in float32, with other bits
+            (docs/gpu.md). Predictions of adapted models, the CPU and torch have float32.
 
     Raises:
         TypeError, ValueError: an argument is not as described; with backend="native", also
@@ -118,6 +121,7 @@ class MAML(Learner):
         task_clip: float | None = None,
         implicit: Implicit | None = None,
         backend: str = "auto",
+        precision: str = "float32",
     ) -> None:
         rule = one_optimizer(lr, optimizer, learnable=True)
         alone = {"first_order": first_order, "task_clip": task_clip}
@@ -131,6 +135,7 @@ class MAML(Learner):
             optimizer=optimizer,
             adapt=adapt,
             backend=backend,
+            precision=precision,
             **(numbers if implicit is None else {"anchor": implicit.strength}),
             learns_lr=True,
         )
@@ -478,6 +483,7 @@ class MAML(Learner):
             self._anchor,
             query_loss=self.query_loss,
             row_shape=row_shape,
+            precision=self.precision,
         )
 
     def _last_call(self, plan: Plan) -> NativeCall | None:

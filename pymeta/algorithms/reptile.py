@@ -85,6 +85,7 @@ class Reptile(Learner):
         seed: of the shuffles.
         backend: "native", "torch", or "auto": native where possible (or what PYMETA_BACKEND
             says).
+        precision: "float32" or "tf32x3", as for `MAML`.
 
     Raises:
         TypeError, ValueError: an argument is not as described; with backend="native", also
@@ -108,6 +109,7 @@ class Reptile(Learner):
         task_clip: float | None = None,
         seed: int = 0,
         backend: str = "auto",
+        precision: str = "float32",
     ) -> None:
         super().__init__(
             model,
@@ -116,6 +118,7 @@ class Reptile(Learner):
             optimizer=optimizer,
             adapt=adapt,
             backend=backend,
+            precision=precision,
             anchor=anchor,
             anchor_rows=anchor_rows,
         )

@@ -10,7 +10,7 @@ from torch import nn
 from pymeta import native
 from pymeta.spec.losses import describe_loss
 from pymeta.spec.schedule import LARGEST_SEED, check_batch_size, check_count
-from pymeta.spec.settings import check_clip, check_flag, check_patterns
+from pymeta.spec.settings import check_clip, check_flag, check_patterns, check_precision
 
 # name -> (learner, value) -> what is kept
 Checks: TypeAlias = Mapping[str, Callable[[Any, Any], Any]]
@@ -29,6 +29,7 @@ _OF_ALL: Checks = {
     "lr": lambda self, value: self._checked_lr(value),
     "adapted_patterns": lambda self, value: check_patterns("adapt", value),
     "backend": lambda self, value: native.backend(value),
+    "precision": lambda self, value: check_precision(value),
 }
 # Those of several.
 _OF_SOME: Checks = {

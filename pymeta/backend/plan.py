@@ -26,7 +26,7 @@ from pymeta.spec.modules import Fixed, fixed_among, one_at_a_time, running_stati
 from pymeta.spec.network import Description, Unshaped, Unsupported, describe
 from pymeta.spec.optimizers import Rates, native_optimizer, rates
 from pymeta.spec.running import any_tracked, is_batch_norm
-from pymeta.spec.settings import matching
+from pymeta.spec.settings import TF32X3, check_precision_of, matching
 from pymeta.spec.watch import Place
 from pymeta.tasks.checks import Expected, row_shape_of
 from pymeta.tasks.task_set import dense
@@ -86,6 +86,7 @@ class Plan:
         core_reason: why the native core cannot run this on any device; None where it can.
         reason: why it cannot where the parameters are; None where it can.
         device: what native calls run on; None for the CPU's own executors.
+        precision: what products may be made in there.
         problem: the native Problem, where there is no `core_reason`.
         chain: for each parameter of the chain, in its order, the index into `names`.
         lr_order: permutes a row of per-element lr values into the chain's order, where needed;
@@ -105,6 +106,7 @@ class Plan:
         row_shape: tuple[int, ...] | None = None,
         fixed: Fixed = None,
         tracks: bool = True,
+        precision: str = "float32",
     ) -> None:
         """Examine the model; TypeError or ValueError where no backend can run it.
 
@@ -114,6 +116,7 @@ class Plan:
 
         `optimizer` (plain SGD where left out) and `anchor` are what the native Problem steps by;
         `query_loss` is what query sets are judged by, if that is another one than the loss.
+        `precision` is what products may be made in on a device.
         """
         with one_at_a_time():
             learned = dict(model.named_parameters())
@@ -153,6 +156,8 @@ class Plan:
         self.predicts = Repeats()  # of PreparedPredict, which models/adapted.py makes
         self.optimizer = optimizer
         self.anchor = anchor
+        self.precision = precision
+        check_precision_of(precision, str(self.expected.dtype).removeprefix("torch."))
         self.device = Device.of(self.expected.device)
         self.core_reason = self._make_problem(loss, named)
         self.reason = self.core_reason or self._unfit_there()
@@ -218,6 +223,7 @@ class Plan:
             self._lr_groups(chain, named),
             None if self.optimizer is None else native_optimizer(self.optimizer, self.anchor),
             native_loss(self.query_expected.loss),
+            self.precision == TF32X3,
         )
         self.chain = [self.names.index(n) for n in chain]
         return None

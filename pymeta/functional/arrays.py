@@ -18,6 +18,7 @@ from pymeta.spec.architecture import Architecture
 from pymeta.spec.losses import native_loss
 from pymeta.spec.optimizers import native_optimizer
 from pymeta.spec.schedule import Schedule, check_count
+from pymeta.spec.settings import check_precision_of
 from pymeta.spec.show import counted
 from pymeta.tasks.arrays import (
     DTYPE_CODES,
@@ -84,6 +85,7 @@ class Arrays:
     def _ready(self, request: Request) -> _Ready:
         o = self._operator
         parameters, dtype = _parameters_of(request.parameters)
+        check_precision_of(o.precision, str(dtype))
         steps = o.steps if request.steps is None else check_count("steps", request.steps)
         support = _side(_SUPPORT, request.support, self._expected(o.loss, dtype))
         query = None

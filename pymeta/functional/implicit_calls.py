@@ -95,6 +95,7 @@ def _of_one_step(model: nn.Module, plan: Plan) -> Plan:
         plan.of_one_step = Plan(
             model, loss, plan.adapted, "network", SGD(1.0),
             query_loss=None if judge is loss else judge, row_shape=plan.row_shape, tracks=False,
+            precision=plan.precision,
         )  # fmt: skip
     return plan.of_one_step
 

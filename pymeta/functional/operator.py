@@ -20,6 +20,7 @@ from pymeta.spec.settings import (
     check_clip,
     check_flag,
     check_patterns,
+    check_precision,
     check_query_loss,
     matching,
     one_optimizer,
@@ -53,6 +54,7 @@ class Operator:
         implicit: a `pymeta.Implicit`, as for `pymeta.MAML`: the pull to the start has its
             strength, and gradients are those of the minimum. The network is then a module.
         backend: "native", "torch" or "auto".
+        precision: "float32" or "tf32x3", as for `pymeta.MAML`.
 
     Raises:
         TypeError, ValueError: an argument is not as described; with backend="native", also where
@@ -81,6 +83,7 @@ class Operator:
         task_clip: float | None = None,
         implicit: Implicit | None = None,
         backend: str = "auto",
+        precision: str = "float32",
     ) -> None:
         """Check the arguments and look at the network."""
         self.loss: Loss = describe_loss(loss)
@@ -96,6 +99,7 @@ class Operator:
         if self.implicit is not None:
             self.pull = Anchor(self.implicit.strength)
         self.backend = native.backend(backend)
+        self.precision = check_precision(precision)
         patterns = check_patterns("adapt", adapt)
         self.architecture: Architecture | None = None
         self.tensors: Tensors | None = None
@@ -192,7 +196,7 @@ class Operator:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled state."""
-        self.__dict__.update(state)
+        self.__dict__.update({"precision": "float32", **state})
         self.handle = register(self)
 
     # ---- what the operators of torch.library ask ----------------------------------------------

@@ -125,7 +125,7 @@ class Tensors:
                 module = copy.deepcopy(self._module).to(device, dtype)
             plan = Plan(
                 module, o.loss, o.adapted, o.per, o.optimizer, o.pull,
-                query_loss=o.query_loss, row_shape=row_shape, tracks=False,
+                query_loss=o.query_loss, row_shape=row_shape, tracks=False, precision=o.precision,
             )  # fmt: skip
             found = module, plan
             if not plan.refuses:

@@ -71,6 +71,7 @@ class EncodedMAML(nn.Module):
         anchor: as for `MAML`.
         anchor_rows: as for `MAML`.
         backend: as for `MAML`, of the head.
+        precision: as for `MAML`, of the head.
 
     An encoder without trained parameters stays in eval mode and runs without a graph.
 
@@ -107,6 +108,7 @@ class EncodedMAML(nn.Module):
         anchor: float = 0.0,
         anchor_rows: float | None = None,
         backend: str = "auto",
+        precision: str = "float32",
     ) -> None:
         """Check the arguments and choose what is trained."""
         super().__init__()
@@ -122,6 +124,7 @@ class EncodedMAML(nn.Module):
         self.maml = MAML(
             head, loss=loss, lr=lr, steps=steps, adapt=adapt, optimizer=optimizer,
             first_order=first_order, anchor=anchor, anchor_rows=anchor_rows, backend=backend,
+            precision=precision,
         )  # fmt: skip
         self.encoder = encoder
         if keep and not self.is_frozen:

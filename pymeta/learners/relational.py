@@ -83,6 +83,7 @@ class RelationalMAML(nn.Module):
         optimizer: as for `MAML`.
         first_order: as for `MAML`.
         backend: as for `MAML`.
+        precision: as for `MAML`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -118,6 +119,7 @@ class RelationalMAML(nn.Module):
         optimizer: Optimizer | None = None,
         first_order: bool = False,
         backend: str = "auto",
+        precision: str = "float32",
     ) -> None:
         """Check the arguments and make the networks."""
         super().__init__()
@@ -133,6 +135,7 @@ class RelationalMAML(nn.Module):
         self.maml = MAML(
             model, loss=loss, lr=lr, steps=steps, adapt=adapt, optimizer=optimizer,
             first_order=first_order, backend=backend,
+            precision=precision,
         )  # fmt: skip
         like = adapted(self.maml)
         self.encoder = encoder

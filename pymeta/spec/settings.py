@@ -62,6 +62,25 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+TF32X3 = "tf32x3"  # or "float32"
+
+
+def check_precision(value: Any) -> str:
+    """How products of float32 numbers are made; ValueError where it is unknown."""
+    if value not in ("float32", TF32X3):
+        raise ValueError(f'precision: expected "float32" or "{TF32X3}", got {value!r}')
+    return str(value)
+
+
+def check_precision_of(precision: str, dtype: str) -> None:
+    """ValueError where parameters of this dtype ("float64") have no such products."""
+    if precision == TF32X3 and dtype != "float32":
+        raise ValueError(
+            f'precision: "{TF32X3}" is for models in float32, and this one is in {dtype}: expected '
+            f'"float32", which leaves them as they are, or a model after .float()'
+        )
+
+
 def check_query_statistics(value: Any) -> str:
     """What normalises query sets; ValueError where it is neither."""
     if value not in ("own", "support"):
