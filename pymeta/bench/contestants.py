@@ -279,6 +279,9 @@ def _pymeta_cuda(name: str, make: Callable[[Case, Data, Device], Any]) -> Maker:
     return prepare
 
 
+_tf32x3 = partial(ours.round_trip, precision="tf32x3")
+
+
 def _torch_vmap_cuda(graph: bool) -> Maker:
     """Eager `torch.func`, by itself or in a CUDA graph."""
 
@@ -349,6 +352,7 @@ CPU: tuple[Contestant, ...] = (
 CUDA: tuple[Contestant, ...] = (
     Contestant("pymeta", _TORCH, _pymeta_cuda("pymeta", ours.round_trip), rival=False),
     Contestant("pymeta graph", _TORCH, _pymeta_cuda("pymeta graph", ours.captured), rival=False),
+    Contestant("pymeta tf32x3", _TORCH, _pymeta_cuda("pymeta tf32x3", _tf32x3), rival=False),
     Contestant("torch vmap", _TORCH, _torch_vmap_cuda(False)),
     Contestant("torch vmap graph", _TORCH, _torch_vmap_cuda(True)),
     Contestant("jax", ("jax",), _jax_cuda, slow=True),

@@ -156,30 +156,26 @@ def peak(seconds: float) -> float:
 # ---- with torch ----------------------------------------------------------------------------------
 
 
-def learner(case: Case, model: nn.Module, backend: str) -> Any:
+def learner(case: Case, model: nn.Module, backend: str, precision: str = "float32") -> Any:
     """The case's job as a user writes it: a `MAML`, `Reptile` or `FineTune` of the model."""
     import pymeta
 
-    inner = inner_optimizer(case)
+    how: dict[str, Any] = {
+        "loss": case.loss,
+        "optimizer": inner_optimizer(case),
+        "backend": backend,
+        "precision": precision,
+    }
     if case.job == "maml":
-        return pymeta.MAML(
-            model,
-            loss=case.loss,
-            optimizer=inner,
-            steps=case.steps,
-            first_order=case.first_order,
-            backend=backend,
-        )
+        return pymeta.MAML(model, steps=case.steps, first_order=case.first_order, **how)
     if case.job == "reptile":
-        return pymeta.Reptile(
-            model, loss=case.loss, optimizer=inner, steps=case.steps, backend=backend
-        )
-    return pymeta.FineTune(
-        model, loss=case.loss, optimizer=inner, epochs=case.steps, backend=backend
-    )
+        return pymeta.Reptile(model, steps=case.steps, **how)
+    return pymeta.FineTune(model, epochs=case.steps, **how)
 
 
-def round_trip(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:
+def round_trip(
+    case: Case, data: Data, device: Device, precision: str = "float32"
+) -> tuple[Run, Read, str]:
     """What a user runs, from tensors to tensors; and which path it takes.
 
     learner(...), backward(), and the gradients dropped as an optimiser's zero_grad does;
@@ -187,7 +183,7 @@ def round_trip(case: Case, data: Data, device: Device) -> tuple[Run, Read, str]:
     """
     from pymeta.bench.torch_rivals import make_model, tensors
 
-    made = learner(case, make_model(case, data, device), "native")
+    made = learner(case, make_model(case, data, device), "native", precision)
     sets = tensors(data, device)[: 4 if case.job == "maml" else 2]
     if case.job == "finetune":
         made(*sets, progress=False)

@@ -37,6 +37,7 @@ RIVALS = {
 CUDA_COLUMNS = {
     "pymeta": "pymeta",
     "pymeta graph": "pymeta, graph",
+    "pymeta tf32x3": "pymeta, 3xTF32",
     "torch vmap": "torch.func vmap",
     "torch vmap graph": "vmap, graph",
     "torch compiled": "torch.compile",
@@ -86,9 +87,9 @@ def _median(row: Row, name: str) -> float | None:
 def _is_trip(name: str) -> bool:
     """Whether this is a call of a learner with its backward, as the planner has it.
 
-    A bare kernel and `accumulate_grad` have rows of their own.
+    A bare kernel, `accumulate_grad` and products in 3xTF32 have rows of their own.
     """
-    others = ("kernel", "accumulate_grad", ",")
+    others = ("kernel", "accumulate_grad", "tf32x3", ",")
     return name.startswith("pymeta") and not any(other in name for other in others)
 
 
