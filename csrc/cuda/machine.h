@@ -239,8 +239,9 @@ PYMETA_FN inline float float_of(std::uint32_t bits) {
 // lane holds PTX says (mma.m16n8k8 of .tf32): with g = lane / 4 and t = lane % 4
 //   a[i]  A[g + 8 (i % 2)][t + 4 (i / 2)]      b[i]  B[t + 4 i][g]      sum[i]  [g + 8 (i / 2)][2 t + i % 2]
 // All lanes of a warp call it together.
-PYMETA_FN inline void warp_multiply_add(float (&sum)[kPlayed][4], const float (&a)[kPlayed][4],
-                                        const float (&b)[kPlayed][2]) {
+PYMETA_FN inline void warp_multiply_add([[maybe_unused]] float (&sum)[kPlayed][4],
+                                        [[maybe_unused]] const float (&a)[kPlayed][4],
+                                        [[maybe_unused]] const float (&b)[kPlayed][2]) {
 #if defined(__CUDA_ARCH__)
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "

@@ -3,6 +3,11 @@
 
 #ifdef PYMETA_HAS_EMULATOR
 
+#undef PYMETA_BLOCK  // planted_test is compiled for another machine
+#undef PYMETA_EMULATE
+#undef PYMETA_FAMILY
+#undef PYMETA_ISA
+#undef PYMETA_REAL
 #define PYMETA_BLOCK
 #define PYMETA_EMULATE
 #define PYMETA_FAMILY tensor

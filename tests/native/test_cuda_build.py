@@ -154,6 +154,7 @@ def documented() -> tuple[str, dict[str, list[int]]]:
 
 DOCUMENTED = {
     "plain": "`run_tasks_kernel` of plain calls, with all it calls",
+    "tensor": "that of plain calls with products on tensor cores",
     "chains": "that of linear chains' other calls",
     "every": "that of everything",
 }
