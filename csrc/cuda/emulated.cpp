@@ -13,8 +13,15 @@ struct Launcher {
     emulation::launch(2, threads, 64, [&] { pack_start(frame); });
     return nullptr;
   }
-  const char* tasks(int blocks, int threads, std::size_t bytes, const GivenFrame& frame) const {
-    emulation::launch(blocks, threads, bytes, [&] { run_tasks(frame); });
+  // By a kernel of the call's own, which needs no list, or by the family's.
+  const char* tasks(int blocks, int threads, std::size_t bytes, const GivenFrame& frame,
+                    SpecialKernel kernel = nullptr) const {
+    using Run = void (*)(int, int, std::size_t, const void*);
+    if (kernel)
+      reinterpret_cast<Run>(const_cast<void*>(kernel))(blocks, threads, bytes,
+                                                       static_cast<const Frame*>(&frame));
+    else
+      emulation::launch(blocks, threads, bytes, [&] { run_tasks(frame); });
     return nullptr;
   }
   static constexpr bool kHasSpecial = true;
@@ -22,12 +29,6 @@ struct Launcher {
   static SpecialKernel special(const Numbers& of) {
     return special_kernel(kEmulated, of.key(),
                           [&] { return of.constants() + special_kernel_source; });
-  }
-  const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame,
-                    SpecialKernel kernel) const {
-    using Run = void (*)(int, int, std::size_t, const void*);
-    reinterpret_cast<Run>(const_cast<void*>(kernel))(blocks, threads, bytes, &frame);
-    return nullptr;
   }
   const char* reduce(int blocks, int threads, const Frame& frame) const {
     emulation::launch(blocks, threads, sizeof(double) * kReduceColumns * kReduceGroups,

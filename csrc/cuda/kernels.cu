@@ -33,8 +33,16 @@ struct Launcher {
     if (const char* wrong = allow_shared_memory()) return wrong;
     return launch(pack_start_kernel, blocks, threads, 0, frame);
   }
-  const char* tasks(int blocks, int threads, std::size_t bytes, const GivenFrame& frame) const {
-    return launch(run_tasks_kernel, blocks, threads, bytes, frame);
+  // By a kernel of the call's own, which needs no list, or by the family's.
+  const char* tasks(int blocks, int threads, std::size_t bytes, const GivenFrame& frame,
+                    SpecialKernel kernel = nullptr) const {
+    if (!kernel) return launch(run_tasks_kernel, blocks, threads, bytes, frame);
+    const Frame& given = frame;
+    void* arguments[] = {const_cast<Frame*>(&given)};
+    const cudaError_t wrong =
+        cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
+                         dim3(static_cast<unsigned>(threads)), arguments, bytes, stream);
+    return wrong == cudaSuccess ? nullptr : cudaGetErrorString(wrong);
   }
   static constexpr bool kHasSpecial = true;
   template <class Numbers>
@@ -42,14 +50,6 @@ struct Launcher {
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return nullptr;
     return special_kernel(device, of.key(), [&] { return of.constants() + special_kernel_source; });
-  }
-  const char* tasks(int blocks, int threads, std::size_t bytes, const Frame& frame,
-                    SpecialKernel kernel) const {
-    void* arguments[] = {const_cast<Frame*>(&frame)};
-    const cudaError_t wrong =
-        cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
-                         dim3(static_cast<unsigned>(threads)), arguments, bytes, stream);
-    return wrong == cudaSuccess ? nullptr : cudaGetErrorString(wrong);
   }
   const char* reduce(int blocks, int threads, const Frame& frame) const {
     return launch(reduce_sums_kernel, blocks, threads,
