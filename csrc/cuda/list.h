@@ -52,15 +52,19 @@ class ListedTask : ListOptions {
         return run_from<kSpecialEnds[3], kSpecialEnds[4]>();
     }
   }
+  // Half by half: compilers have a limit of depth.
   template <int kFirst, int kEnd>
   PYMETA_FN void run_from() {
-    if constexpr (kFirst < kEnd) {
+    if constexpr (kEnd - kFirst > 1) {
+      constexpr int middle = (kFirst + kEnd) / 2;
+      run_from<kFirst, middle>();
+      run_from<middle, kEnd>();
+    } else if constexpr (kFirst < kEnd) {
       if constexpr (kSpecialOperations[kFirst].waits) sync();
       if constexpr (is_repeated(kFirst))
         run_repeated<first_like(kFirst)>(kSpecialOperations[kFirst].spots);
       else
         run_share(Special<kFirst>{});
-      run_from<kFirst + 1, kEnd>();
     }
   }
   template <int kLike>
