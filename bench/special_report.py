@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kernel_report
+
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ("W1 T=65536 K=1", "W1 T=4096 K=5", "W3 T=16384 K=5", "W5 T=1000 K=20")
 # As CMakeLists.txt compiles block_instructions_*.
@@ -72,8 +74,7 @@ def compiled(constants: Path, folder: Path, arch: str) -> dict[str, Any]:
         )
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    report = load(ROOT / "bench/kernel_report.py")
-    (kernel,) = report.collect([cubin] if shutil.which("cuobjdump") else [], [log])
+    (kernel,) = kernel_report.collect([cubin] if shutil.which("cuobjdump") else [], [log])
     return {"seconds": seconds, **vars(kernel)}
 
 

@@ -83,10 +83,13 @@ class BlockCall {
   const char* run_tasks(const BlockPlan& plan, const Launcher& launcher,
                         const GivenFrame& frame) const {
     if constexpr (Block::Family::kMayBeSpecial && Launcher::kHasSpecial)
-      if (specialises())
-        if (const SpecialKernel kernel =
-                launcher.special(SpecialNumbers(call_, frame, plan.threads)))
-          return launcher.tasks(plan.blocks, plan.threads, plan.block_bytes, frame, kernel);
+      if (specialises()) {
+        const SpecialNumbers numbers(call_, frame, plan.threads);
+        const SpecialKernel own = special_kernel(launcher.ordinal(), numbers.key(), [&] {
+          return numbers.constants() + special_kernel_source;
+        });
+        return launcher.tasks(plan.blocks, plan.threads, plan.block_bytes, frame, own);
+      }
     return launcher.tasks(plan.blocks, plan.threads, plan.block_bytes, frame);
   }
 

@@ -25,11 +25,7 @@ struct Launcher {
     return nullptr;
   }
   static constexpr bool kHasSpecial = true;
-  template <class Numbers>
-  static SpecialKernel special(const Numbers& of) {
-    return special_kernel(kEmulated, of.key(),
-                          [&] { return of.constants() + special_kernel_source; });
-  }
+  static int ordinal() { return kEmulated; }
   const char* reduce(int blocks, int threads, const Frame& frame) const {
     emulation::launch(blocks, threads, sizeof(double) * kReduceColumns * kReduceGroups,
                       [&] { reduce_sums(frame); });

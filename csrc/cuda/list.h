@@ -71,11 +71,6 @@ class ListedTask : ListOptions {
   PYMETA_FN PYMETA_ONE_COPY void run_repeated(const Spot* spots) {
     run_share(Repeated<kLike>{spots});
   }
-  template <class Op>
-  PYMETA_FN void run_share(const Op& op) {
-    const int own = op.from_last ? thread_count() - 1 - thread_index() : thread_index();
-    if (own < op.share) run(op, own);
-  }
 #else
   PYMETA_FN void run(Part part) {
     const int p = static_cast<int>(part), end = given_.list.ends[p];
@@ -94,8 +89,7 @@ class ListedTask : ListOptions {
       if constexpr (kOptions)
         if (is_together(op.act)) break;
       if (op.waits) sync();
-      const int own = op.from_last ? thread_count() - 1 - thread_index() : thread_index();
-      if (own < op.share) run(op, own);
+      run_share(op);
     }
     return i;
   }
@@ -108,6 +102,11 @@ class ListedTask : ListOptions {
   }
 #endif
 
+  template <class Op>
+  PYMETA_FN void run_share(const Op& op) {
+    const int own = op.from_last ? thread_count() - 1 - thread_index() : thread_index();
+    if (own < op.share) run(op, own);
+  }
   template <class Op>
   PYMETA_FN void run(const Op& op, int own) {
     const int out = op.out;

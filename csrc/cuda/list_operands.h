@@ -51,13 +51,11 @@ class ListOperands {
   template <class Op>
   PYMETA_FN Real* at(const Op& op, int i) const {
     const Spot spot = op.spot(i);
-    if constexpr (kSpecial) {
+    if constexpr (kSpecial)
       if (spot >> kSpotBits == static_cast<Spot>(Lies::near)) return own_memory(given_).near + spot;
-      Real* far = frame().memories[spot >> kSpotBits] + (spot & ((Spot{1} << kSpotBits) - 1));
-      assume_far(far);
-      return far;
-    }
-    return frame().memories[spot >> kSpotBits] + (spot & ((Spot{1} << kSpotBits) - 1));
+    Real* found = frame().memories[spot >> kSpotBits] + (spot & kWithin);
+    if constexpr (kSpecial) assume_far(found);
+    return found;
   }
   template <class Op>
   PYMETA_FN Real* maybe(const Op& op, int i) const {

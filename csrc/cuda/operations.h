@@ -88,6 +88,7 @@ using Spot = std::uint32_t;
 enum class Lies : std::uint32_t { near, far, packed, sums };
 constexpr Spot kNoSpot = ~Spot{0};
 constexpr int kSpotBits = 30;
+constexpr Spot kWithin = (Spot{1} << kSpotBits) - 1;
 constexpr int kSpots = 7;
 
 enum class SetOf : std::uint8_t { support, query };  // rows are those of one of a task's sets

@@ -30,7 +30,7 @@ PYMETA_FN constexpr Spot memory_of(Spot spot) {
   return spot == kNoSpot ? kNoSpot : spot >> kSpotBits;
 }
 
-// Do they differ in nothing but where their operands lie in the same memories, and in which rate they take?
+// Do they differ in nothing but where in the same memories their operands lie? Whether they wait is no part of their code.
 PYMETA_FN constexpr bool are_alike(const Operation& a, const Operation& b) {
   for (int i = 0; i < kSpots; ++i)
     if (memory_of(a.spots[i]) != memory_of(b.spots[i])) return false;
@@ -75,9 +75,8 @@ struct Repeated : Special<i> {
 
   PYMETA_FN explicit Repeated(const Spot* of) : spots(of) {}
   PYMETA_FN Spot spot(int operand) const {
-    constexpr Spot within = (Spot{1} << kSpotBits) - 1;
     const Spot like = kSpecialOperations[i].spots[operand];
-    return like == kNoSpot ? kNoSpot : (like & ~within) | (spots[operand] & within);
+    return like == kNoSpot ? kNoSpot : (like & ~kWithin) | (spots[operand] & kWithin);
   }
 };
 
