@@ -79,9 +79,10 @@ class BlockCall {
   }
 
  private:
-  template <class Launcher>
-  const char* run_tasks(const BlockPlan& plan, const Launcher& launcher,
-                        const GivenFrame& frame) const {
+  // Frame is GivenFrame: nvcc's front end looks into the branch not taken where nothing in it depends on a parameter, and
+  // a family without lists has no numbers.
+  template <class Launcher, class Frame>
+  const char* run_tasks(const BlockPlan& plan, const Launcher& launcher, const Frame& frame) const {
     if constexpr (Block::Family::kMayBeSpecial && Launcher::kHasSpecial)
       if (specialises()) {
         const SpecialNumbers numbers(call_, frame, plan.threads);

@@ -45,7 +45,8 @@ struct Launcher {
     return wrong == cudaSuccess ? nullptr : cudaGetErrorString(wrong);
   }
   static constexpr bool kHasSpecial = true;
-  static int ordinal() {  // run_on() has set it
+  // run_on() has set it. Families without kernels of single calls do not ask.
+  [[maybe_unused]] static int ordinal() {
     int device = 0;
     cudaGetDevice(&device);
     return device;
