@@ -35,6 +35,15 @@ CASES = {
         ((LIN, 3, 16, True), ("tanh",), (LIN, 16, 35, True)), "huber", form="padded", tasks=5,
         support=9, query=11, steps=3, input_gradients=False,
     ),
+    # Classes with weights, and rows with the label to ignore.
+    "labels": Case(
+        ((LIN, 18, 32, True), ("tanh",), (LIN, 32, 16, True), ("tanh",), (LIN, 16, 5, True)),
+        "cross_entropy", tasks=4, support=12, query=20, input_gradients=False, loss_options=True,
+    ),
+    "weights of rows": Case(
+        ((LIN, 18, 32, True), ("tanh",), (LIN, 32, 2, True)), "bce_with_logits", form="list",
+        tasks=5, support=12, query=20, weights=True, input_gradients=False,
+    ),
 }  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 //
 // A family says which layers and losses its networks have, and whether its calls have extras: everything but the query loss after
 // plain steps of gradient descent, and its gradient summed over tasks. One extra has a name of its own: a
-// seed, where the caller says what flows into the losses and predictions. What a family lacks is not compiled. On the CPU `rows` and
-// `lanes` have all of it, and `stacked` has seeds. A kernel of the GPU is loaded as one piece and keeps registers and stack for the
+// seed, where the caller says what flows into the losses and predictions. Rows that are left out (of weight 0, or with the label to ignore) are
+// no extra, but a family may do without them. What a family lacks is not compiled. On the CPU `rows` and `lanes` have all of it, and `stacked`
+// has seeds and all rows. A kernel of the GPU is loaded as one piece and keeps registers and stack for the
 // most that it might do, so there are several (cuda/families.h).
 #pragma once
 
@@ -23,6 +24,7 @@ struct AllCalls {
   static constexpr bool kLoss = true;
   static constexpr bool kExtras = true;
   static constexpr bool kSeeds = true;
+  static constexpr bool kLeavesOut = true;
 };
 
 // May a row's output depend on the set's other rows?
@@ -63,12 +65,16 @@ PYMETA_FN bool extra(bool asked) {
   return asked_of_family<X::Family::kExtras>(asked);
 }
 template <class X>
+PYMETA_FN bool may_leave_out(const RowSet<Real>& set) {
+  return asked_of_family<X::Family::kLeavesOut>(set.has_weightless);
+}
+template <class X>
 PYMETA_FN bool seed_is_given(bool asked) {
   return asked_of_family<X::Family::kSeeds>(asked);
 }
 template <class Set>
 bool has_extras(const Set& set) {
-  return set.offset || set.has_weightless || set.weight_columns > 1;
+  return set.offset || set.weight_columns > 1;
 }
 // Is anything asked for that a family without extras does not have?
 template <class Family>
@@ -77,11 +83,13 @@ bool has_extras(const Call<Real>& call) {
   const bool seeds = (call.job == Job::meta && !call.query.y) || given.losses || given.predictions;
   const bool of_meta =
       call.job == Job::meta && (call.batches.size > 0 || !steps_scale_gradient(call));
-  return (seeds && !Family::kSeeds) || of_meta || call.validation.x || call.train_curves ||
-         call.lr.is_spread() || call.optimizer.clip_norm > 0 || call.is_anchored() ||
-         call.lr_gradient || call.step_weights || call.task_clip > 0 || call.by_support ||
-         given.adapted || given.step_losses || call.wants_input_gradient() || call.ys_gradient ||
-         call.yq_gradient || call.support_weights_gradient || call.query_weights_gradient ||
+  const bool leaves_out = call.support.has_weightless || call.query.has_weightless;
+  return (seeds && !Family::kSeeds) || (leaves_out && !Family::kLeavesOut) || of_meta ||
+         call.validation.x || call.train_curves || call.lr.is_spread() ||
+         call.optimizer.clip_norm > 0 || call.is_anchored() || call.lr_gradient ||
+         call.step_weights || call.task_clip > 0 || call.by_support || given.adapted ||
+         given.step_losses || call.wants_input_gradient() || call.ys_gradient || call.yq_gradient ||
+         call.support_weights_gradient || call.query_weights_gradient ||
          call.support_offset_gradient || call.query_offset_gradient || call.anchors_gradient ||
          call.parameter_per_task || call.statistics || has_extras(call.support) ||
          has_extras(call.query);

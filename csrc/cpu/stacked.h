@@ -17,6 +17,7 @@ PYMETA_KERNEL_BEGIN
 struct StackedExecutor : Executor<Grouped> {
   // Linear layers and activations, and no extras but seeds.
   struct Family : AllCalls {
+    static constexpr bool kLeavesOut = false;
     template <LayerKind kind>
     static constexpr bool kLayer = kind == LayerKind::linear || kind == LayerKind::lone_activation;
     static constexpr bool kExtras = false;

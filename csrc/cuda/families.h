@@ -28,16 +28,14 @@ constexpr bool is_one_of(int value, int one, int other) { return value == one ||
 
 // What runs the algorithms themselves, whatever is asked.
 struct every : AllCalls {
-  static constexpr bool kLists = false;
+  static constexpr bool kLists = false;         // are calls lists of operations (operations.h)?
   static constexpr bool kMayBeSpecial = false;  // may a call have a kernel of its own (special.h)?
-  static constexpr bool kFragments = false;
+  static constexpr bool kFragments = false;     // are products on tensor cores (fragments.h)?
   static constexpr int kMostLayers = block_layers::every;
 };
-// Linear layers and activations, as lists of operations (operations.h).
-struct chains : AllCalls {
+// Linear layers and activations.
+struct chains : every {
   static constexpr bool kLists = true;
-  static constexpr bool kMayBeSpecial = false;
-  static constexpr bool kFragments = false;
   static constexpr int kMostLayers = block_layers::chains;
   template <LayerKind kind>
   static constexpr bool kLayer = kind == LayerKind::linear || kind == LayerKind::lone_activation;
@@ -53,7 +51,7 @@ struct plain : chains {
   static constexpr bool kLoss = is_one_of(static_cast<int>(kind), PYMETA_SPECIAL_LOSSES);
 #endif
 };
-// Those again, with products on tensor cores (fragments.h), where the caller allows it.
+// Those again, where the caller allows it.
 struct tensor : plain {
   static constexpr int kMostLayers = block_layers::tensor;
   static constexpr bool kMayBeSpecial = false;
@@ -110,8 +108,9 @@ inline std::int64_t most_operations(const Call<Real>& call, bool options) {
     of_step += (clips ? 4 * tensors + 3 : 0) + (call.lr_gradient ? tensors : 0);
     of_step += (call.is_anchored() ? tensors : 0) + (call.anchors_gradient ? tensors + 1 : 0);
     of_step += 6 + (call.step_weights ? pass + 14 : 0);
-    of_all += 3 * tensors + 24 + (call.query.has_weightless ? 2 * pass + 16 : 0);
+    of_all += 3 * tensors + 24;
   }
+  if (call.query.has_weightless) of_all += 2 * pass + 16;
   return of_step * call.steps + of_all;
 }
 inline bool fits_a_list(const Call<Real>& call, bool options) {
@@ -161,7 +160,7 @@ bool holds(const Call<Real>& call) {
       return false;
   if constexpr (Family::kLists) {
     const bool options = has_extras<block_families::plain>(call);
-    if (Family::kExtras ? is_beyond_lists(call) : options) return false;
+    if ((options && !Family::kExtras) || is_beyond_lists(call)) return false;
     if (!fits_a_list(call, options)) return false;
   }
   if (call.network->layer_count > Family::kMostLayers) return false;

@@ -16,16 +16,18 @@ class ListedTask : ListOptions {
     if constexpr (kOptions) begin_task();
     if (call().has_support() && !order.shuffles()) bind(SetOf::support, {nullptr, order.rows()});
     const int steps = steps_of(order);
-    for (int k = 0; k <= steps; ++k) {
+    Part part = call().job == Job::meta ? Part::whole
+                : steps > 0             ? Part::first_step
+                                        : Part::after_none;
+    for (int k = 0;; ++k) {
       if (k < steps)
         begin_step(k, order);
       else if (call().has_query())
-        bind(SetOf::query, {nullptr, call().query.size(task_)});
-      run(k < steps                 ? (k == 0 ? Part::first_step : Part::next_step)
-          : call().job == Job::meta ? Part::whole
-          : steps > 0               ? Part::after_some
-                                    : Part::after_none);
+        bind_query(part);
+      run(part);
       sync();  // before other rows take the place of these
+      if (is_last(part)) break;
+      part = behind(part, k + 1 < steps);
     }
     if (call().job == Job::fine_tune && thread_index() == 0) {
       const int epochs = order.rows() > 0 ? call().epochs : 0;
@@ -38,19 +40,12 @@ class ListedTask : ListOptions {
   static constexpr bool kOptions = Block::Family::kExtras;
 
 #ifdef PYMETA_SPECIAL
+  template <int p = 0>
   PYMETA_FN void run(Part part) {
-    switch (part) {
-      case Part::whole:
-        return run_from<0, kSpecialEnds[0]>();
-      case Part::first_step:
-        return run_from<kSpecialEnds[0], kSpecialEnds[1]>();
-      case Part::next_step:
-        return run_from<kSpecialEnds[1], kSpecialEnds[2]>();
-      case Part::after_none:
-        return run_from<kSpecialEnds[2], kSpecialEnds[3]>();
-      case Part::after_some:
-        return run_from<kSpecialEnds[3], kSpecialEnds[4]>();
-    }
+    if (p == static_cast<int>(part))
+      run_from<p ? kSpecialEnds[p ? p - 1 : 0] : 0, kSpecialEnds[p]>();
+    else if constexpr (p + 1 < kParts)
+      run<p + 1>(part);
   }
   // Half by half: compilers have a limit of depth.
   template <int kFirst, int kEnd>
@@ -76,7 +71,7 @@ class ListedTask : ListOptions {
     const int p = static_cast<int>(part), end = given_.list.ends[p];
     int i = p ? given_.list.ends[p - 1] : 0;
     if constexpr (kOptions) {
-      while ((i = run_apart(i, end)) < end) i += 1 + run_next_together(given_.list.operations[i]);
+      while ((i = run_apart(i, end)) < end) run_next_together(given_.list.operations[i++]);
     } else {
       run_alone(i, end);
     }
@@ -93,12 +88,9 @@ class ListedTask : ListOptions {
     }
     return i;
   }
-  // Returns how many operations after it are left out.
-  PYMETA_FN int run_next_together(const Operation& op) const {
+  PYMETA_FN void run_next_together(const Operation& op) const {
     sync();
-    if (op.act == Act::skip) return skipped(op);
     run_together(op);
-    return 0;
   }
 #endif
 
@@ -276,14 +268,6 @@ class ListedTask : ListOptions {
     sync();
     unscaled_ = kept;
   }
-  // Where no row was left out they are known.
-  PYMETA_FN int skipped(const Operation& op) const {
-    const int rows = frame().rows[static_cast<int>(SetOf::query)];
-    if (rows < call().query.size(task_)) return 0;
-    write_predictions({rows, nullptr, Real(rows)}, op.out, at(op, 0));
-    sync();
-    return static_cast<int>(size(op));
-  }
   PYMETA_FN void correct(int k) {
     if (const Real* c = given_.shared.corrections) correction_ = {c[2 * k], c[2 * k + 1]};
   }
@@ -317,6 +301,34 @@ class ListedTask : ListOptions {
 
   // ---- rows and steps --------------------------------------------------------------------------------------------
 
+  PYMETA_FN bool is_last(Part part) const {
+#ifdef PYMETA_SPECIAL
+    constexpr bool splits = kSpecialEnds[1] > kSpecialEnds[0];
+#else
+    const bool splits = given_.list.ends[1] > given_.list.ends[0];
+#endif
+    return part == Part::rest || part == Part::after_none || part == Part::after_some ||
+           (part == Part::whole && !splits);
+  }
+  PYMETA_FN Part behind(Part part, bool steps) const {
+    switch (part) {
+      case Part::whole:
+        return frame().rows[static_cast<int>(SetOf::query)] < call().query.size(task_)
+                   ? Part::left_out
+                   : Part::all_count;
+      case Part::left_out:
+        return Part::again;
+      case Part::first_step:
+      case Part::next_step:
+        return steps ? Part::next_step : Part::after_some;
+      default:
+        return Part::rest;
+    }
+  }
+  PYMETA_FN void bind_query(Part part) const {
+    if (part == Part::all_count || part == Part::rest) return;
+    bind(SetOf::query, {nullptr, call().query.size(task_)}, part == Part::left_out);
+  }
   // Of those that are part by part.
   PYMETA_FN int steps_of(const RowOrder& order) const {
     if (call().job == Job::meta || call().job == Job::predict || order.rows() == 0) return 0;

@@ -18,15 +18,16 @@ using ListFrame = Frame;  // its operations are constants
 using ListFrame = TaskFrame<true>;
 #endif
 
-// What the set is then is known from the list; it is on the stack for the time of this function.
+// Those that count, or all. What the set is then is known from the list; it is on the stack for the time of this function.
 PYMETA_FN PYMETA_NOINLINE inline int bind_rows(const Call<Real>& call, const Memory& memory,
                                                std::int64_t task, SetOf which,
-                                               const Workspace<Block>& workspace, TaskRows chosen) {
+                                               const Workspace<Block>& workspace, TaskRows chosen,
+                                               bool all) {
   const bool is_query = which == SetOf::query;
-  return TaskBinder(call, task, memory)
-      .bind(is_query ? call.query : call.support,
-            is_query ? workspace.query_set : workspace.support_set, &chosen)
-      .extent.rows;
+  const TaskBinder binder(call, task, memory);
+  const RowSet<Real>& set = is_query ? call.query : call.support;
+  const SetLayout& places = is_query ? workspace.query_set : workspace.support_set;
+  return binder.bind(set, places, &chosen, all).extent.rows;
 }
 
 class ListOperands {
@@ -111,8 +112,8 @@ class ListOperands {
   }
 
   // How many rows there are is heard of behind the next barrier.
-  PYMETA_FN void bind(SetOf which, const TaskRows& chosen) const {
-    const int count = bind_rows(call(), memory(), task_, which, given_.workspace, chosen);
+  PYMETA_FN void bind(SetOf which, const TaskRows& chosen, bool all = false) const {
+    const int count = bind_rows(call(), memory(), task_, which, given_.workspace, chosen, all);
     if (thread_index() == 0) frame().rows[static_cast<int>(which)] = count;
   }
 

@@ -70,9 +70,6 @@ class ListOptions : public ListOperands {
       case Act::add_step_loss:
       case Act::write_weighted_loss:
         return take_loss(op);
-      case Act::bind_all:
-      case Act::bind_again:
-        return bind_query(op.act == Act::bind_all);
       case Act::write_own_gradient:
         return arrays().write_own_gradient(op.number, at(op, 0));
       case Act::write_anchor_gradient:
@@ -289,17 +286,6 @@ class ListOptions : public ListOperands {
     const int k = op.number;
     number(kLoss) = fma(call().step_weights[k], loss, number(kLoss));
     if (call().step_losses) call().step_losses[k * call().tasks + task_] = loss;
-  }
-
-  PYMETA_FN PYMETA_NOINLINE void bind_query(bool all) const {
-    const int offered = call().query.size(task_);
-    if (!all) {
-      bind(SetOf::query, {nullptr, offered});
-      return sync();
-    }
-    TaskBinder(call(), task_, memory()).bind_all(call().query, given_.workspace.query_set);
-    if (thread_index() == 0) frame().rows[static_cast<int>(SetOf::query)] = offered;
-    sync();
   }
 
   PYMETA_FN PYMETA_NOINLINE void write_of_set(const Operation& op) const {

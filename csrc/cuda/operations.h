@@ -71,9 +71,6 @@ enum class Act : std::uint8_t {
   add_cotangent,          // v
   add_step_loss,          // row losses after step `number`
   write_weighted_loss,
-  bind_all,    // all rows of the query set, whether they count or not,
-  bind_again,  // and those that count
-  skip,  // outputs: where all count these are the predictions, and `skips` operations are left out
   write_own_gradient,  // v
   write_anchor_gradient,
   write_inputs,   // dx
@@ -121,13 +118,20 @@ static_assert(sizeof(Operation) == 44, "as many as possible fit into a kernel's 
 
 // Which operations are done when.
 enum class Part : std::uint8_t {
-  whole,       // all of a meta-gradient,
-  first_step,  // or an inner step from the start,
+  // All of a meta-gradient. Where rows of the query set may be left out and predictions are wanted, which these rows have too, that is
+  // all up to the query set's loss; then
+  whole,
+  all_count,  // the predictions of a task that leaves out none,
+  left_out,   // or those of all rows of one that does,
+  again,      // and once more the pass of those that count;
+  rest,       // and the way back.
+
+  first_step,  // Or an inner step from the start,
   next_step,   // one after it,
   after_none,  // and what is made of the weights where there was no step,
-  after_some,  // or any
+  after_some,  // or any.
 };
-constexpr int kParts = 5;
+constexpr int kParts = 9;
 
 struct OperationList {
   int count = 0;

@@ -12,7 +12,7 @@ class RecordedArrays : public TaskArrays<Recorder> {
 
   ItemSet set(const RowSet<Real>& rows, const SetLayout& layout) {
     const bool is_query = &rows == &call_.query;
-    if (is_query && binds_again_) now().together(Act::bind_again);
+    if (is_query && std::exchange(of_all_, false)) now().pass_again();
     return set(rows, layout, is_query ? SetOf::query : SetOf::support,
                is_query ? call_.max_query : call_.max_support);
   }
@@ -41,16 +41,16 @@ class RecordedArrays : public TaskArrays<Recorder> {
     const int out = call_.network->out_features();
     Recorder::add(Act::write_predictions, out, query.extent, Recorder::elements(query.extent, out),
                   y);
-    if (!call_.wants_gradient()) now().end_skip();
   }
 
   // Whether a row is left out, a block sees; what is done then is in the list.
   bool leaves_out(const RowSet<Real>&) const { return true; }
   ItemSet set_of_all(const RowSet<Real>& rows, const SetLayout& layout) {
-    now().begin_skip(memory_.at(workspace_.query) + workspace_.query_tape.y);
-    binds_again_ = true;
-    now().together(Act::bind_all);
     ItemSet set = this->set(rows, layout, SetOf::query, call_.max_query);
+    now().end(Part::whole);
+    write_predictions(set, memory_.at(workspace_.query) + workspace_.query_tape.y);
+    now().end(Part::all_count);
+    of_all_ = true;
     set.targets = set.scale = nullptr;
     return set;
   }
@@ -97,7 +97,7 @@ class RecordedArrays : public TaskArrays<Recorder> {
     return op;
   }
 
-  bool binds_again_ = false;
+  bool of_all_ = false;  // is the query set all of its rows?
 };
 
 // Where a recorded call's arrays seem to lie.
@@ -125,12 +125,11 @@ struct RecordedCall {
 // Inner steps, and what is made of the weights behind them (core/algorithms/job.h: write).
 class RecordedSteps {
  public:
-  RecordedSteps(const RecordedCall& of, Recording& recording, const Hazards& hazards)
+  RecordedSteps(const RecordedCall& of, Recording& recording)
       : call_(of.call),
         workspace_(of.workspace),
         memory_(of.memory),
         recording_(recording),
-        hazards_(hazards),
         loop_(of.call, of.workspace, of.shared, of.memory),
         arrays_(of.call, of.workspace, of.shared, of.memory, 0) {}
 
@@ -153,7 +152,7 @@ class RecordedSteps {
                                     minibatches ? call_.batches.size : call_.max_support);
     recording_.begin_step(k);
     loop_.step(k, theta, {&set, true, true, k > 0 && !minibatches, {}});
-    recording_.end(part, hazards_);
+    recording_.end(part);
   }
 
   void write(const Parameters& theta, Part part) {
@@ -176,7 +175,7 @@ class RecordedSteps {
         each(Act::write_adapted, t, theta.tensor(t));
     if (call.status) write_status(theta);
     if (call.predictions) write_predictions(theta);
-    recording_.end(part, hazards_);
+    recording_.end(part);
   }
   // By what a task's way from the start is scaled.
   void clip(const Parameters& theta) {
@@ -211,7 +210,6 @@ class RecordedSteps {
   const Workspace<Recorder>& workspace_;
   const Memory& memory_;
   Recording& recording_;
-  const Hazards& hazards_;
   InnerLoop<Recorder> loop_;
   RecordedArrays arrays_;
 };
@@ -221,10 +219,10 @@ inline void record(const Call<Real>& given, std::size_t near, const Sharing& sha
   const RecordedCall own(given, near);
   const Call<Real>& call = own.call;
   const Workspace<Recorder>& workspace = own.workspace;
-  Recording recording(call, workspace.parameters.tensors, sharing, list);
   const Hazards hazards(workspace.order != kNowhere ? call.batches.size : call.max_support,
                         call.max_query, workspace.parameters.size);
-  if (call.job != Job::meta) return RecordedSteps(own, recording, hazards).run();
+  Recording recording(call, workspace.parameters.tensors, sharing, hazards, list);
+  if (call.job != Job::meta) return RecordedSteps(own, recording).run();
   Real* const sums = Recording::memory(Lies::sums);
   const Totals totals{sums, sums + (call.sums_gradients() ? workspace.parameters.size : 0), false,
                       workspace.parameters.size};
@@ -232,7 +230,7 @@ inline void record(const Call<Real>& given, std::size_t near, const Sharing& sha
   RecordedArrays arrays(call, workspace, own.shared, own.memory, 0);
   ItemJob<Recorder, RecordedArrays>(call, workspace, own.shared, own.memory, loop, arrays, totals)
       .run();
-  recording.end(Part::whole, hazards);
+  recording.end_whole();
 }
 
 inline void make_list(const Call<Real>&, std::size_t, TaskFrame<false>&) {}

@@ -6,6 +6,7 @@
 // a step's may wait until the end of its products, a block sees (Act::scale_direction).
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "hazards.h"
@@ -16,8 +17,8 @@ class Recording {
  public:
   // The call's rates are read nowhere else than here.
   Recording(const Call<Real>& call, const PackedTensor* tensors, const Sharing& sharing,
-            OperationList& list)
-      : call_(call), tensors_(tensors), sharing_(sharing), list_(list) {
+            const Hazards& hazards, OperationList& list)
+      : call_(call), tensors_(tensors), sharing_(sharing), hazards_(hazards), list_(list) {
     before_ = now_;
     now_ = this;
   }
@@ -39,13 +40,20 @@ class Recording {
   void begin_step(int k) {
     first_rate_ = (k < call_.lr.rows ? k : call_.lr.rows - 1) * call_.lr.columns;
   }
+  // The query set's pass has been made for all of its rows; it comes again, of those that count.
+  void pass_again() {
+    end(Part::left_out);
+    passes_again_ = true;
+  }
   // What was noted down since the part before.
-  void end(Part part, const Hazards& hazards) {
+  void end(Part part) {
     const int end = list_.count < kMostOperations ? list_.count : kMostOperations;
     for (int i = static_cast<int>(part); i < kParts; ++i) list_.ends[i] = end;
-    Hazards(hazards).mark(list_.operations, begun_, end);
+    Hazards(hazards_).mark(list_.operations, begun_, end);
     begun_ = end;
   }
+
+  void end_whole() { end(begun_ == 0 ? Part::whole : Part::rest); }
 
   // By threads that have so many shares of it between them.
   template <class... Pointers>
@@ -161,28 +169,14 @@ class Recording {
 
   // The query set's loss: the call's, or that after one of the steps.
   void add_query_loss(const Extent& extent, const Real* values) {
-    if (!notes_losses) return end_skip();
+    if (std::exchange(passes_again_, false)) return end(Part::again);  // it is written
+    if (!notes_losses) return;
     const bool of_step = call_.step_weights != nullptr;
     Operation& op = add(of_step ? Act::add_step_loss : Act::write_loss, 0, 0,
                         of_step ? kMostNumber : 1, values);
     put(op, extent.keep);
     if (of_step) op.number = static_cast<std::uint8_t>(step_of_loss());
     ++losses_;
-  }
-  // What is left out where all rows count, up to where the query set's loss is known again or nobody needs it any more.
-  void begin_skip(const Real* outputs) {
-    skip_at_ = list_.count;
-    Operation& op = together(Act::skip, outputs);
-    op.set = SetOf::query;
-    op.out = static_cast<std::uint16_t>(call_.network->out_features());
-    notes_losses = false;
-  }
-  void end_skip() {
-    if (skip_at_ < 0) return;
-    if (skip_at_ < kMostOperations)
-      put_size(list_.operations[skip_at_], static_cast<std::size_t>(list_.count - skip_at_ - 1));
-    skip_at_ = -1;
-    notes_losses = true;
   }
 
   bool notes_losses = true;  // of the query set
@@ -199,8 +193,10 @@ class Recording {
   const Call<Real>& call_;
   const PackedTensor* tensors_;
   const Sharing& sharing_;
+  const Hazards& hazards_;
   OperationList& list_;
-  int begun_ = 0, first_rate_ = 0, losses_ = 0, skip_at_ = -1;
+  int begun_ = 0, first_rate_ = 0, losses_ = 0;
+  bool passes_again_ = false;
   Operation excess_;
 };
 

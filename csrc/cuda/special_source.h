@@ -73,7 +73,7 @@ class SpecialNumbers {
   }
   // Those of every task and step; -1 where they differ.
   static int rows_of(const RowSet<Real>& set, bool in_batches) {
-    return set.sizes || in_batches ? -1 : static_cast<int>(set.rows);
+    return set.sizes || set.has_weightless || in_batches ? -1 : static_cast<int>(set.rows);
   }
 
   static constexpr std::size_t kSet = 4, kScalars = 13;  // of an operation

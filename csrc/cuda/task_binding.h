@@ -25,13 +25,13 @@ class TaskBinder {
   PYMETA_FN TaskBinder(const Call<Real>& call, std::int64_t task, const Memory& memory)
       : call_(call), memory_(memory), task_(task) {}
 
-  // The rows that count, of all or of those chosen.
+  // The rows that count, of all or of those chosen; or whether they count or not, without targets.
   PYMETA_FN PYMETA_NOINLINE ItemSet bind(const RowSet<Real>& set, const SetLayout& places,
-                                         const TaskRows* chosen = nullptr) const {
+                                         const TaskRows* chosen = nullptr,
+                                         bool counts_or_not = false) const {
     const TaskRows offered = chosen ? *chosen : TaskRows{nullptr, set.size(task_)};
-    const BoundRows rows{set.start(task_), extra<Block>(set.has_weightless)
-                                               ? that_count(set, places, offered)
-                                               : offered};
+    const bool leaves_out = may_leave_out<Block>(set) && !counts_or_not;
+    const BoundRows rows{set.start(task_), leaves_out ? that_count(set, places, offered) : offered};
     const int in = call_.network->in_features(), count = rows.chosen.count;
     const Extent extent{count, nullptr, Real(count)};
     Real* x = memory_.at(places.x);
@@ -51,7 +51,7 @@ class TaskBinder {
       bind_columns(rows, call_.network->out_features(), set.offset, memory_.at(places.offset));
       result.offset = memory_.at(places.offset);
     }
-    if (set.y) {
+    if (set.y && !counts_or_not) {
       result.targets = memory_.at(places.targets);
       result.scale = memory_.at(places.scale);
       if (extra<Block>(set.weight_columns > 1)) {
@@ -72,11 +72,7 @@ class TaskBinder {
 
   // All rows, for predictions: those that do not count are in no statistics, and there are no targets.
   PYMETA_FN ItemSet bind_all(const RowSet<Real>& set, const SetLayout& places) const {
-    RowSet<Real> all = set;
-    all.y = nullptr;
-    all.weights = nullptr;
-    all.has_weightless = all.keeps_weightless = false;
-    ItemSet result = bind(all, places);
+    ItemSet result = bind(set, places, nullptr, true);
     if (call_.by_support) return result;  // whose statistics are the support set's
     Real* counting = memory_.at(places.keep);
     Block::for_indices(result.extent.rows, [&](int r) {
@@ -117,10 +113,12 @@ class TaskBinder {
 
   // used [rows]: 1 for a row that is used, 0 for one that is not
   PYMETA_FN void mark(const RowSet<Real>& set, const TaskRows& offered, Real* used) const {
-    const bool beside = call_.keeps_beside(set, task_);
+    const bool beside = extra<Block>(set.keeps_weightless) && call_.keeps_beside(set, task_);
     Block::for_indices(offered.count, [&](int r) {
       const int own = offered.rows ? offered.rows[r] : r;
-      used[r] = Real(call_.is_used(set, task_, own, beside) ? 1 : 0);
+      const bool is_used = Block::Family::kExtras ? call_.is_used(set, task_, own, beside)
+                                                  : call_.weighs(set, set.start(task_) + own);
+      used[r] = Real(is_used ? 1 : 0);
     });
   }
 

@@ -260,8 +260,25 @@ std::vector<Option<Real>> options() {
          o.call.query.weights = o.weights(kQueries);
          o.call.step_weights = o.positive(kSteps);
        }},
-      {"weights, no gradient", "chains",
+      {"weights", "plain",
+       [](O& o) {
+         o.call.support.weights = o.weights(kRows), o.call.query.weights = o.weights(kQueries);
+       }},
+      {"weights, no predictions", "plain",
+       [](O& o) { o.call.query.weights = o.weights(kQueries), o.call.predictions = nullptr; }},
+      {"weights, no gradient", "plain",
        [](O& o) { o.call.query.weights = o.weights(kQueries), o.call.gradients = nullptr; }},
+      {"no row that counts", "plain",
+       [](O& o) {
+         Real* weights = o.positive(kTasks * kQueries);
+         for (int i = 0; i < kTasks * kQueries; ++i) weights[i] *= i / kQueries % 2;
+         o.call.query.weights = weights;
+       }},
+      {"adapting by weights", "plain",
+       [](O& o) {
+         make(o, Job::adapt);
+         o.call.support.weights = o.weights(kRows);
+       }},
       {"weights of single targets", "every",
        [](O& o) {
          o.call.support.weights = o.weights(kRows * kOutputs);

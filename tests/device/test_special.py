@@ -90,6 +90,37 @@ def ragged():
     return xs, ys, xq, yq
 
 
+def labelled(net, loss="cross_entropy", steps=2, ignored=True):
+    """Three classes; a task that ignores no row, one that ignores some, one that ignores all."""
+    xs, _, xq, _ = rows_of(3, 2, 3)
+    torch.manual_seed(2)
+    ys, yq = (torch.randint(0, 3, x.shape[:2]) for x in (xs, xq))
+    for y in (ys, yq) if ignored else ():
+        y[1, ::2] = -100
+        y[2] = -100
+    return meta(net, (xs, ys, xq, yq), loss=loss, steps=steps)
+
+
+def weighted():
+    net, data = net_of(2, 6, 1), rows_of(3, 2, 1)
+    torch.manual_seed(4)
+    weights = [torch.rand(x.shape[:2]) for x in (data[0], data[2])]
+    for each in weights:
+        each[1, ::2] = 0
+    module = make(net, steps=2)
+
+    def run():
+        out = module(*data, support_weights=weights[0], query_weights=weights[1])
+        return [
+            out.loss,
+            out.task_losses,
+            *out.predictions,
+            *gradients(out.loss, *net.parameters()),
+        ]
+
+    return run
+
+
 def fine_tuned():
     torch.manual_seed(5)
     x, y = torch.randn(3, 7, 2), torch.rand(3, 7, 1)
@@ -133,6 +164,13 @@ CALLS = {
     # Tasks differ in their rows, which are no constants then.
     "ragged": lambda: meta(net_of(2, 6, 1), ragged(), steps=2),
     "minibatches": fine_tuned,
+    "labels": lambda: labelled(net_of(2, 6, 5, 3), ignored=False),
+    "labels to ignore": lambda: labelled(net_of(2, 6, 5, 3)),
+    "labels, weights of classes": lambda: labelled(
+        net_of(2, 6, 3),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 1.0]), label_smoothing=0.1),
+    ),
+    "weights of rows": weighted,
     "reptile": reptile,
 }
 
@@ -244,7 +282,7 @@ def test_the_source_compiles_for_a_gpu(made, cache, monkeypatch):
         specialise, "compiled", lambda source, capability: sources.append(source) or ""
     )
     # Many operations: compilers have limits.
-    specialised(meta(net_of(2, 5, 1), rows_of(2, 2, 1), steps=14))
+    specialised(labelled(net_of(2, 5, 3), steps=14))
     monkeypatch.undo()
     monkeypatch.setenv("PYMETA_CACHE", str(cache))
     path = specialise.compiled(sources[0], 90)

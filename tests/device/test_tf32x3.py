@@ -110,15 +110,15 @@ def test_what_is_not_on_a_device_is_in_float32():
 
 
 def test_calls_that_are_not_plain_are_in_float32():
-    """Those with weights of rows, say. `explain` speaks of the last call."""
+    """Those with offsets, say. `explain` speaks of the last call."""
     module, usual = (make(net32(20, 20, 2), precision=p) for p in ("tf32x3", "float32"))
     usual.model.load_state_dict(module.model.state_dict())
     data = batch(tasks=2, inputs=20, out=2, dtype=F32)
-    weights = torch.rand(data[0].shape[:2])
+    offset = torch.rand(data[1].shape)
     assert module.explain().endswith('"tf32x3" where a call has it')
     module(*data)
     assert HAS in module.explain()
-    found = [m(*data, support_weights=weights).task_losses for m in (module, usual)]
+    found = [m(*data, support_offset=offset).task_losses for m in (module, usual)]
     assert same_bits(*found) and HAS_NOT in module.explain() and "TF32" not in usual.explain()
 
 

@@ -1,7 +1,7 @@
 """What a block of the CUDA executor does for a task, counted on the emulated device.
 
-The counting program is compiled here, twice, a quarter of a minute of one core each. Its figures
-follow from the code alone: neither compiler nor machine has a part in them.
+The counting program is compiled here, three times, a quarter of a minute of one core each. Its
+figures follow from the code alone: neither compiler nor machine has a part in them.
 """
 
 import importlib.util
@@ -29,37 +29,47 @@ def load_report():
 report = load_report()
 
 
-def count(folder: Path, family: str, *cases: str) -> dict[str, dict]:
-    """The rows of the cases of a family that begin with these words, by case."""
+def counting(folder: Path, *options: str) -> Path:
+    """The counting program, compiled with these."""
     if COMPILER is None or sys.platform == "win32":
         pytest.skip("there is no C++ compiler")
     program = folder / "block_accesses"
-    defines = [
-        f"-D{name}"
-        for name in (
-            *("PYMETA_COUNT_ACCESSES", "PYMETA_BLOCK", "PYMETA_EMULATE"),
-            *(f"PYMETA_FAMILY={family}", "PYMETA_ISA=counted", "PYMETA_REAL=float"),
-        )
-    ]
     sources = [ROOT / "csrc/tests/counts/block_counts.cpp", ROOT / "csrc/runtime/check.cpp"]
-    options = ["-std=gnu++17", "-O1", "-w", "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
+    usual = ["-std=gnu++17", "-O1", "-w", "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
+    usual += ["-DPYMETA_COUNT_ACCESSES", "-DPYMETA_EMULATE"]
     done = subprocess.run(
-        [COMPILER, *options, *defines, *map(str, sources), "-o", str(program)],
+        [COMPILER, *usual, *options, *map(str, sources), "-o", str(program)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    done = subprocess.run(
-        [str(program), *cases],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    return program
+
+
+def of_family(family: str) -> list[str]:
+    names = ("PYMETA_BLOCK", f"PYMETA_FAMILY={family}", "PYMETA_ISA=counted", "PYMETA_REAL=float")
+    return [f"-D{name}" for name in names]
+
+
+def said_by(program: Path, *arguments: str) -> str:
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    return {row["case"]: row for row in json.loads(done.stdout)}
+    return done.stdout
+
+
+def count(program: Path, *cases: str) -> dict[str, dict]:
+    """The rows of the cases that begin with these words, by case."""
+    return {row["case"]: row for row in json.loads(said_by(program, *cases))}
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory):
+def plain(tmp_path_factory):
+    return counting(tmp_path_factory.mktemp("counts"), *of_family("plain"))
+
+
+@pytest.fixture(scope="module")
+def counted(plain):
     """The rows of W1 and W3 in large batches and of W5."""
-    return count(tmp_path_factory.mktemp("counts"), "plain", "W1 T=65536", "W3 T=16384", "W5")
+    return count(plain, "W1 T=65536", "W3 T=16384", "W5")
 
 
 def test_options_are_those_of_the_build():
@@ -86,10 +96,18 @@ def test_counts_are_what_they_were(case, barriers, multiply_adds, wavefronts, co
 
 def test_counts_of_products_on_tensor_cores_are_what_they_were(tmp_path):
     """Less than half the wavefronts of float32, and as many as the planner reckons."""
-    (row,) = count(tmp_path, "tensor", "W3 T=16384").values()
+    (row,) = count(counting(tmp_path, *of_family("tensor")), "W3 T=16384").values()
     assert (row["threads"], row["at_once"], row["barriers"]) == (256, 2, 83)
     assert (row["multiply_adds"], row["wavefronts"]) == (110_640, 37_536)
     assert row["wavefronts"] == pytest.approx(row["modelled"]["wavefronts"], rel=0.05)
+
+
+def test_a_kernel_of_its_own_counts_the_same(tmp_path, plain, counted):
+    """It has less control alone: the same barriers, products and accesses."""
+    case, constants = "W1 T=65536 K=1", tmp_path / "constants.h"
+    constants.write_text(said_by(plain, "--constants", case))
+    own = count(counting(tmp_path, "-include", str(constants)), case)
+    assert own == {case: counted[case]}
 
 
 def test_the_planner_reckons_what_is_counted(counted):

@@ -100,8 +100,8 @@ class ItemJob {
   }
 
   PYMETA_FN PYMETA_NOINLINE void learn(const ItemSet& support) {
-    const bool leaves_out = extra<X>(call_.query.has_weightless) && call_.predictions &&
-                            arrays_.leaves_out(call_.query);
+    const bool leaves_out =
+        may_leave_out<X>(call_.query) && call_.predictions && arrays_.leaves_out(call_.query);
     ItemSet query = arrays_.set(call_.query, workspace_.query_set);
     MetaGradient<X> gradient(loop_, support, query, totals_);
     Vec total = zero();  // of the losses after each step

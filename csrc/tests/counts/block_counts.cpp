@@ -126,9 +126,14 @@ class CaseCall {
       call.steps = of.steps;
       call.gradients = to_.data();
       call.mean_loss = &mean_;
+      predictions_ = Exact<Real>(static_cast<std::size_t>(of.query * tasks) * of.sizes.back());
+      call.predictions = predictions_.data();
       bind(call.query, query_, of, of.query, random);
     }
     pymeta::check(call);
+    // Nobody has looked at what lies on a device.
+    for (RowSet<Real>* set : {&call.support, &call.query})
+      set->has_weightless = set->y && takes_labels(loss_);
   }
 
   Call<Real> call;
@@ -172,7 +177,7 @@ class CaseCall {
   std::vector<Exact<Real>> parameters_, results_;
   std::vector<const Real*> starts_;
   std::vector<Real*> to_;
-  Exact<Real> losses_, rates_, rates_gradient_;
+  Exact<Real> losses_, predictions_, rates_, rates_gradient_;
   Exact<std::int8_t> status_;
   Real rate_ = Real(0.01), mean_ = 0;
   Rows support_, query_;
