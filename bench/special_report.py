@@ -24,7 +24,9 @@ from typing import Any
 import kernel_report
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = ("W1 T=65536 K=1", "W1 T=4096 K=5", "W3 T=16384 K=5", "W5 T=1000 K=20")
+CASES = (
+    "W1 T=65536 K=1", "W1 T=4096 K=5", "W3 T=16384 K=5", "W5 T=1000 K=20", "W2 T=1024 K=1",
+)  # fmt: skip
 # As CMakeLists.txt compiles block_instructions_*.
 COUNTING = (
     "-std=gnu++17", "-O3", "-w", "-ffp-contract=off", "-fno-math-errno", "-fno-tree-vectorize",

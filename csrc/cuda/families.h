@@ -49,6 +49,7 @@ struct plain : chains {
 #ifdef PYMETA_SPECIAL_LOSSES
   template <LossKind kind>
   static constexpr bool kLoss = is_one_of(static_cast<int>(kind), PYMETA_SPECIAL_LOSSES);
+  static constexpr bool kLeavesOut = PYMETA_SPECIAL_LEAVES_OUT;
 #endif
 };
 // Those again, where the caller allows it.

@@ -6,6 +6,7 @@
 //   PYMETA_SPECIAL             defined
 //   PYMETA_SPECIAL_THREADS     of a block
 //   PYMETA_SPECIAL_LOSSES      of the support and query sets
+//   PYMETA_SPECIAL_LEAVES_OUT  may rows be left out?
 //   PYMETA_SPECIAL_ROWS        of the support and query sets; -1 where tasks may have other numbers
 //   PYMETA_SPECIAL_ENDS, PYMETA_SPECIAL_OPERATIONS    an OperationList's
 #pragma once

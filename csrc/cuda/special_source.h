@@ -16,6 +16,7 @@ class SpecialNumbers {
     put(threads);
     for (const RowSet<Real>* set : {&call.support, &call.query})
       put(static_cast<int>(call.loss_of(*set).kind));
+    put(int{call.support.has_weightless || call.query.has_weightless});
     put(rows_of(call.support, call.batches.size > 0));
     put(rows_of(call.query, false));
     for (const int end : frame.list.ends) put(end);
@@ -43,6 +44,7 @@ class SpecialNumbers {
     };
     define("THREADS", 1);
     define("LOSSES", 2);
+    define("LEAVES_OUT", 1);
     define("ROWS", 2);
     define("ENDS", kParts);
     text += "#define PYMETA_SPECIAL_OPERATIONS";
