@@ -303,12 +303,12 @@ class ListedTask : ListOptions {
 
   PYMETA_FN bool is_last(Part part) const {
 #ifdef PYMETA_SPECIAL
-    constexpr bool splits = kSpecialEnds[1] > kSpecialEnds[0];
+    constexpr bool split = is_split(kSpecialEnds);
 #else
-    const bool splits = given_.list.ends[1] > given_.list.ends[0];
+    const bool split = is_split(given_.list.ends);
 #endif
     return part == Part::rest || part == Part::after_none || part == Part::after_some ||
-           (part == Part::whole && !splits);
+           (part == Part::whole && !split);
   }
   PYMETA_FN Part behind(Part part, bool steps) const {
     switch (part) {

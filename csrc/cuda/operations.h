@@ -132,6 +132,10 @@ enum class Part : std::uint8_t {
   after_some,  // or any.
 };
 constexpr int kParts = 9;
+// By where parts end: is a meta-gradient more than one?
+PYMETA_FN constexpr bool is_split(const int (&ends)[kParts]) {
+  return ends[static_cast<int>(Part::all_count)] > ends[static_cast<int>(Part::whole)];
+}
 
 struct OperationList {
   int count = 0;

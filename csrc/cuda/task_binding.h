@@ -25,12 +25,11 @@ class TaskBinder {
   PYMETA_FN TaskBinder(const Call<Real>& call, std::int64_t task, const Memory& memory)
       : call_(call), memory_(memory), task_(task) {}
 
-  // The rows that count, of all or of those chosen; or whether they count or not, without targets.
+  // The rows that count, of all or of those chosen; or `all` of these, without targets, whether they count or not.
   PYMETA_FN PYMETA_NOINLINE ItemSet bind(const RowSet<Real>& set, const SetLayout& places,
-                                         const TaskRows* chosen = nullptr,
-                                         bool counts_or_not = false) const {
+                                         const TaskRows* chosen = nullptr, bool all = false) const {
     const TaskRows offered = chosen ? *chosen : TaskRows{nullptr, set.size(task_)};
-    const bool leaves_out = may_leave_out<Block>(set) && !counts_or_not;
+    const bool leaves_out = may_leave_out<Block>(set) && !all;
     const BoundRows rows{set.start(task_), leaves_out ? that_count(set, places, offered) : offered};
     const int in = call_.network->in_features(), count = rows.chosen.count;
     const Extent extent{count, nullptr, Real(count)};
@@ -51,7 +50,7 @@ class TaskBinder {
       bind_columns(rows, call_.network->out_features(), set.offset, memory_.at(places.offset));
       result.offset = memory_.at(places.offset);
     }
-    if (set.y && !counts_or_not) {
+    if (set.y && !all) {
       result.targets = memory_.at(places.targets);
       result.scale = memory_.at(places.scale);
       if (extra<Block>(set.weight_columns > 1)) {
