@@ -62,11 +62,11 @@ def net_of(*sizes, act=nn.ReLU, dtype=torch.float32):
     return nn.Sequential(*layers[:-1]).to(dtype)
 
 
-def meta(net, data, **options):
+def meta(net, data, weights=(None, None), **options):
     module = make(net, **options)
 
     def run():
-        out = module(*data)
+        out = module(*data, support_weights=weights[0], query_weights=weights[1])
         return [
             out.loss,
             out.task_losses,
@@ -107,18 +107,7 @@ def weighted():
     weights = [torch.rand(x.shape[:2]) for x in (data[0], data[2])]
     for each in weights:
         each[1, ::2] = 0
-    module = make(net, steps=2)
-
-    def run():
-        out = module(*data, support_weights=weights[0], query_weights=weights[1])
-        return [
-            out.loss,
-            out.task_losses,
-            *out.predictions,
-            *gradients(out.loss, *net.parameters()),
-        ]
-
-    return run
+    return meta(net, data, weights, steps=2)
 
 
 def fine_tuned():
